@@ -1,0 +1,35 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both need only Python 3.11, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.demo  ## tune two models with three hypergradient estimators and plot the comparison
+	$(BIN)/bilevel compare configs/quickstart.yaml
+
+test: .venv/.dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev  ## style, documentation and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.demo  ## one JSON line per measurement
+	$(BIN)/python scripts/bench/run.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv (about a minute the first time) ..."
+	$(INSTALL) -e '.[plot]'
+	@touch $@
+
+.venv/.dev: .venv/.demo
+	$(INSTALL) -e '.[plot,test,lint]'
+	@touch $@

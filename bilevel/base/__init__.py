@@ -1,0 +1,19 @@
+"""The contracts: what an inner solver, a linear solver and a hypergradient estimator are, and what they return.
+
+Parts never import each other; they meet in one call above, `bilevel.hypergradient`. Solvers and estimators are frozen
+dataclasses of options; whatever changes is a value that is returned (`InnerState`, `Carry`).
+"""
+
+from bilevel.base.estimator import Carry as Carry
+from bilevel.base.estimator import Certificate as Certificate
+from bilevel.base.estimator import ErrorKind as ErrorKind
+from bilevel.base.estimator import Estimate as Estimate
+from bilevel.base.estimator import HypergradEstimator as HypergradEstimator
+from bilevel.base.estimator import Pullback as Pullback
+from bilevel.base.estimator import Solution as Solution
+from bilevel.base.inner_solver import InnerSolver as InnerSolver
+from bilevel.base.inner_solver import InnerState as InnerState
+from bilevel.base.inner_solver import Variables as Variables
+from bilevel.base.linear_solver import LinearSolution as LinearSolution
+from bilevel.base.linear_solver import LinearSolver as LinearSolver
+from bilevel.options import describe as describe

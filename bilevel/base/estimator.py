@@ -1,0 +1,161 @@
+"""`HypergradEstimator`: a rule for the VJP of the solution map; `Estimate`: its result with the evidence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from bilevel import tree
+from bilevel.base.inner_solver import InnerSolver, InnerState
+from bilevel.cost import Cost, Meter
+from bilevel.problem import BilevelProblem
+from bilevel.status import GOOD, Status, Verdict
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What one hypergradient leaves for the next: the warm start.
+
+    Attributes:
+        state: the inner state.
+        adjoint: the adjoint vector, shaped as params.
+    """
+
+    state: InnerState | None = None
+    adjoint: Tree = None
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """The VJP of the solution map at one cotangent, with its evidence.
+
+    Attributes:
+        hparams: the cotangent of the hyperparameters.
+        adjoint: the adjoint vector, where the estimator has one: approximates ``H^-1 cotangent``.
+        residual: relative adjoint residual, where there is one.
+        steps: iterations of the linear solver, or differentiated steps.
+        verdict: status of this half.
+    """
+
+    hparams: Tree
+    adjoint: Tree = None
+    residual: float | None = None
+    steps: int = 0
+    verdict: Verdict = GOOD
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An approximate inner solution that can be differentiated.
+
+    Attributes:
+        params: the approximate solution; the residual was computed at exactly these.
+        state: the inner state, for a warm start.
+        pullback: cotangent of params -> `Pullback`; may be called more than once.
+        residual: norm of the inner gradient at `params`.
+        steps: inner steps taken.
+        verdict: status of the inner solve.
+    """
+
+    params: Tree
+    state: InnerState
+    pullback: Callable[[Tree], Pullback]
+    residual: float
+    steps: int
+    verdict: Verdict = GOOD
+
+
+@dataclass(frozen=True)
+class HypergradEstimator(ABC):
+    """A rule for the vector-Jacobian product of the solution map; it owns the inner loop.
+
+    A subclass is a frozen dataclass with a `solve`.
+    """
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a combination that the estimator does not cover, with one sentence (ValueError); default: accept."""
+        return
+
+    @abstractmethod
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Run the inner solver and say how its result is differentiated.
+
+        Args:
+            problem: the problem.
+            solver: the inner solver.
+            hparams: hyperparameters, detached.
+            params: where a cold start begins.
+            carry: what the previous outer step left; empty for a cold start.
+            meter: counts oracle calls (``problem.bind(hparams, meter.counts)``) and samples memory.
+        """
+
+
+ErrorKind: TypeAlias = Literal["bound", "estimate", "none"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The evidence that travels with a hypergradient.
+
+    Attributes:
+        inner_residual: norm of the inner gradient at the returned params.
+        adjoint_residual: relative residual of the adjoint system, None where the estimator solves none.
+        inner_steps: inner steps taken.
+        adjoint_steps: iterations of the linear solver, or differentiated steps.
+        error: distance to the exact hypergradient, of the kind that `error_kind` says; None for "none".
+        error_kind: "bound" (proved), "estimate" or "none".
+        error_note: why there is no figure, or how it was obtained.
+        measured: numbers that the inner solver measured, such as its step size.
+    """
+
+    inner_residual: float
+    adjoint_residual: float | None
+    inner_steps: int
+    adjoint_steps: int
+    error: float | None = None
+    error_kind: ErrorKind = "none"
+    error_note: str = "ask with certify=True"
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient and its evidence.
+
+    Attributes:
+        outer_loss: the outer loss at `params`.
+        hypergradient: shaped as the hyperparameters; NaN where the status is not usable.
+        params: the inner solution that was used.
+        certificate: residuals and error estimate.
+        cost: counted oracle calls, seconds, peak memory.
+        verdict: status with the sentence about it.
+        carry: the warm start for the next call.
+    """
+
+    outer_loss: float
+    hypergradient: Tree
+    params: Tree
+    certificate: Certificate
+    cost: Cost
+    verdict: Verdict
+    carry: Carry
+
+    @property
+    def status(self) -> Status:
+        """The status alone."""
+        return self.verdict.status
+
+    def __str__(self) -> str:
+        c = self.certificate
+        error = "not asked for" if c.error is None else f"{c.error:.2e} ({c.error_kind})"
+        adjoint = "" if c.adjoint_residual is None else f", adjoint residual {c.adjoint_residual:.2e}"
+        return (
+            f"outer loss {self.outer_loss:.6g}, |hypergradient| {float(tree.norm(self.hypergradient)):.4g}, "
+            f"error {error}, inner residual {c.inner_residual:.2e} after {c.inner_steps} steps{adjoint}, "
+            f"cost {self.cost.gradient_equivalents:.0f} gradient-equivalents, status {self.status.name}"
+        )

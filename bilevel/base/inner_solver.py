@@ -1,0 +1,143 @@
+"""`InnerSolver`: an algorithm whose steps approximate the inner solution."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+
+from bilevel import tree
+from bilevel.options import default_tolerance, is_int, is_positive, require
+from bilevel.oracles import InnerProblem, transposed_twice
+from bilevel.tree import Tree
+
+Variables: TypeAlias = tuple[Tree, Tree]
+"""The differentiable part of an inner state: (params, memory)."""
+
+
+@dataclass(frozen=True)
+class InnerState:
+    """What changes while an inner solver runs.
+
+    Attributes:
+        params: the iterate.
+        memory: further vectors that the next step needs (previous iterate, moments): a tree, differentiated together
+            with `params`.
+        steps: steps taken since `init`.
+        measured: numbers measured for this solve (step size, largest curvature): constants of the differentiation.
+    """
+
+    params: Tree
+    memory: Tree = ()
+    steps: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def variables(self) -> Variables:
+        """The differentiable part."""
+        return self.params, self.memory
+
+    def moved(self, params: Tree, memory: Tree = ()) -> InnerState:
+        """Return the state after one more step."""
+        return InnerState(params, memory, self.steps + 1, self.measured)
+
+
+@dataclass(frozen=True)
+class InnerSolver(ABC):
+    """An algorithm whose steps approximate the inner solution; one step is a map A(state, hparams).
+
+    A subclass is a frozen dataclass with a `step`. It may override `init` (further vectors, measured step sizes),
+    `warm_start`, and, where autograd through its step is not good enough, `step_vjp` and `step_jvp`.
+
+    Args:
+        steps: number of steps; with `tol`, the most steps. Default: exactly as many as `tol` needs, at most 100,000.
+        tol: stop once the norm of the inner gradient is at most this. Default: none where `steps` is given (exactly
+            `steps` steps are taken), else ``eps ** (2/3)`` of the dtype (3.7e-11 in float64).
+    """
+
+    steps: int | None = field(default=None, kw_only=True)
+    tol: float | None = field(default=None, kw_only=True)
+
+    default_max_steps = 100_000
+    check_every_on_cpu = 1
+    """Steps between two looks at the residual; 1 where the next step needs the same gradient anyway."""
+
+    def __post_init__(self) -> None:
+        require(self, "steps", "a positive int or None", self.steps is None or is_int(self.steps))
+        require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
+
+    def init(self, inner: InnerProblem, params: Tree) -> InnerState:
+        """Return the state before the first step."""
+        return InnerState(params)
+
+    @abstractmethod
+    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        """Return the state after one step.
+
+        It must not modify what it is given, and must compute from `inner` (`inner.grad`, `inner.hparams`) and `state`
+        alone, in operations that autograd can follow.
+        """
+
+    def params(self, state: InnerState) -> Tree:
+        """Return the approximate solution that a state stands for."""
+        return state.params
+
+    def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        """Return the state to start from, now that the hyperparameters have moved; the default keeps the iterate."""
+        return self.init(inner, state.params)
+
+    def max_step_size(self, state: InnerState, curvature: float) -> float | None:
+        """Return the largest stable step size for a given largest curvature, or None where no rule is known."""
+        return None
+
+    def limits(self, dtype: torch.dtype) -> tuple[int, float | None]:
+        """Return (most steps, tolerance or None)."""
+        if self.steps is None:
+            return self.default_max_steps, self.tol or default_tolerance(dtype)
+        return self.steps, self.tol
+
+    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
+        """Return the VJP of one step: cotangents of the state before it and of the hyperparameters.
+
+        The default differentiates `step` by autograd, with the inner gradient as one node (`vjp` in its backward).
+
+        Args:
+            inner: the bound problem.
+            state: the state before the step.
+            cotangent: cotangent of (params, memory) after the step.
+        """
+        before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
+        with torch.enable_grad():
+            params, memory = before
+            after = self.step(inner.differentiable(hparams), replace(state, params=params, memory=memory)).variables
+        roots = tree.leaves(before) + tree.leaves(hparams)
+        pairs = zip(tree.leaves(after), tree.leaves(cotangent), strict=True)
+        moving = [(a, c) for a, c in pairs if a.requires_grad]
+        products = torch.autograd.grad([a for a, _ in moving], roots, [c for _, c in moving], materialize_grads=True)
+        cut = len(tree.leaves(before))
+        return tree.rebuild(before, products[:cut]), tree.rebuild(hparams, products[cut:])
+
+    def step_jvp(
+        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
+    ) -> list[Variables]:
+        """Return the JVPs of one step along several directions.
+
+        Args:
+            inner: the bound problem.
+            state: the state before the step.
+            tangents: tangents of (params, memory) before the step, one for each direction.
+            hparams_tangents: tangents of the hyperparameters, one for each direction.
+        """
+        before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
+        with torch.enable_grad():
+            params, memory = before
+            bound = inner.differentiable(hparams, graph=True)
+            after = self.step(bound, replace(state, params=params, memory=memory)).variables
+        roots = tree.leaves(before) + tree.leaves(hparams)
+        return [
+            tree.rebuild(before, transposed_twice(tree.leaves(after), roots, tree.leaves(x) + tree.leaves(u)))
+            for x, u in zip(tangents, hparams_tangents, strict=True)
+        ]

@@ -1,0 +1,91 @@
+"""`LinearSolver`: solves the adjoint system from products alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.options import default_tolerance
+from bilevel.status import GOOD, Verdict
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """Solution of ``A x = b`` with its evidence.
+
+    Attributes:
+        x: the last iterate, shaped as b.
+        residual: ``|b - A x| / |b|``, computed from the returned x.
+        steps: iterations.
+        verdict: status, with the sentence about a failure.
+    """
+
+    x: Tree
+    residual: float
+    steps: int
+    verdict: Verdict = GOOD
+
+
+Matvec: TypeAlias = Callable[[Tree], Tree]
+
+
+@dataclass(frozen=True)
+class LinearSolver(ABC):
+    """Solves ``A x = b`` from products with A alone, on trees of any shape (0-d and one-element tensors included).
+
+    A subclass implements `solve_flat` on one flat vector.
+    """
+
+    needs_symmetry = False
+
+    def solve(
+        self,
+        matvec: Matvec,
+        b: Tree,
+        x0: Tree = None,
+        *,
+        tol: float | None = None,
+        dense: Callable[[], Tensor] | None = None,
+    ) -> LinearSolution:
+        """Solve ``A x = b``.
+
+        Args:
+            matvec: v -> A v, on trees shaped as b.
+            b: right-hand side.
+            x0: where to start; zero by default.
+            tol: relative residual to reach, in place of the solver's own.
+            dense: returns A as a matrix, where that is cheaper than `size` products (used by `Direct`).
+
+        Returns:
+            The last iterate with its true residual and a verdict; failure is never hidden and never raised.
+        """
+        raveler = tree.Raveler(b)
+        flat = raveler.ravel(b)
+        if not bool(torch.any(flat)):
+            return LinearSolution(tree.zeros_like(b), 0.0, 0)
+
+        def product(v: Tensor) -> Tensor:
+            return raveler.ravel(matvec(raveler.unravel(v)))
+
+        start = None if x0 is None else raveler.ravel(x0)
+        tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
+        solution = self.solve_flat(product, flat, start, tol, dense)
+        return replace(solution, x=raveler.unravel(solution.x))
+
+    @abstractmethod
+    def solve_flat(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        b: Tensor,
+        x0: Tensor | None,
+        tol: float,
+        dense: Callable[[], Tensor] | None,
+    ) -> LinearSolution:
+        """Solve on vectors of shape (size,), b not zero."""

@@ -1,0 +1,140 @@
+"""`check_hypergradient`: an estimator against central differences and, where there is one, the closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+
+from bilevel import tree
+from bilevel.base import Estimate, HypergradEstimator, InnerSolver, describe
+from bilevel.hypergrad import FiniteDifference, hypergradient
+from bilevel.problem import BilevelProblem
+from bilevel.status import Verdict
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class Row:
+    """One component: the estimate beside its referees."""
+
+    component: str
+    estimate: float
+    differences: float
+    exact: float | None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The outcome of `check_hypergradient`.
+
+    Attributes:
+        ok: whether the estimate is usable and agrees with every referee.
+        rows: one for each component.
+        errors: ``max_j |p_j - referee_j| / max_j |referee_j|`` by referee ("differences", "exact").
+        worst: the component that is furthest off.
+        rtol: the relative error that was allowed.
+        estimate: the estimate that was checked.
+        text: a readable table.
+    """
+
+    ok: bool
+    rows: list[Row] = field(repr=False)
+    errors: dict[str, float]
+    worst: str
+    rtol: float
+    estimate: Estimate = field(repr=False)
+    text: str = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check_hypergradient(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    params: Tree = None,
+    *,
+    rtol: float | None = None,
+) -> CheckReport:
+    """Compare an estimator with central differences of the same inner solver and, where there is one, the closed form.
+
+    Central differences see the map that the solver computes: they check a full unroll at any number of steps, and an
+    implicit or truncated estimate where the inner solver has converged. Cost: two inner solves for each hyperparameter.
+
+    Args:
+        problem: the problem.
+        solver: the inner solver.
+        estimator: the estimator to check.
+        hparams: where.
+        params: where the inner solver starts; default: the problem's start.
+        rtol: allowed error relative to the referee's largest component; default 1e-4 in float64, 1e-2 in float32.
+
+    Returns:
+        A `CheckReport`; printing it shows which component is off.
+
+    >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
+    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
+    >>> check_hypergradient(problem, GradientDescent(), Implicit(), torch.zeros(2, dtype=torch.float64)).ok
+    True
+    """
+    dtype = tree.leaves(hparams)[0].dtype
+    allowed = rtol if rtol is not None else (1e-4 if dtype == torch.float64 else 1e-2)
+    estimate = hypergradient(problem, solver, estimator, hparams, params, on_failure="return")
+    referee = hypergradient(problem, solver, FiniteDifference(), hparams, params, on_failure="return")
+    raveler = tree.Raveler(hparams)
+    ours = raveler.ravel(estimate.hypergradient)
+    referees = {"differences": raveler.ravel(referee.hypergradient)}
+    exact = problem.exact_hypergradient(hparams)
+    if exact is not None:
+        referees["exact"] = raveler.ravel(exact)
+    errors, worst, off = {}, "", -1.0
+    labels = _labels(hparams)
+    for name, values in referees.items():
+        distance = (ours - values).abs() / values.abs().max().clamp(min=torch.finfo(dtype).tiny)
+        # NaN counts as the largest distance.
+        distance = torch.where(distance.isnan(), torch.inf, distance)
+        errors[name] = float(distance.max())
+        if errors[name] > off:
+            off, worst = errors[name], labels[int(distance.argmax())]
+    ok = estimate.status.usable and referee.status.usable and all(error <= allowed for error in errors.values())
+    rows = [
+        Row(
+            label,
+            float(ours[i]),
+            float(referees["differences"][i]),
+            None if exact is None else float(referees["exact"][i]),
+        )
+        for i, label in enumerate(labels)
+    ]
+    text = _text(ok, rows, errors, worst, allowed, f"{describe(solver)} with {describe(estimator)}", estimate.verdict)
+    return CheckReport(ok, rows, errors, worst, allowed, estimate, text)
+
+
+def _labels(hparams: Tree) -> list[str]:
+    """Return a name for every scalar hyperparameter, in the order of `Raveler`."""
+    labels = []
+    for name, leaf in zip(tree.names(hparams), tree.leaves(hparams), strict=True):
+        for flat in range(leaf.numel()):
+            index = [int(i) for i in torch.unravel_index(torch.tensor(flat), leaf.shape)] if leaf.dim() else []
+            labels.append(f"hparams{name}" + (f"{index}" if index else ""))
+    return labels
+
+
+def _text(
+    ok: bool, rows: list[Row], errors: dict[str, float], worst: str, rtol: float, title: str, verdict: Verdict
+) -> str:
+    body = sorted(rows, key=lambda row: -abs(row.estimate - row.differences))[:10]
+    table = tabulate(
+        [(row.component, row.estimate, row.differences, "-" if row.exact is None else row.exact) for row in body],
+        headers=("component", "estimate", "central differences", "closed form"),
+        floatfmt=".8g",
+    )
+    more = f"\n({len(rows) - len(body)} more components agree at least as well)" if len(rows) > len(body) else ""
+    found = ", ".join(f"{error:.2e} from {name}" for name, error in errors.items())
+    outcome = "agrees" if ok else f"is OFF, most at {worst}"
+    status = "" if verdict.status.ok else f"\nstatus: {verdict}"
+    return f"{title} {outcome}: relative error {found} (allowed {rtol:.0e})\n{table}{more}{status}"

@@ -1,0 +1,133 @@
+"""Counted cost: oracle calls by kind, gradient-equivalents, seconds, peak memory.
+
+One gradient-equivalent is one gradient of the inner loss. The weights below are the usual operation counts of
+reverse-mode differentiation (a gradient is about three forward passes; a Hessian-vector product about two gradients;
+the joint product ``v -> (H v, C' v)`` adds the cross part), and this is the only place that holds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+WEIGHTS: Mapping[str, float] = {
+    "value": 1 / 3,  # inner loss alone
+    "gradient": 1.0,  # gradient of the inner loss
+    "hvp": 2.0,  # H v
+    "cross": 1.0,  # C' v
+    "vjp": 3.0,  # (H v, C' v)
+    "jvp": 3.0,  # H v + C du
+    "hvp_vjp": 4.0,  # VJP of (params, hparams) -> H v: third derivatives
+    "outer": 1.0,  # outer loss with its gradients
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a result took.
+
+    Attributes:
+        counts: oracle calls by kind; the kinds are the keys of `WEIGHTS`.
+        seconds: wall-clock time.
+        peak_memory: bytes above the level at the start, or None where the system does not tell.
+        memory_kind: where the figure comes from.
+
+    >>> Cost({"gradient": 10, "hvp": 5}).gradient_equivalents
+    20.0
+    """
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    memory_kind: str = "none"
+
+    @property
+    def gradient_equivalents(self) -> float:
+        """The counts, weighted: 1 is one gradient of the inner loss."""
+        return float(sum(WEIGHTS[kind] * count for kind, count in self.counts.items()))
+
+
+@cache
+def _mallinfo() -> Any:
+    """Return glibc's allocation counters, or None on other systems."""
+
+    class Info(ctypes.Structure):
+        _fields_ = [
+            (name, ctypes.c_size_t)
+            for name in ([
+                "arena",
+                "ordblks",
+                "smblks",
+                "hblks",
+                "hblkhd",
+                "usmblks",
+                "fsmblks",
+                "uordblks",
+                "fordblks",
+                "keepcost",
+            ])
+        ]
+
+    try:
+        function = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return None
+    function.restype = Info
+    return function
+
+
+def allocated_bytes() -> int | None:
+    """Return the bytes that live allocations of this process hold on the CPU (glibc), or None elsewhere."""
+    function = _mallinfo()
+    if function is None:
+        return None
+    info = function()
+    return int(info.uordblks + info.hblkhd)
+
+
+class Meter:
+    """Measures seconds and peak memory between its creation and `read`.
+
+    On CUDA the allocator's own peak counter is read. On the CPU the live allocations of the process are sampled where
+    `sample` is called: estimators do so where they hold most, so temporaries inside one operation are not seen.
+
+    Args:
+        device: the device that the work runs on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.counts: Counter[str] = Counter()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._base: int | None = torch.cuda.memory_allocated(device)
+        else:
+            self._base = allocated_bytes() if device.type == "cpu" else None
+        self._peak = self._base
+        self._start = time.perf_counter()
+
+    def sample(self) -> None:
+        """Look at the memory now."""
+        if self._device.type == "cpu" and self._peak is not None:
+            self._peak = max(self._peak, allocated_bytes() or 0)
+
+    def read(self) -> Cost:
+        """Return the cost so far."""
+        self.sample()
+        kind = "none"
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self._peak = torch.cuda.max_memory_allocated(self._device)
+            kind = "CUDA allocator peak"
+        elif self._base is not None:
+            kind = "live CPU allocations, sampled"
+        peak = None if self._base is None or self._peak is None else self._peak - self._base
+        return Cost(dict(self.counts), time.perf_counter() - self._start, peak, kind)

@@ -1,0 +1,91 @@
+"""Implicit differentiation: the implicit function theorem at the last inner iterate.
+
+At a solution ``g(x, u) = 0`` (g the inner gradient), ``dx/du = -H^-1 C``, so the VJP of the solution map is
+
+    H' w = cotangent,       u' = -C' w
+
+and the only work is one linear solve (Bengio 2000; Pedregosa 2016; Lorraine et al. 2020).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
+from bilevel.cost import Meter
+from bilevel.hypergrad.loop import begin, run_inner
+from bilevel.linear import CG
+from bilevel.options import is_number, require
+from bilevel.problem import BilevelProblem
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class Implicit(HypergradEstimator):
+    """Differentiate the optimality condition; the inner solver is never differentiated.
+
+    Memory is independent of the number of inner steps. The formula holds at a solution: the inner residual in the
+    certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved.
+
+    Args:
+        linear_solver: CG, GMRES, Neumann, FixedPointIteration or Direct.
+        damping: added to the diagonal of the Hessian; biases the hypergradient, and lifts negative curvature.
+
+    >>> Implicit().linear_solver
+    CG(tol=None, max_steps=None, check_every=None)
+    """
+
+    linear_solver: LinearSolver = field(default_factory=CG)
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self, "linear_solver", "a LinearSolver, such as CG()", isinstance(self.linear_solver, LinearSolver))
+        require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a symmetric linear solver for an optimality map.
+
+        Raises:
+            ValueError: if the solver needs symmetry that the problem does not promise.
+        """
+        if self.linear_solver.needs_symmetry and not problem.symmetric:
+            raise ValueError(
+                f"{type(self.linear_solver).__name__} needs a symmetric matrix, but this problem is stated by an "
+                "optimality map, whose Jacobian need not be symmetric: use Implicit(GMRES())."
+            )
+
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Run the inner solver, keeping nothing but its state."""
+        inner = problem.bind(hparams, meter.counts)
+        run = run_inner(inner, solver, begin(inner, solver, params, carry))
+        meter.sample()
+        solved = solver.params(run.state)
+
+        def pullback(cotangent: Tree) -> Pullback:
+            point = inner.linearize(solved)
+
+            def matvec(v: Tree) -> Tree:
+                product = point.hvp(v)
+                return tree.add(product, v, self.damping) if self.damping else product
+
+            def dense() -> Tensor:
+                matrix = point.dense_hessian()
+                return matrix + self.damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+            solution = self.linear_solver.solve(matvec, cotangent, carry.adjoint, dense=dense)
+            meter.sample()
+            return Pullback(
+                tree.scale(-1.0, point.cross(solution.x)),
+                solution.x,
+                solution.residual,
+                solution.steps,
+                solution.verdict,
+            )
+
+        return Solution(solved, run.state, pullback, run.residual, run.steps, run.verdict)

@@ -1,0 +1,165 @@
+"""The inner loop that every estimator owns: run an inner solver, stop, look at the residual, notice failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bilevel import tree
+from bilevel.base import Carry, InnerSolver, InnerState
+from bilevel.oracles import InnerProblem
+from bilevel.status import GOOD, Status, StepFailure, Verdict
+from bilevel.tree import Tree
+
+LOOK = 64
+"""Steps between two looks at whether the iterate is finite: on an accelerator each look waits for it."""
+GROWTH = 10.0
+"""A residual that ends above this multiple of where it began makes us look for divergence."""
+BLOW_UP = 1e4
+"""A residual that ends above this multiple of where it began is called divergence, whatever the reason."""
+
+
+@dataclass(frozen=True)
+class InnerRun:
+    """How an inner solve ended.
+
+    Attributes:
+        state: the last state.
+        residual: norm of the inner gradient at the last iterate.
+        steps: steps taken.
+        verdict: status with its sentence.
+    """
+
+    state: InnerState
+    residual: float
+    steps: int
+    verdict: Verdict = GOOD
+
+
+def begin(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: Carry) -> InnerState:
+    """Return the first state: warm where the carry holds one, else cold at `params`."""
+    if carry.state is not None:
+        return solver.warm_start(inner, carry.state)
+    return solver.init(inner, params)
+
+
+def run_inner(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    state: InnerState,
+    visit: Callable[[InnerState], None] | None = None,
+) -> InnerRun:
+    """Run the solver to its tolerance or its number of steps.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver.
+        state: the first state.
+        visit: is shown every state that a step starts from.
+
+    Returns:
+        The last state, its own residual (never that of an iterate before it), and a verdict.
+    """
+    device = tree.leaves(state.params)[0].device
+    dtype = tree.leaves(state.params)[0].dtype
+    limit, tol = solver.limits(dtype)
+    every = solver.check_every_on_cpu if device.type == "cpu" else 8
+    first = checkpoint = state
+    taken = marked = 0
+    try:
+        while taken < limit:
+            if tol is not None and taken % every == 0:
+                residual = _residual(inner, solver, state)
+                if residual <= tol:
+                    return InnerRun(state, residual, taken)
+                if residual != residual or residual == float("inf"):
+                    return _not_finite(inner, solver, checkpoint, marked, taken)
+            if taken - marked >= LOOK:
+                if not bool(torch.isfinite(tree.norm(state.params))):
+                    return _not_finite(inner, solver, checkpoint, marked, taken)
+                checkpoint, marked = state, taken
+            if visit is not None:
+                visit(state)
+            state = solver.step(inner, state)
+            taken += 1
+    except StepFailure as failure:
+        verdict = Verdict(
+            failure.verdict.status, f"{type(solver).__name__} at step {taken + 1}: {failure.verdict.detail}"
+        )
+        return InnerRun(state, float("nan"), taken, verdict)
+    residual = _residual(inner, solver, state)
+    if residual != residual or residual == float("inf"):
+        return _not_finite(inner, solver, checkpoint, marked, taken)
+    if tol is not None and residual <= tol:
+        return InnerRun(state, residual, taken)
+    return InnerRun(state, residual, taken, _judge(inner, solver, first, residual, taken, tol))
+
+
+def _residual(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> float:
+    return float(tree.norm(inner.grad(solver.params(state))).detach())
+
+
+def _judge(
+    inner: InnerProblem, solver: InnerSolver, first: InnerState, residual: float, steps: int, tol: float | None
+) -> Verdict:
+    """Judge a run that used all its steps and ended finite."""
+    start = _residual(inner, solver, first)
+    if residual > GROWTH * start and residual > torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5:
+        advice = _step_size_advice(inner, solver, first)
+        if advice or residual > BLOW_UP * start:
+            detail = (
+                f"{type(solver).__name__} diverges: the inner gradient norm grew from {start:.3g} to {residual:.3g} "
+                f"by step {steps}{advice}"
+            )
+            return Verdict(Status.DIVERGED, detail)
+    if tol is not None:
+        return Verdict(
+            Status.INNER_NOT_CONVERGED,
+            f"{type(solver).__name__} stopped after {steps} steps at the inner residual {residual:.2e}, "
+            f"above tol={tol:.1e}",
+        )
+    return GOOD
+
+
+def _step_size_advice(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> str:
+    """Return a clause that suggests a step size where the present one is too large, else an empty string."""
+    step_size = getattr(solver, "step_size", None)
+    if not isinstance(step_size, int | float):
+        return ""
+    try:
+        largest = inner.curvature(solver.params(state)).largest
+    except (ValueError, RuntimeError):
+        # A user's update may have no Hessian to measure; the verdict stands without advice.
+        return ""
+    limit = solver.max_step_size(state, largest) if largest > 0 else None
+    if limit is None or step_size <= limit:
+        return ""
+    return (
+        f"; step_size={step_size:.3g} is above the stability limit {limit:.3g} for the largest curvature {largest:.3g} "
+        f"at the start: try step_size={limit / 2:.3g} or 'auto'"
+    )
+
+
+def _not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState, marked: int, taken: int) -> InnerRun:
+    """Replay from the last state known to be finite, to name the first step that is not."""
+    state, step = checkpoint, marked
+    while step < taken and bool(torch.isfinite(tree.norm(inner.grad(solver.params(state))))):
+        following = solver.step(inner, state)
+        step += 1
+        if not bool(torch.isfinite(tree.norm(following.params))):
+            state = following
+            break
+        state = following
+    broken = [
+        name
+        for name, leaf in zip(tree.names(state.params), tree.leaves(state.params), strict=True)
+        if not bool(torch.isfinite(leaf).all())
+    ]
+    where = f"params{broken[0]}" if broken else "the inner gradient"
+    advice = _step_size_advice(inner, solver, checkpoint)
+    status = Status.DIVERGED if advice else Status.NOT_FINITE
+    verb = "diverges" if advice else "failed"
+    detail = f"{type(solver).__name__} {verb}: {where} is not finite at step {step}{advice}"
+    return InnerRun(state, float("nan"), step, Verdict(status, detail))

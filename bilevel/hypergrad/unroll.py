@@ -1,0 +1,187 @@
+"""Unrolled differentiation: the derivative of the iterate, not of the solution.
+
+With one inner step ``x_{k+1} = A(x_k, u)``, ``A_k = dA/dx`` and ``B_k = dA/du`` at step k:
+
+    forward    X_{k+1} = A_k X_k + B_k
+    reverse    w_K = w;   for k = K-1, ..., K-N:   u' += B_k' w_{k+1},   w_k = A_k' w_{k+1}
+
+N = K is the full unroll; N < K the truncated one (late start), which differentiates the last N steps as if the state
+at step K - N did not depend on u: its whole state, momentum included, is a constant. Both directions compute the same
+number. (Mehmood et al. 2026, sections 2 and 4; Scieur et al. 2022.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution, Variables
+from bilevel.cost import Meter
+from bilevel.hypergrad.loop import InnerRun, begin, run_inner
+from bilevel.options import is_int, is_number, require
+from bilevel.oracles import InnerProblem
+from bilevel.problem import BilevelProblem
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class FullUnroll(HypergradEstimator):
+    """Differentiate every inner step.
+
+    Args:
+        mode: "reverse" (cost independent of the number of hyperparameters) or "forward" (memory independent of the
+            number of steps, one `jvp` for each step and hyperparameter: for few hyperparameters).
+        memory: in reverse mode, "iterates" stores the inner states and linearises again on the way back (one state for
+            each step); "graph" lets autograd record every operation of the losses as they are written, closed-form
+            oracles aside (faster for large nets, much more memory).
+
+    >>> FullUnroll(mode="forward")
+    FullUnroll(mode='forward', memory='iterates')
+    """
+
+    mode: str = "reverse"
+    memory: str = "iterates"
+
+    def __post_init__(self) -> None:
+        require(self, "mode", "'reverse' or 'forward'", self.mode in ("reverse", "forward"))
+        require(self, "memory", "'iterates' or 'graph'", self.memory in ("iterates", "graph"))
+
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Run the inner solver and keep what its derivative needs."""
+        inner = problem.bind(hparams, meter.counts)
+        state = begin(inner, solver, params, carry)
+        if self.mode == "forward":
+            return _forward(inner, solver, state)
+        if self.memory == "graph":
+            return _graph(inner, solver, state, meter)
+        return _reverse(inner, solver, state, None, meter)
+
+
+@dataclass(frozen=True)
+class TruncatedUnroll(HypergradEstimator):
+    """Differentiate the last inner steps alone.
+
+    Only the states of the tail are kept. Starting the derivative late removes most of the curse of unrolling: the error
+    of a long unroll that began far from the solution (Mehmood et al. 2026, Theorem 8).
+
+    Args:
+        tail: number of last steps that are differentiated (an int), or their fraction of the steps (a float in (0, 1]).
+            Where the inner solver stops by tolerance before `tail` steps, all its steps are differentiated.
+
+    >>> TruncatedUnroll(tail=0.5).length(100)
+    50
+    """
+
+    tail: int | float
+
+    def __post_init__(self) -> None:
+        ok = is_int(self.tail) or (isinstance(self.tail, float) and is_number(self.tail) and 0 < self.tail <= 1)
+        require(self, "tail", "a positive int (steps) or a float in (0, 1] (fraction)", ok)
+
+    def length(self, steps: int) -> int:
+        """Return the number of differentiated steps among `steps`."""
+        if isinstance(self.tail, float):
+            return max(1, math.ceil(self.tail * steps))
+        return self.tail
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a tail longer than the run.
+
+        Raises:
+            ValueError: if there are fewer steps than the tail.
+        """
+        if solver.steps is not None and self.length(solver.steps) > solver.steps:
+            raise ValueError(
+                f"`TruncatedUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
+                f"the tail must be at most {solver.steps}."
+            )
+
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Run the inner solver and keep the states of the tail."""
+        inner = problem.bind(hparams, meter.counts)
+        return _reverse(inner, solver, begin(inner, solver, params, carry), self, meter)
+
+
+def _reverse(
+    inner: InnerProblem, solver: InnerSolver, state: InnerState, truncation: TruncatedUnroll | None, meter: Meter
+) -> Solution:
+    """Store the states, then sweep back over the last of them."""
+    limit, _ = solver.limits(tree.leaves(state.params)[0].dtype)
+    # How many steps a fraction means is known only after a run that stops by tolerance.
+    kept: deque[InnerState] = deque(maxlen=None if truncation is None else truncation.length(limit))
+    run = run_inner(inner, solver, state, kept.append)
+    meter.sample()
+    if truncation is not None and kept:
+        while len(kept) > truncation.length(run.steps):
+            kept.popleft()
+
+    def pullback(cotangent: Tree) -> Pullback:
+        moving: Variables = (cotangent, tree.zeros_like(run.state.memory))
+        total = tree.zeros_like(inner.hparams)
+        for before in reversed(kept):
+            moving, part = solver.step_vjp(inner, before, moving)
+            total = tree.add(total, part)
+        return Pullback(total, steps=len(kept))
+
+    return _solution(solver, run, pullback)
+
+
+def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
+    """Let autograd record the whole run."""
+    hparams = tree.attach(inner.hparams)
+    with torch.enable_grad():
+        run = run_inner(inner.differentiable(hparams, graph=True), solver, state)
+    meter.sample()
+    result, roots = tree.leaves(solver.params(run.state)), tree.leaves(hparams)
+
+    def pullback(cotangent: Tree) -> Pullback:
+        # The recorded graph calls no oracle on the way back; its work is one VJP for each step.
+        inner.counts["vjp"] += run.steps
+        pairs = [(p, c) for p, c in zip(result, tree.leaves(cotangent), strict=True) if p.requires_grad]
+        products = torch.autograd.grad(
+            [p for p, _ in pairs], roots, [c for _, c in pairs], retain_graph=True, materialize_grads=True
+        )
+        return Pullback(tree.rebuild(hparams, products), steps=run.steps)
+
+    params, memory = tree.detach(run.state.variables)
+    return _solution(solver, replace(run, state=replace(run.state, params=params, memory=memory)), pullback)
+
+
+def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Solution:
+    """Carry one tangent for each scalar hyperparameter along with the run."""
+    directions = unit_directions(inner.hparams)
+    zero: Variables = (tree.zeros_like(state.params), tree.zeros_like(state.memory))
+    tangents: list[Variables] = [zero] * len(directions)
+
+    def push(before: InnerState) -> None:
+        tangents[:] = solver.step_jvp(inner, before, tangents, directions)
+
+    run = run_inner(inner, solver, state, push)
+
+    def pullback(cotangent: Tree) -> Pullback:
+        products = torch.stack([tree.dot(by_params, cotangent) for by_params, _ in tangents])
+        return Pullback(tree.Raveler(inner.hparams).unravel(products), steps=run.steps)
+
+    return _solution(solver, run, pullback)
+
+
+def _solution(solver: InnerSolver, run: InnerRun, pullback: object) -> Solution:
+    return Solution(solver.params(run.state), run.state, pullback, run.residual, run.steps, run.verdict)  # type: ignore[arg-type]
+
+
+def unit_directions(hparams: Tree) -> Sequence[Tree]:
+    """Return the unit vectors of the hyperparameter space, one tree for each scalar, in the order of `Raveler`."""
+    raveler = tree.Raveler(hparams)
+    (like, *_) = tree.leaves(hparams)
+    identity: Tensor = torch.eye(raveler.size, dtype=like.dtype, device=like.device)
+    return [raveler.unravel(row) for row in identity]

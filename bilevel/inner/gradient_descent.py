@@ -1,0 +1,33 @@
+"""Gradient descent: ``x <- x - h grad(x)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bilevel.base import InnerState
+from bilevel.inner.multistep import Coefficients, LinearMultistep
+
+
+@dataclass(frozen=True)
+class GradientDescent(LinearMultistep):
+    """Gradient descent with a constant step size h.
+
+    Converges for ``0 < h < 2/L`` with L the largest curvature; "auto" takes 1/L. Its unrolled derivative is
+    ``X_{k+1} = (I - h H_k) X_k - h C_k`` (Mehmood et al. 2026, section 2).
+
+    Args:
+        step_size: h, or "auto".
+        steps: number of steps; see `InnerSolver`.
+        tol: residual tolerance; see `InnerSolver`.
+
+    >>> GradientDescent(step_size=0.1, steps=100)
+    GradientDescent(steps=100, tol=None, step_size=0.1)
+    """
+
+    def coefficients(self, state: InnerState) -> Coefficients:
+        """``y = x``, ``x <- x - h g``."""
+        return Coefficients((1.0,), ((1.0,),), (-self.option("step_size", state),))
+
+    def max_step_size(self, state: InnerState, curvature: float) -> float:
+        """2 / L."""
+        return 2.0 / curvature

@@ -1,0 +1,46 @@
+"""Heavy ball (Polyak 1964): ``x_{k+1} = x_k - h grad(x_k) + m (x_k - x_{k-1})``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bilevel.base import InnerState
+from bilevel.inner.multistep import CURVATURE_MARGIN, Coefficients, MomentumMethod
+from bilevel.lanczos import Spectrum
+
+
+@dataclass(frozen=True)
+class HeavyBall(MomentumMethod):
+    """Gradient descent with momentum m; the first step has none (``x_{-1} = x_0``).
+
+    Stable on a quadratic for ``0 < h < 2 (1 + m) / L``. ``momentum="auto"`` takes Polyak's parameters
+    ``h = (2 / (sqrt l + sqrt L))^2``, ``m = ((sqrt L - sqrt l) / (sqrt L + sqrt l))^2``. Its map on (x_k, x_{k-1}) has
+    a spectral radius below one but a norm above one: iterates and derivatives may first grow (Scieur et al. 2022).
+
+    Args:
+        step_size: h, or "auto": 1/L.
+        momentum: m in [0, 1), or "auto".
+        steps: number of steps; see `InnerSolver`.
+        tol: residual tolerance; see `InnerSolver`.
+
+    >>> HeavyBall(step_size=0.1, momentum=0.8, steps=100).momentum
+    0.8
+    """
+
+    def coefficients(self, state: InnerState) -> Coefficients:
+        """``y = x``, ``x <- (1 + m) x - m x_prev - h g``."""
+        h, m = self.option("step_size", state), self.option("momentum", state)
+        return Coefficients((1.0, 0.0), ((1.0 + m, -m), (1.0, 0.0)), (-h, 0.0))
+
+    def tune(self, spectrum: Spectrum) -> dict[str, float]:
+        """Polyak's parameters, or 1/L for a given momentum."""
+        if self.momentum != "auto":
+            return super().tune(spectrum)
+        root = math.sqrt(self.inverse_condition(spectrum))
+        step_size = (2.0 / (1.0 + root)) ** 2 / (CURVATURE_MARGIN * spectrum.largest)
+        return {"step_size": step_size, "momentum": ((1.0 - root) / (1.0 + root)) ** 2}
+
+    def max_step_size(self, state: InnerState, curvature: float) -> float:
+        """2 (1 + m) / L."""
+        return 2.0 * (1.0 + self.option("momentum", state)) / curvature

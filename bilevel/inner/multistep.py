@@ -1,0 +1,160 @@
+"""Linear multistep first-order methods: combine stored vectors, evaluate one gradient, combine again.
+
+With stored vectors ``s_1, ..., s_p`` (``s_1`` is the iterate), one step is
+
+    y = sum_i read_i s_i,      g = grad(y),      s_j <- sum_i mix_ji s_i + write_j g
+
+so its VJP needs one `vjp` oracle call at y and vector arithmetic, written once here for every such method:
+
+    g' = sum_j write_j s_j',   (y', u') = vjp(g'),   s_i' <- sum_j mix_ji s_j' + read_i y'
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bilevel import tree
+from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.lanczos import Spectrum
+from bilevel.options import is_positive, require
+from bilevel.oracles import InnerProblem
+from bilevel.tree import Tree
+
+CURVATURE_MARGIN = 1.02
+"""A measured largest curvature can lie below the true one; step sizes are computed from this much more."""
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one step; constants of the differentiation.
+
+    Attributes:
+        read: p weights of the point where the gradient is evaluated.
+        mix: p rows of p weights, the new vectors from the old.
+        write: p weights of the gradient in the new vectors.
+    """
+
+    read: tuple[float, ...]
+    mix: tuple[tuple[float, ...], ...]
+    write: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LinearMultistep(InnerSolver):
+    """Base of the methods above; a subclass gives `coefficients` and, with more than one vector, `init`.
+
+    Args:
+        step_size: a positive number, or "auto": from the largest curvature, measured at the start of each solve with a
+            margin of 2 % and shown in ``certificate.measured``.
+    """
+
+    step_size: float | str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.step_size == "auto" or is_positive(self.step_size)
+        require(self, "step_size", "a positive number or 'auto'", ok)
+
+    @abstractmethod
+    def coefficients(self, state: InnerState) -> Coefficients:
+        """Return the numbers of the step that starts from `state` (``state.steps`` is its index)."""
+
+    def vectors(self, params: Tree) -> tuple[Tree, ...]:
+        """Return the stored vectors besides the iterate at a cold start; none by default."""
+        return ()
+
+    def tune(self, spectrum: Spectrum) -> dict[str, float]:
+        """Return what "auto" options become for a measured spectrum."""
+        return {"step_size": 1.0 / (CURVATURE_MARGIN * spectrum.largest)}
+
+    @property
+    def automatic(self) -> bool:
+        """Whether an option is "auto"."""
+        return self.step_size == "auto"
+
+    def init(self, inner: InnerProblem, params: Tree) -> InnerState:
+        """Return the cold start, with "auto" options measured."""
+        return InnerState(params, self.vectors(params), 0, self._measure(inner, params))
+
+    def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        """Keep all stored vectors; measure "auto" options anew, as the curvature moves with the hyperparameters."""
+        return InnerState(state.params, state.memory, 0, self._measure(inner, state.params))
+
+    def _measure(self, inner: InnerProblem, params: Tree) -> dict[str, float]:
+        if not self.automatic:
+            return {}
+        spectrum = inner.curvature(params)
+        if not spectrum.largest > 0:
+            raise ValueError(
+                f"{type(self).__name__}(step_size='auto') measured a largest curvature of {spectrum.largest:.3g} "
+                "at the start, so no step size follows: give `step_size` a number, or start elsewhere."
+            )
+        return {"largest_curvature": spectrum.largest} | self.tune(spectrum)
+
+    def option(self, name: str, state: InnerState) -> float:
+        """Return the value of an option that may be "auto"."""
+        value = getattr(self, name)
+        return state.measured[name] if value == "auto" else value
+
+    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        """Take one step."""
+        read, mix, write = self.coefficients(state)
+        vectors = (state.params, *state.memory)
+        gradient = inner.grad(tree.combine(read, vectors))
+        terms = (*vectors, gradient)
+        params, *memory = (tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True))
+        return state.moved(params, tuple(memory))
+
+    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
+        """Pull a cotangent back through one step by one `vjp` oracle call."""
+        read, mix, write = self.coefficients(state)
+        after = (cotangent[0], *cotangent[1])
+        point = inner.linearize(tree.combine(read, (state.params, *state.memory)))
+        by_point, by_hparams = point.vjp(tree.combine(write, after))
+        columns = zip(*mix, strict=True)
+        terms = (*after, by_point)
+        params, *memory = (tree.combine((*column, weight), terms) for column, weight in zip(columns, read, strict=True))
+        return (params, tuple(memory)), by_hparams
+
+    def step_jvp(
+        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
+    ) -> list[Variables]:
+        """Push tangents forward through one step: one linearization, one `jvp` for each direction."""
+        read, mix, write = self.coefficients(state)
+        point = inner.linearize(tree.combine(read, (state.params, *state.memory)))
+        results: list[Variables] = []
+        for (by_params, by_memory), hparams_tangent in zip(tangents, hparams_tangents, strict=True):
+            before = (by_params, *by_memory)
+            terms = (*before, point.jvp(tree.combine(read, before), hparams_tangent))
+            params, *memory = (tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True))
+            results.append((params, tuple(memory)))
+        return results
+
+
+@dataclass(frozen=True)
+class MomentumMethod(LinearMultistep):
+    """Base of the methods that keep the previous iterate: one step size, one momentum.
+
+    Args:
+        step_size: see `LinearMultistep`.
+        momentum: a number in [0, 1), or "auto": from the measured ends of the spectrum.
+    """
+
+    momentum: float | str = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.momentum == "auto" or self.momentum == 0 or (is_positive(self.momentum) and float(self.momentum) < 1)
+        require(self, "momentum", "a number in [0, 1) or 'auto'", ok)
+        if self.momentum == "auto":
+            require(self, "step_size", "'auto' where `momentum` is", self.step_size == "auto")
+
+    def vectors(self, params: Tree) -> tuple[Tree, ...]:
+        """The previous iterate, equal to the first: the first step has no momentum."""
+        return (params,)
+
+    def inverse_condition(self, spectrum: Spectrum) -> float:
+        """Return l / L as measured, kept inside (0, 1): Lanczos finds the lower end late and from above."""
+        return min(max(spectrum.smallest / (CURVATURE_MARGIN * spectrum.largest), 1e-8), 1.0)

@@ -1,0 +1,50 @@
+"""Nesterov's accelerated gradient: the gradient is taken at the extrapolated point."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bilevel.base import InnerState
+from bilevel.inner.multistep import Coefficients, MomentumMethod
+from bilevel.lanczos import Spectrum
+
+
+@dataclass(frozen=True)
+class Nesterov(MomentumMethod):
+    """``y = x_k + m (x_k - x_{k-1})``, ``x_{k+1} = y - h grad(y)``, with constant momentum m.
+
+    Stable on a quadratic for ``0 < h < 2 (1 + m) / ((1 + 2 m) L)``. ``momentum="auto"`` takes the constant scheme for
+    strongly convex functions, ``h = 1/L``, ``m = (1 - sqrt(l/L)) / (1 + sqrt(l/L))`` (Nesterov 2004, section 2.2). With
+    `tol`, each look at the residual costs one more gradient (at x, not at y), so it is looked at every 8 steps.
+
+    Args:
+        step_size: h, or "auto": 1/L.
+        momentum: m in [0, 1), or "auto".
+        steps: number of steps; see `InnerSolver`.
+        tol: residual tolerance; see `InnerSolver`.
+
+    >>> Nesterov(momentum="auto", tol=1e-8).step_size
+    'auto'
+    """
+
+    check_every_on_cpu = 8
+
+    def coefficients(self, state: InnerState) -> Coefficients:
+        """``y = (1 + m) x - m x_prev``, ``x <- y - h g``."""
+        h, m = self.option("step_size", state), self.option("momentum", state)
+        look = (1.0 + m, -m)
+        return Coefficients(look, (look, (1.0, 0.0)), (-h, 0.0))
+
+    def tune(self, spectrum: Spectrum) -> dict[str, float]:
+        """1/L, and the momentum of the constant scheme."""
+        tuned = super().tune(spectrum)
+        if self.momentum == "auto":
+            root = math.sqrt(self.inverse_condition(spectrum))
+            tuned["momentum"] = (1.0 - root) / (1.0 + root)
+        return tuned
+
+    def max_step_size(self, state: InnerState, curvature: float) -> float:
+        """2 (1 + m) / ((1 + 2 m) L)."""
+        m = self.option("momentum", state)
+        return 2.0 * (1.0 + m) / ((1.0 + 2.0 * m) * curvature)

@@ -1,0 +1,92 @@
+"""A dense Cholesky solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.base import LinearSolution, LinearSolver
+from bilevel.options import is_int, require
+from bilevel.status import GOOD, Status, Verdict
+
+
+@dataclass(frozen=True)
+class Direct(LinearSolver):
+    """Cholesky factorisation of the dense matrix; for symmetric positive definite A.
+
+    The matrix comes from the problem's closed form where it has one, else from `size` products. One step of iterative
+    refinement removes most of the rounding.
+
+    Args:
+        max_size: largest size that is factored (memory: 8 ``size^2`` bytes, and as much again for the factor).
+
+    >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    >>> x = Direct().solve(lambda v: matrix @ v, torch.tensor([3.0, 3.0], dtype=torch.float64)).x
+    >>> torch.allclose(x, torch.ones(2, dtype=torch.float64))
+    True
+    """
+
+    max_size: int = 10_000
+
+    needs_symmetry = True
+
+    def __post_init__(self) -> None:
+        require(self, "max_size", "a positive int", is_int(self.max_size))
+
+    def solve_flat(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        b: Tensor,
+        x0: Tensor | None,
+        tol: float,
+        dense: Callable[[], Tensor] | None,
+    ) -> LinearSolution:
+        """Factor and solve.
+
+        Args:
+            matvec: v -> A v.
+            b: right-hand side.
+            x0: not used.
+            tol: not used.
+            dense: returns A as a matrix.
+
+        Returns:
+            The solution after one step of iterative refinement.
+
+        Raises:
+            ValueError: if the system is larger than `max_size`.
+        """
+        if b.numel() > self.max_size:
+            raise ValueError(
+                f"`Direct.max_size` is {self.max_size:,} but the system has {b.numel():,} unknowns: "
+                "raise it, or use CG()."
+            )
+        if dense is None:
+            identity = torch.eye(b.numel(), dtype=b.dtype, device=b.device)
+            matrix = torch.stack([matvec(row) for row in identity], dim=1)
+        else:
+            matrix = dense()
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if bool(info):
+            return LinearSolution(torch.zeros_like(b), 1.0, 1, _indefinite(matrix))
+        x = torch.cholesky_solve(b[:, None], factor)[:, 0]
+        x = x + torch.cholesky_solve((b - matvec(x))[:, None], factor)[:, 0]
+        residual = float(torch.linalg.vector_norm(b - matvec(x)) / torch.linalg.vector_norm(b))
+        if residual != residual:
+            return LinearSolution(x, residual, 1, Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN"))
+        return LinearSolution(x, residual, 1, GOOD)
+
+
+def _indefinite(matrix: Tensor) -> Verdict:
+    """Say why a matrix has no Cholesky factor."""
+    if not bool(torch.isfinite(matrix).all()):
+        return Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN or infinite values")
+    values = torch.linalg.eigvalsh(matrix)
+    smallest, largest = float(values[0]), float(values[-1])
+    detail = f"the dense Hessian has the smallest eigenvalue {smallest:.3g} (the largest is {largest:.3g})"
+    if smallest > -1e3 * torch.finfo(matrix.dtype).eps * max(abs(largest), abs(smallest)):
+        return Verdict(Status.SINGULAR, detail)
+    return Verdict(Status.NEGATIVE_CURVATURE, f"{detail}; a damping above {-smallest:.3g} would lift it")

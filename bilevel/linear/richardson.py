@@ -1,0 +1,128 @@
+"""Neumann series and fixed-point iteration: ``x <- x + h (b - A x)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.base import LinearSolution, LinearSolver
+from bilevel.lanczos import lanczos
+from bilevel.options import is_int, is_positive, require
+from bilevel.status import GOOD, Status, Verdict
+
+MARGIN = 1.02
+
+
+@dataclass(frozen=True)
+class FixedPointIteration(LinearSolver):
+    """``x <- x + h (b - A x)`` until the residual is small (Richardson's iteration).
+
+    Converges for a symmetric positive definite A and ``0 < h < 2/L``; each step costs one product and one vector.
+
+    Args:
+        step_size: h, or "auto": 1/L with L measured by Lanczos.
+        tol: relative residual to reach; default ``eps ** (2/3)`` (3.7e-11 in float64).
+        max_steps: most iterations.
+
+    >>> matrix = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    >>> x = FixedPointIteration().solve(lambda v: matrix @ v, torch.tensor([2.0, 4.0], dtype=torch.float64)).x
+    >>> torch.allclose(x, torch.ones(2, dtype=torch.float64))
+    True
+    """
+
+    step_size: float | str = "auto"
+    tol: float | None = None
+    max_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        ok = self.step_size == "auto" or is_positive(self.step_size)
+        require(self, "step_size", "a positive number or 'auto'", ok)
+        require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
+        require(self, "max_steps", "a positive int", is_int(self.max_steps))
+
+    def solve_flat(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        b: Tensor,
+        x0: Tensor | None,
+        tol: float,
+        dense: Callable[[], Tensor] | None,
+    ) -> LinearSolution:
+        """Iterate on vectors."""
+        return _iterate(matvec, b, x0, self.step_size, tol, self.max_steps, type(self).__name__)
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    """The truncated Neumann series ``h sum_{j<steps} (I - h A)^j b`` (Lorraine et al. 2020).
+
+    Exactly `steps` terms from zero: an approximation by design, whose relative residual the certificate shows. It
+    starts from zero always, so a warm start does not change it. For gradient descent with the same h at its fixed point
+    it equals a truncated unroll with ``tail = steps``.
+
+    Args:
+        steps: number of terms.
+        step_size: h, or "auto": 1/L with L measured by Lanczos.
+
+    >>> matrix = torch.tensor([[0.5]], dtype=torch.float64)
+    >>> Neumann(steps=2, step_size=1.0).solve(lambda v: matrix @ v, torch.tensor([1.0], dtype=torch.float64)).x
+    tensor([1.5000], dtype=torch.float64)
+    """
+
+    steps: int = 20
+    step_size: float | str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self, "steps", "a positive int", is_int(self.steps))
+        ok = self.step_size == "auto" or is_positive(self.step_size)
+        require(self, "step_size", "a positive number or 'auto'", ok)
+
+    def solve_flat(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        b: Tensor,
+        x0: Tensor | None,
+        tol: float,
+        dense: Callable[[], Tensor] | None,
+    ) -> LinearSolution:
+        """Sum the series on vectors."""
+        return _iterate(matvec, b, None, self.step_size, None, self.steps, type(self).__name__)
+
+
+def _iterate(
+    matvec: Callable[[Tensor], Tensor],
+    b: Tensor,
+    x: Tensor | None,
+    step_size: float | str,
+    tol: float | None,
+    limit: int,
+    name: str,
+) -> LinearSolution:
+    """Run at most `limit` steps, fewer once the relative residual is at most `tol` (None: exactly `limit`)."""
+    h = 1.0 / (MARGIN * lanczos(matvec, b).largest) if isinstance(step_size, str) else step_size
+    scale = torch.linalg.vector_norm(b)
+    every = 1 if b.device.type == "cpu" else 8
+    if x is None:
+        x, r = torch.zeros_like(b), b
+    else:
+        r = b - matvec(x)
+    first = float(torch.linalg.vector_norm(r) / scale)
+    steps = 0
+    while steps < limit:
+        if tol is not None and steps % every == 0 and bool(torch.linalg.vector_norm(r) <= tol * scale):
+            break
+        x = torch.add(x, r, alpha=h)
+        r = b - matvec(x)
+        steps += 1
+    residual = float(torch.linalg.vector_norm(r) / scale)
+    at = f"{name} stopped after {steps} steps at the relative residual {residual:.2e}"
+    if not residual <= max(first, 1.0):
+        verdict = Verdict(Status.LINEAR_DIVERGED, f"{at}, from {first:.2e}, with step_size={h:.3g}")
+    elif tol is not None and residual > tol:
+        verdict = Verdict(Status.LINEAR_NOT_CONVERGED, f"{at}, above tol={tol:.1e}")
+    else:
+        verdict = GOOD
+    return LinearSolution(x, residual, steps, verdict)

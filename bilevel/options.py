@@ -1,0 +1,58 @@
+"""One validator and one sentence for every option: name, owner, what is allowed, what it got."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, fields
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+
+def require(owner: object, name: str, allowed: str, ok: bool) -> None:
+    """Raise the one sentence about an option unless `ok`.
+
+    Args:
+        owner: the object that has the option.
+        name: the option's name; its value is read from the owner.
+        allowed: what is allowed, in words.
+        ok: whether the value is allowed.
+
+    Raises:
+        ValueError: if `ok` is false, such as "`CG.max_steps` must be a positive int, got -3."
+    """
+    if not ok:
+        raise ValueError(f"`{type(owner).__name__}.{name}` must be {allowed}, got {getattr(owner, name)!r}.")
+
+
+def is_int(value: Any, at_least: int = 1) -> bool:
+    """True for an int (not a bool) that is not below `at_least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= at_least
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite real number (not a bool)."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_positive(value: Any) -> bool:
+    """True for a finite number above zero."""
+    return is_number(value) and value > 0
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return ``eps ** (2/3)``: 3.7e-11 in float64, 2.4e-5 in float32."""
+    return float(torch.finfo(dtype).eps ** (2 / 3))
+
+
+def describe(options: Any) -> str:
+    """Return a short name for a solver or estimator, such as ``Implicit(linear_solver=CG())``."""
+    parts = []
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.default is not MISSING and value == option.default:
+            continue
+        shown = describe(value) if hasattr(value, "__dataclass_fields__") else repr(value)
+        parts.append(f"{option.name}={shown}")
+    return f"{type(options).__name__}({', '.join(parts)})"

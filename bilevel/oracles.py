@@ -1,0 +1,314 @@
+"""The oracles of an inner problem: bind -> linearize -> vjp.
+
+`InnerProblem` is the inner loss at fixed hyperparameters, `Linearization` its gradient linearised at one point. Inner
+solvers, reverse sweeps and linear solvers need nothing else. Both count every call and delegate to hooks (`_grad`,
+`_hvp`, ...): the default hooks use autograd; a problem with structure overrides them with its closed form, and nothing
+that calls an oracle can tell the difference.
+
+With the inner gradient ``g(x, u)``, ``H = dg/dx`` and ``C = dg/du``:
+
+    hvp(v) = H' v        cross(v) = C' v        vjp(v) = (H' v, C' v)        jvp(dx, du) = H dx + C du
+
+For a problem stated by an optimality map (``optimality=``) read that map for ``g``; otherwise ``H' = H``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.lanczos import Spectrum, lanczos
+from bilevel.tree import Tree
+
+if TYPE_CHECKING:
+    from bilevel.problem import BilevelProblem
+
+
+class Linearization:
+    """The inner gradient linearised at ``(params, hparams)``; what several products share is computed once.
+
+    A structured problem overrides `_hvp` and `_cross` (or `_vjp` alone), and `_cross_jvp` for forward mode. The
+    defaults hold the graph of the gradient and do one backward pass for each product.
+
+    Args:
+        inner: the bound problem.
+        params: the point.
+    """
+
+    def __init__(self, inner: InnerProblem, params: Tree) -> None:
+        self.inner = inner
+        self.params = params
+        self._gradient_graph: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+        self._loss_graph: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
+
+    def hvp(self, v: Tree) -> Tree:
+        """Return ``H' v``, shaped as `params`."""
+        self.inner.counts["hvp"] += 1
+        return self._hvp(v)
+
+    def cross(self, v: Tree) -> Tree:
+        """Return ``C' v``, shaped as `hparams`, for v shaped as `params`."""
+        self.inner.counts["cross"] += 1
+        return self._cross(v)
+
+    def vjp(self, v: Tree) -> tuple[Tree, Tree]:
+        """Return ``(H' v, C' v)``."""
+        self.inner.counts["vjp"] += 1
+        return self._vjp(v)
+
+    def jvp(self, params_tangent: Tree, hparams_tangent: Tree) -> Tree:
+        """Return ``H dx + C du``, shaped as `params`."""
+        self.inner.counts["jvp"] += 1
+        return self._jvp(params_tangent, hparams_tangent)
+
+    def hvp_vjp(self, v: Tree, w: Tree) -> tuple[Tree, Tree]:
+        """Return the gradients of ``w' H v`` with respect to `params` and `hparams` (third derivatives)."""
+        self.inner.counts["hvp_vjp"] += 1
+        return self._hvp_vjp(v, w)
+
+    def dense_hessian(self) -> Tensor:
+        """Return H as a matrix of shape (size, size) in the order of `Raveler`; the default takes `size` HVPs."""
+        raveler = tree.Raveler(self.params)
+        (like, *_) = tree.leaves(self.params)
+        identity = torch.eye(raveler.size, dtype=like.dtype, device=like.device)
+        # Row i of the stack is H' e_i, so the stack is H itself.
+        return torch.stack([raveler.ravel(self.hvp(raveler.unravel(row))) for row in identity])
+
+    def rebind(self, inner: InnerProblem) -> Linearization:
+        """Return the linearization at the same params for other hparams; structured problems keep their data pass."""
+        return inner.linearize(self.params)
+
+    # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def _hvp(self, v: Tree) -> Tree:
+        gradient, params, _ = self._gradients()
+        return tree.rebuild(self.params, _vjp(gradient, params, tree.leaves(v)))
+
+    def _cross(self, v: Tree) -> Tree:
+        gradient, _, hparams = self._gradients()
+        return tree.rebuild(self.inner.hparams, _vjp(gradient, hparams, tree.leaves(v)))
+
+    def _vjp(self, v: Tree) -> tuple[Tree, Tree]:
+        if type(self)._hvp is not Linearization._hvp:
+            return self._hvp(v), self._cross(v)
+        gradient, params, hparams = self._gradients()
+        both = _vjp(gradient, params + hparams, tree.leaves(v))
+        cut = len(params)
+        return tree.rebuild(self.params, both[:cut]), tree.rebuild(self.inner.hparams, both[cut:])
+
+    def _jvp(self, params_tangent: Tree, hparams_tangent: Tree) -> Tree:
+        if type(self)._cross_jvp is not Linearization._cross_jvp:
+            return tree.add(self._hvp(params_tangent), self._cross_jvp(hparams_tangent))
+        tangents = tree.leaves(params_tangent) + tree.leaves(hparams_tangent)
+        if self.inner.problem.optimality is not None:
+            gradient, params, hparams = self._gradients()
+            return tree.rebuild(self.params, transposed_twice(gradient, params + hparams, tangents))
+        # H dx + C du is the params-gradient of the directional derivative of the loss: one backward pass.
+        by_params, by_hparams, params, _ = self._loss_gradients()
+        gradients = by_params + by_hparams
+        used = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g.requires_grad]
+        if not used:
+            return tree.zeros_like(self.params)
+        products = torch.autograd.grad(
+            [g for g, _ in used], params, [t for _, t in used], retain_graph=True, materialize_grads=True
+        )
+        return tree.rebuild(self.params, products)
+
+    def _cross_jvp(self, hparams_tangent: Tree) -> Tree:
+        """Return ``C du``; override it in a structured problem to give forward mode."""
+        return self._jvp(tree.zeros_like(self.params), hparams_tangent)
+
+    def _hvp_vjp(self, v: Tree, w: Tree) -> tuple[Tree, Tree]:
+        params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
+        with torch.enable_grad():
+            gradient = tree.leaves(self.inner.problem.gradient_graph(params, hparams))
+            product = _vjp(gradient, tree.leaves(params), tree.leaves(v), create_graph=True)
+            roots = tree.leaves(params) + tree.leaves(hparams)
+            moving = [(p, c) for p, c in zip(product, tree.leaves(w), strict=True) if p.requires_grad]
+            if not moving:
+                return tree.zeros_like(params), tree.zeros_like(hparams)
+            both = _vjp([p for p, _ in moving], roots, [c for _, c in moving])
+        cut = len(tree.leaves(params))
+        return tree.rebuild(params, both[:cut]), tree.rebuild(hparams, both[cut:])
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return (gradient, params, hparams) leaves with the graph from the gradient back to the roots, built once."""
+        if self._gradient_graph is None:
+            params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
+            with torch.enable_grad():
+                gradient = self.inner.problem.gradient_graph(params, hparams)
+            self._gradient_graph = (tree.leaves(gradient), tree.leaves(params), tree.leaves(hparams))
+        return self._gradient_graph
+
+    def _loss_gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Return (d loss / d params, d loss / d hparams, params, hparams) leaves with their graph, built once."""
+        if self._loss_graph is None:
+            params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
+            x, u = tree.leaves(params), tree.leaves(hparams)
+            with torch.enable_grad():
+                loss = self.inner.problem.inner_loss(params, hparams)
+                both = torch.autograd.grad(loss, x + u, create_graph=True, materialize_grads=True)
+            self._loss_graph = (list(both[: len(x)]), list(both[len(x) :]), x, u)
+        return self._loss_graph
+
+
+class InnerProblem:
+    """The inner problem at fixed hyperparameters; it lives for one solve.
+
+    Work that depends on `hparams` alone belongs into a subclass's constructor.
+
+    Args:
+        problem: the bilevel problem.
+        hparams: hyperparameters; they are detached.
+        counts: where calls are counted.
+    """
+
+    linearization: type[Linearization] = Linearization
+
+    def __init__(self, problem: BilevelProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
+        self.problem: Any = problem
+        self.hparams = tree.detach(hparams)
+        self.counts: Counter[str] = Counter() if counts is None else counts
+        self._last: tuple[Tree, Tree] | None = None
+
+    def value(self, params: Tree) -> Tensor:
+        """Return the inner loss, a 0-d tensor."""
+        self.counts["value"] += 1
+        return self._value(params)
+
+    def grad(self, params: Tree) -> Tree:
+        """Return the gradient of the inner loss (or the optimality map), shaped as `params`.
+
+        The last result is kept, so that looking at the residual of an iterate and then stepping from it costs one
+        gradient. Treat both `params` and the result as read-only.
+        """
+        if self._last is None or self._last[0] is not params:
+            self.counts["gradient"] += 1
+            self._last = (params, self._grad(params))
+        return self._last[1]
+
+    def linearize(self, params: Tree) -> Linearization:
+        """Return the gradient linearised at `params`."""
+        return self.linearization(self, params)
+
+    def curvature(self, params: Tree) -> Spectrum:
+        """Return the ends of the spectrum of the Hessian at `params`; the default is Lanczos on the HVP."""
+        point = self.linearize(params)
+        raveler = tree.Raveler(params)
+        return lanczos(lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), raveler.ravel(params))
+
+    def differentiable(self, hparams: Tree, graph: bool = False) -> DifferentiableInner:
+        """Return this problem with a gradient that autograd can differentiate.
+
+        Args:
+            hparams: hyperparameters that require gradients, equal in value to the bound ones.
+            graph: differentiate the loss itself (any order, the graph holds every operation) instead of making the
+                gradient one node whose backward is the `vjp` oracle (once, the graph holds params alone).
+        """
+        return DifferentiableInner(self, hparams, graph)
+
+    # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def _value(self, params: Tree) -> Tensor:
+        with torch.no_grad():
+            value: Tensor = self.problem.inner_loss(params, self.hparams)
+        return value
+
+    def _grad(self, params: Tree) -> Tree:
+        if self.problem.optimality is not None:
+            with torch.no_grad():
+                return self.problem.optimality(params, self.hparams)
+        params = tree.attach(params)
+        with torch.enable_grad():
+            loss = self.problem.inner_loss(params, self.hparams)
+        return tree.rebuild(params, torch.autograd.grad(loss, tree.leaves(params), materialize_grads=True))
+
+
+class DifferentiableInner(InnerProblem):
+    """An inner problem inside an autograd graph: what an inner solver's `step` sees when it is differentiated.
+
+    Args:
+        inner: the bound problem whose oracles are used.
+        hparams: hyperparameters that require gradients.
+        graph: see `InnerProblem.differentiable`.
+    """
+
+    def __init__(self, inner: InnerProblem, hparams: Tree, graph: bool) -> None:
+        super().__init__(inner.problem, hparams, inner.counts)
+        self.hparams = hparams
+        self._inner = inner
+        self._graph = graph
+
+    def value(self, params: Tree) -> Tensor:
+        """Return the inner loss with its graph."""
+        self.counts["value"] += 1
+        value: Tensor = self.problem.inner_loss(params, self.hparams)
+        return value
+
+    def linearize(self, params: Tree) -> Linearization:
+        """Refuse: second-order oracles are not differentiated by autograd."""
+        raise ValueError(
+            "an inner solver whose step uses second derivatives cannot be differentiated by autograd: "
+            "it must define `step_vjp` itself; use Implicit, or FullUnroll(memory='iterates') with such a solver."
+        )
+
+    def _grad(self, params: Tree) -> Tree:
+        if self._graph:
+            return self.problem.gradient_graph(params, self.hparams)
+        x = tree.leaves(params)
+        gradients = _OracleGradient.apply(  # type: ignore[no-untyped-call]
+            self._inner, params, len(x), *x, *tree.leaves(self.hparams)
+        )
+        return tree.rebuild(params, gradients)
+
+
+class _OracleGradient(torch.autograd.Function):
+    """The inner gradient as one autograd node: forward is `grad`, backward is `vjp`."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: InnerProblem, like: Tree, cut: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        params = tree.rebuild(like, [tensor.detach() for tensor in tensors[:cut]])
+        ctx.inner, ctx.params = inner, params
+        # A copy: the oracle may keep its result, and autograd marks what a Function returns.
+        return tuple(gradient.clone() for gradient in tree.leaves(inner.grad(params)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        point = ctx.inner.linearize(ctx.params)
+        by_params, by_hparams = point.vjp(tree.rebuild(ctx.params, cotangents))
+        return (None, None, None, *tree.leaves(by_params), *tree.leaves(by_hparams))
+
+
+def _vjp(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """Return ``sum_i cotangents_i' d outputs_i / d inputs``, zeros where there is no dependence; the graph is kept."""
+    moving = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not moving:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in moving],
+            inputs,
+            [c for _, c in moving],
+            retain_graph=True,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+    )
+
+
+def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+    """Return the JVP ``d outputs / d inputs @ tangents``.
+
+    The VJP is linear in its cotangent, so differentiating it again gives the JVP. Needs reverse mode alone, so it works for every operation that has a double backward.
+    """
+    with torch.enable_grad():
+        cotangents = [torch.zeros_like(tensor, requires_grad=True) for tensor in outputs]
+        products = _vjp(outputs, inputs, cotangents, create_graph=True)
+    return _vjp(products, cotangents, tangents)

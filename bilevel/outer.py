@@ -1,0 +1,380 @@
+"""`OuterOptimizer`: descend hypergradients with any torch optimizer, warm starts, constraints and a resumable state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints as dist_constraints
+from torch.distributions import transform_to
+from tqdm import tqdm
+
+from bilevel import tree
+from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, InnerState
+from bilevel.hypergrad import hypergradient
+from bilevel.problem import BilevelProblem
+from bilevel.status import OnFailure, report
+from bilevel.tree import Tree
+
+MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
+MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], Any]
+Callback: TypeAlias = "Callable[[OuterOptimizer, Estimate], bool | None]"
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Which parts one outer step hands to the next.
+
+    Args:
+        state: the inner state (iterate, momentum, moments).
+        adjoint: the adjoint vector, the start of the linear solver.
+    """
+
+    state: bool = True
+    adjoint: bool = True
+
+
+@dataclass(frozen=True)
+class Record:
+    """One outer step, as numbers; the hypergradient was taken before the step moved the hyperparameters."""
+
+    step: int
+    outer_loss: float
+    hypergradient_norm: float
+    inner_residual: float
+    adjoint_residual: float | None
+    error: float | None
+    error_kind: str
+    status: str
+    inner_steps: int
+    adjoint_steps: int
+    gradient_equivalents: float
+    seconds: float
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class OuterResult:
+    """How an outer run ended.
+
+    Attributes:
+        hparams: the hyperparameters after the last step.
+        best_hparams: those with the smallest outer loss seen.
+        best_loss: that loss.
+        history: one `Record` for each step.
+        stopped: why the run ended, in words.
+    """
+
+    hparams: Tree
+    best_hparams: Tree
+    best_loss: float
+    history: Sequence[Record] = field(repr=False)
+    stopped: str
+
+
+class OuterOptimizer:
+    """The outer loop: hypergradient, optimizer step, warm start.
+
+    Each `step` takes the hypergradient at the present hyperparameters and moves them. With constraints, the torch
+    optimizer moves free variables z and ``hparams = transform(z)``; the hypergradient is pulled back by the chain rule.
+
+    Args:
+        problem: the problem.
+        solver: the inner solver.
+        estimator: the hypergradient estimator.
+        hparams: where to start; must satisfy the constraints.
+        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
+        scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
+        constraints: a ``torch.distributions.constraints`` object for all hyperparameters, or a dict of them by key for
+            dict hyperparameters (missing keys are free): positive, interval(a, b), simplex, ...
+        warm_start: True, False, or a `WarmStart` that switches each part.
+        params: where the inner solver starts; default: the problem's start.
+        certify: estimate the error of every hypergradient; costs a refinement round each.
+        on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
+        callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
+
+    >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
+    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
+    >>> outer = OuterOptimizer(
+    ...     problem, GradientDescent(), Implicit(), torch.zeros(2, dtype=torch.float64),
+    ...     optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1),
+    ... )
+    >>> result = outer.run(5, progress=False)
+    >>> [record.step for record in result.history]
+    [1, 2, 3, 4, 5]
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        solver: InnerSolver,
+        estimator: HypergradEstimator,
+        hparams: Tree,
+        optimizer: MakeOptimizer | None = None,
+        *,
+        scheduler: MakeScheduler | None = None,
+        constraints: Any = None,
+        warm_start: bool | WarmStart = True,
+        params: Tree = None,
+        certify: bool = False,
+        on_failure: OnFailure = "raise",
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.problem, self.solver, self.estimator = problem, solver, estimator
+        self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
+        self.certify, self.on_failure, self.callbacks = certify, on_failure, tuple(callbacks)
+        self.params = params
+        self._transform = _Transform(hparams, constraints)
+        self._free = self._transform.inverse(hparams)
+        # The first step starts exactly where the user said, not where the transform's rounding puts it.
+        self._hparams = tree.detach(hparams)
+        make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
+        self.optimizer = make(tree.leaves(self._free))
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                "`optimizer` must make a torch.optim.Optimizer from a list of tensors, "
+                f"got {type(self.optimizer).__name__}: try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
+            )
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        self.carry = Carry()
+        self.history: list[Record] = []
+        self.best: tuple[float, Tree] = (math.inf, self._hparams)
+        self._checked = False
+
+    @property
+    def hparams(self) -> Tree:
+        """The present hyperparameters, detached."""
+        return tree.tree_map(torch.clone, self._hparams)
+
+    @property
+    def gradient_equivalents(self) -> float:
+        """The cost of all steps so far."""
+        return sum(record.gradient_equivalents for record in self.history)
+
+    def step(self) -> Estimate:
+        """Take one hypergradient at the present hyperparameters, then move them.
+
+        Returns:
+            The estimate, whose hypergradient and loss belong to the hyperparameters before the move.
+
+        Raises:
+            HypergradientError: for an unusable hypergradient with ``on_failure="raise"``; nothing has moved then.
+        """
+        estimate = hypergradient(
+            self.problem,
+            self.solver,
+            self.estimator,
+            self._hparams,
+            self.params,
+            carry=self.carry,
+            certify=self.certify,
+            check=not self._checked,
+            on_failure="return",
+        )
+        verdict = estimate.verdict
+        report(verdict, self.on_failure, estimate)
+        self._checked = True
+        if verdict.status.usable:
+            if estimate.outer_loss < self.best[0]:
+                self.best = (estimate.outer_loss, self._hparams)
+            self._move(estimate.hypergradient)
+            self.carry = Carry(
+                estimate.carry.state if self.warm_start.state else None,
+                estimate.carry.adjoint if self.warm_start.adjoint else None,
+            )
+        self.history.append(_record(len(self.history) + 1, estimate))
+        return estimate
+
+    def _move(self, gradient: Tree) -> None:
+        """Hand the pulled-back gradient to the optimizer and step."""
+        for leaf, part in zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True):
+            leaf.grad = part
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._hparams = tree.detach(self._transform(self._free))
+
+    def run(
+        self,
+        steps: int,
+        *,
+        budget: float | None = None,
+        tol: float | None = None,
+        patience: int | None = None,
+        min_progress: float = 0.0,
+        progress: bool = True,
+    ) -> OuterResult:
+        """Take up to `steps` more steps.
+
+        Args:
+            steps: most steps.
+            budget: stop once the cost of the whole history, in gradient-equivalents, has reached this.
+            tol: stop once the norm of the hypergradient is at most this.
+            patience: stop after this many steps without a lower outer loss.
+            min_progress: by how much the outer loss has to fall to count as progress.
+            progress: show a progress line.
+
+        Returns:
+            The result; a second call continues.
+        """
+        stopped = f"took {steps} steps"
+        best, waited = self.best[0], 0
+        with tqdm(total=steps, disable=not progress, unit="step") as line:
+            for _ in range(steps):
+                estimate = self.step()
+                line.set_postfix_str(_postfix(self.history[-1]), refresh=False)
+                line.update()
+                # A list, so that every callback is called.
+                asked = [callback(self, estimate) for callback in self.callbacks]
+                if estimate.outer_loss < best - min_progress:
+                    best, waited = estimate.outer_loss, 0
+                else:
+                    waited += 1
+                reason = self._reason(estimate, budget, tol, patience, waited)
+                if any(answer is True for answer in asked):
+                    reason = "a callback asked to stop"
+                if reason:
+                    stopped = reason
+                    break
+        return OuterResult(self.hparams, self.best[1], self.best[0], tuple(self.history), stopped)
+
+    def _reason(
+        self, estimate: Estimate, budget: float | None, tol: float | None, patience: int | None, waited: int
+    ) -> str:
+        """Return why to stop, or an empty string."""
+        if not estimate.status.usable:
+            return f"a hypergradient failed: {estimate.verdict}"
+        if tol is not None and self.history[-1].hypergradient_norm <= tol:
+            return f"the hypergradient norm reached {tol:g}"
+        if patience is not None and waited >= patience:
+            return f"no progress for {patience} steps"
+        if budget is not None and self.gradient_equivalents >= budget:
+            return f"the budget of {budget:g} gradient-equivalents is used"
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.
+
+        A run that loads it continues to the same numbers bit for bit (same machine, same number of threads).
+        """
+        state = self.carry.state
+        return {
+            "format": FORMAT,
+            "free": [leaf.detach().clone() for leaf in tree.leaves(self._free)],
+            "hparams": [leaf.clone() for leaf in tree.leaves(self._hparams)],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "inner_state": None
+            if state is None
+            else {
+                "params": state.params,
+                "memory": state.memory,
+                "steps": state.steps,
+                "measured": dict(state.measured),
+            },
+            "adjoint": self.carry.adjoint,
+            "history": [asdict(record) for record in self.history],
+            "best_loss": self.best[0],
+            "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Args:
+            state: what `state_dict` returned, for the same problem, solver and estimator.
+
+        Raises:
+            ValueError: for another format or other hyperparameters.
+        """
+        if state.get("format") != FORMAT:
+            raise ValueError(f"this state has the format {state.get('format')!r}, this version reads {FORMAT}.")
+        shapes = [tuple(leaf.shape) for leaf in tree.leaves(self._hparams)]
+        saved = [tuple(leaf.shape) for leaf in state["hparams"]]
+        if shapes != saved:
+            raise ValueError(f"this state has hyperparameters of shapes {saved}, this run has {shapes}.")
+        with torch.no_grad():
+            for leaf, value in zip(tree.leaves(self._free), state["free"], strict=True):
+                leaf.copy_(value)
+        self._hparams = tree.rebuild(self._hparams, [value.clone() for value in state["hparams"]])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        inner = state["inner_state"]
+        self.carry = Carry(None if inner is None else InnerState(**inner), state["adjoint"])
+        self.history = [Record(**record) for record in state["history"]]
+        best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
+        self.best = (state["best_loss"], best)
+        torch.set_rng_state(state["rng"])
+
+
+class _Transform:
+    """From free variables to constrained hyperparameters, key by key."""
+
+    def __init__(self, hparams: Tree, constraints: Any) -> None:
+        if isinstance(constraints, Mapping):
+            if not isinstance(hparams, Mapping):
+                raise ValueError("`constraints` is a dict, but the hyperparameters are not.")
+            unknown = set(constraints) - set(hparams)
+            if unknown:
+                raise ValueError(f"`constraints` names {sorted(unknown)}, but hparams has {sorted(hparams)}.")
+            by_leaf: list[Any] = []
+            for key, value in hparams.items():
+                by_leaf += [constraints.get(key)] * len(tree.leaves(value))
+        else:
+            by_leaf = [constraints] * len(tree.leaves(hparams))
+        self._transforms = [transform_to(c if c is not None else dist_constraints.real) for c in by_leaf]
+        for name, leaf, constraint in zip(tree.names(hparams), tree.leaves(hparams), by_leaf, strict=True):
+            if constraint is not None and not bool(constraint.check(leaf).all()):
+                raise ValueError(f"`hparams{name}` does not satisfy its constraint {constraint}: {leaf}.")
+        self._like = hparams
+
+    def __call__(self, free: Tree) -> Tree:
+        pairs = zip(self._transforms, tree.leaves(free), strict=True)
+        return tree.rebuild(self._like, [transform(leaf) for transform, leaf in pairs])
+
+    def inverse(self, hparams: Tree) -> Tree:
+        """Return free leaves that require gradients."""
+        pairs = zip(self._transforms, tree.leaves(hparams), strict=True)
+        free = [transform.inv(leaf.detach()).clone().requires_grad_() for transform, leaf in pairs]
+        return tree.rebuild(self._like, free)
+
+    def pull_back(self, free: Tree, gradient: Tree) -> list[Tensor]:
+        """Return the gradient with respect to the free variables."""
+        with torch.enable_grad():
+            hparams = tree.leaves(self(free))
+        return list(torch.autograd.grad(hparams, tree.leaves(free), tree.leaves(gradient)))
+
+
+def _record(step: int, estimate: Estimate) -> Record:
+    c = estimate.certificate
+    return Record(
+        step=step,
+        outer_loss=estimate.outer_loss,
+        hypergradient_norm=float(tree.norm(estimate.hypergradient)),
+        inner_residual=c.inner_residual,
+        adjoint_residual=c.adjoint_residual,
+        error=c.error,
+        error_kind=c.error_kind,
+        status=estimate.status.name,
+        inner_steps=c.inner_steps,
+        adjoint_steps=c.adjoint_steps,
+        gradient_equivalents=estimate.cost.gradient_equivalents,
+        seconds=estimate.cost.seconds,
+        peak_memory=estimate.cost.peak_memory,
+    )
+
+
+def _postfix(record: Record) -> str:
+    error = "-" if record.error is None else f"{record.error:.1e}"
+    return (
+        f"loss {record.outer_loss:.5g}, |hypergradient| {record.hypergradient_norm:.2e}, "
+        f"inner residual {record.inner_residual:.1e}, error {error}"
+    )

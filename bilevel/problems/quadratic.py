@@ -1,0 +1,193 @@
+"""A quadratic inner problem with everything known in closed form: the referee of the test suite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilevel.oracles import InnerProblem, Linearization
+from bilevel.problem import BilevelProblem, check_trees
+from bilevel.tree import Tree
+
+
+class QuadraticPoint(Linearization):
+    """The gradient of a quadratic, linearised."""
+
+    inner: QuadraticInner
+
+    def _hvp(self, v: Tensor) -> Tensor:
+        return torch.mv(self.inner.hessian, v)
+
+    def _cross(self, v: Tensor) -> Tensor:
+        problem = self.inner.problem
+        return (problem.hessian_directions @ self.params + problem.linear_directions) @ v
+
+    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
+        problem = self.inner.problem
+        return (problem.hessian_directions @ self.params + problem.linear_directions).t() @ hparams_tangent
+
+    def dense_hessian(self) -> Tensor:
+        """Return H(u)."""
+        return self.inner.hessian
+
+
+class QuadraticInner(InnerProblem):
+    """A quadratic at fixed hyperparameters."""
+
+    linearization = QuadraticPoint
+
+    def __init__(self, problem: QuadraticProblem, hparams: Tree, counts: object = None) -> None:
+        super().__init__(problem, hparams, counts)  # type: ignore[arg-type]
+        self.hessian, self.linear = problem.coefficients(self.hparams)
+
+    def _grad(self, params: Tensor) -> Tensor:
+        return torch.addmv(self.linear, self.hessian, params)
+
+
+class QuadraticProblem(BilevelProblem):
+    """A quadratic inner loss whose Hessian and linear term are affine in u, and a quadratic outer loss.
+
+        inner   1/2 x' H(u) x + b(u)' x,   H(u) = H_0 + sum_j u_j H_j,   b(u) = b_0 + sum_j u_j b_j
+        outer   1/2 |x - target|^2
+
+    so ``x*(u) = -H(u)^-1 b(u)``, ``dx*/du_j = -H^-1 (H_j x* + b_j)``, and the hypergradient is
+    ``(dx*/du)' (x* - target)``.
+
+    Args:
+        hessian: H_0, symmetric, of shape (d, d).
+        linear: b_0 of shape (d,).
+        hessian_directions: H_j, symmetric, of shape (p, d, d); zeros by default.
+        linear_directions: b_j, of shape (p, d); zeros by default. At least one of the two must be given.
+        target: of shape (d,); zeros by default.
+        params: where the inner solver starts; zeros by default.
+
+    >>> problem = QuadraticProblem(
+    ...     hessian=torch.eye(2, dtype=torch.float64),
+    ...     linear=torch.tensor([-1.0, 1.0], dtype=torch.float64),
+    ...     hessian_directions=torch.eye(2, dtype=torch.float64)[None],
+    ... )
+    >>> problem.exact_hypergradient(torch.tensor([1.0], dtype=torch.float64))
+    tensor([-0.2500], dtype=torch.float64)
+    """
+
+    inner_problem = QuadraticInner
+
+    def __init__(
+        self,
+        hessian: Tensor,
+        linear: Tensor,
+        hessian_directions: Tensor | None = None,
+        linear_directions: Tensor | None = None,
+        target: Tensor | None = None,
+        params: Tensor | None = None,
+    ) -> None:
+        d = len(linear)
+        if hessian_directions is None and linear_directions is None:
+            raise ValueError(
+                "give `hessian_directions` or `linear_directions`: "
+                "without them the inner problem does not depend on hparams."
+            )
+        given = hessian_directions if hessian_directions is not None else linear_directions
+        p = len(given) if given is not None else 0
+        self.hessian, self.linear = hessian, linear
+        self.hessian_directions = hessian.new_zeros(p, d, d) if hessian_directions is None else hessian_directions
+        self.linear_directions = hessian.new_zeros(p, d) if linear_directions is None else linear_directions
+        self.target = linear.new_zeros(d) if target is None else target
+        for name, value, shape in (
+            ("hessian", hessian, (d, d)),
+            ("hessian_directions", self.hessian_directions, (p, d, d)),
+            ("linear_directions", self.linear_directions, (p, d)),
+            ("target", self.target, (d,)),
+        ):
+            if tuple(value.shape) != shape:
+                raise ValueError(f"`QuadraticProblem.{name}` must have shape {shape}, got {tuple(value.shape)}.")
+        for name, matrix in (("hessian", hessian), ("hessian_directions", self.hessian_directions)):
+            if not torch.allclose(matrix, matrix.mT):
+                raise ValueError(f"`QuadraticProblem.{name}` must be symmetric.")
+        super().__init__(params=linear.new_zeros(d) if params is None else params)
+
+    @classmethod
+    def random(cls, size: int, hyperparameters: int, condition: float = 10.0, seed: int = 0) -> QuadraticProblem:
+        """Make a random problem in float64 with spectrum [1, condition] at u = 0.
+
+        The directions are positive semidefinite and small, so that H(u) stays positive definite for u > -1.
+
+        Args:
+            size: d.
+            hyperparameters: p.
+            condition: condition number of H_0.
+            seed: of the generator.
+
+        Returns:
+            The problem; the same seed gives the same problem on every machine.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        basis, _ = torch.linalg.qr(normal(size, size))
+        spectrum = torch.linspace(1.0, condition, size, dtype=torch.float64)
+        hessian = basis @ torch.diag(spectrum) @ basis.t()
+        roots = normal(hyperparameters, size, size) / (2.0 * size * hyperparameters) ** 0.5
+        directions = roots @ roots.mT / 2.0
+        return cls(
+            (hessian + hessian.t()) / 2,
+            normal(size),
+            (directions + directions.mT) / 2,
+            normal(hyperparameters, size),
+            normal(size),
+        )
+
+    def coefficients(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
+        """Return H(u) and b(u)."""
+        hessian = self.hessian + torch.tensordot(hparams, self.hessian_directions, 1)
+        return hessian, self.linear + hparams @ self.linear_directions
+
+    def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """``1/2 x' H(u) x + b(u)' x``."""
+        hessian, linear = self.coefficients(hparams)
+        return 0.5 * torch.dot(params, hessian @ params) + torch.dot(linear, params)
+
+    def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """``1/2 |x - target|^2``."""
+        return 0.5 * (params - self.target).square().sum()
+
+    def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
+        """Return the outer loss, ``x - target`` and zero."""
+        return self.outer_loss(params, hparams), params - self.target, torch.zeros_like(hparams)
+
+    def solve(self, hparams: Tensor) -> Tensor:
+        """Return ``x* = -H(u)^-1 b(u)``, of shape (d,)."""
+        hessian, linear = self.coefficients(hparams.detach())
+        return -torch.linalg.solve(hessian, linear)
+
+    def exact_jacobian(self, hparams: Tensor) -> Tensor:
+        """Return ``dx*/du`` of shape (d, p)."""
+        hessian, _ = self.coefficients(hparams.detach())
+        x = self.solve(hparams)
+        return -torch.linalg.solve(hessian, (self.hessian_directions @ x + self.linear_directions).t())
+
+    def exact_hypergradient(self, hparams: Tensor) -> Tensor:
+        """Return ``(dx*/du)' (x* - target)``, of shape (p,)."""
+        return self.exact_jacobian(hparams).t() @ (self.solve(hparams) - self.target)
+
+    def check(self, params: Tree, hparams: Tree) -> None:
+        """Look at shapes, dtype and device.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        check_trees(params, hparams)
+        for name, value, shape in (
+            ("params", params, self.linear.shape),
+            ("hparams", hparams, (len(self.linear_directions),)),
+        ):
+            if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"`{name}` of QuadraticProblem must be a Tensor of shape {tuple(shape)}, got {got}.")
+            if (value.dtype, value.device) != (self.linear.dtype, self.linear.device):
+                raise ValueError(
+                    f"`{name}` is {value.dtype} on {value.device}, but the problem is {self.linear.dtype} "
+                    f"on {self.linear.device}: they must share dtype and device."
+                )

@@ -1,0 +1,149 @@
+"""Ridge regression."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bilevel.lanczos import Spectrum, lanczos
+from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.tree import Tree
+
+DENSE = 300
+"""Up to this many features the spectrum is computed exactly."""
+
+
+class RidgePoint(LinearModelPoint):
+    """The gradient of ridge regression, linearised: its Hessian is the same everywhere."""
+
+    inner: RidgeInner
+
+    def _hvp(self, v: Tensor) -> Tensor:
+        return super()._hvp(v) if self.inner.hessian is None else torch.mv(self.inner.hessian, v)
+
+    def dense_hessian(self) -> Tensor:
+        """Return ``c X'X + diag(pen)``."""
+        return self.inner.problem.gram + torch.diag(self.inner.penalty.expand_as(self.params))
+
+
+class RidgeInner(LinearModelInner):
+    """Ridge regression at fixed penalties; with no fewer rows than features, on the Gram matrix."""
+
+    linearization = RidgePoint
+
+    def __init__(self, problem: RidgeProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
+        super().__init__(problem, hparams, counts)
+        self.hessian: Tensor | None = None
+        if problem.on_gram:
+            self.hessian = problem.gram + torch.diag(self.penalty.expand(len(problem.gram)))
+
+    def _grad(self, params: Tensor) -> Tensor:
+        if self.hessian is None:
+            return super()._grad(params)
+        return torch.addmv(self.problem.moment, self.hessian, params, beta=-1.0)
+
+    def curvature(self, params: Tensor) -> Spectrum:
+        """Return the ends of the spectrum: exact up to 300 features, by Lanczos beyond."""
+        if self.hessian is None or len(self.hessian) > DENSE:
+            point = self.linearize(params)
+            return lanczos(point.hvp, params)
+        values = torch.linalg.eigvalsh(self.hessian)
+        return Spectrum(float(values[0]), float(values[-1]), exact=True)
+
+
+class RidgeProblem(LinearModelProblem):
+    """Ridge regression with tuned penalties.
+
+        inner   c/2 |X w - y|^2 + 1/2 sum_j pen_j w_j^2,   c = 1/n (loss="mean") or 1 (loss="sum")
+        outer   1/(2m) |X_val w - y_val|^2
+
+    Hyperparameters: u of shape () for penalty="scalar", (features,) for "per_feature"; ``pen = exp(u)``, or u itself
+    with parametrization="direct". There is no intercept: centre X and y, or add a column of ones.
+
+    Args:
+        X_train: training inputs, shape (rows, features).
+        y_train: training targets, shape (rows,).
+        X_val: validation inputs, for the outer loss.
+        y_val: validation targets.
+        penalty: "scalar" or "per_feature".
+        X_test: test inputs, for `metrics` alone.
+        y_test: test targets.
+        loss: "mean" or "sum" over the training rows.
+        parametrization: "log" or "direct".
+
+    >>> X = torch.eye(3, dtype=torch.float64)
+    >>> y = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    >>> problem = RidgeProblem(X, y, X, y, loss="sum")
+    >>> problem.solve(torch.zeros((), dtype=torch.float64))
+    tensor([0.5000, 1.0000, 1.5000], dtype=torch.float64)
+    """
+
+    inner_problem = RidgeInner
+    max_loss_curvature = 1.0
+
+    def prepare_targets(self) -> None:
+        """Bring the targets to the inputs' dtype."""
+        for split in self.splits.values():
+            split.y = split.y.to(split.X.dtype)
+
+    def params_shape(self) -> tuple[int, ...]:
+        """(features,)."""
+        return (self.train.X.shape[0],)
+
+    def penalty_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """One penalty, or one for each feature."""
+        return {"scalar": (), "per_feature": self.params_shape()}
+
+    def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``1/2 sum (z - y)^2``."""
+        return 0.5 * (z - y).square().sum()
+
+    def slope_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``z - y``."""
+        return z - y
+
+    def curvature_at(self, z: Tensor) -> None:
+        """The curvature is one."""
+
+    def bend(self, curvature: None, dz: Tensor) -> Tensor:
+        """``dz``."""
+        return dz
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """The coefficient of determination R^2."""
+        return {"r2": 1.0 - float((z - y).square().sum() / (y - y.mean()).square().sum())}
+
+    @property
+    def on_gram(self) -> bool:
+        """Whether products go through the Gram matrix: cheaper with no fewer rows than features."""
+        return self.train.rows >= self.train.X.shape[0]
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``c X'X``, of shape (features, features)."""
+        return self.scale * (self.train.X @ self.train.X.t())
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """``c X'y``, of shape (features,)."""
+        return self.scale * (self.train.X @ self.train.y)
+
+    def solve(self, hparams: Tensor) -> Tensor:
+        """Return the exact inner solution ``(c X'X + diag(pen))^-1 c X'y``."""
+        return torch.linalg.solve(self._hessian(hparams), self.moment)
+
+    def exact_hypergradient(self, hparams: Tensor) -> Tensor:
+        """Return ``-(d pen/du) w H^-1 f_w``, summed over each group, by dense algebra."""
+        hparams = hparams.detach()
+        w = self.solve(hparams)
+        _, by_params, _ = self.outer_value_and_grads(w, hparams)
+        adjoint = torch.linalg.solve(self._hessian(hparams), by_params)
+        slope = self.penalties(hparams) if self.parametrization == "log" else 1.0
+        return -self.gather(slope * w * adjoint)
+
+    def _hessian(self, hparams: Tensor) -> Tensor:
+        return self.gram + torch.diag(self.penalties(hparams).expand(self.params_shape()))

@@ -1,0 +1,125 @@
+"""Multinomial logistic (softmax) regression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bilevel.problems.linear_model import (
+    LinearModelInner,
+    LinearModelPoint,
+    LinearModelProblem,
+    class_labels,
+    training_classes,
+)
+
+
+class SoftmaxPoint(LinearModelPoint):
+    """The gradient of softmax regression, linearised."""
+
+    def dense_hessian(self) -> Tensor:
+        """Return the Hessian over the flattened (class, feature) weights, one block for each pair of classes."""
+        problem = self.inner.problem
+        X, p = problem.train.X, self.curvature
+        count, features = self.params.shape
+        hessian = X.new_empty(count, features, count, features)
+        for i in range(count):
+            for j in range(i + 1):
+                weights = p[i] * ((1.0 - p[j]) if i == j else -p[j])
+                block = (X * (problem.scale * weights)) @ X.t()
+                hessian[i, :, j, :] = block
+                hessian[j, :, i, :] = block
+        size = count * features
+        return hessian.reshape(size, size) + torch.diag(self.inner.penalty.expand_as(self.params).reshape(-1))
+
+
+class SoftmaxInner(LinearModelInner):
+    """Softmax regression at fixed penalties."""
+
+    linearization = SoftmaxPoint
+
+
+class SoftmaxProblem(LinearModelProblem):
+    """Softmax regression with tuned penalties; weights W of shape (classes, features), predictions ``z_i = W x_i``.
+
+        inner   c sum_i (logsumexp(z_i) - z_i[y_i]) + 1/2 sum pen W^2,   c = 1/n (loss="mean") or 1 (loss="sum")
+        outer   1/m sum_i (logsumexp(z_i) - z_i[y_i]) over the validation rows
+
+    Hyperparameters u, with ``pen = exp(u)`` (or u itself with parametrization="direct"):
+
+        penalty="scalar"       shape ()                      one penalty
+        penalty="per_class"    shape (classes,)              one for each row of W
+        penalty="per_feature"  shape (features,)             one for each column of W
+        penalty="per_weight"   shape (classes, features)     one for each (class, feature)
+
+    Args:
+        X_train: training inputs, shape (rows, features).
+        y_train: training labels, shape (rows,).
+        X_val: validation inputs, for the outer loss.
+        y_val: validation labels.
+        penalty: see above.
+        X_test: test inputs, for `metrics` alone.
+        y_test: test labels.
+        loss: "mean" or "sum" over the training rows.
+        parametrization: "log" or "direct".
+
+    >>> X = torch.eye(3, dtype=torch.float64)
+    >>> problem = SoftmaxProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty="per_class")
+    >>> problem.params.shape, problem.initial_hparams().shape
+    (torch.Size([3, 3]), torch.Size([3]))
+    """
+
+    inner_problem = SoftmaxInner
+    max_loss_curvature = 0.5
+
+    def prepare_targets(self) -> None:
+        """Turn the labels into indices."""
+        classes = training_classes(self.train)
+        self.classes = len(classes)
+        for split in self.splits.values():
+            split.y = class_labels(split, classes)
+
+    def params_shape(self) -> tuple[int, ...]:
+        """(classes, features)."""
+        return (self.classes, self.train.X.shape[0])
+
+    def penalty_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """One penalty, or one for each class, feature, or weight."""
+        count, features = self.params_shape()
+        return {
+            "scalar": (),
+            "per_class": (count, 1),
+            "per_feature": (1, features),
+            "per_weight": (count, features),
+        }
+
+    def predict(self, X: Tensor, w: Tensor) -> Tensor:
+        """Return ``W x_i`` for every row: (classes, rows)."""
+        return w @ X
+
+    def collect(self, X: Tensor, slopes: Tensor) -> Tensor:
+        """Return the slopes (classes, rows) gathered into (classes, features)."""
+        return slopes @ X.t()
+
+    def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``sum (logsumexp(z_i) - z_i[y_i])``."""
+        return (torch.logsumexp(z, 0) - z.gather(0, y[None])[0]).sum()
+
+    def slope_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``softmax(z) - onehot(y)``."""
+        return torch.softmax(z, 0).scatter_add(0, y[None], z.new_full((1, 1), -1.0).expand(1, len(y)))
+
+    def curvature_at(self, z: Tensor) -> Tensor:
+        """``softmax(z)``."""
+        return torch.softmax(z, 0)
+
+    def bend(self, curvature: Tensor, dz: Tensor) -> Tensor:
+        """``(diag(p) - p p') dz`` in every row."""
+        weighted = curvature * dz
+        return weighted - curvature * weighted.sum(0)
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """The accuracy."""
+        return {"accuracy": float((z.argmax(0) == y).double().mean())}

@@ -1,0 +1,124 @@
+"""What can be said of a result: `Status`, an enum whose text is the remedy, and the exceptions that carry it.
+
+Inside the package failure is a value; it becomes an exception or a warning only at the edge
+(``on_failure="raise" | "warn" | "return"``).
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+OnFailure: TypeAlias = Literal["raise", "warn", "return"]
+
+
+class Status(enum.Enum):
+    """State of a solve or of a hypergradient; the value of a member is its meaning and the remedy.
+
+    >>> Status.NEGATIVE_CURVATURE.ok
+    False
+    """
+
+    OK = "the number can be used as it is"
+    INNER_NOT_CONVERGED = (
+        "the inner solver used all its steps before the residual reached `tol`: "
+        "raise `steps`, loosen `tol`, or use a faster inner solver"
+    )
+    DIVERGED = "the inner solver diverges: use a smaller `step_size`, or 'auto'"
+    NOT_FINITE = "a value is NaN or infinite: check the data, the start and the losses at the step that is named"
+    NEGATIVE_CURVATURE = (
+        "the inner Hessian is not positive definite, so the implicit function theorem does not describe a minimum: "
+        "add damping (`Implicit(damping=...)`) or a penalty, run more inner steps, or differentiate by unrolling"
+    )
+    SINGULAR = "the linear system is singular: add a penalty or damping (`Implicit(damping=...)`)"
+    LINEAR_NOT_CONVERGED = (
+        "the linear solver stopped before its tolerance: raise its `max_steps`, loosen its `tol`, "
+        "or add a penalty or damping"
+    )
+    LINEAR_DIVERGED = "the linear solver diverges: use a smaller `step_size`, 'auto', or CG"
+    FAILED_STEP = "the inner solver could not take its step: the message says why"
+
+    @property
+    def ok(self) -> bool:
+        """True for `OK` alone."""
+        return self is Status.OK
+
+    @property
+    def usable(self) -> bool:
+        """True where a number exists and the certificate says how far it can be trusted."""
+        return self in (Status.OK, Status.INNER_NOT_CONVERGED)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A status with the sentence that says where and by how much."""
+
+    status: Status = Status.OK
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.detail} [{self.status.name}] {self.status.remedy}." if self.detail else self.status.remedy
+
+    def worse(self, other: Verdict) -> Verdict:
+        """Return the verdict that matters more: a failure before a doubt, a doubt before `OK`; ties keep the first."""
+        rank = {Status.OK: 0, Status.INNER_NOT_CONVERGED: 1}
+        return other if rank.get(other.status, 2) > rank.get(self.status, 2) else self
+
+
+GOOD = Verdict()
+
+
+class BilevelWarning(UserWarning):
+    """A result that exists but should be looked at; its certificate says why."""
+
+
+class HypergradientError(RuntimeError):
+    """A hypergradient that cannot be used.
+
+    Args:
+        verdict: what went wrong, where, and the remedy.
+        estimate: the `Estimate` as far as it exists, with its certificate and cost.
+    """
+
+    def __init__(self, verdict: Verdict, estimate: Any = None) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict
+        self.estimate = estimate
+
+
+class StepFailure(Exception):
+    """Raised by an inner solver's `step` that cannot go on; the loop that runs the steps turns it into a verdict."""
+
+    def __init__(self, status: Status, detail: str) -> None:
+        super().__init__(detail)
+        self.verdict = Verdict(status, detail)
+
+
+def report(verdict: Verdict, on_failure: OnFailure, estimate: Any = None) -> None:
+    """Turn a verdict into an exception or a warning, as the caller asked.
+
+    A usable number with a doubt (an inner solver short of its tolerance) warns and never raises.
+
+    Args:
+        verdict: the verdict to report.
+        on_failure: "raise", "warn" or "return".
+        estimate: what the exception carries.
+
+    Raises:
+        HypergradientError: for an unusable result with ``on_failure="raise"``.
+        ValueError: if `on_failure` is none of the three words.
+    """
+    if on_failure not in ("raise", "warn", "return"):
+        raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
+    if verdict.status.ok or on_failure == "return":
+        return
+    if on_failure == "raise" and not verdict.status.usable:
+        raise HypergradientError(verdict, estimate)
+    warnings.warn(str(verdict), BilevelWarning, stacklevel=3)

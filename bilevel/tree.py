@@ -1,0 +1,152 @@
+"""Arithmetic on pytrees of tensors: a Tensor, or dicts, lists and tuples of them.
+
+The whole package treats ``params`` and ``hparams`` as such trees and never flattens them on the user's behalf;
+only linear solvers work on one flat vector, through `Raveler`. A bare Tensor takes a short path, because that is
+what inner loops run on thousands of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree: TypeAlias = Any  # Tensor | dict[str, Tree] | list[Tree] | tuple[Tree, ...]
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """Return the tensors of a tree, in a fixed order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return list(pytree.tree_leaves(tree))
+
+
+def rebuild(like: Tree, tensors: Sequence[Tensor]) -> Tree:
+    """Return a tree shaped as `like` with the given leaves."""
+    if isinstance(like, Tensor):
+        (only,) = tensors
+        return only
+    return pytree.tree_unflatten(list(tensors), pytree.tree_structure(like))
+
+
+def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply `function` leaf by leaf."""
+    if isinstance(tree, Tensor):
+        return function(tree, *rest)
+    return pytree.tree_map(function, tree, *rest)
+
+
+def names(tree: Tree) -> list[str]:
+    """Return a readable name for every leaf, such as ``['weight']``; one empty string for a bare tensor.
+
+    >>> names({"a": torch.zeros(2), "b": [torch.zeros(1)]})
+    ["['a']", "['b'][0]"]
+    """
+    return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def detach(tree: Tree) -> Tree:
+    """Return the tree without its autograd history; storage is shared."""
+    return tree_map(Tensor.detach, tree)
+
+
+def attach(tree: Tree) -> Tree:
+    """Return detached leaves that require gradients: fresh roots of an autograd graph."""
+    return tree_map(lambda leaf: leaf.detach().requires_grad_(), tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Return zeros of the same structure, shapes, dtypes and devices."""
+    return tree_map(torch.zeros_like, tree)
+
+
+def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
+    """Return ``x + alpha y``."""
+    if isinstance(x, Tensor):
+        return torch.add(x, y, alpha=alpha)
+    return pytree.tree_map(lambda a, b: torch.add(a, b, alpha=alpha), x, y)
+
+
+def scale(alpha: float, x: Tree) -> Tree:
+    """Return ``alpha x``."""
+    return tree_map(lambda leaf: leaf * alpha, x)
+
+
+def combine(weights: Sequence[float], trees: Sequence[Tree]) -> Tree:
+    """Return ``sum_i weights[i] trees[i]``, skipping zero weights.
+
+    A single term of weight one is returned as it is, without a copy: no caller writes into the result.
+
+    >>> combine((1.0, 0.0, -2.0), (torch.ones(2), torch.ones(2), torch.ones(2)))
+    tensor([-1., -1.])
+    """
+    terms = [(weight, tree) for weight, tree in zip(weights, trees, strict=True) if weight != 0]
+    if not terms:
+        return zeros_like(trees[0])
+    # A unit term goes first, so that it costs no multiplication.
+    start = next((index for index, (weight, _) in enumerate(terms) if weight == 1), 0)
+    weight, total = terms.pop(start)
+    if weight != 1:
+        total = scale(weight, total)
+    for weight, tree in terms:
+        total = add(total, tree, weight)
+    return total
+
+
+def dot(x: Tree, y: Tree) -> Tensor:
+    """Return the inner product of two trees, a 0-d tensor."""
+    if isinstance(x, Tensor):
+        return torch.dot(x.reshape(-1), y.reshape(-1))
+    pairs = zip(leaves(x), leaves(y), strict=True)
+    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).sum()
+
+
+def norm(x: Tree) -> Tensor:
+    """Return the Euclidean norm over all leaves, a 0-d tensor."""
+    if isinstance(x, Tensor):
+        return torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves(x)]))
+
+
+def size(tree: Tree) -> int:
+    """Return the number of scalars in a tree."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def nbytes(tree: Tree) -> int:
+    """Return the bytes that the leaves of a tree hold."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
+
+
+class Raveler:
+    """Moves between a tree and one flat vector.
+
+    Args:
+        like: the tree whose structure, shapes and order are used.
+
+    >>> raveler = Raveler({"a": torch.zeros(2), "b": torch.zeros(())})
+    >>> raveler.unravel(torch.tensor([1.0, 2.0, 3.0]))
+    {'a': tensor([1., 2.]), 'b': tensor(3.)}
+    """
+
+    def __init__(self, like: Tree) -> None:
+        self._like = like
+        self._shapes = [leaf.shape for leaf in leaves(like)]
+        self._sizes = [leaf.numel() for leaf in leaves(like)]
+        self.size = sum(self._sizes)
+
+    def ravel(self, tree: Tree) -> Tensor:
+        """Return the leaves as one vector of shape (size,)."""
+        if isinstance(tree, Tensor):
+            return tree.reshape(-1)
+        return torch.cat([leaf.reshape(-1) for leaf in leaves(tree)])
+
+    def unravel(self, flat: Tensor) -> Tree:
+        """Return the vector as a tree (views where possible)."""
+        if isinstance(self._like, Tensor):
+            return flat.reshape(self._shapes[0])
+        parts = torch.split(flat, self._sizes)
+        return rebuild(self._like, [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)])
