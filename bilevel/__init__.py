@@ -1,6 +1,7 @@
 """Bilevel hyperparameter optimization in PyTorch: hypergradients that carry their own evidence."""
 
 from bilevel import problems as problems
+from bilevel import tree as tree
 from bilevel.base import Carry as Carry
 from bilevel.base import Certificate as Certificate
 from bilevel.base import Estimate as Estimate

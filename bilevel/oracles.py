@@ -306,7 +306,8 @@ def _vjp(
 def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
     """Return the JVP ``d outputs / d inputs @ tangents``.
 
-    The VJP is linear in its cotangent, so differentiating it again gives the JVP. Needs reverse mode alone, so it works for every operation that has a double backward.
+    The VJP is linear in its cotangent, so differentiating it again gives the JVP. Needs reverse mode alone, so it works
+    for every operation that has a double backward.
     """
     with torch.enable_grad():
         cotangents = [torch.zeros_like(tensor, requires_grad=True) for tensor in outputs]

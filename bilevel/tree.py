@@ -72,6 +72,8 @@ def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
 
 def scale(alpha: float, x: Tree) -> Tree:
     """Return ``alpha x``."""
+    if isinstance(x, Tensor):
+        return x * alpha
     return tree_map(lambda leaf: leaf * alpha, x)
 
 
@@ -83,17 +85,17 @@ def combine(weights: Sequence[float], trees: Sequence[Tree]) -> Tree:
     >>> combine((1.0, 0.0, -2.0), (torch.ones(2), torch.ones(2), torch.ones(2)))
     tensor([-1., -1.])
     """
-    terms = [(weight, tree) for weight, tree in zip(weights, trees, strict=True) if weight != 0]
-    if not terms:
-        return zeros_like(trees[0])
-    # A unit term goes first, so that it costs no multiplication.
-    start = next((index for index, (weight, _) in enumerate(terms) if weight == 1), 0)
-    weight, total = terms.pop(start)
-    if weight != 1:
-        total = scale(weight, total)
-    for weight, tree in terms:
-        total = add(total, tree, weight)
-    return total
+    total = None
+    for weight, term in zip(weights, trees, strict=True):
+        if weight == 0:
+            continue
+        if total is None:
+            total = term if weight == 1 else scale(weight, term)
+        elif isinstance(total, Tensor):
+            total = torch.add(total, term, alpha=weight)
+        else:
+            total = add(total, term, weight)
+    return zeros_like(trees[0]) if total is None else total
 
 
 def dot(x: Tree, y: Tree) -> Tensor:

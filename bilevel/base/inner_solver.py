@@ -18,7 +18,7 @@ Variables: TypeAlias = tuple[Tree, Tree]
 """The differentiable part of an inner state: (params, memory)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InnerState:
     """What changes while an inner solver runs.
 

@@ -1,8 +1,8 @@
 """Hypergradient estimators, one file per family, and the two calls in which problem, solver and estimator meet."""
 
 from bilevel.hypergrad.api import hypergradient as hypergradient
-from bilevel.hypergrad.api import solution as solution
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.implicit import Implicit as Implicit
+from bilevel.hypergrad.layer import solution as solution
 from bilevel.hypergrad.unroll import FullUnroll as FullUnroll
 from bilevel.hypergrad.unroll import TruncatedUnroll as TruncatedUnroll

@@ -1,14 +1,11 @@
-"""The two calls in which problem, inner solver and estimator meet: `hypergradient` and `solution`."""
+"""`hypergradient`: the call in which problem, inner solver and estimator meet."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from bilevel import tree
-from bilevel.base import Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.base import Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
 from bilevel.certify import ErrorEstimate, refine
 from bilevel.cost import Meter
 from bilevel.problem import BilevelProblem
@@ -56,7 +53,7 @@ def hypergradient(
     >>> torch.allclose(estimate.hypergradient, problem.exact_hypergradient(u))
     True
     """
-    hparams, start = _prepare(problem, solver, estimator, hparams, params, check)
+    hparams, start = prepare(problem, solver, estimator, hparams, params, check)
     carry = carry or Carry()
     meter = Meter(tree.leaves(start)[0].device)
     solved = estimator.solve(problem, solver, hparams, start, carry, meter)
@@ -91,77 +88,7 @@ def hypergradient(
     return estimate
 
 
-def solution(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    estimator: HypergradEstimator,
-    hparams: Tree,
-    params: Tree = None,
-    *,
-    check: bool = True,
-) -> Tree:
-    """Return the inner solution as a differentiable function of `hparams`, for use in any torch graph.
-
-    Its backward is the estimator's pullback, run once for each backward pass; a pullback that fails raises there.
-
-    Args:
-        problem: the problem; its outer loss is not used.
-        solver: the inner solver.
-        estimator: how the solution map is differentiated.
-        hparams: hyperparameters; those that require gradients get them.
-        params: where the inner solver starts; default: the problem's start.
-        check: look at the inputs first.
-
-    Returns:
-        A tree shaped as params, with a ``grad_fn``.
-
-    Raises:
-        HypergradientError: if the inner solve fails; in the backward pass, if the pullback fails.
-
-    >>> from bilevel import CG, GradientDescent, Implicit, QuadraticProblem
-    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
-    >>> u = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    >>> x = solution(problem, GradientDescent(), Implicit(CG()), u)
-    >>> x.square().sum().backward()
-    >>> u.grad.shape
-    torch.Size([2])
-    """
-    _, start = _prepare(problem, solver, estimator, hparams, params, check)
-    leaves = _Solution.apply(  # type: ignore[no-untyped-call]
-        problem, solver, estimator, start, hparams, *tree.leaves(hparams)
-    )
-    return tree.rebuild(start, leaves)
-
-
-class _Solution(torch.autograd.Function):
-    """The solution map as one autograd node."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        problem: BilevelProblem,
-        solver: InnerSolver,
-        estimator: HypergradEstimator,
-        start: Tree,
-        like: Tree,
-        *leaves: Tensor,
-    ) -> tuple[Tensor, ...]:
-        hparams = tree.rebuild(like, [leaf.detach() for leaf in leaves])
-        meter = Meter(leaves[0].device)
-        solved: Solution = estimator.solve(problem, solver, hparams, start, Carry(), meter)
-        report(solved.verdict, "raise")
-        ctx.solved = solved
-        return tuple(leaf.clone() for leaf in tree.leaves(solved.params))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        pulled = ctx.solved.pullback(tree.rebuild(ctx.solved.params, cotangents))
-        report(pulled.verdict, "raise")
-        return (None, None, None, None, None, *tree.leaves(pulled.hparams))
-
-
-def _prepare(
+def prepare(
     problem: BilevelProblem,
     solver: InnerSolver,
     estimator: HypergradEstimator,
@@ -169,7 +96,22 @@ def _prepare(
     params: Tree,
     check: bool,
 ) -> tuple[Tree, Tree]:
-    """Return detached (hparams, start) that have been looked at."""
+    """Return detached hyperparameters and start, after a look at everything that can be known before the work starts.
+
+    Args:
+        problem: the problem.
+        solver: the inner solver.
+        estimator: the estimator.
+        hparams: hyperparameters.
+        params: where the inner solver starts, or None for the problem's start.
+        check: whether to look.
+
+    Returns:
+        (hparams, start).
+
+    Raises:
+        ValueError: for arguments in the wrong order; the problem's and the estimator's checks raise their own.
+    """
     start = problem.start(params)
     if check:
         for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):

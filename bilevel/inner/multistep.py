@@ -104,8 +104,8 @@ class LinearMultistep(InnerSolver):
         vectors = (state.params, *state.memory)
         gradient = inner.grad(tree.combine(read, vectors))
         terms = (*vectors, gradient)
-        params, *memory = (tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True))
-        return state.moved(params, tuple(memory))
+        new = [tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True)]
+        return state.moved(new[0], tuple(new[1:]))
 
     def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
         """Pull a cotangent back through one step by one `vjp` oracle call."""
@@ -115,8 +115,8 @@ class LinearMultistep(InnerSolver):
         by_point, by_hparams = point.vjp(tree.combine(write, after))
         columns = zip(*mix, strict=True)
         terms = (*after, by_point)
-        params, *memory = (tree.combine((*column, weight), terms) for column, weight in zip(columns, read, strict=True))
-        return (params, tuple(memory)), by_hparams
+        new = [tree.combine((*column, weight), terms) for column, weight in zip(columns, read, strict=True)]
+        return (new[0], tuple(new[1:])), by_hparams
 
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
@@ -128,8 +128,8 @@ class LinearMultistep(InnerSolver):
         for (by_params, by_memory), hparams_tangent in zip(tangents, hparams_tangents, strict=True):
             before = (by_params, *by_memory)
             terms = (*before, point.jvp(tree.combine(read, before), hparams_tangent))
-            params, *memory = (tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True))
-            results.append((params, tuple(memory)))
+            new = [tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True)]
+            results.append((new[0], tuple(new[1:])))
         return results
 
 

@@ -1,0 +1,137 @@
+"""`solution`: the inner solution as a differentiable function of the hyperparameters, in any torch graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
+from bilevel.cost import Meter
+from bilevel.hypergrad.api import prepare
+from bilevel.problem import BilevelProblem
+from bilevel.status import report
+from bilevel.tree import Tree
+
+
+def solution(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    params: Tree = None,
+    *,
+    check: bool = True,
+) -> Tree:
+    """Return the inner solution as a differentiable function of `hparams`, for use in any torch graph.
+
+    Its backward is the estimator's pullback, run once for each backward pass; a pullback that fails raises there. It is
+    differentiable once. Under ``torch.func.vmap`` over hparams the members are solved one after the other.
+
+    Args:
+        problem: the problem; its outer loss is not used.
+        solver: the inner solver.
+        estimator: how the solution map is differentiated.
+        hparams: hyperparameters; those that require gradients get them.
+        params: where the inner solver starts; default: the problem's start.
+        check: look at the inputs first.
+
+    Returns:
+        A tree shaped as params, with a ``grad_fn``.
+
+    Raises:
+        HypergradientError: if the inner solve fails; in the backward pass, if the pullback fails.
+
+    >>> from bilevel import CG, GradientDescent, Implicit, QuadraticProblem
+    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
+    >>> u = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    >>> x = solution(problem, GradientDescent(), Implicit(CG()), u)
+    >>> x.square().sum().backward()
+    >>> u.grad.shape
+    torch.Size([2])
+    """
+    call = _Call(problem, solver, estimator, problem.start(params), hparams, check)
+    _, *leaves = _Solution.apply(call, *tree.leaves(hparams))  # type: ignore[no-untyped-call]
+    return tree.rebuild(call.start, leaves)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of `solution` that are no tensors, and the solutions that its forward passes found."""
+
+    problem: BilevelProblem
+    solver: InnerSolver
+    estimator: HypergradEstimator
+    start: Tree
+    like: Tree
+    check: bool
+    found: list[Solution] = field(default_factory=list)
+
+
+class _Solution(torch.autograd.Function):
+    """The solution map as one autograd node.
+
+    Its first output is the index of the solution in ``call.found``: a tensor, so that under vmap, grad and jacrev in
+    any order each member of a batch finds its own solution on the way back.
+    """
+
+    @staticmethod
+    def forward(call: _Call, *leaves: Tensor) -> tuple[Tensor, ...]:
+        hparams = tree.rebuild(call.like, [leaf.detach() for leaf in leaves])
+        hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
+        meter = Meter(leaves[0].device)
+        solved = call.estimator.solve(call.problem, call.solver, hparams, start, Carry(), meter)
+        report(solved.verdict, "raise")
+        call.found.append(solved)
+        return torch.tensor(len(call.found) - 1), *(leaf.clone() for leaf in tree.leaves(solved.params))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call = inputs[0]
+        ctx.mark_non_differentiable(output[0])
+        ctx.save_for_backward(output[0])
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, *cotangents: Tensor) -> tuple[Any, ...]:
+        return (None, *_Pullback.apply(ctx.call, *ctx.saved_tensors, *cotangents))  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *leaves: Tensor) -> tuple[Any, Any]:
+        return _one_by_one(_Solution, call, info.batch_size, in_dims[1:], leaves)
+
+
+class _Pullback(torch.autograd.Function):
+    """The backward pass of `_Solution`, a node of its own because `torch.func.jacrev` maps it over cotangents."""
+
+    @staticmethod
+    def forward(call: _Call, index: Tensor, *cotangents: Tensor) -> tuple[Tensor, ...]:
+        solved = call.found[int(index)]
+        pulled = solved.pullback(tree.rebuild(solved.params, cotangents))
+        report(pulled.verdict, "raise")
+        return tuple(tree.leaves(pulled.hparams))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError("bilevel.solution can be differentiated once: its pullback has no derivative.")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> tuple[Any, Any]:
+        return _one_by_one(_Pullback, call, info.batch_size, in_dims[1:], tensors)
+
+
+def _one_by_one(
+    function: Any, call: _Call, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Apply an autograd function to the members of a batch in turn; returns (stacked results, batch dimensions)."""
+    pairs = list(zip(tensors, dims, strict=True))
+    members = [function.apply(call, *(t if dim is None else t.select(dim, i) for t, dim in pairs)) for i in range(size)]
+    stacked = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
+    return stacked, (0,) * len(stacked)

@@ -1,0 +1,18 @@
+"""Run all benchmarks; each prints one JSON line for each measurement. ``--threads N`` sets torch's threads."""
+
+from __future__ import annotations
+
+import argparse
+
+import accuracy
+import large_logistic
+import overhead
+import torch
+import unroll
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: steadier on a busy machine)")
+    torch.set_num_threads(parser.parse_args().threads)
+    passed = [benchmark.main() for benchmark in (accuracy, unroll, large_logistic, overhead)]
+    raise SystemExit(not all(passed))
