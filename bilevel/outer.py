@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -126,6 +128,8 @@ class OuterOptimizer:
         on_failure: OnFailure = "raise",
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if on_failure not in ("raise", "warn", "return"):
+            raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
         self.problem, self.solver, self.estimator = problem, solver, estimator
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, tuple(callbacks)
@@ -133,13 +137,19 @@ class OuterOptimizer:
         self._transform = _Transform(hparams, constraints)
         self._free = self._transform.inverse(hparams)
         # The first step starts exactly where the user said, not where the transform's rounding puts it.
-        self._hparams = tree.detach(hparams)
+        self._hparams = tree.tree_map(torch.clone, tree.detach(hparams))
         make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
         self.optimizer = make(tree.leaves(self._free))
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ValueError(
                 "`optimizer` must make a torch.optim.Optimizer from a list of tensors, "
                 f"got {type(self.optimizer).__name__}: try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
+            )
+        closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"`{type(self.optimizer).__name__}` evaluates the loss several times in one step, but an outer step "
+                "takes one hypergradient: use a first-order optimizer, such as torch.optim.Adam or SGD."
             )
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.carry = Carry()
@@ -183,7 +193,7 @@ class OuterOptimizer:
         if verdict.status.usable:
             if estimate.outer_loss < self.best[0]:
                 self.best = (estimate.outer_loss, self._hparams)
-            self._move(estimate.hypergradient)
+            self._move(estimate.hypergradient, estimate.outer_loss)
             self.carry = Carry(
                 estimate.carry.state if self.warm_start.state else None,
                 estimate.carry.adjoint if self.warm_start.adjoint else None,
@@ -191,14 +201,16 @@ class OuterOptimizer:
         self.history.append(_record(len(self.history) + 1, estimate))
         return estimate
 
-    def _move(self, gradient: Tree) -> None:
+    def _move(self, gradient: Tree, loss: float) -> None:
         """Hand the pulled-back gradient to the optimizer and step."""
         for leaf, part in zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True):
             leaf.grad = part
         self.optimizer.step()
         if self.scheduler is not None:
-            self.scheduler.step()
-        self._hparams = tree.detach(self._transform(self._free))
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*([loss] if plateau else []))
+        # A copy: the identity transform returns the free tensors themselves, which the optimizer moves in place.
+        self._hparams = tree.tree_map(torch.clone, tree.detach(self._transform(self._free)))
 
     def run(
         self,
@@ -268,8 +280,8 @@ class OuterOptimizer:
             "format": FORMAT,
             "free": [leaf.detach().clone() for leaf in tree.leaves(self._free)],
             "hparams": [leaf.clone() for leaf in tree.leaves(self._hparams)],
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
             "inner_state": None
             if state is None
             else {

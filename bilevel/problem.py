@@ -273,8 +273,6 @@ def check_trees(params: Tree, hparams: Tree) -> None:
                 raise ValueError(f"`{what}{name}` must have a floating dtype, got {leaf.dtype}.")
             if leaf.numel() == 0:
                 raise ValueError(f"`{what}{name}` is empty, of shape {tuple(leaf.shape)}.")
-            if not torch.isfinite(leaf).all():
-                raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
     first = tree.leaves(params)[0]
     for what, value in (("params", params), ("hparams", hparams)):
         for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
@@ -283,6 +281,8 @@ def check_trees(params: Tree, hparams: Tree) -> None:
                     f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {first.dtype} on {first.device}: "
                     "params and hparams must share dtype and device."
                 )
+            if not torch.isfinite(leaf).all():
+                raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
 
 
 def _check_scalar(what: str, loss: Loss, params: Tree, hparams: Tree) -> Tensor:
@@ -300,6 +300,7 @@ def _check_scalar(what: str, loss: Loss, params: Tree, hparams: Tree) -> Tensor:
         raise ValueError(f"`{what}` must return a scalar Tensor (shape ()), got {got}.")
     if not torch.isfinite(value):
         raise ValueError(f"`{what}` is {float(value)} at the start: are there NaN in the data or the start?")
-    if what == "inner_loss" and not value.requires_grad:
-        raise ValueError("`inner_loss` does not depend on `params`: is the computation detached?")
+    if not value.requires_grad:
+        of = "`params`" if what == "inner_loss" else "`params` nor on `hparams`"
+        raise ValueError(f"`{what}` does not depend on {of}: is the computation detached?")
     return value

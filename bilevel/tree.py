@@ -85,10 +85,16 @@ def combine(weights: Sequence[float], trees: Sequence[Tree]) -> Tree:
     >>> combine((1.0, 0.0, -2.0), (torch.ones(2), torch.ones(2), torch.ones(2)))
     tensor([-1., -1.])
     """
+    return weighted_sum(tuple(enumerate(weights)), trees)
+
+
+def weighted_sum(pairs: Sequence[tuple[int, float]], trees: Sequence[Tree]) -> Tree:
+    """Return ``sum weight * trees[index]`` over the (index, weight) pairs: `combine`, for weights prepared once."""
     total = None
-    for weight, term in zip(weights, trees, strict=True):
+    for index, weight in pairs:
         if weight == 0:
             continue
+        term = trees[index]
         if total is None:
             total = term if weight == 1 else scale(weight, term)
         elif isinstance(total, Tensor):

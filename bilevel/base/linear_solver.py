@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from bilevel import tree
@@ -68,16 +68,19 @@ class LinearSolver(ABC):
         """
         raveler = tree.Raveler(b)
         flat = raveler.ravel(b)
-        if not bool(torch.any(flat)):
+        peak = float(flat.abs().max())
+        if peak == 0:
             return LinearSolution(tree.zeros_like(b), 0.0, 0)
+        # A power of two, so that nothing is rounded: squares of tiny (or huge) vectors must not leave the range.
+        unit = math.ldexp(1.0, math.frexp(peak)[1])
 
         def product(v: Tensor) -> Tensor:
             return raveler.ravel(matvec(raveler.unravel(v)))
 
-        start = None if x0 is None else raveler.ravel(x0)
+        start = None if x0 is None else raveler.ravel(x0) / unit
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_flat(product, flat, start, tol, dense)
-        return replace(solution, x=raveler.unravel(solution.x))
+        solution = self.solve_flat(product, flat / unit, start, tol, dense)
+        return replace(solution, x=raveler.unravel(solution.x * unit))
 
     @abstractmethod
     def solve_flat(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,9 +42,11 @@ class FiniteDifference(HypergradEstimator):
     ) -> Solution:
         """Run the inner solver at the hyperparameters; the perturbed runs follow in the pullback."""
 
-        def at(u: Tree) -> InnerRun:
+        def at(u: Tree, measured: Mapping[str, float] | None = None) -> InnerRun:
             inner = problem.bind(u, meter.counts)
-            return run_inner(inner, solver, begin(inner, solver, params, carry))
+            state = begin(inner, solver, params, carry)
+            # What the solver measures (an automatic step size) is a constant of the map, for every estimator alike.
+            return run_inner(inner, solver, state if measured is None else replace(state, measured=measured))
 
         run = at(hparams)
         step = self.step or torch.finfo(tree.leaves(hparams)[0].dtype).eps ** (1 / 3)
@@ -53,7 +56,7 @@ class FiniteDifference(HypergradEstimator):
             products = []
             for direction in unit_directions(hparams):
                 size = step * max(1.0, abs(float(tree.dot(direction, hparams))))
-                ends = [at(tree.add(hparams, direction, sign * size)) for sign in (1.0, -1.0)]
+                ends = [at(tree.add(hparams, direction, sign * size), run.state.measured) for sign in (1.0, -1.0)]
                 up, down = (solver.params(end.state) for end in ends)
                 products.append(tree.dot(tree.add(up, down, -1.0), cotangent) / (2 * size))
                 verdict = verdict.worse(ends[0].verdict).worse(ends[1].verdict)

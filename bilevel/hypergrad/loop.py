@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,6 +51,9 @@ def run_inner(
     solver: InnerSolver,
     state: InnerState,
     visit: Callable[[InnerState], None] | None = None,
+    *,
+    at_least: int = 0,
+    record: bool = False,
 ) -> InnerRun:
     """Run the solver to its tolerance or its number of steps.
 
@@ -58,12 +62,24 @@ def run_inner(
         solver: the inner solver.
         state: the first state.
         visit: is shown every state that a step starts from.
+        at_least: steps to take even where the tolerance is reached before.
+        record: let autograd record the steps; otherwise a step's graph is dropped, whatever its tensors require.
 
     Returns:
         The last state, its own residual (never that of an iterate before it), and a verdict.
     """
-    device = tree.leaves(state.params)[0].device
-    dtype = tree.leaves(state.params)[0].dtype
+    with torch.set_grad_enabled(record):
+        return _run(inner, solver, state, visit, at_least)
+
+
+def _run(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    state: InnerState,
+    visit: Callable[[InnerState], None] | None,
+    at_least: int,
+) -> InnerRun:
+    device, dtype = tree.leaves(state.params)[0].device, tree.leaves(state.params)[0].dtype
     limit, tol = solver.limits(dtype)
     every = solver.check_every_on_cpu if device.type == "cpu" else 8
     first = checkpoint = state
@@ -72,9 +88,9 @@ def run_inner(
         while taken < limit:
             if tol is not None and taken % every == 0:
                 residual = _residual(inner, solver, state)
-                if residual <= tol:
+                if residual <= tol and taken >= at_least:
                     return InnerRun(state, residual, taken)
-                if residual != residual or residual == float("inf"):
+                if not math.isfinite(residual):
                     return _not_finite(inner, solver, checkpoint, marked, taken)
             if taken - marked >= LOOK:
                 if not bool(torch.isfinite(tree.norm(state.params))):
@@ -82,15 +98,17 @@ def run_inner(
                 checkpoint, marked = state, taken
             if visit is not None:
                 visit(state)
-            state = solver.step(inner, state)
+            before, state = state, solver.step(inner, state)
             taken += 1
+            # A solver that hands back the same params says that no step helps: the rounding floor.
+            if tol is not None and state.params is before.params and taken >= at_least:
+                break
     except StepFailure as failure:
-        verdict = Verdict(
-            failure.verdict.status, f"{type(solver).__name__} at step {taken + 1}: {failure.verdict.detail}"
-        )
+        name = type(solver).__name__
+        verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
         return InnerRun(state, float("nan"), taken, verdict)
     residual = _residual(inner, solver, state)
-    if residual != residual or residual == float("inf"):
+    if not math.isfinite(residual):
         return _not_finite(inner, solver, checkpoint, marked, taken)
     if tol is not None and residual <= tol:
         return InnerRun(state, residual, taken)

@@ -27,12 +27,13 @@ from bilevel.hypergrad.loop import InnerRun, begin, run_inner
 from bilevel.options import is_int, is_number, require
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
+from bilevel.status import StepFailure
 from bilevel.tree import Tree
 
 
 @dataclass(frozen=True)
 class FullUnroll(HypergradEstimator):
-    """Differentiate every inner step.
+    """Differentiate every inner step; at least one is taken, however good the start.
 
     Args:
         mode: "reverse" (cost independent of the number of hyperparameters) or "forward" (memory independent of the
@@ -74,7 +75,8 @@ class TruncatedUnroll(HypergradEstimator):
 
     Args:
         tail: number of last steps that are differentiated (an int), or their fraction of the steps (a float in (0, 1]).
-            Where the inner solver stops by tolerance before `tail` steps, all its steps are differentiated.
+            With a tolerance, at least `tail` steps are taken (one, for a fraction): a warm start that is already good
+            enough would leave nothing to differentiate, and a hypergradient of zero.
 
     >>> TruncatedUnroll(tail=0.5).length(100)
     50
@@ -89,7 +91,8 @@ class TruncatedUnroll(HypergradEstimator):
     def length(self, steps: int) -> int:
         """Return the number of differentiated steps among `steps`."""
         if isinstance(self.tail, float):
-            return max(1, math.ceil(self.tail * steps))
+            # 0.07 * 100 is a little above 7 in floating point.
+            return max(1, math.ceil(self.tail * steps - 1e-9))
         return self.tail
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
@@ -119,7 +122,8 @@ def _reverse(
     limit, _ = solver.limits(tree.leaves(state.params)[0].dtype)
     # How many steps a fraction means is known only after a run that stops by tolerance.
     kept: deque[InnerState] = deque(maxlen=None if truncation is None else truncation.length(limit))
-    run = run_inner(inner, solver, state, kept.append)
+    tail = 1 if truncation is None or isinstance(truncation.tail, float) else truncation.tail
+    run = run_inner(inner, solver, state, kept.append, at_least=tail)
     meter.sample()
     if truncation is not None and kept:
         while len(kept) > truncation.length(run.steps):
@@ -128,9 +132,12 @@ def _reverse(
     def pullback(cotangent: Tree) -> Pullback:
         moving: Variables = (cotangent, tree.zeros_like(run.state.memory))
         total = tree.zeros_like(inner.hparams)
-        for before in reversed(kept):
-            moving, part = solver.step_vjp(inner, before, moving)
-            total = tree.add(total, part)
+        try:
+            for before in reversed(kept):
+                moving, part = solver.step_vjp(inner, before, moving)
+                total = tree.add(total, part)
+        except StepFailure as failure:
+            return Pullback(total, steps=len(kept), verdict=failure.verdict)
         return Pullback(total, steps=len(kept))
 
     return _solution(solver, run, pullback)
@@ -139,8 +146,7 @@ def _reverse(
 def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
     """Let autograd record the whole run."""
     hparams = tree.attach(inner.hparams)
-    with torch.enable_grad():
-        run = run_inner(inner.differentiable(hparams, graph=True), solver, state)
+    run = run_inner(inner.differentiable(hparams, graph=True), solver, state, at_least=1, record=True)
     meter.sample()
     result, roots = tree.leaves(solver.params(run.state)), tree.leaves(hparams)
 
@@ -166,7 +172,7 @@ def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Sol
     def push(before: InnerState) -> None:
         tangents[:] = solver.step_jvp(inner, before, tangents, directions)
 
-    run = run_inner(inner, solver, state, push)
+    run = run_inner(inner, solver, state, push, at_least=1)
 
     def pullback(cotangent: Tree) -> Pullback:
         products = torch.stack([tree.dot(by_params, cotangent) for by_params, _ in tangents])

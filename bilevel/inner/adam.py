@@ -44,7 +44,8 @@ class Adam(InnerSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "step_size", "a positive number", is_positive(self.step_size))
-        ok = len(self.betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        ok = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        ok = ok and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
         require(self, "betas", "two numbers in [0, 1)", ok)
         require(self, "eps", "a positive number", is_positive(self.eps))
 

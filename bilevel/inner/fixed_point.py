@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bilevel import tree
 from bilevel.base import InnerSolver, InnerState
 from bilevel.options import require
@@ -37,8 +39,11 @@ class FixedPoint(InnerSolver):
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Apply the update."""
-        new: Any = self.update(state.params, inner.hparams)
+        # The update may use autograd itself; its graph is kept only where the step is differentiated.
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            new: Any = self.update(state.params, inner.hparams)
         shapes = [leaf.shape for leaf in tree.leaves(state.params)]
         if [getattr(leaf, "shape", None) for leaf in tree.leaves(new)] != shapes:
             raise ValueError("`FixedPoint.update` must return a tree of the structure and shapes of `params`.")
-        return state.moved(new)
+        return state.moved(new if recording else tree.detach(new))

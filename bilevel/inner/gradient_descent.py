@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bilevel.base import InnerState
 from bilevel.inner.multistep import Coefficients, LinearMultistep
@@ -26,8 +27,13 @@ class GradientDescent(LinearMultistep):
 
     def coefficients(self, state: InnerState) -> Coefficients:
         """``y = x``, ``x <- x - h g``."""
-        return Coefficients((1.0,), ((1.0,),), (-self.option("step_size", state),))
+        return _coefficients(self.option("step_size", state))
 
     def max_step_size(self, state: InnerState, curvature: float) -> float:
         """2 / L."""
         return 2.0 / curvature
+
+
+@lru_cache
+def _coefficients(h: float) -> Coefficients:
+    return Coefficients(read=(1.0,), mix=((1.0,),), write=(-h,))

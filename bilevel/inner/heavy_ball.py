@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bilevel.base import InnerState
 from bilevel.inner.multistep import CURVATURE_MARGIN, Coefficients, MomentumMethod
@@ -30,8 +31,7 @@ class HeavyBall(MomentumMethod):
 
     def coefficients(self, state: InnerState) -> Coefficients:
         """``y = x``, ``x <- (1 + m) x - m x_prev - h g``."""
-        h, m = self.option("step_size", state), self.option("momentum", state)
-        return Coefficients((1.0, 0.0), ((1.0 + m, -m), (1.0, 0.0)), (-h, 0.0))
+        return _coefficients(self.option("step_size", state), self.option("momentum", state))
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:
         """Polyak's parameters, or 1/L for a given momentum."""
@@ -44,3 +44,8 @@ class HeavyBall(MomentumMethod):
     def max_step_size(self, state: InnerState, curvature: float) -> float:
         """2 (1 + m) / L."""
         return 2.0 * (1.0 + self.option("momentum", state)) / curvature
+
+
+@lru_cache
+def _coefficients(h: float, m: float) -> Coefficients:
+    return Coefficients(read=(1.0, 0.0), mix=((1.0 + m, -m), (1.0, 0.0)), write=(-h, 0.0))

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from bilevel import tree
 from bilevel.base import InnerSolver, InnerState, Variables
@@ -27,10 +27,17 @@ CURVATURE_MARGIN = 1.02
 """A measured largest curvature can lie below the true one; step sizes are computed from this much more."""
 
 
-class Coefficients(NamedTuple):
+Pairs: TypeAlias = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Coefficients:
     """The numbers of one step; constants of the differentiation.
 
-    Attributes:
+    Make them once for each set of values (``functools.lru_cache``): the sparse forms that the sweeps use are prepared
+    here, because a step of a small problem takes little longer than the Python around it.
+
+    Args:
         read: p weights of the point where the gradient is evaluated.
         mix: p rows of p weights, the new vectors from the old.
         write: p weights of the gradient in the new vectors.
@@ -39,6 +46,26 @@ class Coefficients(NamedTuple):
     read: tuple[float, ...]
     mix: tuple[tuple[float, ...], ...]
     write: tuple[float, ...]
+    reads: Pairs = field(init=False, repr=False)
+    writes: Pairs = field(init=False, repr=False)
+    rows: tuple[Pairs, ...] = field(init=False, repr=False)
+    columns: tuple[Pairs, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        rows = tuple(_nonzero((*row, weight)) for row, weight in zip(self.mix, self.write, strict=True))
+        transposed = zip(*self.mix, strict=True)
+        columns = tuple(_nonzero((*column, weight)) for column, weight in zip(transposed, self.read, strict=True))
+        for name, value in (
+            ("reads", _nonzero(self.read)),
+            ("writes", _nonzero(self.write)),
+            ("rows", rows),
+            ("columns", columns),
+        ):
+            object.__setattr__(self, name, value)
+
+
+def _nonzero(weights: Sequence[float]) -> Pairs:
+    return tuple((index, weight) for index, weight in enumerate(weights) if weight != 0)
 
 
 @dataclass(frozen=True)
@@ -100,36 +127,34 @@ class LinearMultistep(InnerSolver):
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step."""
-        read, mix, write = self.coefficients(state)
+        numbers = self.coefficients(state)
         vectors = (state.params, *state.memory)
-        gradient = inner.grad(tree.combine(read, vectors))
-        terms = (*vectors, gradient)
-        new = [tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True)]
-        return state.moved(new[0], tuple(new[1:]))
+        terms = (*vectors, inner.grad(tree.weighted_sum(numbers.reads, vectors)))
+        params, *memory = [tree.weighted_sum(row, terms) for row in numbers.rows]
+        return state.moved(params, tuple(memory))
 
     def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
         """Pull a cotangent back through one step by one `vjp` oracle call."""
-        read, mix, write = self.coefficients(state)
+        numbers = self.coefficients(state)
         after = (cotangent[0], *cotangent[1])
-        point = inner.linearize(tree.combine(read, (state.params, *state.memory)))
-        by_point, by_hparams = point.vjp(tree.combine(write, after))
-        columns = zip(*mix, strict=True)
+        point = inner.linearize(tree.weighted_sum(numbers.reads, (state.params, *state.memory)))
+        by_point, by_hparams = point.vjp(tree.weighted_sum(numbers.writes, after))
         terms = (*after, by_point)
-        new = [tree.combine((*column, weight), terms) for column, weight in zip(columns, read, strict=True)]
-        return (new[0], tuple(new[1:])), by_hparams
+        params, *memory = [tree.weighted_sum(column, terms) for column in numbers.columns]
+        return (params, tuple(memory)), by_hparams
 
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
     ) -> list[Variables]:
         """Push tangents forward through one step: one linearization, one `jvp` for each direction."""
-        read, mix, write = self.coefficients(state)
-        point = inner.linearize(tree.combine(read, (state.params, *state.memory)))
+        numbers = self.coefficients(state)
+        point = inner.linearize(tree.weighted_sum(numbers.reads, (state.params, *state.memory)))
         results: list[Variables] = []
         for (by_params, by_memory), hparams_tangent in zip(tangents, hparams_tangents, strict=True):
             before = (by_params, *by_memory)
-            terms = (*before, point.jvp(tree.combine(read, before), hparams_tangent))
-            new = [tree.combine((*row, weight), terms) for row, weight in zip(mix, write, strict=True)]
-            results.append((new[0], tuple(new[1:])))
+            terms = (*before, point.jvp(tree.weighted_sum(numbers.reads, before), hparams_tangent))
+            params, *memory = [tree.weighted_sum(row, terms) for row in numbers.rows]
+            results.append((params, tuple(memory)))
         return results
 
 

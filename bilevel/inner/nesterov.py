@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bilevel.base import InnerState
 from bilevel.inner.multistep import Coefficients, MomentumMethod
@@ -32,9 +33,7 @@ class Nesterov(MomentumMethod):
 
     def coefficients(self, state: InnerState) -> Coefficients:
         """``y = (1 + m) x - m x_prev``, ``x <- y - h g``."""
-        h, m = self.option("step_size", state), self.option("momentum", state)
-        look = (1.0 + m, -m)
-        return Coefficients(look, (look, (1.0, 0.0)), (-h, 0.0))
+        return _coefficients(self.option("step_size", state), self.option("momentum", state))
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:
         """1/L, and the momentum of the constant scheme."""
@@ -48,3 +47,9 @@ class Nesterov(MomentumMethod):
         """2 (1 + m) / ((1 + 2 m) L)."""
         m = self.option("momentum", state)
         return 2.0 * (1.0 + m) / ((1.0 + 2.0 * m) * curvature)
+
+
+@lru_cache
+def _coefficients(h: float, m: float) -> Coefficients:
+    look = (1.0 + m, -m)
+    return Coefficients(read=look, mix=(look, (1.0, 0.0)), write=(-h, 0.0))

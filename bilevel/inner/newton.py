@@ -66,6 +66,12 @@ class Newton(InnerSolver):
             if bool(tree.norm(inner.grad(trial)) <= (1.0 - 1e-4 * t) * length):
                 return trial, t
             t /= 2
+        # At the rounding floor no step helps and none is needed; anywhere else the step has failed.
+        (like, *_) = tree.leaves(params)
+        if not bool(tree.norm(direction) <= torch.finfo(like.dtype).eps ** 0.25 * (1.0 + tree.norm(params))):
+            raise StepFailure(
+                Status.FAILED_STEP, f"no step along the Newton direction lowers the gradient norm {float(length):.3g}"
+            )
         return params, 0.0
 
     def _direct(self, point: Linearization, right: Tree, tol: float | None = None) -> Tree:
@@ -114,10 +120,10 @@ class Newton(InnerSolver):
         """
         params = state.params
         after, t = self._step(inner, params)
-        if t == 0.0:
-            return cotangent, tree.zeros_like(inner.hparams)
         point = inner.linearize(params)
-        direction = tree.scale(1.0 / t, tree.add(params, after, -1.0))
+        direction = tree.scale(1.0 / (t or 1.0), tree.add(params, after, -1.0))
+        # A step that stays where it is, at the solution, still moves with the hyperparameters as a full step does.
+        t = t or 1.0
         adjoint = self._direct(point, cotangent[0])
         by_params, by_hparams = point.vjp(adjoint)
         third_params, third_hparams = point.hvp_vjp(direction, adjoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,12 +80,12 @@ class CG(LinearSolver):
         return LinearSolution(x, residual, int(steps), self._judge(residual, tol, int(steps), float(curvature)))
 
     def _judge(self, residual: float, tol: float, steps: int, curvature: float) -> Verdict:
-        if not curvature > 0 and curvature == curvature:
+        if curvature <= 0 and math.isfinite(curvature):
             detail = f"CG met the curvature {curvature:.3g} after {steps} steps (relative residual {residual:.2e})"
             if curvature == 0.0:
                 return Verdict(Status.SINGULAR, detail)
             return Verdict(Status.NEGATIVE_CURVATURE, f"{detail}; a damping above {-curvature:.3g} would lift it")
-        if residual != residual:
+        if not math.isfinite(residual) or not math.isfinite(curvature):
             return Verdict(Status.NOT_FINITE, f"CG met a NaN or infinite product after {steps} steps")
         # Rounding may leave the true residual a little above the recursive one.
         if residual > 10 * tol:

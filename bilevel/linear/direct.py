@@ -77,6 +77,12 @@ class Direct(LinearSolver):
         residual = float(torch.linalg.vector_norm(b - matvec(x)) / torch.linalg.vector_norm(b))
         if residual != residual:
             return LinearSolution(x, residual, 1, Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN"))
+        if residual > torch.finfo(b.dtype).eps ** (1 / 3):
+            detail = (
+                f"Direct ends at the relative residual {residual:.2e}: the matrix is not symmetric, or too "
+                f"ill-conditioned for {b.dtype}"
+            )
+            return LinearSolution(x, residual, 1, Verdict(Status.LINEAR_NOT_CONVERGED, detail))
         return LinearSolution(x, residual, 1, GOOD)
 
 
@@ -87,6 +93,6 @@ def _indefinite(matrix: Tensor) -> Verdict:
     values = torch.linalg.eigvalsh(matrix)
     smallest, largest = float(values[0]), float(values[-1])
     detail = f"the dense Hessian has the smallest eigenvalue {smallest:.3g} (the largest is {largest:.3g})"
-    if smallest > -1e3 * torch.finfo(matrix.dtype).eps * max(abs(largest), abs(smallest)):
+    if smallest >= -1e3 * torch.finfo(matrix.dtype).eps * max(abs(largest), abs(smallest)):
         return Verdict(Status.SINGULAR, detail)
     return Verdict(Status.NEGATIVE_CURVATURE, f"{detail}; a damping above {-smallest:.3g} would lift it")

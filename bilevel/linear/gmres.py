@@ -91,6 +91,8 @@ class GMRES(LinearSolver):
                 product = product - stacked.t() @ overlap
                 hessenberg[: step + 1, step] += overlap
             height = torch.linalg.vector_norm(product)
+            if not bool(torch.isfinite(height)):
+                return product, step + 1  # NaN, which the caller reports
             hessenberg[step + 1, step] = height
             small, right = hessenberg[: step + 2, : step + 1], target[: step + 2]
             weights = torch.linalg.pinv(small) @ right

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver
-from bilevel.lanczos import lanczos
+from bilevel.lanczos import Spectrum, lanczos
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -102,7 +102,14 @@ def _iterate(
     name: str,
 ) -> LinearSolution:
     """Run at most `limit` steps, fewer once the relative residual is at most `tol` (None: exactly `limit`)."""
-    h = 1.0 / (MARGIN * lanczos(matvec, b).largest) if isinstance(step_size, str) else step_size
+    if isinstance(step_size, str):
+        spectrum = lanczos(matvec, b)
+        refused = _judge_spectrum(spectrum, name, torch.finfo(b.dtype).eps)
+        if refused is not None:
+            return LinearSolution(torch.zeros_like(b), 1.0, spectrum.steps, refused)
+        h = 1.0 / (MARGIN * spectrum.largest)
+    else:
+        h = step_size
     scale = torch.linalg.vector_norm(b)
     every = 1 if b.device.type == "cpu" else 8
     if x is None:
@@ -119,10 +126,24 @@ def _iterate(
         steps += 1
     residual = float(torch.linalg.vector_norm(r) / scale)
     at = f"{name} stopped after {steps} steps at the relative residual {residual:.2e}"
-    if not residual <= max(first, 1.0):
+    if residual != residual:
+        verdict = Verdict(Status.NOT_FINITE, f"{name} met a NaN or infinite product within {steps} steps")
+    elif residual > max(first, 1.0):
         verdict = Verdict(Status.LINEAR_DIVERGED, f"{at}, from {first:.2e}, with step_size={h:.3g}")
     elif tol is not None and residual > tol:
         verdict = Verdict(Status.LINEAR_NOT_CONVERGED, f"{at}, above tol={tol:.1e}")
     else:
         verdict = GOOD
     return LinearSolution(x, residual, steps, verdict)
+
+
+def _judge_spectrum(spectrum: Spectrum, name: str, eps: float) -> Verdict | None:
+    """Refuse a measured spectrum that no automatic step size fits."""
+    if spectrum.largest != spectrum.largest:
+        return Verdict(Status.NOT_FINITE, f"{name} met a NaN or infinite product after {spectrum.steps} steps")
+    if spectrum.smallest < -1e3 * eps * abs(spectrum.largest):
+        detail = f"{name} met the curvature {spectrum.smallest:.3g} while it measured its step size"
+        return Verdict(Status.NEGATIVE_CURVATURE, f"{detail}; a damping above {-spectrum.smallest:.3g} would lift it")
+    if spectrum.largest <= 0:
+        return Verdict(Status.SINGULAR, f"{name} met no curvature at all while it measured its step size")
+    return None

@@ -3,7 +3,7 @@
     inner   g(w, u) = c sum_i loss(z_i, y_i) + 1/2 sum_j pen_j(u) w_j^2      over the training rows, z_i = x_i' w
     outer   f(w)    = 1/m sum_i loss(z_i, y_i)                               over the validation rows
 
-with c = 1/n ("mean", the default) or 1 ("sum"), and pen = exp(u) ("log", the default) or u ("direct"). A penalty shape
+with c = 1/n ("mean", the default) or 1 ("sum"), and pen = exp(u) ("log", the default) or u ("direct"). A penalty name
 says which weights share a hyperparameter. The closed-form oracles, with D the curvature of the loss at the predictions:
 
     grad = c X' loss'(z) + pen w,   H v = c X' D X v + pen v,   C' v = (d pen/du) w v, summed over each group
@@ -37,7 +37,12 @@ class Split:
     """
 
     def __init__(self, name: str, X: Any, y: Any) -> None:
-        X, y = torch.as_tensor(X), torch.as_tensor(y)
+        try:
+            X, y = torch.as_tensor(X), torch.as_tensor(y)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"X_{name} and y_{name} must be arrays of numbers; encode labels as integers.") from error
+        if y.dtype == torch.bool:
+            y = y.long()
         if X.dim() != 2 or y.dim() != 1 or len(X) != len(y):
             raise ValueError(
                 f"X_{name} must have shape (rows, features) and y_{name} shape (rows,) with as many rows, "
@@ -117,7 +122,8 @@ class LinearModelInner(InnerProblem):
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""
-        largest = self.problem.scale * self.problem.max_loss_curvature * self.problem.gram_norm
+        # The norm is measured from below, to a relative 1e-6.
+        largest = self.problem.scale * self.problem.max_loss_curvature * self.problem.gram_norm * (1 + 1e-5)
         return Spectrum(float(self.penalty.min()), largest + float(self.penalty.max()))
 
 
@@ -131,7 +137,7 @@ class LinearModelProblem(BilevelProblem):
         y_train: training targets of shape (rows,).
         X_val: validation inputs, for the outer loss.
         y_val: validation targets.
-        penalty: which weights share a penalty, a name in `penalty_shapes`.
+        penalty: which weights share a penalty, a name in `penalty_axes`.
         X_test: test inputs, for `metrics` alone.
         y_test: test targets.
         loss: "mean" or "sum" over the training rows.
@@ -179,13 +185,15 @@ class LinearModelProblem(BilevelProblem):
         self.loss, self.parametrization = loss, parametrization
         self.scale = 1.0 / self.train.rows if loss == "mean" else 1.0
         self.prepare_targets()
-        shapes = self.penalty_shapes()
-        if penalty not in shapes:
+        axes = self.penalty_axes()
+        if penalty not in axes:
             raise ValueError(
-                f"`{type(self).__name__}.penalty` must be one of {', '.join(map(repr, shapes))}, got {penalty!r}."
+                f"`{type(self).__name__}.penalty` must be one of {', '.join(map(repr, axes))}, got {penalty!r}."
             )
         self.penalty = penalty
-        self._group_shape = shapes[penalty]
+        shape = self.params_shape()
+        self._hparams_shape = tuple(shape[axis] for axis in axes[penalty])
+        self._group_shape = tuple(size if axis in axes[penalty] else 1 for axis, size in enumerate(shape))
         super().__init__(params=self.train.X.new_zeros(self.params_shape()))
 
     @property
@@ -205,8 +213,8 @@ class LinearModelProblem(BilevelProblem):
         """Return the shape of the weights."""
 
     @abstractmethod
-    def penalty_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes, broadcastable to the weights, that the penalty names stand for."""
+    def penalty_axes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the axes of the weights along which penalties vary, by the name of the choice."""
 
     @abstractmethod
     def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
@@ -240,7 +248,7 @@ class LinearModelProblem(BilevelProblem):
 
     def hparams_shape(self) -> tuple[int, ...]:
         """Return the shape of the hyperparameters."""
-        return tuple(size for size in self._group_shape if size != 1)
+        return self._hparams_shape
 
     def initial_hparams(self, value: float = 0.0) -> Tensor:
         """Return hyperparameters that all have one value."""

@@ -82,9 +82,9 @@ class LogisticProblem(LinearModelProblem):
         """(features,)."""
         return (self.train.X.shape[0],)
 
-    def penalty_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def penalty_axes(self) -> Mapping[str, tuple[int, ...]]:
         """One penalty, or one for each feature."""
-        return {"scalar": (), "per_feature": self.params_shape()}
+        return {"scalar": (), "per_feature": (0,)}
 
     def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
         """``sum log(1 + exp(-y z))``."""

@@ -81,12 +81,14 @@ class QuadraticProblem(BilevelProblem):
         target: Tensor | None = None,
         params: Tensor | None = None,
     ) -> None:
-        d = len(linear)
         if hessian_directions is None and linear_directions is None:
             raise ValueError(
                 "give `hessian_directions` or `linear_directions`: "
                 "without them the inner problem does not depend on hparams."
             )
+        if linear.dim() != 1:
+            raise ValueError(f"`QuadraticProblem.linear` must have shape (d,), got {tuple(linear.shape)}.")
+        d = len(linear)
         given = hessian_directions if hessian_directions is not None else linear_directions
         p = len(given) if given is not None else 0
         self.hessian, self.linear = hessian, linear
@@ -94,6 +96,7 @@ class QuadraticProblem(BilevelProblem):
         self.linear_directions = hessian.new_zeros(p, d) if linear_directions is None else linear_directions
         self.target = linear.new_zeros(d) if target is None else target
         for name, value, shape in (
+            ("linear", linear, (d,)),
             ("hessian", hessian, (d, d)),
             ("hessian_directions", self.hessian_directions, (p, d, d)),
             ("linear_directions", self.linear_directions, (p, d)),
@@ -101,8 +104,14 @@ class QuadraticProblem(BilevelProblem):
         ):
             if tuple(value.shape) != shape:
                 raise ValueError(f"`QuadraticProblem.{name}` must have shape {shape}, got {tuple(value.shape)}.")
-        for name, matrix in (("hessian", hessian), ("hessian_directions", self.hessian_directions)):
-            if not torch.allclose(matrix, matrix.mT):
+            if (value.dtype, value.device) != (linear.dtype, linear.device):
+                raise ValueError(
+                    f"`QuadraticProblem.{name}` is {value.dtype} on {value.device}, "
+                    f"but `linear` is {linear.dtype} on {linear.device}: they must share dtype and device."
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"`QuadraticProblem.{name}` holds NaN or infinite values.")
+            if value.dim() > 1 and name.startswith("hessian") and not torch.allclose(value, value.mT):
                 raise ValueError(f"`QuadraticProblem.{name}` must be symmetric.")
         super().__init__(params=linear.new_zeros(d) if params is None else params)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -47,10 +48,10 @@ class RidgeInner(LinearModelInner):
         return torch.addmv(self.problem.moment, self.hessian, params, beta=-1.0)
 
     def curvature(self, params: Tensor) -> Spectrum:
-        """Return the ends of the spectrum: exact up to 300 features, by Lanczos beyond."""
+        """Return the ends of the spectrum: exact up to 300 features, else the upper by Lanczos and a lower bound."""
         if self.hessian is None or len(self.hessian) > DENSE:
-            point = self.linearize(params)
-            return lanczos(point.hvp, params)
+            measured = lanczos(self.linearize(params).hvp, params)
+            return replace(measured, smallest=float(self.penalty.min()), exact=False)
         values = torch.linalg.eigvalsh(self.hessian)
         return Spectrum(float(values[0]), float(values[-1]), exact=True)
 
@@ -94,9 +95,9 @@ class RidgeProblem(LinearModelProblem):
         """(features,)."""
         return (self.train.X.shape[0],)
 
-    def penalty_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def penalty_axes(self) -> Mapping[str, tuple[int, ...]]:
         """One penalty, or one for each feature."""
-        return {"scalar": (), "per_feature": self.params_shape()}
+        return {"scalar": (), "per_feature": (0,)}
 
     def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
         """``1/2 sum (z - y)^2``."""
@@ -114,8 +115,9 @@ class RidgeProblem(LinearModelProblem):
         return dz
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """The coefficient of determination R^2."""
-        return {"r2": 1.0 - float((z - y).square().sum() / (y - y.mean()).square().sum())}
+        """The coefficient of determination R^2; NaN for constant targets."""
+        spread = (y - y.mean()).square().sum()
+        return {"r2": float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")}
 
     @property
     def on_gram(self) -> bool:
@@ -134,16 +136,22 @@ class RidgeProblem(LinearModelProblem):
 
     def solve(self, hparams: Tensor) -> Tensor:
         """Return the exact inner solution ``(c X'X + diag(pen))^-1 c X'y``."""
-        return torch.linalg.solve(self._hessian(hparams), self.moment)
+        return self._apply_inverse(hparams.detach(), self.moment)
 
     def exact_hypergradient(self, hparams: Tensor) -> Tensor:
         """Return ``-(d pen/du) w H^-1 f_w``, summed over each group, by dense algebra."""
         hparams = hparams.detach()
         w = self.solve(hparams)
         _, by_params, _ = self.outer_value_and_grads(w, hparams)
-        adjoint = torch.linalg.solve(self._hessian(hparams), by_params)
+        adjoint = self._apply_inverse(hparams, by_params)
         slope = self.penalties(hparams) if self.parametrization == "log" else 1.0
         return -self.gather(slope * w * adjoint)
 
-    def _hessian(self, hparams: Tensor) -> Tensor:
-        return self.gram + torch.diag(self.penalties(hparams).expand(self.params_shape()))
+    def _apply_inverse(self, hparams: Tensor, right: Tensor) -> Tensor:
+        hessian = self.gram + torch.diag(self.penalties(hparams).expand(self.params_shape()))
+        factor, info = torch.linalg.cholesky_ex(hessian)
+        if bool(info):
+            raise ValueError("the ridge problem is singular at these penalties: it has no unique solution.")
+        x = torch.cholesky_solve(right[:, None], factor)
+        # One step of iterative refinement.
+        return (x + torch.cholesky_solve(right[:, None] - hessian @ x, factor))[:, 0]

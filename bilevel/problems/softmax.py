@@ -85,15 +85,9 @@ class SoftmaxProblem(LinearModelProblem):
         """(classes, features)."""
         return (self.classes, self.train.X.shape[0])
 
-    def penalty_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def penalty_axes(self) -> Mapping[str, tuple[int, ...]]:
         """One penalty, or one for each class, feature, or weight."""
-        count, features = self.params_shape()
-        return {
-            "scalar": (),
-            "per_class": (count, 1),
-            "per_feature": (1, features),
-            "per_weight": (count, features),
-        }
+        return {"scalar": (), "per_class": (0,), "per_feature": (1,), "per_weight": (0, 1)}
 
     def predict(self, X: Tensor, w: Tensor) -> Tensor:
         """Return ``W x_i`` for every row: (classes, rows)."""

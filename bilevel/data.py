@@ -1,0 +1,308 @@
+"""Data sets with seeded training, validation and test splits, in the form that the problem classes take.
+
+A data set is one that scikit-learn bundles, a synthetic one with known weights, or a file (`.npz` or `.csv`). `load`
+reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of the training rows
+alone, so that nothing leaks from the rows that judge the hyperparameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn import datasets
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from bilevel.datafiles import Array, Raw, check_part, read_csv, read_npz
+from bilevel.options import is_int, is_number
+
+MAX_CLASSES = 20
+"""Integer targets with at most this many distinct values are labels."""
+
+BUNDLED = {
+    "breast_cancer": "classification, 569 rows, 30 features, 2 classes (scikit-learn)",
+    "diabetes": "regression, 442 rows, 10 features (scikit-learn, in its original units)",
+    "digits": "classification, 1797 rows, 64 features, 10 classes (scikit-learn)",
+    "wine": "classification, 178 rows, 13 features, 3 classes (scikit-learn)",
+    "iris": "classification, 150 rows, 4 features, 3 classes (scikit-learn)",
+}
+SYNTHETIC = {
+    "synthetic_regression": "regression, Gaussian features, sparse known weights; options rows, features, noise",
+    "synthetic_classification": "2 classes, Gaussian features, sparse known weights; options rows, features, noise",
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in two or three parts.
+
+    Attributes:
+        name: the name or path it was loaded by.
+        task: "regression" or "classification".
+        X_train: training inputs of shape (rows, features), floating.
+        y_train: training targets of shape (rows,): floating for regression, int64 labels from 0 for classification.
+        X_val: validation inputs.
+        y_val: validation targets.
+        X_test: test inputs; None where there is no test part.
+        y_test: test targets; None where there is no test part.
+        feature_names: one name for each feature.
+        note: one sentence about size, split and preprocessing.
+        truth: the true weights of a synthetic set, of shape (features,), in the units of the returned X.
+    """
+
+    name: str
+    task: str
+    X_train: Tensor
+    y_train: Tensor
+    X_val: Tensor
+    y_val: Tensor
+    X_test: Tensor | None
+    y_test: Tensor | None
+    feature_names: tuple[str, ...]
+    note: str
+    truth: Tensor | None = None
+
+    def splits(self) -> dict[str, Tensor]:
+        """Return the keyword arguments ``X_train=..., y_train=..., ...`` of the problem classes."""
+        parts = {"X_train": self.X_train, "y_train": self.y_train, "X_val": self.X_val, "y_val": self.y_val}
+        if self.X_test is not None and self.y_test is not None:
+            parts |= {"X_test": self.X_test, "y_test": self.y_test}
+        return parts
+
+
+def available() -> dict[str, str]:
+    """Return a one-line description for every name that `load` knows.
+
+    >>> available()["iris"]
+    'classification, 150 rows, 4 features, 3 classes (scikit-learn)'
+    """
+    return BUNDLED | SYNTHETIC
+
+
+def load(
+    name: str,
+    *,
+    seed: int = 0,
+    validation: float = 0.25,
+    test: float = 0.25,
+    standardize: bool = True,
+    target: str | None = None,
+    rows: int | None = None,
+    features: int | None = None,
+    noise: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+) -> Dataset:
+    """Load a data set and split it.
+
+    The task is classification where the targets are strings, booleans, or integers (in a `.csv`: all written without a
+    decimal point) with at most 20 distinct values, else regression. Labels become 0, 1, ... in sorted order, and their
+    splits are stratified. The problem classes have no intercept, so X is standardized *and* a regression target is
+    centred, both with statistics of the training rows; a constant feature becomes zero.
+
+    The synthetic sets have standard Gaussian X, weights w of which a quarter are not zero, Gaussian e, and
+    ``y = X w + noise e``, or the class ``X w + noise e > 0``. Centring X adds a small intercept to the latter.
+
+    Args:
+        name: a name in `available`, or a path. An `.npz` holds the arrays X and y, or X_train, y_train, X_val, y_val
+            (and X_test, y_test), which are then used as the splits. A `.csv` has a header row.
+        seed: of the split, and of a synthetic set.
+        validation: fraction of all rows for the validation part; unused where a file brings its own splits.
+        test: fraction of all rows for the test part, 0 for none; likewise.
+        standardize: False leaves X and y as they are.
+        target: the target column of a `.csv`; default: the last.
+        rows: rows of a synthetic set; default: 200.
+        features: features of a synthetic set; default: 20.
+        noise: standard deviation of the noise in a synthetic set; default: 0.5.
+        dtype: of X, and of y for regression.
+        device: of all tensors.
+
+    Returns:
+        The `Dataset`.
+
+    Raises:
+        ValueError: in one sentence, for an option out of range, an unknown name, or data that cannot be used.
+        FileNotFoundError: if the path does not exist.
+
+    >>> data = load("iris", seed=1)
+    >>> data.task, tuple(data.X_train.shape), data.y_val.dtype
+    ('classification', (74, 4), torch.int64)
+    >>> data.note.partition(";")[0]
+    'iris: 74 train, 38 val, 38 test rows (stratified with seed 1), 4 features, 3 classes'
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
+    _check_options(name, seed, validation, test, target, {"rows": rows, "features": features, "noise": noise})
+    raw = _read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise)
+    for part in raw.parts:
+        check_part(raw, part)
+    raw, labels = _encode(raw)
+    regression = labels is None
+    how = "split as in the file"
+    if "" in raw.parts:
+        raw = replace(raw, parts=_split(raw, labels, seed, validation, test))
+        how = f"{'split' if regression else 'stratified'} with seed {seed}"
+    scaling = "X and y as they came"
+    if standardize:
+        raw = _standardized(raw, centre=regression)
+        scaling = f"X standardized{' and y centred' if regression else ''} with training statistics"
+
+    def tensor(values: Array, kind: torch.dtype = dtype) -> Tensor:
+        return torch.as_tensor(values, dtype=kind, device=device)
+
+    tensors: dict[str, Any] = {"X_test": None, "y_test": None}
+    for part, (X, y) in raw.parts.items():
+        tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if regression else torch.int64)
+    rows_of = ", ".join(f"{len(y)} {part}" for part, (_, y) in raw.parts.items())
+    return Dataset(
+        name=name,
+        task="regression" if regression else "classification",
+        feature_names=raw.feature_names,
+        note=(
+            f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, "
+            f"{'regression' if labels is None else _classes(labels)}; {scaling}."
+        ),
+        truth=None if raw.truth is None else tensor(raw.truth),
+        **tensors,
+    )
+
+
+def _check_options(
+    name: str, seed: int, validation: float, test: float, target: str | None, synthetic: dict[str, Any]
+) -> None:
+    """Refuse options out of range, and those that would have no effect on this data set."""
+    for option, value, owner, fits in (
+        ("target", target, ".csv files", Path(name).suffix.lower() == ".csv"),
+        *((option, value, "the synthetic sets", name in SYNTHETIC) for option, value in synthetic.items()),
+    ):
+        if value is not None and not fits:
+            raise ValueError(f"`{option}` is an option of {owner} alone, got {value!r} for {name!r}.")
+    for option in ("rows", "features"):
+        if synthetic[option] is not None and not is_int(synthetic[option]):
+            raise ValueError(f"`{option}` must be a positive int, got {synthetic[option]!r}.")
+    noise = synthetic["noise"]
+    if noise is not None and not (is_number(noise) and noise >= 0):
+        raise ValueError(f"`noise` must be a number that is not negative, got {noise!r}.")
+    if not (is_int(seed, at_least=0) and seed < 2**32):
+        raise ValueError(f"`seed` must be an int from 0 to 2**32 - 1, got {seed!r}.")
+    if not (is_number(validation) and 0 < validation < 1):
+        raise ValueError(f"`validation` must be a fraction above 0 and below 1, got {validation!r}.")
+    if not (is_number(test) and 0 <= test < 1):
+        raise ValueError(f"`test` must be a fraction from 0 to below 1, got {test!r}.")
+    if validation + test >= 1:
+        raise ValueError(f"`validation` + `test` must be below 1 to leave training rows, got {validation + test:g}.")
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def _read(name: str, seed: int, target: str | None, rows: int, features: int, noise: float) -> Raw:
+    """Return the data that a name or a path stands for."""
+    if name in SYNTHETIC:
+        return _synthetic(name, seed, rows, features, noise)
+    if name in BUNDLED:
+        # scikit-learn's scaled diabetes would carry statistics of the test rows.
+        options = {"scaled": False} if name == "diabetes" else {}
+        bunch = getattr(datasets, f"load_{name}")(**options)
+        return Raw(name, {"": (bunch.data, bunch.target)}, tuple(map(str, bunch.feature_names)))
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in {".npz", ".csv"}:
+        raise ValueError(
+            f"unknown data set {name!r}: choose one of {', '.join(available())}, or give a path ending in .npz or .csv."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"the data file {name!r} does not exist.")
+    return read_npz(name, path) if path.suffix.lower() == ".npz" else read_csv(name, path, target)
+
+
+def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> Raw:
+    """Draw a synthetic set."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    truth = normal(features)
+    truth[torch.randperm(features, generator=generator)[max(1, features // 4) :]] = 0.0
+    X = normal(rows, features)
+    y = X @ truth + noise * normal(rows)
+    targets = y if name == "synthetic_regression" else (y > 0).long()
+    names = tuple(f"x{index}" for index in range(features))
+    return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())
+
+
+# Preparing -----------------------------------------------------------------------------------------------------------
+
+
+def _encode(raw: Raw) -> tuple[Raw, Array | None]:
+    """Return the data in float64, with labels 0, 1, ... and the sorted labels they stand for; None for regression."""
+    targets = np.concatenate([y for _, y in raw.parts.values()])
+    labels = np.unique(targets)
+    parts = {part: (X.astype(np.float64), y) for part, (X, y) in raw.parts.items()}
+    if targets.dtype.kind == "f" or (targets.dtype.kind in "iu" and len(labels) > MAX_CLASSES):
+        return replace(raw, parts={part: (X, y.astype(np.float64)) for part, (X, y) in parts.items()}), None
+    if len(labels) < 2:
+        raise ValueError(f"the target of {raw.source!r} holds one class only ({labels[0]}): nothing to separate.")
+    if "train" in raw.parts:
+        unseen = np.setdiff1d(labels, raw.parts["train"][1])
+        if len(unseen):
+            raise ValueError(f"y_train of {raw.source!r} lacks the label {unseen[0]} that another part holds.")
+    return replace(raw, parts={part: (X, np.searchsorted(labels, y)) for part, (X, y) in parts.items()}), labels
+
+
+def _split(raw: Raw, labels: Array | None, seed: int, validation: float, test: float) -> dict[str, tuple[Array, Array]]:
+    """Return the parts of a seeded split, stratified for classification."""
+    X, y = raw.parts[""]
+    count = len(y)
+    sizes = {"train": count, "val": round(validation * count), "test": round(test * count)}
+    sizes["train"] -= sizes["val"] + sizes["test"]
+    if test == 0:
+        del sizes["test"]
+    shown = "/".join(map(str, sizes.values()))
+    least = 1 if labels is None else len(labels)
+    if min(sizes.values()) < least:
+        each = "a row" if labels is None else f"a row of every class, {least} in all"
+        raise ValueError(
+            f"{raw.source!r} has too few rows ({count}, split {shown} into {'/'.join(sizes)}): each part needs {each}."
+        )
+    thin = ""
+    if labels is not None:
+        members = np.bincount(y)
+        thin = (
+            f"the class {labels[members.argmin()]} of {raw.source!r} has too few rows ({members.min()}) for a "
+            f"stratified split of {count} rows {shown} into {'/'.join(sizes)}: each part needs one of them."
+        )
+        if members.min() < len(sizes):
+            raise ValueError(thin)
+    parts = {}
+    rest = np.arange(count)
+    for part in list(sizes)[:0:-1]:
+        strata = None if labels is None else y[rest]
+        try:
+            rest, parts[part] = train_test_split(rest, test_size=sizes[part], random_state=seed, stratify=strata)
+        except ValueError as error:
+            raise ValueError(thin) from error
+    if labels is not None and len(np.unique(y[rest])) < len(labels):
+        raise ValueError(thin)
+    rows = {"train": rest} | dict(reversed(parts.items()))
+    return {part: (X[index], y[index]) for part, index in rows.items()}
+
+
+def _standardized(raw: Raw, centre: bool) -> Raw:
+    """Return the data with X standardized and, on demand, y centred, by statistics of the training part."""
+    X_train, y_train = raw.parts["train"]
+    scaler = StandardScaler().fit(X_train)
+    middle = y_train.mean() if centre else 0
+    parts = {part: (scaler.transform(X), y - middle) for part, (X, y) in raw.parts.items()}
+    return replace(raw, parts=parts, truth=None if raw.truth is None else raw.truth * scaler.scale_)
+
+
+def _classes(labels: Array) -> str:
+    """Return the classes in words, with the strings that they stand for."""
+    shown = f" ({', '.join(map(str, labels))})" if labels.dtype.kind == "U" and len(labels) <= 5 else ""
+    return f"{len(labels)} classes{shown}"
