@@ -30,7 +30,7 @@ class CheckReport:
     """The outcome of `check_hypergradient`.
 
     Attributes:
-        ok: whether the estimate is usable and agrees with every referee.
+        ok: whether the estimate is usable and agrees with one of its referees.
         rows: one for each component.
         errors: ``max_j |p_j - referee_j| / max_j |referee_j|`` by referee ("differences", "exact").
         worst: the component that is furthest off.
@@ -63,7 +63,9 @@ def check_hypergradient(
     """Compare an estimator with central differences of the same inner solver and, where there is one, the closed form.
 
     Central differences see the map that the solver computes: they check a full unroll at any number of steps, and an
-    implicit or truncated estimate where the inner solver has converged. Cost: two inner solves for each hyperparameter.
+    implicit or truncated estimate where the inner solver has converged. The closed form is the derivative of the exact
+    solution. An estimator that agrees with one of them is implemented rightly; the text says how far the other is,
+    which is what more inner steps would remove. Cost: two inner solves for each hyperparameter.
 
     Args:
         problem: the problem.
@@ -100,7 +102,7 @@ def check_hypergradient(
         errors[name] = float(distance.max())
         if errors[name] > off:
             off, worst = errors[name], labels[int(distance.argmax())]
-    ok = estimate.status.usable and referee.status.usable and all(error <= allowed for error in errors.values())
+    ok = estimate.status.usable and referee.status.usable and min(errors.values()) <= allowed
     rows = [
         Row(
             label,
@@ -135,6 +137,11 @@ def _text(
     )
     more = f"\n({len(rows) - len(body)} more components agree at least as well)" if len(rows) > len(body) else ""
     found = ", ".join(f"{error:.2e} from {name}" for name, error in errors.items())
-    outcome = "agrees" if ok else f"is OFF, most at {worst}"
+    far = [name for name, error in errors.items() if error > rtol]
+    outcome = f"is OFF, most at {worst}" if not ok else f"agrees, though not with {far[0]}" if far else "agrees"
+    if ok and far:
+        more += (
+            "\nthe solver's own map is differentiated rightly; more inner steps would bring it to the exact solution"
+        )
     status = "" if verdict.status.ok else f"\nstatus: {verdict}"
     return f"{title} {outcome}: relative error {found} (allowed {rtol:.0e})\n{table}{more}{status}"

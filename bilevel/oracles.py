@@ -221,7 +221,7 @@ class InnerProblem:
     def _grad(self, params: Tree) -> Tree:
         if self.problem.optimality is not None:
             with torch.no_grad():
-                return self.problem.optimality(params, self.hparams)
+                return self.problem.gradient_graph(params, self.hparams)
         params = tree.attach(params)
         with torch.enable_grad():
             loss = self.problem.inner_loss(params, self.hparams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -80,6 +80,20 @@ class OuterResult:
     stopped: str
 
 
+def steps_without_progress(losses: Iterable[float], min_progress: float) -> int:
+    """Return how many of the last losses came without one below the best before them by more than `min_progress`.
+
+    >>> steps_without_progress([3.0, 1.0, 2.0, 1.0], 0.0)
+    2
+    """
+    best, waited = math.inf, 0
+    for loss in losses:
+        waited += 1
+        if loss < best - min_progress:
+            best, waited = loss, 0
+    return waited
+
+
 class OuterOptimizer:
     """The outer loop: hypergradient, optimizer step, warm start.
 
@@ -130,6 +144,8 @@ class OuterOptimizer:
     ) -> None:
         if on_failure not in ("raise", "warn", "return"):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
+        if not isinstance(warm_start, bool | WarmStart):
+            raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {warm_start!r}.")
         self.problem, self.solver, self.estimator = problem, solver, estimator
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, tuple(callbacks)
@@ -202,15 +218,38 @@ class OuterOptimizer:
         return estimate
 
     def _move(self, gradient: Tree, loss: float) -> None:
-        """Hand the pulled-back gradient to the optimizer and step."""
-        for leaf, part in zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True):
-            leaf.grad = part
-        self.optimizer.step()
+        """Hand the pulled-back gradient to the optimizer and step; an interrupt in between takes the step back."""
+        before = self._movable()
+        try:
+            pairs = zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True)
+            for leaf, part in pairs:
+                leaf.grad = part
+            self.optimizer.step()
+            if self.scheduler is not None:
+                plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+                self.scheduler.step(*([loss] if plateau else []))
+            # A copy: the identity transform returns the free tensors themselves, which the optimizer moves in place.
+            self._hparams = tree.tree_map(torch.clone, tree.detach(self._transform(self._free)))
+        except BaseException:
+            self._restore(before)
+            raise
+
+    def _movable(self) -> dict[str, Any]:
+        """Return copies of what a move changes, besides the hyperparameters themselves."""
+        return {
+            "free": [leaf.detach().clone() for leaf in tree.leaves(self._free)],
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `_movable` returned."""
+        with torch.no_grad():
+            for leaf, value in zip(tree.leaves(self._free), state["free"], strict=True):
+                leaf.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
-            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            self.scheduler.step(*([loss] if plateau else []))
-        # A copy: the identity transform returns the free tensors themselves, which the optimizer moves in place.
-        self._hparams = tree.tree_map(torch.clone, tree.detach(self._transform(self._free)))
+            self.scheduler.load_state_dict(state["scheduler"])
 
     def run(
         self,
@@ -236,7 +275,6 @@ class OuterOptimizer:
             The result; a second call continues.
         """
         stopped = f"took {steps} steps"
-        best, waited = self.best[0], 0
         with tqdm(total=steps, disable=not progress, unit="step") as line:
             for _ in range(steps):
                 estimate = self.step()
@@ -244,10 +282,7 @@ class OuterOptimizer:
                 line.update()
                 # A list, so that every callback is called.
                 asked = [callback(self, estimate) for callback in self.callbacks]
-                if estimate.outer_loss < best - min_progress:
-                    best, waited = estimate.outer_loss, 0
-                else:
-                    waited += 1
+                waited = steps_without_progress([record.outer_loss for record in self.history], min_progress)
                 reason = self._reason(estimate, budget, tol, patience, waited)
                 if any(answer is True for answer in asked):
                     reason = "a callback asked to stop"
@@ -278,10 +313,8 @@ class OuterOptimizer:
         state = self.carry.state
         return {
             "format": FORMAT,
-            "free": [leaf.detach().clone() for leaf in tree.leaves(self._free)],
+            **self._movable(),
             "hparams": [leaf.clone() for leaf in tree.leaves(self._hparams)],
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
             "inner_state": None
             if state is None
             else {
@@ -312,13 +345,8 @@ class OuterOptimizer:
         saved = [tuple(leaf.shape) for leaf in state["hparams"]]
         if shapes != saved:
             raise ValueError(f"this state has hyperparameters of shapes {saved}, this run has {shapes}.")
-        with torch.no_grad():
-            for leaf, value in zip(tree.leaves(self._free), state["free"], strict=True):
-                leaf.copy_(value)
+        self._restore(state)
         self._hparams = tree.rebuild(self._hparams, [value.clone() for value in state["hparams"]])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
         inner = state["inner_state"]
         self.carry = Carry(None if inner is None else InnerState(**inner), state["adjoint"])
         self.history = [Record(**record) for record in state["history"]]
@@ -345,7 +373,15 @@ class _Transform:
         self._transforms = [transform_to(c if c is not None else dist_constraints.real) for c in by_leaf]
         for name, leaf, constraint in zip(tree.names(hparams), tree.leaves(hparams), by_leaf, strict=True):
             if constraint is not None and not bool(constraint.check(leaf).all()):
-                raise ValueError(f"`hparams{name}` does not satisfy its constraint {constraint}: {leaf}.")
+                raise ValueError(
+                    f"`hparams{name}` does not satisfy its constraint {constraint}: "
+                    f"it goes from {float(leaf.min()):.4g} to {float(leaf.max()):.4g}."
+                )
+            if not bool(torch.isfinite(transform_to(constraint or dist_constraints.real).inv(leaf)).all()):
+                raise ValueError(
+                    f"`hparams{name}` lies on the boundary of its constraint {constraint}, "
+                    "from where it could never move."
+                )
         self._like = hparams
 
     def __call__(self, free: Tree) -> Tree:

@@ -91,7 +91,7 @@ class BilevelProblem:
     def gradient_graph(self, params: Tree, hparams: Tree) -> Tree:
         """Return the inner gradient (or the optimality map) with its autograd graph back to `params` and `hparams`."""
         if self.optimality is not None:
-            return self.optimality(params, hparams)
+            return tree.matched(self.optimality(params, hparams), params, "optimality")
         # A start that requires no gradient still has to be a root of the gradient's graph.
         params = tree.tree_map(lambda leaf: leaf if leaf.requires_grad else leaf.detach().requires_grad_(), params)
         loss = self.inner_loss(params, hparams)
@@ -147,10 +147,6 @@ class BilevelProblem:
                 _check_scalar("inner_loss", self.inner_loss, params, hparams)
             outer = _check_scalar("outer_loss", self.outer_loss, params, hparams)
             gradient = self.gradient_graph(params, hparams)
-        if tree.names(gradient) != tree.names(params) or any(
-            g.shape != p.shape for g, p in zip(tree.leaves(gradient), tree.leaves(params), strict=True)
-        ):
-            raise ValueError("`optimality` must return a tree of the structure and shapes of `params`.")
         self._check_influence(gradient, outer, hparams)
 
     def _check_influence(self, gradient: Tree, outer: Tensor, hparams: Tree) -> None:
@@ -281,6 +277,10 @@ def check_trees(params: Tree, hparams: Tree) -> None:
                     f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {first.dtype} on {first.device}: "
                     "params and hparams must share dtype and device."
                 )
+    for what, value in (("params", params), ("hparams", hparams)):
+        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
+            if leaf.is_meta:
+                raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
             if not torch.isfinite(leaf).all():
                 raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
 
@@ -299,8 +299,12 @@ def _check_scalar(what: str, loss: Loss, params: Tree, hparams: Tree) -> Tensor:
         got = f"a Tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"`{what}` must return a scalar Tensor (shape ()), got {got}.")
     if not torch.isfinite(value):
-        raise ValueError(f"`{what}` is {float(value)} at the start: are there NaN in the data or the start?")
-    if not value.requires_grad:
+        raise ValueError(f"`{what}` is {float(value.detach())} at the start: are there NaN in the data or the start?")
+    unused = not value.requires_grad
+    if what == "inner_loss" and not unused:
+        by_params = torch.autograd.grad(value, tree.leaves(params), retain_graph=True, allow_unused=True)
+        unused = all(part is None for part in by_params)
+    if unused:
         of = "`params`" if what == "inner_loss" else "`params` nor on `hparams`"
         raise ValueError(f"`{what}` does not depend on {of}: is the computation detached?")
     return value

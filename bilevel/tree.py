@@ -48,6 +48,29 @@ def names(tree: Tree) -> list[str]:
     return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
 
 
+def matched(tree: Tree, like: Tree, what: str) -> Tree:
+    """Return a tree that a user's function made, with its leaves in the order of `like`.
+
+    Two dicts with the same keys in another order are the same tree, but their leaves would pair up wrongly.
+
+    Args:
+        tree: what the function returned.
+        like: the tree that it should look like.
+        what: how messages call the function.
+
+    Raises:
+        ValueError: if the structure or a shape differs.
+    """
+    try:
+        ordered = pytree.tree_map(lambda _, leaf: leaf, like, tree)
+        fits = [leaf.shape for leaf in leaves(ordered)] == [leaf.shape for leaf in leaves(like)]
+    except (ValueError, AttributeError, TypeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"`{what}` must return a tree of the structure and shapes of `params`.")
+    return ordered
+
+
 def detach(tree: Tree) -> Tree:
     """Return the tree without its autograd history; storage is shared."""
     return tree_map(Tensor.detach, tree)

@@ -203,3 +203,22 @@ def test_points_that_do_not_fit_a_quadratic(params, hparams, message):
     problem.check(problem.params, zeros(3))
     with pytest.raises(ValueError, match=message):
         problem.check(params, hparams)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hessian": with_first(torch.eye(2, dtype=torch.float64), NAN)}, "hessian` holds NaN or infinite values"),
+        ({"linear": vector(1.0, NAN)}, "linear` holds NaN or infinite values"),
+        ({"hessian": torch.eye(2)}, "hessian` is torch.float32 on cpu, but `linear` is torch.float64 on cpu"),
+        ({"linear": vector(1.0)[0]}, r"linear` must have shape \(d,\), got \(\)"),
+    ],
+)
+def test_quadratic_coefficients_that_cannot_work(change, message):
+    options = {
+        "hessian": torch.eye(2, dtype=torch.float64),
+        "linear": vector(1.0, 2.0),
+        "linear_directions": torch.ones(1, 2, dtype=torch.float64),
+    }
+    with pytest.raises(ValueError, match=message):
+        QuadraticProblem(**options | change)

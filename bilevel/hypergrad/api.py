@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bilevel import tree
@@ -9,7 +11,7 @@ from bilevel.base import Carry, Certificate, Estimate, HypergradEstimator, Inner
 from bilevel.certify import ErrorEstimate, refine
 from bilevel.cost import Meter
 from bilevel.problem import BilevelProblem
-from bilevel.status import OnFailure, Status, Verdict, report
+from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
 
 
@@ -63,11 +65,13 @@ def hypergradient(
         meter.counts["outer"] += 1
         outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
         value = float(outer)
+        verdict = verdict.worse(_finite_loss(value))
+    if verdict.status.usable:
         pulled = solved.pullback(by_params)
         verdict = verdict.worse(pulled.verdict)
         if pulled.verdict.status.usable:
             gradient = tree.add(by_hparams, pulled.hparams)
-            verdict = verdict.worse(_finite(value, gradient))
+            verdict = verdict.worse(_finite_gradient(gradient))
     cost = meter.read()
     error = ErrorEstimate(None, "none", "ask with certify=True")
     if certify and verdict.status.usable:
@@ -112,24 +116,29 @@ def prepare(
     Raises:
         ValueError: for arguments in the wrong order; the problem's and the estimator's checks raise their own.
     """
+    for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"expected (problem, solver, estimator, hparams), got {type(value).__name__} in the place of "
+                f"{kind.__name__}."
+            )
     start = problem.start(params)
     if check:
-        for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):
-            if not isinstance(value, kind):
-                raise ValueError(
-                    f"expected (problem, solver, estimator, hparams), got {type(value).__name__} where a "
-                    f"{kind.__name__} belongs."
-                )
         problem.check(start, hparams)
         estimator.check(problem, solver, hparams)
     return tree.detach(hparams), start
 
 
-def _finite(value: float, gradient: Tree) -> Verdict:
-    """Report an outer loss or a hypergradient that is not finite."""
-    if not torch.isfinite(torch.tensor(value)):
-        return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
+def _finite_loss(value: float) -> Verdict:
+    """Report an outer loss that is not finite."""
+    if math.isfinite(value):
+        return GOOD
+    return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
+
+
+def _finite_gradient(gradient: Tree) -> Verdict:
+    """Report a hypergradient that is not finite."""
     for name, leaf in zip(tree.names(gradient), tree.leaves(gradient), strict=True):
         if not bool(torch.isfinite(leaf).all()):
             return Verdict(Status.NOT_FINITE, f"the hypergradient of `hparams{name}` is not finite")
-    return Verdict()
+    return GOOD

@@ -170,14 +170,18 @@ def _not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState
             state = following
             break
         state = following
-    broken = [
-        name
-        for name, leaf in zip(tree.names(state.params), tree.leaves(state.params), strict=True)
-        if not bool(torch.isfinite(leaf).all())
-    ]
-    where = f"params{broken[0]}" if broken else "the inner gradient"
+    gradient = inner.grad(solver.params(state))
+    where = _broken("params", state.params) or _broken("the inner gradient of params", gradient) or "the residual"
     advice = _step_size_advice(inner, solver, checkpoint)
     status = Status.DIVERGED if advice else Status.NOT_FINITE
     verb = "diverges" if advice else "failed"
     detail = f"{type(solver).__name__} {verb}: {where} is not finite at step {step}{advice}"
     return InnerRun(state, float("nan"), step, Verdict(status, detail))
+
+
+def _broken(what: str, values: Tree) -> str:
+    """Name the first leaf that is not finite, or return an empty string."""
+    for name, leaf in zip(tree.names(values), tree.leaves(values), strict=True):
+        if not bool(torch.isfinite(leaf).all()):
+            return f"{what}{name}"
+    return ""

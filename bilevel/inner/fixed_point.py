@@ -43,7 +43,5 @@ class FixedPoint(InnerSolver):
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             new: Any = self.update(state.params, inner.hparams)
-        shapes = [leaf.shape for leaf in tree.leaves(state.params)]
-        if [getattr(leaf, "shape", None) for leaf in tree.leaves(new)] != shapes:
-            raise ValueError("`FixedPoint.update` must return a tree of the structure and shapes of `params`.")
+        new = tree.matched(new, state.params, "FixedPoint.update")
         return state.moved(new if recording else tree.detach(new))

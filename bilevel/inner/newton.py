@@ -59,7 +59,7 @@ class Newton(InnerSolver):
         # Looking at a Newton step costs a transfer; it is small beside the factorisation.
         if not bool(length > 0):
             return params, 0.0
-        direction = self._direct(inner.linearize(params), gradient, min(0.1, float(length) ** 0.5))
+        direction = self._solve(inner.linearize(params), gradient, min(0.1, float(length) ** 0.5))
         t = 1.0
         for _ in range(HALVINGS):
             trial = tree.add(params, direction, -t)
@@ -74,8 +74,13 @@ class Newton(InnerSolver):
             )
         return params, 0.0
 
-    def _direct(self, point: Linearization, right: Tree, tol: float | None = None) -> Tree:
+    def _solve(self, point: Linearization, right: Tree, tol: float | None = None) -> Tree:
         """Solve ``(H + damping I) d = right``."""
+        if not point.inner.problem.symmetric:
+            raise ValueError(
+                "Newton needs an inner loss, but this problem is stated by an optimality map, "
+                "whose Jacobian need not be symmetric: use FixedPoint(update)."
+            )
         if self.linear_solver is not None:
             solution = self.linear_solver.solve(
                 lambda v: tree.add(point.hvp(v), v, self.damping), right, tol=tol, dense=lambda: self._dense(point)
@@ -124,7 +129,7 @@ class Newton(InnerSolver):
         direction = tree.scale(1.0 / (t or 1.0), tree.add(params, after, -1.0))
         # A step that stays where it is, at the solution, still moves with the hyperparameters as a full step does.
         t = t or 1.0
-        adjoint = self._direct(point, cotangent[0])
+        adjoint = self._solve(point, cotangent[0])
         by_params, by_hparams = point.vjp(adjoint)
         third_params, third_hparams = point.hvp_vjp(direction, adjoint)
         new_params = tree.combine((1.0, -t, t), (cotangent[0], by_params, third_params))

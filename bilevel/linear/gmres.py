@@ -85,7 +85,7 @@ class GMRES(LinearSolver):
         weights = r.new_zeros(0)
         for step in range(size):
             product = matvec(basis[step])
-            stacked = torch.stack(basis)
+            stacked, before = torch.stack(basis), torch.linalg.vector_norm(product)
             for _ in range(2):
                 overlap = stacked @ product
                 product = product - stacked.t() @ overlap
@@ -98,7 +98,7 @@ class GMRES(LinearSolver):
             weights = torch.linalg.pinv(small) @ right
             # One transfer a step, beside a small least-squares problem: GMRES is the solver of last resort.
             left = torch.linalg.vector_norm(right - small @ weights)
-            if bool((left <= goal) | (height <= 1e-14 * length)):
+            if bool((left <= goal) | (height <= 1e-14 * before)):
                 used = step + 1
                 break
             basis.append(product / height)

@@ -43,6 +43,11 @@ class FixedPointIteration(LinearSolver):
         require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
         require(self, "max_steps", "a positive int", is_int(self.max_steps))
 
+    @property
+    def needs_symmetry(self) -> bool:  # type: ignore[override]
+        """Whether the step size is measured, by a process for symmetric matrices."""
+        return self.step_size == "auto"
+
     def solve_flat(
         self,
         matvec: Callable[[Tensor], Tensor],
@@ -79,6 +84,11 @@ class Neumann(LinearSolver):
         require(self, "steps", "a positive int", is_int(self.steps))
         ok = self.step_size == "auto" or is_positive(self.step_size)
         require(self, "step_size", "a positive number or 'auto'", ok)
+
+    @property
+    def needs_symmetry(self) -> bool:  # type: ignore[override]
+        """Whether the step size is measured, by a process for symmetric matrices."""
+        return self.step_size == "auto"
 
     def solve_flat(
         self,

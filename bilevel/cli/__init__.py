@@ -1,0 +1,3 @@
+"""The command line: ``bilevel compare``, ``bilevel tune``, ``bilevel doctor``."""
+
+from bilevel.cli.entry import main as main

@@ -1,0 +1,151 @@
+"""``bilevel compare`` and ``bilevel tune``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bilevel import tree
+from bilevel.base import describe
+from bilevel.compare import Comparison, Plan, RunFolder, compare, draw_figures, tables
+from bilevel.config import choose_device, load_plan
+
+SHOWN = 12
+"""Of more hyperparameters than this, only the largest and the smallest are printed."""
+
+
+def run_compare(arguments: Namespace) -> int:
+    """Run ``bilevel compare``."""
+    plan, folder = _prepare(arguments, tune=False)
+    result = _run(plan, folder, arguments)
+    if result.interrupted:
+        return _interrupted()
+    print(f"\n{tables(result.summary)}\n")
+    _finish(result, folder)
+    return _report_failures(result)
+
+
+def run_tune(arguments: Namespace) -> int:
+    """Run ``bilevel tune``."""
+    plan, folder = _prepare(arguments, tune=True)
+    result = _run(plan, folder, arguments)
+    if result.interrupted:
+        return _interrupted()
+    tuned = {run.cell.problem: _tuned(plan, run) for run in result.runs if run.best is not None}
+    folder.write_json("tuned.json", tuned)
+    for problem, found in tuned.items():
+        print(f"\n{_tuned_text(problem, found)}")
+    print()
+    _finish(result, folder)
+    return _report_failures(result)
+
+
+def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
+    """Return the checked plan and its folder, to which nothing has been written yet."""
+    if arguments.device:
+        choose_device(arguments.device)
+    plan = load_plan(
+        arguments.config,
+        arguments.set,
+        device=arguments.device,
+        seed=arguments.seed,
+        only=arguments.estimator if tune else None,
+        tune=tune,
+    )
+    default = Path("runs") / (f"{plan.name}-tune" if tune else plan.name)
+    folder = RunFolder(arguments.out or default, plan.config)
+    if not arguments.fresh:
+        folder.check()
+    return plan, folder
+
+
+def _run(plan: Plan, folder: RunFolder, arguments: Namespace) -> Comparison:
+    for name, build in plan.problems.items():
+        print(f"{name}: {build(plan.seeds[0]).note}")
+    names = ", ".join(f"{name}: {describe(estimator)}" for name, estimator in plan.estimators.items())
+    print(f"inner solver {describe(plan.solver)}; {names}; on {plan.config['device']}", flush=True)
+    result = compare(plan, folder, fresh=arguments.fresh, jobs=arguments.jobs, device=plan.config["device"])
+    if result.found_complete:
+        print("this run was complete already; --fresh runs it again.")
+    return result
+
+
+def _interrupted() -> int:
+    print("interrupted: run the same command to continue", file=sys.stderr)
+    return 130
+
+
+def _finish(result: Comparison, folder: RunFolder) -> None:
+    """Draw the figures and say where everything is."""
+    figures = folder.path / "figures"
+    if not draw_figures(result.runs, figures):
+        succeeded = any(not run.failed for run in result.runs)
+        print(
+            "no figures: they need matplotlib (pip install 'bilevel[plot]')."
+            if succeeded
+            else "no figures: no run succeeded."
+        )
+    names = ", ".join(sorted(path.name for path in folder.path.iterdir() if path.name != "checkpoints"))
+    print(f"written to {folder.path}: {names}")
+
+
+def _report_failures(result: Comparison) -> int:
+    """Name the failed runs on stderr; the command has failed where no run succeeded."""
+    failed = [run for run in result.runs if run.failed]
+    for run in failed:
+        cell = run.cell
+        message = run.rows[-1]["message"]
+        print(f"failed: {cell.problem}, {cell.estimator}, seed {cell.seed}: {message}", file=sys.stderr)
+    return 1 if len(failed) == len(result.runs) else 0
+
+
+def _tuned(plan: Plan, run: Any) -> dict[str, Any]:
+    """Return the tuned hyperparameters of one run with their scores, in plain containers."""
+    setup = plan.problems[run.cell.problem](run.cell.seed)
+    best = min((row for row in run.rows if row["outer_loss"] is not None), key=lambda row: row["outer_loss"])
+    scores = [key for key in best if key.startswith(("val_", "test_"))] or ["outer_loss"]
+    start = tree.Raveler(setup.hparams).ravel(setup.hparams).tolist()
+    return {
+        "estimator": run.cell.estimator,
+        "seed": run.cell.seed,
+        "stopped": run.stopped,
+        "best_step": best["step"],
+        "unit": setup.unit,
+        "labels": list(setup.labels) or [f"hyperparameter {index}" for index in range(len(start))],
+        "start": start,
+        "tuned": run.best,
+        "scores_start": {key: run.rows[0][key] for key in scores},
+        "scores_tuned": {key: best[key] for key in scores},
+    }
+
+
+def _tuned_text(problem: str, found: dict[str, Any]) -> str:
+    """Return what `tune` prints about one problem."""
+    before, after = found["scores_start"], found["scores_tuned"]
+    scores = tabulate(
+        [(key.replace("_", " "), before[key], after[key]) for key in before],
+        headers=("score", "untuned start", "tuned"),
+        floatfmt=".5g",
+    )
+    log = found["unit"] == "log penalty"
+    lines = [
+        (label, start, tuned, *([math.exp(tuned)] if log else []))
+        for label, start, tuned in zip(found["labels"], found["start"], found["tuned"], strict=True)
+    ]
+    lines.sort(key=lambda line: -line[2])
+    note = ""
+    if len(lines) > SHOWN:
+        half = SHOWN // 2
+        note = f"\n(the {half} largest and the {half} smallest of {len(lines)}; tuned.json holds all)"
+        lines = lines[:half] + lines[-half:]
+    headers = ("hyperparameter", f"{found['unit']}, start", "tuned", *(["penalty"] if log else []))
+    table = tabulate(lines, headers=headers, floatfmt=".4g")
+    title = (
+        f"{problem}, {found['estimator']}, seed {found['seed']}: {found['stopped']}, best at step {found['best_step']}"
+    )
+    return f"{title}\n\n{scores}\n\n{table}{note}"

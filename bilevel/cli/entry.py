@@ -1,0 +1,149 @@
+"""Parse, call, print; errors of the user's input are one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from bilevel.cli.commands import run_compare, run_tune
+from bilevel.cli.doctor import run_doctor
+from bilevel.compare import RunFolderError
+from bilevel.config import ConfigError
+
+INTERRUPTED = 130
+
+COMPARE = """\
+Run every estimator of a config on every problem and seed, from the same start, and compare them.
+
+example:
+  bilevel compare configs/quickstart.yaml
+  bilevel compare configs/quickstart.yaml --set outer.steps=50 --set solver.steps=500 --out runs/longer
+
+What is printed is written too: runs/NAME/{results.jsonl, summary.json, figures/*.png, config.yaml, environment.json}.
+Ctrl-C stops; the same command continues.
+"""
+TUNE = """\
+Tune the hyperparameters of a config's problems with one estimator (the first, or --estimator NAME), on one data split
+(the first seed), and print them with the validation and test scores before and after.
+
+example:
+  bilevel tune configs/ridge_diabetes.yaml
+  bilevel tune configs/quickstart.yaml --estimator implicit --set outer.lr=0.1
+
+Written to runs/NAME-tune/{tuned.json, results.jsonl, summary.json, figures/*.png, config.yaml, environment.json}.
+Ctrl-C stops; the same command continues.
+"""
+DOCTOR = """\
+Print versions, devices, threads, float64 support and data sets, and check hypergradients against finite differences.
+
+example:
+  bilevel doctor
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; default: those of the process.
+
+    Returns:
+        0 for success, 1 for a run that failed, 2 for input that cannot be used, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except (ConfigError, RunFolderError) as error:
+        print(f"bilevel: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command to continue", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        print(f"bilevel: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bilevel",
+        description="Tune hyperparameters by gradient descent on the validation loss, and compare ways to do so.",
+        epilog="start with: bilevel compare configs/quickstart.yaml     (`bilevel COMMAND --help` says more)",
+    )
+    parser.add_argument("--version", action="version", version=f"bilevel {version('bilevel')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    compare = _add(commands, "compare", "compare hypergradient estimators as a config says", COMPARE, run_compare)
+    tune = _add(commands, "tune", "tune hyperparameters and print them with their scores", TUNE, run_tune)
+    doctor = _add(
+        commands, "doctor", "print what this machine has, and check that hypergradients are right", DOCTOR, run_doctor
+    )
+    for command in (compare, tune):
+        command.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/ for examples")
+        _add_run_options(command)
+    tune.add_argument(
+        "--estimator", metavar="NAME", help="a name under `estimators` in the config (default: the first)"
+    )
+    _add_device(doctor)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    function: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="where to compute; auto (the default) takes CUDA where it is"
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument(
+        "--set",
+        metavar="a.b=value",
+        action="append",
+        default=[],
+        help="change one value of the config, as in solver.steps=500 or seeds.0=7; may be repeated",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: a folder in runs/ named after the config)"
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=_count(0),
+        help="replace the seeds of the data splits by N, N+1, ..., as many as the config has",
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew, removing what an earlier run wrote there")
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_count(1),
+        default=1,
+        help="processes (default 1: more are faster, but disturb each other's timings)",
+    )
+
+
+def _count(least: int) -> Callable[[str], int]:
+    """Return a parser of ints that are at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an int of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse

@@ -1,0 +1,13 @@
+"""The comparison: estimators x problems x seeds inside one outer loop, resumable, with tables and figures."""
+
+from bilevel.compare.environment import describe_environment as describe_environment
+from bilevel.compare.figures import draw_figures as draw_figures
+from bilevel.compare.folder import RunFolder as RunFolder
+from bilevel.compare.folder import RunFolderError as RunFolderError
+from bilevel.compare.plan import OuterOptions as OuterOptions
+from bilevel.compare.plan import Plan as Plan
+from bilevel.compare.plan import Setup as Setup
+from bilevel.compare.run import Comparison as Comparison
+from bilevel.compare.run import compare as compare
+from bilevel.compare.summary import summarize as summarize
+from bilevel.compare.summary import tables as tables

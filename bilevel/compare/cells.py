@@ -1,0 +1,217 @@
+"""One cell of the comparison: an outer run that writes a row for every step and can be continued bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bilevel import tree
+from bilevel.base import Estimate
+from bilevel.compare.folder import RunFolder
+from bilevel.compare.plan import Cell, Plan, Setup
+from bilevel.compare.referee import error_against_referee
+from bilevel.outer import OuterOptimizer, steps_without_progress
+from bilevel.status import Status
+from bilevel.tree import Tree
+
+FORMAT = 1
+SAVE_EVERY = 1.0
+"""Seconds between two checkpoints of a running cell."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class CellRun:
+    """How far a cell has come.
+
+    Attributes:
+        cell: the cell.
+        rows: one for each outer step; plain values that JSON can hold.
+        done: whether it has ended, well or not.
+        stopped: why it ended, in words.
+        best: the hyperparameters with the smallest outer loss, flat, before the step that followed.
+    """
+
+    cell: Cell
+    rows: list[Row]
+    done: bool = False
+    stopped: str = ""
+    best: list[float] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last row is a failure."""
+        return bool(self.rows) and self.rows[-1]["status"] not in {s.name for s in Status if s.usable}
+
+    def state(self, outer: OuterOptimizer | None) -> dict[str, Any]:
+        """Return the checkpoint, in plain containers and tensors."""
+        return {
+            "format": FORMAT,
+            "rows": self.rows,
+            "done": self.done,
+            "stopped": self.stopped,
+            "best": self.best,
+            "outer": None if outer is None or self.done else outer.state_dict(),
+        }
+
+
+def load_cell(folder: RunFolder, cell: Cell) -> tuple[CellRun, dict[str, Any] | None]:
+    """Return how far a cell has come, and the state of its outer loop."""
+    saved = folder.load(cell)
+    if saved is None or saved.get("format") != FORMAT:
+        return CellRun(cell, []), None
+    return CellRun(cell, saved["rows"], saved["done"], saved["stopped"], saved["best"]), saved["outer"]
+
+
+def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], None] | None = None) -> CellRun:
+    """Run or continue one cell until it ends or the folder's stop file appears.
+
+    Args:
+        plan: the comparison.
+        cell: the cell.
+        folder: holds its checkpoint.
+        on_row: is shown every new row.
+
+    Returns:
+        The cell, ended or not; a failure is its last row.
+    """
+    run, state = load_cell(folder, cell)
+    if run.done:
+        return run
+    outer: OuterOptimizer | None = None
+    try:
+        setup = plan.problems[cell.problem](cell.seed)
+        outer = plan.outer.start(setup, plan.solver, plan.estimators[cell.estimator])
+        if state is not None:
+            outer.load_state_dict(state)
+        _steps(plan, run, outer, setup, folder, on_row)
+    # Whatever breaks one cell, out of memory included, the others still run.
+    except Exception as error:
+        run.rows.append(_empty_row(run) | {"status": type(error).__name__, "message": str(error)})
+        run.done, run.stopped = True, f"failed: {error}"
+        if on_row is not None:
+            on_row(run.rows[-1])
+    folder.save(cell, run.state(outer))
+    return run
+
+
+def _steps(
+    plan: Plan,
+    run: CellRun,
+    outer: OuterOptimizer,
+    setup: Setup,
+    folder: RunFolder,
+    on_row: Callable[[Row], None] | None,
+) -> None:
+    """Take outer steps until a reason to stop or the stop file."""
+    saved = time.monotonic()
+    while not folder.stop_file.exists():
+        hparams = outer.hparams
+        estimate = outer.step()
+        row = _row(run, outer, estimate, setup, hparams)
+        if plan.budget is not None and row["gradient_equivalents_total"] > plan.budget:
+            # The step that does not fit is not part of the run, so that no run uses more than the budget.
+            _end_of_budget(run, row, plan.budget)
+            return
+        if estimate.status.usable and not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows):
+            run.best = tree.Raveler(hparams).ravel(hparams).tolist()
+        run.rows.append(row)
+        run.stopped = stop_reason(plan, run.rows)
+        run.done = bool(run.stopped)
+        if on_row is not None:
+            on_row(row)
+        if run.done:
+            return
+        if time.monotonic() - saved >= SAVE_EVERY:
+            folder.save(run.cell, run.state(outer))
+            saved = time.monotonic()
+
+
+def _end_of_budget(run: CellRun, row: Row, budget: float) -> None:
+    run.done, run.stopped = True, f"used the budget of {budget:g} gradient-equivalents"
+    if not run.rows:
+        cost = row["gradient_equivalents"]
+        run.stopped = f"failed: the first step costs {cost:g} gradient-equivalents, above the budget of {budget:g}"
+        run.rows.append(_empty_row(run) | {"status": "OVER_BUDGET", "message": run.stopped.removeprefix("failed: ")})
+
+
+def stop_reason(plan: Plan, rows: list[Row]) -> str:
+    """Return why a run with these rows ends, or an empty string; a function of the rows alone, so that it resumes."""
+    options, last = plan.outer, rows[-1]
+    if last["message"]:
+        return f"failed: {last['message']}"
+    if options.tol is not None and last["hypergradient_norm"] <= options.tol:
+        return f"the hypergradient norm reached {options.tol:g}"
+    waited = steps_without_progress((row["outer_loss"] for row in rows), options.min_progress)
+    if options.patience is not None and waited >= options.patience:
+        return f"no progress for {options.patience} steps"
+    if plan.budget is None and len(rows) >= options.steps:
+        return f"took {options.steps} steps"
+    return ""
+
+
+def _row(run: CellRun, outer: OuterOptimizer, estimate: Estimate, setup: Setup, hparams: Tree) -> Row:
+    """Return what one outer step shows, as plain values."""
+    record, cost, before = outer.history[-1], estimate.cost, run.rows[-1] if run.rows else None
+    usable = estimate.status.usable
+    error, referee = error_against_referee(setup.problem, hparams, estimate)
+    row = _empty_row(run) | {
+        "outer_loss": record.outer_loss,
+        **(setup.problem.metrics(estimate.params) if usable else {}),
+        "hypergradient_norm": record.hypergradient_norm,
+        "hypergradient_error": error,
+        "referee": referee,
+        "inner_residual": record.inner_residual,
+        "adjoint_residual": record.adjoint_residual,
+        "inner_steps": record.inner_steps,
+        "adjoint_steps": record.adjoint_steps,
+        "error_estimate": record.error,
+        "error_kind": record.error_kind,
+        "counts": dict(cost.counts),
+        "gradient_equivalents": cost.gradient_equivalents,
+        "gradient_equivalents_total": cost.gradient_equivalents
+        + (before["gradient_equivalents_total"] if before else 0),
+        "seconds": cost.seconds,
+        "seconds_total": cost.seconds + (before["seconds_total"] if before else 0),
+        "memory_peak_bytes": cost.peak_memory,
+        "memory_kind": cost.memory_kind,
+        "status": estimate.status.name,
+        "message": "" if usable else str(estimate.verdict),
+    }
+    return {key: _plain(value) for key, value in row.items()}
+
+
+def _empty_row(run: CellRun) -> Row:
+    """Return a row that names its cell and step and knows nothing else."""
+    before = run.rows[-1] if run.rows else {"gradient_equivalents_total": 0.0, "seconds_total": 0.0}
+    unknown = (
+        "outer_loss hypergradient_norm hypergradient_error referee inner_residual adjoint_residual inner_steps "
+        "adjoint_steps error_estimate error_kind counts gradient_equivalents"
+    )
+    return {
+        "problem": run.cell.problem,
+        "estimator": run.cell.estimator,
+        "seed": run.cell.seed,
+        "step": len(run.rows) + 1,
+        **dict.fromkeys(unknown.split()),
+        "gradient_equivalents_total": before["gradient_equivalents_total"],
+        "seconds": None,
+        "seconds_total": before["seconds_total"],
+        "memory_peak_bytes": None,
+        "memory_kind": None,
+        "status": "",
+        "message": "",
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold: None in place of NaN and infinity."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

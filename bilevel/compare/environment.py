@@ -1,0 +1,54 @@
+"""Where a run took place: versions, system, processor, threads, device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("bilevel", "torch", "numpy", "scikit-learn", "scipy", "pydantic", "PyYAML", "matplotlib")
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return what somebody needs who wants to repeat a run, in plain containers.
+
+    Args:
+        device: the device of the run.
+
+    Returns:
+        Versions, system, processor, threads, device and date.
+    """
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": processor(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

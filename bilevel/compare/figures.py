@@ -1,0 +1,173 @@
+"""The figures of a comparison, one panel for each problem; they need matplotlib (the extra `plot`).
+
+Lines are medians over the seeds, bands run from the smallest to the largest seed. Colours are those of Okabe and Ito
+(2008), which colour-blind readers can tell apart; line styles tell them apart in print.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bilevel.compare.cells import CellRun, Row
+from bilevel.compare.summary import readable_bytes
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.8,
+    "savefig.dpi": 200,
+}
+
+Curve = tuple[list[float], list[float], list[float], list[float]]
+
+
+def draw_figures(runs: Sequence[CellRun], folder: Path) -> list[Path]:
+    """Draw all figures of a comparison.
+
+    Args:
+        runs: the cells; failed ones are left out.
+        folder: where the PNG files go.
+
+    Returns:
+        The files; none where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    good = [run for run in runs if run.rows and not run.failed]
+    if not good:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    # A style of its own and the Agg canvas: whatever the caller's session has set up stays as it is.
+    with matplotlib.rc_context(STYLE):
+        for name, draw in FIGURES.items():
+            figure = draw(good)
+            target = folder / f"{name}.png"
+            temporary = target.with_name(f".{name}.{os.getpid()}.png")
+            figure.savefig(temporary)
+            os.replace(temporary, target)
+            files.append(target)
+    return files
+
+
+def _panels(runs: Sequence[CellRun], height: float) -> tuple[Any, dict[str, Any]]:
+    """Return a figure and its axes by problem."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    problems = list(dict.fromkeys(run.cell.problem for run in runs))
+    figure = Figure(figsize=(4.6 * len(problems) + 0.2, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(problems), squeeze=False)[0]
+    for problem, panel in zip(problems, axes, strict=True):
+        panel.set_title(problem.replace("_", " "))
+    return figure, dict(zip(problems, axes, strict=True))
+
+
+def _look(runs: Sequence[CellRun]) -> dict[str, tuple[str, Any]]:
+    """Return colour and line style by estimator, the same in every figure."""
+    names = list(dict.fromkeys(run.cell.estimator for run in runs))
+    return {name: (COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]) for i, name in enumerate(names)}
+
+
+def _groups(runs: Sequence[CellRun], problem: str) -> dict[str, list[list[Row]]]:
+    """Return the rows of each run by estimator."""
+    groups: dict[str, list[list[Row]]] = {}
+    for run in runs:
+        if run.cell.problem == problem:
+            groups.setdefault(run.cell.estimator, []).append(run.rows)
+    return groups
+
+
+def _curve(group: list[list[Row]], x: str, y: str) -> Curve:
+    """Return x, median y and the band, over the steps that all runs took and where y is known."""
+    points = [(x_, y_) for steps in zip(*group, strict=False) if (x_ := _known(steps, x)) and (y_ := _known(steps, y))]
+    return (
+        [median(xs) for xs, _ in points],
+        [median(ys) for _, ys in points],
+        [min(ys) for _, ys in points],
+        [max(ys) for _, ys in points],
+    )
+
+
+def _known(rows: Sequence[Row], key: str) -> list[float]:
+    return [row[key] for row in rows if row[key] is not None]
+
+
+def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log: tuple[bool, bool]) -> Any:
+    """Draw one line with a band for each estimator in every panel."""
+    figure, panels = _panels(runs, 3.6)
+    look = _look(runs)
+    drawn: dict[str, Any] = {}
+    for problem, panel in panels.items():
+        for estimator, group in _groups(runs, problem).items():
+            xs, ys, low, high = _curve(group, x, y)
+            if not xs:
+                continue
+            colour, style = look[estimator]
+            # A single point is invisible as a line.
+            marker = "o" if len(xs) == 1 else None
+            (drawn[estimator],) = panel.plot(xs, ys, color=colour, linestyle=style, marker=marker, label=estimator)
+            panel.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        if log[0]:
+            panel.set_xscale("log")
+        else:
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        bands = [_curve(group, x, y)[2:] for group in _groups(runs, problem).values()]
+        seen = [value for low, high in bands for value in (*low, *high)]
+        # Within a decade a linear axis reads better, and a loss may be negative.
+        if log[1] and seen and min(seen) > 0 and max(seen) > 10 * min(seen):
+            panel.set_yscale("log")
+        panel.set_xlabel(labels[0])
+    next(iter(panels.values())).set_ylabel(labels[1])
+    if drawn:
+        figure.legend(
+            list(drawn.values()), list(drawn), loc="outside lower center", ncols=min(4, len(drawn)), frameon=False
+        )
+    return figure
+
+
+def _memory(runs: Sequence[CellRun]) -> Any:
+    """Draw the peak memory as horizontal bars with their numbers."""
+    look = _look(runs)
+    figure, panels = _panels(runs, 1.3 + 0.45 * len(look))
+    for problem, panel in panels.items():
+        peaks = {}
+        for estimator, group in _groups(runs, problem).items():
+            highest = [max(known) for rows in group if (known := _known(rows, "memory_peak_bytes"))]
+            if highest:
+                peaks[estimator] = max(median(highest), 1.0)
+        panel.set_xscale("log")
+        panel.set_xlabel("peak memory of a hypergradient (bytes)")
+        panel.grid(axis="y", visible=False)
+        bars = panel.barh(list(peaks), list(peaks.values()), color=[look[name][0] for name in peaks], height=0.6)
+        panel.bar_label(bars, [readable_bytes(value) for value in peaks.values()], padding=4)
+        panel.invert_yaxis()
+        if peaks:
+            panel.set_xlim(min(peaks.values()) / 3, max(peaks.values()) * 5)
+    return figure
+
+
+_LOSS = "outer loss"
+FIGURES: dict[str, Callable[[Sequence[CellRun]], Any]] = {
+    "outer_loss_by_cost": lambda runs: _lines(
+        runs, "gradient_equivalents_total", "outer_loss", ("inner gradient-equivalents", _LOSS), (True, True)
+    ),
+    "outer_loss_by_seconds": lambda runs: _lines(runs, "seconds_total", "outer_loss", ("seconds", _LOSS), (True, True)),
+    "hypergradient_error": lambda runs: _lines(
+        runs, "step", "hypergradient_error", ("outer step", "relative hypergradient error"), (False, True)
+    ),
+    "memory": _memory,
+}

@@ -1,0 +1,174 @@
+"""The folder of a run: what is written where, how it survives an interruption, and when it is refused.
+
+    config.yaml  environment.json  results.jsonl  summary.json  figures/*.png  checkpoints/CELL.pt
+
+Every file is written under a temporary name and then renamed, so that a run killed at any moment leaves whole files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from bilevel.compare.plan import Cell
+
+OWN = (
+    "config.yaml",
+    "environment.json",
+    "results.jsonl",
+    "summary.json",
+    "tuned.json",
+    "figures",
+    "checkpoints",
+)
+"""The names that a run writes; `fresh` removes these and nothing else."""
+
+
+class RunFolderError(ValueError):
+    """A folder that this run cannot write to, in one sentence."""
+
+
+class RunFolder:
+    """The output of one run.
+
+    Args:
+        path: the folder; it is made by `prepare`.
+        config: what identifies the run, in plain containers.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.config = config
+
+    @property
+    def stop_file(self) -> Path:
+        """A file whose existence asks every process of the run to stop after its outer step."""
+        return self.path / "checkpoints" / "stop"
+
+    def prepare(self, fresh: bool = False) -> None:
+        """Make the folder, or accept the one that holds an earlier part of this run.
+
+        Args:
+            fresh: remove what an earlier run wrote.
+
+        Raises:
+            RunFolderError: for the results of another configuration, or a place that cannot be written to.
+        """
+        try:
+            if fresh:
+                self._clear()
+            else:
+                self.check()
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.stop_file.unlink(missing_ok=True)
+            self.write("config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to the output folder {self.path} ({error.strerror}): give another place with --out DIR."
+            ) from error
+
+    def _clear(self) -> None:
+        for name in OWN:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Accept a folder that is new or holds an earlier part of this run; writes nothing.
+
+        Raises:
+            RunFolderError: for a file in its place, or for the results of another configuration.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is a file: give another place with --out DIR.")
+        remedy = "--fresh starts anew there, --out DIR writes elsewhere."
+        try:
+            held = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            # A run killed before it wrote its configuration leaves an empty folder of checkpoints.
+            found = [name for name in OWN if (self.path / name).is_file() or any((self.path / name).glob("*"))]
+            if found:
+                raise RunFolderError(f"{self.path} holds {found[0]} without a config.yaml: {remedy}") from None
+            return
+        except yaml.YAMLError:
+            raise RunFolderError(f"{self.path}/config.yaml cannot be read: {remedy}") from None
+        difference = _first_difference(held, dict(self.config))
+        if difference:
+            raise RunFolderError(f"{self.path} holds the results of another configuration, {difference}: {remedy}")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file in one piece."""
+        target = self.path / name
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file; NaN is refused, as JSON has none."""
+        self.write(name, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write results.jsonl."""
+        lines = (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        self.write("results.jsonl", "".join(lines))
+
+    def checkpoint(self, cell: Cell) -> Path:
+        """Return the checkpoint file of a cell."""
+        words = re.sub(r"[^A-Za-z0-9]+", "-", f"{cell.problem}-{cell.estimator}").strip("-")[:80]
+        return self.path / "checkpoints" / f"{cell.index:03d}-{words}-{cell.seed}.pt"
+
+    def save(self, cell: Cell, state: Mapping[str, Any]) -> None:
+        """Save a checkpoint in one piece."""
+        target = self.checkpoint(cell)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        torch.save(dict(state), temporary)
+        os.replace(temporary, target)
+
+    def load(self, cell: Cell) -> dict[str, Any] | None:
+        """Return the checkpoint of a cell, or None where there is none.
+
+        Args:
+            cell: the cell.
+
+        Raises:
+            RunFolderError: for a file that is not a checkpoint.
+        """
+        path = self.checkpoint(cell)
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+        except Exception as error:  # torch.load raises half a dozen kinds, by the way in which the file is broken
+            raise RunFolderError(f"the checkpoint {path} cannot be read: --fresh starts anew.") from error
+        return state
+
+
+def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
+    """Return the first place where two configurations differ, in words; empty where they are equal."""
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(key for key in held if key not in wanted)]:
+            inside = f"{path}.{key}" if path else str(key)
+            if key not in held or key not in wanted:
+                where = ("only in this one", "only there")[key in held]
+                return f"where `{inside}` is {where}"
+            found = _first_difference(held[key], wanted[key], inside)
+            if found:
+                return found
+        # The order of problems and estimators is the order of the results.
+        return f"where `{path}` has another order" if list(held) != list(wanted) and path in _ORDERED else ""
+    return "" if held == wanted else f"where `{path}` is {held!r} there and {wanted!r} here"
+
+
+_ORDERED = ("problems", "estimators")

@@ -1,0 +1,125 @@
+"""What is compared: `Plan`, plain typed objects that know nothing of files or command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.outer import MakeOptimizer, MakeScheduler, OuterOptimizer, WarmStart
+from bilevel.problem import BilevelProblem
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A problem that is ready to be tuned.
+
+    Attributes:
+        problem: the problem.
+        hparams: where the outer loop starts.
+        labels: a name for every scalar hyperparameter, in the order of its flattened leaves; may be empty.
+        unit: what a hyperparameter is, such as "log penalty".
+        note: a sentence about the data.
+    """
+
+    problem: BilevelProblem
+    hparams: Tree
+    labels: Sequence[str] = ()
+    unit: str = "hyperparameter"
+    note: str = ""
+
+
+MakeSetup: TypeAlias = Callable[[int], Setup]
+"""Makes the problem of a seed (of the data split); must be picklable for runs in several processes."""
+
+
+@dataclass(frozen=True)
+class OuterOptions:
+    """The outer loop, the same for every estimator.
+
+    Args:
+        steps: outer steps; not used where the plan has a budget.
+        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
+        scheduler: makes a torch scheduler from the optimizer.
+        constraints: see `OuterOptimizer`.
+        warm_start: see `OuterOptimizer`.
+        certify: estimate the error of every hypergradient.
+        tol: stop once the norm of the hypergradient is at most this.
+        patience: stop after this many steps without progress.
+        min_progress: by how much the outer loss has to fall to count as progress.
+    """
+
+    steps: int = 30
+    optimizer: MakeOptimizer | None = None
+    scheduler: MakeScheduler | None = None
+    constraints: Any = None
+    warm_start: bool | WarmStart = True
+    certify: bool = False
+    tol: float | None = None
+    patience: int | None = None
+    min_progress: float = 0.0
+
+    def start(self, setup: Setup, solver: InnerSolver, estimator: HypergradEstimator) -> OuterOptimizer:
+        """Return the outer loop at its start; a failed hypergradient is returned, not raised."""
+        return OuterOptimizer(
+            setup.problem,
+            solver,
+            estimator,
+            setup.hparams,
+            self.optimizer,
+            scheduler=self.scheduler,
+            constraints=self.constraints,
+            warm_start=self.warm_start,
+            certify=self.certify,
+            on_failure="return",
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison.
+
+    Attributes:
+        index: its place in the plan.
+        problem: name of the problem.
+        estimator: name of the estimator.
+        seed: seed of the data split.
+    """
+
+    index: int
+    problem: str
+    estimator: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: every problem with every estimator and every seed, from the same start.
+
+    Args:
+        name: of the comparison.
+        problems: makers of the problems by name.
+        solver: the inner solver.
+        estimators: by name.
+        outer: the outer loop.
+        seeds: of the data splits.
+        budget: gradient-equivalents that each run may use, in place of a number of outer steps.
+        config: plain containers that say all of the above; two plans are the same run where these are equal.
+    """
+
+    name: str
+    problems: Mapping[str, MakeSetup]
+    solver: InnerSolver
+    estimators: Mapping[str, HypergradEstimator]
+    outer: OuterOptions
+    seeds: Sequence[int]
+    budget: float | None
+    config: Mapping[str, Any]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All runs, in the order of the results."""
+        keys = [(p, e, s) for p in self.problems for e in self.estimators for s in self.seeds]
+        return [Cell(index, *key) for index, key in enumerate(keys)]

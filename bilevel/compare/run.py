@@ -1,0 +1,158 @@
+"""The comparison: all cells, in this process or several, with a progress bar, interruptible at any moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+from bilevel.compare.cells import CellRun, Row, load_cell, run_cell
+from bilevel.compare.environment import describe_environment
+from bilevel.compare.folder import RunFolder
+from bilevel.compare.plan import Cell, Plan
+from bilevel.compare.summary import summarize
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of `compare`.
+
+    Attributes:
+        runs: one for each cell, in the order of the plan.
+        summary: what summary.json holds; empty where the comparison was interrupted.
+        interrupted: whether cells are left to do: the same call continues.
+        found_complete: whether there was nothing to do.
+    """
+
+    runs: list[CellRun]
+    summary: dict[str, Any]
+    interrupted: bool
+    found_complete: bool
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the order of the plan."""
+        return [row for run in self.runs for row in run.rows]
+
+
+def compare(
+    plan: Plan, folder: RunFolder, *, fresh: bool = False, jobs: int = 1, device: str = "cpu", progress: bool = True
+) -> Comparison:
+    """Run a comparison, or continue it where it stopped.
+
+    Ctrl-C lets the running outer steps end, saves, and returns with ``interrupted=True``; a second Ctrl-C gives up
+    the running steps. A run that was killed loses at most its last second.
+
+    Args:
+        plan: what is compared.
+        folder: where everything is written.
+        fresh: start anew, removing what an earlier run wrote.
+        jobs: processes, through joblib (``joblib.parallel_config`` chooses another backend, such as Dask). With more
+            than one, each is given its share of the threads, and timings disturb each other.
+        device: for environment.json; the problems of the plan are on it already.
+        progress: show the progress bar.
+
+    Returns:
+        The outcome; results.jsonl is written in any case, summary.json once all cells have ended.
+    """
+    folder.prepare(fresh)
+    runs = [load_cell(folder, cell)[0] for cell in plan.cells]
+    found_complete = all(run.done for run in runs)
+    if not (folder.path / "environment.json").exists():
+        folder.write_json("environment.json", describe_environment(device))
+    if not found_complete:
+        try:
+            with _stop_on_interrupt(folder):
+                _run_all(plan, folder, runs, jobs, progress)
+        except KeyboardInterrupt:
+            # The second Ctrl-C: what the disk holds is whole, though up to a second old.
+            runs = [load_cell(folder, cell)[0] for cell in plan.cells]
+    folder.stop_file.unlink(missing_ok=True)
+    done = all(run.done for run in runs)
+    folder.write_rows(row for run in runs for row in run.rows)
+    summary = summarize(plan, runs) if done else {}
+    if done:
+        folder.write_json("summary.json", summary)
+    return Comparison(runs, summary, not done, found_complete)
+
+
+def _run_all(plan: Plan, folder: RunFolder, runs: list[CellRun], jobs: int, progress: bool) -> None:
+    """Run the cells that are not done, replacing their entries of `runs`."""
+    left = [run.cell for run in runs if not run.done]
+    total = plan.outer.steps * len(runs) if plan.budget is None else None
+    with tqdm(total=total, unit="step", disable=not progress, desc=plan.name, dynamic_ncols=True) as bar:
+        bar.update(sum(_progress(plan, run) for run in runs))
+        finished = _in_turn(plan, left, folder, bar) if jobs == 1 else _side_by_side(plan, left, folder, jobs, bar)
+        for run in finished:
+            runs[run.cell.index] = run
+            # A cell that ended early is done all the same.
+            bar.update(sum(_progress(plan, each) for each in runs) - bar.n)
+            folder.write_rows(row for each in runs for row in each.rows)
+
+
+def _progress(plan: Plan, run: CellRun) -> int:
+    return plan.outer.steps if run.done and plan.budget is None else len(run.rows)
+
+
+def _in_turn(plan: Plan, cells: list[Cell], folder: RunFolder, bar: Any) -> Iterator[CellRun]:
+    def on_row(row: Row) -> None:
+        loss = row["outer_loss"]
+        shown = row["status"] if loss is None else f"loss {loss:.4g}"
+        bar.set_postfix_str(f"{row['problem']}, {row['estimator']}, seed {row['seed']}, {shown}", refresh=False)
+        bar.update()
+
+    for cell in cells:
+        if folder.stop_file.exists():
+            return
+        yield run_cell(plan, cell, folder, on_row)
+
+
+def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, bar: Any) -> Iterator[CellRun]:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
+    try:
+        for run in parallel(delayed(_worker)(plan, cell, folder, threads) for cell in cells):
+            bar.set_postfix_str(f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}", refresh=False)
+            yield run
+    except Exception:
+        # Ctrl-C reaches the workers as well; one that was still starting dies of it, and its pool with it.
+        if not folder.stop_file.exists():
+            raise
+
+
+def _worker(plan: Plan, cell: Cell, folder: RunFolder, threads: int) -> CellRun:
+    """Run a cell in a process of its own, which the stop file ends, not the signal that reaches the whole group."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    if folder.stop_file.exists():
+        return load_cell(folder, cell)[0]
+    return run_cell(plan, cell, folder)
+
+
+@contextmanager
+def _stop_on_interrupt(folder: RunFolder) -> Iterator[None]:
+    """Turn the first SIGINT into the stop file; the second one raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        folder.stop_file.touch()
+        tqdm.write("\nstopping after the running outer step ... (Ctrl-C again stops at once)")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

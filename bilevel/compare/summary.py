@@ -1,0 +1,135 @@
+"""The summary of a comparison: medians over seeds, and the tables that are printed.
+
+Names that begin with "seconds" or "memory" hold measurements of the machine; all others are the same in every
+repetition.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from bilevel.compare.cells import CellRun
+from bilevel.compare.plan import Plan
+
+SCORES = ("test_accuracy", "test_r2", "test_loss", "val_accuracy", "val_r2")
+"""The figure of merit that the tables show: the first that a problem has."""
+
+
+def summarize(plan: Plan, runs: Sequence[CellRun]) -> dict[str, Any]:
+    """Return medians over the seeds for every problem and estimator; failed runs count as failures and nothing else."""
+    return {
+        "name": plan.name,
+        "seeds": list(plan.seeds),
+        "budget": plan.budget,
+        "problems": {
+            problem: {
+                estimator: _group([r for r in runs if (r.cell.problem, r.cell.estimator) == (problem, estimator)])
+                for estimator in plan.estimators
+            }
+            for problem in plan.problems
+        },
+    }
+
+
+def _group(runs: Sequence[CellRun]) -> dict[str, Any]:
+    good = [run for run in runs if not run.failed]
+    firsts, lasts = [run.rows[0] for run in good], [run.rows[-1] for run in good]
+    bests = [min(run.rows, key=lambda row: row["outer_loss"]) for run in good]
+    errors = [row["hypergradient_error"] for run in good for row in run.rows]
+    scores = [key for key in (firsts[0] if firsts else {}) if key.startswith(("val_", "test_"))]
+    figures = {
+        "runs": len(runs),
+        "failures": len(runs) - len(good),
+        "failure": next((run.rows[-1]["message"] for run in runs if run.failed), ""),
+        "stopped": sorted({run.stopped for run in good}),
+        "steps": _median(len(run.rows) for run in good),
+        "outer_loss_start": _median(row["outer_loss"] for row in firsts),
+        "outer_loss_final": _median(row["outer_loss"] for row in lasts),
+        "outer_loss_best": _median(row["outer_loss"] for row in bests),
+    }
+    for score in scores:
+        figures[f"{score}_start"] = _median(row[score] for row in firsts)
+        figures[f"{score}_final"] = _median(row[score] for row in lasts)
+    return figures | {
+        "hypergradient_error_median": _median(errors),
+        "hypergradient_error_max": max((error for error in errors if error is not None), default=None),
+        "referee": sorted({row["referee"] for run in good for row in run.rows}),
+        "gradient_equivalents": _median(row["gradient_equivalents_total"] for row in lasts),
+        "seconds": _median(row["seconds_total"] for row in lasts),
+        "memory_peak_bytes": _median(
+            max((row["memory_peak_bytes"] for row in run.rows if row["memory_peak_bytes"] is not None), default=None)
+            for run in good
+        ),
+        "memory_kind": next((row["memory_kind"] for row in lasts), None),
+    }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def tables(summary: dict[str, Any]) -> str:
+    """Return one readable table for each problem of a summary."""
+    parts = []
+    for problem, by_estimator in summary["problems"].items():
+        score = next((s for s in SCORES if any(f"{s}_final" in group for group in by_estimator.values())), "")
+        rows = [_line(estimator, group, score) for estimator, group in by_estimator.items()]
+        headers = (
+            "estimator",
+            "outer loss",
+            score.replace("_", " ") or "score",
+            "hypergradient error",
+            "grad.-equiv.",
+            "seconds",
+            "memory",
+            "status",
+        )
+        align = ("left", *["right"] * 6, "left")
+        seeds = f"{len(summary['seeds'])} seeds" if len(summary["seeds"]) > 1 else f"seed {summary['seeds'][0]}"
+        body = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+        parts.append(f"{problem} (medians over {seeds})\n{body}")
+    return "\n\n".join(parts)
+
+
+def _line(estimator: str, group: dict[str, Any], score: str) -> tuple[str, ...]:
+    status = "ok"
+    if group["failures"]:
+        status = f"{group['failures']} of {group['runs']} failed: {group['failure']}"
+        status = status if len(status) <= 60 else f"{status[:57]}..."
+    return (
+        estimator,
+        _change(group["outer_loss_start"], group["outer_loss_final"]),
+        _change(group.get(f"{score}_start"), group.get(f"{score}_final")),
+        _show(group["hypergradient_error_median"], ".1e"),
+        _show(group["gradient_equivalents"], ",.0f"),
+        _show(group["seconds"], ".2f"),
+        readable_bytes(group["memory_peak_bytes"]),
+        status,
+    )
+
+
+def _show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "-" if before is None or after is None else f"{before:.4g} -> {after:.4g}"
+
+
+def readable_bytes(count: float | None) -> str:
+    """Return a number of bytes in a fitting unit.
+
+    >>> readable_bytes(48_000)
+    '48 kB'
+    """
+    if count is None:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,228 @@
+"""``{class: Name, **options}`` -> an object of an exported class, with every option checked against its type.
+
+There is no table of names: a class can be named because it is exported by the package of its kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from bilevel import hypergrad, inner, linear, problems
+from bilevel.base import HypergradEstimator, InnerSolver, LinearSolver
+from bilevel.config.document import ConfigError, listed, shown, suggest
+from bilevel.problem import BilevelProblem
+
+REQUIRED = inspect.Parameter.empty
+DATA = frozenset({"X_train", "y_train", "X_val", "y_val", "X_test", "y_test"})
+"""Arguments of a problem class that the data set gives."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a class in a config may be.
+
+    Attributes:
+        name: in words, with its article.
+        base: the base class.
+        module: where the classes are exported.
+        exclude: classes that do not fit the outer loop.
+    """
+
+    name: str
+    base: type
+    module: types.ModuleType
+    exclude: tuple[str, ...] = ()
+
+    def classes(self) -> dict[str, type]:
+        """Return the exported classes of this kind that can be made."""
+        return {
+            name: value
+            for name, value in sorted(vars(self.module).items())
+            if isinstance(value, type) and issubclass(value, self.base) and not _abstract(value, self.base)
+            if not name.startswith("_") and name not in self.exclude
+        }
+
+
+SOLVER = Kind("an inner solver", InnerSolver, inner)
+ESTIMATOR = Kind("a hypergradient estimator", HypergradEstimator, hypergrad)
+LINEAR_SOLVER = Kind("a linear solver", LinearSolver, linear)
+PROBLEM = Kind("a problem", BilevelProblem, problems)
+# Left out: those that need a closure, sparse gradients or matrices; and those that need functions, metrics or others.
+OPTIMIZER = Kind("a torch optimizer", torch.optim.Optimizer, torch.optim, ("LBFGS", "SparseAdam", "Muon"))
+SCHEDULER = Kind(
+    "a torch learning-rate scheduler",
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.optim.lr_scheduler,
+    ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau", "SequentialLR"),
+)
+KINDS = (SOLVER, ESTIMATOR, LINEAR_SOLVER, PROBLEM, OPTIMIZER, SCHEDULER)
+
+
+def _abstract(value: type, base: type) -> bool:
+    # Not every base is an ABC, so abstract methods are looked for by hand.
+    return value is base or any(getattr(getattr(value, n, None), "__isabstractmethod__", False) for n in dir(value))
+
+
+def find_class(name: Any, kind: Kind, path: str) -> type:
+    """Return the exported class of a name.
+
+    Args:
+        name: as the config gives it.
+        kind: what it has to be.
+        path: of the name in the config.
+
+    Raises:
+        ConfigError: for a name that is no such class; says what it is instead.
+    """
+    classes = kind.classes()
+    if isinstance(name, str) and name in classes:
+        return classes[name]
+    # One name may stand for two classes (`Adam` is an inner solver and an optimizer): only the wanted kind counts.
+    other = next((k.name for k in KINDS if isinstance(name, str) and name in k.classes()), None)
+    hint = f", which is {other}." if other else suggest(str(name), classes)
+    raise ConfigError(f"`{path}` must be {kind.name} ({listed(classes)}), got {shown(name)}{hint}")
+
+
+def options_of(owner: Callable[..., Any], exclude: frozenset[str] = frozenset()) -> dict[str, tuple[Any, Any]]:
+    """Return the type and the default of every option of a class or function; `REQUIRED` for no default."""
+    function = owner.__init__ if isinstance(owner, type) else owner  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else function)
+    except NameError:
+        # Some of torch's annotations name what is imported for type checkers alone; such options are not checked here.
+        hints = {}
+    found = {}
+    for name, parameter in inspect.signature(owner).parameters.items():
+        if name not in exclude and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            found[name] = (hints.get(name, Any), parameter.default)
+    return found
+
+
+def check_options(
+    owner: Callable[..., Any], given: Mapping[str, Any], path: str, exclude: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Return the options of a class or function, checked and converted; nested classes are made.
+
+    Args:
+        owner: the class or function.
+        given: option names and values.
+        path: of the options in the config.
+        exclude: options that a config cannot give.
+
+    Raises:
+        ConfigError: for an unknown, missing or ill-typed option.
+    """
+    name = owner.__name__ if isinstance(owner, type) else "a data set"
+    allowed = options_of(owner, exclude)
+    for option, (hint, default) in allowed.items():
+        if default is REQUIRED and _is_function(hint):
+            raise ConfigError(
+                f"`{path}.class` is {name}, whose `{option}` is a Python function, which a config cannot hold: "
+                "use it from Python."
+            )
+    for option in given:
+        if option not in allowed:
+            raise ConfigError(
+                f"`{path}.{option}` is not an option of {name} ({listed(allowed) or 'it has none'})"
+                f"{suggest(str(option), allowed)}"
+            )
+    for option, (hint, default) in allowed.items():
+        if default is REQUIRED and option not in given:
+            raise ConfigError(f"`{path}` lacks `{option}`, which {name} needs: {allowed_words(hint)}.")
+    return {option: _check_value(value, allowed[option][0], f"{path}.{option}") for option, value in given.items()}
+
+
+def _check_value(value: Any, hint: Any, path: str) -> Any:
+    """Return one option, of the type that is asked for."""
+    members = [hint, *typing.get_args(hint)]
+    for kind in KINDS:
+        if kind.base in members:
+            if value is None and type(None) in members:
+                return None
+            return make(value, kind, path)
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+    try:
+        # As JSON, because strict validation of JSON takes a list for a tuple, as YAML users must, but no "5" for a 5.
+        return adapter.validate_json(json.dumps(value, default=str))
+    except ValidationError:
+        raise ConfigError(f"`{path}` must be {allowed_words(hint)}, got {shown(value)}.") from None
+
+
+def make(spec: Any, kind: Kind, path: str) -> Any:
+    """Make an object from ``{class: Name, **options}``.
+
+    Args:
+        spec: the mapping in the config; a bare name stands for a class without options.
+        kind: what the class has to be.
+        path: of the mapping in the config.
+
+    Returns:
+        The object.
+
+    Raises:
+        ConfigError: if the mapping does not describe such an object.
+    """
+    owner, given = split_spec(spec, kind, path)
+    options = check_options(owner, given, path)
+    try:
+        return owner(**options)
+    except ValueError as error:
+        raise ConfigError(located(error, path, owner)) from None
+
+
+def split_spec(spec: Any, kind: Kind, path: str) -> tuple[type, dict[str, Any]]:
+    """Return the class and the options of ``{class: Name, **options}``."""
+    if isinstance(spec, str):
+        spec = {"class": spec}
+    if not isinstance(spec, dict) or "class" not in spec:
+        example = next(iter(kind.classes()))
+        raise ConfigError(f"`{path}` must be {kind.name}, such as {{class: {example}}}, got {shown(spec)}.")
+    owner = find_class(spec["class"], kind, f"{path}.class")
+    return owner, {key: value for key, value in spec.items() if key != "class"}
+
+
+def located(error: Exception, path: str, owner: Any = None) -> str:
+    """Return the library's own sentence behind the path of the option that it is about."""
+    text = " ".join(str(error).split())
+    named = re.match(r"`(\w+)\.(\w+)`", text)
+    if named and owner is not None and named[1] == owner.__name__:
+        path = f"{path}.{named[2]}"
+    return f"`{path}`: {text}" if text.endswith((".", "?")) else f"`{path}`: {text}."
+
+
+def _is_function(hint: Any) -> bool:
+    return typing.get_origin(hint) in (Callable, typing.get_origin(Callable[..., Any]))
+
+
+def allowed_words(hint: Any) -> str:
+    """Return a type in the words of a config.
+
+    >>> allowed_words(float | str | None)
+    'a number, a string or null'
+    """
+    simple = {int: "an int", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    if hint in simple:
+        return simple[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        words = [allowed_words(each) for each in arguments if each is not torch.Tensor]
+        # A number is what an int is, too.
+        words = [word for word in words if not (word == "an int" and "a number" in words)] or ["a number"]
+        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    if origin is typing.Literal:
+        return " or ".join(repr(each) for each in arguments)
+    if origin in (tuple, list):
+        count = f"{len(arguments)} " if origin is tuple and Ellipsis not in arguments else ""
+        return f"a list of {count}values, each {allowed_words(arguments[0])}"
+    return getattr(hint, "__name__", str(hint))

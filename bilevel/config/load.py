@@ -1,0 +1,264 @@
+"""A config file -> a `Plan` whose every part has been made and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributions import constraints as dist_constraints
+
+from bilevel import data
+from bilevel.compare import OuterOptions, Plan, Setup
+from bilevel.config.build import (
+    DATA,
+    ESTIMATOR,
+    OPTIMIZER,
+    PROBLEM,
+    SCHEDULER,
+    SOLVER,
+    check_options,
+    find_class,
+    located,
+    make,
+    options_of,
+    split_spec,
+)
+from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
+from bilevel.config.schema import ConfigForm, OuterForm, check_form
+from bilevel.outer import WarmStart
+from bilevel.problems import LinearModelProblem
+
+NOT_IN_DATA = frozenset({"seed", "device", "dtype"})
+"""Options of `data.load` that a config states elsewhere."""
+
+
+@dataclass(frozen=True)
+class DataSetup:
+    """Makes a linear model on a data set, for the split of a seed.
+
+    Attributes:
+        kind: the problem class.
+        options: its options.
+        data: options of `bilevel.data.load`.
+        start: value of all hyperparameters at the start.
+        device: where the data go.
+    """
+
+    kind: type[LinearModelProblem]
+    options: Mapping[str, Any]
+    data: Mapping[str, Any]
+    start: float
+    device: str = field(default="cpu", kw_only=True)
+
+    def __call__(self, seed: int) -> Setup:
+        """Load the data and make the problem."""
+        found = data.load(**self.data, seed=seed, device=self.device)
+        parts: dict[str, Any] = found.splits()
+        problem = self.kind(**parts, **self.options)
+        unit = "log penalty" if problem.parametrization == "log" else "penalty"
+        return Setup(
+            problem, problem.initial_hparams(self.start), _labels(problem, found.feature_names), unit, found.note
+        )
+
+
+def _labels(problem: LinearModelProblem, features: Sequence[str]) -> list[str]:
+    """Return a name for every hyperparameter, from the shape of the groups of weights."""
+    shape = problem.hparams_shape()
+    if not shape:
+        return ["all weights"]
+    classes = [f"class {index}" for index in range(shape[0])]
+    if len(shape) == 2:
+        return [f"{label}, {feature}" for label in classes for feature in features]
+    return list(features) if problem.penalty == "per_feature" else classes
+
+
+def choose_device(name: str) -> str:
+    """Return the device that a name stands for.
+
+    Args:
+        name: "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        ConfigError: for another name, or a device that is not there.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"the device must be auto, cpu or cuda, got {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("the device cuda was asked for, but torch sees no CUDA device: use --device cpu.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def load_plan(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    seed: int | None = None,
+    only: str | None = None,
+    tune: bool = False,
+) -> Plan:
+    """Read a config, make everything that it names, and check that the parts fit.
+
+    Args:
+        path: of the YAML file.
+        overrides: "a.b=value", as in ``--set``.
+        device: "auto", "cpu" or "cuda", in place of the config's.
+        seed: the first of the seeds: they become seed, seed + 1, ...
+        only: keep this estimator alone.
+        tune: keep one estimator (`only`, or the first) and the first seed.
+
+    Returns:
+        The plan; its config is the checked document with the overrides in it.
+
+    Raises:
+        ConfigError: about the first mistake, in one sentence that names the file and the place in it.
+    """
+    path = Path(path)
+    document = read_document(path)
+    document.setdefault("name", path.stem)
+    try:
+        for assignment in overrides:
+            override(document, assignment)
+        form = check_form(document)
+        form.device = choose_device(device or form.device)
+        if seed is not None:
+            form.seeds = [seed + offset for offset in range(len(form.seeds))]
+        plan = _plan(form)
+        _check_fit(plan)
+        return _reduced(form, only, tune) if tune or only else plan
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _reduced(form: ConfigForm, only: str | None, tune: bool) -> Plan:
+    """Return the plan with one estimator and, to tune, one seed."""
+    name = only if only is not None else next(iter(form.estimators))
+    if name not in form.estimators:
+        raise ConfigError(
+            f"there is no estimator {name!r} in `estimators` ({listed(form.estimators)})"
+            f"{suggest(name, form.estimators)}"
+        )
+    form.estimators = {name: form.estimators[name]}
+    form.seeds = form.seeds[:1] if tune else form.seeds
+    return _plan(form)
+
+
+def _plan(form: ConfigForm) -> Plan:
+    return Plan(
+        name=form.name,
+        problems={name: _problem(spec, f"problems.{name}", form.device) for name, spec in form.problems.items()},
+        solver=make(form.solver, SOLVER, "solver"),
+        estimators={name: make(spec, ESTIMATOR, f"estimators.{name}") for name, spec in form.estimators.items()},
+        outer=_outer(form.outer),
+        seeds=tuple(form.seeds),
+        budget=form.budget,
+        config=form.model_dump(),
+    )
+
+
+def _problem(spec: Any, path: str, device: str) -> DataSetup:
+    owner, given = split_spec(spec, PROBLEM, path)
+    if not set(options_of(owner)) >= DATA or not issubclass(owner, LinearModelProblem):
+        raise ConfigError(
+            f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem "
+            "and SoftmaxProblem are): use it from Python."
+        )
+    source, start = given.pop("data", None), given.pop("start", 0.0)
+    if isinstance(source, str):
+        source = {"name": source}
+    if not isinstance(source, dict):
+        raise ConfigError(
+            f"`{path}.data` must be a data set ({listed(data.available())}), a path ending in .npz or .csv, or "
+            f"{{name: ..., option: value}}, got {shown(source)}."
+        )
+    for key in NOT_IN_DATA & set(source):
+        where = {"seed": "the top-level `seeds`", "device": "--device"}.get(key, "no option: it is float64")
+        raise ConfigError(f"`{path}.data.{key}` is not given here, but by {where}, got {shown(source[key])}.")
+    if not isinstance(start, int | float) or isinstance(start, bool):
+        raise ConfigError(f"`{path}.start` must be a number, got {shown(start)}.")
+    unknown = [key for key in given if key not in options_of(owner, DATA)]
+    if unknown:
+        allowed = ["data", "start", *options_of(owner, DATA)]
+        raise ConfigError(
+            f"`{path}.{unknown[0]}` is not an option of {owner.__name__} ({listed(allowed)})"
+            f"{suggest(str(unknown[0]), allowed)}"
+        )
+    options = check_options(owner, given, path, DATA)
+    return DataSetup(
+        owner, options, check_options(data.load, source, f"{path}.data", NOT_IN_DATA), start, device=device
+    )
+
+
+def _outer(form: OuterForm) -> OuterOptions:
+    owner = find_class(form.optimizer, OPTIMIZER, "outer.optimizer")
+    extra, known = form.model_extra or {}, OuterForm.model_fields
+    allowed = options_of(owner, frozenset({"params"}))
+    for key in extra:
+        if key not in allowed:
+            raise ConfigError(
+                f"`outer.{key}` is neither a key of `outer` ({listed(known)}) nor an option of {owner.__name__} "
+                f"({listed(allowed)}){suggest(key, [*known, *allowed])}"
+            )
+    scheduler = None
+    if form.scheduler is not None:
+        maker, given = split_spec(form.scheduler, SCHEDULER, "outer.scheduler")
+        scheduler = partial(maker, **check_options(maker, given, "outer.scheduler", frozenset({"optimizer"})))
+    warm_start = form.warm_start
+    return OuterOptions(
+        steps=form.steps,
+        optimizer=partial(owner, **check_options(owner, extra, "outer", frozenset({"params"}))),
+        scheduler=scheduler,
+        constraints=_constraint(form.constraints),
+        warm_start=warm_start if isinstance(warm_start, bool) else WarmStart(warm_start.state, warm_start.adjoint),
+        certify=form.certify,
+        tol=form.tol,
+        patience=form.patience,
+        min_progress=form.min_progress,
+    )
+
+
+def _constraint(spec: Any) -> Any:
+    """Return a constraint of torch.distributions by its name there: ``positive``, or ``{class: interval, ...}``."""
+    if spec is None:
+        return None
+    spec = {"class": spec} if isinstance(spec, str) else dict(spec)
+    name = spec.pop("class", None)
+    names = ("positive", "nonnegative", "unit_interval", "simplex", "interval", "greater_than", "less_than")
+    if name not in names:
+        raise ConfigError(
+            f"`outer.constraints` must be one of {listed(names)} (of torch.distributions), got {shown(name)}"
+            f"{suggest(str(name), names)}"
+        )
+    found = getattr(dist_constraints, name)
+    if isinstance(found, type):
+        return found(**check_options(found, spec, "outer.constraints"))
+    if spec:
+        raise ConfigError(f"`outer.constraints.{next(iter(spec))}` is not an option of {name} (it has none).")
+    return found
+
+
+def _check_fit(plan: Plan) -> None:
+    """Make every problem and every outer loop once, at the first seed."""
+    for name, build in plan.problems.items():
+        path = f"problems.{name}"
+        try:
+            setup = build(plan.seeds[0])
+        except (ValueError, OSError) as error:
+            raise ConfigError(located(error, path, getattr(build, "kind", None))) from None
+        try:
+            setup.problem.check(setup.problem.start(), setup.hparams)
+        except ValueError as error:
+            raise ConfigError(located(error, path)) from None
+        for estimator_name, estimator in plan.estimators.items():
+            try:
+                estimator.check(setup.problem, plan.solver, setup.hparams)
+            except ValueError as error:
+                raise ConfigError(located(error, f"estimators.{estimator_name}", type(estimator))) from None
+            try:
+                plan.outer.start(setup, plan.solver, estimator)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ConfigError(located(error, "outer")) from None

@@ -1,0 +1,117 @@
+"""The form of a config file, for pydantic; what the named classes take is checked in `build`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from bilevel.config.document import ConfigError, listed, shown, suggest
+
+Spec = dict[str, Any] | str
+"""``{class: Name, **options}``, or the bare name."""
+
+Named = Annotated[dict[Annotated[str, Field(min_length=1)], Spec], Field(min_length=1)]
+
+
+def _unique(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("must not repeat a seed")
+    return seeds
+
+
+class WarmStartForm(BaseModel):
+    """The form of ``outer.warm_start`` when its parts are switched one by one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    state: bool = True
+    adjoint: bool = True
+
+
+class OuterForm(BaseModel):
+    """The form of ``outer``; further keys are options of the torch optimizer."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    optimizer: str = "Adam"
+    steps: Annotated[int, Field(ge=1)] = 30
+    scheduler: Spec | None = None
+    constraints: Spec | None = None
+    warm_start: bool | WarmStartForm = True
+    certify: bool = False
+    tol: Annotated[float, Field(gt=0)] | None = None
+    patience: Annotated[int, Field(ge=1)] | None = None
+    min_progress: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ConfigForm(BaseModel):
+    """The form of a config file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    problems: Named
+    solver: Spec
+    estimators: Named
+    outer: OuterForm = Field(default_factory=OuterForm)
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_unique)] = [0]
+    budget: Annotated[float, Field(gt=0)] | None = None
+    device: str = "auto"
+
+
+def check_form(document: dict[str, Any]) -> ConfigForm:
+    """Return the config in its form.
+
+    Args:
+        document: plain containers.
+
+    Raises:
+        ConfigError: about the first thing that does not fit, without the file name.
+    """
+    try:
+        return ConfigForm.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, document)) from None
+
+
+def _sentence(error: ValidationError, document: dict[str, Any]) -> str:
+    """Return the first error of pydantic as one sentence."""
+    # An unknown key says more than a missing one: it is usually the missing one, misspelt.
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = errors[0]
+    keys = _path_in(document, first["loc"])
+    path, given = ".".join(map(str, keys)), shown(first["input"])
+    if first["type"] == "extra_forbidden":
+        form = WarmStartForm if keys[:-1] else ConfigForm
+        owner = f"`{'.'.join(map(str, keys[:-1]))}`" if keys[:-1] else "the config"
+        allowed = form.model_fields
+        return f"`{path}` is not a key of {owner} ({listed(allowed)}){suggest(str(keys[-1]), allowed)}"
+    if first["type"] == "missing":
+        return f"the config lacks the key `{path}` (it has {listed(document)})."
+    if path.startswith(("problems.", "estimators.")) or path in ("solver", "outer.scheduler", "outer.constraints"):
+        return f"`{path}` must be of the form {{class: Name, option: value, ...}}, got {given}."
+    if path == "outer.warm_start":
+        return f"`{path}` must be true, false or {{state: true or false, adjoint: true or false}}, got {given}."
+    if path == "name":
+        return f"`name` must be a string of letters, digits and . _ -, as it names a folder, got {given}."
+    if path in ("problems", "estimators"):
+        return f"`{path}` must hold at least one `name: {{class: Name, ...}}`, got {given}."
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")
+    for theirs, ours in (("valid ", ""), ("greater than or equal to", "at least"), ("dictionary", "mapping")):
+        reason = reason.replace(theirs, ours)
+    return f"`{path}` {reason[0].lower()}{reason[1:]}, got {given}."
+
+
+def _path_in(document: Any, location: Sequence[Any]) -> list[Any]:
+    """Return the part of pydantic's location that exists in the document: it also names the members of unions."""
+    keys: list[Any] = []
+    for depth, key in enumerate(location):
+        inside = isinstance(document, dict) and key in document
+        if inside or (isinstance(document, list) and isinstance(key, int)):
+            document = document[key]
+            keys.append(key)
+        elif depth == len(location) - 1 and isinstance(document, dict):
+            keys.append(key)
+    return keys

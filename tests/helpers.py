@@ -1,0 +1,321 @@
+"""Shared factories: one table per kind. A new export needs one row here, and enters every suite by existing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SoftmaxProblem
+
+F64 = torch.float64
+STEP, MOMENTUM = 0.1, 0.5
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers that are the same on every machine."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def spd(seed: int, size: int, condition: float = 10.0) -> Tensor:
+    """A symmetric positive definite matrix with spectrum [1, condition]."""
+    basis, _ = torch.linalg.qr(normal(seed, size, size))
+    matrix = basis @ torch.diag(torch.linspace(1.0, condition, size, dtype=F64)) @ basis.t()
+    return (matrix + matrix.t()) / 2
+
+
+def exported(package: ModuleType, base: type) -> list[type]:
+    """The concrete classes of a kind that a package exports."""
+    classes = (value for value in vars(package).values() if inspect.isclass(value))
+    return [cls for cls in classes if issubclass(cls, base) and not inspect.isabstract(cls)]
+
+
+# Trees, moved to vectors and back by arithmetic that the package has no part in ------------------------------------
+
+
+def flat(tree: Any) -> Tensor:
+    """All numbers of a tree as one vector, dicts in insertion order."""
+    if isinstance(tree, Tensor):
+        return tree.reshape(-1)
+    parts = tree.values() if isinstance(tree, dict) else tree
+    return torch.cat([flat(part) for part in parts]) if len(parts) else torch.zeros(0, dtype=F64)
+
+
+def shaped(vector: Tensor, like: Any) -> Any:
+    """The vector in the structure of `like`."""
+    if isinstance(like, Tensor):
+        return vector.reshape(like.shape)
+    result, start = {}, 0
+    for key, part in like.items():
+        size = flat(part).numel()
+        result[key] = shaped(vector[start : start + size], part)
+        start += size
+    return result
+
+
+PARAMS = {
+    "tensor": torch.zeros(5, dtype=F64),
+    "0-d": torch.zeros((), dtype=F64),
+    "one": torch.zeros(1, dtype=F64),
+    "matrix": torch.zeros(2, 3, dtype=F64),
+    "dict": {"a": torch.zeros(2, dtype=F64), "b": {"c": torch.zeros((), dtype=F64), "d": torch.zeros(2, 2, dtype=F64)}},
+}
+HPARAMS = {
+    "tensor": torch.tensor([-0.3, 0.4], dtype=F64),
+    "dict": {"penalty": torch.tensor(-0.3, dtype=F64), "shift": torch.tensor([0.4], dtype=F64)},
+}
+
+
+# Cases: a problem beside its dense algebra --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, where to differentiate it, and its derivatives on flat vectors (x, u), written without the package."""
+
+    problem: bl.BilevelProblem
+    hparams: Any
+    start: Any
+    grad: Callable[[Tensor, Tensor], Tensor]
+    hessian: Callable[[Tensor, Tensor], Tensor]
+    cross: Callable[[Tensor, Tensor], Tensor]
+    outer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def solution(self) -> Tensor:
+        """The inner solution, by Newton's method on dense matrices."""
+        x, u = flat(self.start).clone(), flat(self.hparams)
+        for _ in range(50):
+            x = x - torch.linalg.solve(self.hessian(x, u), self.grad(x, u))
+        return x
+
+    def hypergradient(self) -> Tensor:
+        """The exact hypergradient, by the implicit function theorem on dense matrices."""
+        x, u = self.solution(), flat(self.hparams)
+        by_x, by_u = self.outer(x, u)
+        return by_u - self.cross(x, u).t() @ torch.linalg.solve(self.hessian(x, u), by_x)
+
+
+def tree_case(params: str = "tensor", hparams: str = "tensor", seed: int = 0) -> Case:
+    """A smooth strongly convex inner loss on any tree, whose outer loss depends on the hyperparameters directly."""
+    like, u_like = PARAMS[params], HPARAMS[hparams]
+    n = flat(like).numel()
+    A, b, s, c, target = spd(seed, n, 4.0), normal(seed + 1, n), normal(seed + 2, n), normal(seed + 3, n), normal(9, n)
+
+    def inner(x: Tensor, u: Tensor) -> Tensor:
+        return 0.5 * x @ A @ x + b @ x + u[0].exp() / 2 * x @ x + u[1] * s @ x + (0.2 * (x - c).cosh().log()).sum()
+
+    def outer(x: Tensor, u: Tensor) -> Tensor:
+        return 0.5 * (x - target) @ (x - target) + 0.3 * u @ u + u[0] * x.sum()
+
+    problem = bl.BilevelProblem(
+        lambda p, h: inner(flat(p), flat(h)), lambda p, h: outer(flat(p), flat(h)), shaped(normal(seed + 4, n), like)
+    )
+    grad = torch.func.grad(inner)
+    return Case(
+        problem,
+        u_like,
+        problem.params,
+        grad,
+        torch.func.jacrev(grad),
+        torch.func.jacrev(grad, argnums=1),
+        torch.func.grad(outer, argnums=(0, 1)),
+    )
+
+
+def quadratic_case(size: int = 6, count: int = 3) -> Case:
+    """A quadratic: H(u) = H_0 + sum u_j H_j, b(u) = b_0 + sum u_j b_j."""
+    problem = QuadraticProblem.random(size, count, condition=8.0, seed=3)
+    H0, Hj, b0, bj, target = (
+        problem.hessian,
+        problem.hessian_directions,
+        problem.linear,
+        problem.linear_directions,
+        problem.target,
+    )
+
+    def hessian(x: Tensor, u: Tensor) -> Tensor:
+        return H0 + sum(u[j] * Hj[j] for j in range(count))
+
+    return Case(
+        problem,
+        0.3 * normal(5, count),
+        normal(6, size),
+        lambda x, u: hessian(x, u) @ x + b0 + bj.t() @ u,
+        hessian,
+        lambda x, u: torch.stack([Hj[j] @ x + bj[j] for j in range(count)], 1),
+        lambda x, u: (x - target, torch.zeros_like(u)),
+    )
+
+
+def regression_data(rows: int = 40, features: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X, y, X_val, y_val of a noisy linear model."""
+    X, X_val, w = normal(11, rows, features), normal(12, rows // 2, features), normal(13, features)
+    return X, X @ w + 0.5 * normal(14, rows), X_val, X_val @ w + 0.5 * normal(15, rows // 2)
+
+
+def ridge_case(penalty: str = "per_feature") -> Case:
+    """Ridge regression, mean loss, penalties exp(u)."""
+    X, y, X_val, y_val = regression_data()
+    n, m, d = len(X), len(X_val), X.shape[1]
+    u = -1.0 + 0.5 * normal(16, d) if penalty == "per_feature" else torch.tensor(-0.7, dtype=F64)
+    spread = torch.eye(d, dtype=F64) if penalty == "per_feature" else torch.ones(d, 1, dtype=F64)
+    return Case(
+        RidgeProblem(X, y, X_val, y_val, penalty=penalty),
+        u,
+        normal(17, d),
+        lambda x, u: X.t() @ (X @ x - y) / n + (spread @ u).exp() * x,
+        lambda x, u: X.t() @ X / n + torch.diag((spread @ u).exp()),
+        lambda x, u: ((spread @ u).exp() * x)[:, None] * spread,
+        lambda x, u: (X_val.t() @ (X_val @ x - y_val) / m, torch.zeros_like(u)),
+    )
+
+
+def logistic_case(penalty: str = "per_feature") -> Case:
+    """Binary logistic regression, mean loss, penalties exp(u), labels -1 and +1."""
+    X, y, X_val, y_val = regression_data()
+    y, y_val = y.sign(), y_val.sign()
+    n, m, d = len(X), len(X_val), X.shape[1]
+    u = -2.0 + 0.5 * normal(18, d) if penalty == "per_feature" else torch.tensor(-1.5, dtype=F64)
+    spread = torch.eye(d, dtype=F64) if penalty == "per_feature" else torch.ones(d, 1, dtype=F64)
+
+    def slope(z: Tensor, y: Tensor) -> Tensor:
+        return -y / (1 + (y * z).exp())
+
+    def bend(z: Tensor) -> Tensor:
+        return 1 / ((1 + z.exp()) * (1 + (-z).exp()))
+
+    return Case(
+        LogisticProblem(X, y, X_val, y_val, penalty=penalty),
+        u,
+        normal(19, d),
+        lambda x, u: X.t() @ slope(X @ x, y) / n + (spread @ u).exp() * x,
+        lambda x, u: (X.t() * bend(X @ x)) @ X / n + torch.diag((spread @ u).exp()),
+        lambda x, u: ((spread @ u).exp() * x)[:, None] * spread,
+        lambda x, u: (X_val.t() @ slope(X_val @ x, y_val) / m, torch.zeros_like(u)),
+    )
+
+
+def softmax_case() -> Case:
+    """Softmax regression with a penalty for each class; dense algebra by torch.func on the loss written out here."""
+    X, X_val = normal(21, 30, 3), normal(22, 20, 3)
+    labels = (X @ normal(23, 3, 3)).argmax(1)
+    labels_val = (X_val @ normal(23, 3, 3) + normal(24, 20, 3)).argmax(1)
+
+    def cross_entropy(X: Tensor, y: Tensor, W: Tensor) -> Tensor:
+        Z = X @ W.t()
+        return (Z.exp().sum(1).log() - Z.gather(1, y[:, None])[:, 0]).mean()
+
+    def inner(x: Tensor, u: Tensor) -> Tensor:
+        W = x.reshape(3, 3)
+        return cross_entropy(X, labels, W) + 0.5 * (u.exp()[:, None] * W * W).sum()
+
+    def outer(x: Tensor, u: Tensor) -> Tensor:
+        return cross_entropy(X_val, labels_val, x.reshape(3, 3)) + 0.0 * u.sum()
+
+    grad = torch.func.grad(inner)
+    return Case(
+        SoftmaxProblem(X, labels, X_val, labels_val, penalty="per_class"),
+        torch.tensor([-1.5, -1.0, -2.0], dtype=F64),
+        normal(25, 3, 3),
+        grad,
+        torch.func.jacrev(grad),
+        torch.func.jacrev(grad, argnums=1),
+        torch.func.grad(outer, argnums=(0, 1)),
+    )
+
+
+PROBLEMS: dict[type, Callable[[], Case]] = {
+    QuadraticProblem: quadratic_case,
+    RidgeProblem: ridge_case,
+    LogisticProblem: logistic_case,
+    SoftmaxProblem: softmax_case,
+}
+
+
+# Inner solvers: gold options, and the published step on flat vectors --------------------------------------------------
+
+Gradient = Callable[[Tensor], Tensor]
+Memory = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class SolverRow:
+    """How to make a solver for a problem, its step written out, and the residual that it reaches.
+
+    Attributes:
+        make: (problem, **limits) -> solver.
+        formula: (gradient, x, memory, k) -> (x, memory) for step k = 0, 1, ...
+        reaches: residual within 5,000 steps on well-conditioned problems.
+    """
+
+    make: Callable[..., bl.InnerSolver]
+    formula: Callable[[Gradient, Tensor, Memory, int], tuple[Tensor, Memory]]
+    reaches: float = 1e-10
+    forward: bool = True
+
+
+def adam_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    g = gradient(x)
+    m, v = 0.9 * memory[0] + 0.1 * g, 0.999 * memory[1] + 0.001 * g**2
+    m_hat, v_hat = m / (1 - 0.9 ** (k + 1)), v / (1 - 0.999 ** (k + 1))
+    return x - 0.05 * m_hat / (v_hat.sqrt() + 1e-8), (m, v)
+
+
+def heavy_ball_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    return x - STEP * gradient(x) + MOMENTUM * (x - memory[0]), (x,)
+
+
+def nesterov_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    y = x + MOMENTUM * (x - memory[0])
+    return y - STEP * gradient(y), (x,)
+
+
+def newton_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    hessian = torch.autograd.functional.jacobian(gradient, x, create_graph=True)
+    return x - torch.linalg.solve(hessian, gradient(x)), ()
+
+
+def make_fixed_point(problem: bl.BilevelProblem, **limits: Any) -> bl.FixedPoint:
+    """The user's own map: a gradient step on the problem's loss, by autograd."""
+
+    def update(params: Any, hparams: Any) -> Any:
+        gradient = problem.gradient_graph(params, hparams)
+        return shaped(flat(params) - STEP * flat(gradient), params)
+
+    return bl.FixedPoint(update, **limits)
+
+
+SOLVERS: dict[type, SolverRow] = {
+    bl.GradientDescent: SolverRow(
+        lambda problem, **limits: bl.GradientDescent(STEP, **limits), lambda g, x, m, k: (x - STEP * g(x), ())
+    ),
+    bl.HeavyBall: SolverRow(lambda problem, **limits: bl.HeavyBall(STEP, MOMENTUM, **limits), heavy_ball_formula),
+    bl.Nesterov: SolverRow(lambda problem, **limits: bl.Nesterov(STEP, MOMENTUM, **limits), nesterov_formula),
+    bl.Adam: SolverRow(lambda problem, **limits: bl.Adam(0.05, **limits), adam_formula, reaches=1e-6),
+    bl.Newton: SolverRow(lambda problem, **limits: bl.Newton(**limits), newton_formula, forward=False),
+    bl.FixedPoint: SolverRow(make_fixed_point, lambda g, x, m, k: (x - STEP * g(x), ())),
+}
+
+
+# Linear solvers and estimators: gold options --------------------------------------------------------------------------
+
+LINEAR_SOLVERS: dict[type, bl.LinearSolver] = {
+    bl.CG: bl.CG(tol=1e-12),
+    bl.GMRES: bl.GMRES(tol=1e-12),
+    bl.Neumann: bl.Neumann(steps=600),
+    bl.FixedPointIteration: bl.FixedPointIteration(tol=1e-12),
+    bl.Direct: bl.Direct(),
+}
+
+ESTIMATORS: dict[type, bl.HypergradEstimator] = {
+    bl.FullUnroll: bl.FullUnroll(),
+    bl.TruncatedUnroll: bl.TruncatedUnroll(tail=0.9),
+    bl.Implicit: bl.Implicit(bl.CG(tol=1e-12)),
+    bl.FiniteDifference: bl.FiniteDifference(),
+}

@@ -1,0 +1,165 @@
+"""The refinement's error estimate against the true error, and its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import F64, Case, flat, logistic_case, normal, quadratic_case, ridge_case, tree_case
+
+import bilevel as bl
+from bilevel.certify import refine
+
+CASES: dict[str, Callable[[], Case]] = {
+    "quadratic": quadratic_case,
+    "ridge": ridge_case,
+    "logistic": logistic_case,
+    "logistic scalar": lambda: logistic_case("scalar"),
+    "dict": lambda: tree_case("dict", "dict"),
+}
+SETTINGS: dict[str, tuple[Any, Any]] = {
+    "implicit, loose inner": (bl.GradientDescent(tol=1e-3), bl.Implicit(bl.CG(tol=1e-12))),
+    "implicit, tight inner": (bl.GradientDescent(tol=1e-8), bl.Implicit(bl.CG(tol=1e-12))),
+    "implicit, loose adjoint": (bl.Newton(tol=1e-11), bl.Implicit(bl.Neumann(steps=6))),
+    "implicit, both loose": (bl.GradientDescent(tol=1e-4), bl.Implicit(bl.FixedPointIteration(tol=1e-3))),
+    "implicit, damped": (bl.Newton(tol=1e-11), bl.Implicit(bl.Direct(), damping=0.01)),
+    "unrolled, short": (bl.GradientDescent(steps=30), bl.FullUnroll()),
+    "unrolled, long": (bl.GradientDescent(steps=100), bl.FullUnroll()),
+    "unrolled momentum": (bl.HeavyBall(momentum=0.5, steps=40), bl.FullUnroll()),
+    "truncated": (bl.GradientDescent(steps=60), bl.TruncatedUnroll(tail=20)),
+    "truncated, one step": (bl.GradientDescent(tol=1e-8), bl.TruncatedUnroll(tail=30)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_estimate_is_within_a_tenth_and_a_hundred_times_the_true_error(
+    case: Callable[[], Case], setting: str
+) -> None:
+    case_, (solver, estimator) = case(), SETTINGS[setting]
+    estimate = bl.hypergradient(case_.problem, solver, estimator, case_.hparams, certify=True)
+    exact = case_.hypergradient()
+    true = float((flat(estimate.hypergradient) - exact).norm())
+    certificate = estimate.certificate
+    if certificate.error is None:
+        # It may decline, but only where the number is poor, and it says why.
+        assert true > 0.02 * float(exact.norm())
+        assert certificate.error_kind == "none"
+        assert certificate.error_note
+    elif true > 1e-12 * float(exact.norm()):
+        assert certificate.error_kind == "estimate"
+        assert "refinement round" in certificate.error_note
+        assert 0.1 <= certificate.error / true <= 100
+
+
+def test_most_settings_get_a_figure() -> None:
+    figures = [
+        bl.hypergradient(case.problem, solver, estimator, case.hparams, certify=True).certificate.error is not None
+        for case in (make() for make in CASES.values())
+        for solver, estimator in SETTINGS.values()
+    ]
+    assert sum(figures) >= 0.9 * len(figures)
+
+
+@pytest.mark.parametrize("steps", [20, 40, 80, 160])
+def test_the_estimate_follows_the_error_as_it_falls(steps: int) -> None:
+    case = logistic_case()
+    pairs = []
+    for k in (steps, 2 * steps):
+        solver = bl.GradientDescent(steps=k)
+        estimate = bl.hypergradient(case.problem, solver, bl.FullUnroll(), case.hparams, certify=True)
+        true = float((estimate.hypergradient - case.hypergradient()).norm())
+        pairs.append((estimate.certificate.error, true))
+    assert pairs[0][0] is not None
+    assert pairs[1][0] is not None
+    if pairs[1][1] > 1e-11:
+        assert pairs[1][0] / pairs[0][0] == pytest.approx(pairs[1][1] / pairs[0][1], rel=0.5)
+
+
+@pytest.mark.parametrize("estimator", [bl.Implicit(), bl.FullUnroll()], ids=repr)
+def test_float32_estimates_hold_above_the_rounding_floor(estimator: Any) -> None:
+    case = ridge_case()
+    problem: Any = case.problem
+    X, y, V, z = (t.float() for t in (problem.train.X.t(), problem.train.y, problem.val.X.t(), problem.val.y))
+    single = bl.problems.RidgeProblem(X, y, V, z, penalty="per_feature")
+    for steps in (10, 20, 2000):
+        solver = bl.GradientDescent(steps=steps)
+        estimate = bl.hypergradient(single, solver, estimator, case.hparams.float(), certify=True)
+        true = float((estimate.hypergradient.double() - case.hypergradient()).norm())
+        floor = 1e-5 * float(case.hypergradient().norm())
+        error = estimate.certificate.error
+        if error is None:
+            assert true > 0.02 * float(case.hypergradient().norm())
+        elif true > floor:
+            assert 0.1 <= error / true <= 100
+        else:
+            assert error <= 10 * floor
+
+
+def test_a_planted_error_is_found_with_its_size() -> None:
+    case = logistic_case()
+    exact, x = case.hypergradient(), case.solution()
+    offset = normal(61, 5)
+    for size in (1e-8, 1e-5, 1e-2):
+        planted = exact + size * exact.norm() * offset / offset.norm()
+        found = refine(case.problem, case.hparams, x, planted)
+        assert found.value == pytest.approx(size * float(exact.norm()), rel=0.15)
+
+
+def test_an_adjoint_at_hand_changes_the_cost_and_not_the_figure() -> None:
+    case = ridge_case()
+    x, u = case.solution() + 1e-4 * normal(62, 5), flat(case.hparams)
+    by_x, _ = case.outer(x, u)
+    adjoint = torch.linalg.solve(case.hessian(x, u), by_x)
+    given = -case.cross(x, u).t() @ adjoint
+    figures = [refine(case.problem, case.hparams, x, given, w).value for w in (None, adjoint)]
+    assert figures[0] == pytest.approx(figures[1], rel=0.3)
+
+
+def saddle(curvature: float) -> bl.BilevelProblem:
+    diagonal = torch.tensor([1.0, curvature], dtype=F64)
+    return bl.BilevelProblem(
+        lambda x, u: 0.5 * (diagonal * x * x).sum() + u * x.sum() + 0.1 * (x**4).sum(),
+        lambda x, u: (x - 1.0).square().sum(),
+        torch.full((2,), 0.1, dtype=F64),
+    )
+
+
+def test_negative_curvature_is_refused_with_its_reason() -> None:
+    found = bl.hypergradient(
+        saddle(-0.5), bl.GradientDescent(0.1, steps=2), bl.FullUnroll(), torch.tensor(0.1, dtype=F64), certify=True
+    ).certificate
+    assert (found.error, found.error_kind) == (None, "none")
+    assert "the inner Hessian has the curvature -0." in found.error_note
+
+
+def test_a_nonsymmetric_problem_is_refused_with_its_reason() -> None:
+    update = lambda x, u: 0.5 * x.flip(0) * u  # noqa: E731
+    problem = bl.BilevelProblem.from_fixed_point(update, lambda x, u: x.sum() + u, torch.ones(2, dtype=F64))
+    found = bl.hypergradient(
+        problem, bl.FixedPoint(update), bl.Implicit(bl.GMRES()), torch.tensor(0.5, dtype=F64), certify=True
+    ).certificate
+    assert (found.error, found.error_kind) == (None, "none")
+    assert found.error_note == "the refinement needs an inner loss with a symmetric Hessian"
+
+
+def test_an_iterate_far_away_gets_no_figure_or_a_right_one() -> None:
+    case = replace(logistic_case(), start=200.0 * normal(63, 5))
+    estimate = bl.hypergradient(
+        case.problem, bl.GradientDescent(0.1, steps=1), bl.FullUnroll(), case.hparams, case.start, certify=True
+    )
+    true = float((estimate.hypergradient - case.hypergradient()).norm())
+    error = estimate.certificate.error
+    assert true > 0.1
+    assert error is None or 0.1 <= error / true <= 100
+    if error is None:
+        assert estimate.certificate.error_note
+
+
+def test_no_figure_is_published_unless_asked_for() -> None:
+    case = ridge_case()
+    found = bl.hypergradient(case.problem, bl.Newton(), bl.Implicit(), case.hparams).certificate
+    assert (found.error, found.error_kind, found.error_note) == (None, "none", "ask with certify=True")

@@ -1,0 +1,100 @@
+"""`check_hypergradient`: right estimators pass, and a wrong one is named component by component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import ESTIMATORS, F64, PROBLEMS, tree_case
+
+import bilevel as bl
+from bilevel import tree
+
+
+@dataclass(frozen=True)
+class OffByFactor(bl.Implicit):
+    """Implicit, with one leaf of its result scaled."""
+
+    leaf: int = 0
+    factor: float = 1.01
+
+    def solve(self, *arguments: Any) -> bl.Solution:
+        solved = super().solve(*arguments)
+
+        def pullback(cotangent: Any) -> bl.Pullback:
+            pulled = solved.pullback(cotangent)
+            leaves = tree.leaves(pulled.hparams)
+            leaves[self.leaf] = leaves[self.leaf].clone()
+            leaves[self.leaf].view(-1)[-1] *= self.factor
+            return replace(pulled, hparams=tree.rebuild(pulled.hparams, leaves))
+
+        return replace(solved, pullback=pullback)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda estimator: type(estimator).__name__)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
+def test_right_estimators_pass(estimator: Any, problem: type) -> None:
+    case = PROBLEMS[problem]()
+    report = bl.check_hypergradient(case.problem, bl.GradientDescent(tol=1e-10), estimator, case.hparams)
+    assert report.ok, report
+    assert set(report.errors) == {"differences"} | ({"exact"} if hasattr(case.problem, "solve") else set())
+    assert max(report.errors.values()) < 1e-5
+    assert "agrees" in str(report)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize("solver", [bl.GradientDescent(), bl.HeavyBall(), bl.Nesterov(momentum="auto")], ids=repr)
+def test_a_full_unroll_with_automatic_step_size_passes_at_any_number_of_steps(solver: Any, steps: int) -> None:
+    case = tree_case("dict", "dict")
+    report = bl.check_hypergradient(case.problem, replace(solver, steps=steps), bl.FullUnroll(), case.hparams)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
+def test_a_component_that_is_one_percent_off_is_named(problem: type) -> None:
+    case = PROBLEMS[problem]()
+    report = bl.check_hypergradient(case.problem, bl.Newton(), OffByFactor(bl.Direct()), case.hparams)
+    assert not report.ok
+    assert report.worst == f"hparams[{case.hparams.numel() - 1}]"
+    assert f"is OFF, most at {report.worst}" in str(report)
+    assert str(report).splitlines()[3].startswith(report.worst)  # the worst component heads the table
+    assert bl.check_hypergradient(
+        case.problem, bl.Newton(), OffByFactor(bl.Direct(), factor=1.01), case.hparams, rtol=0.05
+    ).ok
+
+
+@pytest.mark.parametrize(("leaf", "label"), [(0, "hparams['penalty']"), (1, "hparams['shift'][0]")])
+def test_components_of_dict_hyperparameters_are_named_by_their_keys(leaf: int, label: str) -> None:
+    case = tree_case("dict", "dict")
+    report = bl.check_hypergradient(case.problem, bl.Newton(), OffByFactor(bl.Direct(), leaf=leaf), case.hparams)
+    assert not report.ok
+    assert report.worst == label
+    assert {row.component for row in report.rows} == {"hparams['penalty']", "hparams['shift'][0]"}
+
+
+def test_an_estimate_that_failed_is_reported_and_not_raised() -> None:
+    case = tree_case("tensor", "tensor")
+    report = bl.check_hypergradient(case.problem, bl.Newton(), bl.Implicit(bl.CG(max_steps=1)), case.hparams)
+    assert not report.ok
+    assert report.errors["differences"] == float("inf")
+    assert "status: CG stopped after 1 steps" in str(report)
+
+
+def test_a_truncated_unroll_far_from_the_solution_is_off() -> None:
+    case = tree_case("tensor", "tensor")
+    report = bl.check_hypergradient(
+        case.problem, bl.GradientDescent(0.05, steps=10), bl.TruncatedUnroll(2), case.hparams
+    )
+    assert not report.ok
+
+
+def test_float32_passes_with_its_own_tolerance() -> None:
+    case = tree_case("tensor", "tensor")
+    single = bl.BilevelProblem(
+        lambda w, u: ((w - 1.0) ** 2).sum() + u.exp() * (w * w).sum(), lambda w, u: (w**2).sum(), torch.zeros(3)
+    )
+    report = bl.check_hypergradient(single, bl.GradientDescent(), bl.Implicit(), torch.tensor(0.1))
+    assert report.ok, report
+    assert (report.rtol, case.hparams.dtype) == (1e-2, F64)

@@ -1,0 +1,189 @@
+"""The commands as a newcomer types them: what they print, what they write, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel.cli import main
+
+CONFIG = """\
+name: tiny
+problems:
+  iris: {class: SoftmaxProblem, data: iris, penalty: per_class, start: -2.0}
+  ridge: {class: RidgeProblem, data: {name: synthetic_regression, rows: 60, features: 15}, penalty: per_feature}
+solver: {class: Newton}
+estimators:
+  implicit: {class: Implicit}
+  one term: {class: Implicit, linear_solver: {class: Neumann, steps: 1}}
+outer: {optimizer: Adam, lr: 0.3, steps: 3}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return "tiny.yaml"
+
+
+def test_compare_prints_a_table_and_writes_everything(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", config]) == 0
+    out, err = capsys.readouterr()
+    assert "iris (medians over 2 seeds)" in out
+    assert "hypergradient error" in out
+    assert "written to runs/tiny" in out
+    assert "12/24" in err or "24/24" in err
+    written = {path.name for path in Path("runs/tiny").iterdir()}
+    assert written >= {"config.yaml", "results.jsonl", "summary.json", "environment.json", "figures", "checkpoints"}
+    environment = json.loads(Path("runs/tiny/environment.json").read_text())
+    assert environment["device"] == "cpu"
+    assert environment["versions"]["torch"] == torch.__version__
+    assert not list(Path("runs").rglob("*.tmp"))
+    assert not list(Path("runs").rglob("stop"))
+
+    assert main(["compare", config]) == 0
+    again = capsys.readouterr().out
+    assert "this run was complete already; --fresh runs it again." in again
+    assert "iris (medians over 2 seeds)" in again
+
+    # What was written is a config of the same run.
+    assert main(["compare", "runs/tiny/config.yaml"]) == 0
+    assert "this run was complete already" in capsys.readouterr().out
+
+    assert main(["compare", config, "--set", "outer.steps=4"]) == 2
+    assert "where `outer.steps` is 3 there and 4 here: --fresh starts anew there" in capsys.readouterr().err
+    assert len(Path("runs/tiny/results.jsonl").read_text().splitlines()) == 24
+
+    assert main(["compare", config, "--set", "outer.steps=1", "--seed", "7", "--fresh"]) == 0
+    rows = [json.loads(line) for line in Path("runs/tiny/results.jsonl").read_text().splitlines()]
+    assert {row["seed"] for row in rows} == {7, 8}
+
+
+def test_tune_prints_hyperparameters_and_scores(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", config, "--estimator", "implicit", "--set", "outer.steps=8", "--out", "tuned"]) == 0
+    out = capsys.readouterr().out
+    assert "iris, implicit, seed 0: took 8 steps, best at step" in out
+    assert "untuned start" in out
+    assert "class 2" in out
+    assert "the 6 largest and the 6 smallest of 15; tuned.json holds all" in out
+    tuned = json.loads(Path("tuned/tuned.json").read_text())
+    for found in tuned.values():
+        assert found["scores_tuned"]["val_loss"] < found["scores_start"]["val_loss"]
+        assert len(found["tuned"]) == len(found["labels"]) == len(found["start"])
+        assert found["unit"] == "log penalty"
+    # The penalty in the last column is the exponential of the tuned value.
+    line = next(line.split() for line in out.splitlines() if line.startswith("class 2"))
+    assert float(line[-1]) == pytest.approx(math.exp(float(line[-2])), rel=1e-3)
+    assert Path("tuned/figures/outer_loss_by_cost.png").stat().st_size > 10_000
+    assert main(["tune", config, "--set", "outer.steps=1"]) == 0
+    assert Path("runs/tiny-tune/tuned.json").exists()
+
+
+def test_doctor_finds_all_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "torch",
+        "threads",
+        "float64       cpu: supported",
+        "breast_cancer",
+        "Newton with Implicit",
+        "all is well",
+    ):
+        assert word in out
+
+
+def test_doctor_fails_where_a_hypergradient_is_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bilevel import GradientDescent, TruncatedUnroll
+
+    monkeypatch.setattr("bilevel.cli.doctor.CHECKS", ((GradientDescent(steps=50), TruncatedUnroll(tail=1)),))
+    assert main(["doctor", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "GradientDescent with TruncatedUnroll on breast_cancer: FAILED" in out
+    assert "something is wrong" in out
+
+
+BAD = {
+    "unknown key": (["--set", "solver.stesp=5"], "`solver.stesp` is not an option of Newton"),
+    "wrong class": (["--set", "solver.class=CG"], "got 'CG', which is a linear solver."),
+    "misfit": (["--set", "problems.iris.class=LogisticProblem"], "y_train holds 3 classes"),
+    "device": (["--device", "cuda"], "the device cuda was asked for, but torch sees no CUDA device: use --device cpu."),
+    "assignment": (["--set", "solver"], "--set must look like `a.b=value`, got 'solver'."),
+}
+
+
+@pytest.mark.parametrize("command", ["compare", "tune"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, case: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options, sentence = BAD[case]
+    assert main([command, config, *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
+    assert os.listdir() == ["tiny.yaml"]
+
+
+def test_a_missing_config_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "tinny.yaml"]) == 2
+    assert capsys.readouterr().err == "bilevel: tinny.yaml: there is no such file: did you mean `tiny.yaml`?\n"
+
+
+@pytest.mark.parametrize("out", ["tiny.yaml", "tiny.yaml/deeper"])
+def test_an_output_folder_that_cannot_be_written_to_is_named(
+    config: str, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    assert main(["compare", config, "--out", out]) == 2
+    err = capsys.readouterr().err
+    assert f"bilevel: {'tiny.yaml is a file' if out == 'tiny.yaml' else 'cannot write to the output folder'}" in err
+    assert "--out DIR" in err
+    assert "Traceback" not in err
+
+
+def test_a_run_of_which_nothing_succeeds_fails(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--set", "solver={class: GradientDescent, step_size: 1.0e+6, steps: 50}", "--set", "seeds=[0]"]
+    assert main(["compare", config, *options]) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 1 failed: GradientDescent diverges" in out
+    assert "no figures: no run succeeded." in out
+    assert "failed: ridge, one term, seed 0: GradientDescent diverges" in err
+    assert main(["tune", config, *options]) == 1
+
+
+@pytest.mark.parametrize("command", [[], ["compare"], ["tune"], ["doctor"]])
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "bilevel compare configs/quickstart.yaml" in out or f"bilevel {command[0]}" in out
+
+
+@pytest.mark.parametrize("options", [["--jobs", "0"], ["--seed", "x"], ["--device", "gpu"]])
+def test_options_out_of_range_exit_with_two(
+    config: str, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", config, *options])
+    assert ended.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("bilevel 0.")

@@ -1,0 +1,391 @@
+"""The comparison: complete rows, honest referees, failures as rows, and runs that continue bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from bilevel import (
+    CG,
+    BilevelProblem,
+    FullUnroll,
+    GradientDescent,
+    HypergradEstimator,
+    Implicit,
+    QuadraticProblem,
+    TruncatedUnroll,
+)
+from bilevel.compare import (
+    Comparison,
+    OuterOptions,
+    Plan,
+    RunFolder,
+    RunFolderError,
+    Setup,
+    compare,
+    draw_figures,
+    tables,
+)
+from bilevel.compare.cells import run_cell
+from bilevel.config import load_plan
+from bilevel.outer import OuterOptimizer
+
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "problems": {
+        "logistic": {
+            "class": "LogisticProblem",
+            "data": {"name": "synthetic_classification", "rows": 80, "features": 5},
+        },
+        "ridge": {
+            "class": "RidgeProblem",
+            "data": {"name": "synthetic_regression", "rows": 80, "features": 5},
+            "penalty": "per_feature",
+        },
+    },
+    "solver": {"class": "GradientDescent", "tol": 1e-10},
+    "estimators": {
+        "implicit": {"class": "Implicit"},
+        "tail": {"class": "TruncatedUnroll", "tail": 3},
+    },
+    "outer": {"optimizer": "Adam", "lr": 0.3, "steps": 4},
+    "seeds": [0, 1],
+}
+
+
+def plan_of(tmp_path: Path, **changes: Any) -> Plan:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | changes, sort_keys=False))
+    return load_plan(path, device="cpu")
+
+
+def run(plan: Plan, out: Path, **options: Any) -> Comparison:
+    return compare(plan, RunFolder(out, plan.config), progress=False, **options)
+
+
+def quadratic(seed: int) -> Setup:
+    problem = QuadraticProblem.random(size=4, hyperparameters=2, condition=10.0, seed=seed)
+    return Setup(problem, torch.zeros(2, dtype=torch.float64))
+
+
+def plain_plan(**estimators: HypergradEstimator) -> Plan:
+    return Plan(
+        "plain", {"quadratic": quadratic}, GradientDescent(), estimators, OuterOptions(steps=2), (0,), None, {"a": 1}
+    )
+
+
+def without_measurements(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not k.startswith(("seconds", "memory"))}
+        return {key: without_measurements(each) for key, each in kept.items()}
+    return [without_measurements(each) for each in value] if isinstance(value, list) else value
+
+
+def results(out: Path) -> tuple[Any, Any]:
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return without_measurements(json.loads((out / "summary.json").read_text())), without_measurements(rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(plan_of(folder), folder / "out")
+    return folder / "out"
+
+
+def test_rows_are_complete_and_valid_json(undisturbed: Path) -> None:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (undisturbed / "results.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=no_constant) for line in lines]
+    cells = [(r["problem"], r["estimator"], r["seed"], r["step"]) for r in rows]
+    expected = [
+        (problem, estimator, seed, step)
+        for problem in CONFIG["problems"]
+        for estimator in CONFIG["estimators"]
+        for seed in CONFIG["seeds"]
+        for step in (1, 2, 3, 4)
+    ]
+    assert cells == expected
+    may_be_missing = {"adjoint_residual", "error_estimate"}
+    for row in rows:
+        assert {key for key, value in row.items() if value is None} <= may_be_missing
+        assert {"counts", "gradient_equivalents_total", "seconds_total", "memory_peak_bytes", "test_loss"} <= set(row)
+        assert ("test_r2" in row) == (row["problem"] == "ridge")
+        assert row["referee"] == ("closed form" if row["problem"] == "ridge" else "Newton and Direct to 1e-12")
+
+
+def test_costs_add_up(undisturbed: Path) -> None:
+    rows = [json.loads(line) for line in (undisturbed / "results.jsonl").read_text().splitlines()][:4]
+    assert rows[3]["gradient_equivalents_total"] == sum(row["gradient_equivalents"] for row in rows)
+    assert rows[3]["seconds_total"] == pytest.approx(sum(row["seconds"] for row in rows))
+
+
+def test_implicit_is_exact_and_a_short_tail_is_not(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    for by_estimator in summary["problems"].values():
+        assert by_estimator["implicit"]["hypergradient_error_max"] < 1e-7
+        assert 1e-4 < by_estimator["tail"]["hypergradient_error_median"] < 2.0
+        assert by_estimator["implicit"]["outer_loss_final"] < by_estimator["implicit"]["outer_loss_start"]
+        assert by_estimator["implicit"]["failures"] == 0
+
+
+def test_referee_of_a_problem_without_closed_form_is_right(tmp_path: Path) -> None:
+    class NoClosedForm(QuadraticProblem):
+        def exact_hypergradient(self, hparams: Any) -> Any:
+            return None
+
+    def setup(seed: int) -> Setup:
+        problem = NoClosedForm.random(size=4, hyperparameters=2, condition=10.0, seed=seed)
+        return Setup(problem, torch.zeros(2, dtype=torch.float64))
+
+    plan = replace(plain_plan(implicit=Implicit(), full=FullUnroll()), problems={"closed": quadratic, "tight": setup})
+    rows = run(plan, tmp_path / "out").rows
+    closed, tight = ([row for row in rows if row["problem"] == name] for name in ("closed", "tight"))
+    for one, other in zip(closed, tight, strict=True):
+        assert other["referee"] == "Newton and Direct to 1e-12"
+        assert one["hypergradient_error"] == pytest.approx(other["hypergradient_error"], abs=1e-12)
+
+
+def test_all_estimators_start_at_the_same_point(undisturbed: Path) -> None:
+    rows = [json.loads(line) for line in (undisturbed / "results.jsonl").read_text().splitlines()]
+    first = [r["outer_loss"] for r in rows if (r["step"], r["problem"], r["seed"]) == (1, "ridge", 0)]
+    assert len(first) == 2
+    assert first[0] == first[1]
+
+
+class Pulled(BaseException):
+    """Stands for a process that is gone at once."""
+
+
+@pytest.mark.parametrize("at", [1, 6, 13])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Pulled])
+def test_resuming_equals_an_undisturbed_run(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseException]
+) -> None:
+    plan, taken, step = plan_of(tmp_path), 0, OuterOptimizer.step
+    monkeypatch.setattr("bilevel.compare.cells.SAVE_EVERY", 0.0)
+
+    def interrupted(self: OuterOptimizer) -> Any:
+        nonlocal taken
+        taken += 1
+        estimate = step(self)
+        if taken == at:
+            # After the step has moved the hyperparameters, before it is recorded: the worst moment.
+            raise error
+        return estimate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OuterOptimizer, "step", interrupted)
+        if error is KeyboardInterrupt:
+            assert run(plan, tmp_path / "out").interrupted
+        else:
+            with pytest.raises(Pulled):
+                run(plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "summary.json").exists()
+    outcome = run(plan, tmp_path / "out")
+    assert not outcome.interrupted
+    assert results(tmp_path / "out") == results(undisturbed)
+
+
+def test_a_stopped_run_keeps_its_last_step(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    folder = RunFolder(tmp_path / "out", plan.config)
+    folder.prepare()
+    first = plan.cells[0]
+    half = run_cell(plan, first, folder, lambda row: folder.stop_file.touch() if row["step"] == 2 else None)
+    assert (len(half.rows), half.done) == (2, False)
+    folder.stop_file.unlink()
+    assert len(run_cell(plan, first, folder).rows) == 4
+
+
+def test_finished_cells_are_not_run_again(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tmp_path)
+
+    def forbidden(self: OuterOptimizer) -> None:
+        raise AssertionError("a finished cell ran again")
+
+    monkeypatch.setattr(OuterOptimizer, "step", forbidden)
+    before = results(undisturbed)
+    assert run(plan, undisturbed).found_complete
+    assert results(undisturbed) == before
+
+
+def test_patience_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A learning rate of zero makes no progress, so the run ends after 1 + 3 steps.
+    outer = {"optimizer": "SGD", "lr": 0.0, "steps": 20, "patience": 3}
+    plan = plan_of(tmp_path, outer=outer, seeds=[0], estimators={"implicit": {"class": "Implicit"}})
+    folder = RunFolder(tmp_path / "out", plan.config)
+    folder.prepare()
+    cell = plan.cells[0]
+    run_cell(plan, cell, folder, lambda row: folder.stop_file.touch() if row["step"] == 3 else None)
+    folder.stop_file.unlink()
+    ended = run_cell(plan, cell, folder)
+    assert ended.stopped == "no progress for 3 steps"
+    assert len(ended.rows) == 4
+
+
+def test_several_processes_give_the_same_numbers(undisturbed: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    plan = plan_of(tmp_path)
+    run(plan, tmp_path / "out", jobs=2)
+    assert torch.get_num_threads() == threads
+    ours, theirs = results(tmp_path / "out"), results(undisturbed)
+    losses = [[row["outer_loss"] for row in rows] for _, rows in (ours, theirs)]
+    # Workers have fewer threads, so sums may be taken in another order.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(undisturbed: Path, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, outer={"optimizer": "Adam", "lr": 0.3, "steps": 5})
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    message = r"another configuration, where `outer.steps` is 4 there and 5 here: --fresh starts anew there, --out DIR"
+    with pytest.raises(RunFolderError, match=message):
+        run(plan, undisturbed)
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_fresh_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(plain_plan(implicit=Implicit()), out)
+    (out / "notes.txt").write_text("mine")
+    other = replace(plain_plan(implicit=Implicit()), config={"a": 2})
+    run(other, out, fresh=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert yaml.safe_load((out / "config.yaml").read_text()) == {"a": 2}
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    plan, out = plain_plan(implicit=Implicit()), tmp_path / "out"
+    run(plan, out)
+    (checkpoint,) = (out / "checkpoints").glob("*.pt")
+    checkpoint.write_bytes(b"rubbish")
+    with pytest.raises(RunFolderError, match=r"000-quadratic-implicit-0.pt cannot be read: --fresh starts anew"):
+        run(plan, out)
+
+
+def test_a_diverging_run_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    plan = replace(
+        plain_plan(implicit=Implicit(), tail=TruncatedUnroll(5)), solver=GradientDescent(step_size=50.0, steps=80)
+    )
+    outcome = run(replace(plan, problems={"quadratic": quadratic}), tmp_path / "out")
+    assert [row["status"] for row in outcome.rows] == ["DIVERGED", "DIVERGED"]
+    assert "step_size=50 is above the stability limit" in outcome.rows[0]["message"]
+    assert outcome.rows[0]["outer_loss"] is None
+    assert outcome.summary["problems"]["quadratic"]["tail"]["failures"] == 1
+    assert "1 of 1 failed: GradientDescent diverges" in tables(outcome.summary)
+    assert draw_figures(outcome.runs, tmp_path / "figures") == []
+
+
+def test_a_problem_that_cannot_be_made_is_a_row(tmp_path: Path) -> None:
+    def broken(seed: int) -> Setup:
+        raise ValueError("the data of this seed cannot be used.")
+
+    plan = replace(plain_plan(implicit=Implicit()), problems={"broken": broken, "quadratic": quadratic})
+    rows = run(plan, tmp_path / "out").rows
+    assert [(row["problem"], row["status"]) for row in rows] == [
+        ("broken", "ValueError"),
+        ("quadratic", "OK"),
+        ("quadratic", "OK"),
+    ]
+    assert rows[0]["message"] == "the data of this seed cannot be used."
+
+
+def test_a_budget_is_never_exceeded(tmp_path: Path) -> None:
+    plan = replace(plain_plan(implicit=Implicit(), full=FullUnroll()), budget=3000.0)
+    outcome = run(plan, tmp_path / "out")
+    for each in outcome.runs:
+        assert each.stopped == "used the budget of 3000 gradient-equivalents"
+        total, last = each.rows[-1]["gradient_equivalents_total"], each.rows[-1]["gradient_equivalents"]
+        assert total <= 3000 < total + 2 * last
+    steps = [len(each.rows) for each in outcome.runs]
+    assert steps[0] > steps[1] > 1
+
+
+def test_a_budget_below_one_step_is_a_failure_that_says_so(tmp_path: Path) -> None:
+    (row,) = run(replace(plain_plan(implicit=Implicit()), budget=2.0), tmp_path / "out").rows
+    assert row["status"] == "OVER_BUDGET"
+    assert "gradient-equivalents, above the budget of 2" in row["message"]
+
+
+def test_any_problem_from_two_functions_can_be_compared(tmp_path: Path) -> None:
+    def setup(seed: int) -> Setup:
+        data = torch.linspace(-1, 2, 6, dtype=torch.float64)
+        problem = BilevelProblem(
+            lambda w, u: ((w["a"] - data) ** 2).sum() + u["log_penalty"].exp() * (w["a"] ** 2).sum(),
+            lambda w, u: ((w["a"] - 0.3 * data) ** 2).sum(),
+            {"a": torch.zeros(6, dtype=torch.float64)},
+        )
+        return Setup(problem, {"log_penalty": torch.zeros((), dtype=torch.float64)})
+
+    plan = replace(plain_plan(implicit=Implicit(CG())), problems={"functions": setup})
+    rows = run(plan, tmp_path / "out").rows
+    assert [row["status"] for row in rows] == ["OK", "OK"]
+    assert rows[1]["hypergradient_error"] < 1e-8
+
+
+def test_figures_are_pngs_with_content(undisturbed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    outcome = run(plan_of(tmp_path), undisturbed)
+    files = draw_figures(outcome.runs, tmp_path / "figures")
+    names = ["outer_loss_by_cost", "outer_loss_by_seconds", "hypergradient_error", "memory"]
+    assert [path.stem for path in files] == names
+    for path in files:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000
+
+
+def test_without_matplotlib_there_are_no_figures(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert draw_figures(run(plan_of(tmp_path), undisturbed).runs, tmp_path / "figures") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+def test_a_real_signal_leaves_a_run_that_continues(undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "tiny.yaml"), str(out)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 30
+    while len(list(out.glob("checkpoints/*.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    printed, _ = process.communicate(timeout=30)
+    if number == signal.SIGINT:
+        assert process.returncode == 130, printed
+        assert "interrupted: run the same command to continue" in printed
+        assert "Traceback" not in printed
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+    run(plan, out)
+    assert results(out) == results(undisturbed)
+
+
+SLOW = """
+import sys, time
+from bilevel.cli import main
+from bilevel.compare import cells
+from bilevel.outer import OuterOptimizer
+step, cells.SAVE_EVERY = OuterOptimizer.step, 0.0
+def slow(self):
+    time.sleep(0.1)
+    return step(self)
+OuterOptimizer.step = slow
+sys.exit(main(["compare", sys.argv[1], "--out", sys.argv[2], "--device", "cpu"]))
+"""

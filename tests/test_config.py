@@ -1,0 +1,209 @@
+"""Every mistake in a config is one sentence with the file, the path in it, what is allowed and what was given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bilevel import CG, GradientDescent, Implicit, TruncatedUnroll, WarmStart
+from bilevel.config import ConfigError, load_plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASE = """\
+name: tiny
+problems:
+  iris: {class: SoftmaxProblem, data: iris, start: -2.0}
+  ridge: {class: RidgeProblem, data: {name: synthetic_regression, rows: 40, features: 4}}
+solver: {class: GradientDescent, steps: 20}
+estimators:
+  short tail: {class: TruncatedUnroll, tail: 5}
+  implicit: {class: Implicit, linear_solver: {class: CG, tol: 1e-6}}
+outer: {optimizer: Adam, lr: 0.1, steps: 2}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_are_short(path: Path) -> None:
+    plan = load_plan(path)
+    assert plan.name == path.stem
+    assert len(path.read_text().splitlines()) < 25
+    assert path.read_text().startswith("#")
+
+
+def test_there_are_four_shipped_configs() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names >= {"quickstart", "ridge_diabetes", "logistic_breast_cancer", "softmax_digits"}
+
+
+def test_plan_holds_the_typed_objects(config: Path) -> None:
+    plan = load_plan(config, ["outer.warm_start={adjoint: false}", "outer.patience=3"])
+    assert plan.solver == GradientDescent(steps=20)
+    # 1e-6 without a decimal point is a number here.
+    assert plan.estimators == {"short tail": TruncatedUnroll(tail=5), "implicit": Implicit(CG(tol=1e-6))}
+    assert plan.outer.warm_start == WarmStart(state=True, adjoint=False)
+    assert plan.outer.patience == 3
+    setup = plan.problems["ridge"](0)
+    assert setup.problem.train.X.shape[0] == 4
+
+
+def test_overrides_reach_names_with_spaces_and_list_indices(config: Path) -> None:
+    plan = load_plan(config, ["estimators.short tail.tail=0.5", "seeds.1=7", "budget=100", "solver.tol=1e-3"])
+    assert plan.estimators["short tail"] == TruncatedUnroll(tail=0.5)
+    assert plan.seeds == (0, 7)
+    assert plan.budget == 100
+    assert plan.solver == GradientDescent(steps=20, tol=1e-3)
+
+
+def test_seed_shifts_the_seeds(config: Path) -> None:
+    assert load_plan(config, seed=5).seeds == (5, 6)
+
+
+def test_tune_keeps_one_estimator_and_one_seed(config: Path) -> None:
+    plan = load_plan(config, tune=True)
+    assert list(plan.estimators) == ["short tail"]
+    assert plan.seeds == (0,)
+    assert list(load_plan(config, only="implicit", tune=True).estimators) == ["implicit"]
+
+
+def test_written_config_is_the_same_plan(config: Path, tmp_path: Path) -> None:
+    plan = load_plan(config, ["outer.certify=true"])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(plan.config, sort_keys=False))
+    assert load_plan(copy).config == plan.config
+
+
+SENTENCES = {
+    "solver.stesp=5": (
+        "`solver.stesp` is not an option of GradientDescent (step_size, steps, tol): did you mean `steps`?"
+    ),
+    "solver.class=CG": (
+        "`solver.class` must be an inner solver (Adam, FixedPoint, GradientDescent, HeavyBall, Nesterov, Newton), "
+        "got 'CG', which is a linear solver."
+    ),
+    "solver.class=GradientDecent": "got 'GradientDecent': did you mean `GradientDescent`?",
+    "solver.steps=-3": "`solver.steps`: `GradientDescent.steps` must be a positive int or None, got -3.",
+    "solver.steps=abc": "`solver.steps` must be an int or null, got 'abc'.",
+    "solver.step_size=[1]": "`solver.step_size` must be a number or a string, got [1].",
+    "solver={class: FixedPoint, steps: 3}": (
+        "`solver.class` is FixedPoint, whose `update` is a Python function, which a config cannot hold"
+    ),
+    "solver=3": "`solver` must be of the form {class: Name, option: value, ...}, got 3.",
+    "solver={steps: 3}": "`solver` must be an inner solver, such as {class: Adam}, got {'steps': 3}.",
+    "estimators.implicit.linear_solver.tol=small": (
+        "`estimators.implicit.linear_solver.tol` must be a number or null, got 'small'."
+    ),
+    "estimators.implicit.linear_solver.tol=-1": (
+        "`estimators.implicit.linear_solver.tol`: `CG.tol` must be a positive number or None, got -1.0."
+    ),
+    "estimators.implicit.linear_solver.tool=1": (
+        "`estimators.implicit.linear_solver.tool` is not an option of CG (tol, max_steps, check_every): "
+        "did you mean `tol`?"
+    ),
+    "estimators.implicit.linear_solver=Adam": "got 'Adam', which is an inner solver.",
+    "estimators.short tail.tail=21": (
+        "`estimators.short tail.tail`: `TruncatedUnroll.tail` is 21, but the inner solver takes 20 steps"
+    ),
+    "estimators.short tail.tail=true": "`estimators.short tail.tail` must be a number, got true.",
+    "estimators.short tail={class: TruncatedUnroll}": "`estimators.short tail` lacks `tail`, which Truncated",
+    "estimators={}": "`estimators` must hold at least one `name: {class: Name, ...}`, got {}.",
+    "outer.stesp=5": "`outer.stesp` is neither a key of `outer`",
+    "outer.lr=fast": "`outer.lr` must be a number, got 'fast'.",
+    "outer.lr=-1": "`outer`: Invalid learning rate: -1.0.",
+    "outer.optimizer=Adma": "`outer.optimizer` must be a torch optimizer",
+    "outer.optimizer=LBFGS": "got 'LBFGS'.",
+    "outer.steps=0": "`outer.steps` must be at least 1, got 0.",
+    "outer.betas=[0.9]": "`outer.betas` must be a list of 2 values, each a number, got [0.9].",
+    "outer.warm_start=maybe": "`outer.warm_start` must be true, false or {state: true or false,",
+    "outer.warm_start={adjiont: false}": (
+        "`outer.warm_start.adjiont` is not a key of `outer.warm_start` (state, adjoint): did you mean `adjoint`?"
+    ),
+    "outer.constraints=positve": "got 'positve': did you mean `positive`?",
+    "outer.constraints=positive": "`outer`: `hparams` does not satisfy its constraint",
+    "outer.scheduler=StepLR": "`outer.scheduler` lacks `step_size`, which StepLR needs: an int.",
+    "problems.iris.data=irsi": "`problems.iris`: unknown data set 'irsi'",
+    "problems.iris.data=diabetes": "`problems.iris`: y_train holds labels that are not whole numbers",
+    "problems.iris.data=nofile.csv": "`problems.iris`: the data file 'nofile.csv' does not exist.",
+    "problems.iris.data={name: iris, validaton: 0.3}": (
+        "`problems.iris.data.validaton` is not an option of a data set (name, validation, test, standardize, target, "
+        "rows, features, noise): did you mean `validation`?"
+    ),
+    "problems.iris.data={name: iris, seed: 3}": "`problems.iris.data.seed` is not given here, but by",
+    "problems.iris.data={name: iris, validation: 0.9}": "`problems.iris`: `validation` + `test` must be below 1",
+    "problems.iris.data=3": "`problems.iris.data` must be a data set (breast_cancer, diabetes,",
+    "problems.iris.class=LogisticProblem": (
+        "`problems.iris`: y_train holds 3 classes: LogisticProblem takes two, SoftmaxProblem any number."
+    ),
+    "problems.iris.start=x": "`problems.iris.start` must be a number, got 'x'.",
+    "problems.iris.penalti=scalar": (
+        "`problems.iris.penalti` is not an option of SoftmaxProblem (data, start, penalty, loss, parametrization): "
+        "did you mean `penalty`?"
+    ),
+    "problems.ridge.penalty=per_class": (
+        "`problems.ridge.penalty`: `RidgeProblem.penalty` must be one of 'scalar', 'per_feature', got 'per_class'."
+    ),
+    "problems.ridge.class=QuadraticProblem": "`problems.ridge.class` is QuadraticProblem, which is not made",
+    "problems.ridge.class=LinearModelProblem": "got 'LinearModelProblem'",
+    "seeds=[0, 0]": "`seeds` must not repeat a seed, got [0, 0].",
+    "seeds=[-1]": "`seeds.0` must be at least 0, got -1.",
+    "seeds=3": "`seeds` must be a list, got 3.",
+    "budget=-1": "`budget` must be greater than 0, got -1.",
+    "name=a/b": "`name` must be a string of letters, digits and . _ -, as it names a folder, got 'a/b'.",
+    "device=tpu": "the device must be auto, cpu or cuda, got 'tpu'.",
+    "sovler=5": "`sovler` is not a key of the config (name, problems, solver,",
+    "sovler.steps=5": "--set sovler: the config has no key 'sovler'",
+    "estimators.implict.damping=1": "`estimators` has no key 'implict' (short tail, implicit): did",
+    "problems.iris.data.test=0.1": "`problems.iris.data` is 'iris', which has no parts: give the whole value",
+    "seeds.7=3": "--set seeds.7: `seeds` is a list with the indices 0 to 1, got '7'.",
+    "nonsense": "--set must look like `a.b=value`, got 'nonsense'.",
+    "solver.steps=[1": "--set solver.steps: the value '[1' is not valid YAML",
+}
+
+
+@pytest.mark.parametrize("assignment", SENTENCES)
+def test_a_mistake_is_one_sentence(config: Path, assignment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_plan(config, [assignment])
+    text = str(caught.value)
+    assert text.startswith(f"{config}: ")
+    assert SENTENCES[assignment] in text
+    assert "\n" not in text
+    assert text.endswith((".", "?"))
+
+
+FILES = {
+    "": "the file is empty",
+    "- 1\n": "the file must hold a mapping (`key: value` lines), got [1].",
+    "a: [1\nb: 2\n": "is not valid YAML, line 2: ",
+    "solver: 1\nsolver: 2\n": "line 2: the key 'solver' stands twice.",
+    "solver: {class: Newton}\n": "the config lacks the key `problems`",
+}
+
+
+@pytest.mark.parametrize("text", FILES, ids=["empty", "list", "syntax", "twice", "missing"])
+def test_a_broken_file_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_plan(path)
+    assert FILES[text] in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_suggests_its_neighbour(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no such file: did you mean `.*tiny.yaml`\?"):
+        load_plan(config.with_name("tinny.yaml"))
+
+
+def test_an_unknown_estimator_to_tune_is_named(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no estimator 'implict' in `estimators` \(short tail, implicit\)"):
+        load_plan(config, only="implict", tune=True)
