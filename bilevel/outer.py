@@ -11,12 +11,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints as dist_constraints
-from torch.distributions import transform_to
 from tqdm import tqdm
 
 from bilevel import tree
 from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, InnerState
+from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, report
@@ -150,7 +149,7 @@ class OuterOptimizer:
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, tuple(callbacks)
         self.params = params
-        self._transform = _Transform(hparams, constraints)
+        self._transform = ConstraintTransform(hparams, constraints)
         self._free = self._transform.inverse(hparams)
         # The first step starts exactly where the user said, not where the transform's rounding puts it.
         self._hparams = tree.tree_map(torch.clone, tree.detach(hparams))
@@ -353,52 +352,6 @@ class OuterOptimizer:
         best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
         self.best = (state["best_loss"], best)
         torch.set_rng_state(state["rng"])
-
-
-class _Transform:
-    """From free variables to constrained hyperparameters, key by key."""
-
-    def __init__(self, hparams: Tree, constraints: Any) -> None:
-        if isinstance(constraints, Mapping):
-            if not isinstance(hparams, Mapping):
-                raise ValueError("`constraints` is a dict, but the hyperparameters are not.")
-            unknown = set(constraints) - set(hparams)
-            if unknown:
-                raise ValueError(f"`constraints` names {sorted(unknown)}, but hparams has {sorted(hparams)}.")
-            by_leaf: list[Any] = []
-            for key, value in hparams.items():
-                by_leaf += [constraints.get(key)] * len(tree.leaves(value))
-        else:
-            by_leaf = [constraints] * len(tree.leaves(hparams))
-        self._transforms = [transform_to(c if c is not None else dist_constraints.real) for c in by_leaf]
-        for name, leaf, constraint in zip(tree.names(hparams), tree.leaves(hparams), by_leaf, strict=True):
-            if constraint is not None and not bool(constraint.check(leaf).all()):
-                raise ValueError(
-                    f"`hparams{name}` does not satisfy its constraint {constraint}: "
-                    f"it goes from {float(leaf.min()):.4g} to {float(leaf.max()):.4g}."
-                )
-            if not bool(torch.isfinite(transform_to(constraint or dist_constraints.real).inv(leaf)).all()):
-                raise ValueError(
-                    f"`hparams{name}` lies on the boundary of its constraint {constraint}, "
-                    "from where it could never move."
-                )
-        self._like = hparams
-
-    def __call__(self, free: Tree) -> Tree:
-        pairs = zip(self._transforms, tree.leaves(free), strict=True)
-        return tree.rebuild(self._like, [transform(leaf) for transform, leaf in pairs])
-
-    def inverse(self, hparams: Tree) -> Tree:
-        """Return free leaves that require gradients."""
-        pairs = zip(self._transforms, tree.leaves(hparams), strict=True)
-        free = [transform.inv(leaf.detach()).clone().requires_grad_() for transform, leaf in pairs]
-        return tree.rebuild(self._like, free)
-
-    def pull_back(self, free: Tree, gradient: Tree) -> list[Tensor]:
-        """Return the gradient with respect to the free variables."""
-        with torch.enable_grad():
-            hparams = tree.leaves(self(free))
-        return list(torch.autograd.grad(hparams, tree.leaves(free), tree.leaves(gradient)))
 
 
 def _record(step: int, estimate: Estimate) -> Record:

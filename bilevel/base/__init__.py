@@ -16,4 +16,5 @@ from bilevel.base.inner_solver import InnerState as InnerState
 from bilevel.base.inner_solver import Variables as Variables
 from bilevel.base.linear_solver import LinearSolution as LinearSolution
 from bilevel.base.linear_solver import LinearSolver as LinearSolver
+from bilevel.base.linear_solver import LinearSystem as LinearSystem
 from bilevel.options import describe as describe

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from bilevel import tree
@@ -31,6 +32,31 @@ class LinearSolution:
     residual: float
     steps: int
     verdict: Verdict = GOOD
+
+
+@dataclass(frozen=True)
+class LinearSystem:
+    """``A x = b`` on flat vectors of shape (size,), as `LinearSolver.solve_flat` gets it.
+
+    Attributes:
+        matvec: v -> A v.
+        b: right-hand side, not zero.
+        x0: where to start, None for zero.
+        tol: relative residual to reach.
+        dense: returns A as a matrix, where that is cheaper than `size` products.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    b: Tensor
+    x0: Tensor | None
+    tol: float
+    dense: Callable[[], Tensor] | None = None
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Return (x0, b - A x0); a zero start costs no product."""
+        if self.x0 is None:
+            return torch.zeros_like(self.b), self.b
+        return self.x0, self.b - self.matvec(self.x0)
 
 
 Matvec: TypeAlias = Callable[[Tree], Tree]
@@ -79,16 +105,9 @@ class LinearSolver(ABC):
 
         start = None if x0 is None else raveler.ravel(x0) / unit
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_flat(product, flat / unit, start, tol, dense)
+        solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense))
         return replace(solution, x=raveler.unravel(solution.x * unit))
 
     @abstractmethod
-    def solve_flat(
-        self,
-        matvec: Callable[[Tensor], Tensor],
-        b: Tensor,
-        x0: Tensor | None,
-        tol: float,
-        dense: Callable[[], Tensor] | None,
-    ) -> LinearSolution:
-        """Solve on vectors of shape (size,), b not zero."""
+    def solve_flat(self, system: LinearSystem) -> LinearSolution:
+        """Solve a system of vectors whose right-hand side is not zero."""

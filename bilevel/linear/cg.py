@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from bilevel.base import LinearSolution, LinearSolver
+from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -43,21 +41,14 @@ class CG(LinearSolver):
         require(self, "max_steps", "a positive int or None", self.max_steps is None or is_int(self.max_steps))
         require(self, "check_every", "a positive int or None", self.check_every is None or is_int(self.check_every))
 
-    def solve_flat(
-        self,
-        matvec: Callable[[Tensor], Tensor],
-        b: Tensor,
-        x0: Tensor | None,
-        tol: float,
-        dense: Callable[[], Tensor] | None,
-    ) -> LinearSolution:
+    def solve_flat(self, system: LinearSystem) -> LinearSolution:
         """Run CG on vectors."""
+        matvec, b, tol = system.matvec, system.b, system.tol
         limit = self.max_steps or max(100, 10 * b.numel())
         every = self.check_every or (1 if b.device.type == "cpu" else 8)
         scale = torch.linalg.vector_norm(b)
         goal = (tol * scale) ** 2
-        x = torch.zeros_like(b) if x0 is None else x0
-        r = b if x0 is None else b - matvec(x)
+        x, r = system.start()
         p, rr = r, torch.dot(r, r)
         curvature = torch.ones_like(rr)
         steps = torch.zeros((), dtype=torch.int64, device=b.device)

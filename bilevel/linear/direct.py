@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bilevel.base import LinearSolution, LinearSolver
+from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -36,39 +35,29 @@ class Direct(LinearSolver):
     def __post_init__(self) -> None:
         require(self, "max_size", "a positive int", is_int(self.max_size))
 
-    def solve_flat(
-        self,
-        matvec: Callable[[Tensor], Tensor],
-        b: Tensor,
-        x0: Tensor | None,
-        tol: float,
-        dense: Callable[[], Tensor] | None,
-    ) -> LinearSolution:
-        """Factor and solve.
+    def solve_flat(self, system: LinearSystem) -> LinearSolution:
+        """Factor and solve, with one step of iterative refinement.
 
         Args:
-            matvec: v -> A v.
-            b: right-hand side.
-            x0: not used.
-            tol: not used.
-            dense: returns A as a matrix.
+            system: the system; its start and its tolerance are not used.
 
         Returns:
-            The solution after one step of iterative refinement.
+            The solution.
 
         Raises:
             ValueError: if the system is larger than `max_size`.
         """
+        matvec, b = system.matvec, system.b
         if b.numel() > self.max_size:
             raise ValueError(
                 f"`Direct.max_size` is {self.max_size:,} but the system has {b.numel():,} unknowns: "
                 "raise it, or use CG()."
             )
-        if dense is None:
+        if system.dense is None:
             identity = torch.eye(b.numel(), dtype=b.dtype, device=b.device)
             matrix = torch.stack([matvec(row) for row in identity], dim=1)
         else:
-            matrix = dense()
+            matrix = system.dense()
         factor, info = torch.linalg.cholesky_ex(matrix)
         if bool(info):
             return LinearSolution(torch.zeros_like(b), 1.0, 1, _indefinite(matrix))

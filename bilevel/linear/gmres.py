@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import LinearSolution, LinearSolver
+from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -40,19 +40,12 @@ class GMRES(LinearSolver):
         require(self, "max_steps", "a positive int or None", self.max_steps is None or is_int(self.max_steps))
         require(self, "restart", "a positive int", is_int(self.restart))
 
-    def solve_flat(
-        self,
-        matvec: Callable[[Tensor], Tensor],
-        b: Tensor,
-        x0: Tensor | None,
-        tol: float,
-        dense: Callable[[], Tensor] | None,
-    ) -> LinearSolution:
+    def solve_flat(self, system: LinearSystem) -> LinearSolution:
         """Run restarted GMRES on vectors."""
+        matvec, b, tol = system.matvec, system.b, system.tol
         limit = self.max_steps or max(100, 10 * b.numel())
         scale = torch.linalg.vector_norm(b)
-        x = torch.zeros_like(b) if x0 is None else x0
-        r = b if x0 is None else b - matvec(x)
+        x, r = system.start()
         residual, steps = float(torch.linalg.vector_norm(r) / scale), 0
         while residual > tol and steps < limit:
             before = residual

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
-from bilevel.base import LinearSolution, LinearSolver
+from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
@@ -17,7 +15,57 @@ MARGIN = 1.02
 
 
 @dataclass(frozen=True)
-class FixedPointIteration(LinearSolver):
+class _Richardson(LinearSolver):
+    """What both share: the step size and the iteration."""
+
+    step_size: float | str = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        ok = self.step_size == "auto" or is_positive(self.step_size)
+        require(self, "step_size", "a positive number or 'auto'", ok)
+
+    @property
+    def needs_symmetry(self) -> bool:  # type: ignore[override]
+        """Whether the step size is measured, by a process for symmetric matrices."""
+        return self.step_size == "auto"
+
+    def _iterate(self, system: LinearSystem, limit: int, tol: float | None) -> LinearSolution:
+        """Run at most `limit` steps, fewer once the relative residual is at most `tol` (None: exactly `limit`)."""
+        matvec, b, name = system.matvec, system.b, type(self).__name__
+        if isinstance(self.step_size, str):
+            spectrum = lanczos(matvec, b)
+            refused = _judge_spectrum(spectrum, name, torch.finfo(b.dtype).eps)
+            if refused is not None:
+                return LinearSolution(torch.zeros_like(b), 1.0, spectrum.steps, refused)
+            h = 1.0 / (MARGIN * spectrum.largest)
+        else:
+            h = self.step_size
+        scale = torch.linalg.vector_norm(b)
+        every = 1 if b.device.type == "cpu" else 8
+        x, r = system.start()
+        first = float(torch.linalg.vector_norm(r) / scale)
+        steps = 0
+        while steps < limit:
+            if tol is not None and steps % every == 0 and bool(torch.linalg.vector_norm(r) <= tol * scale):
+                break
+            x = torch.add(x, r, alpha=h)
+            r = b - matvec(x)
+            steps += 1
+        residual = float(torch.linalg.vector_norm(r) / scale)
+        at = f"{name} stopped after {steps} steps at the relative residual {residual:.2e}"
+        if residual != residual:
+            verdict = Verdict(Status.NOT_FINITE, f"{name} met a NaN or infinite product within {steps} steps")
+        elif residual > max(first, 1.0):
+            verdict = Verdict(Status.LINEAR_DIVERGED, f"{at}, from {first:.2e}, with step_size={h:.3g}")
+        elif tol is not None and residual > tol:
+            verdict = Verdict(Status.LINEAR_NOT_CONVERGED, f"{at}, above tol={tol:.1e}")
+        else:
+            verdict = GOOD
+        return LinearSolution(x, residual, steps, verdict)
+
+
+@dataclass(frozen=True)
+class FixedPointIteration(_Richardson):
     """``x <- x + h (b - A x)`` until the residual is small (Richardson's iteration).
 
     Converges for a symmetric positive definite A and ``0 < h < 2/L``; each step costs one product and one vector.
@@ -33,35 +81,21 @@ class FixedPointIteration(LinearSolver):
     True
     """
 
-    step_size: float | str = "auto"
     tol: float | None = None
     max_steps: int = 10_000
 
     def __post_init__(self) -> None:
-        ok = self.step_size == "auto" or is_positive(self.step_size)
-        require(self, "step_size", "a positive number or 'auto'", ok)
+        super().__post_init__()
         require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
         require(self, "max_steps", "a positive int", is_int(self.max_steps))
 
-    @property
-    def needs_symmetry(self) -> bool:  # type: ignore[override]
-        """Whether the step size is measured, by a process for symmetric matrices."""
-        return self.step_size == "auto"
-
-    def solve_flat(
-        self,
-        matvec: Callable[[Tensor], Tensor],
-        b: Tensor,
-        x0: Tensor | None,
-        tol: float,
-        dense: Callable[[], Tensor] | None,
-    ) -> LinearSolution:
+    def solve_flat(self, system: LinearSystem) -> LinearSolution:
         """Iterate on vectors."""
-        return _iterate(matvec, b, x0, self.step_size, tol, self.max_steps, type(self).__name__)
+        return self._iterate(system, self.max_steps, system.tol)
 
 
 @dataclass(frozen=True)
-class Neumann(LinearSolver):
+class Neumann(_Richardson):
     """The truncated Neumann series ``h sum_{j<steps} (I - h A)^j b`` (Lorraine et al. 2020).
 
     Exactly `steps` terms from zero: an approximation by design, whose relative residual the certificate shows. It
@@ -78,73 +112,14 @@ class Neumann(LinearSolver):
     """
 
     steps: int = 20
-    step_size: float | str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "steps", "a positive int", is_int(self.steps))
-        ok = self.step_size == "auto" or is_positive(self.step_size)
-        require(self, "step_size", "a positive number or 'auto'", ok)
 
-    @property
-    def needs_symmetry(self) -> bool:  # type: ignore[override]
-        """Whether the step size is measured, by a process for symmetric matrices."""
-        return self.step_size == "auto"
-
-    def solve_flat(
-        self,
-        matvec: Callable[[Tensor], Tensor],
-        b: Tensor,
-        x0: Tensor | None,
-        tol: float,
-        dense: Callable[[], Tensor] | None,
-    ) -> LinearSolution:
+    def solve_flat(self, system: LinearSystem) -> LinearSolution:
         """Sum the series on vectors."""
-        return _iterate(matvec, b, None, self.step_size, None, self.steps, type(self).__name__)
-
-
-def _iterate(
-    matvec: Callable[[Tensor], Tensor],
-    b: Tensor,
-    x: Tensor | None,
-    step_size: float | str,
-    tol: float | None,
-    limit: int,
-    name: str,
-) -> LinearSolution:
-    """Run at most `limit` steps, fewer once the relative residual is at most `tol` (None: exactly `limit`)."""
-    if isinstance(step_size, str):
-        spectrum = lanczos(matvec, b)
-        refused = _judge_spectrum(spectrum, name, torch.finfo(b.dtype).eps)
-        if refused is not None:
-            return LinearSolution(torch.zeros_like(b), 1.0, spectrum.steps, refused)
-        h = 1.0 / (MARGIN * spectrum.largest)
-    else:
-        h = step_size
-    scale = torch.linalg.vector_norm(b)
-    every = 1 if b.device.type == "cpu" else 8
-    if x is None:
-        x, r = torch.zeros_like(b), b
-    else:
-        r = b - matvec(x)
-    first = float(torch.linalg.vector_norm(r) / scale)
-    steps = 0
-    while steps < limit:
-        if tol is not None and steps % every == 0 and bool(torch.linalg.vector_norm(r) <= tol * scale):
-            break
-        x = torch.add(x, r, alpha=h)
-        r = b - matvec(x)
-        steps += 1
-    residual = float(torch.linalg.vector_norm(r) / scale)
-    at = f"{name} stopped after {steps} steps at the relative residual {residual:.2e}"
-    if residual != residual:
-        verdict = Verdict(Status.NOT_FINITE, f"{name} met a NaN or infinite product within {steps} steps")
-    elif residual > max(first, 1.0):
-        verdict = Verdict(Status.LINEAR_DIVERGED, f"{at}, from {first:.2e}, with step_size={h:.3g}")
-    elif tol is not None and residual > tol:
-        verdict = Verdict(Status.LINEAR_NOT_CONVERGED, f"{at}, above tol={tol:.1e}")
-    else:
-        verdict = GOOD
-    return LinearSolution(x, residual, steps, verdict)
+        return self._iterate(replace(system, x0=None), self.steps, None)
 
 
 def _judge_spectrum(spectrum: Spectrum, name: str, eps: float) -> Verdict | None:

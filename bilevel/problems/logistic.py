@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel.problems.linear_model import (
-    LinearModelInner,
-    LinearModelPoint,
-    LinearModelProblem,
-    class_labels,
-    training_classes,
-)
+from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.problems.splits import class_labels, training_classes
 
 
 class LogisticPoint(LinearModelPoint):

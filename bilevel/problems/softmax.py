@@ -7,13 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bilevel.problems.linear_model import (
-    LinearModelInner,
-    LinearModelPoint,
-    LinearModelProblem,
-    class_labels,
-    training_classes,
-)
+from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.problems.splits import class_labels, training_classes
 
 
 class SoftmaxPoint(LinearModelPoint):
