@@ -273,8 +273,8 @@ class _OracleGradient(torch.autograd.Function):
     def forward(ctx: Any, inner: InnerProblem, like: Tree, cut: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         params = tree.rebuild(like, [tensor.detach() for tensor in tensors[:cut]])
         ctx.inner, ctx.params = inner, params
-        # A copy: the oracle may keep its result, and autograd marks what a Function returns.
-        return tuple(gradient.clone() for gradient in tree.leaves(inner.grad(params)))
+        # The call was counted by the differentiable problem. A copy, as autograd marks what a Function returns.
+        return tuple(gradient.clone() for gradient in tree.leaves(inner._grad(params)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
