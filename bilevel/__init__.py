@@ -1,6 +1,7 @@
 """Bilevel hyperparameter optimization in PyTorch: hypergradients that carry their own evidence."""
 
 from bilevel import problems as problems
+from bilevel import theory as theory
 from bilevel import tree as tree
 from bilevel.base import Carry as Carry
 from bilevel.base import Certificate as Certificate
@@ -20,11 +21,14 @@ from bilevel.hypergrad import TruncatedUnroll as TruncatedUnroll
 from bilevel.hypergrad import hypergradient as hypergradient
 from bilevel.hypergrad import solution as solution
 from bilevel.inner import Adam as Adam
+from bilevel.inner import AsymptoticSobolev as AsymptoticSobolev
+from bilevel.inner import Chebyshev as Chebyshev
 from bilevel.inner import FixedPoint as FixedPoint
 from bilevel.inner import GradientDescent as GradientDescent
 from bilevel.inner import HeavyBall as HeavyBall
 from bilevel.inner import Nesterov as Nesterov
 from bilevel.inner import Newton as Newton
+from bilevel.inner import Sobolev as Sobolev
 from bilevel.linear import CG as CG
 from bilevel.linear import GMRES as GMRES
 from bilevel.linear import Direct as Direct

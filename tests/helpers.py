@@ -291,7 +291,42 @@ def make_fixed_point(problem: bl.BilevelProblem, **limits: Any) -> bl.FixedPoint
     return bl.FixedPoint(update, **limits)
 
 
+LOW, HIGH = 0.2, 12.0
+"""An interval that holds the spectra of all cases."""
+
+
+def chebyshev_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    s, r, before = (HIGH + LOW) / (HIGH - LOW), 0.0, 0.0
+    for index in range(k + 1):
+        before, r = r, 1.0 / s if index == 0 else 1.0 / (2.0 * s - r)
+    h, m = (2.0 / (HIGH + LOW), 0.0) if k == 0 else (4.0 * r / (HIGH - LOW), r * before)
+    return x - h * gradient(x) + m * (x - memory[0]), (x,)
+
+
+def sobolev_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    y, y_before, w, w_before = memory
+    table = bl.theory.sobolev_coefficients(LOW, HIGH, k + 1, alpha=1.0)
+    h, m, p, q = (float(column[k]) for column in (table.h, table.m, table.p, table.q))
+    new = y - h * gradient(y) + m * (y - y_before)
+    new_w = new - p * y_before + q * w_before
+    return float(table.keep[k]) * x + float(table.gain[k]) * new_w, (new, y, new_w, w)
+
+
+def asymptotic_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    y, y_before = memory
+    h = (2.0 / (LOW**0.5 + HIGH**0.5)) ** 2
+    m = ((HIGH**0.5 - LOW**0.5) / (HIGH**0.5 + LOW**0.5)) ** 2
+    h = h / (1.0 + m) if k == 0 else h
+    new = y - h * gradient(y) + m * (y - y_before)
+    return new + m * (x - y_before), (new, y)
+
+
 SOLVERS: dict[type, SolverRow] = {
+    bl.Chebyshev: SolverRow(lambda problem, **limits: bl.Chebyshev(LOW, HIGH, **limits), chebyshev_formula),
+    bl.Sobolev: SolverRow(lambda problem, **limits: bl.Sobolev(LOW, HIGH, **limits), sobolev_formula),
+    bl.AsymptoticSobolev: SolverRow(
+        lambda problem, **limits: bl.AsymptoticSobolev(LOW, HIGH, "half", **limits), asymptotic_formula
+    ),
     bl.GradientDescent: SolverRow(
         lambda problem, **limits: bl.GradientDescent(STEP, **limits), lambda g, x, m, k: (x - STEP * g(x), ())
     ),

@@ -19,19 +19,19 @@ from bilevel.hypergrad.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = {
-    1: ("tree", "status", "cost", "lanczos", "options", "constraints"),
+    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials"),
     2: ("oracles", "problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles"),
     5: ("theory", "certify"),
     6: ("hypergrad",),
     7: ("outer", "check"),
-    8: ("compare", "sklearn", "meta"),
+    8: ("compare", "curse", "sklearn", "meta"),
     9: ("config",),
     10: ("cli", "__main__"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-DOORS = ("inner", "linear", "problems", "theory", "certify", "compare", "sklearn", "meta")
+DOORS = ("inner", "linear", "problems", "theory", "certify", "compare", "curse", "sklearn", "meta")
 """Rooms that do not know another room of their floor; estimators use linear solvers and certificates from below."""
 
 

@@ -38,6 +38,8 @@ class Pullback:
         residual: relative adjoint residual, where there is one.
         steps: iterations of the linear solver, or differentiated steps.
         verdict: status of this half.
+        error: the estimator's own estimate of the distance to the exact hypergradient, where it makes one.
+        error_note: how it was obtained, or why there is none.
     """
 
     hparams: Tree
@@ -45,6 +47,8 @@ class Pullback:
     residual: float | None = None
     steps: int = 0
     verdict: Verdict = GOOD
+    error: float | None = None
+    error_note: str = ""
 
 
 @dataclass(frozen=True)

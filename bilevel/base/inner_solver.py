@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from bilevel import tree
+from bilevel.lanczos import Spectrum
 from bilevel.options import default_tolerance, is_int, is_positive, require
 from bilevel.oracles import InnerProblem, transposed_twice
 from bilevel.tree import Tree
@@ -92,6 +93,29 @@ class InnerSolver(ABC):
     def max_step_size(self, state: InnerState, curvature: float) -> float | None:
         """Return the largest stable step size for a given largest curvature, or None where no rule is known."""
         return None
+
+    def advice(self, state: InnerState, spectrum: Spectrum) -> str:
+        """Return a clause about the option that a measured spectrum forbids, or an empty string where none is known.
+
+        The default compares a numeric `step_size` with `max_step_size`, and names negative curvature.
+
+        Args:
+            state: where the curvature was measured.
+            spectrum: measured ends of the spectrum.
+        """
+        step_size = getattr(self, "step_size", None)
+        limit = self.max_step_size(state, spectrum.largest) if spectrum.largest > 0 else None
+        if spectrum.smallest < -1e-6 * abs(spectrum.largest):
+            return (
+                f"the inner Hessian has the eigenvalue {spectrum.smallest:.3g} at the start, so the inner loss is not "
+                "convex there: add a penalty, or start elsewhere"
+            )
+        if limit is None or not isinstance(step_size, int | float) or step_size <= limit:
+            return ""
+        return (
+            f"step_size={step_size:.3g} is above the stability limit {limit:.3g} for the largest curvature "
+            f"{spectrum.largest:.3g} at the start: try step_size={limit / 2:.3g} or 'auto'"
+        )
 
     def limits(self, dtype: torch.dtype) -> tuple[int, float | None]:
         """Return (most steps, tolerance or None)."""

@@ -73,9 +73,11 @@ def hypergradient(
             gradient = tree.add(by_hparams, pulled.hparams)
             verdict = verdict.worse(_finite_gradient(gradient))
     cost = meter.read()
-    error = ErrorEstimate(None, "none", "ask with certify=True")
+    error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if certify and verdict.status.usable:
         error = refine(problem, hparams, solved.params, gradient, pulled.adjoint)
+    elif pulled.error is not None and verdict.status.ok:
+        error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     certificate = Certificate(
         inner_residual=solved.residual,
         adjoint_residual=pulled.residual,

@@ -17,9 +17,10 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.cost import Meter
+from bilevel.hypergrad import balanced
 from bilevel.hypergrad.loop import begin, run_inner
 from bilevel.linear import CG
-from bilevel.options import is_number, require
+from bilevel.options import is_number, is_positive, require
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
@@ -34,6 +35,14 @@ class Implicit(HypergradEstimator):
     Args:
         linear_solver: CG, GMRES, Neumann, FixedPointIteration or Direct.
         damping: added to the diagonal of the Hessian; biases the hypergradient, and lifts negative curvature.
+        balance: "auto" lets forward run and CG share the work so that their relative residuals agree, at an
+            extrapolated iterate; the certificate then carries an error estimate without `certify`. Negative curvature
+            is noticed, and the rest of the budget goes into a truncated unrolled tail instead. It needs CG, of which
+            only `max_steps` is used, and an inner loss; where that is not convex, an estimate that has met no negative
+            curvature may still be far off. The estimate is short where CG has not yet seen the smallest eigenvalue
+            (condition numbers above 1e4 with a few hundred gradient-equivalents).
+        budget: gradient-equivalents for everything (measured step size included), which take the place of
+            ``solver.steps``; None: the solver's own rule ends the forward run and CG follows it.
 
     >>> Implicit().linear_solver
     CG(tol=None, max_steps=None, check_every=None)
@@ -41,8 +50,18 @@ class Implicit(HypergradEstimator):
 
     linear_solver: LinearSolver = field(default_factory=CG)
     damping: float = 0.0
+    balance: str | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
+        require(self, "balance", "'auto' or None", self.balance in (None, "auto"))
+        require(self, "budget", "a positive number or None", self.budget is None or is_positive(self.budget))
+        if self.budget is not None:
+            require(self, "budget", "None without balance='auto'", self.balance == "auto")
+            what = f"at least {balanced.LEAST:g} gradient-equivalents (one step, one CG step and the looks at both)"
+            require(self, "budget", what, self.budget >= balanced.LEAST)
+        if self.balance == "auto":
+            require(self, "linear_solver", "CG where balance='auto'", isinstance(self.linear_solver, CG))
         require(self, "linear_solver", "a LinearSolver, such as CG()", isinstance(self.linear_solver, LinearSolver))
         require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
 
@@ -61,7 +80,19 @@ class Implicit(HypergradEstimator):
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
-        """Run the inner solver, keeping nothing but its state."""
+        """Run the inner solver, keeping nothing but its state; balanced, the adjoint system is solved on the way."""
+        if self.balance == "auto" and isinstance(self.linear_solver, CG):
+            return balanced.solve(
+                problem,
+                solver,
+                hparams,
+                params,
+                carry,
+                meter,
+                budget=self.budget,
+                damping=self.damping,
+                max_steps=self.linear_solver.max_steps,
+            )
         inner = problem.bind(hparams, meter.counts)
         run = run_inner(inner, solver, begin(inner, solver, params, carry))
         meter.sample()

@@ -50,7 +50,7 @@ def run_inner(
     inner: InnerProblem,
     solver: InnerSolver,
     state: InnerState,
-    visit: Callable[[InnerState], None] | None = None,
+    visit: Callable[[InnerState], object] | None = None,
     *,
     at_least: int = 0,
     record: bool = False,
@@ -61,7 +61,7 @@ def run_inner(
         inner: the bound problem.
         solver: the inner solver.
         state: the first state.
-        visit: is shown every state that a step starts from.
+        visit: is shown every state that a step starts from; a result of True ends the run there, before the step.
         at_least: steps to take even where the tolerance is reached before.
         record: let autograd record the steps; otherwise a step's graph is dropped, whatever its tensors require.
 
@@ -76,7 +76,7 @@ def _run(
     inner: InnerProblem,
     solver: InnerSolver,
     state: InnerState,
-    visit: Callable[[InnerState], None] | None,
+    visit: Callable[[InnerState], object] | None,
     at_least: int,
 ) -> InnerRun:
     device, dtype = tree.leaves(state.params)[0].device, tree.leaves(state.params)[0].dtype
@@ -96,8 +96,8 @@ def _run(
                 if not bool(torch.isfinite(tree.norm(state.params))):
                     return _not_finite(inner, solver, checkpoint, marked, taken)
                 checkpoint, marked = state, taken
-            if visit is not None:
-                visit(state)
+            if visit is not None and visit(state) is True:
+                break
             before, state = state, solver.step(inner, state)
             taken += 1
             # A solver that hands back the same params says that no step helps: the rounding floor.
@@ -125,7 +125,7 @@ def _judge(
     """Judge a run that used all its steps and ended finite."""
     start = _residual(inner, solver, first)
     if residual > GROWTH * start and residual > torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5:
-        advice = _step_size_advice(inner, solver, first)
+        advice = _advice(inner, solver, first)
         if advice or residual > BLOW_UP * start:
             detail = (
                 f"{type(solver).__name__} diverges: the inner gradient norm grew from {start:.3g} to {residual:.3g} "
@@ -141,23 +141,15 @@ def _judge(
     return GOOD
 
 
-def _step_size_advice(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> str:
-    """Return a clause that suggests a step size where the present one is too large, else an empty string."""
-    step_size = getattr(solver, "step_size", None)
-    if not isinstance(step_size, int | float):
-        return ""
+def _advice(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> str:
+    """Return the solver's clause about an option that the curvature at `state` forbids, else an empty string."""
     try:
-        largest = inner.curvature(solver.params(state)).largest
+        spectrum = inner.curvature(solver.params(state))
     except (ValueError, RuntimeError):
         # A user's update may have no Hessian to measure; the verdict stands without advice.
         return ""
-    limit = solver.max_step_size(state, largest) if largest > 0 else None
-    if limit is None or step_size <= limit:
-        return ""
-    return (
-        f"; step_size={step_size:.3g} is above the stability limit {limit:.3g} for the largest curvature {largest:.3g} "
-        f"at the start: try step_size={limit / 2:.3g} or 'auto'"
-    )
+    clause = solver.advice(state, spectrum)
+    return f"; {clause}" if clause else ""
 
 
 def _not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState, marked: int, taken: int) -> InnerRun:
@@ -172,7 +164,7 @@ def _not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState
         state = following
     gradient = inner.grad(solver.params(state))
     where = _broken("params", state.params) or _broken("the inner gradient of params", gradient) or "the residual"
-    advice = _step_size_advice(inner, solver, checkpoint)
+    advice = _advice(inner, solver, checkpoint)
     status = Status.DIVERGED if advice else Status.NOT_FINITE
     verb = "diverges" if advice else "failed"
     detail = f"{type(solver).__name__} {verb}: {where} is not finite at step {step}{advice}"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bilevel.base import InnerState
-from bilevel.inner.multistep import Coefficients, LinearMultistep
+from bilevel.inner.multistep import Coefficients, StepSizeMethod
 
 
 @dataclass(frozen=True)
-class GradientDescent(LinearMultistep):
+class GradientDescent(StepSizeMethod):
     """Gradient descent with a constant step size h.
 
     Converges for ``0 < h < 2/L`` with L the largest curvature; "auto" takes 1/L. Its unrolled derivative is

@@ -9,6 +9,7 @@ from functools import lru_cache
 from bilevel.base import InnerState
 from bilevel.inner.multistep import CURVATURE_MARGIN, Coefficients, MomentumMethod
 from bilevel.lanczos import Spectrum
+from bilevel.options import require
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class HeavyBall(MomentumMethod):
     Args:
         step_size: h, or "auto": 1/L.
         momentum: m in [0, 1), or "auto".
+        first_step: "full" takes h, "half" takes h / (1 + m) without momentum: 2 / (L + l) for Polyak's parameters, with
+            a smaller transient of the unrolled derivative (worst case 9.2 instead of 20.8 at l = 0.5, L = 10).
         steps: number of steps; see `InnerSolver`.
         tol: residual tolerance; see `InnerSolver`.
 
@@ -29,14 +32,25 @@ class HeavyBall(MomentumMethod):
     0.8
     """
 
+    first_step: str = "full"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "first_step", "'full' or 'half'", self.first_step in ("full", "half"))
+
     def coefficients(self, state: InnerState) -> Coefficients:
         """``y = x``, ``x <- (1 + m) x - m x_prev - h g``."""
-        return _coefficients(self.option("step_size", state), self.option("momentum", state))
+        h, m = self.option("step_size", state), self.option("momentum", state)
+        if state.steps == 0 and self.first_step == "half":
+            # A warm start must not add its momentum to a step that stands for a start at rest.
+            return _coefficients(h / (1.0 + m), 0.0)
+        return _coefficients(h, m)
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:
         """Polyak's parameters, or 1/L for a given momentum."""
+        tuned = super().tune(spectrum)
         if self.momentum != "auto":
-            return super().tune(spectrum)
+            return tuned
         root = math.sqrt(self.inverse_condition(spectrum))
         step_size = (2.0 / (1.0 + root)) ** 2 / (CURVATURE_MARGIN * spectrum.largest)
         return {"step_size": step_size, "momentum": ((1.0 - root) / (1.0 + root)) ** 2}

@@ -70,19 +70,7 @@ def _nonzero(weights: Sequence[float]) -> Pairs:
 
 @dataclass(frozen=True)
 class LinearMultistep(InnerSolver):
-    """Base of the methods above; a subclass gives `coefficients` and, with more than one vector, `init`.
-
-    Args:
-        step_size: a positive number, or "auto": from the largest curvature, measured at the start of each solve with a
-            margin of 2 % and shown in ``certificate.measured``.
-    """
-
-    step_size: float | str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        ok = self.step_size == "auto" or is_positive(self.step_size)
-        require(self, "step_size", "a positive number or 'auto'", ok)
+    """Base of the methods above; a subclass gives `coefficients` and, with more than one vector, `vectors`."""
 
     @abstractmethod
     def coefficients(self, state: InnerState) -> Coefficients:
@@ -92,14 +80,14 @@ class LinearMultistep(InnerSolver):
         """Return the stored vectors besides the iterate at a cold start; none by default."""
         return ()
 
-    def tune(self, spectrum: Spectrum) -> dict[str, float]:
-        """Return what "auto" options become for a measured spectrum."""
-        return {"step_size": 1.0 / (CURVATURE_MARGIN * spectrum.largest)}
-
     @property
     def automatic(self) -> bool:
         """Whether an option is "auto"."""
-        return self.step_size == "auto"
+        return False
+
+    def tune(self, spectrum: Spectrum) -> dict[str, float]:
+        """Return what "auto" options become for a measured spectrum; ValueError where nothing follows from it."""
+        return {}
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return the cold start, with "auto" options measured."""
@@ -113,11 +101,6 @@ class LinearMultistep(InnerSolver):
         if not self.automatic:
             return {}
         spectrum = inner.curvature(params)
-        if not spectrum.largest > 0:
-            raise ValueError(
-                f"{type(self).__name__}(step_size='auto') measured a largest curvature of {spectrum.largest:.3g} "
-                "at the start, so no step size follows: give `step_size` a number, or start elsewhere."
-            )
         return {"largest_curvature": spectrum.largest} | self.tune(spectrum)
 
     def option(self, name: str, state: InnerState) -> float:
@@ -159,11 +142,42 @@ class LinearMultistep(InnerSolver):
 
 
 @dataclass(frozen=True)
-class MomentumMethod(LinearMultistep):
+class StepSizeMethod(LinearMultistep):
+    """Base of the methods with a constant step size.
+
+    Args:
+        step_size: a positive number, or "auto": from the largest curvature, measured at the start of each solve with a
+            margin of 2 % and shown in ``certificate.measured``.
+    """
+
+    step_size: float | str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.step_size == "auto" or is_positive(self.step_size)
+        require(self, "step_size", "a positive number or 'auto'", ok)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the step size is "auto"."""
+        return self.step_size == "auto"
+
+    def tune(self, spectrum: Spectrum) -> dict[str, float]:
+        """Return 1/L; ValueError if no curvature is positive."""
+        if not spectrum.largest > 0:
+            raise ValueError(
+                f"{type(self).__name__}(step_size='auto') measured a largest curvature of {spectrum.largest:.3g} "
+                "at the start, so no step size follows: give `step_size` a number, or start elsewhere."
+            )
+        return {"step_size": 1.0 / (CURVATURE_MARGIN * spectrum.largest)}
+
+
+@dataclass(frozen=True)
+class MomentumMethod(StepSizeMethod):
     """Base of the methods that keep the previous iterate: one step size, one momentum.
 
     Args:
-        step_size: see `LinearMultistep`.
+        step_size: see `StepSizeMethod`.
         momentum: a number in [0, 1), or "auto": from the measured ends of the spectrum.
     """
 

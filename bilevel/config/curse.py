@@ -1,0 +1,85 @@
+"""A config of `bilevel curse` -> a named experiment: ``experiment`` names a plan class, the other keys are its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from bilevel import curse
+from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
+from bilevel.curse import Experiment
+
+
+def experiments() -> dict[str, type]:
+    """Return the plan classes by name: what `bilevel.curse` exports that can be run.
+
+    >>> sorted(experiments())
+    ['Contraction', 'InnerSolvers', 'Methods', 'Truncation', 'WarmStarts', 'WorstCase']
+    """
+    return {
+        name: value
+        for name, value in vars(curse).items()
+        if isinstance(value, type) and dataclasses.is_dataclass(value) and callable(getattr(value, "run", None))
+    }
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, Experiment]:
+    """Read a config and make its experiment.
+
+    Args:
+        path: of the YAML file.
+        overrides: "a.b=value", as in ``--set``.
+
+    Returns:
+        The name of its files, by default that of the config, and the experiment.
+
+    Raises:
+        ConfigError: about the first mistake, in one sentence that names the file and the place in it.
+    """
+    path = Path(path)
+    document = read_document(path)
+    try:
+        for assignment in overrides:
+            override(document, assignment)
+        return _made(document, path.stem)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
+    name, kind = document.pop("name", stem), document.pop("experiment", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ConfigError(
+            f"`name` must be a string of letters, digits and . _ -, as it names the files, got {shown(name)}."
+        )
+    known = experiments()
+    if kind not in known:
+        raise ConfigError(
+            f"`experiment` must be one of {listed(sorted(known))}, got {shown(kind)}{suggest(str(kind), known)}"
+        )
+    owner = known[kind]
+    hints, allowed = typing.get_type_hints(owner), [field.name for field in dataclasses.fields(owner)]
+    options = {}
+    for key, value in document.items():
+        if key not in allowed:
+            raise ConfigError(
+                f"`{key}` is not an option of {kind} ({listed(['name', 'experiment', *allowed])}){suggest(str(key), allowed)}"
+            )
+        adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=ConfigDict(strict=True))
+        try:
+            # As JSON: strict validation of JSON takes a list for a sequence, but no "5" for a 5.
+            options[key] = adapter.validate_json(json.dumps(value, default=str))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].replace("Input should be", "must be").replace("valid ", "")
+            raise ConfigError(f"`{key}` {reason[0].lower()}{reason[1:]}, got {shown(value)}.") from None
+    try:
+        return name, owner(**options)
+    except ValueError as error:
+        raise ConfigError(re.sub(rf"`{kind}\.(\w+)`", r"`\1`", str(error))) from None

@@ -1,0 +1,241 @@
+"""Methods on one inner problem: function value and unrolled derivative, side by side (Scieur et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.curse.methods import METHODS, method
+from bilevel.curse.outcome import Claim, Line, Outcome, Panel
+from bilevel.curse.problems import NAMES, DataMissingError, load, logistic, ridge
+from bilevel.options import is_int, is_number, is_positive, require
+from bilevel.problems import LogisticProblem, RidgeProblem
+from bilevel.theory import ErrorCurves, chebyshev_rate, error_curves, gd_rate
+from bilevel.theory.one_at_a_time import reference
+
+MODELS = ("ridge", "ridge per feature", "logistic")
+BURNS = 1.05
+"""An error that never exceeds this multiple of its start is called one without a burn-in."""
+FLOOR = 1e-13
+"""Relative errors below this are rounding."""
+LOWEST = 1e-20
+"""Function values are drawn down to this."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The error of x_k and of its unrolled derivative, for several methods and data sets.
+
+    Ridge regression is ``1/2 |X w - y|^2 + theta/2 |w|^2`` with X and y divided by ``|X|_2``; with "per feature", theta is a
+    vector, whose directions do not commute with the Hessian. Logistic regression is
+    ``sum log(1 + exp(-y_i x_i'w)) + theta/2 |w|^2`` on standardized X, with the spectrum at the solution.
+
+    Args:
+        data: names of data sets, one row of panels each.
+        methods: labels of methods.
+        steps: K.
+        theta: the penalty.
+        start: the value of every entry of x_0.
+        model: "ridge", "ridge per feature" or "logistic".
+        logarithmic: a logarithmic axis of iterations.
+        at: the iteration at which methods are compared.
+    """
+
+    data: Sequence[str] = ("breast_cancer",)
+    methods: Sequence[str] = ("GD 1/L", "GD 2/(L+l)")
+    steps: int = 1000
+    theta: float = 1e-3
+    start: float = 1.0
+    model: str = "ridge"
+    logarithmic: bool = False
+    at: int = 150
+
+    def __post_init__(self) -> None:
+        known = bool(self.data) and set(self.data) <= set(NAMES)
+        require(self, "data", f"a list of some of {', '.join(NAMES)}", known)
+        known = bool(self.methods) and set(self.methods) <= set(METHODS)
+        require(self, "methods", f"a list of some of {', '.join(METHODS)}", known)
+        require(self, "steps", "a positive int", is_int(self.steps))
+        require(self, "at", "an int in 1..steps", is_int(self.at) and self.at <= self.steps)
+        require(self, "theta", "a positive number", is_positive(self.theta))
+        require(self, "start", "a number", is_number(self.start))
+        require(self, "model", " or ".join(map(repr, MODELS)), self.model in MODELS)
+
+    def run(self) -> Outcome:
+        """Run it."""
+        rows, notes, claims = [], [], []
+        numbers: dict[str, float] = {}
+        for name in self.data:
+            try:
+                problem = self.problem(name)
+            except DataMissingError as missing:
+                notes.append(str(missing))
+                continue
+            l, L = self.spectrum(problem)  # noqa: E741
+            solvers = [method(label, l, L) for label in self.methods]
+            u, start = self.hparams(problem), self.x0(problem)
+            curves = {
+                label: error_curves(problem, solver, u, self.steps, params=start)
+                for label, solver in zip(self.methods, solvers, strict=True)
+            }
+            rows.append(self._panels(name, l / L, curves))
+            claims += self._claims(name, l, L, curves)
+            numbers[f"kappa {name}"] = l / L
+            for label, curve in curves.items():
+                height, index = curve.peak
+                numbers |= {
+                    f"peak ratio {name} {label}": float(height),
+                    f"peak index {name} {label}": float(index),
+                    f"error at {self.at} {name} {label}": float(curve.relative.forward[self.at]),
+                }
+        words = {"ridge per feature": "Ridge regression, one penalty for each feature"}
+        model = words.get(self.model, f"{self.model.capitalize()} regression")
+        title = f"{model}, theta = {self.theta:g}, $x_0$ = {self.start:g}"
+        return Outcome(title, rows, claims, notes, numbers)
+
+    def problem(self, name: str) -> RidgeProblem | LogisticProblem:
+        """Return the problem on a data set."""
+        if self.model == "logistic":
+            return logistic(name)
+        return ridge(name, "per_feature" if self.model == "ridge per feature" else "scalar")
+
+    def hparams(self, problem: RidgeProblem | LogisticProblem) -> Tensor:
+        """Return theta in the shape that the problem takes."""
+        if self.model == "ridge per feature":
+            # Unequal penalties, so that H and the directions have no common eigenvectors.
+            size = problem.hparams_shape()[0]
+            return self.theta * torch.linspace(0.5, 1.5, size, dtype=torch.float64)
+        return problem.initial_hparams(self.theta)
+
+    def x0(self, problem: RidgeProblem | LogisticProblem) -> Tensor:
+        """Return the start."""
+        return torch.full(problem.params_shape(), self.start, dtype=torch.float64)
+
+    def spectrum(self, problem: RidgeProblem | LogisticProblem) -> tuple[float, float]:
+        """Return the ends of the spectrum of the Hessian at the solution."""
+        u, start = self.hparams(problem), torch.zeros(problem.params_shape(), dtype=torch.float64)
+        x, _ = reference(problem, u, start)
+        values = torch.linalg.eigvalsh(problem.bind(u).linearize(x).dense_hessian())
+        return float(values[0]), float(values[-1])
+
+    def _panels(self, name: str, kappa: float, curves: dict[str, ErrorCurves]) -> list[Panel]:
+        first = 1 if self.logarithmic else 0
+        k = torch.arange(first, self.steps + 1)
+        scales = ("log" if self.logarithmic else "linear", "log")
+        values, derivatives = [], []
+        for label, curve in curves.items():
+            ratio = (curve.suboptimality / curve.suboptimality[0])[first:]
+            values.append(Line(label, k, _above(ratio, LOWEST)))
+            derivatives.append(Line(label, k, _above(curve.relative.forward[first:], FLOOR)))
+        shown = name.replace("_", " ")
+        title = f"{shown}, $\\kappa$ = {kappa:.2g}"
+        return [
+            Panel(title, "iteration $t$", "$(f_t - f_*) / (f_0 - f_*)$", values, scales),
+            Panel(title, "iteration $t$", r"$\|\partial x_t - \partial x_*\| / \|\partial x_*\|$", derivatives, scales),
+        ]
+
+    def _claims(self, name: str, l: float, L: float, curves: dict[str, ErrorCurves]) -> list[Claim]:  # noqa: E741
+        where = f"{self.model} on {name}, kappa = {l / L:.3e}, theta = {self.theta:g}, x_0 = {self.start:g}"
+        peaks = {label: curve.peak for label, curve in curves.items()}
+        claims = []
+        for label, (height, index) in peaks.items():
+            number = f"peak ratio {float(height):.4g} at t = {int(index)}"
+            calm = "Sobolev" in label or label in ("GD 1/L", "GD sqrt(2)/L")
+            source = {"GD": "S Corollaries 1, 2", "Ch": "S Theorem 3", "As": "S Theorem 4"}.get(
+                label[:2], "S section 4"
+            )
+            if calm:
+                text, holds = f"{label}: no burn-in", float(height) <= BURNS
+            else:
+                text, holds = f"{label}: the derivative first gets worse", float(height) > BURNS
+            claims.append(Claim(source, text, number, holds, where))
+        claims += self._bounds(name, l, L, curves, where)
+        claims += self._crossing(curves, where)
+        return claims + self._order(curves, where)
+
+    def _bounds(
+        self,
+        name: str,
+        l: float,
+        L: float,
+        curves: dict[str, ErrorCurves],
+        where: str,
+    ) -> list[Claim]:
+        """Compare with the bounds of Theorems 2 and 3, which need directions that commute with the Hessian."""
+        if self.model != "ridge":
+            return []
+        claims = []
+        k = torch.arange(self.steps + 1, dtype=torch.float64)
+        for label, curve in curves.items():
+            # The derivative of theta -> grad f(x_0, theta) is x_0 - xbar = x_0, and dx_0 = 0.
+            G = abs(self.start) * math.sqrt(load(name)[0].shape[1])
+            d0 = float(curve.jacobian_norm)
+            if label.startswith("GD"):
+                step = method(label, l, L).step_size  # type: ignore[attr-defined]
+                bound, source = gd_rate(k, l, L, d0, G, step), "S Theorem 2"
+            elif label == "Chebyshev":
+                bound, source = chebyshev_rate(k, l, L, d0, G), "S Theorem 3"
+            else:
+                continue
+            ratio = float((curve.forward / (bound + FLOOR * d0)).max())
+            claims.append(
+                Claim(source, f"{label}: the bound holds", f"largest error/bound {ratio:.4f}", ratio <= 1 + 1e-6, where)
+            )
+        return claims
+
+    def _crossing(self, curves: dict[str, ErrorCurves], where: str) -> list[Claim]:
+        """Look at the claim that the larger step is better for the function and worse for the derivative."""
+        if not {"GD 1/L", "GD 2/(L+l)"} <= set(curves):
+            return []
+        small, large = curves["GD 1/L"], curves["GD 2/(L+l)"]
+        above = (large.suboptimality > small.suboptimality).nonzero()
+        last = int(above[-1]) if len(above) else 0
+        more = (large.forward > small.forward).nonzero()
+        until = int(more[-1]) if len(more) else 0
+        ends = last == self.steps
+        return [
+            Claim(
+                "S Figure 1",
+                "the larger step gives the smaller function value",
+                f"f_t of 2/(L+l) is above that of 1/L up to t = {last}" + (", the end of the run" if ends else ""),
+                last == 0,
+                where if ends or last == 0 else f"{where}; it holds after that t",
+            ),
+            Claim(
+                "S Figure 1",
+                "the larger step has the longer burn-in",
+                f"its derivative is worse up to t = {until}",
+                until > 1,
+                where,
+            ),
+        ]
+
+    def _order(self, curves: dict[str, ErrorCurves], where: str) -> list[Claim]:
+        """Look at the order of the derivatives' errors at one iteration."""
+        if "Sobolev" not in curves:
+            return []
+        errors = {label: float(curve.relative.forward[self.at]) for label, curve in curves.items()}
+        claims = []
+        for other, factor in (("Chebyshev", 10.0), ("GD 2/(L+l)", 100.0)):
+            # Two errors at the rounding floor say nothing of their methods.
+            if other in errors and errors[other] > 100 * FLOOR:
+                gain = errors[other] / errors["Sobolev"]
+                claims.append(
+                    Claim(
+                        "S Figure 4",
+                        f"after {self.at} steps Sobolev's derivative is {factor:g} times better than {other}'s",
+                        f"{gain:.3g} times ({errors['Sobolev']:.3g} against {errors[other]:.3g})",
+                        gain >= factor,
+                        where,
+                    )
+                )
+        return claims
+
+
+def _above(values: Tensor, floor: float) -> Tensor:
+    """Return values with NaN, which is not drawn, from where they are at the rounding floor."""
+    return torch.where(values > floor, values, float("nan"))

@@ -1,0 +1,119 @@
+"""Figures of outcomes; they need matplotlib (the extra `plot`).
+
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; a sequence of truncation indices is
+drawn in one perceptually uniform map; line styles tell methods apart in print.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bilevel.curse.outcome import Line, Outcome, Panel
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (8, 2, 1, 2)))
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.6,
+    "legend.fontsize": 8.5,
+}
+WIDTH, HEIGHT = 3.7, 2.75
+"""Inches of a panel."""
+
+
+def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
+    """Draw an outcome.
+
+    Args:
+        outcome: what to draw.
+        target: the PNG file.
+        dpi: dots an inch.
+
+    Returns:
+        Whether there is a figure: False where matplotlib is not installed or no panel has lines.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [row for row in outcome.rows if any(panel.lines for panel in row)]
+    if not rows:
+        return False
+    columns = max(map(len, rows))
+    with matplotlib.rc_context(STYLE):
+        look = _look(rows)
+        figure = Figure(figsize=(WIDTH * columns, HEIGHT * len(rows) + 0.75), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        drawn: dict[str, Any] = {}
+        for row, line_of_axes in zip(rows, axes, strict=True):
+            for panel, place in zip(row, line_of_axes, strict=False):
+                drawn = _panel(place, panel, look) | drawn
+            for place in line_of_axes[len(row) :]:
+                place.set_visible(False)
+        figure.suptitle(outcome.title, fontsize=11)
+        handles = [drawn[label] for label in look if label in drawn]
+        figure.legend(
+            handles,
+            [handle.get_label() for handle in handles],
+            loc="outside lower center",
+            ncols=min(len(handles), 2 + columns),
+            frameon=False,
+        )
+        temporary = target.with_name(f".{target.stem}.{os.getpid()}.png")
+        figure.savefig(temporary, dpi=dpi)
+    os.replace(temporary, target)
+    return True
+
+
+def _look(rows: Sequence[Sequence[Panel]]) -> dict[str, tuple[Any, Any]]:
+    """Return colour and style by label, the same in every panel."""
+    import matplotlib
+
+    lines = [line for row in rows for panel in row for line in panel.lines]
+    labels = [label for label in dict.fromkeys(line.label for line in lines) if label]
+    if len(labels) > len(COLOURS):
+        shades = matplotlib.colormaps["viridis"]
+        return {label: (shades(0.92 * i / (len(labels) - 1)), "-") for i, label in enumerate(labels)}
+    return {label: (COLOURS[i], STYLES[i]) for i, label in enumerate(labels)}
+
+
+def _panel(place: Any, panel: Panel, look: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Draw one panel and return a handle for each label."""
+    handles = {}
+    for line in panel.lines:
+        # A line without a label needs none: it is alone in its panel.
+        colour, style = look.get(line.label, ("black", "-"))
+        handle = _line(place, line, colour, style)
+        if not line.bound:
+            handles[line.label] = handle
+    place.set_title(panel.title)
+    place.set_xlabel(panel.xlabel)
+    place.set_ylabel(panel.ylabel)
+    place.set_xscale(panel.scales[0])
+    place.set_yscale(panel.scales[1])
+    if panel.ylim is not None:
+        place.set_ylim(*panel.ylim)
+    return handles
+
+
+def _line(place: Any, line: Line, colour: Any, style: Any) -> Any:
+    x, y = line.x.tolist(), line.y.tolist()
+    if line.bound:
+        return place.plot(x, y, color=colour, linestyle=":", linewidth=0.9, zorder=1)[0]
+    mark = {"marker": "o", "markersize": 3.5} if line.marks else {}
+    (handle,) = place.plot(x, y, color=colour, linestyle=style, label=line.label, **mark)
+    if line.band is not None:
+        low, high = line.band
+        place.fill_between(x, low.tolist(), high.tolist(), color=colour, alpha=0.15, linewidth=0)
+    return handle

@@ -1,0 +1,94 @@
+"""Where outcomes are written: NAME.png, NAME.csv, NAME.json, and one claims.md over all of a folder.
+
+Every file is written under a temporary name and then renamed, so that a run killed at any moment leaves whole files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bilevel.curse.figures import draw
+from bilevel.curse.outcome import Line, Outcome, claim_table
+
+POINTS = 600
+"""Of a longer curve about this many points are written, evenly in the logarithm of the iteration."""
+
+
+def write_outcome(name: str, outcome: Outcome, folder: Path, plan: Mapping[str, Any]) -> list[Path]:
+    """Write an outcome and bring claims.md up to date.
+
+    Args:
+        name: of the files.
+        outcome: what to write.
+        folder: where; it is made.
+        plan: the options of the experiment, in plain containers, kept beside the numbers.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.csv", folder / f"{name}.json", folder / "claims.md"]
+    _write(files[0], table(outcome))
+    record = {
+        "title": outcome.title,
+        "plan": dict(plan),
+        "claims": [asdict(claim) for claim in outcome.claims],
+        "notes": list(outcome.notes),
+        "numbers": dict(outcome.numbers),
+    }
+    _write(files[1], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    _write(files[2], claims(folder))
+    picture = folder / f"{name}.png"
+    return [picture, *files] if draw(outcome, picture) else files
+
+
+def table(outcome: Outcome) -> str:
+    """Return all curves as CSV, one line for each point."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("row", "panel", "label", "kind", "x", "y", "low", "high"))
+    for row, panels in enumerate(outcome.rows):
+        for panel in panels:
+            for line in panel.lines:
+                for index in _kept(line):
+                    low, high = ("", "") if line.band is None else (f"{float(side[index]):.10g}" for side in line.band)
+                    kind = "bound" if line.bound else "measured"
+                    point = (f"{float(line.x[index]):.10g}", f"{float(line.y[index]):.10g}", low, high)
+                    writer.writerow((row, panel.title, line.label, kind, *point))
+    return text.getvalue()
+
+
+def _kept(line: Line) -> list[int]:
+    count = len(line.x)
+    if count <= POINTS:
+        return list(range(count))
+    ratio = count ** (1.0 / POINTS)
+    spread = {min(count - 1, round(ratio**i) - 1) for i in range(POINTS + 1)}
+    return sorted(spread | {0, count - 1, int(line.y.nan_to_num().argmax())})
+
+
+def claims(folder: Path) -> str:
+    """Return claims.md over every outcome that a folder holds."""
+    parts = ["# Claims of both papers, measured\n"]
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not {"claims", "notes", "title"} <= set(record):
+            continue
+        parts.append(f"## {file.stem}: {record['title']}\n")
+        parts += [f"{note}\n" for note in record["notes"]]
+        if record["claims"]:
+            parts.append(claim_table(record["claims"]))
+    return "\n".join(parts)
+
+
+def _write(target: Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, target)

@@ -1,0 +1,267 @@
+"""Late starts on random least squares (Mehmood et al. 2026, sections 4 and 6, and their Figures 1 to 14)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.curse.outcome import Claim, Line, Outcome, Panel
+from bilevel.curse.problems import least_squares
+from bilevel.inner import GradientDescent
+from bilevel.options import is_int, is_positive, require
+from bilevel.theory import ErrorCurves, QuadraticBatch, error_curves, optimal_truncation
+
+STEPS = {"2/(L+l)": lambda low, high: 2.0 / (low + high), "1/L": lambda low, high: 1.0 / high}
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """``f = 1/2 |A x - b|^2 + u/2 |x|^2`` with A 200 x columns, b and x_0 standard Gaussian, u = 1: gradient descent.
+
+    Args:
+        columns: sizes of x, one row of panels each.
+        step: the step size, "2/(L+l)" (optimal) or "1/L".
+        steps: K.
+        draws: number of draws.
+        indices: truncation indices k_0.
+        omega: cost of one derivative step in iterations, for the panel at equal budget ``(1 + omega) K``.
+        show: "forward", "reverse" or "both".
+        seed: of the draws.
+    """
+
+    columns: Sequence[int] = (100,)
+    step: str = "2/(L+l)"
+    steps: int = 100
+    draws: int = 50
+    indices: Sequence[int] = (0, 5, 10, 20, 30, 40, 60, 80)
+    omega: int = 3
+    show: str = "both"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, "step", " or ".join(map(repr, STEPS)), self.step in STEPS)
+        require(self, "show", "'forward', 'reverse' or 'both'", self.show in ("forward", "reverse", "both"))
+        for name in ("steps", "draws"):
+            require(self, name, "a positive int", is_int(getattr(self, name)))
+        require(self, "omega", "a positive int", is_int(self.omega) and is_positive(self.omega))
+        ok = bool(self.indices) and all(is_int(index, 0) and index < self.steps for index in self.indices)
+        require(self, "indices", f"ints in 0..{self.steps - 1}, truncation indices below `steps`", ok)
+        ok = bool(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
+        require(self, "columns", "ints in 1..200", ok)
+
+    def run(self) -> Outcome:
+        """Run it."""
+        rows, claims = [], []
+        numbers: dict[str, float] = {}
+        for size in self.columns:
+            batch = least_squares(size, self.draws, seed=self.seed)
+            solvers, rho = self.solvers(batch)
+            curves = error_curves(batch, solvers, None, self.steps, [self.steps - index for index in self.indices])
+            budget = self.equal_budget(batch, solvers)
+            rows.append(self._panels(size, float(rho.median()), curves, budget))
+            claims += self._claims(size, rho, curves, budget)
+            height, index = curves.peak
+            numbers |= {
+                f"peak ratio {size}": float(height.median()),
+                f"peak index {size}": float(index.double().median()),
+                f"relative peak {size}": float(curves.relative.forward.amax(-1).median()),
+                f"absolute peak {size}": float(curves.forward.amax(-1).median()),
+                f"rho {size}": float(rho.median()),
+            }
+        title = f"Truncated unrolling of gradient descent, h = {self.step}, K = {self.steps}, {self.draws} draws"
+        return Outcome(title, rows, claims, numbers=numbers)
+
+    def solvers(self, batch: QuadraticBatch) -> tuple[list[GradientDescent], Tensor]:
+        """Return one solver for each draw, and the contraction factors (draws,)."""
+        low, high = batch.eigen[0][:, 0], batch.eigen[0][:, -1]
+        sizes = STEPS[self.step](low, high)
+        rho = torch.maximum((1 - sizes * low).abs(), (1 - sizes * high).abs())
+        return [GradientDescent(step_size=float(h)) for h in sizes], rho
+
+    def dropped(self) -> list[int]:
+        """Return numbers N of dropped derivative steps, at least one step being left."""
+        spread = [0, 1, 2, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95]
+        return [n for n in sorted({math.floor(n * self.steps / 100) for n in spread}) if n < self.steps]
+
+    def equal_budget(self, batch: QuadraticBatch, solvers: list[GradientDescent]) -> Tensor:
+        """Return the relative error with N dropped steps at equal budget, (draws, len(dropped)).
+
+        ``K(N) = K + omega N`` iterations, of which the last ``K - N`` are differentiated.
+        """
+        dropped = self.dropped()
+        longest = self.steps + self.omega * dropped[-1]
+        # The start of the derivative, k_0 = N + omega N, counted from the end of the longest run.
+        curves = error_curves(batch, solvers, None, longest, [longest - (1 + self.omega) * n for n in dropped])
+        at = [curves.late[:, j, self.steps + self.omega * n] for j, n in enumerate(dropped)]
+        return torch.stack(at, -1) / curves.jacobian_norm[:, None]
+
+    def _panels(self, size: int, rho: float, curves: ErrorCurves, budget: Tensor) -> list[Panel]:
+        k = torch.arange(self.steps + 1)
+        scaled = curves.relative
+        assert scaled.forward_bound is not None
+        ylabel = "relative Jacobian error"
+        named = [(f"$k_0$ = {index}", index, j) for j, index in enumerate(self.indices)]
+        forward, reverse = [], []
+        for label, index, j in named:
+            middle = scaled.late[:, j].median(0).values[index:]
+            forward.append(Line(label, k[index:], middle))
+            swept = scaled.reverse.median(0).values[index:]
+            # A longer sweep draws over a shorter one: the shortest is drawn last, and the dot says where it stops.
+            reverse.append(Line(label, self.steps - k[index:], swept))
+        low, high = scaled.forward.quantile(0.1, 0), scaled.forward.quantile(0.9, 0)
+        forward[0] = Line(named[0][0], forward[0].x, forward[0].y, (low[self.indices[0] :], high[self.indices[0] :]))
+        bound = Line(named[0][0], k, scaled.forward_bound.median(0).values, bound=True)
+        stops = [
+            Line(label, (self.steps - k[index])[None], scaled.reverse[:, index].median()[None], marks=True)
+            for label, index, _ in named
+        ]
+        n = torch.tensor(self.dropped())
+        quantiles = budget.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=budget.dtype), 0)
+        cost = Line("", n, quantiles[1], (quantiles[0], quantiles[2]), marks=True)
+        name = f"{size} columns, $\\rho$ = {rho:.3f}"
+        panels = {
+            "forward": Panel(f"forward (dotted: bound), {name}", "iteration $k$", ylabel, [*forward, bound]),
+            "reverse": Panel(f"reverse, {name}", "differentiated steps $K - k_0$", ylabel, [*reverse[:1], *stops]),
+        }
+        shown = list(panels.values()) if self.show == "both" else [panels[self.show]]
+        title = f"equal budget, $\\omega$ = {self.omega}, {size} columns"
+        return [*shown, Panel(title, "dropped derivative steps $N$", ylabel, [cost])]
+
+    def _claims(self, size: int, rho: Tensor, curves: ErrorCurves, budget: Tensor) -> list[Claim]:
+        where = f"{size} columns, h = {self.step}, {self.draws} draws, median rho {float(rho.median()):.3f}"
+        height, index = curves.peak
+        cursed = float((height > 1.05).double().mean())
+        late = torch.stack([curves.late[:, j, -1] for j in range(len(self.indices))], -1)
+        truncated = torch.stack([curves.reverse[:, i] for i in self.indices], -1)
+        same = float(((late - truncated).abs() / curves.jacobian_norm[:, None]).max())
+        assert curves.forward_bound is not None
+        assert curves.late_bound is not None
+        floor = 1e-12 * curves.jacobian_norm[:, None]
+        ratio = float((curves.forward / (curves.forward_bound + floor)).max())
+        late_ratio = float((curves.late / (curves.late_bound + floor[..., None])).max())
+        heights = [
+            float((curves.late[:, j].amax(-1) / curves.jacobian_norm).median()) for j in range(len(self.indices))
+        ]
+        best = budget.median(0).values
+        j = int(best.argmin())
+        chosen, gain = self.dropped()[j], float(best[0] / best[j])
+        return [
+            Claim(
+                "M section 6",
+                "the derivative first gets worse",
+                holds=cursed > 0.5,
+                conditions=where,
+                number=f"peak ratio {float(height.median()):.3g} at k = {float(index.double().median()):.0f} (median); "
+                f"above 1.05 in {cursed:.0%} of the draws",
+            ),
+            Claim(
+                "M section 4.1",
+                "a late start damps the peak",
+                conditions=where,
+                number="relative peak by k_0: "
+                + ", ".join(f"{i}: {value:.3g}" for i, value in zip(self.indices, heights, strict=True)),
+                holds=all(a >= b - 1e-9 for a, b in zip(heights, heights[1:], strict=False)),
+            ),
+            Claim(
+                "M section 4.2",
+                "truncated reverse sweep and late-started forward mode agree",
+                f"{same:.1e} relative",
+                same < 1e-11,
+                where,
+            ),
+            Claim(
+                "M Theorems 7, 8",
+                "the bounds (19) and (21) hold",
+                f"largest error/bound {ratio:.4f} and {late_ratio:.4f}",
+                max(ratio, late_ratio) < 1 + 1e-6,
+                where,
+            ),
+            self._prediction(rho, curves, best, where),
+            Claim(
+                "M section 4.3",
+                "at equal budget, dropping derivative steps pays",
+                f"best N = {chosen} of K = {self.steps}: {gain:.3g} times lower error than N = 0",
+                gain > 1.05,
+                f"{where}, omega = {self.omega}",
+            ),
+        ]
+
+    def _prediction(self, rho: Tensor, curves: ErrorCurves, best: Tensor, where: str) -> Claim:
+        """Compare the N that minimises the bound (22) with the N that minimises the error."""
+        # d_1 <= rho d_0 + C e_0 gives back C.
+        assert curves.forward_bound is not None
+        constants = (curves.forward_bound[:, 1] - rho * curves.forward[:, 0]) / curves.iterate[:, 0]
+        chosen = [
+            optimal_truncation(self.steps, float(r), float(d), float(e), float(C), float(self.omega))
+            for r, d, e, C in zip(rho, curves.forward[:, 0], curves.iterate[:, 0], constants, strict=True)
+        ]
+        predicted, true = float(torch.tensor(chosen).double().median()), self.dropped()[int(best.argmin())]
+        return Claim(
+            "M (22)",
+            "the bound predicts how many derivative steps to drop",
+            f"N = {predicted:.0f} by the bound, {true} by the error",
+            abs(predicted - true) <= max(3, 0.3 * true),
+            f"{where}, omega = {self.omega}, medians, exact constants",
+        )
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """How peaks depend on the contraction factor, over the sizes of `Truncation`; both step sizes.
+
+    Args:
+        columns: sizes of x.
+        draws: number of draws.
+        steps: K; long enough to see the peak.
+        seed: of the draws.
+    """
+
+    columns: Sequence[int] = (20, 60, 100, 140, 170, 185)
+    draws: int = 50
+    steps: int = 400
+    seed: int = 0
+
+    def run(self) -> Outcome:
+        """Run it."""
+        panels: dict[str, list[Line]] = {"relative": [], "absolute": [], "index": []}
+        claims = []
+        for step in STEPS:
+            plan = Truncation(self.columns, step, self.steps, self.draws, seed=self.seed)
+            points = []
+            for size in self.columns:
+                batch = least_squares(size, self.draws, seed=self.seed)
+                solvers, rho = plan.solvers(batch)
+                curves = error_curves(batch, solvers, None, self.steps)
+                relative = curves.relative.forward.amax(-1).median()
+                points.append((
+                    rho.median(),
+                    relative,
+                    curves.forward.amax(-1).median(),
+                    curves.peak[1].double().median(),
+                ))
+            points.sort(key=lambda point: float(point[0]))
+            x, *columns = (torch.stack(column) for column in zip(*points, strict=True))
+            for name, y in zip(panels, columns, strict=True):
+                panels[name].append(Line(f"h = {step}", 1 / (1 - x), y, marks=True))
+            for name, y in zip(panels, columns, strict=True):
+                rises = bool((y[1:] >= y[:-1]).all())
+                claims.append(
+                    Claim(
+                        "M section 3",
+                        f"the {name} {'peak ' if name != 'index' else ''}of the curse grows with rho",
+                        ", ".join(f"{float(a):.3f}: {float(b):.3g}" for a, b in zip(x, y, strict=True)),
+                        rises,
+                        f"h = {step}, {self.draws} draws, medians; relative means divided by |dx*|",
+                    )
+                )
+        label = r"$1/(1-\rho)$"
+        row = [
+            Panel("peak, relative to $|X_*|$", label, "relative Jacobian error", panels["relative"], ("log", "log")),
+            Panel("peak, absolute", label, "Jacobian error", panels["absolute"], ("log", "log")),
+            Panel("where it lies", label, "iteration of the peak", panels["index"], ("log", "linear")),
+        ]
+        return Outcome("The curse of unrolling by contraction factor", [row], claims)

@@ -1,0 +1,237 @@
+"""Worst-case errors of unrolled derivatives on quadratics with a spectrum in [l, L] (Scieur et al. 2022).
+
+Under the assumptions of its Theorem 1, with ``D_t = |dx_t - dx*|`` and ``G = |d/du [grad f(x_0(u), u)]|`` (a total
+derivative, Frobenius norms), ``D_t <= max over lam of |P_t - lam P_t'| D_0 + |P_t'| G``. ``kappa = l/L`` is the inverse
+condition number. G = 0 for ridge regression from zero. Step counts and errors may be numbers or arrays.
+"""
+
+# ruff: noqa: E741 (l and L are the field's names of the ends of the spectrum)
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bilevel.inner import LinearMultistep
+from bilevel.options import is_int, is_number, is_positive
+from bilevel.polynomials import Array, optimal_factor
+from bilevel.theory.checks import at_least_zero, demand, numbers
+from bilevel.theory.polynomials import residual_polynomials
+
+
+def check_interval(function: str, l: float, L: float) -> None:
+    """Demand ``0 < l <= L``."""
+    demand(function, "L", "a positive number", L, is_positive(L))
+    demand(function, "l", f"a positive number, at most L={L:g}", l, is_positive(l) and l <= L)
+
+
+def _counts(function: str, steps: Any, d0: Any, G: Any) -> Any:
+    """Return the step counts as they came, or as an array of floats, checked."""
+    allowed = "a whole number, 0 or more, or an array of them"
+    at_least_zero(function, d0=d0, G=G)
+    demand(function, "steps", allowed, steps, numbers(steps) and not isinstance(steps, bool))
+    demand(function, "steps", allowed, steps, (steps >= 0) & (steps % 1 == 0))
+    if isinstance(steps, Tensor):
+        return steps.double()
+    return np.asarray(steps, dtype=np.float64)[()]
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return a.maximum(b) if isinstance(a, Tensor) else np.maximum(a, b)
+
+
+def gd_rate(steps: Any, l: float, L: float, d0: Any = 1.0, G: Any = 0.0, step_size: float | None = None) -> Any:
+    """Return the worst case of gradient descent with step size h (Scieur et al. 2022, Theorem 2).
+
+        D_t <= max over lam in {l, L} of |1 - h lam|^(t-1) ((1 + (t-1) h lam) D_0 + h t G),   t >= 1
+
+    The maximum over [l, L] is attained at an end. With G = 0 and h = 1/L it decreases; with h = 2/(L+l) it first grows
+    (Corollary 1); it decreases from the first step on if and only if ``h L < sqrt 2`` (Corollary 2).
+
+    Args:
+        steps: t, 0 or more; at 0 the bound is D_0.
+        l: lower end of the spectrum, positive.
+        L: upper end, not below l.
+        d0: D_0.
+        G: see the module.
+        step_size: h, below 2/L; default 1/L.
+
+    Returns:
+        The bound on D_t, in the units of `d0`.
+
+    Raises:
+        ValueError: for arguments outside their ranges.
+
+    >>> [round(float(gd_rate(t, 0.1, 1.0, step_size=2 / 1.1)), 3) for t in (0, 1, 5, 20)]
+    [1.0, 1.0, 3.707, 0.785]
+    """
+    check_interval("gd_rate", l, L)
+    t = _counts("gd_rate", steps, d0, G)
+    h = 1.0 / L if step_size is None else step_size
+    demand("gd_rate", "step_size", f"a number in (0, 2/L) = (0, {2 / L:.6g})", step_size, is_positive(h) and h * L < 2)
+
+    def at(lam: float) -> Any:
+        powers = abs(1.0 - h * lam) ** (t - 1).clip(0)
+        return powers * ((1.0 + (t - 1) * (h * lam)) * d0 + h * t * G)
+
+    # At t = 0 the bracket above is (1 - h lam) D_0.
+    return _start(t, _larger(at(l), at(L)), d0)
+
+
+def _start(t: Any, values: Any, d0: Any) -> Any:
+    return values.where(t > 0, d0 + 0.0 * values) if isinstance(t, Tensor) else np.where(t > 0, values, d0)[()]
+
+
+def gd_monotone_step_size(L: float) -> float:
+    """Return sqrt(2) / L: the worst case with G = 0 decreases from the first step on below it (S, Corollary 2)."""
+    demand("gd_monotone_step_size", "L", "a positive number", L, is_positive(L))
+    return math.sqrt(2.0) / L
+
+
+def chebyshev_rate(steps: Any, l: float, L: float, d0: Any = 1.0, G: Any = 0.0) -> Any:
+    """Return the worst case of Chebyshev's method (Scieur et al. 2022, Theorem 3).
+
+        D_t <= 2 / (xi^t + xi^-t) ((2 t^2 / (1 - kappa) - 1) D_0 + (2 t^2 / (L - l)) G)
+
+    with ``xi = (1 - sqrt kappa) / (1 + sqrt kappa)``, attained at lam = L for t >= 1.
+
+    Args:
+        steps: t, 0 or more; at 0 the bound is D_0.
+        l: lower end of the spectrum, positive.
+        L: upper end, above l.
+        d0: D_0.
+        G: see the module.
+
+    Returns:
+        The bound on D_t, in the units of `d0`.
+
+    Raises:
+        ValueError: for arguments outside their ranges.
+
+    >>> round(float(chebyshev_rate(33, 1e-3, 1.0)), 2)
+    532.08
+    """
+    check_interval("chebyshev_rate", l, L)
+    demand("chebyshev_rate", "l", f"below L={L:g}", l, l < L)
+    t = _counts("chebyshev_rate", steps, d0, G)
+    bracket = (2.0 * t**2 * (L / (L - l)) - 1.0) * d0 + 2.0 * t**2 / (L - l) * G
+    return _start(t, _decrease(t, l, L) * bracket, d0)
+
+
+def _decrease(t: Any, l: float, L: float) -> Any:
+    """Return ``2 / (xi^t + xi^-t) = 1 / T_t(|m(0)|)``, without overflow."""
+    xi = optimal_factor(l, L)
+    return 2.0 * xi**t / (1.0 + xi ** (2 * t))
+
+
+def lower_bound(steps: Any, l: float, L: float, d0: Any = 1.0) -> Any:
+    """Return what no first-order method can beat with G = 0 (Scieur et al. 2022, Proposition 1).
+
+    Some f with a spectrum in [l, L] has ``D_t >= 2 / (xi^t + xi^-t) D_0``. Not tight: see `minimax_error`.
+
+    Args:
+        steps: t, 0 or more.
+        l: lower end of the spectrum, positive.
+        L: upper end, not below l.
+        d0: D_0.
+
+    Returns:
+        The bound from below on the largest D_t, in the units of `d0`.
+
+    Raises:
+        ValueError: for arguments outside their ranges.
+
+    >>> round(float(lower_bound(1, 1.0, 3.0)), 12)  # (L - l) / (L + l)
+    0.5
+    """
+    check_interval("lower_bound", l, L)
+    t = _counts("lower_bound", steps, d0, 0.0)
+    return _decrease(t, l, L) * d0
+
+
+def minimax_error(t: int, l: float, L: float, points: int | None = None) -> float:
+    """Return the smallest worst case of all methods with G = 0: a linear program.
+
+    The error's polynomial ``R = P_t - lam P_t'`` has R(0) = 1 and R'(0) = 0, and is otherwise free, so
+
+        min over R of degree t with R(0) = 1, R'(0) = 0   of   max over [l, L] of |R|
+
+    exceeds `lower_bound` by a factor that grows like t: unrolling is harder than optimisation.
+
+    Args:
+        t: steps, 2 or more (R = 1 for t = 1).
+        l: lower end of the spectrum, positive.
+        L: upper end, above l.
+        points: Chebyshev points on which the maximum is taken; default 20 t + 200.
+
+    Returns:
+        The minimax value of D_t / D_0, up to a relative error of ``(t / points)^2``.
+
+    Raises:
+        ValueError: for arguments outside their ranges.
+
+    >>> round(minimax_error(2, 0.05, 1.0) / float(lower_bound(2, 0.05, 1.0)), 2)
+    1.44
+    """
+    from scipy.optimize import linprog  # slow to import, and needed here alone
+
+    check_interval("minimax_error", l, L)
+    demand("minimax_error", "l", f"below L={L:g}", l, l < L)
+    demand("minimax_error", "t", "an int, 2 or more", t, is_int(t, 2))
+    count = points or 20 * t + 200
+    x = np.cos(np.pi * np.arange(count) / (count - 1))
+    values = np.polynomial.chebyshev.chebvander(x, t)
+    # T_j and T_j' at m(0), over those of j = t: hyperbolic functions of z j with cosh z = |m(0)|, signs (-1)^j.
+    z, j = -math.log(optimal_factor(l, L)), np.arange(t + 1)
+    signs = (-1.0) ** (t - j)
+    at_zero = signs * np.exp(z * (j - t)) * (1 + np.exp(-2 * z * j)) / (1 + math.exp(-2 * z * t))
+    slope = -signs * (j / t) * np.exp(z * (j - t)) * (1 - np.exp(-2 * z * j)) / (1 - math.exp(-2 * z * t))
+    ones = np.ones((count, 1))
+    solved = linprog(
+        np.append(np.zeros(t + 1), 1.0),
+        A_ub=np.block([[values, -ones], [-values, -ones]]),
+        b_ub=np.zeros(2 * count),
+        A_eq=np.stack([np.append(at_zero, 0.0), np.append(slope, 0.0)]),
+        b_eq=[1.0, 0.0],
+        bounds=(None, None),
+        method="highs",
+    )
+    return float(solved.fun) * float(_decrease(t, l, L))
+
+
+def worst_case_curve(
+    method: LinearMultistep, l: float, L: float, steps: int, d0: float = 1.0, G: float = 0.0, points: int = 801
+) -> Array:
+    """Return the worst case of any linear multistep method for t = 0..steps, on a grid of [l, L].
+
+        max over lam of |P_t - lam P_t'| D_0 + |P_t'| G
+
+    Args:
+        method: a solver whose options are numbers.
+        l: lower end of the spectrum, positive.
+        L: upper end, not below l.
+        steps: the last t.
+        d0: D_0.
+        G: see the module.
+        points: Chebyshev points, which include both ends.
+
+    Returns:
+        Array of shape (steps + 1,).
+
+    Raises:
+        ValueError: for arguments outside their ranges.
+
+    >>> from bilevel import Chebyshev
+    >>> bool(np.allclose(worst_case_curve(Chebyshev(0.1, 1.0), 0.1, 1.0, 9), chebyshev_rate(np.arange(10), 0.1, 1.0)))
+    True
+    """
+    check_interval("worst_case_curve", l, L)
+    demand("worst_case_curve", "steps", "a positive int", steps, is_int(steps))
+    demand("worst_case_curve", "points", "an int, 2 or more", points, is_int(points, 2))
+    demand("worst_case_curve", "G", "a number, 0 or more", G, is_number(G) and G >= 0)
+    lam = (L + l) / 2 - (L - l) / 2 * np.cos(np.pi * np.arange(points) / (points - 1))
+    pairs = residual_polynomials("worst_case_curve", method, steps, lam)
+    return np.array([np.max(np.abs(P - lam * slope) * d0 + np.abs(slope) * G) for P, slope in pairs])

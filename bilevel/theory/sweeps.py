@@ -1,0 +1,280 @@
+"""Forward and reverse sweeps of many problems at once that look at the error of every step; see `error_curves`.
+
+    forward    X_{k+1} = A_k X_k + B_k                          for the full unroll and for every late start
+    reverse    E_k = U_k,  U_k = U_{k+1} + W_{k+1} B_k,  W_k = W_{k+1} A_k,   W_K = I   (Mehmood et al. 2026, (9), (12))
+
+Shapes: B problems, d inner variables, p hyperparameters, T starts of the derivative. Derivatives are kept as (B, p, d).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+
+from bilevel import tree
+from bilevel.base import InnerState
+from bilevel.inner import Coefficients, LinearMultistep
+from bilevel.problem import BilevelProblem
+from bilevel.theory.one_at_a_time import Errors, reference
+from bilevel.theory.quadratic_batch import QuadraticBatch
+from bilevel.tree import Tree
+
+Weight: TypeAlias = float | Tensor
+Terms: TypeAlias = tuple[tuple[int, Weight], ...]
+
+
+class Numbers:
+    """The coefficients of one step of B solvers; a number that all share stays a float.
+
+    Args:
+        each: one `Coefficients` for each solver, all with the same zeros.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, each: Sequence[Coefficients], like: Tensor) -> None:
+        def merged(rows: Sequence[Sequence[float]]) -> Terms:
+            columns = list(zip(*rows, strict=True))
+            return tuple(
+                (index, column[0] if len(set(column)) == 1 else like.new_tensor(column))
+                for index, column in enumerate(columns)
+                if any(column)
+            )
+
+        count = len(each[0].mix)
+        self.reads = merged([c.read for c in each])
+        self.writes = merged([c.write for c in each])
+        self.rows = [merged([(*c.mix[j], c.write[j]) for c in each]) for j in range(count)]
+        self.columns = [merged([(*(row[i] for row in c.mix), c.read[i]) for c in each]) for i in range(count)]
+
+
+def weighted(terms: Terms, tensors: Sequence[Tensor], lead: int, dims: int) -> Tensor:
+    """Return ``sum_i weight_i tensors_i``; the batch is the axis `lead` of tensors with `dims` axes."""
+    total: Tensor | None = None
+    for index, weight in terms:
+        if isinstance(weight, Tensor):
+            term = tensors[index] * weight.view(-1, *[1] * (dims - lead - 1))
+            total = term if total is None else total + term
+        elif total is None:
+            total = tensors[index] if weight == 1 else tensors[index] * weight
+        else:
+            total = torch.add(total, tensors[index], alpha=weight)
+    return torch.zeros_like(tensors[0]) if total is None else total
+
+
+def recurrence(
+    solvers: Sequence[LinearMultistep], states: Sequence[InnerState], steps: int, like: Tensor
+) -> Iterator[Numbers]:
+    """Yield the numbers of every step of B solvers.
+
+    Args:
+        solvers: B solvers, or one for all.
+        states: their first states, of which only what was measured is read.
+        steps: K.
+        like: gives dtype and device.
+
+    Yields:
+        One `Numbers` for each step, the same object while nothing changes.
+    """
+    held: tuple[Coefficients, ...] = ()
+    numbers: Numbers | None = None
+    for k in range(steps):
+        each = tuple(
+            solver.coefficients(InnerState((), (), k, state.measured))
+            for solver, state in zip(solvers, states, strict=True)
+        )
+        if numbers is None or any(a is not b for a, b in zip(each, held, strict=True)):
+            numbers, held = Numbers(each, like), each
+        yield numbers
+
+
+class Oracle(ABC):
+    """The gradient of B losses at points (B, d), linearised, in coordinates of its own."""
+
+    start: Tensor
+    solution: Tensor
+    jacobian: Tensor
+
+    @abstractmethod
+    def gradient(self, points: Tensor) -> Tensor:
+        """Return the gradients (B, d)."""
+
+    @abstractmethod
+    def excess(self, points: Tensor) -> Tensor:
+        """Return the losses above their minima, (B,)."""
+
+    @abstractmethod
+    def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Hessians in the oracle's own form, and the cross derivatives (B, p, d)."""
+
+    @abstractmethod
+    def identity(self) -> Tensor:
+        """Return the cotangent I of B problems."""
+
+    @abstractmethod
+    def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
+        """Return ``H X`` for tangents (T, B, p, d)."""
+
+    @abstractmethod
+    def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
+        """Return ``W H``."""
+
+    @abstractmethod
+    def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
+        """Return ``W C``, of shape (B, p, d)."""
+
+
+class QuadraticOracle(Oracle):
+    """B quadratics in their eigenbases: Hessians and cotangents are diagonals (B, d)."""
+
+    def __init__(self, batch: QuadraticBatch) -> None:
+        self.batch = batch
+        self.values = batch.eigen[0]
+        self.linear, _, _, self.start = batch.turned
+        self.solution, self.jacobian = batch.turned_solution
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """``lam y + b``."""
+        return torch.addcmul(self.linear, self.values, points)
+
+    def excess(self, points: Tensor) -> Tensor:
+        """``1/2 sum lam (y - x*)^2``: exact where the difference of two losses is rounding."""
+        return 0.5 * (self.values * (points - self.solution).square()).sum(-1)
+
+    def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Lam and ``dH y + db``."""
+        return self.values, self.batch.cross(points)
+
+    def identity(self) -> Tensor:
+        """Ones."""
+        return torch.ones_like(self.values)
+
+    def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
+        """Elementwise."""
+        return hessian[:, None] * tangents
+
+    def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
+        """Elementwise."""
+        return cotangent * hessian
+
+    def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
+        """Elementwise."""
+        return cotangent[:, None] * cross
+
+
+class VmapOracle(Oracle):
+    """One loss at B pairs of start and hyperparameters, by ``torch.func.vmap``; Hessians are dense (B, d, d).
+
+    Args:
+        problem: the problem; its inner loss is written in torch operations.
+        hparams: B hyperparameters.
+        starts: B starts.
+    """
+
+    def __init__(self, problem: BilevelProblem, hparams: Sequence[Tree], starts: Sequence[Tree]) -> None:
+        inside, outside = tree.Raveler(starts[0]), tree.Raveler(hparams[0])
+
+        def loss(x: Tensor, u: Tensor) -> Tensor:
+            return problem.inner_loss(inside.unravel(x), outside.unravel(u))
+
+        self.start = torch.stack([inside.ravel(each).detach() for each in starts])
+        self.hparams = torch.stack([outside.ravel(each).detach() for each in hparams])
+        self._loss = vmap(loss)
+        self._gradient = vmap(grad(loss))
+        self._second = vmap(jacrev(grad(loss), argnums=(0, 1)))
+        known = [reference(problem, u, x) for u, x in zip(hparams, starts, strict=True)]
+        self.solution = torch.stack([x for x, _ in known])
+        self.jacobian = torch.stack([derivative for _, derivative in known])
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """By autograd."""
+        return self._gradient(points, self.hparams)
+
+    def excess(self, points: Tensor) -> Tensor:
+        """The difference of the losses."""
+        return self._loss(points, self.hparams) - self._loss(self.solution, self.hparams)
+
+    def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """By reverse over reverse mode: forward mode would import parts of torch that warn."""
+        hessian, cross = self._second(points, self.hparams)
+        return hessian, cross.mT
+
+    def identity(self) -> Tensor:
+        """Unit matrices."""
+        count, size = self.start.shape
+        return torch.eye(size, dtype=self.start.dtype, device=self.start.device).expand(count, size, size)
+
+    def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
+        """Rows are tangents and H is symmetric."""
+        return tangents @ hessian
+
+    def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
+        """Matrix products."""
+        return cotangent @ hessian
+
+    def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
+        """Matrix products."""
+        return cross @ cotangent.mT
+
+
+def batched_errors(oracle: Oracle, numbers: Sequence[Numbers], vectors: int, begins: Sequence[int]) -> Errors:
+    """Run B problems at once.
+
+    Args:
+        oracle: the losses.
+        numbers: the steps.
+        vectors: vectors that a solver stores; all of them start at x_0.
+        begins: iterations at which a derivative starts, from zero.
+
+    Returns:
+        The errors.
+    """
+    stored = [oracle.start] * vectors
+    first = oracle.jacobian.new_zeros(len(begins), *oracle.jacobian.shape)
+    tangents = [first] * vectors
+    index = torch.tensor(list(begins), device=first.device)[:, None, None, None]
+    points, excess, errors, derivative_errors = [], [], [], []
+
+    def look() -> None:
+        excess.append(oracle.excess(stored[0]))
+        errors.append(torch.linalg.vector_norm(stored[0] - oracle.solution, dim=-1))
+        derivative_errors.append(torch.linalg.vector_norm(tangents[0] - oracle.jacobian, dim=(-2, -1)))
+
+    look()
+    for k, step in enumerate(numbers):
+        point = weighted(step.reads, stored, 0, 2)
+        hessian, cross = oracle.linearize(point)
+        points.append((hessian, cross))
+        moved = oracle.hessian_times(hessian, weighted(step.reads, tangents, 1, 4))
+        # A derivative that starts late is zero until its start: it sees no cross derivative before.
+        moved = moved + (cross if max(begins) <= k else cross * (index <= k))
+        terms, tangent_terms = [*stored, oracle.gradient(point)], [*tangents, moved]
+        stored = [weighted(row, terms, 0, 2) for row in step.rows]
+        tangents = [weighted(row, tangent_terms, 1, 4) for row in step.rows]
+        look()
+    backwards = _reverse(oracle, numbers, vectors, points)
+    forwards = torch.stack(derivative_errors, -1).movedim(0, 1)
+    return torch.stack(excess, -1), torch.stack(errors, -1), forwards, backwards
+
+
+def _reverse(
+    oracle: Oracle, numbers: Sequence[Numbers], vectors: int, points: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Return the error of the reverse sweep after it has reached k, of shape (B, K+1)."""
+    identity = oracle.identity()
+    dims = identity.dim()
+    cotangents = [identity, *[torch.zeros_like(identity)] * (vectors - 1)]
+    # The sum is held as its difference from dx*, which is what is looked at.
+    difference = -oracle.jacobian
+    errors = [torch.linalg.vector_norm(difference, dim=(-2, -1))]
+    for step, (hessian, cross) in zip(reversed(numbers), reversed(points), strict=True):
+        by_gradient = weighted(step.writes, cotangents, 0, dims)
+        difference = difference + oracle.times_cross(by_gradient, cross)
+        terms = [*cotangents, oracle.times_hessian(by_gradient, hessian)]
+        cotangents = [weighted(column, terms, 0, dims) for column in step.columns]
+        errors.append(torch.linalg.vector_norm(difference, dim=(-2, -1)))
+    return torch.stack(errors[::-1], -1)
