@@ -168,15 +168,20 @@ class Raveler:
         self._shapes = [leaf.shape for leaf in leaves(like)]
         self._sizes = [leaf.numel() for leaf in leaves(like)]
         self.size = sum(self._sizes)
+        self._is_flat = isinstance(like, Tensor) and like.dim() == 1
 
     def ravel(self, tree: Tree) -> Tensor:
         """Return the leaves as one vector of shape (size,)."""
+        if self._is_flat:
+            return tree
         if isinstance(tree, Tensor):
             return tree.reshape(-1)
         return torch.cat([leaf.reshape(-1) for leaf in leaves(tree)])
 
     def unravel(self, flat: Tensor) -> Tree:
         """Return the vector as a tree (views where possible)."""
+        if self._is_flat:
+            return flat
         if isinstance(self._like, Tensor):
             return flat.reshape(self._shapes[0])
         parts = torch.split(flat, self._sizes)

@@ -265,7 +265,11 @@ OPTIONS: list[tuple[type, dict[str, Any], str]] = [
     (bl.FullUnroll, {"mode": "backward"}, "`FullUnroll.mode` must be 'reverse' or 'forward', got 'backward'."),
     (bl.FullUnroll, {"memory": "none"}, "`FullUnroll.memory` must be 'iterates' or 'graph', got 'none'."),
     (bl.TruncatedUnroll, {"tail": 0}, "must be a positive int (steps), a float in (0, 1] (fraction) or 'auto', got 0."),
-    (bl.TruncatedUnroll, {"tail": 1.5}, "must be a positive int (steps), a float in (0, 1] (fraction) or 'auto', got 1.5."),
+    (
+        bl.TruncatedUnroll,
+        {"tail": 1.5},
+        "must be a positive int (steps), a float in (0, 1] (fraction) or 'auto', got 1.5.",
+    ),
     (
         bl.Implicit,
         {"linear_solver": bl.CG},
@@ -456,5 +460,7 @@ def test_a_warm_start_that_is_no_switch() -> None:
 
 def test_a_run_that_diverges_along_negative_curvature_names_the_eigenvalue() -> None:
     saddle = problem(inner=lambda x, u: 0.5 * (x[0] ** 2 - 0.5 * x[1] ** 2) * u.exp(), params=torch.ones(2, dtype=F64))
-    with pytest.raises(bl.HypergradientError, match=r"has the eigenvalue -0\.675 at the start, so the inner loss is not"):
+    with pytest.raises(
+        bl.HypergradientError, match=r"has the eigenvalue -0\.675 at the start, so the inner loss is not"
+    ):
         bl.hypergradient(saddle, bl.GradientDescent(steps=200), bl.Implicit(), U)

@@ -113,7 +113,7 @@ SENTENCES = {
     "estimators.short tail.tail=21": (
         "`estimators.short tail.tail`: `TruncatedUnroll.tail` is 21, but the inner solver takes 20 steps"
     ),
-    "estimators.short tail.tail=true": "`estimators.short tail.tail` must be a number, got true.",
+    "estimators.short tail.tail=true": "`estimators.short tail.tail` must be a number or a string, got true.",
     "estimators.short tail={class: TruncatedUnroll}": "`estimators.short tail` lacks `tail`, which Truncated",
     "estimators={}": "`estimators` must hold at least one `name: {class: Name, ...}`, got {}.",
     "outer.stesp=5": "`outer.stesp` is neither a key of `outer`",

@@ -17,8 +17,8 @@ class CG(LinearSolver):
     """Conjugate gradients for a symmetric positive definite A; returns the last iterate.
 
     The error falls in every step in the norm ``sqrt(e' A e)``. A direction p with ``p' A p <= 0`` stops the run and is
-    reported with its curvature. Converged or stopped, further iterations are masked, so that an accelerator need not be
-    waited for in every step.
+    reported with its curvature. With ``check_every > 1`` the iterations after the end are masked, so that an accelerator
+    need not be waited for in every step.
 
     Args:
         tol: relative residual ``|b - A x| / |b|`` to reach; default ``eps ** (2/3)`` (3.7e-11 in float64).
@@ -43,32 +43,14 @@ class CG(LinearSolver):
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         """Run CG on vectors."""
-        matvec, b, tol = system.matvec, system.b, system.tol
-        limit = self.max_steps or max(100, 10 * b.numel())
-        every = self.check_every or (1 if b.device.type == "cpu" else 8)
-        scale = torch.linalg.vector_norm(b)
-        goal = (tol * scale) ** 2
-        x, r = system.start()
-        p, rr = r, torch.dot(r, r)
-        curvature = torch.ones_like(rr)
-        steps = torch.zeros((), dtype=torch.int64, device=b.device)
-        for step in range(1, limit + 1):
-            if (step - 1) % every == 0 and not bool((rr > goal) & (curvature > 0)):
-                break
-            product = matvec(p)
-            active = (rr > goal) & (curvature > 0)
-            energy = torch.dot(p, product)
-            curvature = torch.where(active, energy / torch.dot(p, p), curvature)
-            active = active & (curvature > 0)
-            length = torch.where(active, rr / energy, 0.0)
-            x = torch.addcmul(x, length, p)
-            r = torch.addcmul(r, -length, product)
-            previous, rr = rr, torch.dot(r, r)
-            p = torch.where(active, torch.addcmul(r, rr / previous, p), p)
-            steps = steps + active
+        every = self.check_every or (1 if system.b.device.type == "cpu" else 8)
+        limit = self.max_steps or max(100, 10 * system.b.numel())
+        run = _every_step if every == 1 else _masked
+        x, steps, curvature = run(system, limit, every)
         # The recursive residual drifts from the true one; the evidence is the true one.
-        residual = float(torch.linalg.vector_norm(b - matvec(x)) / scale)
-        return LinearSolution(x, residual, int(steps), self._judge(residual, tol, int(steps), float(curvature)))
+        b = system.b
+        residual = float(torch.linalg.vector_norm(b - system.matvec(x)) / torch.linalg.vector_norm(b))
+        return LinearSolution(x, residual, steps, self._judge(residual, system.tol, steps, curvature))
 
     def _judge(self, residual: float, tol: float, steps: int, curvature: float) -> Verdict:
         if curvature <= 0 and math.isfinite(curvature):
@@ -85,3 +67,46 @@ class CG(LinearSolver):
                 f"CG stopped after {steps} steps at the relative residual {residual:.2e}, above tol={tol:.1e}",
             )
         return GOOD
+
+
+def _every_step(system: LinearSystem, limit: int, every: int) -> tuple[Tensor, int, float]:
+    """Return (x, steps, last curvature), looking at every step: the scalars are Python floats."""
+    x, r = system.start()
+    p, rr = r, float(torch.dot(r, r))
+    goal, curvature = system.tol**2 * float(torch.dot(system.b, system.b)), 1.0
+    for step in range(limit):
+        if not rr > goal:
+            return x, step, curvature
+        product = system.matvec(p)
+        energy = float(torch.dot(p, product))
+        if not energy > 0:
+            return x, step, energy / float(torch.dot(p, p))
+        length = rr / energy
+        x, r = torch.add(x, p, alpha=length), torch.sub(r, product, alpha=length)
+        previous, rr = rr, float(torch.dot(r, r))
+        p = torch.add(r, p, alpha=rr / previous)
+    return x, limit, curvature
+
+
+def _masked(system: LinearSystem, limit: int, every: int) -> tuple[Tensor, int, float]:
+    """Return the same, looking every few steps: the scalars stay on the device, and finished runs stand still."""
+    x, r = system.start()
+    p, rr = r, torch.dot(r, r)
+    goal = system.tol**2 * torch.dot(system.b, system.b)
+    curvature = torch.ones_like(rr)
+    steps = torch.zeros((), dtype=torch.int64, device=rr.device)
+    for step in range(limit):
+        if step % every == 0 and not bool((rr > goal) & (curvature > 0)):
+            break
+        product = system.matvec(p)
+        active = (rr > goal) & (curvature > 0)
+        energy = torch.dot(p, product)
+        curvature = torch.where(active, energy / torch.dot(p, p), curvature)
+        active = active & (curvature > 0)
+        length = torch.where(active, rr / energy, 0.0)
+        x = torch.addcmul(x, length, p)
+        r = torch.addcmul(r, -length, product)
+        previous, rr = rr, torch.dot(r, r)
+        p = torch.where(active, torch.addcmul(r, rr / previous, p), p)
+        steps = steps + active
+    return x, int(steps), float(curvature)
