@@ -1,4 +1,4 @@
-"""A config of `bilevel curse` -> a named experiment: ``experiment`` names a plan class, the other keys are its options."""
+"""A config of `bilevel curse` -> a named experiment: ``experiment`` names its class, the other keys are its options."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
     for key, value in document.items():
         if key not in allowed:
             raise ConfigError(
-                f"`{key}` is not an option of {kind} ({listed(['name', 'experiment', *allowed])}){suggest(str(key), allowed)}"
+                f"`{key}` is not an option of {kind} ({listed(['name', 'experiment', *allowed])})"
+                f"{suggest(str(key), allowed)}"
             )
         adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=ConfigDict(strict=True))
         try:

@@ -23,15 +23,15 @@ BURNS = 1.05
 FLOOR = 1e-13
 """Relative errors below this are rounding."""
 LOWEST = 1e-20
-"""Function values are drawn down to this."""
+"""Function values are drawn down to this: those of quadratics have no rounding floor above it."""
 
 
 @dataclass(frozen=True)
 class Methods:
     """The error of x_k and of its unrolled derivative, for several methods and data sets.
 
-    Ridge regression is ``1/2 |X w - y|^2 + theta/2 |w|^2`` with X and y divided by ``|X|_2``; with "per feature", theta is a
-    vector, whose directions do not commute with the Hessian. Logistic regression is
+    Ridge regression is ``1/2 |X w - y|^2 + theta/2 |w|^2`` with X and y divided by ``|X|_2``; with "per feature", theta
+    is a vector, whose directions do not commute with the Hessian. Logistic regression is
     ``sum log(1 + exp(-y_i x_i'w)) + theta/2 |w|^2`` on standardized X, with the spectrum at the solution.
 
     Args:
@@ -129,7 +129,7 @@ class Methods:
         values, derivatives = [], []
         for label, curve in curves.items():
             ratio = (curve.suboptimality / curve.suboptimality[0])[first:]
-            values.append(Line(label, k, _above(ratio, LOWEST)))
+            values.append(Line(label, k, _above(ratio, 1e-15 if self.model == "logistic" else LOWEST)))
             derivatives.append(Line(label, k, _above(curve.relative.forward[first:], FLOOR)))
         shown = name.replace("_", " ")
         title = f"{shown}, $\\kappa$ = {kappa:.2g}"
@@ -160,7 +160,7 @@ class Methods:
     def _bounds(
         self,
         name: str,
-        l: float,
+        l: float,  # noqa: E741
         L: float,
         curves: dict[str, ErrorCurves],
         where: str,

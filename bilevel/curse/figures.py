@@ -1,7 +1,7 @@
 """Figures of outcomes; they need matplotlib (the extra `plot`).
 
-Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; a sequence of truncation indices is
-drawn in one perceptually uniform map; line styles tell methods apart in print.
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; a sequence of truncation indices
+is drawn in one perceptually uniform map; line styles tell methods apart in print.
 """
 
 from __future__ import annotations

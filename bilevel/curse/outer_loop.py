@@ -66,9 +66,9 @@ def _errors(
 class WarmStarts:
     """Warm against cold starts x truncation indices at equal budget (Mehmood et al. 2026, section 5).
 
-    Ridge regression ``1/2 |X w - y|^2 + exp(u)/2 |w|^2`` with X of shape (200, columns), tuned on validation rows by Adam;
-    the inner solver is gradient descent with 2/(L+l), and a cold start is standard Gaussian. N dropped derivative steps pay
-    for omega N further iterations.
+    Ridge regression ``1/2 |X w - y|^2 + exp(u)/2 |w|^2`` with X of shape (200, columns), tuned on validation rows by
+    Adam; the inner solver is gradient descent with 2/(L+l), and a cold start is standard Gaussian. N dropped derivative
+    steps pay for omega N further iterations.
 
     Args:
         columns: size of w.
@@ -164,8 +164,9 @@ class WarmStarts:
 
     def _claims(self, middle: dict[bool, Tensor], budget: tuple[float, float]) -> list[Claim]:
         where = (
-            f"ridge 200 x {self.columns}, K = {self.steps}, omega = {self.omega}, medians over {self.draws} draws and the "
-            f"second half of {self.outer_steps} outer steps, {budget[0]:.0f} to {budget[1]:.0f} gradient-equivalents a run"
+            f"ridge 200 x {self.columns}, K = {self.steps}, omega = {self.omega}, medians over {self.draws} draws and "
+            f"the second half of {self.outer_steps} outer steps, {budget[0]:.0f} to {budget[1]:.0f} "
+            "gradient-equivalents a run"
         )
         warm, cold = middle[True], middle[False]
         best_warm, best_cold = int(warm.argmin()), int(cold.argmin())
@@ -250,7 +251,7 @@ class InnerSolvers:
             errors = errors / exact
             lines.append(Line(label, outer, errors, marks=True))
             middle[label] = float(errors.median())
-        where = f"ridge on breast_cancer, {self.steps} inner steps from x_0 = {self.start:g}, {self.outer_steps} outer steps"
+        where = f"ridge on breast_cancer, {self.steps} inner steps from x_0 = {self.start:g}, {self.outer_steps} outer"
         order = sorted(middle, key=lambda label: middle[label])
         claims = [
             Claim(

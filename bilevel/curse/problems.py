@@ -1,7 +1,7 @@
 """The problems of the two papers' experiments, scaled as their figures need it.
 
-Every data set is standardized, gets targets -1 and +1 where it has two classes and centred ones otherwise, and X and y are
-divided by ``|X|_2``: the largest eigenvalue of X'X is then one, and eta = 1 is a natural Sobolev weight.
+Every data set is standardized, gets targets -1 and +1 where it has two classes and centred ones otherwise, and X and y
+are divided by ``|X|_2``: the largest eigenvalue of X'X is then one, and eta = 1 is a natural Sobolev weight.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def ridge(name: str, penalty: str = "scalar") -> RidgeProblem:
 
 
 def logistic(name: str) -> LogisticProblem:
-    """Return ``sum log(1 + exp(-y_i x_i'w)) + theta/2 |w|^2`` on standardized X; a regression target counts by its sign."""
+    """Return ``sum log(1 + exp(-y_i x_i'w)) + theta/2 |w|^2`` on standardized X; a regression target by its sign."""
     X, y = load(name, scaled=False)
     labels = (y > 0).long()
     return LogisticProblem(X, labels, X, labels, loss="sum", parametrization="direct")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from bilevel.options import is_int, is_positive, require
 from bilevel.theory import ErrorCurves, QuadraticBatch, error_curves, optimal_truncation
 
 STEPS = {"2/(L+l)": lambda low, high: 2.0 / (low + high), "1/L": lambda low, high: 1.0 / high}
+
+FLOOR = 1e-13
+"""Relative errors below this are rounding."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ class Truncation:
             reverse.append(Line(label, self.steps - k[index:], swept))
         low, high = scaled.forward.quantile(0.1, 0), scaled.forward.quantile(0.9, 0)
         forward[0] = Line(named[0][0], forward[0].x, forward[0].y, (low[self.indices[0] :], high[self.indices[0] :]))
-        bound = Line(named[0][0], k, scaled.forward_bound.median(0).values, bound=True)
+        floor = float(scaled.forward.median(0).values.min())
+        # A bound goes on falling where the error has reached the rounding floor.
+        bound = Line(named[0][0], k, scaled.forward_bound.median(0).values.clamp(min=floor), bound=True)
         stops = [
             Line(label, (self.steps - k[index])[None], scaled.reverse[:, index].median()[None], marks=True)
             for label, index, _ in named
@@ -149,7 +155,7 @@ class Truncation:
         best = budget.median(0).values
         j = int(best.argmin())
         chosen, gain = self.dropped()[j], float(best[0] / best[j])
-        return [
+        claims = [
             Claim(
                 "M section 6",
                 "the derivative first gets worse",
@@ -164,7 +170,7 @@ class Truncation:
                 conditions=where,
                 number="relative peak by k_0: "
                 + ", ".join(f"{i}: {value:.3g}" for i, value in zip(self.indices, heights, strict=True)),
-                holds=all(a >= b - 1e-9 for a, b in zip(heights, heights[1:], strict=False)),
+                holds=all(a >= b - 1e-9 for a, b in pairwise(heights)),
             ),
             Claim(
                 "M section 4.2",
@@ -180,6 +186,12 @@ class Truncation:
                 max(ratio, late_ratio) < 1 + 1e-6,
                 where,
             ),
+        ]
+        # Between errors at the rounding floor there is nothing to choose.
+        if float(best[0]) < FLOOR:
+            return claims
+        return [
+            *claims,
             self._prediction(rho, curves, best, where),
             Claim(
                 "M section 4.3",

@@ -122,12 +122,12 @@ def error_curves(
         reverse    e(k) = |E_k - X*|,   E_k = sum_{i>=k} A_{K-1} ... A_{i+1} B_i
         late       X_{k0} = 0, then forward                             (k0 = K - tail; at K equal to E_{k0})
 
-    A list in place of any of problem, solver, hparams and params makes a batch: all lists have its length, and what is not
-    a list is shared. Quadratics (`QuadraticProblem`, `RidgeProblem`, `QuadraticBatch`) with linear multistep solvers run
-    as one batch in their eigenbases; one problem of any loss at many hyperparameters or starts under
+    A list in place of any of problem, solver, hparams and params makes a batch: all lists have its length, and what is
+    no list is shared. Quadratics (`QuadraticProblem`, `RidgeProblem`, `QuadraticBatch`) with linear multistep solvers
+    run as one batch in their eigenbases; one problem of any loss at many hyperparameters or starts under
     ``torch.func.vmap``; everything else one at a time. Bounds are given for gradient descent on quadratics, where
-    ``rho = max |1 - h lam|`` and ``C = h |dH|`` (Mehmood et al. 2026, Theorems 7 and 8). The start does not depend on the
-    hyperparameters.
+    ``rho = max |1 - h lam|`` and ``C = h |dH|`` (Mehmood et al. 2026, Theorems 7 and 8). The start does not depend on
+    the hyperparameters.
 
     Args:
         problem: a problem, a list of them, or stacked quadratics (then `hparams` is None).
@@ -285,7 +285,7 @@ def _first(curves: ErrorCurves) -> ErrorCurves:
 
 
 def _bound(batch: QuadraticBatch, solvers: Sequence[Any]) -> list[InnerProblem]:
-    """Return the bound problems whose curvature "auto" options are measured from; without such options one serves all."""
+    """Return the bound problems that "auto" options are measured from; without such options one serves all."""
     count = len(solvers) if any(getattr(each, "automatic", True) for each in solvers) else 1
     parts = (batch.hessian, batch.linear, batch.hessian_derivatives, batch.linear_derivatives)
     bound: list[InnerProblem] = [

@@ -1,4 +1,4 @@
-"""Errors of every step of one problem, through the oracles that any loss and any solver have, and its exact solution."""
+"""Errors of every step of one problem, through the oracles that any loss and solver have, and its exact solution."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Many quadratic problems of one shape, stacked: the closed form behind `error_curves`.
 
 With ``H = Q diag(lam) Q'`` everything that a linear first-order method does happens coordinate by coordinate in the
-eigenbasis, also its derivative: ``grad f = lam x + b``, ``d grad f / du = dH x + db`` and ``D_x A`` are a diagonal, a matrix
-of shape (p, d) and a diagonal. A step of B problems is a handful of elementwise operations.
+eigenbasis, also its derivative: ``grad f = lam x + b``, ``d grad f / du = dH x + db`` and ``D_x A`` are a diagonal, a
+matrix of shape (p, d) and a diagonal. A step of B problems is a handful of elementwise operations.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class QuadraticBatch:
         return (self.eigen[1].mT @ vectors[..., None])[..., 0]
 
     def cross(self, points: Tensor) -> Tensor:
-        """Return ``dH y + db`` in the eigenbasis, of shape (B, p, d), for points y of shape (B, d) in the eigenbasis."""
+        """Return ``dH y + db`` in the eigenbasis, of shape (B, p, d), for points y of shape (B, d) there."""
         _, directions, linear, _ = self.turned
         if directions.dim() == 3:
             return torch.addcmul(linear, directions, points[:, None])
