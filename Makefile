@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint figures bench clean
 
 demo: .venv/.demo  ## tune two models with three hypergradient estimators and plot the comparison
 	$(BIN)/bilevel compare configs/quickstart.yaml
@@ -15,6 +15,9 @@ lint: .venv/.dev  ## style, documentation and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+figures: .venv/.demo  ## every figure of both papers on the curse of unrolling, with numbers and claims
+	$(BIN)/bilevel curse configs/curse/*.yaml
 
 bench: .venv/.demo  ## one JSON line per measurement
 	$(BIN)/python scripts/bench/run.py

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from bilevel.cli.commands import run_compare, run_tune
+from bilevel.cli.curse import run_curse
 from bilevel.cli.doctor import run_doctor
 from bilevel.compare import RunFolderError
 from bilevel.config import ConfigError
@@ -34,6 +35,15 @@ example:
 
 Written to runs/NAME-tune/{tuned.json, results.jsonl, summary.json, figures/*.png, config.yaml, environment.json}.
 Ctrl-C stops; the same command continues.
+"""
+CURSE = """\
+Run experiments on the curse of unrolling: the figures of Scieur et al. 2022 and Mehmood et al. 2026, with their claims.
+
+example:
+  bilevel curse configs/curse/s2.yaml
+  bilevel curse configs/curse/*.yaml --out runs/curse
+
+Written to runs/curse/{NAME.png, NAME.csv, NAME.json, claims.md}: every claim with its number, and whether it holds.
 """
 DOCTOR = """\
 Print versions, devices, threads, float64 support and data sets, and check hypergradients against finite differences.
@@ -87,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         "--estimator", metavar="NAME", help="a name under `estimators` in the config (default: the first)"
     )
     _add_device(doctor)
+    summary = "measure the curse of unrolling: the figures and claims of both papers"
+    curse = _add(commands, "curse", summary, CURSE, run_curse)
+    curse.add_argument("configs", metavar="CONFIG", nargs="+", help="YAML files; see configs/curse/")
+    curse.add_argument("--set", metavar="a.b=value", action="append", default=[], help="change a value in all configs")
+    curse.add_argument("--out", metavar="DIR", help="where to write (default: runs/curse)")
     return parser
 
 

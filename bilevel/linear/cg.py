@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, is_positive, require
@@ -17,8 +18,8 @@ class CG(LinearSolver):
     """Conjugate gradients for a symmetric positive definite A; returns the last iterate.
 
     The error falls in every step in the norm ``sqrt(e' A e)``. A direction p with ``p' A p <= 0`` stops the run and is
-    reported with its curvature. With ``check_every > 1`` the iterations after the end are masked, so that an accelerator
-    need not be waited for in every step.
+    reported with its curvature. With ``check_every > 1`` the iterations after the end are masked, so that an
+    accelerator need not be waited for in every step.
 
     Args:
         tol: relative residual ``|b - A x| / |b|`` to reach; default ``eps ** (2/3)`` (3.7e-11 in float64).
