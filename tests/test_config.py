@@ -87,8 +87,8 @@ SENTENCES = {
         "`solver.stesp` is not an option of GradientDescent (step_size, steps, tol): did you mean `steps`?"
     ),
     "solver.class=CG": (
-        "`solver.class` must be an inner solver (Adam, AsymptoticSobolev, Chebyshev, FixedPoint, GradientDescent, HeavyBall, "
-        "Nesterov, Newton, Sobolev), got 'CG', which is a linear solver."
+        "`solver.class` must be an inner solver (Adam, AsymptoticSobolev, Chebyshev, FixedPoint, GradientDescent, "
+        "HeavyBall, Nesterov, Newton, Sobolev), got 'CG', which is a linear solver."
     ),
     "solver.class=GradientDecent": "got 'GradientDecent': did you mean `GradientDescent`?",
     "solver.steps=-3": "`solver.steps`: `GradientDescent.steps` must be a positive int or None, got -3.",
