@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import ErrorKind
+from bilevel.krylov import Krylov, conjugate_gradients
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
@@ -136,29 +137,20 @@ def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor) -> 
 
 def _energy_cg(matvec: Callable[[Tensor], Tensor], b: Tensor) -> _Correction:
     """Run CG until four more steps add little energy; report the ratio that was reached."""
-    x, r = torch.zeros_like(b), b
-    p, rr = r, float(torch.dot(r, r))
-    energies: list[float] = []
-    ratio = 1.0
-    floor = (10 * torch.finfo(b.dtype).eps) ** 2 * rr
-    for _ in range(MAX_STEPS):
-        if rr <= floor:
-            return _Correction(x)
-        product = matvec(p)
-        curvature = float(torch.dot(p, product))
-        if not curvature > 0:
-            value = curvature / float(torch.dot(p, p))
-            return _Correction(x, reason=f"the inner Hessian has the curvature {value:.3g} at the refined iterate")
-        length = rr / curvature
-        energies.append(length * rr)
-        x, r = torch.add(x, p, alpha=length), torch.add(r, product, alpha=-length)
-        previous, rr = rr, float(torch.dot(r, r))
-        p = torch.add(r, p, alpha=rr / previous)
-        if len(energies) > 4:
-            ratio = (sum(energies[-4:]) / sum(energies)) ** 0.5
-            if ratio <= ENERGY:
-                break
-    return _Correction(x, unsolved=ratio)
+    floor = (10 * torch.finfo(b.dtype).eps) ** 2 * float(torch.dot(b, b))
+
+    def ratio(run: Krylov) -> float:
+        energies = run.energies
+        return (sum(energies[-4:]) / sum(energies)) ** 0.5 if len(energies) > 4 else 1.0
+
+    def enough(run: Krylov) -> bool:
+        return run.rr <= floor or run.steps >= MAX_STEPS or ratio(run) <= ENERGY
+
+    run = conjugate_gradients(matvec, torch.zeros_like(b), b, enough)
+    if run.negative is not None:
+        reason = f"the inner Hessian has the curvature {run.negative:.3g} at the refined iterate"
+        return _Correction(run.x, reason=reason)
+    return _Correction(run.x, unsolved=0.0 if run.rr <= floor else ratio(run))
 
 
 def _flat(hvp: Callable[[Tree], Tree], raveler: tree.Raveler) -> Callable[[Tensor], Tensor]:

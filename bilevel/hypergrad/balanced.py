@@ -31,8 +31,8 @@ from bilevel.hypergrad.extrapolation import (
     reduced_rank,
     with_steps,
 )
-from bilevel.hypergrad.krylov import conjugate_gradients
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
+from bilevel.krylov import Krylov, conjugate_gradients
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
 from bilevel.status import Status, Verdict
@@ -180,19 +180,17 @@ class Balance:
         scale = float(torch.linalg.vector_norm(v))
         forward = self.forward_residual
 
-        def enough(x: Tensor, residual: float, steps: int) -> bool:
-            size = float(torch.linalg.vector_norm(x))
-            goal = max(BALANCE * forward, self._rounding()) * size
-            return residual <= goal or self.left() < FINISH + WEIGHTS["hvp"] or steps >= self.max_steps or scale == 0
+        def enough(run: Krylov) -> bool:
+            goal = max(BALANCE * forward, self._rounding()) * float(torch.linalg.vector_norm(run.x))
+            spent = self.left() < FINISH + WEIGHTS["hvp"] or run.steps >= self.max_steps
+            return run.residual <= goal or spent or scale == 0
 
         found = conjugate_gradients(matvec, start, r, enough)
         self.steps += found.steps
         self.lam, self.adjoint_residual, self.negative = found.x, found.residual, found.negative
-        self.largest = max(self.largest, found.largest)
-        if self.negative is not None:
-            self.smallest = float("inf")
-        else:
-            self.smallest = min(self.smallest, found.smallest)
+        smallest, largest = found.spectrum()
+        self.largest = max(self.largest, largest)
+        self.smallest = float("inf") if self.negative is not None else min(self.smallest, smallest)
 
 
 def solve(
@@ -314,7 +312,7 @@ def _estimate(balance: Balance, probe: int) -> tuple[float, float]:
     def invert(b: Tensor) -> Tensor:
         if not probe:
             return b / smallest
-        return conjugate_gradients(matvec, torch.zeros_like(b), b, lambda _, __, steps: steps >= probe).x
+        return conjugate_gradients(matvec, torch.zeros_like(b), b, lambda run: run.steps >= probe).x
 
     there = inner.linearize(raveler.unravel(raveler.ravel(point.params) - invert(gradient)))
     product = matvec(lam)
@@ -363,8 +361,8 @@ class Adjoint:
             return self._result(raveler.unravel(balance.lam), v, balance.adjoint_residual, steps, self.error, note)
         goal = max(BALANCE * balance.forward_residual, balance._rounding())
 
-        def enough(x: Tensor, residual: float, steps: int) -> bool:
-            return residual <= goal * float(torch.linalg.vector_norm(x)) or steps >= balance.max_steps
+        def enough(run: Krylov) -> bool:
+            return run.residual <= goal * float(torch.linalg.vector_norm(run.x)) or run.steps >= balance.max_steps
 
         found = conjugate_gradients(balance.product(point), torch.zeros_like(v), v, enough)
         if found.negative is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
+from bilevel.krylov import conjugate_gradients
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -46,8 +47,7 @@ class CG(LinearSolver):
         """Run CG on vectors."""
         every = self.check_every or (1 if system.b.device.type == "cpu" else 8)
         limit = self.max_steps or max(100, 10 * system.b.numel())
-        run = _every_step if every == 1 else _masked
-        x, steps, curvature = run(system, limit, every)
+        x, steps, curvature = _each_step(system, limit) if every == 1 else _masked(system, limit, every)
         # The recursive residual drifts from the true one; the evidence is the true one.
         b = system.b
         residual = float(torch.linalg.vector_norm(b - system.matvec(x)) / torch.linalg.vector_norm(b))
@@ -70,23 +70,11 @@ class CG(LinearSolver):
         return GOOD
 
 
-def _every_step(system: LinearSystem, limit: int, every: int) -> tuple[Tensor, int, float]:
-    """Return (x, steps, last curvature), looking at every step: the scalars are Python floats."""
-    x, r = system.start()
-    p, rr = r, float(torch.dot(r, r))
-    goal, curvature = system.tol**2 * float(torch.dot(system.b, system.b)), 1.0
-    for step in range(limit):
-        if not rr > goal:
-            return x, step, curvature
-        product = system.matvec(p)
-        energy = float(torch.dot(p, product))
-        if not energy > 0:
-            return x, step, energy / float(torch.dot(p, p))
-        length = rr / energy
-        x, r = torch.add(x, p, alpha=length), torch.sub(r, product, alpha=length)
-        previous, rr = rr, float(torch.dot(r, r))
-        p = torch.add(r, p, alpha=rr / previous)
-    return x, limit, curvature
+def _each_step(system: LinearSystem, limit: int) -> tuple[Tensor, int, float]:
+    """Return (x, steps, last curvature), looking at every step."""
+    goal = system.tol**2 * float(torch.dot(system.b, system.b))
+    run = conjugate_gradients(system.matvec, *system.start(), lambda run: not run.rr > goal or run.steps >= limit)
+    return run.x, run.steps, 1.0 if run.negative is None else run.negative
 
 
 def _masked(system: LinearSystem, limit: int, every: int) -> tuple[Tensor, int, float]:
