@@ -25,7 +25,6 @@ from bilevel.cost import Meter
 from bilevel.hypergrad import adaptive
 from bilevel.hypergrad.extrapolation import OMEGA
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
-from bilevel.inner import HeavyBall
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.options import is_int, is_number, is_positive, require
 from bilevel.oracles import InnerProblem
@@ -148,10 +147,11 @@ class TruncatedUnroll(HypergradEstimator):
             )
         if not self.extrapolate:
             return
-        if isinstance(solver, HeavyBall):
+        if isinstance(solver, LinearMultistep) and solver.ripples:
             raise ValueError(
-                "`TruncatedUnroll.extrapolate` is refused for HeavyBall, whose ripples make extrapolated sweeps up to "
-                "18 times worse than plain ones: use tail='auto', or Implicit(balance='auto')."
+                f"`TruncatedUnroll.extrapolate` is refused for {type(solver).__name__}, whose ripples make "
+                "extrapolated sweeps up to 18 times worse than plain ones: "
+                "use tail='auto', or Implicit(balance='auto')."
             )
         if not isinstance(solver, LinearMultistep) or not problem.symmetric:
             raise ValueError(

@@ -34,6 +34,8 @@ class HeavyBall(MomentumMethod):
 
     first_step: str = "full"
 
+    ripples = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "first_step", "'full' or 'half'", self.first_step in ("full", "half"))

@@ -72,6 +72,9 @@ def _nonzero(weights: Sequence[float]) -> Pairs:
 class LinearMultistep(InnerSolver):
     """Base of the methods above; a subclass gives `coefficients` and, with more than one vector, `vectors`."""
 
+    ripples = False
+    """Whether the iterates oscillate about the solution: sequence extrapolation mistakes that for progress."""
+
     @abstractmethod
     def coefficients(self, state: InnerState) -> Coefficients:
         """Return the numbers of the step that starts from `state` (``state.steps`` is its index)."""
