@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bilevel import curse
-from bilevel.curse import InnerSolvers, Methods, Truncation, WarmStarts, WorstCase
+from bilevel.curse import EqualBudget, InnerSolvers, Methods, Truncation, WarmStarts, WorstCase
 from bilevel.curse.problems import DataMissingError, least_squares, load
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "curse").glob("*.yaml"))
@@ -106,6 +106,51 @@ def test_the_order_of_the_solvers_shows_in_the_hypergradient() -> None:
     assert numbers["Sobolev"] < numbers["Chebyshev"] < numbers["GD 2/(L+l)"]
 
 
+@pytest.fixture(scope="module")
+def equal_budget() -> curse.Outcome:
+    return EqualBudget(families=("M", "ridge"), columns=(60, 140), steps=60, draws=1).run()
+
+
+def test_every_strategy_stays_in_the_budget_and_the_balanced_one_wins(equal_budget) -> None:
+    claims = {claim.source + claim.claim: claim for claim in equal_budget.claims}
+    assert len(claims) == 5
+    assert all(claim.holds for claim in claims.values() if claim.source == "this library")
+    numbers = equal_budget.numbers
+    assert (
+        numbers['median balance="auto"'] < 0.1 < 0.9 < numbers['median tail="auto"'] < numbers["median no truncation"]
+    )
+
+
+@pytest.mark.parametrize("family", ["M", "ridge", "logistic", "ill-conditioned"])
+def test_the_oracle_is_the_best_of_the_fixed_tails_that_the_library_runs(family: str) -> None:
+    import bilevel as bl
+    from bilevel.curse.draws import draws
+    from bilevel.curse.strategies import fixed_tails
+
+    # The last draw is that of momentum, where the family has it.
+    *_, draw = draws((family,), (20,), 30, 1, 600)
+    errors = fixed_tails(draw, 30)
+    assert errors.shape == (30,)
+    for n in (0, 3, 29):
+        estimate = bl.hypergradient(
+            draw.problem, draw.solver, bl.TruncatedUnroll(30 - n, budget=120), draw.hparams, draw.start
+        )
+        assert estimate.cost.gradient_equivalents <= 123
+        assert float(draw.error(estimate.hypergradient)) == pytest.approx(float(errors[n]), rel=1e-9, abs=1e-13)
+
+
+def test_every_draw_and_every_table_is_written(equal_budget, tmp_path: Path) -> None:
+    files = curse.write_outcome("equal", equal_budget, tmp_path, {})
+    assert {file.name for file in files} >= {"equal.csv", "equal.draws.csv", "equal.json", "claims.md"}
+    with (tmp_path / "equal.draws.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == equal_budget.numbers["draws"] == 4 + 16
+    assert all(float(row['balance="auto": cost']) <= 243 for row in rows)
+    text = (tmp_path / "claims.md").read_text()
+    assert "| problem | draws | min | median | p90 | max |" in text
+    assert "| M, h = 1/L, 140 | 1 |" in text
+
+
 def test_outcomes_are_written_as_figure_numbers_and_claims(truncation, tmp_path: Path) -> None:
     files = curse.write_outcome("m", truncation, tmp_path, {"experiment": "Truncation"})
     with (tmp_path / "m.csv").open() as file:
@@ -138,6 +183,9 @@ def test_a_missing_data_set_is_skipped_with_a_sentence(monkeypatch) -> None:
         (lambda: Truncation(indices=(100,)), r"`Truncation\.indices` must be ints in 0\.\.99"),
         (lambda: Truncation(omega=0), r"`Truncation\.omega` must be a positive int, got 0"),
         (lambda: WorstCase(kappas=(2.0,)), r"`WorstCase\.kappas` must be numbers in \(0, 1\)"),
+        (lambda: EqualBudget(families=("svm",)), r"`EqualBudget\.families` must be a list of some of M, ridge"),
+        (lambda: EqualBudget(steps=10), r"`EqualBudget\.steps` must be an int of at least 20, got 10"),
+        (lambda: EqualBudget(columns=(201,)), r"`EqualBudget\.columns` must be ints in 1\.\.200"),
         (lambda: WarmStarts(dropped=(40,)), r"`WarmStarts\.dropped` must be ints in 0\.\.39"),
     ],
 )

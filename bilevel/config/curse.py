@@ -21,7 +21,7 @@ def experiments() -> dict[str, type]:
     """Return the plan classes by name: what `bilevel.curse` exports that can be run.
 
     >>> sorted(experiments())
-    ['Contraction', 'InnerSolvers', 'Methods', 'Truncation', 'WarmStarts', 'WorstCase']
+    ['Contraction', 'EqualBudget', 'InnerSolvers', 'Methods', 'Truncation', 'WarmStarts', 'WorstCase']
     """
     return {
         name: value

@@ -25,7 +25,8 @@ STYLE: Any = {
     "lines.linewidth": 1.6,
     "legend.fontsize": 8.5,
 }
-WIDTH, HEIGHT = 3.7, 2.75
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+HEIGHT = 2.75
 """Inches of a panel."""
 
 
@@ -52,7 +53,7 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
     columns = max(map(len, rows))
     with matplotlib.rc_context(STYLE):
         look = _look(rows)
-        figure = Figure(figsize=(WIDTH * columns, HEIGHT * len(rows) + 0.75), layout="constrained")
+        figure = Figure(figsize=(outcome.panel_width * columns, HEIGHT * len(rows) + 0.75), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(rows), columns, squeeze=False)
         drawn: dict[str, Any] = {}
@@ -67,7 +68,7 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
             handles,
             [handle.get_label() for handle in handles],
             loc="outside lower center",
-            ncols=min(len(handles), 2 + columns),
+            ncols=min(len(handles), max(2 + columns, int(outcome.panel_width * columns / 1.2))),
             frameon=False,
         )
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.png")
@@ -102,6 +103,12 @@ def _panel(place: Any, panel: Panel, look: dict[str, tuple[Any, Any]]) -> dict[s
     place.set_ylabel(panel.ylabel)
     place.set_xscale(panel.scales[0])
     place.set_yscale(panel.scales[1])
+    if panel.ticks:
+        place.set_xticks(range(len(panel.ticks)), panel.ticks)
+        place.grid(visible=False, axis="x")
+        place.set_xlim(-0.5, len(panel.ticks) - 0.5)
+        for edge in range(1, len(panel.ticks)):
+            place.axvline(edge - 0.5, color="0.85", linewidth=0.8, zorder=0)
     if panel.ylim is not None:
         place.set_ylim(*panel.ylim)
     return handles
@@ -111,6 +118,10 @@ def _line(place: Any, line: Line, colour: Any, style: Any) -> Any:
     x, y = line.x.tolist(), line.y.tolist()
     if line.bound:
         return place.plot(x, y, color=colour, linestyle=":", linewidth=0.9, zorder=1)[0]
+    if line.bars and line.band is not None:
+        place.vlines(x, line.band[0].tolist(), line.band[1].tolist(), color=colour, linewidth=1.4, alpha=0.55)
+        marker = MARKERS[COLOURS.index(colour) % len(MARKERS)] if colour in COLOURS else "o"
+        return place.plot(x, y, color=colour, linestyle="", marker=marker, markersize=4.5, label=line.label)[0]
     mark = {"marker": "o", "markersize": 3.5} if line.marks else {}
     (handle,) = place.plot(x, y, color=colour, linestyle=style, label=line.label, **mark)
     if line.band is not None:

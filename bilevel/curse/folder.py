@@ -1,4 +1,4 @@
-"""Where outcomes are written: NAME.png, NAME.csv, NAME.json, and one claims.md over all of a folder.
+"""Where outcomes are written: NAME.png, NAME.csv, NAME.TABLE.csv, NAME.json, one claims.md over all of a folder.
 
 Every file is written under a temporary name and then renamed, so that a run killed at any moment leaves whole files.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.curse.figures import draw
-from bilevel.curse.outcome import Line, Outcome, claim_table
+from bilevel.curse.outcome import Line, Outcome, Table, claim_table, markdown
 
 POINTS = 600
 """Of a longer curve about this many points are written, evenly in the logarithm of the iteration."""
@@ -42,9 +42,18 @@ def write_outcome(name: str, outcome: Outcome, folder: Path, plan: Mapping[str, 
         "claims": [asdict(claim) for claim in outcome.claims],
         "notes": list(outcome.notes),
         "numbers": dict(outcome.numbers),
+        "tables": [
+            {"name": shown.name, "columns": shown.columns, "rows": [dict(row) for row in shown.rows]}
+            for shown in outcome.tables
+            if shown.shown
+        ],
     }
-    _write(files[1], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    _write(files[2], claims(folder))
+    for long in outcome.tables:
+        if not long.shown:
+            files.insert(1, folder / f"{name}.{long.name}.csv")
+            _write(files[1], _long(long))
+    _write(files[-2], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    _write(files[-1], claims(folder))
     picture = folder / f"{name}.png"
     return [picture, *files] if draw(outcome, picture) else files
 
@@ -62,6 +71,14 @@ def table(outcome: Outcome) -> str:
                     kind = "bound" if line.bound else "measured"
                     point = (f"{float(line.x[index]):.10g}", f"{float(line.y[index]):.10g}", low, high)
                     writer.writerow((row, panel.title, line.label, kind, *point))
+    return text.getvalue()
+
+
+def _long(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, table.columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.rows)
     return text.getvalue()
 
 
@@ -85,6 +102,8 @@ def claims(folder: Path) -> str:
         parts += [f"{note}\n" for note in record["notes"]]
         if record["claims"]:
             parts.append(claim_table(record["claims"]))
+        for shown in record.get("tables", ()):
+            parts += [f"{shown['name']}\n", markdown(shown["columns"], shown["rows"])]
     return "\n".join(parts)
 
 

@@ -38,7 +38,8 @@ class Line:
         y: values of shape (n,).
         band: lower and upper values of shape (n,), drawn as a band.
         bound: a bound, drawn thin and dotted in the colour of its label.
-        marks: points alone, for few values.
+        marks: with points, for few values.
+        bars: points alone, the band as a bar through each.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Line:
     band: tuple[Tensor, Tensor] | None = None
     bound: bool = False
     marks: bool = False
+    bars: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Panel:
         lines: its curves.
         scales: of x and y, each "linear", "log" or "symlog".
         ylim: limits of y; from the data by default.
+        ticks: names of x = 0, 1, 2, ..., where x counts groups.
     """
 
     title: str
@@ -68,6 +71,27 @@ class Panel:
     lines: Sequence[Line]
     scales: tuple[str, str] = ("linear", "log")
     ylim: tuple[float, float] | None = None
+    ticks: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers or words by column.
+
+    Attributes:
+        name: what it is called; a table that is shown has it as its caption.
+        rows: mappings from column to value; a column may be missing in a row.
+        shown: stands in claims.md; otherwise it becomes a CSV file of its own, at full precision.
+    """
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    shown: bool = True
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns, in the order of their first appearance."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
 
 
 @dataclass(frozen=True)
@@ -80,6 +104,8 @@ class Outcome:
         claims: what the figure shows.
         notes: sentences such as which data set was skipped.
         numbers: single figures by name, for tests and tables.
+        tables: what is better read than drawn.
+        panel_width: inches.
     """
 
     title: str
@@ -87,6 +113,8 @@ class Outcome:
     claims: Sequence[Claim] = ()
     notes: Sequence[str] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    panel_width: float = 3.7
 
 
 class Experiment(Protocol):
@@ -106,7 +134,21 @@ def claim_table(claims: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| source | claim | measured | verdict | conditions |", "|---|---|---|---|---|"]
     for claim in claims:
         verdict = "holds" if claim["holds"] else "**does not hold**"
-        cells = (claim["source"], claim["claim"], claim["number"], verdict, claim["conditions"])
-        # A bar would end the cell.
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        lines.append(_row((claim["source"], claim["claim"], claim["number"], verdict, claim["conditions"])))
     return "\n".join(lines) + "\n"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table; a cell that is missing is a dash.
+
+    >>> print(markdown(["a", "b"], [{"a": 1}]).splitlines()[-1])
+    | 1 | - |
+    """
+    lines = [_row(columns), "|" + "---|" * len(columns)]
+    lines += [_row([row.get(column, "-") for column in columns]) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[Any]) -> str:
+    # A bar would end the cell.
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

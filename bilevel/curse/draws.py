@@ -1,0 +1,247 @@
+"""Random problems whose hypergradient is known: ridge and logistic regression with the outer loss ``v'w``.
+
+With one penalty for each weight, the hypergradient is one VJP of the solution map,
+
+    g* = -(d pen/du) w* H(w*)^-1 v     (entry by entry), w* by Newton's method
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from torch import Tensor
+
+from bilevel.base import InnerSolver
+from bilevel.inner import GradientDescent, HeavyBall, Nesterov
+from bilevel.problems import LogisticProblem, RidgeProblem
+
+FAMILIES = ("M", "ridge", "logistic", "ill-conditioned")
+
+
+class _LinearOuter:
+    """The outer loss v'w."""
+
+    v: Tensor
+
+    def outer_loss(self, params: Tensor, hparams: Tensor) -> Tensor:
+        """Return v'w."""
+        return self.v @ params
+
+    def outer_value_and_grads(self, params: Tensor, hparams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return v'w with its gradients."""
+        return self.v @ params, self.v, torch.zeros_like(hparams)
+
+
+class LinearRidge(_LinearOuter, RidgeProblem):
+    """Ridge regression with the outer loss v'w."""
+
+
+class LinearLogistic(_LinearOuter, LogisticProblem):
+    """Logistic regression with the outer loss v'w."""
+
+
+Problem = LinearRidge | LinearLogistic
+MakeSolver = Callable[[float, float], InnerSolver]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One problem with its solver, its start and its exact answer.
+
+    Attributes:
+        family: one of `FAMILIES`, for M with the step size.
+        group: what is summed up together inside a family.
+        setting: what else tells it from other draws.
+        problem: the problem, with one penalty for each weight.
+        solver: the inner solver.
+        hparams: hyperparameters of shape (d,).
+        start: x_0 of shape (d,).
+        solution: w* of shape (d,).
+        hessian: H(w*) of shape (d, d).
+    """
+
+    family: str
+    group: str
+    setting: str
+    problem: Problem
+    solver: InnerSolver
+    hparams: Tensor
+    start: Tensor
+    solution: Tensor
+    hessian: Tensor
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """Derivative of the penalties by the hyperparameters."""
+        slope: Tensor = self.problem.bind(self.hparams).slope  # type: ignore[attr-defined]
+        return slope
+
+    @cached_property
+    def truth(self) -> Tensor:
+        """The exact hypergradient."""
+        return -self.slope * self.solution * torch.linalg.solve(self.hessian, self.problem.v)
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether the inner loss is quadratic."""
+        return isinstance(self.problem, LinearRidge)
+
+    @property
+    def step(self) -> tuple[float, float]:
+        """Step size and momentum."""
+        return float(getattr(self.solver, "step_size", 0.0)), float(getattr(self.solver, "momentum", 0.0))
+
+    @cached_property
+    def rate(self) -> float:
+        """Spectral radius of the inner map at the solution."""
+        h, m = self.step
+        decay = 1 - h * torch.linalg.eigvalsh(self.hessian)
+        heavy = isinstance(self.solver, HeavyBall)
+        first, second = (m + decay, torch.full_like(decay, -m)) if heavy else ((1 + m) * decay, -m * decay)
+        rows = torch.stack([first, second, torch.ones_like(first), torch.zeros_like(first)], -1)
+        return float(torch.linalg.eigvals(rows.reshape(-1, 2, 2)).abs().max())
+
+    def error(self, hypergradient: Tensor) -> Tensor:
+        """Return relative errors of hypergradients of shape (d, ...)."""
+        truth = self.truth.reshape(-1, *(1,) * (hypergradient.dim() - 1))
+        return torch.linalg.vector_norm(hypergradient - truth, dim=0) / torch.linalg.vector_norm(truth)
+
+
+def draws(families: Sequence[str], columns: Sequence[int], steps: int, count: int, seed: int) -> Iterator[Draw]:
+    """Draw problems.
+
+    Args:
+        families: some of `FAMILIES`.
+        columns: sizes of M's problem.
+        steps: K, of every inner solver.
+        count: draws of each setting.
+        seed: of the first draw of each setting; seed + count is at most 1000.
+
+    Yields:
+        The draws, family by family.
+    """
+    seeds = range(seed, seed + count)
+    if "M" in families:
+        yield from _gaussian(columns, steps, seeds)
+    for kind in ("ridge", "logistic"):
+        for index, name in enumerate(_DATA):
+            if kind in families and name[0] == kind:
+                yield from _tabular(*name, steps, seeds, index)
+    if "ill-conditioned" in families:
+        yield from _ill(steps, seeds)
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    """Return a generator seeded by several numbers below 1000."""
+    return torch.Generator().manual_seed(sum(seed * 1000**i for i, seed in enumerate(seeds)))
+
+
+def _normal(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def _newton(problem: Problem, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inner solution and the Hessian there."""
+    inner = problem.bind(u)
+    x = torch.zeros(problem.params_shape(), dtype=torch.float64)
+    for _ in range(60):
+        step = torch.linalg.solve(inner.linearize(x).dense_hessian(), inner.grad(x))
+        x = x - step
+        if float(step.norm()) <= 1e-15 * float(x.norm()):
+            break
+    return x, inner.linearize(x).dense_hessian()
+
+
+def _drawn(
+    names: tuple[str, str, str], problem: Problem, make: MakeSolver, u: Tensor, start: Tensor, v: Tensor
+) -> Draw:
+    """Solve, and give the solver the ends of the spectrum at the solution."""
+    problem.v = v
+    x, hessian = _newton(problem, u)
+    values = torch.linalg.eigvalsh(hessian)
+    # Away from its solution, logistic regression may be steeper.
+    quadratic = isinstance(problem, LinearRidge)
+    largest = float(values[-1]) if quadratic else problem.bind(u).curvature(start).largest
+    return Draw(*names, problem, make(float(values[0]), largest), u, start, x, hessian)
+
+
+def _method(kind: str, steps: int) -> MakeSolver:
+    """Return a maker of the solver from the ends of the spectrum."""
+
+    def make(low: float, high: float) -> InnerSolver:
+        root = math.sqrt(low / high)
+        momentum = (1 - root) / (1 + root)
+        if kind == "Nesterov":
+            return Nesterov(1 / high, steps=steps, momentum=momentum)
+        if kind == "heavy ball":
+            return HeavyBall((2 / (math.sqrt(low) + math.sqrt(high))) ** 2, steps=steps, momentum=momentum**2)
+        return GradientDescent(1 / high if kind == "1/L" else 2 / (high + low), steps=steps)
+
+    return make
+
+
+def _gaussian(columns: Sequence[int], steps: int, seeds: Sequence[int]) -> Iterator[Draw]:
+    """M's problem: A of 200 x size, b, x_0 and v standard normal, penalties one."""
+    for step in ("2/(L+l)", "1/L"):
+        for size in columns:
+            for seed in seeds:
+                g = _generator(seed, size, 7)
+                A, b, start, v = _normal(g, 200, size), _normal(g, 200), _normal(g, size), _normal(g, size)
+                problem = LinearRidge(A, b, A, b, "per_feature", loss="sum", parametrization="direct")
+                u = torch.ones(size, dtype=torch.float64)
+                names = f"M, h = {step}", str(size), f"seed {seed}"
+                yield _drawn(names, problem, _method(step, steps), u, start, v)
+
+
+_DATA = {
+    ("ridge", "breast_cancer"): load_breast_cancer,
+    ("logistic", "breast_cancer"): load_breast_cancer,
+    ("ridge", "diabetes"): load_diabetes,
+    ("logistic", "digits"): load_digits,
+}
+
+
+def _tabular(kind: str, name: str, steps: int, seeds: Sequence[int], index: int) -> Iterator[Draw]:
+    """Regression on scikit-learn's data: a 70 % subsample, penalties, v and the start are drawn."""
+    X, y = (torch.as_tensor(part, dtype=torch.float64) for part in _DATA[kind, name](return_X_y=True))
+    X = X[:, X.std(0) > 0]
+    X = (X - X.mean(0)) / X.std(0)
+    classes = (y >= 5).long() if name == "digits" else y.long()
+    y = (y - y.mean()) / y.std() if kind == "ridge" else classes
+    family = LinearRidge if kind == "ridge" else LinearLogistic
+    size = X.shape[1]
+    for method in ("1/L", "Nesterov"):
+        for warm in (False, True):
+            for strength in (1e-2, 1e-1):
+                for seed in seeds:
+                    g = _generator(seed, index, 11)
+                    rows = torch.randperm(len(y), generator=g)[: int(0.7 * len(y))]
+                    problem = family(X[rows], y[rows], X[rows], y[rows], "per_feature")
+                    u = math.log(strength) + 0.5 * _normal(g, size)
+                    near = u + 0.1 * _normal(g, size)
+                    start = _newton(problem, near)[0] if warm else _normal(g, size)
+                    group = f"{'warm' if warm else 'cold'} {'GD' if method == '1/L' else method}"
+                    names = kind, group, f"{name}, penalty {strength:g}, seed {seed}"
+                    yield _drawn(names, problem, _method(method, steps), u, start, _normal(g, size))
+
+
+def _ill(steps: int, seeds: Sequence[int]) -> Iterator[Draw]:
+    """Quadratics with log-uniform spectra, down to an inverse condition number of 1e-5."""
+    size = 50
+    for method in ("1/L", "2/(L+l)", "Nesterov", "heavy ball"):
+        for power in (3, 4, 5):
+            for seed in seeds:
+                g = _generator(seed, power, 13)
+                Q, _ = torch.linalg.qr(_normal(g, size, size))
+                penalty = 10.0**-power / 100
+                X = (torch.logspace(-power, 0, size, dtype=torch.float64) - penalty).sqrt()[:, None] * Q.t()
+                y, start, v = _normal(g, size), _normal(g, size), _normal(g, size)
+                problem = LinearRidge(X, y, X, y, "per_feature", loss="sum", parametrization="direct")
+                u = torch.full((size,), penalty, dtype=torch.float64)
+                names = "ill-conditioned", method, f"kappa 1e-{power}, seed {seed}"
+                yield _drawn(names, problem, _method(method, steps), u, start, v)
