@@ -213,6 +213,10 @@ def test_every_config_makes_an_experiment(path: Path) -> None:
         ("experiment: Methods\nsteps: '3'", r"`steps` must be .*integer, got '3'"),
         ("experiment: Methods\ntheta: -1", r"`theta` must be a positive number, got -1"),
         ("experiment: Methods\nname: a/b", r"`name` must be a string of letters"),
+        ("experiment: {class: Methods}", r"`experiment` must be one of .*, got \{'class': 'Methods'\}"),
+        ("experiment: [1]", r"`experiment` must be one of"),
+        ("experiment: Methods\ndata: nope", r"`data` must be a list, got 'nope'"),
+        ("steps: 3", r"`experiment` must be one of .*, got null"),
     ],
 )
 def test_mistakes_in_a_config_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
             f"`name` must be a string of letters, digits and . _ -, as it names the files, got {shown(name)}."
         )
     known = experiments()
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ConfigError(
             f"`experiment` must be one of {listed(sorted(known))}, got {shown(kind)}{suggest(str(kind), known)}"
         )
@@ -79,6 +79,7 @@ def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
             options[key] = adapter.validate_json(json.dumps(value, default=str))
         except ValidationError as error:
             reason = error.errors()[0]["msg"].replace("Input should be", "must be").replace("valid ", "")
+            reason = reason.replace("a array", "a list")
             raise ConfigError(f"`{key}` {reason[0].lower()}{reason[1:]}, got {shown(value)}.") from None
     try:
         return name, owner(**options)

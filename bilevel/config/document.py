@@ -62,7 +62,7 @@ def read_document(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML{_yaml_reason(error)}.") from None
     if document is None:
-        raise ConfigError(f"{path}: the file is empty; it must hold the keys `problems`, `solver` and `estimators`.")
+        raise ConfigError(f"{path}: the file is empty: the folder configs/ has examples.")
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: the file must hold a mapping (`key: value` lines), got {shown(document)}.")
     return document
