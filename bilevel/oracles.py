@@ -253,7 +253,7 @@ class DifferentiableInner(InnerProblem):
         """Refuse: second-order oracles are not differentiated by autograd."""
         raise ValueError(
             "an inner solver whose step uses second derivatives cannot be differentiated by autograd: "
-            "it must define `step_vjp` itself; use Implicit, or FullUnroll(memory='iterates') with such a solver."
+            "use Implicit or FullUnroll(memory='iterates'); a solver of your own must define `step_vjp` for the latter."
         )
 
     def _grad(self, params: Tree) -> Tree:

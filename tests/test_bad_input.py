@@ -464,3 +464,14 @@ def test_a_run_that_diverges_along_negative_curvature_names_the_eigenvalue() -> 
         bl.HypergradientError, match=r"has the eigenvalue -0\.675 at the start, so the inner loss is not"
     ):
         bl.hypergradient(saddle, bl.GradientDescent(steps=200), bl.Implicit(), U)
+
+
+def test_a_penalty_that_overflows_is_refused_in_words() -> None:
+    ridge = RidgeProblem(X, Y, X, Y)
+    refused(
+        "a penalty is not finite: hyperparameters go up to 1000",
+        ridge,
+        GD,
+        bl.Implicit(),
+        ridge.initial_hparams(1000.0),
+    )

@@ -198,18 +198,17 @@ def test_options_are_frozen_and_states_are_never_modified_in_place(cls: type) ->
 
 
 @every_solver
-def test_warm_start_continues_from_the_iterate_and_counts_steps_anew(cls: type) -> None:
+def test_warm_start_continues_from_the_iterate_with_what_the_method_remembers(cls: type) -> None:
     case = tree_case("dict")
     solver, _, state = mid_run(cls, case)
     moved = case.problem.bind(case.hparams + 0.1)
     warm = solver.warm_start(moved, state)
     torch.testing.assert_close(flat(warm.params), flat(state.params), rtol=0, atol=0)
-    assert warm.steps == 0
-    if cls in (bl.HeavyBall, bl.Nesterov):
+    # Linear multistep methods count their coefficients anew; all others go on.
+    assert warm.steps == (0 if issubclass(cls, bl.inner.LinearMultistep) else state.steps)
+    if cls in (bl.HeavyBall, bl.Nesterov, bl.Adam):
         torch.testing.assert_close(flat(warm.memory), flat(state.memory), rtol=0, atol=0)
         assert not torch.equal(flat(warm.memory), flat(warm.params))
-    if cls is bl.Adam:
-        assert not flat(warm.memory).any()
 
 
 @every_solver
@@ -333,3 +332,24 @@ def test_steps_on_the_gpu_equal_steps_on_the_cpu(cls: type) -> None:
         u = torch.zeros((), dtype=F64, device=device)
         results.append(bl.hypergradient(problem, solver, bl.FullUnroll(), u).hypergradient.cpu())
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_adam_handed_on_after_five_steps_equals_ten_steps() -> None:
+    problem = bl.QuadraticProblem.random(size=4, hyperparameters=2, condition=10.0, seed=0)
+    u = torch.zeros(2, dtype=torch.float64)
+    first = bl.hypergradient(problem, bl.Adam(0.05, steps=5), bl.Implicit(), u)
+    second = bl.hypergradient(problem, bl.Adam(0.05, steps=5), bl.Implicit(), u, carry=first.carry)
+    whole = bl.hypergradient(problem, bl.Adam(0.05, steps=10), bl.Implicit(), u)
+    torch.testing.assert_close(second.params, whole.params, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+@pytest.mark.parametrize("tail", [1, 2])
+def test_newton_steps_at_the_rounding_floor_keep_their_whole_derivative(steps: int, tail: int) -> None:
+    # A line search that followed rounding noise would scale the derivative by its step length.
+    for seed in range(4):
+        problem = bl.QuadraticProblem.random(size=4, hyperparameters=3, condition=10.0, seed=seed)
+        u = torch.zeros(3, dtype=torch.float64)
+        estimator = bl.TruncatedUnroll(min(tail, steps))
+        estimate = bl.hypergradient(problem, bl.Newton(steps=steps), estimator, u, torch.ones(4, dtype=torch.float64))
+        torch.testing.assert_close(estimate.hypergradient, problem.exact_hypergradient(u), rtol=1e-9, atol=1e-11)

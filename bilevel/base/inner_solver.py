@@ -87,8 +87,11 @@ class InnerSolver(ABC):
         return state.params
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Return the state to start from, now that the hyperparameters have moved; the default keeps the iterate."""
-        return self.init(inner, state.params)
+        """Return the state to start from, now that the hyperparameters have moved.
+
+        The default goes on with the iterate, the memory and the step count, and renews what `init` measures.
+        """
+        return replace(state, measured=self.init(inner, state.params).measured)
 
     def max_step_size(self, state: InnerState, curvature: float) -> float | None:
         """Return the largest stable step size for a given largest curvature, or None where no rule is known."""

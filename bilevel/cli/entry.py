@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted: run the same command to continue", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        print(f"bilevel: {error}", file=sys.stderr)
-        return 1
+        print(f"bilevel: cannot use {error.filename} ({error.strerror}): --out DIR writes elsewhere.", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

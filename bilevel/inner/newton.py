@@ -25,7 +25,8 @@ class Newton(InnerSolver):
     For an inner loss with positive definite Hessian the direction decreases the gradient norm, so it converges from
     everywhere, and quadratically near the solution. One step is one dense Hessian and its Cholesky factor, or, with a
     linear solver, a solve to the relative residual ``min(0.1, sqrt(|grad|))`` (Newton-CG; Dembo & Steihaug 1983).
-    The derivative of a step is exact (third derivatives by autograd), with the factor t constant.
+    The derivative of a step is exact (third derivatives by autograd), with the factor t constant; it exists in reverse
+    mode with stored iterates alone, not in forward mode and not in a recorded graph.
 
     Args:
         linear_solver: for the Newton systems, such as ``CG()``; default: Cholesky, for at most 5,000 parameters.
@@ -60,15 +61,20 @@ class Newton(InnerSolver):
         if not bool(length > 0):
             return params, 0.0
         direction = self._solve(inner.linearize(params), gradient, min(0.1, float(length) ** 0.5))
+        (like, *_) = tree.leaves(params)
+        eps = torch.finfo(like.dtype).eps
+        relative = float(tree.norm(direction) / (1.0 + tree.norm(params)))
+        # So close to the solution only the full step makes sense: a shorter one would follow rounding noise, and its
+        # derivative would be scaled by the noise.
+        close = relative <= eps**0.5
         t = 1.0
-        for _ in range(HALVINGS):
+        for _ in range(1 if close else HALVINGS):
             trial = tree.add(params, direction, -t)
-            if bool(tree.norm(inner.grad(trial)) <= (1.0 - 1e-4 * t) * length):
+            if bool(tree.norm(inner.grad(trial)) <= (1.0 if close else 1.0 - 1e-4 * t) * length):
                 return trial, t
             t /= 2
         # At the rounding floor no step helps and none is needed; anywhere else the step has failed.
-        (like, *_) = tree.leaves(params)
-        if not bool(tree.norm(direction) <= torch.finfo(like.dtype).eps ** 0.25 * (1.0 + tree.norm(params))):
+        if not relative <= eps**0.25:
             raise StepFailure(
                 Status.FAILED_STEP, f"no step along the Newton direction lowers the gradient norm {float(length):.3g}"
             )

@@ -69,6 +69,11 @@ class LinearModelInner(InnerProblem):
     def __init__(self, problem: LinearModelProblem, hparams: Tree, counts: Any = None) -> None:
         super().__init__(problem, hparams, counts)
         self.penalty: Tensor = problem.penalties(self.hparams)
+        if not bool(torch.isfinite(self.penalty).all()):
+            raise ValueError(
+                f"a penalty is not finite: hyperparameters go up to {float(self.hparams.max()):.4g}, "
+                "where exp(u) overflows; start lower or use a smaller learning rate."
+            )
         self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
 
     def _value(self, params: Tensor) -> Tensor:
