@@ -147,6 +147,22 @@ class InnerSolver(ABC):
         cut = len(tree.leaves(before))
         return tree.rebuild(before, products[:cut]), tree.rebuild(hparams, products[cut:])
 
+    def sweep_vjp(
+        self, inner: InnerProblem, states: Sequence[InnerState], cotangent: Variables
+    ) -> tuple[Variables, Tree]:
+        """Return the VJP of the steps that started from `states`: one `step_vjp` for each, from the last back.
+
+        Args:
+            inner: the bound problem.
+            states: the states before each step.
+            cotangent: cotangent of (params, memory) after the last step.
+        """
+        total = tree.zeros_like(inner.hparams)
+        for before in reversed(states):
+            cotangent, part = self.step_vjp(inner, before, cotangent)
+            total = tree.add(total, part)
+        return cotangent, total
+
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
     ) -> list[Variables]:

@@ -184,14 +184,10 @@ def _reverse(
             kept.popleft()
 
     def pullback(cotangent: Tree) -> Pullback:
-        moving: Variables = (cotangent, tree.zeros_like(run.state.memory))
-        total = tree.zeros_like(inner.hparams)
         try:
-            for before in reversed(kept):
-                moving, part = solver.step_vjp(inner, before, moving)
-                total = tree.add(total, part)
+            _, total = solver.sweep_vjp(inner, kept, (cotangent, tree.zeros_like(run.state.memory)))
         except StepFailure as failure:
-            return Pullback(total, steps=len(kept), verdict=failure.verdict)
+            return Pullback(tree.zeros_like(inner.hparams), steps=len(kept), verdict=failure.verdict)
         return Pullback(total, steps=len(kept))
 
     return _solution(solver, run, pullback)
