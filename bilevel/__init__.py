@@ -2,6 +2,7 @@
 
 from bilevel import problems as problems
 from bilevel import theory as theory
+from bilevel import threads as threads
 from bilevel import tree as tree
 from bilevel.base import Carry as Carry
 from bilevel.base import Certificate as Certificate
