@@ -262,6 +262,9 @@ class OuterOptimizer:
     ) -> OuterResult:
         """Take up to `steps` more steps.
 
+        On a CPU, many short steps are quicker inside ``with bilevel.threads.short_operations():``, which the commands
+        use and this method does not, as it would change the threads of your process.
+
         Args:
             steps: most steps.
             budget: stop once the cost of the whole history, in gradient-equivalents, has reached this.
@@ -307,7 +310,8 @@ class OuterOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.
 
-        A run that loads it continues to the same numbers bit for bit (same machine, same number of threads).
+        A run that loads it continues to the same numbers bit for bit (same machine, same numbers of threads and
+        workers).
         """
         state = self.carry.state
         return {

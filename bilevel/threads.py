@@ -76,20 +76,17 @@ _local = threading.local()
 def workers() -> int:
     """Return how many Python threads a sweep over blocks of rows may use.
 
-    That is the number of torch's threads, at most that of the usable cores, unless `short_operations` or the
-    environment variable BILEVEL_WORKERS says otherwise; 1 inside a worker, which has no cores to give away.
+    That is what `short_operations` has put in force, else what the environment variable BILEVEL_WORKERS says, else the
+    number of torch's threads, at most that of the usable cores; 1 inside a worker, which has no cores to give away.
 
     Raises:
         ValueError: for a BILEVEL_WORKERS that is not a positive int.
     """
     if getattr(_local, "is_worker", False):
         return 1
-    asked = _asked_workers()
-    if asked is not None:
-        return asked
     if _InForce.choice is not None:
         return _InForce.choice.workers
-    return min(usable_cores(), torch.get_num_threads())
+    return _asked_workers() or min(usable_cores(), torch.get_num_threads())
 
 
 def _asked_workers() -> int | None:

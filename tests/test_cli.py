@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bilevel import threads
 from bilevel.cli import main
 
 CONFIG = """\
@@ -187,3 +191,141 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("bilevel 0.")
+
+
+def test_doctor_measures_a_short_operation_and_says_what_runs_use(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (threads.WORKERS, *threads.TORCH):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("bilevel.cli.doctor.CHECKS", ())
+    monkeypatch.setattr(threads, "usable_cores", lambda: 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["doctor", "--device", "cpu"]) == 0
+        assert torch.get_num_threads() == 2
+        assert main(["doctor", "--device", "cpu", "--threads", "3"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("threads")]
+    times = r"threads       \S+ ms with 1 thread, \S+ ms with 2 \(a 64 x 64 Cholesky solve\): runs use "
+    assert re.fullmatch(times + "1 thread and 2 workers", lines[0])
+    assert re.fullmatch(times + "3 threads and 3 workers", lines[1])
+
+
+@pytest.mark.parametrize(
+    ("jobs", "share"), [("1", {"threads": 6, "workers": 3}), ("2", {"threads": 3, "workers": 1})], ids=["1 job", "2"]
+)
+def test_the_numbers_of_threads_are_recorded_for_each_process_and_given_back(
+    config: str, monkeypatch: pytest.MonkeyPatch, jobs: str, share: dict[str, int]
+) -> None:
+    monkeypatch.delenv(threads.WORKERS, raising=False)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 3)
+    before = torch.get_num_threads()
+    options = ["--threads", "6", "--jobs", jobs, "--set", "outer.steps=1", "--set", "seeds=[0]"]
+    assert main(["compare", config, *options]) == 0
+    assert torch.get_num_threads() == before
+    environment = json.loads(Path("runs/tiny/environment.json").read_text())
+    assert {key: environment[key] for key in share} == share
+
+
+def test_a_bad_number_of_workers_in_the_environment_is_one_sentence(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BILEVEL_WORKERS", "many")
+    assert main(["compare", config]) == 2
+    assert capsys.readouterr().err == "bilevel: `BILEVEL_WORKERS` must be a positive int, got 'many'.\n"
+    assert os.listdir() == ["tiny.yaml"]
+
+
+REFUSED = {
+    "curse x.yaml --device cpu": "--device is not an option of bilevel curse: its experiments are small and run on the",
+    "curse x.yaml --seed 3": "--seed is not an option of bilevel curse: the seeds of its experiments are fixed",
+    "curse --jobs=2 x.yaml": "--jobs is not an option of bilevel curse: it runs in one process.",
+    "doctor --seed 3": "--seed is not an option of bilevel doctor: nothing that it checks is random.",
+    "compare x.yaml --threads 0": "argument --threads: must be an int of at least 1, got '0'",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_an_option_of_another_command_is_answered_with_a_reason(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert REFUSED[line] in capsys.readouterr().err
+
+
+def test_a_config_of_another_command_names_that_command(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curse", config]) == 2
+    assert capsys.readouterr().err == (
+        "bilevel: tiny.yaml: it has `problems` and `estimators`, but no `experiment`, so it is a config of "
+        "`bilevel compare` and `bilevel tune`: run `bilevel compare tiny.yaml`.\n"
+    )
+    Path("curse.yaml").write_text("experiment: Truncation\n")
+    for command in ("compare", "tune"):
+        assert main([command, "curse.yaml"]) == 2
+        assert capsys.readouterr().err == (
+            "bilevel: curse.yaml: it names an `experiment`, so it is a config of `bilevel curse`: "
+            "run `bilevel curse curse.yaml`.\n"
+        )
+
+
+HOLDER = """\
+import sys, time
+from pathlib import Path
+from bilevel.compare import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("command", ["compare", "tune", "curse"])
+def test_a_folder_that_another_process_writes_to_is_refused_until_that_process_is_killed(
+    config: str, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    Path("curse.yaml").write_text("experiment: Truncation\ncolumns: [20]\ndraws: 2\nsteps: 20\nindices: [0, 5]\n")
+    arguments = [command, "curse.yaml" if command == "curse" else config, "--out", "out"]
+    if command != "curse":
+        arguments += ["--set", "outer.steps=1", "--set", "seeds=[0]"]
+    with subprocess.Popen([sys.executable, "-c", HOLDER, "out"], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "locked\n"
+            assert main(arguments) == 2
+            assert capsys.readouterr().err == (
+                "bilevel: another process is writing to out: wait until it has ended, or give another place with "
+                "--out DIR.\n"
+            )
+            assert os.listdir("out") == [".lock"]
+        finally:
+            holder.kill()
+    assert main(arguments) == 0
+    assert ".lock" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["torch", "sklearn"])
+def test_ctrl_c_while_the_command_starts_is_one_line(module: str, tmp_path: Path) -> None:
+    # The first import of the module, far inside the start-up, is the moment at which the signal comes.
+    code = (
+        "import importlib.abc, os, signal, sys\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from bilevel_command import main\n"
+        "sys.argv = ['bilevel', 'doctor']\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130
+    assert done.stdout == ""
+    assert done.stderr == "\nbilevel: interrupted while it was starting; nothing has been written.\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bilevel", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("bilevel 0.")

@@ -234,7 +234,7 @@ def test_the_command_runs_configs_into_one_folder(tmp_path: Path, capsys) -> Non
 
     (tmp_path / "a.yaml").write_text("experiment: Truncation\ncolumns: [20]\ndraws: 2\nsteps: 20\nindices: [0, 5]")
     out = tmp_path / "out"
-    assert run_curse(Namespace(configs=[tmp_path / "a.yaml"], set=["draws=3"], out=str(out))) == 0
+    assert run_curse(Namespace(configs=[tmp_path / "a.yaml"], set=["draws=3"], out=str(out), threads=None)) == 0
     assert {"a.csv", "a.json", "claims.md"} <= {path.name for path in out.iterdir()}
     assert json.loads((out / "a.json").read_text())["plan"]["draws"] == 3
     assert "claims hold" in capsys.readouterr().out

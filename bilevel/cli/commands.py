@@ -12,8 +12,11 @@ from tabulate import tabulate
 
 from bilevel import tree
 from bilevel.base import describe
+from bilevel.cli.threads import chosen_threads
 from bilevel.compare import Comparison, Plan, RunFolder, compare, draw_figures, tables
+from bilevel.compare.folder import LOCK
 from bilevel.config import choose_device, load_plan
+from bilevel.threads import short_operations
 
 SHOWN = 12
 """Of more hyperparameters than this, only the largest and the smallest are printed."""
@@ -22,6 +25,11 @@ SHOWN = 12
 def run_compare(arguments: Namespace) -> int:
     """Run ``bilevel compare``."""
     plan, folder = _prepare(arguments, tune=False)
+    with short_operations(chosen_threads(arguments)), folder.lock():
+        return _compared(plan, folder, arguments)
+
+
+def _compared(plan: Plan, folder: RunFolder, arguments: Namespace) -> int:
     result = _run(plan, folder, arguments)
     if result.interrupted:
         return _interrupted()
@@ -33,6 +41,11 @@ def run_compare(arguments: Namespace) -> int:
 def run_tune(arguments: Namespace) -> int:
     """Run ``bilevel tune``."""
     plan, folder = _prepare(arguments, tune=True)
+    with short_operations(chosen_threads(arguments)), folder.lock():
+        return _tuned_all(plan, folder, arguments)
+
+
+def _tuned_all(plan: Plan, folder: RunFolder, arguments: Namespace) -> int:
     result = _run(plan, folder, arguments)
     if result.interrupted:
         return _interrupted()
@@ -90,7 +103,7 @@ def _finish(result: Comparison, folder: RunFolder) -> None:
             if succeeded
             else "no figures: no run succeeded."
         )
-    names = ", ".join(sorted(path.name for path in folder.path.iterdir() if path.name != "checkpoints"))
+    names = ", ".join(sorted(path.name for path in folder.path.iterdir() if path.name not in ("checkpoints", LOCK)))
     print(f"written to {folder.path}: {names}")
 
 

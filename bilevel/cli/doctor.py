@@ -11,11 +11,13 @@ import torch
 from bilevel import data
 from bilevel.base import HypergradEstimator, InnerSolver
 from bilevel.check import check_hypergradient
+from bilevel.cli.threads import chosen_threads, measured_threads
 from bilevel.compare import describe_environment
 from bilevel.config import choose_device
 from bilevel.hypergrad import FullUnroll, Implicit, TruncatedUnroll
 from bilevel.inner import GradientDescent, Newton
 from bilevel.problems import LogisticProblem, RidgeProblem
+from bilevel.threads import short_operations
 
 # A full unroll is exact at any number of steps; the others are where the inner solver has converged.
 CHECKS: tuple[tuple[InnerSolver, HypergradEstimator], ...] = (
@@ -28,17 +30,19 @@ CHECKS: tuple[tuple[InnerSolver, HypergradEstimator], ...] = (
 def run_doctor(arguments: Namespace) -> int:
     """Run ``bilevel doctor``; 1 where a check fails."""
     device = choose_device(arguments.device or "auto")
-    environment = describe_environment(device)
+    chosen = chosen_threads(arguments)
+    environment = describe_environment(device, chosen)
     for name, found in environment["versions"].items():
         missing = "not installed: no figures (pip install 'bilevel[plot]')" if name == "matplotlib" else "not installed"
         print(f"{name:<14}{found or missing}")
     print(f"{'system':<14}{environment['platform']}")
     print(f"{'processor':<14}{environment['processor']}, {environment['processors']} cores")
-    print(f"{'threads':<14}{environment['threads']} in torch")
+    print(f"{'threads':<14}{measured_threads(chosen)}")
     print(f"{'CUDA':<14}{', '.join(environment['cuda']) or 'none'}")
     for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         print(f"{'float64':<14}{kind}: {_float64(kind)}")
-    good = all([_check_data(), _check_hypergradients(device)])
+    with short_operations(chosen):
+        good = all([_check_data(), _check_hypergradients(device)])
     print("all is well" if good else "something is wrong: see FAILED above")
     return 0 if good else 1
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 from bilevel.cli.commands import run_compare, run_tune
 from bilevel.cli.curse import run_curse
@@ -46,11 +47,28 @@ example:
 Written to runs/curse/{NAME.png, NAME.csv, NAME.json, claims.md}: every claim with its number, and whether it holds.
 """
 DOCTOR = """\
-Print versions, devices, threads, float64 support and data sets, and check hypergradients against finite differences.
+Print versions, devices, threads and what they cost, float64 support and data sets, and check hypergradients against
+finite differences.
 
 example:
   bilevel doctor
 """
+
+THREADS = (
+    "threads in torch, and at most as many workers (default: 1 thread, which suits short operations, and all cores)"
+)
+REFUSED_BY_CURSE = {
+    "--device": "its experiments are small and run on the CPU in float64",
+    "--seed": "the seeds of its experiments are fixed, so that their claims repeat",
+    "--fresh": "it writes every file anew",
+    "--jobs": "it runs in one process",
+    "--estimator": "an experiment names what it compares in its config",
+}
+REFUSED_BY_DOCTOR = {
+    "--seed": "nothing that it checks is random",
+    "--set": "it takes no config",
+    "--out": "it writes nothing",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for a run that failed, 2 for input that cannot be used, 130 after Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = arguments.command
     try:
+        arguments = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except (ConfigError, RunFolderError) as error:
         print(f"bilevel: {error}", file=sys.stderr)
@@ -97,11 +115,15 @@ def _parser() -> argparse.ArgumentParser:
         "--estimator", metavar="NAME", help="a name under `estimators` in the config (default: the first)"
     )
     _add_device(doctor)
+    _add_threads(doctor, "show what a run would use with N threads in torch and at most as many workers")
     summary = "measure the curse of unrolling: the figures and claims of both papers"
     curse = _add(commands, "curse", summary, CURSE, run_curse)
     curse.add_argument("configs", metavar="CONFIG", nargs="+", help="YAML files; see configs/curse/")
     curse.add_argument("--set", metavar="a.b=value", action="append", default=[], help="change a value in all configs")
     curse.add_argument("--out", metavar="DIR", help="where to write (default: runs/curse)")
+    _add_threads(curse, THREADS)
+    _refuse(curse, REFUSED_BY_CURSE)
+    _refuse(doctor, REFUSED_BY_DOCTOR)
     return parser
 
 
@@ -125,6 +147,29 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_threads(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--threads", metavar="N", type=_count(1), help=text)
+
+
+class _Refused(argparse.Action):
+    """An option of other commands, which this one answers with the reason why it has none."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, reason: str) -> None:
+        super().__init__(option_strings, dest, nargs="?", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+        self.reason = reason
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Leave with the reason."""
+        parser.error(f"{option} is not an option of {parser.prog}: {self.reason}.")
+
+
+def _refuse(parser: argparse.ArgumentParser, reasons: Mapping[str, str]) -> None:
+    for option, reason in reasons.items():
+        parser.add_argument(option, action=_Refused, reason=reason)
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
     parser.add_argument(
@@ -143,6 +188,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         type=_count(0),
         help="replace the seeds of the data splits by N, N+1, ..., as many as the config has",
     )
+    _add_threads(parser, THREADS)
     parser.add_argument("--fresh", action="store_true", help="start anew, removing what an earlier run wrote there")
     parser.add_argument(
         "--jobs",

@@ -4,6 +4,7 @@ from bilevel.compare.environment import describe_environment as describe_environ
 from bilevel.compare.figures import draw_figures as draw_figures
 from bilevel.compare.folder import RunFolder as RunFolder
 from bilevel.compare.folder import RunFolderError as RunFolderError
+from bilevel.compare.folder import locked as locked
 from bilevel.compare.plan import OuterOptions as OuterOptions
 from bilevel.compare.plan import Plan as Plan
 from bilevel.compare.plan import Setup as Setup

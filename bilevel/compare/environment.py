@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bilevel.threads import Threads, current
+
 PACKAGES = ("bilevel", "torch", "numpy", "scikit-learn", "scipy", "pydantic", "PyYAML", "matplotlib")
 
 
@@ -32,22 +34,25 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
-def describe_environment(device: str) -> dict[str, Any]:
+def describe_environment(device: str, used: Threads | None = None) -> dict[str, Any]:
     """Return what somebody needs who wants to repeat a run, in plain containers.
 
     Args:
         device: the device of the run.
+        used: the threads and workers of each process of the run; default: those of the caller.
 
     Returns:
-        Versions, system, processor, threads, device and date.
+        Versions, system, processor, threads of torch and workers, device and date.
     """
+    used = used or current()
     cuda = torch.cuda.is_available()
     return {
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": processor(),
         "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": used.torch,
+        "workers": used.workers,
         "device": device,
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

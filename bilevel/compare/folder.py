@@ -11,12 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from bilevel.compare.plan import Cell
 
@@ -36,6 +38,43 @@ class RunFolderError(ValueError):
     """A folder that this run cannot write to, in one sentence."""
 
 
+LOCK = ".lock"
+"""The file in an output folder that the process which writes there has locked."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from writing to it; the system ends the lock of a process that dies.
+
+    Args:
+        path: the folder; the same process may lock it again.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RunFolderError: where another process holds the lock, or the folder cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK, is_singleton=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunFolderError(
+            f"another process is writing to {path}: wait until it has ended, or give another place with --out DIR."
+        ) from None
+    except OSError as error:
+        raise RunFolderError(_unusable(path, error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unusable(path: Path, error: OSError) -> str:
+    return f"cannot write to the output folder {path} ({error.strerror}): give another place with --out DIR."
+
+
 class RunFolder:
     """The output of one run.
 
@@ -52,6 +91,10 @@ class RunFolder:
     def stop_file(self) -> Path:
         """A file whose existence asks every process of the run to stop after its outer step."""
         return self.path / "checkpoints" / "stop"
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Return a context in which no other process writes to the folder (see `locked`)."""
+        return locked(self.path)
 
     def prepare(self, fresh: bool = False) -> None:
         """Make the folder, or accept the one that holds an earlier part of this run.
@@ -71,9 +114,7 @@ class RunFolder:
             self.stop_file.unlink(missing_ok=True)
             self.write("config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True))
         except OSError as error:
-            raise RunFolderError(
-                f"cannot write to the output folder {self.path} ({error.strerror}): give another place with --out DIR."
-            ) from error
+            raise RunFolderError(_unusable(self.path, error)) from error
 
     def _clear(self) -> None:
         for name in OWN:

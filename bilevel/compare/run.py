@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from bilevel import threads
 from bilevel.compare.cells import CellRun, Row, load_cell, run_cell
 from bilevel.compare.environment import describe_environment
 from bilevel.compare.folder import RunFolder
@@ -57,18 +56,27 @@ def compare(
         folder: where everything is written.
         fresh: start anew, removing what an earlier run wrote.
         jobs: processes, through joblib (``joblib.parallel_config`` chooses another backend, such as Dask). With more
-            than one, each is given its share of the threads, and timings disturb each other.
+            than one, each is given its share of the threads and workers, and timings disturb each other.
         device: for environment.json; the problems of the plan are on it already.
         progress: show the progress bar.
 
     Returns:
         The outcome; results.jsonl is written in any case, summary.json once all cells have ended.
+
+    Raises:
+        RunFolderError: for a folder that holds another run, or that another process is writing to.
     """
+    with folder.lock():
+        return _compare(plan, folder, fresh, jobs, device, progress)
+
+
+def _compare(plan: Plan, folder: RunFolder, fresh: bool, jobs: int, device: str, progress: bool) -> Comparison:
+    """Run a comparison in a folder that nobody else writes to."""
     folder.prepare(fresh)
     runs = [load_cell(folder, cell)[0] for cell in plan.cells]
     found_complete = all(run.done for run in runs)
     if not (folder.path / "environment.json").exists():
-        folder.write_json("environment.json", describe_environment(device))
+        folder.write_json("environment.json", describe_environment(device, threads.current().shared_by(jobs)))
     if not found_complete:
         try:
             with _stop_on_interrupt(folder):
@@ -117,10 +125,10 @@ def _in_turn(plan: Plan, cells: list[Cell], folder: RunFolder, bar: Any) -> Iter
 
 
 def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, bar: Any) -> Iterator[CellRun]:
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    share = threads.current().shared_by(jobs)
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
     try:
-        for run in parallel(delayed(_worker)(plan, cell, folder, threads) for cell in cells):
+        for run in parallel(delayed(_worker)(plan, cell, folder, share) for cell in cells):
             bar.set_postfix_str(f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}", refresh=False)
             yield run
     except Exception:
@@ -129,14 +137,14 @@ def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, b
             raise
 
 
-def _worker(plan: Plan, cell: Cell, folder: RunFolder, threads: int) -> CellRun:
+def _worker(plan: Plan, cell: Cell, folder: RunFolder, share: threads.Threads) -> CellRun:
     """Run a cell in a process of its own, which the stop file ends, not the signal that reaches the whole group."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
     if folder.stop_file.exists():
         return load_cell(folder, cell)[0]
-    return run_cell(plan, cell, folder)
+    with threads.short_operations(share):
+        return run_cell(plan, cell, folder)
 
 
 @contextmanager

@@ -45,6 +45,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> tuple[st
     """
     path = Path(path)
     document = read_document(path)
+    if "experiment" not in document and {"problems", "estimators"} & set(document):
+        raise ConfigError(
+            f"{path}: it has `problems` and `estimators`, but no `experiment`, so it is a config of `bilevel compare` "
+            f"and `bilevel tune`: run `bilevel compare {path}`."
+        )
     try:
         for assignment in overrides:
             override(document, assignment)

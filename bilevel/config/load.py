@@ -119,6 +119,10 @@ def load_plan(
     """
     path = Path(path)
     document = read_document(path)
+    if "experiment" in document and not {"problems", "estimators"} & set(document):
+        raise ConfigError(
+            f"{path}: it names an `experiment`, so it is a config of `bilevel curse`: run `bilevel curse {path}`."
+        )
     document.setdefault("name", path.stem)
     try:
         for assignment in overrides:
