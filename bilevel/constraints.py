@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform, transform_to
 from torch.distributions import constraints as dist_constraints
-from torch.distributions import transform_to
 
 from bilevel import tree
+from bilevel.options import shown_value
 from bilevel.tree import Tree
 
 
@@ -22,7 +23,8 @@ class ConstraintTransform:
         constraints: None, a ``torch.distributions.constraints`` object for all leaves, or a dict of them by key.
 
     Raises:
-        ValueError: for unknown keys, and for a start outside a constraint or on its boundary.
+        ValueError: for unknown keys, for what is no constraint or has no transform, and for a start outside a
+            constraint or on its boundary.
     """
 
     def __init__(self, hparams: Tree, constraints: Any) -> None:
@@ -37,14 +39,14 @@ class ConstraintTransform:
                 by_leaf += [constraints.get(key)] * len(tree.leaves(value))
         else:
             by_leaf = [constraints] * len(tree.leaves(hparams))
-        self._transforms = [transform_to(c if c is not None else dist_constraints.real) for c in by_leaf]
+        self._transforms = [_transform(constraint) for constraint in by_leaf]
         for name, leaf, constraint in zip(tree.names(hparams), tree.leaves(hparams), by_leaf, strict=True):
             if constraint is not None and not bool(constraint.check(leaf).all()):
                 raise ValueError(
                     f"`hparams{name}` does not satisfy its constraint {constraint}: "
                     f"it goes from {float(leaf.min()):.4g} to {float(leaf.max()):.4g}."
                 )
-            if not bool(torch.isfinite(transform_to(constraint or dist_constraints.real).inv(leaf)).all()):
+            if not bool(torch.isfinite(_transform(constraint).inv(leaf)).all()):
                 raise ValueError(
                     f"`hparams{name}` lies on the boundary of its constraint {constraint}, "
                     "from where it could never move."
@@ -67,3 +69,17 @@ class ConstraintTransform:
         with torch.enable_grad():
             hparams = tree.leaves(self(free))
         return list(torch.autograd.grad(hparams, tree.leaves(free), tree.leaves(gradient)))
+
+
+def _transform(constraint: Any) -> Transform:
+    """Return the transform from all real numbers to a constraint; None stands for no constraint."""
+    constraint = dist_constraints.real if constraint is None else constraint
+    if not isinstance(constraint, dist_constraints.Constraint):
+        raise ValueError(
+            "`constraints` must be a constraint of torch.distributions.constraints, such as constraints.positive, "
+            f"or a dict of them by key, got {shown_value(constraint)}."
+        )
+    try:
+        return transform_to(constraint)
+    except NotImplementedError:
+        raise ValueError(f"`constraints` holds {constraint}, for which torch.distributions has no transform.") from None

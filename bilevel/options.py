@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,7 +24,47 @@ def require(owner: object, name: str, allowed: str, ok: bool) -> None:
         ValueError: if `ok` is false, such as "`CG.max_steps` must be a positive int, got -3."
     """
     if not ok:
-        raise ValueError(f"`{type(owner).__name__}.{name}` must be {allowed}, got {getattr(owner, name)!r}.")
+        raise ValueError(f"`{type(owner).__name__}.{name}` must be {allowed}, got {shown_value(getattr(owner, name))}.")
+
+
+def shown_value(value: Any) -> str:
+    """Return a value as error messages show it; a class of options comes with the way to make one.
+
+    >>> shown_value("Adam")
+    "'Adam'"
+    """
+    if not isinstance(value, type):
+        return getattr(value, "__name__", "") or repr(value)
+    if not is_dataclass(value):
+        return f"the class {value.__name__}"
+    needed = any(each.default is MISSING and each.default_factory is MISSING for each in fields(value) if each.init)
+    return f"the class {value.__name__}: write {value.__name__}({'...' if needed else ''})"
+
+
+def require_arguments(what: str, function: Any, *names: str) -> None:
+    """Refuse what cannot be called with so many positional arguments.
+
+    Args:
+        what: how the message calls the function.
+        function: what should be a function.
+        names: of its arguments.
+
+    Raises:
+        ValueError: such as "`inner_loss` must be a function of (params, hparams), got one of (w)."
+    """
+    wanted = f"`{what}` must be a function of ({', '.join(names)})"
+    if not callable(function):
+        raise ValueError(f"{wanted}, got {shown_value(function)}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # Some functions written in C do not say.
+        return
+    try:
+        signature.bind(*names)
+    except TypeError:
+        bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+        raise ValueError(f"{wanted}, got one of {inspect.Signature(bare)}.") from None
 
 
 def is_int(value: Any, at_least: int = 1) -> bool:

@@ -17,7 +17,9 @@ from bilevel import tree
 from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, InnerState
 from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
-from bilevel.problem import BilevelProblem
+from bilevel.hypergrad.arguments import check_roles
+from bilevel.outer_checks import check_callbacks, check_makers, check_state, check_steps
+from bilevel.problem import BilevelProblem, check_tensors
 from bilevel.status import OnFailure, report
 from bilevel.tree import Tree
 
@@ -145,9 +147,12 @@ class OuterOptimizer:
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
         if not isinstance(warm_start, bool | WarmStart):
             raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {warm_start!r}.")
+        check_roles(problem, solver, estimator)
+        check_tensors("hparams", hparams)
+        check_makers(optimizer, scheduler)
         self.problem, self.solver, self.estimator = problem, solver, estimator
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
-        self.certify, self.on_failure, self.callbacks = certify, on_failure, tuple(callbacks)
+        self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
         self._transform = ConstraintTransform(hparams, constraints)
         self._free = self._transform.inverse(hparams)
@@ -212,6 +217,7 @@ class OuterOptimizer:
             self.carry = Carry(
                 estimate.carry.state if self.warm_start.state else None,
                 estimate.carry.adjoint if self.warm_start.adjoint else None,
+                estimate.carry.solver,
             )
         self.history.append(_record(len(self.history) + 1, estimate))
         return estimate
@@ -275,7 +281,11 @@ class OuterOptimizer:
 
         Returns:
             The result; a second call continues.
+
+        Raises:
+            ValueError: for `steps` that are not an int, or negative.
         """
+        check_steps(steps)
         stopped = f"took {steps} steps"
         with tqdm(total=steps, disable=not progress, unit="step") as line:
             for _ in range(steps):
@@ -327,6 +337,7 @@ class OuterOptimizer:
                 "measured": dict(state.measured),
             },
             "adjoint": self.carry.adjoint,
+            "solver": type(self.solver).__name__,
             "history": [asdict(record) for record in self.history],
             "best_loss": self.best[0],
             "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
@@ -340,18 +351,14 @@ class OuterOptimizer:
             state: what `state_dict` returned, for the same problem, solver and estimator.
 
         Raises:
-            ValueError: for another format or other hyperparameters.
+            ValueError: for something else, another format, problem, inner solver or optimizer; nothing is loaded then.
         """
-        if state.get("format") != FORMAT:
-            raise ValueError(f"this state has the format {state.get('format')!r}, this version reads {FORMAT}.")
-        shapes = [tuple(leaf.shape) for leaf in tree.leaves(self._hparams)]
-        saved = [tuple(leaf.shape) for leaf in state["hparams"]]
-        if shapes != saved:
-            raise ValueError(f"this state has hyperparameters of shapes {saved}, this run has {shapes}.")
+        start, groups = self.problem.start(self.params), self.optimizer.param_groups
+        check_state(state, FORMAT, self._hparams, start, self.solver, groups)
         self._restore(state)
         self._hparams = tree.rebuild(self._hparams, [value.clone() for value in state["hparams"]])
         inner = state["inner_state"]
-        self.carry = Carry(None if inner is None else InnerState(**inner), state["adjoint"])
+        self.carry = Carry(None if inner is None else InnerState(**inner), state["adjoint"], type(self.solver).__name__)
         self.history = [Record(**record) for record in state["history"]]
         best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
         self.best = (state["best_loss"], best)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from bilevel import tree
+from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.tree import Tree
 
@@ -35,7 +37,8 @@ class BilevelProblem:
             need not be symmetric: use GMRES for implicit differentiation.
 
     Raises:
-        ValueError: unless exactly one of `inner_loss` and `optimality` is given.
+        ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes two arguments,
+            and params are tensors.
 
     >>> data = torch.tensor([1.0, 3.0], dtype=torch.float64)
     >>> problem = BilevelProblem(
@@ -62,6 +65,11 @@ class BilevelProblem:
         *,
         optimality: Callable[[Tree, Tree], Tree] | None = None,
     ) -> None:
+        for what, function in (("inner_loss", inner_loss), ("outer_loss", outer_loss), ("optimality", optimality)):
+            if function is not None:
+                require_arguments(what, function, "params", "hparams")
+        if params is not None:
+            check_tensors("params", params)
         # Structured problems define the losses as methods and pass none.
         if inner_loss is not None:
             self.inner_loss = inner_loss
@@ -122,11 +130,12 @@ class BilevelProblem:
         """Return where the inner solver starts: `params`, or else the problem's own start.
 
         Raises:
-            ValueError: if neither is given.
+            ValueError: if neither is given, or what is given is no tree of tensors.
         """
         params = self.params if params is None else params
         if params is None:
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
+        check_tensors("params", params)
         return tree.detach(params)
 
     def check(self, params: Tree, hparams: Tree) -> None:
@@ -178,6 +187,7 @@ class BilevelProblem:
         Returns:
             A problem with the optimality map ``params - update(params, hparams)``; solve it with `FixedPoint(update)`.
         """
+        require_arguments("update", update, "params", "hparams")
         return cls(
             outer_loss=outer_loss,
             params=params,
@@ -205,7 +215,7 @@ class BilevelProblem:
 
         Raises:
             ValueError: for a module without trainable parameters, or with active dropout (a random inner loss has no
-                hypergradient).
+                hypergradient), or losses that do not take three arguments.
 
         >>> model = nn.Linear(2, 1)
         >>> X, y = torch.ones(3, 2), torch.ones(3, 1)
@@ -217,6 +227,8 @@ class BilevelProblem:
         >>> sorted(problem.params)
         ['bias', 'weight']
         """
+        require_arguments("inner_loss", inner_loss, "model", "params", "hparams")
+        require_arguments("outer_loss", outer_loss, "model", "params", "hparams")
         # A tied parameter appears once in named_parameters and is passed once: functional_call ties it again.
         params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         if not params:
@@ -260,11 +272,8 @@ def check_trees(params: Tree, hparams: Tree) -> None:
             dtypes or devices that differ.
     """
     for what, value in (("params", params), ("hparams", hparams)):
-        if not tree.leaves(value):
-            raise ValueError(f"`{what}` holds no tensors.")
+        check_tensors(what, value)
         for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
-            if not isinstance(leaf, Tensor):
-                raise ValueError(f"`{what}{name}` must be a Tensor, got {type(leaf).__name__}.")
             if not leaf.is_floating_point():
                 raise ValueError(f"`{what}{name}` must have a floating dtype, got {leaf.dtype}.")
             if leaf.numel() == 0:
@@ -283,6 +292,28 @@ def check_trees(params: Tree, hparams: Tree) -> None:
                 raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
             if not torch.isfinite(leaf).all():
                 raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
+
+
+def check_tensors(what: str, value: Tree) -> None:
+    """Refuse a tree whose leaves are not tensors, or that has none.
+
+    Args:
+        what: how messages call the tree.
+        value: the tree.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    found = tree.leaves(value)
+    if not found:
+        raise ValueError(f"`{what}` holds no tensors.")
+    # Every outer step comes here; the names take longer than the look.
+    if all(isinstance(leaf, Tensor) for leaf in found):
+        return
+    for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
+        if not isinstance(leaf, Tensor):
+            remedy = ": torch.as_tensor makes one" if hasattr(leaf, "__array__") or isinstance(leaf, Real) else ""
+            raise ValueError(f"`{what}{name}` must be a Tensor, got {type(leaf).__name__}{remedy}.")
 
 
 def _check_scalar(what: str, loss: Loss, params: Tree, hparams: Tree) -> Tensor:

@@ -26,7 +26,10 @@ class Status(enum.Enum):
         "the inner solver used all its steps before the residual reached `tol`: "
         "raise `steps`, loosen `tol`, or use a faster inner solver"
     )
-    DIVERGED = "the inner solver diverges: use a smaller step size, an interval that holds the spectrum, or 'auto'"
+    DIVERGED = (
+        "the inner solver diverges: use a smaller step size, an interval that holds the spectrum, or 'auto', "
+        "or add a penalty where the inner loss is not convex"
+    )
     NOT_FINITE = "a value is NaN or infinite: check the data, the start and the losses at the step that is named"
     NEGATIVE_CURVATURE = (
         "the inner Hessian is not positive definite, so the implicit function theorem does not describe a minimum: "

@@ -210,12 +210,12 @@ def test_every_config_makes_an_experiment(path: Path) -> None:
     [
         ("experiment: Method", r"c\.yaml: `experiment` must be one of .*did you mean `Methods`\?"),
         ("experiment: Methods\nstpes: 3", r"`stpes` is not an option of Methods .*did you mean `steps`\?"),
-        ("experiment: Methods\nsteps: '3'", r"`steps` must be .*integer, got '3'"),
+        ("experiment: Methods\nsteps: '3'", r"`steps` must be an int, got '3'"),
         ("experiment: Methods\ntheta: -1", r"`theta` must be a positive number, got -1"),
         ("experiment: Methods\nname: a/b", r"`name` must be a string of letters"),
         ("experiment: {class: Methods}", r"`experiment` must be one of .*, got \{'class': 'Methods'\}"),
         ("experiment: [1]", r"`experiment` must be one of"),
-        ("experiment: Methods\ndata: nope", r"`data` must be a list, got 'nope'"),
+        ("experiment: Methods\ndata: nope", r"`data` must be a list of values, each a string, got 'nope'"),
         ("steps: 3", r"`experiment` must be one of .*, got null"),
     ],
 )

@@ -22,10 +22,12 @@ class Carry:
     Attributes:
         state: the inner state.
         adjoint: the adjoint vector, shaped as params.
+        solver: the name of the inner solver that left the state, where it is known.
     """
 
     state: InnerState | None = None
     adjoint: Tree = None
+    solver: str = ""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class InnerSolver(ABC):
         if spectrum.smallest < -1e-6 * abs(spectrum.largest):
             return (
                 f"the inner Hessian has the eigenvalue {spectrum.smallest:.3g} at the start, so the inner loss is not "
-                "convex there: add a penalty, or start elsewhere"
+                f"convex there: add a penalty c/2 |params|^2 with c above {-spectrum.smallest:.3g}, take Newton with "
+                "such a `damping`, or start elsewhere"
             )
         if limit is None or not isinstance(step_size, int | float) or step_size <= limit:
             return ""

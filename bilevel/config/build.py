@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +222,7 @@ def allowed_words(hint: Any) -> str:
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
     if origin is typing.Literal:
         return " or ".join(repr(each) for each in arguments)
-    if origin in (tuple, list):
+    if origin in (tuple, list, Sequence):
         count = f"{len(arguments)} " if origin is tuple and Ellipsis not in arguments else ""
         return f"a list of {count}values, each {allowed_words(arguments[0])}"
     return getattr(hint, "__name__", str(hint))

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from bilevel import curse
+from bilevel.config.build import allowed_words
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.curse import Experiment
 
@@ -82,10 +83,8 @@ def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
         try:
             # As JSON: strict validation of JSON takes a list for a sequence, but no "5" for a 5.
             options[key] = adapter.validate_json(json.dumps(value, default=str))
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].replace("Input should be", "must be").replace("valid ", "")
-            reason = reason.replace("a array", "a list")
-            raise ConfigError(f"`{key}` {reason[0].lower()}{reason[1:]}, got {shown(value)}.") from None
+        except ValidationError:
+            raise ConfigError(f"`{key}` must be {allowed_words(hints[key])}, got {shown(value)}.") from None
     try:
         return name, owner(**options)
     except ValueError as error:

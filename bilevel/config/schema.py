@@ -15,6 +15,19 @@ Spec = dict[str, Any] | str
 Named = Annotated[dict[Annotated[str, Field(min_length=1)], Spec], Field(min_length=1)]
 
 
+PLAIN = {
+    "int_type": "an int",
+    "int_from_float": "an int",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "model_type": "a mapping (`key: value` lines)",
+    "too_short": "a list of at least one value",
+    "list_type": "a list",
+    "string_type": "a string",
+}
+"""Types of pydantic's errors, in the words of a config."""
+
+
 def _unique(seeds: list[int]) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ValueError("must not repeat a seed")
@@ -98,6 +111,8 @@ def _sentence(error: ValidationError, document: dict[str, Any]) -> str:
         return f"`name` must be a string of letters, digits and . _ -, as it names a folder, got {given}."
     if path in ("problems", "estimators"):
         return f"`{path}` must hold at least one `name: {{class: Name, ...}}`, got {given}."
+    if first["type"] in PLAIN:
+        return f"`{path}` must be {PLAIN[first['type']]}, got {given}."
     reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")
     for theirs, ours in (("valid ", ""), ("greater than or equal to", "at least"), ("dictionary", "mapping")):
         reason = reason.replace(theirs, ours)

@@ -10,6 +10,7 @@ from bilevel import tree
 from bilevel.base import Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
 from bilevel.certify import ErrorEstimate, refine
 from bilevel.cost import Meter
+from bilevel.hypergrad.arguments import check_carry, check_roles
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
@@ -56,7 +57,9 @@ def hypergradient(
     True
     """
     hparams, start = prepare(problem, solver, estimator, hparams, params, check)
-    carry = carry or Carry()
+    carry = Carry() if carry is None else carry
+    if check:
+        check_carry(carry, solver, start)
     meter = Meter(tree.leaves(start)[0].device)
     solved = estimator.solve(problem, solver, hparams, start, carry, meter)
     missing = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
@@ -88,7 +91,7 @@ def hypergradient(
         error_note=error.note,
         measured=dict(solved.state.measured),
     )
-    following = Carry(solved.state, pulled.adjoint) if verdict.status.usable else carry
+    following = Carry(solved.state, pulled.adjoint, type(solver).__name__) if verdict.status.usable else carry
     estimate = Estimate(value, gradient, solved.params, certificate, cost, verdict, following)
     report(verdict, on_failure, estimate)
     return estimate
@@ -116,14 +119,10 @@ def prepare(
         (hparams, start).
 
     Raises:
-        ValueError: for arguments in the wrong order; the problem's and the estimator's checks raise their own.
+        ValueError: for arguments in the wrong order, or a class in the place of its instance; the problem's and the
+            estimator's checks raise their own.
     """
-    for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"expected (problem, solver, estimator, hparams), got {type(value).__name__} in the place of "
-                f"{kind.__name__}."
-            )
+    check_roles(problem, solver, estimator)
     start = problem.start(params)
     if check:
         problem.check(start, hparams)

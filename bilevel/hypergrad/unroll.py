@@ -54,6 +54,9 @@ class FullUnroll(HypergradEstimator):
     def __post_init__(self) -> None:
         require(self, "mode", "'reverse' or 'forward'", self.mode in ("reverse", "forward"))
         require(self, "memory", "'iterates' or 'graph'", self.memory in ("iterates", "graph"))
+        # Forward mode keeps neither, so a graph that is asked for is a misunderstanding.
+        stored = self.mode == "reverse" or self.memory == "iterates"
+        require(self, "memory", "'iterates' (the default) where mode='forward'", stored)
 
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter

@@ -10,7 +10,7 @@ import torch
 
 from bilevel import tree
 from bilevel.base import InnerSolver, InnerState
-from bilevel.options import require
+from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.tree import Tree
 
@@ -35,7 +35,7 @@ class FixedPoint(InnerSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "update", "a function (params, hparams) -> params", callable(self.update))
+        require_arguments("FixedPoint.update", self.update, "params", "hparams")
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Apply the update."""

@@ -170,7 +170,8 @@ class StepSizeMethod(LinearMultistep):
         if not spectrum.largest > 0:
             raise ValueError(
                 f"{type(self).__name__}(step_size='auto') measured a largest curvature of {spectrum.largest:.3g} "
-                "at the start, so no step size follows: give `step_size` a number, or start elsewhere."
+                "at the start, so no step size follows: add a penalty to the inner loss, give `step_size` a number, "
+                "or start elsewhere."
             )
         return {"step_size": 1.0 / (CURVATURE_MARGIN * spectrum.largest)}
 

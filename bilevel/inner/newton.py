@@ -92,7 +92,7 @@ class Newton(InnerSolver):
                 lambda v: tree.add(point.hvp(v), v, self.damping), right, tol=tol, dense=lambda: self._dense(point)
             )
             if solution.verdict.status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
-                raise StepFailure(solution.verdict.status, f"in a Newton step: {solution.verdict.detail}")
+                raise StepFailure(solution.verdict.status, solution.verdict.detail)
             return solution.x
         raveler = tree.Raveler(right)
         if raveler.size > MAX_DENSE:
@@ -106,7 +106,7 @@ class Newton(InnerSolver):
             smallest = float(torch.linalg.eigvalsh(hessian)[0])
             raise StepFailure(
                 Status.NEGATIVE_CURVATURE,
-                f"in a Newton step: the inner Hessian has the eigenvalue {smallest:.3g}; "
+                f"the inner Hessian has the eigenvalue {smallest:.3g}; "
                 f"Newton(damping={max(-2 * smallest, 1e-8):.1g}) would lift it",
             )
         return raveler.unravel(torch.cholesky_solve(raveler.ravel(right)[:, None], factor)[:, 0])

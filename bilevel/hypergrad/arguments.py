@@ -1,0 +1,80 @@
+"""The arguments of `hypergradient` and of the outer loop: one sentence for each mistake, before the work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel import tree
+from bilevel.base import Carry, HypergradEstimator, InnerSolver
+from bilevel.options import shown_value
+from bilevel.problem import BilevelProblem
+from bilevel.tree import Tree
+
+
+def check_roles(problem: Any, solver: Any, estimator: Any) -> None:
+    """Refuse arguments in the wrong order, and a class in the place of its instance.
+
+    Args:
+        problem: should be a `BilevelProblem`.
+        solver: should be an `InnerSolver`.
+        estimator: should be a `HypergradEstimator`.
+
+    Raises:
+        ValueError: if one of them is something else.
+    """
+    for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):
+        if not isinstance(value, kind):
+            got = shown_value(value) if isinstance(value, type) else type(value).__name__
+            place, _, remedy = got.partition(": ")
+            raise ValueError(
+                f"expected (problem, solver, estimator, hparams), got {place} in the place of "
+                f"{kind.__name__}{f': {remedy}' if remedy else ''}."
+            )
+
+
+def check_carry(carry: Any, solver: InnerSolver, start: Tree) -> None:
+    """Refuse a warm start of another solver or another problem.
+
+    Args:
+        carry: should be a `Carry`.
+        solver: the inner solver that goes on with it.
+        start: the params where a cold start begins.
+
+    Raises:
+        ValueError: for anything but a `Carry`, one that another class of solver left, or one of other shapes.
+    """
+    if not isinstance(carry, Carry):
+        raise ValueError(f"`carry` must be the `carry` of an estimate, got {shown_value(carry)}.")
+    check_origin("this carry", carry.solver, solver)
+    for part in (None if carry.state is None else carry.state.params, carry.adjoint):
+        if part is not None and shapes(part) != shapes(start):
+            raise ValueError(
+                f"this carry is of another problem: it holds {_worded(part)}, the params here are {_worded(start)}."
+            )
+
+
+def check_origin(what: str, made_by: str, solver: InnerSolver) -> None:
+    """Refuse the inner state of another class of solver, whose memory this one could not read.
+
+    Args:
+        what: how the message calls it.
+        made_by: the name of the class that left it; empty where nobody knows.
+        solver: the inner solver that goes on with it.
+
+    Raises:
+        ValueError: if the classes differ.
+    """
+    if made_by and made_by != type(solver).__name__:
+        raise ValueError(
+            f"{what} is of the inner solver {made_by}, whose memory {type(solver).__name__} cannot go on with: "
+            "start with params=estimate.params instead."
+        )
+
+
+def shapes(values: Tree) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the name and the shape of every leaf."""
+    return sorted((name, tuple(leaf.shape)) for name, leaf in zip(tree.names(values), tree.leaves(values), strict=True))
+
+
+def _worded(values: Tree) -> str:
+    return ", ".join(f"{name or 'a Tensor'} of shape {shape}" for name, shape in shapes(values))
