@@ -236,5 +236,6 @@ def test_the_command_runs_configs_into_one_folder(tmp_path: Path, capsys) -> Non
     out = tmp_path / "out"
     assert run_curse(Namespace(configs=[tmp_path / "a.yaml"], set=["draws=3"], out=str(out), threads=None)) == 0
     assert {"a.csv", "a.json", "claims.md"} <= {path.name for path in out.iterdir()}
+    assert {"threads", "workers", "versions"} <= set(json.loads((out / "environment.json").read_text()))
     assert json.loads((out / "a.json").read_text())["plan"]["draws"] == 3
     assert "claims hold" in capsys.readouterr().out

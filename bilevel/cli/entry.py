@@ -44,7 +44,8 @@ example:
   bilevel curse configs/curse/s2.yaml
   bilevel curse configs/curse/*.yaml --out runs/curse
 
-Written to runs/curse/{NAME.png, NAME.csv, NAME.json, claims.md}: every claim with its number, and whether it holds.
+Written to runs/curse/{NAME.png, NAME.csv, NAME.json, claims.md, environment.json}: every claim with its number, and
+whether it holds.
 """
 DOCTOR = """\
 Print versions, devices, threads and what they cost, float64 support and data sets, and check hypergradients against
