@@ -1,5 +1,11 @@
 """Bilevel hyperparameter optimization in PyTorch: hypergradients that carry their own evidence."""
 
+# ruff: noqa: E402  (the first call comes before anything that loads torch)
+
+from bilevel.starting import quiet_interrupt
+
+quiet_interrupt()
+
 from bilevel import problems as problems
 from bilevel import theory as theory
 from bilevel import threads as threads

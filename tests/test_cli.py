@@ -320,8 +320,8 @@ def test_ctrl_c_while_the_command_starts_is_one_line(module: str, tmp_path: Path
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
-        "from bilevel_command import main\n"
         "sys.argv = ['bilevel', 'doctor']\n"
+        "from bilevel.cli import main\n"
         "sys.exit(main())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -13,8 +13,7 @@ from bilevel.cli.curse import run_curse
 from bilevel.cli.doctor import run_doctor
 from bilevel.compare import RunFolderError
 from bilevel.config import ConfigError
-
-INTERRUPTED = 130
+from bilevel.starting import INTERRUPTED, loaded
 
 COMPARE = """\
 Run every estimator of a config on every problem and seed, from the same start, and compare them.
@@ -81,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for a run that failed, 2 for input that cannot be used, 130 after Ctrl-C.
     """
+    loaded()
     try:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
