@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel import look
+
 SEED = 0x5EED_1A5C
 
 
@@ -48,8 +50,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30, r
     5.0
     """
     size, limit = like.numel(), min(steps, like.numel())
-    # Looking at the Ritz values waits for an accelerator, so it is done every 8 steps there.
-    every = 1 if like.device.type == "cpu" else 8
+    every = look.steps_between(like.device)
     # Drawn on the CPU so that the start is the same on every device; the seed is one that no data set starts from.
     generator = torch.Generator().manual_seed(SEED)
     vector = torch.randn(size, generator=generator, dtype=torch.float64).to(like)
@@ -82,7 +83,8 @@ def lanczos(matvec: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30, r
 
 def _ritz(diagonal: list[Tensor], off: list[Tensor]) -> tuple[float, float, float]:
     """Return (smallest, largest) eigenvalue of the Lanczos matrix and its last off-diagonal entry; NaN stays NaN."""
-    alpha, beta = torch.stack(diagonal).double().cpu(), torch.stack(off).double().cpu()
+    # One transfer; not every accelerator has float64.
+    alpha, beta = torch.stack([*diagonal, *off]).cpu().double().chunk(2)
     if not bool(torch.isfinite(alpha).all() & torch.isfinite(beta).all()):
         return float("nan"), float("nan"), float("nan")
     values = torch.linalg.eigvalsh(torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1))
