@@ -19,14 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-DEVICE = torch.device("lazy", 0)
+DEVICE, CPU = torch.device("lazy", 0), torch.device("cpu")
 aten = torch.ops.aten
 
 READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}
@@ -125,61 +125,94 @@ def accelerator() -> Iterator[Log]:
 
 def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], log: Log) -> Any:
     """Run one operation on the CPU and write down what it would have been on an accelerator."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    there = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
-    here = [tensor for tensor in tensors if not isinstance(tensor, PretendTensor)]
-    kind = func.overloadpacket
-    target = _target(kind, args, kwargs, there)
-    if kind not in COPIES:
-        _refuse_mixtures(func, there, here)
-    _write_down(func, args, log, bool(there), target)
-    if there and here and kind not in COPIES:
-        log.host_scalars[str(func)] += len(here)
-    options = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+    there: list[PretendTensor] = []
+    here: list[Tensor] = []
+
+    def to_values(leaf: Any) -> Any:
+        if isinstance(leaf, PretendTensor):
+            there.append(leaf)
+            return leaf.values
+        if isinstance(leaf, Tensor):
+            here.append(leaf)
+        return leaf
+
+    values = [_each(to_values, arg) for arg in args]
+    options = {name: _each(to_values, arg) for name, arg in kwargs.items() if name != "pin_memory"}
+    traits = _traits(func)
+    target = _target(traits, args, kwargs, bool(there))
+    if there and here and not traits.copies:
+        _refuse_mixtures(func, here)
+        log.host_scalars[traits.name] += len(here)
+    _write_down(traits, args, log, bool(there), target)
     if options.get("device") is not None:
-        options["device"] = torch.device("cpu")
-    result = func(*tree_map(_values, tuple(args)), **tree_map(_values, options))
-    # An operation in place hands back its argument, which must stay the same object.
-    owners = {id(tensor.values): tensor for tensor in there}
+        options["device"] = CPU
+    result = func(*values, **options)
     if not target:
         return result
-    return tree_map(lambda leaf: _moved(leaf, owners), result)
+    # An operation in place hands back its argument, which must stay the same object.
+    owners = {id(tensor.values): tensor for tensor in there}
+    return _each(lambda leaf: _moved(leaf, owners), result)
 
 
-def _target(kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any], there: Sequence[Tensor]) -> bool:
+@dataclass(frozen=True)
+class _Traits:
+    """What kind of operation it is: `waits` for the host, `kernel` where the device computes."""
+
+    name: str
+    waits: bool
+    kernel: bool
+    copies: bool
+    in_place_copy: bool
+    indexing: bool
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    kind = func.overloadpacket
+    return _Traits(
+        name=str(func),
+        waits=kind in READS | SIZED_BY_VALUES | CHECKED,
+        kernel=kind not in READS | NO_KERNEL and not func.is_view,
+        copies=kind in COPIES,
+        in_place_copy=kind is aten.copy_,
+        indexing=kind in INDEXING,
+    )
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to the members of lists and tuples, which is as deep as operators nest."""
+    if isinstance(value, list | tuple):
+        return type(value)([function(member) for member in value])
+    return function(value)
+
+
+def _target(traits: _Traits, args: Sequence[Any], kwargs: Mapping[str, Any], there: bool) -> bool:
     """Whether the result lies on the accelerator."""
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"]).type == DEVICE.type
-    if kind is aten.copy_:
-        return isinstance(args[0], PretendTensor)
-    return bool(there)
+    return isinstance(args[0], PretendTensor) if traits.in_place_copy else there
 
 
-def _refuse_mixtures(func: Any, there: Sequence[Tensor], here: Sequence[Tensor]) -> None:
+def _refuse_mixtures(func: Any, here: Sequence[Tensor]) -> None:
     stray = [tuple(tensor.shape) for tensor in here if tensor.dim() > 0]
-    if there and stray:
+    if stray:
         raise RuntimeError(f"{func}: tensors on two devices, {DEVICE} and a CPU tensor of shape {stray[0]}")
 
 
-def _write_down(func: Any, args: Sequence[Any], log: Log, there: bool, target: bool) -> None:
-    kind, name = func.overloadpacket, str(func)
-    if not there:
-        if target:
-            (log.uploads if kind in COPIES else log.kernels)[name] += kind not in NO_KERNEL
+def _write_down(traits: _Traits, args: Sequence[Any], log: Log, there: bool, target: bool) -> None:
+    fetches = traits.copies and there and not target
+    uploads = (
+        traits.copies and target and (not there or (traits.in_place_copy and not isinstance(args[1], PretendTensor)))
+    )
+    if not there and not target:
         return
-    masks = kind in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
-    fetches = kind in COPIES and not target
-    uploads = kind is aten.copy_ and not isinstance(args[1], PretendTensor)
-    if kind in READS | SIZED_BY_VALUES | CHECKED or masks or fetches:
-        log.waits[name] += 1
+    masks = traits.indexing and any(index is not None and index.dtype == torch.bool for index in args[1])
+    if traits.waits or masks or fetches:
+        log.waits[traits.name] += 1
     if uploads:
-        log.uploads[name] += 1
-    elif kind not in READS | NO_KERNEL and not fetches and not func.is_view:
-        log.kernels[name] += 1
-
-
-def _values(leaf: Any) -> Any:
-    return leaf.values if isinstance(leaf, PretendTensor) else leaf
+        log.uploads[traits.name] += 1
+    elif traits.kernel and not fetches:
+        log.kernels[traits.name] += 1
 
 
 def _moved(leaf: Any, owners: Mapping[int, PretendTensor]) -> Any:
@@ -194,10 +227,3 @@ def _moved(leaf: Any, owners: Mapping[int, PretendTensor]) -> Any:
         with torch._C._DisableTorchDispatch():
             owner.data = PretendTensor(leaf)
     return owner
-
-
-def counted(work: Callable[[], Any]) -> Log:
-    """Return what a piece of work did; its tensors may have been moved before."""
-    with accelerator() as log:
-        work()
-    return log

@@ -81,7 +81,7 @@ class GMRES(LinearSolver):
             for _ in range(2):
                 overlap = stacked @ product
                 product = product - stacked.t() @ overlap
-                hessenberg[: step + 1, step] += overlap
+                hessenberg[: step + 1, step].add_(overlap)
             hessenberg[step + 1, step] = torch.linalg.vector_norm(product)
             basis.append(product / hessenberg[step + 1, step])
             if (step + 1) % every and step + 1 < size:

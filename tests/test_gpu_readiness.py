@@ -1,0 +1,364 @@
+"""What every solver and estimator asks of an accelerator, counted on a pretend one: kernels, waits, transfers.
+
+The figures of the rows (tests/device_cases.py) are upper bounds: an operation too many in a hot loop fails here. Costs
+of a step are slopes: the difference between a run of 2K steps and one of K.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import device_cases as cases
+import pytest
+import torch
+from device_cases import BUDGETED, ESTIMATORS, LINEAR_SOLVERS, PROBLEMS, SOLVERS
+from helpers import exported
+from pretend_accelerator import DEVICE, Log, PretendTensor, accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bilevel as bl
+import bilevel.hypergrad
+from bilevel.hypergrad.loop import LOOK, begin, run_inner
+from bilevel.look import ON_ACCELERATOR
+
+CPU = torch.device("cpu")
+
+
+def each(table: dict[str, Any]) -> Any:
+    return pytest.mark.parametrize("name", table)
+
+
+def slope(work: Callable[[int], Log], steps: int) -> tuple[float, float]:
+    """(kernels, waits) of one step."""
+    once, twice = work(steps), work(2 * steps)
+    return (twice.launches - once.launches) / steps, (twice.syncs - once.syncs) / steps
+
+
+def inner_run(solver: bl.InnerSolver, make: Callable[[Any], cases.Placed] = cases.quadratic) -> Log:
+    with accelerator() as log:
+        placed = make(DEVICE)
+        inner = placed.problem.bind(placed.hparams)
+        run_inner(inner, solver, begin(inner, solver, placed.problem.params, bl.Carry()))
+    return log
+
+
+def linear_solve(solver: bl.LinearSolver) -> Log:
+    with accelerator() as log:
+        matvec, b, matrix = cases.system(100, DEVICE)
+        solver.solve(matvec, b, dense=lambda: matrix)
+    return log
+
+
+def hypergradient(estimator: bl.HypergradEstimator, steps: int) -> Log:
+    with accelerator() as log:
+        placed = cases.quadratic(DEVICE)
+        solver = bl.GradientDescent(0.01, steps=steps)
+        bl.hypergradient(placed.problem, solver, estimator, placed.hparams, check=False)
+    return log
+
+
+# The pretend accelerator itself --------------------------------------------------------------------------------------
+
+
+def test_the_pretend_accelerator_counts_kernels_waits_and_uploads() -> None:
+    with accelerator() as log:
+        x = torch.ones(3, device=DEVICE)
+        y = (x.view(3, 1) * 2.0).t()
+        assert (log.launches, log.syncs) == (2, 0)
+        assert float(y.sum()) == 6.0
+        assert bool((x > 0).all())
+        assert (log.launches, log.syncs) == (5, 2)
+        x[x > 0], x.nonzero(), y.cpu(), torch.equal(x, x), torch.linalg.eigvalsh(torch.outer(x, x))
+        assert log.syncs == 7
+        assert log.uploads.total() == 0
+        assert torch.zeros(2).to(DEVICE).device == DEVICE
+        assert log.uploads.total() == 1
+        torch.where(x > 0, x, torch.tensor(0.0, dtype=x.dtype))
+        assert log.host_scalars.total() == 1
+
+
+def test_the_pretend_accelerator_refuses_tensors_of_two_devices() -> None:
+    with accelerator(), pytest.raises(RuntimeError, match="tensors on two devices, lazy:0 and a CPU tensor"):
+        torch.ones(3, device=DEVICE) + torch.ones(3)
+
+
+def test_the_pretend_accelerator_differentiates_twice() -> None:
+    with accelerator():
+        x = torch.tensor([1.0, 2.0]).to(DEVICE).requires_grad_()
+        (gradient,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+        (product,) = torch.autograd.grad(gradient, x, torch.ones_like(x))
+        assert isinstance(product, PretendTensor)
+        assert product.cpu().tolist() == [6.0, 12.0]
+
+
+@pytest.mark.parametrize("room", ["inner", "linear", "hypergrad"])
+def test_every_solver_and_estimator_has_a_row(room: str) -> None:
+    table, base = {
+        "inner": ([row.solver for row in SOLVERS.values()], bl.InnerSolver),
+        "linear": ([row.solver for row in LINEAR_SOLVERS.values()], bl.LinearSolver),
+        "hypergrad": ([row.estimator for row in ESTIMATORS.values()], bl.HypergradEstimator),
+    }[room]
+    classes = exported(getattr(bilevel, room), base)
+    assert {cls for cls in classes if cls.__module__.startswith(f"bilevel.{room}")} <= {type(part) for part in table}
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+@each(PROBLEMS)
+def test_an_oracle_launches_no_more_than_its_arithmetic(name: str) -> None:
+    row = PROBLEMS[name]
+    with accelerator() as log:
+        placed = row.make(DEVICE)
+        inner, x = placed.problem.bind(placed.hparams), placed.problem.params
+        v = bl.tree.tree_map(torch.ones_like, x)
+        # What is computed once for all calls, such as a Gram matrix, is no part of a call.
+        inner.grad(x), inner.linearize(x).vjp(v)
+        start = log.launches, log.syncs
+        inner._grad(x)
+        middle = log.launches
+        inner.linearize(x).vjp(v)
+    assert middle - start[0] <= row.grad, row.reason
+    assert log.launches - middle <= row.vjp, row.reason
+    assert log.syncs == start[1]
+
+
+@each(SOLVERS)
+def test_a_step_launches_no_more_than_its_arithmetic_and_never_waits(name: str) -> None:
+    row = SOLVERS[name]
+    kernels, waits = slope(lambda k: inner_run(replace(row.solver, steps=k)), LOOK)
+    if row.waits:
+        # Newton ends where it converges: its steps are counted before that, on a loss that is not quadratic.
+        make = PROBLEMS["logistic"].make
+        kernels, waits = slope(lambda k: inner_run(replace(row.solver, steps=k), make), 2)
+        assert waits <= row.waits, row.reason
+    else:
+        # One look in 64 steps at whether the iterate is finite: a norm, and the comparisons of its value.
+        assert waits == 1 / LOOK
+        kernels -= 5 / LOOK
+    assert kernels <= row.kernels, row.reason
+
+
+@pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if not row.waits])
+def test_with_a_tolerance_a_solver_looks_every_eight_steps(name: str) -> None:
+    solver = replace(SOLVERS[name].solver, tol=1e-30)
+    _, waits = slope(lambda k: inner_run(replace(solver, steps=k)), LOOK)
+    assert waits == 1 / ON_ACCELERATOR + 1 / LOOK
+
+
+@each(LINEAR_SOLVERS)
+def test_a_linear_solver_looks_every_eight_steps_or_never(name: str) -> None:
+    row = LINEAR_SOLVERS[name]
+    kernels, waits = slope(lambda k: linear_solve(row.fixed(k)), 32)
+    assert waits == (1 / ON_ACCELERATOR if row.tolerance else 0)
+    assert kernels <= row.kernels, row.reason
+
+
+@each(LINEAR_SOLVERS)
+def test_a_linear_solver_waits_at_most_four_times_besides_its_looks(name: str) -> None:
+    row = LINEAR_SOLVERS[name]
+    log = linear_solve(row.fixed(32))
+    assert log.syncs <= 4 + (32 / ON_ACCELERATOR if row.tolerance else 0)
+
+
+@each(ESTIMATORS)
+def test_a_differentiated_step_launches_no_more_than_its_arithmetic_and_never_waits(name: str) -> None:
+    row = ESTIMATORS[name]
+    kernels, waits = slope(lambda k: hypergradient(row.estimator, k), LOOK)
+    assert waits == row.runs / LOOK
+    assert kernels - 5 * row.runs / LOOK <= row.kernels, row.reason
+
+
+@each(ESTIMATORS)
+def test_a_hypergradient_waits_a_fixed_number_of_times(name: str) -> None:
+    row = ESTIMATORS[name]
+    assert hypergradient(row.estimator, LOOK).syncs <= row.looks
+
+
+@each(BUDGETED)
+def test_an_estimator_with_a_budget_waits_less_often_than_it_steps(name: str) -> None:
+    with accelerator() as log:
+        placed = cases.quadratic(DEVICE)
+        estimate = bl.hypergradient(placed.problem, bl.GradientDescent(0.001), BUDGETED[name], placed.hparams)
+    assert log.syncs < estimate.certificate.inner_steps + estimate.certificate.adjoint_steps
+
+
+@pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if not row.waits])
+def test_a_step_and_its_derivative_run_on_fake_tensors_which_have_no_values(name: str) -> None:
+    with FakeTensorMode() as fake:
+        x, u = (fake.from_tensor(torch.ones(4, dtype=torch.float64)) for _ in range(2))
+        problem = bl.BilevelProblem(lambda x, u: (u.exp() * x**2).sum(), lambda x, u: x.sum(), x)
+        inner, solver = problem.bind(u), SOLVERS[name].solver
+        state = solver.init(inner, x)
+        for _ in range(3):
+            state = solver.step(inner, state)
+        (by_params, _), by_hparams = solver.step_vjp(inner, state, (x, state.memory))
+    assert by_params.shape == by_hparams.shape == state.params.shape == (4,)
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
+
+
+def solved(make: Callable[[Any], cases.Placed], device: Any, solver: Any, estimator: Any, **options: Any) -> Any:
+    placed = make(device)
+    return bl.hypergradient(placed.problem, solver, estimator, placed.hparams, on_failure="return", **options)
+
+
+def close(there: Any, here: Any, tolerance: float) -> None:
+    """Two trees agree, relative to their size."""
+    for a, b in zip(bl.tree.leaves(there), bl.tree.leaves(here), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def on_device(tree: Any) -> bool:
+    return all(leaf.device == DEVICE for leaf in bl.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("problem", ["logistic", "dictionary"])
+@each(ESTIMATORS)
+def test_a_hypergradient_stays_on_its_device_and_equals_that_of_the_cpu(problem: str, name: str) -> None:
+    make, row, solver = PROBLEMS[problem].make, ESTIMATORS[name], bl.GradientDescent(steps=12)
+    with accelerator() as log:
+        placed = make(DEVICE)
+        log.uploads.clear()
+        there = bl.hypergradient(placed.problem, solver, row.estimator, placed.hparams)
+        assert on_device([there.hypergradient, there.params, there.carry.state.variables])
+        # Lanczos' start, for each measured step size; the weights of GMRES, for each restart.
+        assert log.uploads.total() <= row.runs + 1
+        assert log.host_scalars.total() == 0
+        close(there.hypergradient, solved(make, CPU, solver, row.estimator).hypergradient, row.agreement)
+
+
+@each(BUDGETED)
+def test_an_estimator_with_a_budget_stays_on_its_device(name: str) -> None:
+    make, solver = PROBLEMS["logistic"].make, bl.GradientDescent(0.5)
+    with accelerator() as log:
+        there = solved(make, DEVICE, solver, BUDGETED[name])
+        assert on_device([there.hypergradient, there.params, there.carry.state.variables])
+        assert log.host_scalars.total() == 0
+        close(there.hypergradient, solved(make, CPU, solver, BUDGETED[name]).hypergradient, 1e-4)
+
+
+@each(SOLVERS)
+def test_the_steps_of_a_solver_stay_on_their_device_and_equal_those_of_the_cpu(name: str) -> None:
+    solver, make = replace(SOLVERS[name].solver, steps=3), PROBLEMS["logistic"].make
+    with accelerator() as log:
+        there = solved(make, DEVICE, solver, bl.FullUnroll())
+        assert on_device([there.hypergradient, there.carry.state.variables])
+        assert log.host_scalars.total() == 0
+        close(there.hypergradient, solved(make, CPU, solver, bl.FullUnroll()).hypergradient, 1e-10)
+
+
+@each(PROBLEMS)
+def test_an_outer_run_its_state_and_its_certificate_stay_on_their_device(name: str) -> None:
+    def outer(device: Any) -> bl.OuterOptimizer:
+        placed = PROBLEMS[name].make(device)
+        solver, estimator = bl.GradientDescent(steps=5), bl.Implicit()
+        return bl.OuterOptimizer(placed.problem, solver, estimator, placed.hparams, certify=True)
+
+    with accelerator() as log:
+        there = outer(DEVICE)
+        there.run(1, progress=False)
+        again = outer(DEVICE)
+        again.load_state_dict(there.state_dict())
+        again.run(1, progress=False)
+        assert on_device([again.hparams, again.carry.state.variables, again.carry.adjoint])
+        assert log.host_scalars.total() == 0
+        here = outer(CPU)
+        here.run(2, progress=False)
+        close(again.hparams, here.hparams, 1e-10)
+        assert again.history[-1].error == pytest.approx(here.history[-1].error, rel=1e-6)
+
+
+def test_the_layer_stays_on_its_device() -> None:
+    with accelerator():
+        placed = cases.quadratic(DEVICE)
+        u = placed.hparams.clone().requires_grad_()
+        x = bl.solution(placed.problem, bl.GradientDescent(steps=20), bl.Implicit(), u)
+        x.square().sum().backward()
+        assert on_device([x, u.grad])
+
+
+def moved(problem: str) -> tuple[cases.Placed, cases.Placed]:
+    return PROBLEMS[problem].make(CPU), PROBLEMS[problem].make(DEVICE)
+
+
+CPU_, THERE = "torch.float64 on cpu", "torch.float64 on lazy:0"
+SAME = "params and hparams must share dtype and device."
+
+
+@each(PROBLEMS)
+def test_hyperparameters_on_another_device_get_their_sentence(name: str) -> None:
+    with accelerator():
+        here, there = moved(name)
+        leaf = bl.tree.names(here.hparams)[0]
+        sentence = f"`hparams{leaf}` is {THERE}, but params are {CPU_}: {SAME}"
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            bl.hypergradient(here.problem, bl.GradientDescent(), bl.Implicit(), there.hparams)
+
+
+def test_data_on_another_device_get_their_sentence() -> None:
+    with accelerator():
+        here, there = moved("dictionary")
+        params = here.problem.params
+        with pytest.raises(ValueError, match=f"`inner_loss` fails at the start, with params of {CPU_}: .*two devices"):
+            bl.hypergradient(there.problem, bl.GradientDescent(), bl.Implicit(), here.hparams, params)
+        here, there = moved("logistic")
+        with pytest.raises(ValueError, match=re.escape(f"`params` is {CPU_}, but X_train is {THERE}: they must share")):
+            bl.hypergradient(there.problem, bl.GradientDescent(), bl.Implicit(), here.hparams, here.problem.params)
+        here, there = moved("quadratic")
+        with pytest.raises(ValueError, match=re.escape(f"`params` is {CPU_}, but the problem is {THERE}: they must")):
+            bl.hypergradient(there.problem, bl.GradientDescent(), bl.Implicit(), here.hparams, here.problem.params)
+
+
+def test_parts_of_the_data_on_two_devices_get_their_sentence() -> None:
+    X, y = torch.ones(3, 1, dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    with accelerator():
+        X_there, y_there = X.to(DEVICE), y.to(DEVICE)
+        with pytest.raises(ValueError, match=r"X_train is on lazy:0 but y_train on cpu: move one of them\."):
+            bl.problems.RidgeProblem(X_there, y, X, y)
+        with pytest.raises(ValueError, match=r"X_val is on lazy:0, but X_train on cpu\."):
+            bl.problems.RidgeProblem(X, y, X_there, y_there)
+
+
+# CUDA ----------------------------------------------------------------------------------------------------------------
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("problem", PROBLEMS)
+@each(ESTIMATORS)
+def test_every_estimator_on_cuda_equals_the_cpu(problem: str, name: str) -> None:
+    make, row, solver = PROBLEMS[problem].make, ESTIMATORS[name], bl.GradientDescent(steps=12)
+    there = solved(make, "cuda", solver, row.estimator)
+    assert all(leaf.is_cuda for leaf in bl.tree.leaves([there.hypergradient, there.params]))
+    close(there.hypergradient, solved(make, CPU, solver, row.estimator).hypergradient, row.agreement)
+
+
+@pytest.mark.gpu
+@on_cuda
+@each(SOLVERS)
+def test_every_solver_on_cuda_equals_the_cpu(name: str) -> None:
+    make, solver = PROBLEMS["logistic"].make, replace(SOLVERS[name].solver, steps=4)
+    there = solved(make, "cuda", solver, bl.FullUnroll())
+    close(there.hypergradient, solved(make, CPU, solver, bl.FullUnroll()).hypergradient, 1e-10)
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if not row.waits])
+def test_a_step_on_cuda_never_waits(name: str) -> None:
+    placed = cases.quadratic("cuda")
+    inner, solver = placed.problem.bind(placed.hparams), SOLVERS[name].solver
+    state = solver.init(inner, placed.problem.params)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(LOOK):
+            state = solver.step(inner, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
