@@ -328,8 +328,7 @@ class OuterOptimizer:
             "best_loss": self.best[0],
             "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
             "rng": torch.get_rng_state(),
-            # One for each CUDA device of this machine; none where CUDA was not used.
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "cuda_rng": _cuda_generators(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -359,6 +358,12 @@ class OuterOptimizer:
         known = torch.cuda.device_count() if torch.cuda.is_available() else 0
         for index, value in enumerate(state.get("cuda_rng", ())[:known]):
             torch.cuda.set_rng_state(value.cpu(), index)
+
+
+def _cuda_generators() -> list[Tensor]:
+    """Return one state for each CUDA device; none where CUDA was not used, which asking would start."""
+    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if used else []
 
 
 def _record(step: int, estimate: Estimate) -> Record:

@@ -177,7 +177,7 @@ LINEAR_SOLVERS = {
     "GMRES": LinearRow(
         lambda k: bl.GMRES(tol=1e-30, max_steps=k, restart=k),
         bl.GMRES(tol=1e-12),
-        13 + 2 / 8,
+        13,
         "the basis stacked, four kernels for each of two orthogonalisations, norm, its place, quotient",
     ),
     "Neumann": LinearRow(

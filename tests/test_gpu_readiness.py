@@ -15,13 +15,14 @@ import device_cases as cases
 import pytest
 import torch
 from device_cases import BUDGETED, ESTIMATORS, LINEAR_SOLVERS, PROBLEMS, SOLVERS
-from helpers import exported
+from helpers import exported, normal, spd
 from pretend_accelerator import DEVICE, Log, PretendTensor, accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bilevel as bl
 import bilevel.hypergrad
 from bilevel.hypergrad.loop import LOOK, begin, run_inner
+from bilevel.lanczos import lanczos
 from bilevel.look import ON_ACCELERATOR
 
 CPU = torch.device("cpu")
@@ -162,6 +163,51 @@ def test_a_linear_solver_waits_at_most_four_times_besides_its_looks(name: str) -
     row = LINEAR_SOLVERS[name]
     log = linear_solve(row.fixed(32))
     assert log.syncs <= 4 + (32 / ON_ACCELERATOR if row.tolerance else 0)
+
+
+@each(LINEAR_SOLVERS)
+@pytest.mark.parametrize("shift", [0.0, 5.5])
+def test_a_linear_solver_ends_where_it_would_end_with_a_look_at_every_step(name: str, shift: float) -> None:
+    # With a shift the matrix is indefinite, which all but GMRES report.
+    matrix, b, solver = (
+        spd(43, 30) - shift * torch.eye(30, dtype=torch.float64),
+        normal(44, 30),
+        LINEAR_SOLVERS[name].solver,
+    )
+    with accelerator():
+        matrix_there = matrix.to(DEVICE)
+        there = solver.solve(lambda v: matrix_there @ v, b.to(DEVICE), dense=lambda: matrix_there)
+        x = there.x.cpu()
+    here = solver.solve(lambda v: matrix @ v, b, dense=lambda: matrix)
+    assert there.steps <= here.steps + (ON_ACCELERATOR - 1 if name == "FixedPointIteration" else 0)
+    assert there.steps >= here.steps
+    assert there.verdict.status is here.verdict.status
+    torch.testing.assert_close(x, here.x, rtol=1e-9, atol=1e-9)
+
+
+def test_a_product_that_is_not_finite_is_reported_from_between_two_looks() -> None:
+    matrix, b = spd(43, 30), normal(44, 30)
+    for name in ("CG", "GMRES"):
+        with accelerator():
+            there, calls = matrix.to(DEVICE), []
+
+            def matvec(v: torch.Tensor, there: torch.Tensor = there, calls: list[int] = calls) -> torch.Tensor:
+                calls.append(1)
+                return there @ v * (float("nan") if len(calls) == 4 else 1.0)
+
+            solution = LINEAR_SOLVERS[name].solver.solve(matvec, b.to(DEVICE))
+        assert solution.verdict.status is bl.Status.NOT_FINITE
+
+
+@pytest.mark.parametrize("size", [1, 5, 40])
+def test_a_measured_spectrum_is_the_same_on_every_device(size: int) -> None:
+    matrix = spd(45, size, 100.0)
+    with accelerator():
+        matrix_there = matrix.to(DEVICE)
+        there = lanczos(lambda v: matrix_there @ v, matrix_there[0])
+    here = lanczos(lambda v: matrix @ v, matrix[0])
+    assert (there.steps, there.exact) == (here.steps, here.exact)
+    assert (there.smallest, there.largest) == pytest.approx((here.smallest, here.largest), rel=1e-12)
 
 
 @each(ESTIMATORS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,9 @@ class GMRES(LinearSolver):
         basis = [r / length]
         hessenberg = r.new_zeros(size + 1, size)
         every = look.steps_between(r.device)
+        start, enough = look.numbers([length, goal])
+        target = torch.zeros(size + 1, dtype=r.dtype)
+        target[0] = start
         seen, weights = 0, None
         for step in range(size):
             product = matvec(basis[step])
@@ -87,36 +91,36 @@ class GMRES(LinearSolver):
             if (step + 1) % every and step + 1 < size:
                 continue
             # One look for all steps since the last; those after the end are dropped.
-            small = torch.cat([hessenberg[: step + 2, : step + 1].reshape(-1), length[None], goal[None]]).cpu()
-            small, (start, enough) = small[:-2].reshape(step + 2, step + 1), small[-2:]
+            host = hessenberg[: step + 2, : step + 1].cpu()
             while seen <= step and weights is None:
                 seen += 1
-                weights = _least_squares(small[: seen + 1, :seen], start, enough, last=seen == size)
+                small = host[: seen + 1, :seen]
+                weights = _least_squares(small, target[: seen + 1], enough, last=seen == size)
             if weights is not None:
                 break
         assert weights is not None
         return torch.stack(basis[:seen]).t() @ weights.to(r.device), seen
 
 
-def _least_squares(hessenberg: Tensor, length: Tensor, goal: Tensor, last: bool) -> Tensor | None:
+def _least_squares(hessenberg: Tensor, target: Tensor, goal: float, last: bool) -> Tensor | None:
     """Return the weights of the basis that minimise the residual, or None where more vectors should come first.
 
     Args:
         hessenberg: of shape (used + 1, used), on the CPU.
-        length: norm of the residual that the cycle started from.
-        goal: norm that is small enough.
+        target: the residual that the cycle started from, in the basis: of shape (used + 1,), on the CPU.
+        goal: norm of the residual that is small enough.
         last: whether there is no room for more vectors.
 
     Returns:
         Weights of shape (used,), NaN where a product was not finite; or None.
     """
     column = hessenberg[:, -1]
-    if not bool(torch.isfinite(column).all()):
+    height = float(column[-1])
+    if not math.isfinite(height):
         return torch.full_like(column[1:], float("nan"))
-    target = torch.zeros_like(column)
-    target[0] = length
     weights = torch.linalg.pinv(hessenberg) @ target
-    left = torch.linalg.vector_norm(target - hessenberg @ weights)
     # The column is as long as the product was: the space is closed where its last entry is only rounding.
-    closed = column[-1] <= 1e-14 * torch.linalg.vector_norm(column)
-    return weights if last or bool((left <= goal) | closed) else None
+    closed = height <= 1e-14 * float(torch.linalg.vector_norm(column))
+    if last or closed or float(torch.linalg.vector_norm(target - hessenberg @ weights)) <= goal:
+        return weights
+    return None
