@@ -1,4 +1,4 @@
-"""Every solver and estimator on a device of its own: nothing strays, nothing differs from the CPU, mixtures get a sentence.
+"""Every solver and estimator on a device: nothing strays, nothing differs from the CPU, mixtures get their sentence.
 
 The pretend accelerator stands for the device on every machine; the tests marked `gpu` take CUDA.
 """
