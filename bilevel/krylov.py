@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from bilevel import look
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Krylov:
         lengths: step lengths.
         ratios: quotients of successive squared residual norms.
         energies: what each step took off the squared energy norm of the error.
+        xx: squared norm of the iterate where it came along with the other numbers, else None.
     """
 
     x: Tensor
@@ -28,6 +32,22 @@ class Krylov:
     lengths: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)
+    xx: float | None = None
+
+    def advance(self, x: Tensor, energy: float, rr: float, xx: float | None = None) -> None:
+        """Take a step.
+
+        Args:
+            x: the new iterate.
+            energy: ``p' A p`` of the direction p of the step.
+            rr: the new squared norm of the residual.
+            xx: the squared norm of x, where it is known.
+        """
+        length = self.rr / energy
+        self.lengths.append(length)
+        self.energies.append(length * self.rr)
+        self.ratios.append(rr / self.rr)
+        self.x, self.rr, self.xx = x, rr, xx
 
     @property
     def steps(self) -> int:
@@ -38,6 +58,11 @@ class Krylov:
     def residual(self) -> float:
         """Norm of the recursive residual."""
         return self.rr**0.5
+
+    @property
+    def size(self) -> float:
+        """Norm of the iterate."""
+        return float(torch.linalg.vector_norm(self.x)) if self.xx is None else self.xx**0.5
 
     def spectrum(self) -> tuple[float, float]:
         """Return the ends of the spectrum of CG's Lanczos matrix, inside that of A; (inf, 0) without steps."""
@@ -53,17 +78,27 @@ class Krylov:
 
 
 def conjugate_gradients(
-    matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, enough: Callable[[Krylov], bool]
+    matvec: Callable[[Tensor], Tensor],
+    x: Tensor,
+    r: Tensor,
+    enough: Callable[[Krylov], bool],
+    limit: int | None = None,
+    check_every: int | None = None,
 ) -> Krylov:
     """Run CG from x, whose residual is r, until `enough`.
 
-    The scalars are Python floats: on the CPU that is cheaper than keeping them in tensors.
+    On the CPU the scalars are Python floats, which is cheaper than keeping them in tensors. An accelerator takes
+    `check_every` steps before its numbers are looked at: `enough` then sees the steps one by one, as on the CPU, and
+    what was computed after the end is dropped.
 
     Args:
         matvec: a symmetric operator on vectors of shape (size,).
         x: start.
         r: its residual.
         enough: looks at the run before each step; True ends it.
+        limit: most steps, hence most products; None for no limit.
+        check_every: steps between two looks; default 1 on the CPU and 8 elsewhere. The iterates and directions of so
+            many steps are kept.
 
     Returns:
         The run with its last iterate; a direction of negative or zero curvature ends it before the step along it.
@@ -73,19 +108,54 @@ def conjugate_gradients(
     >>> bool((A @ run.x - b).norm() < 1e-6)
     True
     """
+    every = check_every or look.steps_between(x.device)
+    most = sys.maxsize if limit is None else limit
+    return _step_by_step(matvec, x, r, enough, most) if every == 1 else _in_blocks(matvec, x, r, enough, most, every)
+
+
+def _step_by_step(
+    matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, enough: Callable[[Krylov], bool], limit: int
+) -> Krylov:
     run = Krylov(x, float(torch.dot(r, r)))
     p = r
-    while not enough(run) and run.rr > 0:
+    while run.steps < limit and not enough(run) and run.rr > 0:
         product = matvec(p)
         energy = float(torch.dot(p, product))
         if not energy > 0:
             run.negative = energy / float(torch.dot(p, p))
             return run
         length = run.rr / energy
-        run.x, r = torch.add(run.x, p, alpha=length), torch.sub(r, product, alpha=length)
-        before, run.rr = run.rr, float(torch.dot(r, r))
-        run.lengths.append(length)
-        run.ratios.append(run.rr / before)
-        run.energies.append(length * before)
+        x, r = torch.add(run.x, p, alpha=length), torch.sub(r, product, alpha=length)
+        run.advance(x, energy, float(torch.dot(r, r)))
         p = torch.add(r, p, alpha=run.ratios[-1])
+    return run
+
+
+def _in_blocks(
+    matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, enough: Callable[[Krylov], bool], limit: int, every: int
+) -> Krylov:
+    p, rr = r, torch.dot(r, r)
+    run = Krylov(x, float(rr))
+    while run.steps < limit and not enough(run) and run.rr > 0:
+        iterates, directions, scalars = [], [], []
+        # Nothing in here waits. A step after the end may divide by zero; nobody reads its numbers.
+        for _ in range(min(every, limit - run.steps)):
+            product = matvec(p)
+            energy = torch.dot(p, product)
+            length = rr / energy
+            directions.append(p)
+            x, r = torch.addcmul(x, length, p), torch.addcmul(r, length, product, value=-1)
+            before, rr = rr, torch.dot(r, r)
+            p = torch.addcmul(r, rr / before, p)
+            iterates.append(x)
+            scalars += [energy, rr, torch.dot(x, x)]
+        values = look.numbers(scalars)
+        looked_at = zip(values[::3], values[1::3], values[2::3], strict=True)
+        for iterate, direction, (along, squared, size) in zip(iterates, directions, looked_at, strict=True):
+            if enough(run) or not run.rr > 0:
+                return run
+            if not along > 0:
+                run.negative = along / float(torch.dot(direction, direction))
+                return run
+            run.advance(iterate, along, squared, size)
     return run

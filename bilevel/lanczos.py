@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel import look
+
 SEED = 0x5EED_1A5C
 
 
@@ -48,8 +50,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30, r
     5.0
     """
     size, limit = like.numel(), min(steps, like.numel())
-    # Looking at the Ritz values waits for an accelerator, so it is done every 8 steps there.
-    every = 1 if like.device.type == "cpu" else 8
+    every = look.steps_between(like.device)
     # Drawn on the CPU so that the start is the same on every device; the seed is one that no data set starts from.
     generator = torch.Generator().manual_seed(SEED)
     vector = torch.randn(size, generator=generator, dtype=torch.float64).to(like)
@@ -67,22 +68,24 @@ def lanczos(matvec: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30, r
         for _ in range(2):  # twice is enough (Kahan-Parlett)
             product = product - stacked.t() @ (stacked @ product)
         off.append(torch.linalg.vector_norm(product))
-        if step % every == 0 or step == limit:
-            smallest, largest, last = _ritz(diagonal, off)
-            history.append(largest)
-            scale = max(abs(smallest), abs(largest))
-            # A Krylov space that closes early may have missed eigenvectors orthogonal to the start: not called exact.
-            if not last > 10 * torch.finfo(like.dtype).eps * scale:
-                break
-            if len(history) > 3 and abs(history[-1] - history[-4]) <= rtol * abs(history[-1]):
-                break
         vector = product / off[-1]
-    return Spectrum(smallest, largest, len(basis), exact=len(basis) == size and largest == largest)
+        if step % every and step != limit:
+            continue
+        # One transfer; not every accelerator has float64. Steps beyond the end are dropped, so that every device
+        # measures the same.
+        alpha, beta = torch.stack([*diagonal, *off]).cpu().double().chunk(2)
+        for used in range(len(history) + 1, step + 1):
+            smallest, largest, last = _ritz(alpha[:used], beta[:used])
+            history.append(largest)
+            # A Krylov space that closes early may have missed eigenvectors orthogonal to the start: not called exact.
+            closed = not last > 10 * torch.finfo(like.dtype).eps * max(abs(smallest), abs(largest))
+            if closed or (used > 3 and abs(largest - history[-4]) <= rtol * abs(largest)):
+                return Spectrum(smallest, largest, used, exact=used == size and largest == largest)
+    return Spectrum(smallest, largest, limit, exact=limit == size and largest == largest)
 
 
-def _ritz(diagonal: list[Tensor], off: list[Tensor]) -> tuple[float, float, float]:
+def _ritz(alpha: Tensor, beta: Tensor) -> tuple[float, float, float]:
     """Return (smallest, largest) eigenvalue of the Lanczos matrix and its last off-diagonal entry; NaN stays NaN."""
-    alpha, beta = torch.stack(diagonal).double().cpu(), torch.stack(off).double().cpu()
     if not bool(torch.isfinite(alpha).all() & torch.isfinite(beta).all()):
         return float("nan"), float("nan"), float("nan")
     values = torch.linalg.eigvalsh(torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1))

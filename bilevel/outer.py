@@ -321,7 +321,7 @@ class OuterOptimizer:
         """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.
 
         A run that loads it continues to the same numbers bit for bit (same machine, same numbers of threads and
-        workers).
+        workers). It holds the generators of all CUDA devices where CUDA was used; a machine without them loads it too.
         """
         state = self.carry.state
         return {
@@ -342,6 +342,7 @@ class OuterOptimizer:
             "best_loss": self.best[0],
             "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
             "rng": torch.get_rng_state(),
+            "cuda_rng": _cuda_generators(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -362,7 +363,17 @@ class OuterOptimizer:
         self.history = [Record(**record) for record in state["history"]]
         best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
         self.best = (state["best_loss"], best)
-        torch.set_rng_state(state["rng"])
+        # Back on the CPU, where `torch.load(map_location="cuda")` may have taken them from.
+        torch.set_rng_state(state["rng"].cpu())
+        known = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        for index, value in enumerate(state.get("cuda_rng", ())[:known]):
+            torch.cuda.set_rng_state(value.cpu(), index)
+
+
+def _cuda_generators() -> list[Tensor]:
+    """Return one state for each CUDA device; none where CUDA was not used, which asking would start."""
+    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if used else []
 
 
 def _record(step: int, estimate: Estimate) -> Record:

@@ -19,7 +19,19 @@ from bilevel.hypergrad.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = {
-    1: ("starting", "tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov", "threads"),
+    1: (
+        "starting",
+        "tree",
+        "status",
+        "cost",
+        "lanczos",
+        "look",
+        "options",
+        "constraints",
+        "polynomials",
+        "krylov",
+        "threads",
+    ),
     2: ("oracles", "problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles"),

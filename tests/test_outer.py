@@ -259,6 +259,54 @@ def test_a_run_resumed_from_a_file_continues_bit_for_bit(cls: type, optimizer: s
     same(whole, second)
 
 
+class PretendCuda:
+    """The random generators of CUDA devices, kept in a list."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
+        self.states = [torch.tensor([index], dtype=torch.uint8) for index in range(devices)]
+        for name, value in {
+            "is_initialized": lambda: devices > 0,
+            "is_available": lambda: devices > 0,
+            "device_count": lambda: devices,
+            "get_rng_state_all": lambda: [state.clone() for state in self.states],
+            "set_rng_state": lambda state, index: self.states.__setitem__(index, state),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("devices", [0, 1, 2, 3])
+def test_the_generators_of_cuda_devices_are_saved_and_restored_where_there_are_such_devices(
+    devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PretendCuda(monkeypatch, 2).states[1][0] = 77
+    file = io.BytesIO()
+    torch.save(make().state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    there = PretendCuda(monkeypatch, devices)
+    make().load_state_dict(state)
+    assert [int(value) for value in there.states] == [0, 77, 2][:devices]
+
+
+def test_a_state_without_generators_of_cuda_devices_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make().state_dict()
+    assert state["cuda_rng"] == []
+    del state["cuda_rng"]
+    PretendCuda(monkeypatch, 1)
+    make().load_state_dict(state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_random_numbers_of_the_gpu_go_on_where_the_state_was_saved() -> None:
+    torch.zeros(1, device="cuda")
+    outer = make()
+    state = outer.state_dict()
+    first = torch.rand(3, device="cuda")
+    outer.load_state_dict(state)
+    assert torch.equal(torch.rand(3, device="cuda"), first)
+
+
 def test_a_state_dict_is_a_snapshot_that_the_run_does_not_change() -> None:
     whole, first, second = make("Adam"), make("Adam"), make("Adam")
     whole.run(6, progress=False)

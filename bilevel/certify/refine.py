@@ -144,9 +144,9 @@ def _energy_cg(matvec: Callable[[Tensor], Tensor], b: Tensor) -> _Correction:
         return (sum(energies[-4:]) / sum(energies)) ** 0.5 if len(energies) > 4 else 1.0
 
     def enough(run: Krylov) -> bool:
-        return run.rr <= floor or run.steps >= MAX_STEPS or ratio(run) <= ENERGY
+        return run.rr <= floor or ratio(run) <= ENERGY
 
-    run = conjugate_gradients(matvec, torch.zeros_like(b), b, enough)
+    run = conjugate_gradients(matvec, torch.zeros_like(b), b, enough, MAX_STEPS)
     if run.negative is not None:
         reason = f"the inner Hessian has the curvature {run.negative:.3g} at the refined iterate"
         return _Correction(run.x, reason=reason)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import look, tree
 from bilevel.base import Carry, InnerSolver, InnerState, Pullback, Solution
 from bilevel.cost import WEIGHTS, Meter
 from bilevel.hypergrad.adaptive import Sweep
@@ -32,7 +32,7 @@ from bilevel.hypergrad.extrapolation import (
     with_steps,
 )
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
-from bilevel.krylov import Krylov, conjugate_gradients
+from bilevel.krylov import conjugate_gradients
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
 from bilevel.status import Status, Verdict
@@ -134,7 +134,7 @@ class Balance:
         # The last iterate comes last: its gradient is then at hand for the next step.
         candidates.append(self.solver.params(state))
         gradients = [self.inner.grad(params) for params in candidates]
-        norms = [float(tree.norm(gradient)) for gradient in gradients]
+        norms = look.numbers([tree.norm(gradient) for gradient in gradients])
         index = min(range(len(norms)), key=lambda i: norms[i] if norms[i] == norms[i] else float("inf"))
         self.residual, self.gradient = norms[index], gradients[index]
         self.point = self.inner.linearize(tree.detach(candidates[index]))
@@ -178,14 +178,10 @@ class Balance:
             if not bool(torch.linalg.vector_norm(r) < torch.linalg.vector_norm(v)):
                 start, r = torch.zeros_like(v), v
         scale = float(torch.linalg.vector_norm(v))
-        forward = self.forward_residual
-
-        def enough(run: Krylov) -> bool:
-            goal = max(BALANCE * forward, self._rounding()) * float(torch.linalg.vector_norm(run.x))
-            spent = self.left() < FINISH + WEIGHTS["hvp"] or run.steps >= self.max_steps
-            return run.residual <= goal or spent or scale == 0
-
-        found = conjugate_gradients(matvec, start, r, enough)
+        goal = max(BALANCE * self.forward_residual, self._rounding())
+        paid = max(0.0, self.left() - FINISH) / WEIGHTS["hvp"]
+        limit = int(min(self.max_steps, paid)) if scale > 0 else 0
+        found = conjugate_gradients(matvec, start, r, lambda run: run.residual <= goal * run.size, limit)
         self.steps += found.steps
         self.lam, self.adjoint_residual, self.negative = found.x, found.residual, found.negative
         smallest, largest = found.spectrum()
@@ -312,7 +308,7 @@ def _estimate(balance: Balance, probe: int) -> tuple[float, float]:
     def invert(b: Tensor) -> Tensor:
         if not probe:
             return b / smallest
-        return conjugate_gradients(matvec, torch.zeros_like(b), b, lambda run: run.steps >= probe).x
+        return conjugate_gradients(matvec, torch.zeros_like(b), b, lambda run: False, probe).x
 
     there = inner.linearize(raveler.unravel(raveler.ravel(point.params) - invert(gradient)))
     product = matvec(lam)
@@ -360,11 +356,8 @@ class Adjoint:
             steps, note = balance.steps, "residuals of forward run and adjoint, over the smallest Ritz value of CG"
             return self._result(raveler.unravel(balance.lam), v, balance.adjoint_residual, steps, self.error, note)
         goal = max(BALANCE * balance.forward_residual, balance._rounding())
-
-        def enough(run: Krylov) -> bool:
-            return run.residual <= goal * float(torch.linalg.vector_norm(run.x)) or run.steps >= balance.max_steps
-
-        found = conjugate_gradients(balance.product(point), torch.zeros_like(v), v, enough)
+        matvec, limit = balance.product(point), balance.max_steps
+        found = conjugate_gradients(matvec, torch.zeros_like(v), v, lambda run: run.residual <= goal * run.size, limit)
         if found.negative is not None:
             verdict = Verdict(Status.NEGATIVE_CURVATURE, f"CG met the curvature {found.negative:.3g}")
             return Pullback(tree.zeros_like(balance.inner.hparams), steps=found.steps, verdict=verdict)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import look, tree
 from bilevel.base import InnerSolver, InnerState
 from bilevel.cost import WEIGHTS
 from bilevel.hypergrad.loop import InnerRun
@@ -73,28 +73,28 @@ def reduced_rank(vectors: Sequence[Tensor], orders: Sequence[int]) -> list[Extra
     """
     stacked = torch.stack(list(vectors[-(max(orders) + 2) :]))
     differences = stacked[1:] - stacked[:-1]
-    found = []
-    for order in sorted({min(order, len(differences) - 1) for order in orders}):
+    tried = sorted({min(order, len(differences) - 1) for order in orders})
+    vectors, scalars = [], [torch.dot(stacked[-1], stacked[-1])]
+    for order in tried:
         D = differences[-(order + 1) :]
-        weights = _weights(D, stacked[-1])
-        if weights is None:
-            return [Extrapolation(stacked[-1], 0.0, 0)]
-        residual = float(torch.linalg.vector_norm(weights @ D))
-        found.append(Extrapolation(weights @ stacked[-(order + 1) :], residual, order))
-    return found
+        weights, trace = _weights(D)
+        vectors.append(weights @ stacked[-(order + 1) :])
+        scalars += [trace, torch.linalg.vector_norm(weights @ D)]
+    size, *pairs = look.numbers(scalars)
+    if any(not trace > 1e-30 * size for trace in pairs[::2]):
+        return [Extrapolation(stacked[-1], 0.0, 0)]
+    return [Extrapolation(*found) for found in zip(vectors, pairs[1::2], tried, strict=True)]
 
 
-def _weights(D: Tensor, last: Tensor) -> Tensor | None:
-    """Return g for differences of shape (m + 1, size), or None where they vanish against the vector itself."""
+def _weights(D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (g, tr(D D')) for differences of shape (m + 1, size); g is NaN where they vanish."""
     gram = D @ D.t()
     trace = torch.trace(gram)
-    if not bool(trace > 1e-30 * torch.dot(last, last)):
-        return None
     # Rounding in the Gram matrix needs a ridge: 1e-12 in float64, 5e-6 in float32.
     ridge = torch.finfo(D.dtype).eps ** 0.767
     ones = torch.ones(len(D), dtype=D.dtype, device=D.device)
     weights, _ = torch.linalg.solve_ex(gram / trace + torch.diag(ridge * ones), ones)
-    return weights / weights.sum()
+    return weights / weights.sum(), trace
 
 
 def best(candidates: Sequence[Extrapolation]) -> Extrapolation:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel import tree
+from bilevel import look, tree
 from bilevel.base import Carry, InnerSolver, InnerState
 from bilevel.oracles import InnerProblem
 from bilevel.status import GOOD, Status, StepFailure, Verdict
@@ -81,7 +81,7 @@ def _run(
 ) -> InnerRun:
     device, dtype = tree.leaves(state.params)[0].device, tree.leaves(state.params)[0].dtype
     limit, tol = solver.limits(dtype)
-    every = solver.check_every_on_cpu if device.type == "cpu" else 8
+    every = max(solver.check_every_on_cpu, look.steps_between(device))
     first = checkpoint = state
     taken = marked = 0
     try:

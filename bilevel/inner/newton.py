@@ -56,11 +56,11 @@ class Newton(InnerSolver):
 
     def _step(self, inner: InnerProblem, params: Tree) -> tuple[Tree, float]:
         gradient = inner.grad(params)
-        length = tree.norm(gradient)
         # Looking at a Newton step costs a transfer; it is small beside the factorisation.
-        if not bool(length > 0):
+        length = float(tree.norm(gradient))
+        if not length > 0:
             return params, 0.0
-        direction = self._solve(inner.linearize(params), gradient, min(0.1, float(length) ** 0.5))
+        direction = self._solve(inner.linearize(params), gradient, min(0.1, length**0.5))
         (like, *_) = tree.leaves(params)
         eps = torch.finfo(like.dtype).eps
         relative = float(tree.norm(direction) / (1.0 + tree.norm(params)))
@@ -70,13 +70,13 @@ class Newton(InnerSolver):
         t = 1.0
         for _ in range(1 if close else HALVINGS):
             trial = tree.add(params, direction, -t)
-            if bool(tree.norm(inner.grad(trial)) <= (1.0 if close else 1.0 - 1e-4 * t) * length):
+            if float(tree.norm(inner.grad(trial))) <= (1.0 if close else 1.0 - 1e-4 * t) * length:
                 return trial, t
             t /= 2
         # At the rounding floor no step helps and none is needed; anywhere else the step has failed.
         if not relative <= eps**0.25:
             raise StepFailure(
-                Status.FAILED_STEP, f"no step along the Newton direction lowers the gradient norm {float(length):.3g}"
+                Status.FAILED_STEP, f"no step along the Newton direction lowers the gradient norm {length:.3g}"
             )
         return params, 0.0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bilevel import look
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
@@ -72,27 +74,53 @@ class GMRES(LinearSolver):
         length = torch.linalg.vector_norm(r)
         basis = [r / length]
         hessenberg = r.new_zeros(size + 1, size)
-        target = r.new_zeros(size + 1)
-        target[0] = length
-        used = size
-        weights = r.new_zeros(0)
+        every = look.steps_between(r.device)
+        start, enough = look.numbers([length, goal])
+        target = torch.zeros(size + 1, dtype=r.dtype)
+        target[0] = start
+        seen, weights = 0, None
         for step in range(size):
             product = matvec(basis[step])
-            stacked, before = torch.stack(basis), torch.linalg.vector_norm(product)
+            stacked = torch.stack(basis)
             for _ in range(2):
                 overlap = stacked @ product
                 product = product - stacked.t() @ overlap
-                hessenberg[: step + 1, step] += overlap
-            height = torch.linalg.vector_norm(product)
-            if not bool(torch.isfinite(height)):
-                return product, step + 1  # NaN, which the caller reports
-            hessenberg[step + 1, step] = height
-            small, right = hessenberg[: step + 2, : step + 1], target[: step + 2]
-            weights = torch.linalg.pinv(small) @ right
-            # One transfer a step, beside a small least-squares problem: GMRES is the solver of last resort.
-            left = torch.linalg.vector_norm(right - small @ weights)
-            if bool((left <= goal) | (height <= 1e-14 * before)):
-                used = step + 1
+                hessenberg[: step + 1, step].add_(overlap)
+            hessenberg[step + 1, step] = torch.linalg.vector_norm(product)
+            basis.append(product / hessenberg[step + 1, step])
+            if (step + 1) % every and step + 1 < size:
+                continue
+            # One look for all steps since the last; those after the end are dropped.
+            host = hessenberg[: step + 2, : step + 1].cpu()
+            while seen <= step and weights is None:
+                seen += 1
+                small = host[: seen + 1, :seen]
+                weights = _least_squares(small, target[: seen + 1], enough, last=seen == size)
+            if weights is not None:
                 break
-            basis.append(product / height)
-        return torch.stack(basis[:used]).t() @ weights, used
+        assert weights is not None
+        return torch.stack(basis[:seen]).t() @ weights.to(r.device), seen
+
+
+def _least_squares(hessenberg: Tensor, target: Tensor, goal: float, last: bool) -> Tensor | None:
+    """Return the weights of the basis that minimise the residual, or None where more vectors should come first.
+
+    Args:
+        hessenberg: of shape (used + 1, used), on the CPU.
+        target: the residual that the cycle started from, in the basis: of shape (used + 1,), on the CPU.
+        goal: norm of the residual that is small enough.
+        last: whether there is no room for more vectors.
+
+    Returns:
+        Weights of shape (used,), NaN where a product was not finite; or None.
+    """
+    column = hessenberg[:, -1]
+    height = float(column[-1])
+    if not math.isfinite(height):
+        return torch.full_like(column[1:], float("nan"))
+    weights = torch.linalg.pinv(hessenberg) @ target
+    # The column is as long as the product was: the space is closed where its last entry is only rounding.
+    closed = height <= 1e-14 * float(torch.linalg.vector_norm(column))
+    if last or closed or float(torch.linalg.vector_norm(target - hessenberg @ weights)) <= goal:
+        return weights
+    return None

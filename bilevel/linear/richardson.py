@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from bilevel import look
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.options import is_int, is_positive, require
@@ -41,7 +42,7 @@ class _Richardson(LinearSolver):
         else:
             h = self.step_size
         scale = torch.linalg.vector_norm(b)
-        every = 1 if b.device.type == "cpu" else 8
+        every = look.steps_between(b.device)
         x, r = system.start()
         first = float(torch.linalg.vector_norm(r) / scale)
         steps = 0

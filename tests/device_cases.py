@@ -1,0 +1,247 @@
+"""Problems on any device, and one row for each solver and estimator: what a step of it may ask of an accelerator.
+
+A new solver or estimator takes one line here; `scripts/gpu_check.py` runs the same rows on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from helpers import normal, spd
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SoftmaxProblem
+
+# Problems -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A problem on a device, with hyperparameters there."""
+
+    problem: bl.BilevelProblem
+    hparams: Any
+
+
+def quadratic(device: Any) -> Placed:
+    """Closed forms of one or two kernels: what is left is the solver's own."""
+    made = QuadraticProblem.random(12, 3, condition=8.0, seed=3)
+    parts = (made.hessian, made.linear, made.hessian_directions, made.linear_directions, made.target)
+    return Placed(QuadraticProblem(*(part.to(device) for part in parts)), (0.3 * normal(5, 3)).to(device))
+
+
+def _linear_model(family: Any, classes: int, penalty: str, device: Any) -> Placed:
+    X, X_val = normal(1, 40, 5), normal(2, 20, 5)
+    scores, scores_val = X @ normal(3, 5, max(classes, 1)), X_val @ normal(3, 5, max(classes, 1))
+    if not classes:
+        y, y_val = scores[:, 0] + normal(4, 40), scores_val[:, 0] + normal(5, 20)
+    else:
+        y, y_val = (s.argmax(1) + 0.0 * s[:, 0] for s in (scores, scores_val))
+    problem = family(*(part.to(device) for part in (X, y, X_val, y_val)), penalty)
+    return Placed(problem, problem.initial_hparams(-1.5))
+
+
+def dictionary(device: Any) -> Placed:
+    """A general loss of a dict of tensors, by autograd: a small net with two weight decays towards its start."""
+    X, y = normal(31, 30, 3).to(device), normal(32, 30).to(device)
+    X_val, y_val = normal(33, 20, 3).to(device), normal(34, 20).to(device)
+    start = {"first": normal(35, 3, 4), "last": normal(36, 4), "shift": torch.zeros((), dtype=torch.float64)}
+    start = bl.tree.tree_map(lambda leaf: leaf.to(device), start)
+
+    def predict(p: Any, X: Tensor) -> Tensor:
+        return torch.tanh(X @ p["first"]) @ p["last"] + p["shift"]
+
+    def inner(p: Any, h: Any) -> Tensor:
+        decay = h["decay"].exp()
+        away = bl.tree.add(p, start, -1.0)
+        penalty = decay[0] * away["first"].square().sum() + decay[1] * (
+            away["last"].square().sum() + away["shift"] ** 2
+        )
+        return (predict(p, X) - y).square().mean() + penalty
+
+    def outer(p: Any, h: Any) -> Tensor:
+        return (predict(p, X_val) - y_val).square().mean()
+
+    decay = torch.zeros(2, dtype=torch.float64, device=device)
+    return Placed(bl.BilevelProblem(inner, outer, start), {"decay": decay})
+
+
+@dataclass(frozen=True)
+class ProblemRow:
+    """Kernels of one call of an oracle, at most; `vjp` is that of a new linearization, as a reverse sweep calls it."""
+
+    make: Callable[[Any], Placed]
+    grad: int
+    vjp: int
+    reason: str
+
+
+PROBLEMS = {
+    "quadratic": ProblemRow(quadratic, 1, 4, "H x + b is one; H v one; C' v a product, a sum and a product"),
+    "ridge": ProblemRow(
+        partial(_linear_model, RidgeProblem, 0, "per_feature"), 1, 3, "on the Gram matrix; C' v is two"
+    ),
+    "logistic": ProblemRow(
+        partial(_linear_model, LogisticProblem, 2, "per_feature"),
+        *(9, 12),
+        "two products with X, five kernels for the slope, scale and penalty; curvature four, H v five, C' v two, a sum",
+    ),
+    "softmax": ProblemRow(
+        partial(_linear_model, SoftmaxProblem, 3, "per_class"),
+        7,
+        13,
+        "as logistic; softmax is one kernel, its bend five",
+    ),
+    "dictionary": ProblemRow(dictionary, 45, 101, "what autograd launches for a loss of 18 operations: no closed form"),
+}
+
+
+def system(size: int, device: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """A symmetric positive definite matrix as (matvec, right-hand side, matrix), too hard for a few dozen steps."""
+    matrix, b = spd(41, size, 1e6).to(device), normal(42, size).to(device)
+    return lambda v: matrix @ v, b, matrix
+
+
+# Inner solvers: kernels of one step on the quadratic, its gradient (one kernel) included -----------------------------
+
+
+@dataclass(frozen=True)
+class SolverRow:
+    """An inner solver, the most kernels of one step, and the times that one step waits by itself."""
+
+    solver: bl.InnerSolver
+    kernels: int
+    reason: str
+    waits: int = 0
+
+
+def contraction(x: Tensor, u: Tensor) -> Tensor:
+    """A map towards ``10 sum(u)``: a product and two sums."""
+    return 0.9 * x + u.sum()
+
+
+SOLVERS = {
+    "GradientDescent": SolverRow(bl.GradientDescent(0.05), 2, "the update is one kernel"),
+    "HeavyBall": SolverRow(bl.HeavyBall(0.05, 0.5), 4, "three terms: a product, two sums"),
+    "Nesterov": SolverRow(bl.Nesterov(0.05, 0.5), 6, "two kernels for y, three for the new x"),
+    "Chebyshev": SolverRow(bl.Chebyshev(0.2, 12.0), 4, "as heavy ball"),
+    "Sobolev": SolverRow(bl.Sobolev(0.2, 12.0), 13, "x, y and w are sums of five, three and four terms"),
+    "AsymptoticSobolev": SolverRow(bl.AsymptoticSobolev(0.2, 12.0), 8, "x and y are sums of four and three terms"),
+    "Adam": SolverRow(bl.Adam(0.01), 13, "moments three, a square root safe at zero six, the quotient three"),
+    "FixedPoint": SolverRow(bl.FixedPoint(contraction), 3, "the user's map alone"),
+    "Newton": SolverRow(
+        bl.Newton(),
+        31,
+        "on logistic regression: the gradient at the trial nine, the Hessian eight; it looks at each of its decisions",
+        waits=4,
+    ),
+}
+
+
+# Linear solvers: kernels of one step, its matrix-vector product (one kernel) included --------------------------------
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """A linear solver and what its steps take.
+
+    Attributes:
+        fixed: makes the solver from k: it takes k steps and cannot stop earlier.
+        solver: the solver as one would use it.
+        kernels: most kernels of one step.
+        reason: where they come from.
+        looks: as in `EstimatorRow`, for implicit differentiation with this solver.
+        tolerance: whether it looks for one.
+    """
+
+    fixed: Callable[[int], bl.LinearSolver]
+    solver: bl.LinearSolver
+    kernels: float
+    reason: str
+    looks: int = 15
+    tolerance: bool = True
+
+
+LINEAR_SOLVERS = {
+    "CG": LinearRow(
+        lambda k: bl.CG(tol=1e-30, max_steps=k),
+        bl.CG(tol=1e-12),
+        9 + 1 / 8,
+        "three dot products, two quotients, three updates; their numbers are stacked for each look",
+    ),
+    "GMRES": LinearRow(
+        lambda k: bl.GMRES(tol=1e-30, max_steps=k, restart=k),
+        bl.GMRES(tol=1e-12),
+        13,
+        "the basis stacked, four kernels for each of two orthogonalisations, norm, its place, quotient",
+    ),
+    "Neumann": LinearRow(
+        lambda k: bl.Neumann(steps=k, step_size=1e-7), bl.Neumann(steps=60), 3, "x + h r and b - A x", tolerance=False
+    ),
+    "FixedPointIteration": LinearRow(
+        lambda k: bl.FixedPointIteration(step_size=1e-7, tol=1e-30, max_steps=k),
+        bl.FixedPointIteration(tol=1e-12),
+        3 + 3 / 8,
+        "as Neumann; norm, product and comparison at each look",
+        looks=45,
+    ),
+    "Direct": LinearRow(lambda k: bl.Direct(), bl.Direct(), 0, "no steps", tolerance=False),
+}
+
+
+# Estimators: kernels of one inner step of gradient descent on the quadratic, differentiated --------------------------
+
+
+@dataclass(frozen=True)
+class EstimatorRow:
+    """An estimator, the most kernels that one inner step costs with it, and the looks of a whole short hypergradient.
+
+    Attributes:
+        estimator: the estimator.
+        kernels: per inner step, its share of the derivative included.
+        looks: times that a hypergradient of 64 steps waits in all, the check of the inputs aside.
+        reason: where the kernels come from.
+        runs: inner runs that one hypergradient takes.
+        agreement: relative distance between two devices that rounding explains.
+    """
+
+    estimator: bl.HypergradEstimator
+    kernels: float
+    looks: int
+    reason: str
+    runs: int = 1
+    agreement: float = 1e-10
+
+
+ESTIMATORS = {
+    "unroll": EstimatorRow(bl.FullUnroll(), 9, 9, "step two; back: scale, vjp four, the sums of both cotangents"),
+    "graph": EstimatorRow(bl.FullUnroll(memory="graph"), 35, 9, "autograd records every operation of the loss"),
+    "forward": EstimatorRow(bl.FullUnroll(mode="forward"), 20, 9, "step two; for each of three tangents six"),
+    "truncated": EstimatorRow(bl.TruncatedUnroll(tail=0.5), 5.5, 9, "step two; the way back for every other step"),
+    "auto tail": EstimatorRow(bl.TruncatedUnroll(tail="auto"), 12, 13, "as unroll; the step's length, adjoint sums"),
+    "extrapolated": EstimatorRow(
+        bl.TruncatedUnroll(tail=0.5, extrapolate=True), 8, 15, "as truncated; the step's length, adjoint sums"
+    ),
+    "implicit": EstimatorRow(bl.Implicit(), 2, 15, "no step is differentiated"),
+    "balanced": EstimatorRow(bl.Implicit(balance="auto"), 4, 24, "step two, the step's length two"),
+    "differences": EstimatorRow(
+        bl.FiniteDifference(), 14, 24, "two more runs for each of three hyperparameters", runs=7, agreement=1e-6
+    ),
+    **{
+        f"implicit {name}": EstimatorRow(bl.Implicit(row.solver), 2, row.looks, "no step is differentiated")
+        for name, row in LINEAR_SOLVERS.items()
+    },
+}
+
+BUDGETED = {
+    "auto tail, budget": bl.TruncatedUnroll(tail="auto", budget=100),
+    "extrapolated, budget": bl.TruncatedUnroll(tail=0.5, budget=100, extrapolate=True),
+    "balanced, budget": bl.Implicit(balance="auto", budget=100),
+}
+"""Estimators that share a budget decide how to go on while they run: their looks depend on what they find, and products
+that an accelerator computes in vain are paid from the same budget."""
