@@ -18,7 +18,7 @@ class Krylov:
         rr: squared norm of its recursive residual.
         negative: the curvature that stopped the run, None where all were positive; NaN for a NaN product.
         lengths: step lengths.
-        ratios: quotients of successive squared residual norms.
+        ratios: quotients of successive squared residual norms (in the norm of the preconditioner, if any).
         energies: what each step took off the squared energy norm of the error.
     """
 
@@ -53,7 +53,11 @@ class Krylov:
 
 
 def conjugate_gradients(
-    matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, enough: Callable[[Krylov], bool]
+    matvec: Callable[[Tensor], Tensor],
+    x: Tensor,
+    r: Tensor,
+    enough: Callable[[Krylov], bool],
+    precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> Krylov:
     """Run CG from x, whose residual is r, until `enough`.
 
@@ -64,6 +68,8 @@ def conjugate_gradients(
         x: start.
         r: its residual.
         enough: looks at the run before each step; True ends it.
+        precondition: a symmetric positive definite operator near the inverse; then `ratios`, and so `spectrum`, are
+            those of the preconditioned operator.
 
     Returns:
         The run with its last iterate; a direction of negative or zero curvature ends it before the step along it.
@@ -74,18 +80,21 @@ def conjugate_gradients(
     True
     """
     run = Krylov(x, float(torch.dot(r, r)))
-    p = r
+    p = z = r if precondition is None else precondition(r)
+    rz = run.rr if precondition is None else float(torch.dot(r, z))
     while not enough(run) and run.rr > 0:
         product = matvec(p)
         energy = float(torch.dot(p, product))
         if not energy > 0:
             run.negative = energy / float(torch.dot(p, p))
             return run
-        length = run.rr / energy
+        length = rz / energy
         run.x, r = torch.add(run.x, p, alpha=length), torch.sub(r, product, alpha=length)
-        before, run.rr = run.rr, float(torch.dot(r, r))
+        run.rr = float(torch.dot(r, r))
+        z = r if precondition is None else precondition(r)
+        before, rz = rz, run.rr if precondition is None else float(torch.dot(r, z))
         run.lengths.append(length)
-        run.ratios.append(run.rr / before)
+        run.ratios.append(rz / before)
         run.energies.append(length * before)
-        p = torch.add(r, p, alpha=run.ratios[-1])
+        p = torch.add(z, p, alpha=run.ratios[-1])
     return run

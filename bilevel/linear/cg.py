@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
-from bilevel.krylov import conjugate_gradients
+from bilevel.krylov import Krylov, conjugate_gradients
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -18,7 +18,8 @@ from bilevel.status import GOOD, Status, Verdict
 class CG(LinearSolver):
     """Conjugate gradients for a symmetric positive definite A; returns the last iterate.
 
-    The error falls in every step in the norm ``sqrt(e' A e)``. A direction p with ``p' A p <= 0`` stops the run and is
+    The error falls in every step in the norm ``sqrt(e' A e)``. A problem that has a preconditioner hands it on; the
+    residual is that of the system itself in any case. A direction p with ``p' A p <= 0`` stops the run and is
     reported with its curvature. With ``check_every > 1`` the iterations after the end are masked, so that an
     accelerator need not be waited for in every step.
 
@@ -73,14 +74,20 @@ class CG(LinearSolver):
 def _each_step(system: LinearSystem, limit: int) -> tuple[Tensor, int, float]:
     """Return (x, steps, last curvature), looking at every step."""
     goal = system.tol**2 * float(torch.dot(system.b, system.b))
-    run = conjugate_gradients(system.matvec, *system.start(), lambda run: not run.rr > goal or run.steps >= limit)
+
+    def enough(run: Krylov) -> bool:
+        return not run.rr > goal or run.steps >= limit
+
+    run = conjugate_gradients(system.matvec, *system.start(), enough, system.precondition)
     return run.x, run.steps, 1.0 if run.negative is None else run.negative
 
 
 def _masked(system: LinearSystem, limit: int, every: int) -> tuple[Tensor, int, float]:
     """Return the same, looking every few steps: the scalars stay on the device, and finished runs stand still."""
     x, r = system.start()
-    p, rr = r, torch.dot(r, r)
+    precondition = system.precondition
+    p = r if precondition is None else precondition(r)
+    rr, rz = torch.dot(r, r), torch.dot(r, p)
     goal = system.tol**2 * torch.dot(system.b, system.b)
     curvature = torch.ones_like(rr)
     steps = torch.zeros((), dtype=torch.int64, device=rr.device)
@@ -92,10 +99,12 @@ def _masked(system: LinearSystem, limit: int, every: int) -> tuple[Tensor, int, 
         energy = torch.dot(p, product)
         curvature = torch.where(active, energy / torch.dot(p, p), curvature)
         active = active & (curvature > 0)
-        length = torch.where(active, rr / energy, 0.0)
+        length = torch.where(active, rz / energy, 0.0)
         x = torch.addcmul(x, length, p)
         r = torch.addcmul(r, -length, product)
-        previous, rr = rr, torch.dot(r, r)
-        p = torch.where(active, torch.addcmul(r, rr / previous, p), p)
+        rr = torch.dot(r, r)
+        z = r if precondition is None else precondition(r)
+        previous, rz = rz, rr if precondition is None else torch.dot(r, z)
+        p = torch.where(active, torch.addcmul(z, rz / previous, p), p)
         steps = steps + active
     return x, int(steps), float(curvature)
