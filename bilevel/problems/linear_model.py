@@ -144,9 +144,9 @@ class LinearModelPoint(Linearization):
             return Preconditioner()
         if kept is None:
             self.inner.counts["curvature"] += 1
-            kept = self.data_hessian(torch.float32)
-        if self.inner.factored is None or self.inner.factored.kept is not kept:
-            self.inner.factored = factored(kept, self.inner.flat_penalty)
+            self.inner.factored = factored(self.data_hessian(torch.float32), self.inner.flat_penalty)
+        elif self.inner.factored is None or self.inner.factored.kept is not kept:
+            self.inner.factored = factored(kept["gram"], self.inner.flat_penalty, kept)
         return self.inner.factored
 
     def rebind(self, inner: InnerProblem) -> Linearization:

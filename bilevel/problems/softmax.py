@@ -73,7 +73,9 @@ class SoftmaxProblem(LinearModelProblem):
 
     def slope_at(self, z: Tensor, y: Tensor) -> Tensor:
         """``softmax(z) - onehot(y)``."""
-        return torch.softmax(z, 0).scatter_add(0, y[None], z.new_full((1, 1), -1.0).expand(1, len(y)))
+        p = torch.softmax(z, 0)
+        # `scatter_add` is twenty times slower.
+        return p.scatter(0, y[None], p.gather(0, y[None]) - 1.0)
 
     def curvature_at(self, z: Tensor) -> Tensor:
         """``softmax(z)``."""
