@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import os
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from bilevel.tree import Tree
 
 MAX_DENSE = 2_000
 """Most weights for which a dense matrix is worth its factorisation."""
-DRIFT = float(os.environ.get("DRIFT", "0.25"))
+DRIFT = 0.25
+"""Relative change of the diagonal up to which a factor is used again."""
 SHIFTS = (0.0, 1e-6, 1e-3)
 """What is added to the diagonal, relative to its mean, until the factorisation succeeds."""
 
@@ -42,7 +42,9 @@ def factored(gram: Tensor, diagonal: Tensor, kept: Tree = None) -> Preconditione
     matrix.diagonal().add_(diagonal)
     mean = matrix.diagonal().mean()
     for shift in SHIFTS:
-        factor, info = torch.linalg.cholesky_ex(matrix + torch.diag((shift * mean).expand(len(gram))) if shift else matrix)
+        factor, info = torch.linalg.cholesky_ex(
+            matrix + torch.diag((shift * mean).expand(len(gram))) if shift else matrix
+        )
         if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
             return Preconditioner(_inverse(factor), {"gram": gram, "factor": factor, "diagonal": diagonal})
     return Preconditioner(None, {"gram": gram, "factor": torch.eye(0), "diagonal": diagonal})
