@@ -63,6 +63,11 @@ class Linearization:
         self._gradient_graph: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
         self._loss_graph: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
 
+    @property
+    def value(self) -> Tensor:
+        """The inner loss here, a 0-d tensor."""
+        return self.inner.value(self.params)
+
     def hvp(self, v: Tree) -> Tree:
         """Return ``H' v``, shaped as `params`."""
         self.inner.counts["hvp"] += 1

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.oracles import InnerProblem
+from bilevel.oracles import Linearization
 from bilevel.tree import Tree
 
 DECREASE, FLATTENED = 1e-4, 0.9
 """Share of the predicted decrease that is enough, and of the slope that is still too steep."""
 PROGRESS = 0.9
 """A convex problem's gradient norm below this multiple of the last one is progress that needs no further look."""
-TRIALS = 40
+TRIALS, FLOOR_TRIALS = 40, 5
+"""Most steps to look at, and where the predicted decrease is below the rounding of the loss."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,14 @@ class Ray:
     """Where a search starts, and where it goes: ``params - t * direction``.
 
     Attributes:
-        inner: the bound problem.
-        raveler: between `params` and vectors.
-        params: the start.
+        point: the linearization at the start.
+        raveler: between its params and vectors.
         gradient: there, flat.
         direction: flat.
     """
 
-    inner: InnerProblem
+    point: Linearization
     raveler: tree.Raveler
-    params: Tree
     gradient: Tensor
     direction: Tensor
 
@@ -67,25 +66,25 @@ def search(ray: Ray, length: float = 1.0) -> Found | None:
     Raises:
         ArithmeticError: if no t is accepted above the rounding floor.
     """
-    inner, x = ray.inner, ray.raveler.ravel(ray.params)
+    inner, x = ray.point.inner, ray.raveler.ravel(ray.point.params)
     norm = float(torch.linalg.vector_norm(ray.gradient))
     slope = -float(torch.dot(ray.gradient, ray.direction))
     value: float | None = None
     slack = 0.0
     low, high, t = 0.0, math.inf, length
-    for _ in range(TRIALS):
+    for count in range(TRIALS):
+        if value is not None and count >= FLOOR_TRIALS and -slope * length <= slack:
+            return None
         if value is None and not inner.convex:
-            value, slack = _start(inner, ray.params, x.dtype)
+            value, slack = _start(ray.point, x.dtype)
         trial = ray.raveler.unravel(torch.sub(x, ray.direction, alpha=t))
         gradient = ray.raveler.ravel(inner.grad(trial))
         rate = float(torch.linalg.vector_norm(gradient)) / norm
         if inner.convex and rate <= PROGRESS:
             return Found(trial, gradient, rate)
         if value is None:
-            there = float(inner.value(trial))
-            value, slack = _start(inner, ray.params, x.dtype)
-        else:
-            there = float(inner.value(trial))
+            value, slack = _start(ray.point, x.dtype)
+        there = float(inner.value(trial))
         slope_there = -float(torch.dot(gradient, ray.direction))
         decreased = there <= value + DECREASE * t * slope
         decreased |= there <= value + slack and slope_there <= (2 * DECREASE - 1) * slope
@@ -96,12 +95,11 @@ def search(ray: Ray, length: float = 1.0) -> Found | None:
         else:
             high = t
         t = 2 * t if high == math.inf else (low + high) / 2
-    if value is not None and -slope * length <= slack:
-        return None
-    raise ArithmeticError(f"no step along the direction lowers the loss (slope {slope:.3g})")
+    what = "falls without end" if high == math.inf else "does not fall"
+    raise ArithmeticError(f"the loss {what} along a direction of slope {slope:.3g}")
 
 
-def _start(inner: InnerProblem, params: Tree, dtype: torch.dtype) -> tuple[float, float]:
+def _start(point: Linearization, dtype: torch.dtype) -> tuple[float, float]:
     """Return the loss at the start, and how much of it is rounding."""
-    value = float(inner.value(params))
+    value = float(point.value)
     return value, 1e3 * torch.finfo(dtype).eps * abs(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,8 @@ Pair = tuple[Tensor, Tensor, Tensor]
 """A step s, the change y of the gradient along it, and 1 / s'y."""
 FORCING = 0.3
 """Relative residual to which the first Newton system is solved."""
+STALLED = 10.0
+"""Steps without a smaller gradient after which it matters whether the loss can still tell iterates apart."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class QuasiNewton(InnerSolver):
             direction, length = self._newton_direction(point, raveler, gradient, state), 1.0
         else:
             direction, length = _corrected(pairs, gradient, metric.apply)
-        found = self._search(Ray(inner, raveler, params, gradient, direction), length)
+        stuck = state.measured.get("stalled", 0.0) >= STALLED and _below_rounding(point, gradient, direction)
+        found = None if stuck else self._search(Ray(point, raveler, gradient, direction), length)
         if found is None:
             return replace(state, steps=state.steps + 1, kept=metric.kept)
         pairs = _with(pairs, found.params, params, found.gradient, gradient, raveler)[-self.pairs :]
@@ -95,7 +99,7 @@ class QuasiNewton(InnerSolver):
             params=found.params,
             memory=tuple(pairs),
             steps=state.steps + 1,
-            measured={"rate": found.rate},
+            measured=_progress(state.measured, found),
             kept=kept,
             point=there,
         )
@@ -162,6 +166,19 @@ def _corrected(
     for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
         q = torch.addcmul(q, weight - torch.dot(y, q) * inverse, s)
     return q, length
+
+
+def _below_rounding(point: Linearization, gradient: Tensor, direction: Tensor) -> bool:
+    """Whether the loss cannot tell the next iterate from this one."""
+    return bool(torch.dot(gradient, direction) <= torch.finfo(gradient.dtype).eps * point.value.abs())
+
+
+def _progress(measured: Mapping[str, float], found: Found) -> Mapping[str, float]:
+    """Return the rate of the last step, the smallest gradient norm, and the steps since then."""
+    norm = float(torch.linalg.vector_norm(found.gradient))
+    best = measured.get("smallest_gradient", math.inf)
+    stalled = 0.0 if norm < best else measured.get("stalled", 0.0) + 1.0
+    return {"rate": found.rate, "smallest_gradient": min(norm, best), "stalled": stalled}
 
 
 def _with(

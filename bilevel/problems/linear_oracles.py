@@ -199,8 +199,7 @@ class LinearModelInner(InnerProblem):
         return self._value(params)
 
     def _value(self, params: Tensor) -> Tensor:
-        value: Tensor = self.linearize(params).value  # type: ignore[attr-defined]
-        return value
+        return self.linearize(params).value
 
     def _grad(self, params: Tensor) -> Tensor:
         gradient: Tensor = self.linearize(params).gradient  # type: ignore[attr-defined]
