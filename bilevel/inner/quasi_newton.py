@@ -92,7 +92,12 @@ class QuasiNewton(InnerSolver):
         pairs = _with(pairs, found.params, params, found.gradient, gradient, raveler)[-self.pairs :]
         kept = metric.kept
         there = inner.linearize(found.params)
-        if metric.apply is not None and found.rate > self.refresh and not self._reached(found.gradient):
+        if (
+            metric.apply is not None
+            and state.memory
+            and found.rate > self.refresh
+            and not self._reached(found.gradient)
+        ):
             kept, pairs = there.preconditioner(lasting=True).kept, ()
         return replace(
             state,
