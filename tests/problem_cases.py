@@ -71,6 +71,14 @@ PROBLEMS = {
     "quadratic": partial(QuadraticProblem.random, size=5, hyperparameters=3),
     "quadratic-one": partial(QuadraticProblem.random, size=1, hyperparameters=1),
 }
+LINEAR = {name: factory for name, factory in PROBLEMS.items() if not name.startswith("quadratic")}
+KEEPING = {
+    "ridge": partial(ridge, 13, penalty="per_feature"),
+    "logistic": partial(logistic, penalty="per_feature"),
+    "softmax": partial(multinomial, penalty="per_weight"),
+    "weighted": weighted,
+}
+"""One version of each family, whose curvature can be kept."""
 RIDGES = {name: factory for name, factory in LINEAR_MODELS.items() if name.startswith("ridge")}
 
 

@@ -61,8 +61,9 @@ class LinearModelPoint(Linearization):
 
     @cached_property
     def gradient(self) -> Tensor:
-        """The inner gradient."""
-        return torch.addcmul(self.data_gradient, self.inner.penalty, self.params)
+        """The inner gradient; autograd does not record it."""
+        with torch.no_grad():
+            return torch.addcmul(self.data_gradient, self.inner.penalty, self.params)
 
     @cached_property
     def value(self) -> Tensor:
@@ -100,6 +101,7 @@ class LinearModelPoint(Linearization):
             lambda block, X, rows: problem.collect(X, self.bent(block, rows, problem.predict(X, v)))
         )
 
+    @torch.no_grad()
     def _hvp(self, v: Tensor) -> Tensor:
         return torch.addcmul(self._data_hvp(v), self.inner.penalty, v)
 
@@ -151,6 +153,8 @@ class LinearModelPoint(Linearization):
         other = inner.linearization(inner, self.params)
         shared = {name: value for name, value in self.__dict__.items() if name in inner.shared}
         other.__dict__.update(shared)
+        # The two hold each other: let go, so that the old ones are freed now and not by the garbage collector.
+        self.inner.forget()
         inner.adopt(other)
         return other
 
@@ -191,6 +195,10 @@ class LinearModelInner(InnerProblem):
         self._point = point
         if "data_gradient" in point.__dict__:
             self._last = (point.params, point.gradient)
+
+    def forget(self) -> None:
+        """Drop the last linearization."""
+        self._point = None
 
     def value(self, params: Tree) -> Tensor:
         """Return the inner loss; where a gradient was taken last, it takes no pass and is not counted."""
