@@ -193,6 +193,7 @@ def test_an_indefinite_matrix_is_shifted_or_given_up_never_wrong():
     hopeless = factored(nearly, -torch.ones(3))
     assert hopeless.apply is None
     assert factored(nearly, torch.full((3,), float("nan"))).apply is None
+    assert factored(nearly, -torch.ones(3), hopeless.kept).apply is None
     # What is kept of it is still of use at other penalties.
     again = factored(nearly, torch.ones(3), hopeless.kept)
     torch.testing.assert_close(again.apply(torch.ones(3)), torch.full((3,), 0.25), rtol=1e-5, atol=0)

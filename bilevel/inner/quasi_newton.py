@@ -89,15 +89,11 @@ class QuasiNewton(InnerSolver):
         found = None if stuck else self._search(Ray(point, raveler, gradient, direction), length)
         if found is None:
             return replace(state, steps=state.steps + 1, kept=metric.kept)
-        pairs = _with(pairs, found.params, params, found.gradient, gradient, raveler)[-self.pairs :]
-        kept = metric.kept
+        kept, pairs = metric.kept, _with(pairs, found.params, params, found.gradient, gradient, raveler)[-self.pairs :]
         there = inner.linearize(found.params)
-        if (
-            metric.apply is not None
-            and state.memory
-            and found.rate > self.refresh
-            and not self._reached(found.gradient)
-        ):
+        # Curvature as of the last step is not measured again: pairs get their chance first.
+        slow = metric.apply is not None and bool(state.memory) and found.rate > self.refresh
+        if slow and not self._reached(found.gradient):
             kept, pairs = there.preconditioner(lasting=True).kept, ()
         return replace(
             state,

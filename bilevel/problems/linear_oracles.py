@@ -96,7 +96,7 @@ class LinearModelPoint(Linearization):
 
     def _data_hvp(self, v: Tensor) -> Tensor:
         problem = self.inner.problem
-        self.curvature  # noqa: B018  made here, by one thread
+        _ = self.curvature  # made here, by one thread
         return problem.scale * problem.design.total(
             lambda block, X, rows: problem.collect(X, self.bent(block, rows, problem.predict(X, v)))
         )
@@ -114,7 +114,7 @@ class LinearModelPoint(Linearization):
     def data_hessian(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``c X' D X`` over the flattened weights; in a lower precision it is sooner there."""
         problem = self.inner.problem
-        self.curvature  # noqa: B018  made here, by one thread
+        _ = self.curvature  # made here, by one thread
         return problem.scale * problem.design.total(
             lambda block, X, rows: self.weighted_gram(block, X if dtype is None else X.to(dtype), rows)
         )

@@ -47,7 +47,8 @@ def factored(gram: Tensor, diagonal: Tensor, kept: Tree = None) -> Preconditione
         )
         if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
             return Preconditioner(_inverse(factor), {"gram": gram, "factor": factor, "diagonal": diagonal})
-    return Preconditioner(None, {"gram": gram, "factor": torch.eye(0), "diagonal": diagonal})
+    # No later diagonal is near NaN, so what stands for the factor is never used.
+    return Preconditioner(None, {"gram": gram, "factor": gram, "diagonal": torch.full_like(diagonal, float("nan"))})
 
 
 def _inverse(factor: Tensor) -> Callable[[Tensor], Tensor]:

@@ -50,7 +50,7 @@ class SampleWeightPoint(LinearModelPoint):
 
     def _vjp(self, v: Tensor) -> tuple[Tensor, Tensor]:
         problem = self.inner.problem
-        self.curvature  # noqa: B018  made here, by one thread
+        _ = self.curvature  # made here, by one thread
 
         def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             dz = problem.predict(X, v)
@@ -63,7 +63,7 @@ class SampleWeightPoint(LinearModelPoint):
     def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
         problem = self.inner.problem
         moved = hparams_tangent * self.inner.weight_slopes
-        self.predictions  # noqa: B018  made here, by one thread
+        _ = self.predictions  # made here, by one thread
 
         def visit(block: int, X: Tensor, rows: slice) -> Tensor:
             return problem.collect(
