@@ -35,6 +35,7 @@ from bilevel.inner import GradientDescent as GradientDescent
 from bilevel.inner import HeavyBall as HeavyBall
 from bilevel.inner import Nesterov as Nesterov
 from bilevel.inner import Newton as Newton
+from bilevel.inner import QuasiNewton as QuasiNewton
 from bilevel.inner import Sobolev as Sobolev
 from bilevel.linear import CG as CG
 from bilevel.linear import GMRES as GMRES

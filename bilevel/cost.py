@@ -25,6 +25,7 @@ WEIGHTS: Mapping[str, float] = {
     "vjp": 3.0,  # (H v, C' v)
     "jvp": 3.0,  # H v + C du
     "hvp_vjp": 4.0,  # VJP of (params, hparams) -> H v: third derivatives
+    "curvature": 20.0,  # a dense Hessian by one matrix product, to be kept (10 to 50 gradients, by size)
     "outer": 1.0,  # outer loss with its gradients
 }
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel import look
+
+Operator: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -21,8 +24,9 @@ class Krylov:
         rr: squared norm of its recursive residual.
         negative: the curvature that stopped the run, None where all were positive; NaN for a NaN product.
         lengths: step lengths.
-        ratios: quotients of successive squared residual norms.
+        ratios: quotients of successive squared residual norms (in the norm of the preconditioner, if any).
         energies: what each step took off the squared energy norm of the error.
+        rz: squared norm of the residual in the norm of the preconditioner; None where there is none: then it is `rr`.
         xx: squared norm of the iterate where it came along with the other numbers, else None.
     """
 
@@ -32,22 +36,25 @@ class Krylov:
     lengths: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)
+    rz: float | None = None
     xx: float | None = None
 
-    def advance(self, x: Tensor, energy: float, rr: float, xx: float | None = None) -> None:
+    def advance(self, x: Tensor, energy: float, rr: float, rz: float | None = None, xx: float | None = None) -> None:
         """Take a step.
 
         Args:
             x: the new iterate.
             energy: ``p' A p`` of the direction p of the step.
             rr: the new squared norm of the residual.
+            rz: the same in the norm of the preconditioner, if any.
             xx: the squared norm of x, where it is known.
         """
-        length = self.rr / energy
+        before, after = (self.rr, rr) if self.rz is None or rz is None else (self.rz, rz)
+        length = before / energy
         self.lengths.append(length)
-        self.energies.append(length * self.rr)
-        self.ratios.append(rr / self.rr)
-        self.x, self.rr, self.xx = x, rr, xx
+        self.energies.append(length * before)
+        self.ratios.append(after / before)
+        self.x, self.rr, self.rz, self.xx = x, rr, rz, xx
 
     @property
     def steps(self) -> int:
@@ -78,12 +85,13 @@ class Krylov:
 
 
 def conjugate_gradients(
-    matvec: Callable[[Tensor], Tensor],
+    matvec: Operator,
     x: Tensor,
     r: Tensor,
     enough: Callable[[Krylov], bool],
     limit: int | None = None,
     check_every: int | None = None,
+    precondition: Operator | None = None,
 ) -> Krylov:
     """Run CG from x, whose residual is r, until `enough`.
 
@@ -99,6 +107,8 @@ def conjugate_gradients(
         limit: most steps, hence most products; None for no limit.
         check_every: steps between two looks; default 1 on the CPU and 8 elsewhere. The iterates and directions of so
             many steps are kept.
+        precondition: a symmetric positive definite operator near the inverse; then `ratios`, and so `spectrum`, are
+            those of the preconditioned operator.
 
     Returns:
         The run with its last iterate; a direction of negative or zero curvature ends it before the step along it.
@@ -110,52 +120,78 @@ def conjugate_gradients(
     """
     every = check_every or look.steps_between(x.device)
     most = sys.maxsize if limit is None else limit
-    return _step_by_step(matvec, x, r, enough, most) if every == 1 else _in_blocks(matvec, x, r, enough, most, every)
+    if every == 1:
+        return _step_by_step(matvec, x, r, enough, most, precondition)
+    return _in_blocks(matvec, x, r, enough, most, every, precondition)
 
 
 def _step_by_step(
-    matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, enough: Callable[[Krylov], bool], limit: int
+    matvec: Operator,
+    x: Tensor,
+    r: Tensor,
+    enough: Callable[[Krylov], bool],
+    limit: int,
+    precondition: Operator | None,
 ) -> Krylov:
+    p = r if precondition is None else precondition(r)
     run = Krylov(x, float(torch.dot(r, r)))
-    p = r
+    run.rz = None if precondition is None else float(torch.dot(r, p))
     while run.steps < limit and not enough(run) and run.rr > 0:
         product = matvec(p)
         energy = float(torch.dot(p, product))
         if not energy > 0:
             run.negative = energy / float(torch.dot(p, p))
             return run
-        length = run.rr / energy
+        length = (run.rr if run.rz is None else run.rz) / energy
         x, r = torch.add(run.x, p, alpha=length), torch.sub(r, product, alpha=length)
-        run.advance(x, energy, float(torch.dot(r, r)))
-        p = torch.add(r, p, alpha=run.ratios[-1])
+        if precondition is None:
+            z, rz = r, None
+        else:
+            z = precondition(r)
+            rz = float(torch.dot(r, z))
+        run.advance(x, energy, float(torch.dot(r, r)), rz)
+        p = torch.add(z, p, alpha=run.ratios[-1])
     return run
 
 
 def _in_blocks(
-    matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, enough: Callable[[Krylov], bool], limit: int, every: int
+    matvec: Operator,
+    x: Tensor,
+    r: Tensor,
+    enough: Callable[[Krylov], bool],
+    limit: int,
+    every: int,
+    precondition: Operator | None,
 ) -> Krylov:
-    p, rr = r, torch.dot(r, r)
+    p = r if precondition is None else precondition(r)
+    rr = torch.dot(r, r)
+    rz = rr if precondition is None else torch.dot(r, p)
     run = Krylov(x, float(rr))
+    run.rz = None if precondition is None else float(rz)
     while run.steps < limit and not enough(run) and run.rr > 0:
         iterates, directions, scalars = [], [], []
         # Nothing in here waits. A step after the end may divide by zero; nobody reads its numbers.
         for _ in range(min(every, limit - run.steps)):
             product = matvec(p)
             energy = torch.dot(p, product)
-            length = rr / energy
+            length = rz / energy
             directions.append(p)
             x, r = torch.addcmul(x, length, p), torch.addcmul(r, length, product, value=-1)
-            before, rr = rr, torch.dot(r, r)
-            p = torch.addcmul(r, rr / before, p)
+            rr, before = torch.dot(r, r), rz
+            z, rz = r, rr
+            if precondition is not None:
+                z = precondition(r)
+                rz = torch.dot(r, z)
+            p = torch.addcmul(z, rz / before, p)
             iterates.append(x)
-            scalars += [energy, rr, torch.dot(x, x)]
+            scalars += [energy, rr, rz, torch.dot(x, x)]
         values = look.numbers(scalars)
-        looked_at = zip(values[::3], values[1::3], values[2::3], strict=True)
-        for iterate, direction, (along, squared, size) in zip(iterates, directions, looked_at, strict=True):
+        looked_at = zip(values[::4], values[1::4], values[2::4], values[3::4], strict=True)
+        for iterate, direction, (along, squared, measured, size) in zip(iterates, directions, looked_at, strict=True):
             if enough(run) or not run.rr > 0:
                 return run
             if not along > 0:
                 run.negative = along / float(torch.dot(direction, direction))
                 return run
-            run.advance(iterate, along, squared, size)
+            run.advance(iterate, along, squared, None if precondition is None else measured, size)
     return run

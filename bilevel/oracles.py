@@ -15,6 +15,8 @@ For a problem stated by an optimality map (``optimality=``) read that map for ``
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,19 @@ if TYPE_CHECKING:
     from bilevel.problem import BilevelProblem
 
 
+@dataclass(frozen=True)
+class Preconditioner:
+    """An approximation of the inverse Hessian, symmetric positive definite: it changes how fast, never whereto.
+
+    Attributes:
+        apply: flat v of shape (size,) -> flat approximation of ``H^-1 v``; None for the identity.
+        kept: a tree of tensors from which one for other params and hparams can be made cheaply; None for nothing.
+    """
+
+    apply: Callable[[Tensor], Tensor] | None = None
+    kept: Tree = None
+
+
 class Linearization:
     """The inner gradient linearised at ``(params, hparams)``; what several products share is computed once.
 
@@ -39,11 +54,19 @@ class Linearization:
         params: the point.
     """
 
+    closed_form = False
+    """Whether a product costs about as much as a gradient; by autograd it costs twice that and its graph is held."""
+
     def __init__(self, inner: InnerProblem, params: Tree) -> None:
         self.inner = inner
         self.params = params
         self._gradient_graph: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
         self._loss_graph: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The inner loss here, a 0-d tensor."""
+        return self.inner.value(self.params)
 
     def hvp(self, v: Tree) -> Tree:
         """Return ``H' v``, shaped as `params`."""
@@ -81,6 +104,15 @@ class Linearization:
     def rebind(self, inner: InnerProblem) -> Linearization:
         """Return the linearization at the same params for other hparams; structured problems keep their data pass."""
         return inner.linearize(self.params)
+
+    def preconditioner(self, kept: Tree = None, lasting: bool = False) -> Preconditioner:
+        """Return a preconditioner for H; the default is the identity.
+
+        Args:
+            kept: what an earlier preconditioner of this problem kept; None to measure anew.
+            lasting: whether it is meant for several solves, so that more work now pays.
+        """
+        return Preconditioner()
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
@@ -168,15 +200,20 @@ class InnerProblem:
     """
 
     linearization: type[Linearization] = Linearization
+    convex = False
+    """Whether the loss is known to be convex: then a step that lowers the gradient norm is progress by itself."""
 
     def __init__(self, problem: BilevelProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
         self.problem: Any = problem
         self.hparams = tree.detach(hparams)
         self.counts: Counter[str] = Counter() if counts is None else counts
         self._last: tuple[Tree, Tree] | None = None
+        self._last_value: tuple[Tree, Tensor] | None = None
 
     def value(self, params: Tree) -> Tensor:
-        """Return the inner loss, a 0-d tensor."""
+        """Return the inner loss, a 0-d tensor; where the last gradient came with it, nothing is computed or counted."""
+        if self._last_value is not None and self._last_value[0] is params:
+            return self._last_value[1]
         self.counts["value"] += 1
         return self._value(params)
 
@@ -222,10 +259,11 @@ class InnerProblem:
         if self.problem.optimality is not None:
             with torch.no_grad():
                 return self.problem.gradient_graph(params, self.hparams)
-        params = tree.attach(params)
+        roots = tree.attach(params)
         with torch.enable_grad():
-            loss = self.problem.inner_loss(params, self.hparams)
-        return tree.rebuild(params, torch.autograd.grad(loss, tree.leaves(params), materialize_grads=True))
+            loss = self.problem.inner_loss(roots, self.hparams)
+        self._last_value = (params, loss.detach())
+        return tree.rebuild(params, torch.autograd.grad(loss, tree.leaves(roots), materialize_grads=True))
 
 
 class DifferentiableInner(InnerProblem):

@@ -335,6 +335,7 @@ class OuterOptimizer:
                 "memory": state.memory,
                 "steps": state.steps,
                 "measured": dict(state.measured),
+                "kept": state.kept,
             },
             "adjoint": self.carry.adjoint,
             "solver": type(self.solver).__name__,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SoftmaxProblem
+from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SampleWeightProblem, SoftmaxProblem
 
 F64 = torch.float64
 STEP, MOMENTUM = 0.1, 0.5
@@ -230,11 +230,40 @@ def softmax_case() -> Case:
     )
 
 
+def sample_weight_case() -> Case:
+    """Softmax regression with a weight for each row; dense algebra by torch.func on the loss written out here."""
+    X, X_val = normal(26, 12, 3), normal(27, 20, 3)
+    labels = torch.arange(12) % 3
+    labels_val = (X_val @ normal(28, 3, 3)).argmax(1)
+
+    def losses(X: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        Z = X @ x.reshape(3, 3).t()
+        return Z.exp().sum(1).log() - Z.gather(1, y[:, None])[:, 0]
+
+    def inner(x: Tensor, u: Tensor) -> Tensor:
+        return (losses(X, labels, x) / (1.0 + (-u).exp())).mean() + 0.1 * x @ x
+
+    def outer(x: Tensor, u: Tensor) -> Tensor:
+        return losses(X_val, labels_val, x).mean() + 0.0 * u.sum()
+
+    grad = torch.func.grad(inner)
+    return Case(
+        SampleWeightProblem(X, labels, X_val, labels_val, penalty=0.2),
+        normal(29, 12),
+        normal(30, 3, 3),
+        grad,
+        torch.func.jacrev(grad),
+        torch.func.jacrev(grad, argnums=1),
+        torch.func.grad(outer, argnums=(0, 1)),
+    )
+
+
 PROBLEMS: dict[type, Callable[[], Case]] = {
     QuadraticProblem: quadratic_case,
     RidgeProblem: ridge_case,
     LogisticProblem: logistic_case,
     SoftmaxProblem: softmax_case,
+    SampleWeightProblem: sample_weight_case,
 }
 
 
@@ -252,12 +281,15 @@ class SolverRow:
         make: (problem, **limits) -> solver.
         formula: (gradient, x, memory, k) -> (x, memory) for step k = 0, 1, ...
         reaches: residual within 5,000 steps on well-conditioned problems.
+        forward: whether forward mode covers its steps.
+        unrolls: whether its steps are differentiated at all; without that, its own tests check the step.
     """
 
     make: Callable[..., bl.InnerSolver]
-    formula: Callable[[Gradient, Tensor, Memory, int], tuple[Tensor, Memory]]
+    formula: Callable[[Gradient, Tensor, Memory, int], tuple[Tensor, Memory]] | None = None
     reaches: float = 1e-10
     forward: bool = True
+    unrolls: bool = True
 
 
 def adam_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
@@ -334,8 +366,12 @@ SOLVERS: dict[type, SolverRow] = {
     bl.Nesterov: SolverRow(lambda problem, **limits: bl.Nesterov(STEP, MOMENTUM, **limits), nesterov_formula),
     bl.Adam: SolverRow(lambda problem, **limits: bl.Adam(0.05, **limits), adam_formula, reaches=1e-6),
     bl.Newton: SolverRow(lambda problem, **limits: bl.Newton(**limits), newton_formula, forward=False),
+    bl.QuasiNewton: SolverRow(lambda problem, **limits: bl.QuasiNewton(**limits), forward=False, unrolls=False),
     bl.FixedPoint: SolverRow(make_fixed_point, lambda g, x, m, k: (x - STEP * g(x), ())),
 }
+
+UNROLLED = [cls for cls, row in SOLVERS.items() if row.unrolls]
+"""The solvers whose steps are differentiated."""
 
 
 # Linear solvers and estimators: gold options --------------------------------------------------------------------------

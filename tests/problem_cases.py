@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bilevel import BilevelProblem
-from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SoftmaxProblem
+from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SampleWeightProblem, SoftmaxProblem
 
 FEATURES, CLASSES = 4, 3
 
@@ -44,6 +44,10 @@ def multinomial(**options: str) -> SoftmaxProblem:
     return SoftmaxProblem(**data(classes=CLASSES), **options)
 
 
+def weighted(classes: int = CLASSES, **options: str) -> SampleWeightProblem:
+    return SampleWeightProblem(**data(classes=classes), penalty=0.3, **options)
+
+
 def versions(family, penalties, **options):
     """One factory for every combination of the options that all linear models share."""
     for penalty, loss, kind in itertools.product(penalties, ("mean", "sum"), ("log", "direct")):
@@ -57,11 +61,24 @@ LINEAR_MODELS = {
     **dict(versions(logistic, ("scalar", "per_feature"))),
     **dict(versions(multinomial, ("scalar", "per_class", "per_feature", "per_weight"))),
 }
+WEIGHTED = {
+    f"weighted-{classes}-{loss}-{kind}": partial(weighted, classes, loss=loss, parametrization=kind)
+    for classes, loss, kind in ((3, "mean", "sigmoid"), (2, "sum", "sigmoid"), (3, "mean", "direct"))
+}
 PROBLEMS = {
     **LINEAR_MODELS,
+    **WEIGHTED,
     "quadratic": partial(QuadraticProblem.random, size=5, hyperparameters=3),
     "quadratic-one": partial(QuadraticProblem.random, size=1, hyperparameters=1),
 }
+LINEAR = {name: factory for name, factory in PROBLEMS.items() if not name.startswith("quadratic")}
+KEEPING = {
+    "ridge": partial(ridge, 13, penalty="per_feature"),
+    "logistic": partial(logistic, penalty="per_feature"),
+    "softmax": partial(multinomial, penalty="per_weight"),
+    "weighted": weighted,
+}
+"""One version of each family, whose curvature can be kept."""
 RIDGES = {name: factory for name, factory in LINEAR_MODELS.items() if name.startswith("ridge")}
 
 

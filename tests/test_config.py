@@ -88,7 +88,7 @@ SENTENCES = {
     ),
     "solver.class=CG": (
         "`solver.class` must be an inner solver (Adam, AsymptoticSobolev, Chebyshev, FixedPoint, GradientDescent, "
-        "HeavyBall, Nesterov, Newton, Sobolev), got 'CG', which is a linear solver."
+        "HeavyBall, Nesterov, Newton, QuasiNewton, Sobolev), got 'CG', which is a linear solver."
     ),
     "solver.class=GradientDecent": "got 'GradientDecent': did you mean `GradientDescent`?",
     "solver.steps=-3": "`solver.steps`: `GradientDescent.steps` must be a positive int or None, got -3.",

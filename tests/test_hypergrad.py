@@ -18,6 +18,7 @@ from helpers import (
     PROBLEMS,
     SOLVERS,
     STEP,
+    UNROLLED,
     Case,
     exported,
     flat,
@@ -268,7 +269,7 @@ def test_unrolled_adam_reverse_graph_forward_and_finite_differences_agree(tree: 
     torch.testing.assert_close(differences, graph, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("cls", SOLVERS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", UNROLLED, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("hparams", HPARAMS)
 def test_every_solver_unrolls_on_every_tree_as_finite_differences_say(cls: type, params: str, hparams: str) -> None:

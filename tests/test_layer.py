@@ -16,6 +16,7 @@ from helpers import (
     MOMENTUM,
     SOLVERS,
     STEP,
+    UNROLLED,
     flat,
     normal,
     quadratic_case,
@@ -51,7 +52,7 @@ def test_gradients_through_a_torch_graph_equal_the_chain_rule(estimator: Any) ->
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("cls", SOLVERS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", UNROLLED, ids=lambda cls: cls.__name__)
 def test_gradcheck_accepts_the_layer_with_every_inner_solver_unrolled(cls: type) -> None:
     case = tree_case("dict", "tensor")
     solver = SOLVERS[cls].make(case.problem, steps=2)

@@ -12,7 +12,7 @@ import torch
 from bilevel import tree
 from bilevel.lanczos import Spectrum
 from bilevel.options import default_tolerance, is_int, is_positive, require
-from bilevel.oracles import InnerProblem, transposed_twice
+from bilevel.oracles import InnerProblem, Linearization, transposed_twice
 from bilevel.tree import Tree
 
 Variables: TypeAlias = tuple[Tree, Tree]
@@ -29,12 +29,17 @@ class InnerState:
             with `params`.
         steps: steps taken since `init`.
         measured: numbers measured for this solve (step size, largest curvature): constants of the differentiation.
+        kept: curvature to use again in later solves, a tree of tensors that a checkpoint stores.
+        point: the linearization at `params`, where the solver has one, so that the next solve need not take its data
+            pass again; a checkpoint leaves it out.
     """
 
     params: Tree
     memory: Tree = ()
     steps: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)
+    kept: Tree = None
+    point: Linearization | None = field(default=None, repr=False, compare=False)
 
     @property
     def variables(self) -> Variables:

@@ -44,6 +44,7 @@ class LinearSystem:
         x0: where to start, None for zero.
         tol: relative residual to reach.
         dense: returns A as a matrix, where that is cheaper than `size` products.
+        precondition: v -> an approximation of ``A^-1 v``, symmetric positive definite; None for none.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -51,6 +52,7 @@ class LinearSystem:
     x0: Tensor | None
     tol: float
     dense: Callable[[], Tensor] | None = None
+    precondition: Callable[[Tensor], Tensor] | None = None
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return (x0, b - A x0); a zero start costs no product."""
@@ -79,6 +81,7 @@ class LinearSolver(ABC):
         *,
         tol: float | None = None,
         dense: Callable[[], Tensor] | None = None,
+        precondition: Callable[[Tensor], Tensor] | None = None,
     ) -> LinearSolution:
         """Solve ``A x = b``.
 
@@ -88,6 +91,8 @@ class LinearSolver(ABC):
             x0: where to start; zero by default.
             tol: relative residual to reach, in place of the solver's own.
             dense: returns A as a matrix, where that is cheaper than `size` products (used by `Direct`).
+            precondition: an approximate inverse of A on flat vectors, symmetric positive definite (used by `CG`); it
+                changes the number of steps, never the residual that is reached.
 
         Returns:
             The last iterate with its true residual and a verdict; failure is never hidden and never raised.
@@ -105,7 +110,7 @@ class LinearSolver(ABC):
 
         start = None if x0 is None else raveler.ravel(x0) / unit
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense))
+        solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense, precondition))
         return replace(solution, x=raveler.unravel(solution.x * unit))
 
     @abstractmethod

@@ -59,21 +59,8 @@ class DataSetup:
         found = data.load(**self.data, seed=seed, device=self.device)
         parts: dict[str, Any] = found.splits()
         problem = self.kind(**parts, **self.options)
-        unit = "log penalty" if problem.parametrization == "log" else "penalty"
-        return Setup(
-            problem, problem.initial_hparams(self.start), _labels(problem, found.feature_names), unit, found.note
-        )
-
-
-def _labels(problem: LinearModelProblem, features: Sequence[str]) -> list[str]:
-    """Return a name for every hyperparameter, from the shape of the groups of weights."""
-    shape = problem.hparams_shape()
-    if not shape:
-        return ["all weights"]
-    classes = [f"class {index}" for index in range(shape[0])]
-    if len(shape) == 2:
-        return [f"{label}, {feature}" for label in classes for feature in features]
-    return list(features) if problem.penalty == "per_feature" else classes
+        labels = problem.labels(found.feature_names)
+        return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, found.note)
 
 
 def choose_device(name: str) -> str:

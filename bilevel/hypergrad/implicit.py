@@ -109,7 +109,12 @@ class Implicit(HypergradEstimator):
                 matrix = point.dense_hessian()
                 return matrix + self.damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
-            solution = self.linear_solver.solve(matvec, cotangent, carry.adjoint, dense=dense)
+            # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
+            kept = run.state.kept
+            precondition = None if kept is None else point.preconditioner(kept).apply
+            solution = self.linear_solver.solve(
+                matvec, cotangent, carry.adjoint, dense=dense, precondition=precondition
+            )
             meter.sample()
             return Pullback(
                 tree.scale(-1.0, point.cross(solution.x)),

@@ -10,5 +10,6 @@ from bilevel.inner.multistep import LinearMultistep as LinearMultistep
 from bilevel.inner.multistep import StepSizeMethod as StepSizeMethod
 from bilevel.inner.nesterov import Nesterov as Nesterov
 from bilevel.inner.newton import Newton as Newton
+from bilevel.inner.quasi_newton import QuasiNewton as QuasiNewton
 from bilevel.inner.sobolev import AsymptoticSobolev as AsymptoticSobolev
 from bilevel.inner.sobolev import Sobolev as Sobolev

@@ -17,8 +17,9 @@ from bilevel.status import GOOD, Status, Verdict
 class CG(LinearSolver):
     """Conjugate gradients for a symmetric positive definite A; returns the last iterate.
 
-    The error falls in every step in the norm ``sqrt(e' A e)``. A direction p with ``p' A p <= 0`` stops the run and is
-    reported with its curvature. With ``check_every > 1`` iterations after the end are computed and dropped, so that an
+    The error falls in every step in the norm ``sqrt(e' A e)``. A problem that has a preconditioner hands it on; the
+    residual is that of the system itself in any case. A direction p with ``p' A p <= 0`` stops the run and is reported
+    with its curvature. With ``check_every > 1`` iterations after the end are computed and dropped, so that an
     accelerator need not be waited for in every step; the result is the same.
 
     Args:
@@ -47,7 +48,9 @@ class CG(LinearSolver):
         b, matvec = system.b, system.matvec
         limit = self.max_steps or max(100, 10 * b.numel())
         goal = system.tol**2 * float(torch.dot(b, b))
-        run = conjugate_gradients(matvec, *system.start(), lambda run: not run.rr > goal, limit, self.check_every)
+        run = conjugate_gradients(
+            matvec, *system.start(), lambda run: not run.rr > goal, limit, self.check_every, system.precondition
+        )
         # The recursive residual drifts from the true one; the evidence is the true one.
         residual = float(torch.linalg.vector_norm(b - matvec(run.x)) / torch.linalg.vector_norm(b))
         curvature = 1.0 if run.negative is None else run.negative

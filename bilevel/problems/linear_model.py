@@ -13,84 +13,23 @@ Data are kept feature-major (a contiguous (features, rows) copy): matrix-vector 
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.lanczos import Spectrum, lanczos
-from bilevel.oracles import InnerProblem, Linearization
+from bilevel.lanczos import lanczos
+from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem, check_trees
+from bilevel.problems.design import Design
+from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
+from bilevel.problems.linear_oracles import LinearModelPoint as LinearModelPoint
 from bilevel.problems.splits import Split
 from bilevel.tree import Tree
-
-
-class LinearModelPoint(Linearization):
-    """The gradient of a linear model, linearised: the curvature at the predictions is computed once."""
-
-    inner: LinearModelInner
-
-    @cached_property
-    def curvature(self) -> Any:
-        """What the loss's curvature at the training predictions needs, in the family's own form."""
-        problem = self.inner.problem
-        return problem.curvature_at(problem.predict(problem.train.X, self.params))
-
-    def _data_hvp(self, v: Tensor) -> Tensor:
-        problem = self.inner.problem
-        bent = problem.bend(self.curvature, problem.predict(problem.train.X, v))
-        return problem.scale * problem.collect(problem.train.X, bent)
-
-    def _hvp(self, v: Tensor) -> Tensor:
-        return torch.addcmul(self._data_hvp(v), self.inner.penalty, v)
-
-    def _cross(self, v: Tensor) -> Tensor:
-        return self.inner.problem.gather(self.inner.slope * self.params * v)
-
-    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
-        return self.inner.slope * self.inner.problem.spread(hparams_tangent) * self.params
-
-    def rebind(self, inner: InnerProblem) -> Linearization:
-        """Return the linearization for other penalties; the data part is kept."""
-        other = super().rebind(inner)
-        if "curvature" in self.__dict__:
-            other.__dict__["curvature"] = self.curvature
-        return other
-
-
-class LinearModelInner(InnerProblem):
-    """A linear model at fixed penalties."""
-
-    linearization = LinearModelPoint
-
-    def __init__(self, problem: LinearModelProblem, hparams: Tree, counts: Any = None) -> None:
-        super().__init__(problem, hparams, counts)
-        self.penalty: Tensor = problem.penalties(self.hparams)
-        if not bool(torch.isfinite(self.penalty).all()):
-            raise ValueError(
-                f"a penalty is not finite: hyperparameters go up to {float(self.hparams.max()):.4g}, "
-                "where exp(u) overflows; start lower or use a smaller learning rate."
-            )
-        self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
-
-    def _value(self, params: Tensor) -> Tensor:
-        with torch.no_grad():
-            value: Tensor = self.problem.inner_loss(params, self.hparams)
-        return value
-
-    def _grad(self, params: Tensor) -> Tensor:
-        problem = self.problem
-        slopes = problem.slope_at(problem.predict(problem.train.X, params), problem.train.y)
-        return torch.addcmul(problem.scale * problem.collect(problem.train.X, slopes), self.penalty, params)
-
-    def curvature(self, params: Tensor) -> Spectrum:
-        """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""
-        # The norm is measured from below, to a relative 1e-6.
-        largest = self.problem.scale * self.problem.max_loss_curvature * self.problem.gram_norm * (1 + 1e-5)
-        return Spectrum(float(self.penalty.min()), largest + float(self.penalty.max()))
 
 
 class LinearModelProblem(BilevelProblem):
@@ -113,6 +52,10 @@ class LinearModelProblem(BilevelProblem):
     inner_problem: type[InnerProblem] = LinearModelInner
     max_loss_curvature: float
     """Largest second derivative of the loss with respect to a prediction."""
+    parametrizations: tuple[str, ...] = ("log", "direct")
+    penalty: Any
+    gram_is_cheap = True
+    """Whether ``X' D X`` costs no more than the products that a preconditioner made of it saves in one solve."""
 
     def __init__(
         self,
@@ -129,7 +72,7 @@ class LinearModelProblem(BilevelProblem):
     ) -> None:
         for name, value, allowed in (
             ("loss", loss, ("mean", "sum")),
-            ("parametrization", parametrization, ("log", "direct")),
+            ("parametrization", parametrization, self.parametrizations),
         ):
             if value not in allowed:
                 raise ValueError(
@@ -148,6 +91,7 @@ class LinearModelProblem(BilevelProblem):
                 )
             if split.X.device != self.train.X.device:
                 raise ValueError(f"X_{split.name} is on {split.X.device}, but X_train on {self.train.X.device}.")
+        self.design, self._val_design = Design(self.train.X), Design(self.val.X)
         self.loss, self.parametrization = loss, parametrization
         self.scale = 1.0 / self.train.rows if loss == "mean" else 1.0
         self.prepare_targets()
@@ -212,9 +156,29 @@ class LinearModelProblem(BilevelProblem):
         """Return ``X' slopes``, shaped as the weights; the transpose of `predict`."""
         return torch.mv(X, slopes)
 
+    def gram_at(self, X: Tensor, curvature: Any) -> Tensor:
+        """Return ``X' D X`` over the flattened weights, in the dtype of X."""
+        weighted = X if curvature is None else X * curvature.to(X.dtype)
+        return weighted @ X.t()
+
     def hparams_shape(self) -> tuple[int, ...]:
         """Return the shape of the hyperparameters."""
         return self._hparams_shape
+
+    @property
+    def unit(self) -> str:
+        """What a hyperparameter is, in words."""
+        return "log penalty" if self.parametrization == "log" else "penalty"
+
+    def labels(self, features: Sequence[str]) -> list[str]:
+        """Return a name for every hyperparameter, given those of the features."""
+        shape = self.hparams_shape()
+        if not shape:
+            return ["all weights"]
+        classes = [f"class {index}" for index in range(shape[0])]
+        if len(shape) == 2:
+            return [f"{label}, {feature}" for label in classes for feature in features]
+        return list(features) if self.penalty == "per_feature" else classes
 
     def initial_hparams(self, value: float = 0.0) -> Tensor:
         """Return hyperparameters that all have one value."""
@@ -249,9 +213,15 @@ class LinearModelProblem(BilevelProblem):
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
         """Return the validation loss and its gradients, in closed form."""
-        z = self.predict(self.val.X, params)
-        gradient = self.collect(self.val.X, self.slope_at(z, self.val.y)) / self.val.rows
-        return self.loss_at(z, self.val.y) / self.val.rows, gradient, torch.zeros_like(hparams)
+
+        def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            z, y = self.predict(X, params), self.val.y[rows]
+            return self.loss_at(z, y), self.collect(X, self.slope_at(z, y))
+
+        loss, gradient = (
+            functools.reduce(torch.add, part) for part in zip(*self._val_design.sweep(visit), strict=True)
+        )
+        return loss / self.val.rows, gradient / self.val.rows, torch.zeros_like(hparams)
 
     def metrics(self, params: Tree) -> dict[str, float]:
         """Return loss and scores on every split, such as ``test_loss`` and ``test_accuracy``."""
@@ -285,6 +255,14 @@ class LinearModelProblem(BilevelProblem):
                     f"`{name}` is {value.dtype} on {value.device}, but X_train is {X.dtype} on {X.device}: "
                     "they must share dtype and device."
                 )
+        self.check_range(hparams)
+
+    def check_range(self, hparams: Tensor) -> None:
+        """Refuse negative penalties.
+
+        Raises:
+            ValueError: in one sentence.
+        """
         if self.parametrization == "direct" and bool((hparams < 0).any()):
             raise ValueError(
                 f"a penalty is negative ({float(hparams.min()):.3g}): declare a positive constraint, "

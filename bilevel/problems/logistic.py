@@ -8,25 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import class_labels, training_classes
-
-
-class LogisticPoint(LinearModelPoint):
-    """The gradient of logistic regression, linearised."""
-
-    def dense_hessian(self) -> Tensor:
-        """Return ``c X' D X + diag(pen)`` by one matrix product."""
-        problem = self.inner.problem
-        X = problem.train.X
-        data = (X * (problem.scale * self.curvature)) @ X.t()
-        return data + torch.diag(self.inner.penalty.expand_as(self.params))
-
-
-class LogisticInner(LinearModelInner):
-    """Logistic regression at fixed penalties."""
-
-    linearization = LogisticPoint
 
 
 class LogisticProblem(LinearModelProblem):
@@ -56,7 +39,6 @@ class LogisticProblem(LinearModelProblem):
     tensor([-0.4167], dtype=torch.float64)
     """
 
-    inner_problem = LogisticInner
     max_loss_curvature = 0.25
 
     def prepare_targets(self) -> None:

@@ -7,33 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import class_labels, training_classes
-
-
-class SoftmaxPoint(LinearModelPoint):
-    """The gradient of softmax regression, linearised."""
-
-    def dense_hessian(self) -> Tensor:
-        """Return the Hessian over the flattened (class, feature) weights, one block for each pair of classes."""
-        problem = self.inner.problem
-        X, p = problem.train.X, self.curvature
-        count, features = self.params.shape
-        hessian = X.new_empty(count, features, count, features)
-        for i in range(count):
-            for j in range(i + 1):
-                weights = p[i] * ((1.0 - p[j]) if i == j else -p[j])
-                block = (X * (problem.scale * weights)) @ X.t()
-                hessian[i, :, j, :] = block
-                hessian[j, :, i, :] = block
-        size = count * features
-        return hessian.reshape(size, size) + torch.diag(self.inner.penalty.expand_as(self.params).reshape(-1))
-
-
-class SoftmaxInner(LinearModelInner):
-    """Softmax regression at fixed penalties."""
-
-    linearization = SoftmaxPoint
 
 
 class SoftmaxProblem(LinearModelProblem):
@@ -66,8 +41,8 @@ class SoftmaxProblem(LinearModelProblem):
     (torch.Size([3, 3]), torch.Size([3]))
     """
 
-    inner_problem = SoftmaxInner
     max_loss_curvature = 0.5
+    gram_is_cheap = False
 
     def prepare_targets(self) -> None:
         """Turn the labels into indices."""
@@ -92,13 +67,18 @@ class SoftmaxProblem(LinearModelProblem):
         """Return the slopes (classes, rows) gathered into (classes, features)."""
         return slopes @ X.t()
 
+    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``logsumexp(z_i) - z_i[y_i]`` of every row."""
+        return torch.logsumexp(z, 0) - z.gather(0, y[None])[0]
+
     def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
         """``sum (logsumexp(z_i) - z_i[y_i])``."""
-        return (torch.logsumexp(z, 0) - z.gather(0, y[None])[0]).sum()
+        return self.losses_at(z, y).sum()
 
     def slope_at(self, z: Tensor, y: Tensor) -> Tensor:
         """``softmax(z) - onehot(y)``."""
-        return torch.softmax(z, 0).scatter_add(0, y[None], z.new_full((1, 1), -1.0).expand(1, len(y)))
+        p = torch.softmax(z, 0)
+        return p.scatter(0, y[None], p.gather(0, y[None]) - 1.0)
 
     def curvature_at(self, z: Tensor) -> Tensor:
         """``softmax(z)``."""
@@ -108,6 +88,18 @@ class SoftmaxProblem(LinearModelProblem):
         """``(diag(p) - p p') dz`` in every row."""
         weighted = curvature * dz
         return weighted - curvature * weighted.sum(0)
+
+    def gram_at(self, X: Tensor, curvature: Tensor) -> Tensor:
+        """Return ``X' D X`` over the flattened (class, feature) weights, one block for each pair of classes."""
+        p = curvature.to(X.dtype)
+        count, features = len(p), len(X)
+        gram = X.new_empty(count, features, count, features)
+        for i in range(count):
+            for j in range(i + 1):
+                block = (X * (p[i] * ((1.0 - p[j]) if i == j else -p[j]))) @ X.t()
+                gram[i, :, j, :] = block
+                gram[j, :, i, :] = block
+        return gram.reshape(count * features, count * features)
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The accuracy."""

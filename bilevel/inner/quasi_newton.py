@@ -1,0 +1,193 @@
+"""A quasi-Newton method whose metric is the problem's own curvature, kept over many solves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.inner.line_search import Found, Ray, search
+from bilevel.krylov import Krylov, conjugate_gradients
+from bilevel.options import is_int, is_positive, require
+from bilevel.oracles import InnerProblem, Linearization
+from bilevel.status import Status, StepFailure
+from bilevel.tree import Tree
+
+Pair = tuple[Tensor, Tensor, Tensor]
+"""A step s, the change y of the gradient along it, and 1 / s'y."""
+FORCING = 0.3
+"""Relative residual to which the first Newton system is solved."""
+STALLED = 10.0
+"""Steps without a smaller gradient after which it matters whether the loss can still tell iterates apart."""
+
+
+@dataclass(frozen=True)
+class QuasiNewton(InnerSolver):
+    """``x <- x - t B^-1 grad(x)``, where B is curvature that the problem measures rarely, corrected by L-BFGS pairs.
+
+    What B is, the problem says (`Linearization.preconditioner`):
+
+    - Logistic, softmax and ridge regression of up to 2,000 weights keep their data Hessian ``X' D X``; the penalties
+      of the day are added before it is factored. It is measured anew where the gradient norm falls too slowly. A first
+      solve of softmax regression, for which that does not pay yet, takes Newton steps by CG (Dembo & Steihaug 1983),
+      and so do larger models.
+    - Any other problem has ``B = (y'y / s'y) I``: this is then L-BFGS (Nocedal 1980), for smooth losses.
+
+    An outer loop hands the curvature on, and Implicit uses it to precondition CG. It is out of date by design: that
+    changes how many steps are taken, never where they lead. The step has no derivative here: use Implicit.
+
+    Args:
+        pairs: how many pairs correct the curvature.
+        refresh: measure the curvature anew after a step that leaves more than this share of the gradient norm.
+        steps: number of steps; see `InnerSolver`.
+        tol: residual tolerance; see `InnerSolver`.
+
+    >>> QuasiNewton(tol=1e-8).pairs
+    12
+    """
+
+    pairs: int = 12
+    refresh: float = 0.25
+
+    default_max_steps = 2_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "pairs", "a positive int", is_int(self.pairs))
+        require(self, "refresh", "a positive number", is_positive(self.refresh))
+
+    def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        """Return the state at the same iterate with the curvature; problems that can, measure it now to last."""
+        known = state.point is not None and state.point.inner.problem is inner.problem
+        point = state.point.rebind(inner) if known and state.point is not None else inner.linearize(state.params)
+        kept = point.preconditioner(lasting=True).kept if state.kept is None else state.kept
+        # The pairs correct the curvature at other hyperparameters; without a metric of its own they are all there is.
+        return replace(state, memory=state.memory if kept is None else (), measured={}, kept=kept, point=None)
+
+    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        """Take one step; at the rounding floor, where no step helps, stay."""
+        if not inner.problem.symmetric:
+            raise ValueError(
+                "QuasiNewton needs an inner loss, but this problem is stated by an optimality map, "
+                "whose Jacobian need not be symmetric: use FixedPoint(update)."
+            )
+        params, raveler = state.params, tree.Raveler(state.params)
+        gradient = raveler.ravel(inner.grad(params))
+        point = inner.linearize(params)
+        metric = point.preconditioner(state.kept)
+        pairs: Sequence[Pair] = state.memory
+        if metric.apply is None and point.closed_form:
+            direction, length = self._newton_direction(point, raveler, gradient, state), 1.0
+        else:
+            direction, length = _corrected(pairs, gradient, metric.apply)
+        stuck = state.measured.get("stalled", 0.0) >= STALLED and _below_rounding(point, gradient, direction)
+        found = None if stuck else self._search(Ray(point, raveler, gradient, direction), length)
+        if found is None:
+            return replace(state, steps=state.steps + 1, kept=metric.kept)
+        kept, pairs = metric.kept, _with(pairs, found.params, params, found.gradient, gradient, raveler)[-self.pairs :]
+        there = inner.linearize(found.params)
+        # Curvature as of the last step is not measured again: pairs get their chance first.
+        slow = metric.apply is not None and bool(state.memory) and found.rate > self.refresh
+        if slow and not self._reached(found.gradient):
+            kept, pairs = there.preconditioner(lasting=True).kept, ()
+        return replace(
+            state,
+            params=found.params,
+            memory=tuple(pairs),
+            steps=state.steps + 1,
+            measured=_progress(state.measured, found),
+            kept=kept,
+            point=there,
+        )
+
+    def _search(self, ray: Ray, length: float) -> Found | None:
+        """Search along the direction, or down the gradient where rounding has turned it uphill."""
+        if not bool(torch.linalg.vector_norm(ray.gradient) > 0):
+            return None
+        if not bool(torch.dot(ray.direction, ray.gradient) > 0):
+            ray = replace(ray, direction=ray.gradient)
+        try:
+            return search(ray, length)
+        except ArithmeticError as error:
+            raise StepFailure(Status.FAILED_STEP, str(error)) from None
+
+    def _reached(self, gradient: Tensor) -> bool:
+        _, tol = self.limits(gradient.dtype)
+        return tol is not None and float(torch.linalg.vector_norm(gradient)) <= tol
+
+    def _newton_direction(
+        self, point: Linearization, raveler: tree.Raveler, gradient: Tensor, state: InnerState
+    ) -> Tensor:
+        """Solve ``H d = gradient`` by CG, as exactly as the last step's rate suggests (Eisenstat & Walker 1996)."""
+        norm = float(torch.linalg.vector_norm(gradient))
+        _, tol = self.limits(gradient.dtype)
+        goal = max(norm * min(FORCING, state.measured.get("rate", 1.0) ** 1.5), FORCING * (tol or 0.0))
+
+        def enough(run: Krylov) -> bool:
+            return run.residual <= goal or run.steps >= raveler.size
+
+        run = conjugate_gradients(
+            lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), torch.zeros_like(gradient), gradient, enough
+        )
+        return run.x if run.steps else gradient
+
+    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
+        """Refuse: the pairs and the kept curvature are no differentiable function of the state."""
+        raise ValueError("the steps of QuasiNewton are not differentiated: use Implicit.")
+
+    def step_jvp(
+        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
+    ) -> list[Variables]:
+        """Refuse, likewise."""
+        raise ValueError("the steps of QuasiNewton are not differentiated: use Implicit.")
+
+
+def _corrected(
+    pairs: Sequence[Pair], gradient: Tensor, metric: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, float]:
+    """Return the direction by the two-loop recursion of L-BFGS, and the first step length to try."""
+    q, weights = gradient, []
+    for s, y, inverse in reversed(pairs):
+        weight = torch.dot(s, q) * inverse
+        q = torch.addcmul(q, weight, y, value=-1)
+        weights.append(weight)
+    length = 1.0
+    if metric is not None:
+        q = metric(q)
+    elif pairs:
+        _, y, inverse = pairs[-1]
+        q = q / (inverse * torch.dot(y, y))
+    else:
+        length = min(1.0, 1.0 / float(torch.linalg.vector_norm(gradient)))
+    for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
+        q = torch.addcmul(q, weight - torch.dot(y, q) * inverse, s)
+    return q, length
+
+
+def _below_rounding(point: Linearization, gradient: Tensor, direction: Tensor) -> bool:
+    """Whether the loss cannot tell the next iterate from this one."""
+    return bool(torch.dot(gradient, direction) <= torch.finfo(gradient.dtype).eps * point.value.abs())
+
+
+def _progress(measured: Mapping[str, float], found: Found) -> Mapping[str, float]:
+    """Return the rate of the last step, the smallest gradient norm, and the steps since then."""
+    norm = float(torch.linalg.vector_norm(found.gradient))
+    best = measured.get("smallest_gradient", math.inf)
+    stalled = 0.0 if norm < best else measured.get("stalled", 0.0) + 1.0
+    return {"rate": found.rate, "smallest_gradient": min(norm, best), "stalled": stalled}
+
+
+def _with(
+    pairs: Sequence[Pair], params: Tree, before: Tree, gradient: Tensor, gradient_before: Tensor, raveler: tree.Raveler
+) -> Sequence[Pair]:
+    """Return the pairs with one more, unless the curvature along it is not positive."""
+    s, y = raveler.ravel(params) - raveler.ravel(before), gradient - gradient_before
+    along = torch.dot(s, y)
+    if not bool(along > torch.finfo(s.dtype).eps * torch.dot(y, y)):
+        return pairs
+    return (*pairs, (s, y, 1.0 / along))

@@ -1,0 +1,220 @@
+"""The closed-form oracles of a linear model: one pass over the data for each linearisation.
+
+    g(w, u) = c X' loss'(z) + pen w,   H v = c X' D X v + pen v,   C' v = (d pen/du) w v, summed over each group
+
+with z = X w and D the curvature of the loss at z. Passes go through `Design`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bilevel.lanczos import Spectrum
+from bilevel.oracles import InnerProblem, Linearization, Preconditioner
+from bilevel.problems.precondition import MAX_DENSE, factored
+from bilevel.tree import Tree
+
+if TYPE_CHECKING:
+    from bilevel.problems.linear_model import LinearModelProblem
+
+
+class LinearModelPoint(Linearization):
+    """The gradient of a linear model, linearised.
+
+    One pass over the data serves the predictions, the gradient, the value and the curvature; whichever is asked for
+    first takes it. What belongs to the data alone goes on to other penalties (`rebind`).
+    """
+
+    inner: LinearModelInner
+    closed_form = True
+
+    @cached_property
+    def predictions(self) -> list[Tensor]:
+        """The predictions of the training rows, by block."""
+        problem = self.inner.problem
+        return problem.design.sweep(lambda block, X, rows: problem.predict(X, self.params))
+
+    @cached_property
+    def data_gradient(self) -> Tensor:
+        """``c X' loss'(z)``: the gradient without the penalty."""
+        problem = self.inner.problem
+        known: list[Tensor] | None = self.__dict__.get("predictions")
+
+        def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            z = problem.predict(X, self.params) if known is None else known[block]
+            return z, problem.collect(X, self.slopes(z, rows))
+
+        found = problem.design.sweep(visit)
+        self.__dict__["predictions"] = [z for z, _ in found]
+        return problem.scale * functools.reduce(torch.add, [part for _, part in found])
+
+    @cached_property
+    def curvature(self) -> list[Any]:
+        """What `bend` needs of the predictions, by block, in the family's own form."""
+        return [self.inner.problem.curvature_at(z) for z in self.predictions]
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """The inner gradient; autograd does not record it."""
+        with torch.no_grad():
+            return torch.addcmul(self.data_gradient, self.inner.penalty, self.params)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The inner loss, a 0-d tensor."""
+        with torch.no_grad():
+            problem = self.inner.problem
+            losses = [self.loss(z, rows) for z, rows in zip(self.predictions, problem.design.rows, strict=True)]
+            data = problem.scale * functools.reduce(torch.add, losses)
+            return data + 0.5 * (self.inner.penalty * self.params * self.params).sum()
+
+    # What weights of the training rows would change -----------------------------------------------------------------
+
+    def loss(self, z: Tensor, rows: slice) -> Tensor:
+        """Return the sum of the losses of some training rows."""
+        return self.inner.problem.loss_at(z, self.inner.problem.train.y[rows])
+
+    def slopes(self, z: Tensor, rows: slice) -> Tensor:
+        """Return the slopes of the losses of some training rows."""
+        return self.inner.problem.slope_at(z, self.inner.problem.train.y[rows])
+
+    def bent(self, block: int, rows: slice, dz: Tensor) -> Tensor:
+        """Return the second derivative of the losses of a block applied to dz."""
+        return self.inner.problem.bend(self.curvature[block], dz)
+
+    def weighted_gram(self, block: int, X: Tensor, rows: slice) -> Tensor:
+        """Return a block's ``X' D X`` in the dtype of X, which may be lower than that of the data."""
+        return self.inner.problem.gram_at(X, self.curvature[block])
+
+    # The oracles -----------------------------------------------------------------------------------------------------
+
+    def _data_hvp(self, v: Tensor) -> Tensor:
+        problem = self.inner.problem
+        _ = self.curvature  # made here, by one thread
+        return problem.scale * problem.design.total(
+            lambda block, X, rows: problem.collect(X, self.bent(block, rows, problem.predict(X, v)))
+        )
+
+    @torch.no_grad()
+    def _hvp(self, v: Tensor) -> Tensor:
+        return torch.addcmul(self._data_hvp(v), self.inner.penalty, v)
+
+    def _cross(self, v: Tensor) -> Tensor:
+        return self.inner.problem.gather(self.inner.slope * self.params * v)
+
+    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
+        return self.inner.slope * self.inner.problem.spread(hparams_tangent) * self.params
+
+    def data_hessian(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``c X' D X`` over the flattened weights; in a lower precision it is sooner there."""
+        problem = self.inner.problem
+        _ = self.curvature  # made here, by one thread
+        return problem.scale * problem.design.total(
+            lambda block, X, rows: self.weighted_gram(block, X if dtype is None else X.to(dtype), rows)
+        )
+
+    def dense_hessian(self) -> Tensor:
+        """Return ``c X' D X + diag(pen)`` over the flattened weights."""
+        return self.data_hessian() + torch.diag(self.inner.flat_penalty)
+
+    def preconditioner(self, kept: Tree = None, lasting: bool = False) -> Preconditioner:
+        """Return the inverse of ``c X' D X + diag(pen)``, for up to 2,000 weights, in float32.
+
+        What is kept is ``c X' D X`` at some earlier params; the present penalties are added before it is factored.
+
+        Args:
+            kept: of an earlier preconditioner.
+            lasting: without it, nothing is measured that costs more than the products that it would save.
+
+        Returns:
+            A preconditioner; the identity for more weights, or where even the shifted matrix cannot be factored.
+        """
+        if kept is None and (self.params.numel() > MAX_DENSE or not (lasting or self.inner.problem.gram_is_cheap)):
+            return Preconditioner()
+        if kept is None:
+            self.inner.counts["curvature"] += 1
+            self.inner.factored = factored(self.data_hessian(torch.float32), self.inner.flat_penalty)
+        elif self.inner.factored is None or self.inner.factored.kept is not kept:
+            self.inner.factored = factored(kept["gram"], self.inner.flat_penalty, kept)
+        return self.inner.factored
+
+    def rebind(self, inner: InnerProblem) -> Linearization:
+        """Return the linearization for other penalties; gradient and products take no further pass over the data.
+
+        So the gradient at these params is known to `inner` from now on, and it is not counted as one.
+        """
+        assert isinstance(inner, LinearModelInner)
+        other = inner.linearization(inner, self.params)
+        shared = {name: value for name, value in self.__dict__.items() if name in inner.shared}
+        other.__dict__.update(shared)
+        # The two hold each other: let go, so that the old ones are freed now and not by the garbage collector.
+        self.inner.forget()
+        inner.adopt(other)
+        return other
+
+
+class LinearModelInner(InnerProblem):
+    """A linear model at fixed penalties."""
+
+    linearization = LinearModelPoint
+    convex = True
+    shared: tuple[str, ...] = ("predictions", "curvature", "data_gradient")
+    """What a linearization knows that does not depend on the hyperparameters."""
+
+    def __init__(self, problem: LinearModelProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
+        super().__init__(problem, hparams, counts)
+        self.factored: Preconditioner | None = None
+        self._point: Linearization | None = None
+        self.penalty: Tensor = problem.penalties(self.hparams)
+        if not bool(torch.isfinite(self.penalty).all()):
+            raise ValueError(
+                f"a penalty is not finite: hyperparameters go up to {float(self.hparams.max()):.4g}, "
+                "where exp(u) overflows; start lower or use a smaller learning rate."
+            )
+        self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
+
+    @property
+    def flat_penalty(self) -> Tensor:
+        """The penalty of every weight, flattened."""
+        return self.penalty.expand(self.problem.params_shape()).reshape(-1)
+
+    def linearize(self, params: Tree) -> Linearization:
+        """Return the gradient linearised at `params`; the last one is kept, so that its pass is not taken again."""
+        if self._point is None or self._point.params is not params:
+            self._point = self.linearization(self, params)
+        return self._point
+
+    def adopt(self, point: LinearModelPoint) -> None:
+        """Make `point` the last linearization, and its gradient the last gradient if that takes no pass."""
+        self._point = point
+        if "data_gradient" in point.__dict__:
+            self._last = (point.params, point.gradient)
+
+    def forget(self) -> None:
+        """Drop the last linearization."""
+        self._point = None
+
+    def value(self, params: Tree) -> Tensor:
+        """Return the inner loss; where a gradient was taken last, it takes no pass and is not counted."""
+        if self._point is None or self._point.params is not params or "predictions" not in self._point.__dict__:
+            self.counts["value"] += 1
+        return self._value(params)
+
+    def _value(self, params: Tensor) -> Tensor:
+        return self.linearize(params).value
+
+    def _grad(self, params: Tensor) -> Tensor:
+        gradient: Tensor = self.linearize(params).gradient  # type: ignore[attr-defined]
+        return gradient
+
+    def curvature(self, params: Tensor) -> Spectrum:
+        """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""
+        # The norm is measured from below, to a relative 1e-6.
+        largest = self.problem.scale * self.problem.max_loss_curvature * self.problem.gram_norm * (1 + 1e-5)
+        return Spectrum(float(self.penalty.min()), largest + float(self.penalty.max()))

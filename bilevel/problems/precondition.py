@@ -1,0 +1,60 @@
+"""The inverse of a data Hessian plus a diagonal, as a preconditioner: one Cholesky factor in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel.oracles import Preconditioner
+from bilevel.tree import Tree
+
+MAX_DENSE = 2_000
+"""Most weights for which a dense matrix is worth its factorisation."""
+DRIFT = 0.25
+"""Relative change of the diagonal up to which a factor is used again."""
+SHIFTS = (0.0, 1e-6, 1e-3)
+"""What is added to the diagonal, relative to its mean, until the factorisation succeeds."""
+
+
+def factored(gram: Tensor, diagonal: Tensor, kept: Tree = None) -> Preconditioner:
+    """Return ``v -> (gram + diag(diagonal))^-1 v``, computed in the dtype of `gram`.
+
+    A factor made for another diagonal is used again while no entry has moved by more than `DRIFT` of itself: that costs
+    a CG step or two, and a factorisation costs as much as dozens. A matrix that rounding or a negative diagonal makes
+    indefinite is shifted; if that does not help, the result is the identity, for which CG and quasi-Newton steps remain
+    right.
+
+    Args:
+        gram: symmetric, of shape (size, size).
+        diagonal: of shape (size,).
+        kept: of an earlier result for this `gram`.
+
+    >>> inverse = factored(torch.zeros(2, 2), torch.tensor([2.0, 4.0]))
+    >>> inverse.apply(torch.tensor([2.0, 2.0]))
+    tensor([1.0000, 0.5000])
+    """
+    diagonal = diagonal.to(gram.dtype)
+    if kept is not None and bool(((diagonal - kept["diagonal"]).abs() <= DRIFT * kept["diagonal"]).all()):
+        return Preconditioner(_inverse(kept["factor"]), kept)
+    matrix = gram.clone()
+    matrix.diagonal().add_(diagonal)
+    mean = matrix.diagonal().mean()
+    for shift in SHIFTS:
+        factor, info = torch.linalg.cholesky_ex(
+            matrix + torch.diag((shift * mean).expand(len(gram))) if shift else matrix
+        )
+        if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
+            return Preconditioner(_inverse(factor), {"gram": gram, "factor": factor, "diagonal": diagonal})
+    # No later diagonal is near NaN, so what stands for the factor is never used.
+    return Preconditioner(None, {"gram": gram, "factor": gram, "diagonal": torch.full_like(diagonal, float("nan"))})
+
+
+def _inverse(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    def apply(v: Tensor) -> Tensor:
+        # Two triangular solves: `cholesky_solve` copies the factor first.
+        half = torch.linalg.solve_triangular(factor, v.to(factor.dtype)[:, None], upper=False)
+        return torch.linalg.solve_triangular(factor.t(), half, upper=True)[:, 0].to(v.dtype)
+
+    return apply

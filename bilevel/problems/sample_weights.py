@@ -1,0 +1,191 @@
+"""Softmax regression with a tuned weight for every training row: data hyper-cleaning (Franceschi et al. 2017)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.lanczos import Spectrum
+from bilevel.options import is_number, require
+from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
+from bilevel.problems.softmax import SoftmaxProblem
+from bilevel.tree import Tree
+
+
+class SampleWeightPoint(LinearModelPoint):
+    """The gradient of weighted softmax regression, linearised.
+
+    Predictions and curvature do not depend on the weights, so `rebind` keeps them; the gradient for other weights takes
+    half a pass, and is counted as one.
+    """
+
+    inner: SampleWeightInner
+
+    def loss(self, z: Tensor, rows: slice) -> Tensor:
+        """Return the weighted sum of the losses of some training rows."""
+        problem = self.inner.problem
+        return torch.dot(self.inner.weights[rows], problem.losses_at(z, problem.train.y[rows]))
+
+    def slopes(self, z: Tensor, rows: slice) -> Tensor:
+        """Return the slopes of the weighted losses."""
+        return super().slopes(z, rows).mul_(self.inner.weights[rows])
+
+    def bent(self, block: int, rows: slice, dz: Tensor) -> Tensor:
+        """Return the second derivative of the weighted losses of a block applied to dz."""
+        return super().bent(block, rows, dz).mul_(self.inner.weights[rows])
+
+    def weighted_gram(self, block: int, X: Tensor, rows: slice) -> Tensor:
+        """Return a block's ``X' D X``, the weights included."""
+        return super().weighted_gram(block, X * self.inner.weights[rows].sqrt().to(X.dtype), rows)
+
+    def _cross(self, v: Tensor) -> Tensor:
+        problem = self.inner.problem
+        return self._to_rows(
+            problem.design.sweep(lambda block, X, rows: self._along(block, rows, problem.predict(X, v)))
+        )
+
+    def _vjp(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        problem = self.inner.problem
+        _ = self.curvature  # made here, by one thread
+
+        def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            dz = problem.predict(X, v)
+            return problem.collect(X, self.bent(block, rows, dz)), self._along(block, rows, dz)
+
+        parts = problem.design.sweep(visit)
+        product = problem.scale * sum((part for part, _ in parts[1:]), start=parts[0][0])
+        return torch.addcmul(product, self.inner.penalty, v), self._to_rows([along for _, along in parts])
+
+    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
+        problem = self.inner.problem
+        moved = hparams_tangent * self.inner.weight_slopes
+        _ = self.predictions  # made here, by one thread
+
+        def visit(block: int, X: Tensor, rows: slice) -> Tensor:
+            return problem.collect(
+                X, super(SampleWeightPoint, self).slopes(self.predictions[block], rows) * moved[rows]
+            )
+
+        return problem.scale * problem.design.total(visit)
+
+    def _along(self, block: int, rows: slice, dz: Tensor) -> Tensor:
+        """Return, for every row, the derivative of its unweighted loss along dz."""
+        return (self._unweighted(block, rows) * dz).sum(0)
+
+    def _unweighted(self, block: int, rows: slice) -> Tensor:
+        return super().slopes(self.predictions[block], rows)
+
+    def _to_rows(self, parts: list[Tensor]) -> Tensor:
+        return self.inner.problem.scale * self.inner.weight_slopes * torch.cat(parts)
+
+
+class SampleWeightInner(LinearModelInner):
+    """Softmax regression at fixed weights of the rows."""
+
+    linearization = SampleWeightPoint
+    shared = ("predictions", "curvature")
+
+    def __init__(self, problem: SampleWeightProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
+        super().__init__(problem, hparams, counts)
+        self.weights: Tensor = problem.weights(self.hparams)
+        sigmoid = problem.parametrization == "sigmoid"
+        self.weight_slopes: Tensor = self.weights * (1.0 - self.weights) if sigmoid else torch.ones_like(self.weights)
+
+    def curvature(self, params: Tensor) -> Spectrum:
+        """Return bounds of the spectrum that hold at every params."""
+        unweighted = super().curvature(params)
+        penalty = float(self.penalty)
+        return Spectrum(penalty, float(self.weights.max()) * (unweighted.largest - penalty) + penalty)
+
+
+class SampleWeightProblem(SoftmaxProblem):
+    """Softmax regression with a tuned weight for every training row, such as to find wrong labels.
+
+        inner   c sum_i s_i (logsumexp(z_i) - z_i[y_i]) + pen/2 |W|^2,   z_i = W x_i,   c = 1/n ("mean") or 1 ("sum")
+        outer   1/m sum_i (logsumexp(z_i) - z_i[y_i]) over the validation rows
+
+    W has the shape (classes, features). Hyperparameters: u of shape (rows,); ``s = sigmoid(u)``, or u itself with
+    parametrization="direct". Two classes are softmax regression of two classes.
+
+    Args:
+        X_train: training inputs, shape (rows, features).
+        y_train: training labels, shape (rows,), some of which may be wrong.
+        X_val: validation inputs, for the outer loss.
+        y_val: validation labels, which have to be right.
+        penalty: pen, fixed; positive, so that the inner solution is unique.
+        X_test: test inputs, for `metrics` alone.
+        y_test: test labels.
+        loss: "mean" or "sum" over the training rows.
+        parametrization: "sigmoid" or "direct".
+
+    >>> X = torch.eye(3, dtype=torch.float64)
+    >>> problem = SampleWeightProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty=0.1)
+    >>> problem.weights(problem.initial_hparams())
+    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
+    """
+
+    inner_problem = SampleWeightInner
+    parametrizations = ("sigmoid", "direct")
+
+    def __init__(
+        self,
+        X_train: Any,
+        y_train: Any,
+        X_val: Any,
+        y_val: Any,
+        penalty: float = 1e-3,
+        *,
+        X_test: Any = None,
+        y_test: Any = None,
+        loss: str = "mean",
+        parametrization: str = "sigmoid",
+    ) -> None:
+        self.penalty: float = penalty
+        require(self, "penalty", "a positive number", is_number(penalty) and penalty > 0)
+        super().__init__(
+            X_train, y_train, X_val, y_val, X_test=X_test, y_test=y_test, loss=loss, parametrization=parametrization
+        )
+        self.penalty = penalty
+        self._fixed = self.train.X.new_tensor(penalty)
+
+    @property
+    def unit(self) -> str:
+        """What a hyperparameter is, in words."""
+        return "logit of a weight" if self.parametrization == "sigmoid" else "weight"
+
+    def labels(self, features: Sequence[str]) -> list[str]:
+        """Return a name for every hyperparameter."""
+        return [f"row {index}" for index in range(self.train.rows)]
+
+    def hparams_shape(self) -> tuple[int, ...]:
+        """(rows,)."""
+        return (self.train.rows,)
+
+    def weights(self, hparams: Tensor) -> Tensor:
+        """Return the weight of every training row."""
+        return torch.sigmoid(hparams) if self.parametrization == "sigmoid" else hparams
+
+    def penalties(self, hparams: Tensor) -> Tensor:
+        """Return the fixed penalty."""
+        return self._fixed
+
+    def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the penalised weighted training loss, in plain torch."""
+        losses = self.losses_at(self.predict(self.train.X, params), self.train.y)
+        return self.scale * (self.weights(hparams) * losses).sum() + 0.5 * self.penalty * (params * params).sum()
+
+    def check_range(self, hparams: Tensor) -> None:
+        """Refuse negative weights.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        if self.parametrization == "direct" and bool((hparams < 0).any()):
+            raise ValueError(
+                f"a weight is negative ({float(hparams.min()):.3g}): declare a positive constraint, "
+                "or use parametrization='sigmoid'."
+            )
