@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bilevel import tree
 from bilevel.oracles import InnerProblem
+from bilevel.spectral import Eigenbasis
 from bilevel.tree import Tree
 
 Loss: TypeAlias = Callable[[Tree, Tree], Tensor]
@@ -49,6 +50,9 @@ class BilevelProblem:
 
     inner_problem: type[InnerProblem] = InnerProblem
     """The class of the bound problem; a structured problem names its own."""
+
+    quadratic: bool = False
+    """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
 
     inner_loss: Loss
     outer_loss: Loss
@@ -112,6 +116,14 @@ class BilevelProblem:
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
+        return None
+
+    def spectrum(self) -> Eigenbasis | None:
+        """Return the eigenbasis of a quadratic inner loss whose Hessian is ``A + s(u) I``, else None (the default).
+
+        A problem that has one should compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then
+        take d numbers of work for each hyperparameter vector.
+        """
         return None
 
     def metrics(self, params: Tree) -> dict[str, float]:
@@ -281,7 +293,7 @@ def check_trees(params: Tree, hparams: Tree) -> None:
         for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
             if leaf.is_meta:
                 raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
-            if not torch.isfinite(leaf).all():
+            if not tree.is_finite(leaf):
                 raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
 
 

@@ -57,7 +57,7 @@ def hypergradient(
     """
     hparams, start = prepare(problem, solver, estimator, hparams, params, check)
     carry = carry or Carry()
-    meter = Meter(tree.leaves(start)[0].device)
+    meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
     solved = estimator.solve(problem, solver, hparams, start, carry, meter)
     missing = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
     value, gradient, pulled, verdict = float("nan"), missing, Pullback(missing), solved.verdict
@@ -141,6 +141,6 @@ def _finite_loss(value: float) -> Verdict:
 def _finite_gradient(gradient: Tree) -> Verdict:
     """Report a hypergradient that is not finite."""
     for name, leaf in zip(tree.names(gradient), tree.leaves(gradient), strict=True):
-        if not bool(torch.isfinite(leaf).all()):
+        if not tree.is_finite(leaf):
             return Verdict(Status.NOT_FINITE, f"the hypergradient of `hparams{name}` is not finite")
     return GOOD

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeAlias
 
 from bilevel import tree
 from bilevel.base import InnerSolver, InnerState, Variables
@@ -74,6 +74,8 @@ class LinearMultistep(InnerSolver):
 
     ripples = False
     """Whether the iterates oscillate about the solution: sequence extrapolation mistakes that for progress."""
+    settles: ClassVar[int | None] = None
+    """Index of the step from which on `coefficients` no longer change; None where they may at every step."""
 
     @abstractmethod
     def coefficients(self, state: InnerState) -> Coefficients:
@@ -94,7 +96,11 @@ class LinearMultistep(InnerSolver):
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return the cold start, with "auto" options measured."""
-        return InnerState(params, self.vectors(params), 0, self._measure(inner, params))
+        return replace(self.at_rest(inner, params), measured=self._measure(inner, params))
+
+    def at_rest(self, inner: InnerProblem, params: Tree) -> InnerState:
+        """Return all stored vectors at a cold start, nothing measured."""
+        return InnerState(params, self.vectors(params))
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Keep all stored vectors; measure "auto" options anew, as the curvature moves with the hyperparameters."""

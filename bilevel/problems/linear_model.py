@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem, check_trees
@@ -69,7 +70,7 @@ class LinearModelInner(InnerProblem):
     def __init__(self, problem: LinearModelProblem, hparams: Tree, counts: Any = None) -> None:
         super().__init__(problem, hparams, counts)
         self.penalty: Tensor = problem.penalties(self.hparams)
-        if not bool(torch.isfinite(self.penalty).all()):
+        if not tree.is_finite(self.penalty):
             raise ValueError(
                 f"a penalty is not finite: hyperparameters go up to {float(self.hparams.max()):.4g}, "
                 "where exp(u) overflows; start lower or use a smaller learning rate."

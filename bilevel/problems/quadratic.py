@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem, check_trees
+from bilevel.spectral import Eigenbasis, diagonalise
 from bilevel.tree import Tree
 
 
@@ -71,6 +74,7 @@ class QuadraticProblem(BilevelProblem):
     """
 
     inner_problem = QuadraticInner
+    quadratic = True
 
     def __init__(
         self,
@@ -152,6 +156,21 @@ class QuadraticProblem(BilevelProblem):
         """Return H(u) and b(u)."""
         hessian = self.hessian + torch.tensordot(hparams, self.hessian_directions, 1)
         return hessian, self.linear + hparams @ self.linear_directions
+
+    def spectrum(self) -> Eigenbasis | None:
+        """Return the eigenbasis of H_0, computed once, where every H_j is a multiple of the identity, else None."""
+        return self._eigenbasis
+
+    @cached_property
+    def _eigenbasis(self) -> Eigenbasis | None:
+        rates = self.hessian_directions[:, 0, 0]
+        if not torch.equal(self.hessian_directions, rates[:, None, None] * torch.eye(len(self.linear)).to(rates)):
+            return None
+        return diagonalise(self.hessian, self.linear, self._shift, self.linear_directions)
+
+    def _shift(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
+        rates = self.hessian_directions[:, 0, 0]
+        return hparams @ rates, rates.expand_as(hparams)
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """``1/2 x' H(u) x + b(u)' x``."""

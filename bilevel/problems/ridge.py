@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.spectral import Eigenbasis, diagonalise
 from bilevel.tree import Tree
 
 DENSE = 300
@@ -52,7 +53,8 @@ class RidgeInner(LinearModelInner):
         if self.hessian is None or len(self.hessian) > DENSE:
             measured = lanczos(self.linearize(params).hvp, params)
             return replace(measured, smallest=float(self.penalty.min()), exact=False)
-        values = torch.linalg.eigvalsh(self.hessian)
+        basis = self.problem.spectrum()
+        values = torch.linalg.eigvalsh(self.hessian) if basis is None else basis.bind(self.hparams).values
         return Spectrum(float(values[0]), float(values[-1]), exact=True)
 
 
@@ -85,6 +87,7 @@ class RidgeProblem(LinearModelProblem):
 
     inner_problem = RidgeInner
     max_loss_curvature = 1.0
+    quadratic = True
 
     def prepare_targets(self) -> None:
         """Bring the targets to the inputs' dtype."""
@@ -133,6 +136,20 @@ class RidgeProblem(LinearModelProblem):
     def moment(self) -> Tensor:
         """``c X'y``, of shape (features,)."""
         return self.scale * (self.train.X @ self.train.y)
+
+    def spectrum(self) -> Eigenbasis | None:
+        """Return the eigenbasis of the Gram matrix, computed once; None with a penalty for each feature."""
+        return self._eigenbasis if self.penalty == "scalar" else None
+
+    @cached_property
+    def _eigenbasis(self) -> Eigenbasis:
+        return diagonalise(self.gram, -self.moment, self._shift)
+
+    def _shift(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
+        if self.parametrization == "direct":
+            return hparams, torch.ones_like(hparams)
+        penalty = hparams.exp()
+        return penalty, penalty
 
     def solve(self, hparams: Tensor) -> Tensor:
         """Return the exact inner solution ``(c X'X + diag(pen))^-1 c X'y``."""
