@@ -111,19 +111,17 @@ def combine(weights: Sequence[float], trees: Sequence[Tree]) -> Tree:
     >>> combine((1.0, 0.0, -2.0), (torch.ones(2), torch.ones(2), torch.ones(2)))
     tensor([-1., -1.])
     """
-    return weighted_sum(tuple(enumerate(weights)), trees)
+    return weighted_sum([(index, weight) for index, weight in enumerate(weights) if weight != 0], trees)
 
 
 def weighted_sum(pairs: Sequence[tuple[int, float]], trees: Sequence[Tree]) -> Tree:
     """Return ``sum weight * trees[index]`` over the (index, weight) pairs: `combine`, for weights prepared once."""
     total = None
     for index, weight in pairs:
-        if weight == 0:
-            continue
         term = trees[index]
         if total is None:
             total = term if weight == 1 else scale(weight, term)
-        elif isinstance(total, Tensor):
+        elif isinstance(term, Tensor):
             total = torch.add(total, term, alpha=weight)
         else:
             total = add(total, term, weight)

@@ -135,6 +135,30 @@ class LinearMultistep(InnerSolver):
         params, *memory = [tree.weighted_sum(column, terms) for column in numbers.columns]
         return (params, tuple(memory)), by_hparams
 
+    def sweep_vjp(
+        self, inner: InnerProblem, states: Sequence[InnerState], cotangent: Variables
+    ) -> tuple[Variables, Tree]:
+        """Pull a cotangent back through all steps, with one sum of the hyperparameters' cotangents.
+
+        Args:
+            inner: the bound problem.
+            states: the states before each step.
+            cotangent: cotangent of (params, memory) after the last step.
+
+        Returns:
+            The cotangent before the first step, and that of the hyperparameters.
+        """
+        weighted_sum, sums = tree.weighted_sum, inner.product_sum()
+        params, memory = cotangent
+        vectors = (params, *memory)
+        for before in reversed(states):
+            numbers = self.coefficients(before)
+            point = weighted_sum(numbers.reads, (before.params, *before.memory))
+            by_point = sums.pull(point, weighted_sum(numbers.writes, vectors))
+            terms = (*vectors, by_point)
+            vectors = tuple([weighted_sum(column, terms) for column in numbers.columns])
+        return (vectors[0], vectors[1:]), sums.total()
+
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
     ) -> list[Variables]:

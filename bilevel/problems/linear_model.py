@@ -26,6 +26,7 @@ from bilevel.lanczos import Spectrum, lanczos
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem, check_trees
 from bilevel.problems.splits import Split
+from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
 
 
@@ -76,6 +77,13 @@ class LinearModelInner(InnerProblem):
                 "where exp(u) overflows; start lower or use a smaller learning rate."
             )
         self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
+
+    def product_sum(self) -> ProductSum:
+        """Return a sum whose cross products are one contraction."""
+        return BilinearSum(self, lambda params, v: self.linearization(self, params)._hvp(v), self._cross_sum)
+
+    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
+        return self.problem.gather(self.slope * (points * vectors).sum(0))
 
     def _value(self, params: Tensor) -> Tensor:
         with torch.no_grad():

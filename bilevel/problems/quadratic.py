@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem, check_trees
 from bilevel.spectral import Eigenbasis, diagonalise
+from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
 
 
@@ -42,6 +43,15 @@ class QuadraticInner(InnerProblem):
     def __init__(self, problem: QuadraticProblem, hparams: Tree, counts: object = None) -> None:
         super().__init__(problem, hparams, counts)  # type: ignore[arg-type]
         self.hessian, self.linear = problem.coefficients(self.hparams)
+
+    def product_sum(self) -> ProductSum:
+        """Return a sum that shares the Hessian of all points."""
+        return BilinearSum(self, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
+
+    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
+        problem = self.problem
+        by_hessian = torch.tensordot(problem.hessian_directions, vectors.t() @ points, 2)
+        return by_hessian + problem.linear_directions @ vectors.sum(0)
 
     def _grad(self, params: Tensor) -> Tensor:
         return torch.addmv(self.linear, self.hessian, params)

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
 from bilevel.spectral import Eigenbasis, diagonalise
+from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
 
 DENSE = 300
@@ -23,9 +24,10 @@ class RidgePoint(LinearModelPoint):
     """The gradient of ridge regression, linearised: its Hessian is the same everywhere."""
 
     inner: RidgeInner
+    curvature = None
 
     def _hvp(self, v: Tensor) -> Tensor:
-        return super()._hvp(v) if self.inner.hessian is None else torch.mv(self.inner.hessian, v)
+        return self.inner.product(v)
 
     def dense_hessian(self) -> Tensor:
         """Return ``c X'X + diag(pen)``."""
@@ -43,10 +45,25 @@ class RidgeInner(LinearModelInner):
         if problem.on_gram:
             self.hessian = problem.gram + torch.diag(self.penalty.expand(len(problem.gram)))
 
+    def product(self, v: Tensor) -> Tensor:
+        """Return ``H v``, not counted."""
+        if self.hessian is not None:
+            return torch.mv(self.hessian, v)
+        return self._collect(torch.mv(self.problem.train.X.t(), v), v)
+
+    def product_sum(self) -> ProductSum:
+        """Return a sum that shares the Hessian of all points."""
+        return BilinearSum(self, lambda params, v: self.product(v), self._cross_sum)
+
     def _grad(self, params: Tensor) -> Tensor:
-        if self.hessian is None:
-            return super()._grad(params)
-        return torch.addmv(self.problem.moment, self.hessian, params, beta=-1.0)
+        problem = self.problem
+        if self.hessian is not None:
+            return torch.addmv(problem.moment, self.hessian, params, beta=-1.0)
+        return self._collect(torch.addmv(problem.train.y, problem.train.X.t(), params, beta=-1.0), params)
+
+    def _collect(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Return ``c X' rows + pen weights``."""
+        return torch.addmv(self.penalty * weights, self.problem.train.X, rows, alpha=self.problem.scale)
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return the ends of the spectrum: exact up to 300 features, else the upper by Lanczos and a lower bound."""
