@@ -102,7 +102,7 @@ def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, 
     while index < last:
         here = numbers(index)
         settled = solver.settles is not None and states[0].steps + index >= solver.settles
-        end = last if settled and numbers(last - 1) == here else index + 1
+        end = last if settled else index + 1
         while end < last and numbers(end) == here:
             end += 1
         yield here, end - index

@@ -77,6 +77,12 @@ class LinearMultistep(InnerSolver):
     settles: ClassVar[int | None] = None
     """Index of the step from which on `coefficients` no longer change; None where they may at every step."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Whoever gives other numbers must say anew whether they settle.
+        if "coefficients" in vars(cls) and "settles" not in vars(cls):
+            cls.settles = None
+
     @abstractmethod
     def coefficients(self, state: InnerState) -> Coefficients:
         """Return the numbers of the step that starts from `state` (``state.steps`` is its index)."""
