@@ -271,30 +271,31 @@ def check_trees(params: Tree, hparams: Tree) -> None:
         ValueError: one sentence for leaves that are no tensors, empty or not floating, NaN or infinite values, and for
             dtypes or devices that differ.
     """
+    found = []
     for what, value in (("params", params), ("hparams", hparams)):
-        if not tree.leaves(value):
+        named = list(zip(tree.names(value), tree.leaves(value), strict=True))
+        if not named:
             raise ValueError(f"`{what}` holds no tensors.")
-        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
+        for name, leaf in named:
             if not isinstance(leaf, Tensor):
                 raise ValueError(f"`{what}{name}` must be a Tensor, got {type(leaf).__name__}.")
             if not leaf.is_floating_point():
                 raise ValueError(f"`{what}{name}` must have a floating dtype, got {leaf.dtype}.")
             if leaf.numel() == 0:
                 raise ValueError(f"`{what}{name}` is empty, of shape {tuple(leaf.shape)}.")
-    first = tree.leaves(params)[0]
-    for what, value in (("params", params), ("hparams", hparams)):
-        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
-            if (leaf.dtype, leaf.device) != (first.dtype, first.device):
-                raise ValueError(
-                    f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {first.dtype} on {first.device}: "
-                    "params and hparams must share dtype and device."
-                )
-    for what, value in (("params", params), ("hparams", hparams)):
-        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
-            if leaf.is_meta:
-                raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
-            if not tree.is_finite(leaf):
-                raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
+            found.append((what, name, leaf))
+    dtype, device = found[0][2].dtype, found[0][2].device
+    for what, name, leaf in found:
+        if leaf.dtype != dtype or leaf.device != device:
+            raise ValueError(
+                f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {dtype} on {device}: "
+                "params and hparams must share dtype and device."
+            )
+    for what, name, leaf in found:
+        if leaf.is_meta:
+            raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
+        if not tree.is_finite(leaf):
+            raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
 
 
 def _check_scalar(what: str, loss: Loss, params: Tree, hparams: Tree) -> Tensor:

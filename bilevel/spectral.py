@@ -85,9 +85,10 @@ class DiagonalProblem:
             A tensor of shape (..., *event).
         """
         total = by_shift.sum(-1)
-        event = self.slope.dim() - total.dim()
-        by_hparams = self.slope * total.reshape(total.shape + (1,) * event)
-        return by_hparams if self.directions is None else by_hparams + by_linear @ self.directions.mT
+        if self.slope.dim() > total.dim():
+            total = total[..., None]
+        by_hparams = self.slope * total
+        return by_hparams if self.directions is None else by_hparams + by_linear @ self.directions.t()
 
 
 def diagonalise(

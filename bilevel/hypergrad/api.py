@@ -59,8 +59,7 @@ def hypergradient(
     carry = carry or Carry()
     meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
     solved = estimator.solve(problem, solver, hparams, start, carry, meter)
-    missing = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    value, gradient, pulled, verdict = float("nan"), missing, Pullback(missing), solved.verdict
+    value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
     if solved.verdict.status.usable:
         meter.counts["outer"] += 1
         outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
@@ -72,6 +71,8 @@ def hypergradient(
         if pulled.verdict.status.usable:
             gradient = tree.add(by_hparams, pulled.hparams)
             verdict = verdict.worse(_finite_gradient(gradient))
+    if gradient is None:
+        gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
     cost = meter.read()
     error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if certify and verdict.status.usable:

@@ -69,7 +69,7 @@ class ClosedForm(HypergradEstimator):
             return Solution(params, solver.at_rest(inner, params), _no_pullback, float("nan"), 0, found)
         residual = float(tree.norm(inner.grad(found.params)))
         verdict = GOOD
-        if residual > found.scale * torch.finfo(tree.leaves(params)[0].dtype).eps ** 0.5:
+        if residual > found.limit:
             detail = f"ClosedForm ends at the inner residual {residual:.2e}: is the inner loss quadratic?"
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
         return Solution(found.params, solver.at_rest(inner, found.params), found.pullback, residual, 0, verdict)
@@ -77,11 +77,11 @@ class ClosedForm(HypergradEstimator):
 
 @dataclass(frozen=True)
 class _Solved:
-    """The minimiser, the VJP at it, and the size of the terms whose difference is the inner gradient."""
+    """The minimiser, the VJP at it, and the inner residual above which the loss cannot be quadratic."""
 
     params: Tree
     pullback: Callable[[Tree], Pullback]
-    scale: float
+    limit: float = float("inf")
 
 
 def _no_pullback(cotangent: Tree) -> Pullback:
@@ -104,7 +104,7 @@ def _diagonal(inner: InnerProblem, basis: Eigenbasis) -> _Solved | Verdict:
         residual = _relative(inner.linearize(params).hvp(adjoint), cotangent)
         return Pullback(diagonal.pull(-turned * z, -turned), adjoint, residual)
 
-    return _Solved(params, pullback, largest * float(tree.norm(z)))
+    return _Solved(params, pullback)
 
 
 def _dense(inner: InnerProblem, start: Tree) -> _Solved | Verdict:
@@ -135,7 +135,8 @@ def _dense(inner: InnerProblem, start: Tree) -> _Solved | Verdict:
         cross = inner.linearize(params).cross(raveler.unravel(adjoint))
         return Pullback(tree.scale(-1.0, cross), raveler.unravel(adjoint), _relative(hessian @ adjoint, right))
 
-    return _Solved(params, pullback, float(torch.linalg.vector_norm(hessian) * torch.linalg.vector_norm(x)))
+    size = float(torch.linalg.vector_norm(hessian) * torch.linalg.vector_norm(x))
+    return _Solved(params, pullback, size * torch.finfo(x.dtype).eps ** 0.5)
 
 
 def _relative(product: Tree, right: Tree) -> float:

@@ -43,7 +43,7 @@ class RidgeInner(LinearModelInner):
         super().__init__(problem, hparams, counts)
         self.hessian: Tensor | None = None
         if problem.on_gram:
-            self.hessian = problem.gram + torch.diag(self.penalty.expand(len(problem.gram)))
+            self.hessian = torch.addcmul(problem.gram, self.penalty, problem.identity)
 
     def product(self, v: Tensor) -> Tensor:
         """Return ``H v``, not counted."""
@@ -150,9 +150,21 @@ class RidgeProblem(LinearModelProblem):
         return self.scale * (self.train.X @ self.train.X.t())
 
     @cached_property
+    def identity(self) -> Tensor:
+        """The identity, of shape (features, features)."""
+        return torch.eye(len(self.train.X), dtype=self.train.X.dtype, device=self.train.X.device)
+
+    @cached_property
     def moment(self) -> Tensor:
         """``c X'y``, of shape (features,)."""
         return self.scale * (self.train.X @ self.train.y)
+
+    def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
+        """Return the validation loss and its gradients, from one vector of residuals."""
+        X, y = self.val.X, self.val.y
+        residuals = torch.addmv(y, X.t(), params, beta=-1.0)
+        scaled = residuals / self.val.rows
+        return 0.5 * torch.dot(residuals, scaled), torch.mv(X, scaled), torch.zeros_like(hparams)
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of the Gram matrix, computed once; None with a penalty for each feature."""
