@@ -202,6 +202,18 @@ def test_a_sweep_of_64_hyperparameter_vectors_equals_64_calls(problem, solver) -
         torch.testing.assert_close(swept.residuals[::9], torch.tensor(left, dtype=F64), rtol=1e-9, atol=1e-13)
 
 
+def test_a_sweep_takes_a_start_for_each_vector() -> None:
+    made, u = PROBLEMS["ridge"]
+    stack, starts = u + torch.arange(3, dtype=F64), normal(20, 3, 5)
+    for run in (bl.HeavyBall(momentum="auto", steps=12), bl.GradientDescent(0.05, steps=12)):
+        swept = bl.Spectral().sweep(made, run, stack, starts)
+        single = [bl.hypergradient(made, run, bl.FullUnroll(), *each) for each in zip(stack, starts, strict=True)]
+        close(swept.hypergradients, torch.stack([each.hypergradient for each in single]), 1e-10)
+        close(swept.params, torch.stack([each.params for each in single]), 1e-12)
+    with pytest.raises(ValueError, match=r"^`params` of a sweep must be one start or as many as hyperparameter"):
+        bl.Spectral().sweep(made, run, stack, starts[:2])
+
+
 def test_the_eigenbasis_is_computed_once_for_a_problem(monkeypatch) -> None:
     calls = []
     eigh = torch.linalg.eigh

@@ -12,7 +12,6 @@ Scieur et al. 2022, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +118,7 @@ class Spectral(HypergradEstimator):
             problem: a problem with a spectrum.
             solver: a linear multistep solver with a number of steps.
             hparams: B hyperparameter vectors, stacked along the first dimension.
-            params: where all runs start; default: the problem's start.
+            params: where the runs start, one for all or B stacked ones; default: the problem's start.
 
         Raises:
             ValueError: as `check` does, or if `hparams` is no stack.
@@ -137,13 +136,19 @@ class Spectral(HypergradEstimator):
         check_trees(start, hparams)
         if hparams.dim() == 0:
             raise ValueError("`hparams` of a sweep must be a stack of hyperparameter vectors, got a 0-d Tensor.")
-        problem.check(start, hparams[0])
+        if start.dim() > 1 and len(start) != len(hparams):
+            raise ValueError(
+                f"`params` of a sweep must be one start or as many as hyperparameter vectors, {len(hparams)}, "
+                f"got {len(start)}."
+            )
+        starts = start.expand(len(hparams), *start.shape[-1:])
+        problem.check(starts[0], hparams[0])
         hparams = hparams.detach()
         # What is measured depends on the hyperparameters; given numbers are the same for all of them.
-        bound = hparams if multistep.automatic else hparams[:1]
-        states: Sequence[InnerState] = [multistep.init(problem.bind(each), start) for each in bound]
+        count = len(hparams) if multistep.automatic else 1
+        states = [multistep.init(problem.bind(u), x) for u, x in zip(hparams[:count], starts[:count], strict=True)]
         diagonal = basis.bind(hparams)
-        first = basis.turn(torch.stack([start, *states[0].memory]))[:, None]
+        first = basis.turn(torch.stack([starts, *multistep.vectors(starts)]))
         moving = unroll(multistep, states, diagonal, first, self._length(steps))
         iterates = moving.vectors[0]
         residuals = torch.linalg.vector_norm(diagonal.values * iterates + diagonal.linear, dim=-1)
