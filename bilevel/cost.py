@@ -115,16 +115,20 @@ class Meter:
         elif memory and device.type == "cpu":
             self._base = allocated_bytes()
         self._peak = self._base
+        self._sampled = False
         self._start = time.perf_counter()
 
     def sample(self) -> None:
         """Look at the memory now."""
         if self._device.type == "cpu" and self._peak is not None:
+            self._sampled = True
             self._peak = max(self._peak, allocated_bytes() or 0)
 
     def read(self) -> Cost:
         """Return the cost so far."""
-        self.sample()
+        # Estimators look where they hold most; another look would only take its time.
+        if not self._sampled:
+            self.sample()
         kind = "none"
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
