@@ -359,7 +359,7 @@ def logistic() -> LogisticProblem:
 
 
 GD = bl.GradientDescent
-SPECTRUM = "Spectral needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with penalty='scalar', "
+SPECTRUM = "Spectral needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with penalty='scalar'"
 REFUSED = [
     (logistic, GD(steps=5), bl.Spectral(), SPECTRUM),
     (lambda: ridge_case().problem, GD(steps=5), bl.Spectral(), SPECTRUM),
@@ -385,6 +385,11 @@ def test_what_does_not_apply_is_refused_in_one_sentence(problem, solver, estimat
 def test_a_tail_that_is_none_is_refused(tail) -> None:
     with pytest.raises(ValueError, match=r"^`Spectral.tail` must be a positive int \(steps\), a float in \(0, 1\]"):
         bl.Spectral(tail=tail)
+
+
+def test_ridge_with_too_many_features_to_diagonalise_has_no_spectrum() -> None:
+    X, y = torch.zeros(2, 5001), torch.zeros(2)
+    assert RidgeProblem(X, y, X, y).spectrum() is None
 
 
 def test_a_sweep_over_one_vector_is_refused() -> None:

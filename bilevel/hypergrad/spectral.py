@@ -170,7 +170,7 @@ class Spectral(HypergradEstimator):
         if basis is None:
             raise ValueError(
                 "Spectral needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with "
-                "penalty='scalar', or a problem with a `spectrum` method), "
+                "penalty='scalar' and at most 5,000 features, or a problem with a `spectrum` method), "
                 f"which this {type(problem).__name__} does not have: use FullUnroll or TruncatedUnroll."
             )
         if not isinstance(solver, LinearMultistep):

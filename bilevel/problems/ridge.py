@@ -18,6 +18,8 @@ from bilevel.tree import Tree
 
 DENSE = 300
 """Up to this many features the spectrum is computed exactly."""
+MOST_FEATURES = 5_000
+"""Above this many features the eigenbasis of the Gram matrix takes minutes."""
 
 
 class RidgePoint(LinearModelPoint):
@@ -167,8 +169,12 @@ class RidgeProblem(LinearModelProblem):
         return 0.5 * torch.dot(residuals, scaled), torch.mv(X, scaled), torch.zeros_like(hparams)
 
     def spectrum(self) -> Eigenbasis | None:
-        """Return the eigenbasis of the Gram matrix, computed once; None with a penalty for each feature."""
-        return self._eigenbasis if self.penalty == "scalar" else None
+        """Return the eigenbasis of the Gram matrix, computed once.
+
+        Returns:
+            None with a penalty for each feature, or with more than 5,000 features.
+        """
+        return self._eigenbasis if self.penalty == "scalar" and len(self.train.X) <= MOST_FEATURES else None
 
     @cached_property
     def _eigenbasis(self) -> Eigenbasis:
