@@ -21,9 +21,11 @@ from bilevel.base import LinearSolver as LinearSolver
 from bilevel.base import Pullback as Pullback
 from bilevel.base import Solution as Solution
 from bilevel.check import check_hypergradient as check_hypergradient
+from bilevel.hypergrad import ClosedForm as ClosedForm
 from bilevel.hypergrad import FiniteDifference as FiniteDifference
 from bilevel.hypergrad import FullUnroll as FullUnroll
 from bilevel.hypergrad import Implicit as Implicit
+from bilevel.hypergrad import Spectral as Spectral
 from bilevel.hypergrad import TruncatedUnroll as TruncatedUnroll
 from bilevel.hypergrad import hypergradient as hypergradient
 from bilevel.hypergrad import solution as solution

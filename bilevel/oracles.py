@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.lanczos import Spectrum, lanczos
+from bilevel.sums import ProductSum
 from bilevel.tree import Tree
 
 if TYPE_CHECKING:
@@ -231,6 +232,10 @@ class InnerProblem:
     def linearize(self, params: Tree) -> Linearization:
         """Return the gradient linearised at `params`."""
         return self.linearization(self, params)
+
+    def product_sum(self) -> ProductSum:
+        """Return what sums ``C' v`` over the points of a reverse sweep; a bilinear problem returns a `BilinearSum`."""
+        return ProductSum(self)
 
     def curvature(self, params: Tree) -> Spectrum:
         """Return the ends of the spectrum of the Hessian at `params`; the default is Lanczos on the HVP."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bilevel import tree
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
+from bilevel.spectral import Eigenbasis
 from bilevel.tree import Tree
 
 Loss: TypeAlias = Callable[[Tree, Tree], Tensor]
@@ -52,6 +53,9 @@ class BilevelProblem:
 
     inner_problem: type[InnerProblem] = InnerProblem
     """The class of the bound problem; a structured problem names its own."""
+
+    quadratic: bool = False
+    """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
 
     inner_loss: Loss
     outer_loss: Loss
@@ -120,6 +124,14 @@ class BilevelProblem:
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
+        return None
+
+    def spectrum(self) -> Eigenbasis | None:
+        """Return the eigenbasis of a quadratic inner loss whose Hessian is ``A + s(u) I``, else None (the default).
+
+        A problem that has one should compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then
+        take d numbers of work for each hyperparameter vector.
+        """
         return None
 
     def metrics(self, params: Tree) -> dict[str, float]:
@@ -271,6 +283,7 @@ def check_trees(params: Tree, hparams: Tree) -> None:
         ValueError: one sentence for leaves that are no tensors, empty or not floating, NaN or infinite values, and for
             dtypes or devices that differ.
     """
+    found = []
     for what, value in (("params", params), ("hparams", hparams)):
         check_tensors(what, value)
         for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
@@ -278,20 +291,19 @@ def check_trees(params: Tree, hparams: Tree) -> None:
                 raise ValueError(f"`{what}{name}` must have a floating dtype, got {leaf.dtype}.")
             if leaf.numel() == 0:
                 raise ValueError(f"`{what}{name}` is empty, of shape {tuple(leaf.shape)}.")
-    first = tree.leaves(params)[0]
-    for what, value in (("params", params), ("hparams", hparams)):
-        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
-            if (leaf.dtype, leaf.device) != (first.dtype, first.device):
-                raise ValueError(
-                    f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {first.dtype} on {first.device}: "
-                    "params and hparams must share dtype and device."
-                )
-    for what, value in (("params", params), ("hparams", hparams)):
-        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
-            if leaf.is_meta:
-                raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
-            if not torch.isfinite(leaf).all():
-                raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
+            found.append((what, name, leaf))
+    dtype, device = found[0][2].dtype, found[0][2].device
+    for what, name, leaf in found:
+        if leaf.dtype != dtype or leaf.device != device:
+            raise ValueError(
+                f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {dtype} on {device}: "
+                "params and hparams must share dtype and device."
+            )
+    for what, name, leaf in found:
+        if leaf.is_meta:
+            raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
+        if not tree.is_finite(leaf):
+            raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
 
 
 def check_tensors(what: str, value: Tree) -> None:

@@ -7,6 +7,7 @@ what inner loops run on thousands of times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -45,6 +46,8 @@ def names(tree: Tree) -> list[str]:
     >>> names({"a": torch.zeros(2), "b": [torch.zeros(1)]})
     ["['a']", "['b'][0]"]
     """
+    if isinstance(tree, Tensor):
+        return [""]
     return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
 
 
@@ -108,19 +111,17 @@ def combine(weights: Sequence[float], trees: Sequence[Tree]) -> Tree:
     >>> combine((1.0, 0.0, -2.0), (torch.ones(2), torch.ones(2), torch.ones(2)))
     tensor([-1., -1.])
     """
-    return weighted_sum(tuple(enumerate(weights)), trees)
+    return weighted_sum([(index, weight) for index, weight in enumerate(weights) if weight != 0], trees)
 
 
 def weighted_sum(pairs: Sequence[tuple[int, float]], trees: Sequence[Tree]) -> Tree:
     """Return ``sum weight * trees[index]`` over the (index, weight) pairs: `combine`, for weights prepared once."""
     total = None
     for index, weight in pairs:
-        if weight == 0:
-            continue
         term = trees[index]
         if total is None:
             total = term if weight == 1 else scale(weight, term)
-        elif isinstance(total, Tensor):
+        elif isinstance(term, Tensor):
             total = torch.add(total, term, alpha=weight)
         else:
             total = add(total, term, weight)
@@ -140,6 +141,16 @@ def norm(x: Tree) -> Tensor:
     if isinstance(x, Tensor):
         return torch.linalg.vector_norm(x)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves(x)]))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no number is NaN or infinite; on an accelerator this waits for it.
+
+    >>> is_finite(torch.tensor([1.0, float("nan")]))
+    False
+    """
+    # One kernel and one transfer: the largest magnitude is NaN or infinite where one number is.
+    return math.isfinite(float(torch.linalg.vector_norm(tensor.detach(), torch.inf)))
 
 
 def size(tree: Tree) -> int:

@@ -140,6 +140,7 @@ SOLVERS = {
         "on logistic regression: the gradient at the trial nine, the Hessian eight; it looks at each of its decisions",
         waits=4,
     ),
+    "QuasiNewton": SolverRow(bl.QuasiNewton(), 0, "to be measured", waits=0),
 }
 
 

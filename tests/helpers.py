@@ -390,3 +390,8 @@ ESTIMATORS: dict[type, bl.HypergradEstimator] = {
     bl.Implicit: bl.Implicit(bl.CG(tol=1e-12)),
     bl.FiniteDifference: bl.FiniteDifference(),
 }
+QUADRATIC_ESTIMATORS: dict[type, bl.HypergradEstimator] = {
+    bl.Spectral: bl.Spectral(),
+    bl.ClosedForm: bl.ClosedForm(),
+}
+"""Those that need structure of the inner loss; `test_spectral.py` is their suite."""

@@ -31,6 +31,8 @@ FLOORS = {
         "polynomials",
         "krylov",
         "threads",
+        "spectral",
+        "sums",
     ),
     2: ("oracles", "problem"),
     3: ("base",),

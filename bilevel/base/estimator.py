@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from bilevel import tree
 from bilevel.base.inner_solver import InnerSolver, InnerState
@@ -80,6 +80,9 @@ class HypergradEstimator(ABC):
 
     A subclass is a frozen dataclass with a `solve`.
     """
+
+    measures_memory: ClassVar[bool] = True
+    """Whether peak memory is measured: not worth the time where nothing grows with the number of steps."""
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a combination that the estimator does not cover, with one sentence (ValueError); default: accept."""

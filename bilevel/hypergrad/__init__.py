@@ -1,8 +1,10 @@
 """Hypergradient estimators, one file per family, and the two calls in which problem, solver and estimator meet."""
 
 from bilevel.hypergrad.api import hypergradient as hypergradient
+from bilevel.hypergrad.closed_form import ClosedForm as ClosedForm
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.implicit import Implicit as Implicit
 from bilevel.hypergrad.layer import solution as solution
+from bilevel.hypergrad.spectral import Spectral as Spectral
 from bilevel.hypergrad.unroll import FullUnroll as FullUnroll
 from bilevel.hypergrad.unroll import TruncatedUnroll as TruncatedUnroll

@@ -237,6 +237,12 @@ class Sweep:
         remember = self.choose or (self.extrapolate and self.point is not None)
         start = counted(self.inner)
         limit = self.allowance - (SAFEGUARDS - 1.0 if remember and self.extrapolate else 0.0)
+        if isinstance(self.solver, LinearMultistep) and not remember:
+            # Each step is one `vjp`, so that what can be paid for is known before.
+            most = (min(limit, OMEGA * len(self.kept)) + 1e-9) // OMEGA
+            states = list(self.kept)[-max(1, int(most)) :]
+            _, total = self.solver.sweep_vjp(self.inner, states, moving)
+            return _Swept(total, len(states))
         dearest = 0.0
         for before in reversed(self.kept):
             spent = counted(self.inner) - start

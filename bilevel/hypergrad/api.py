@@ -60,10 +60,9 @@ def hypergradient(
     carry = Carry() if carry is None else carry
     if check:
         check_carry(carry, solver, start)
-    meter = Meter(tree.leaves(start)[0].device)
+    meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
     solved = estimator.solve(problem, solver, hparams, start, carry, meter)
-    missing = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    value, gradient, pulled, verdict = float("nan"), missing, Pullback(missing), solved.verdict
+    value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
     if solved.verdict.status.usable:
         meter.counts["outer"] += 1
         outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
@@ -75,6 +74,8 @@ def hypergradient(
         if pulled.verdict.status.usable:
             gradient = tree.add(by_hparams, pulled.hparams)
             verdict = verdict.worse(_finite_gradient(gradient))
+    if gradient is None:
+        gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
     cost = meter.read()
     error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if certify and verdict.status.usable:
@@ -140,6 +141,6 @@ def _finite_loss(value: float) -> Verdict:
 def _finite_gradient(gradient: Tree) -> Verdict:
     """Report a hypergradient that is not finite."""
     for name, leaf in zip(tree.names(gradient), tree.leaves(gradient), strict=True):
-        if not bool(torch.isfinite(leaf).all()):
+        if not tree.is_finite(leaf):
             return Verdict(Status.NOT_FINITE, f"the hypergradient of `hparams{name}` is not finite")
     return GOOD

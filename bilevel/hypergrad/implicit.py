@@ -95,7 +95,6 @@ class Implicit(HypergradEstimator):
             )
         inner = problem.bind(hparams, meter.counts)
         run = run_inner(inner, solver, begin(inner, solver, params, carry))
-        meter.sample()
         solved = solver.params(run.state)
 
         def pullback(cotangent: Tree) -> Pullback:

@@ -115,6 +115,25 @@ def _run(
     return InnerRun(state, residual, taken, _judge(inner, solver, first, residual, taken, tol))
 
 
+def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
+    """Judge a run of a number of steps that did not go through `run_inner`; the residual is that of its last state.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver, whose steps lead from `first` to `state`.
+        first: the first state.
+        state: the last state.
+        taken: how many steps lie between them.
+
+    Returns:
+        The state with its residual and a verdict, as `run_inner` gives them.
+    """
+    residual = _residual(inner, solver, state)
+    if not math.isfinite(residual):
+        return _not_finite(inner, solver, first, 0, taken)
+    return InnerRun(state, residual, taken, _judge(inner, solver, first, residual, taken, None))
+
+
 def _residual(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> float:
     return float(tree.norm(inner.grad(solver.params(state))).detach())
 
@@ -174,6 +193,6 @@ def _not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState
 def _broken(what: str, values: Tree) -> str:
     """Name the first leaf that is not finite, or return an empty string."""
     for name, leaf in zip(tree.names(values), tree.leaves(values), strict=True):
-        if not bool(torch.isfinite(leaf).all()):
+        if not tree.is_finite(leaf):
             return f"{what}{name}"
     return ""

@@ -34,6 +34,7 @@ class HeavyBall(MomentumMethod):
 
     first_step: str = "full"
 
+    settles = 1
     ripples = True
 
     def __post_init__(self) -> None:

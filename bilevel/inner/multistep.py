@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeAlias
 
 from bilevel import tree
 from bilevel.base import InnerSolver, InnerState, Variables
@@ -74,6 +74,14 @@ class LinearMultistep(InnerSolver):
 
     ripples = False
     """Whether the iterates oscillate about the solution: sequence extrapolation mistakes that for progress."""
+    settles: ClassVar[int | None] = None
+    """Index of the step from which on `coefficients` no longer change; None where they may at every step."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Whoever gives other numbers must say anew whether they settle.
+        if "coefficients" in vars(cls) and "settles" not in vars(cls):
+            cls.settles = None
 
     @abstractmethod
     def coefficients(self, state: InnerState) -> Coefficients:
@@ -94,7 +102,11 @@ class LinearMultistep(InnerSolver):
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return the cold start, with "auto" options measured."""
-        return InnerState(params, self.vectors(params), 0, self._measure(inner, params))
+        return replace(self.at_rest(inner, params), measured=self._measure(inner, params))
+
+    def at_rest(self, inner: InnerProblem, params: Tree) -> InnerState:
+        """Return all stored vectors at a cold start, nothing measured."""
+        return InnerState(params, self.vectors(params))
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Keep all stored vectors; measure "auto" options anew, as the curvature moves with the hyperparameters."""
@@ -128,6 +140,30 @@ class LinearMultistep(InnerSolver):
         terms = (*after, by_point)
         params, *memory = [tree.weighted_sum(column, terms) for column in numbers.columns]
         return (params, tuple(memory)), by_hparams
+
+    def sweep_vjp(
+        self, inner: InnerProblem, states: Sequence[InnerState], cotangent: Variables
+    ) -> tuple[Variables, Tree]:
+        """Pull a cotangent back through all steps, with one sum of the hyperparameters' cotangents.
+
+        Args:
+            inner: the bound problem.
+            states: the states before each step.
+            cotangent: cotangent of (params, memory) after the last step.
+
+        Returns:
+            The cotangent before the first step, and that of the hyperparameters.
+        """
+        weighted_sum, sums = tree.weighted_sum, inner.product_sum()
+        params, memory = cotangent
+        vectors = (params, *memory)
+        for before in reversed(states):
+            numbers = self.coefficients(before)
+            point = weighted_sum(numbers.reads, (before.params, *before.memory))
+            by_point = sums.pull(point, weighted_sum(numbers.writes, vectors))
+            terms = (*vectors, by_point)
+            vectors = tuple([weighted_sum(column, terms) for column in numbers.columns])
+        return (vectors[0], vectors[1:]), sums.total()
 
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.lanczos import Spectrum
 from bilevel.oracles import InnerProblem, Linearization, Preconditioner
 from bilevel.problems.precondition import MAX_DENSE, factored
+from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
 
 if TYPE_CHECKING:
@@ -172,7 +174,7 @@ class LinearModelInner(InnerProblem):
         self.factored: Preconditioner | None = None
         self._point: Linearization | None = None
         self.penalty: Tensor = problem.penalties(self.hparams)
-        if not bool(torch.isfinite(self.penalty).all()):
+        if not tree.is_finite(self.penalty):
             raise ValueError(
                 f"a penalty is not finite: hyperparameters go up to {float(self.hparams.max()):.4g}, "
                 "where exp(u) overflows; start lower or use a smaller learning rate."
@@ -212,6 +214,13 @@ class LinearModelInner(InnerProblem):
     def _grad(self, params: Tensor) -> Tensor:
         gradient: Tensor = self.linearize(params).gradient  # type: ignore[attr-defined]
         return gradient
+
+    def product_sum(self) -> ProductSum:
+        """Return a sum whose cross products are one contraction."""
+        return BilinearSum(self, lambda params, v: self.linearize(params)._hvp(v), self._cross_sum)
+
+    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
+        return self.problem.gather(self.slope * (points * vectors).sum(0))
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""

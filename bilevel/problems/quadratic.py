@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem, check_trees
+from bilevel.spectral import Eigenbasis, diagonalise
+from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
 
 
@@ -40,6 +44,15 @@ class QuadraticInner(InnerProblem):
         super().__init__(problem, hparams, counts)  # type: ignore[arg-type]
         self.hessian, self.linear = problem.coefficients(self.hparams)
 
+    def product_sum(self) -> ProductSum:
+        """Return a sum that shares the Hessian of all points."""
+        return BilinearSum(self, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
+
+    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
+        problem = self.problem
+        by_hessian = torch.tensordot(problem.hessian_directions, vectors.t() @ points, 2)
+        return by_hessian + problem.linear_directions @ vectors.sum(0)
+
     def _grad(self, params: Tensor) -> Tensor:
         return torch.addmv(self.linear, self.hessian, params)
 
@@ -71,6 +84,7 @@ class QuadraticProblem(BilevelProblem):
     """
 
     inner_problem = QuadraticInner
+    quadratic = True
 
     def __init__(
         self,
@@ -152,6 +166,21 @@ class QuadraticProblem(BilevelProblem):
         """Return H(u) and b(u)."""
         hessian = self.hessian + torch.tensordot(hparams, self.hessian_directions, 1)
         return hessian, self.linear + hparams @ self.linear_directions
+
+    def spectrum(self) -> Eigenbasis | None:
+        """Return the eigenbasis of H_0, computed once, where every H_j is a multiple of the identity, else None."""
+        return self._eigenbasis
+
+    @cached_property
+    def _eigenbasis(self) -> Eigenbasis | None:
+        rates = self.hessian_directions[:, 0, 0]
+        if not torch.equal(self.hessian_directions, rates[:, None, None] * torch.eye(len(self.linear)).to(rates)):
+            return None
+        return diagonalise(self.hessian, self.linear, self._shift, self.linear_directions)
+
+    def _shift(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
+        rates = self.hessian_directions[:, 0, 0]
+        return hparams @ rates, rates.expand_as(hparams)
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """``1/2 x' H(u) x + b(u)' x``."""

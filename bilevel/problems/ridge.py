@@ -12,10 +12,14 @@ from torch import Tensor
 
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.spectral import Eigenbasis, diagonalise
+from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
 
 DENSE = 300
 """Up to this many features the spectrum is computed exactly."""
+MOST_FEATURES = 5_000
+"""Above this many features the eigenbasis of the Gram matrix takes minutes."""
 
 
 class RidgePoint(LinearModelPoint):
@@ -24,11 +28,12 @@ class RidgePoint(LinearModelPoint):
     inner: RidgeInner
 
     def _hvp(self, v: Tensor) -> Tensor:
-        return super()._hvp(v) if self.inner.hessian is None else torch.mv(self.inner.hessian, v)
+        return self.inner.product(v)
 
-    def dense_hessian(self) -> Tensor:
-        """Return ``c X'X + diag(pen)``."""
-        return self.inner.problem.gram + torch.diag(self.inner.penalty.expand_as(self.params))
+    def data_hessian(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``c X'X``."""
+        gram: Tensor = self.inner.problem.gram
+        return gram if dtype is None else gram.to(dtype)
 
 
 class RidgeInner(LinearModelInner):
@@ -40,19 +45,35 @@ class RidgeInner(LinearModelInner):
         super().__init__(problem, hparams, counts)
         self.hessian: Tensor | None = None
         if problem.on_gram:
-            self.hessian = problem.gram + torch.diag(self.penalty.expand(len(problem.gram)))
+            self.hessian = torch.addcmul(problem.gram, self.penalty, problem.identity)
+
+    def product(self, v: Tensor) -> Tensor:
+        """Return ``H v``, not counted."""
+        if self.hessian is not None:
+            return torch.mv(self.hessian, v)
+        return self._collect(torch.mv(self.problem.train.X.t(), v), v)
+
+    def product_sum(self) -> ProductSum:
+        """Return a sum that shares the Hessian of all points."""
+        return BilinearSum(self, lambda params, v: self.product(v), self._cross_sum)
 
     def _grad(self, params: Tensor) -> Tensor:
-        if self.hessian is None:
-            return super()._grad(params)
-        return torch.addmv(self.problem.moment, self.hessian, params, beta=-1.0)
+        problem = self.problem
+        if self.hessian is not None:
+            return torch.addmv(problem.moment, self.hessian, params, beta=-1.0)
+        return self._collect(torch.addmv(problem.train.y, problem.train.X.t(), params, beta=-1.0), params)
+
+    def _collect(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Return ``c X' rows + pen weights``."""
+        return torch.addmv(self.penalty * weights, self.problem.train.X, rows, alpha=self.problem.scale)
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return the ends of the spectrum: exact up to 300 features, else the upper by Lanczos and a lower bound."""
         if self.hessian is None or len(self.hessian) > DENSE:
             measured = lanczos(self.linearize(params).hvp, params)
             return replace(measured, smallest=float(self.penalty.min()), exact=False)
-        values = torch.linalg.eigvalsh(self.hessian)
+        basis = self.problem.spectrum()
+        values = torch.linalg.eigvalsh(self.hessian) if basis is None else basis.bind(self.hparams).values
         return Spectrum(float(values[0]), float(values[-1]), exact=True)
 
 
@@ -85,6 +106,7 @@ class RidgeProblem(LinearModelProblem):
 
     inner_problem = RidgeInner
     max_loss_curvature = 1.0
+    quadratic = True
 
     def prepare_targets(self) -> None:
         """Bring the targets to the inputs' dtype."""
@@ -130,9 +152,39 @@ class RidgeProblem(LinearModelProblem):
         return self.scale * (self.train.X @ self.train.X.t())
 
     @cached_property
+    def identity(self) -> Tensor:
+        """The identity, of shape (features, features)."""
+        return torch.eye(len(self.train.X), dtype=self.train.X.dtype, device=self.train.X.device)
+
+    @cached_property
     def moment(self) -> Tensor:
         """``c X'y``, of shape (features,)."""
         return self.scale * (self.train.X @ self.train.y)
+
+    def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
+        """Return the validation loss and its gradients, from one vector of residuals."""
+        X, y = self.val.X, self.val.y
+        residuals = torch.addmv(y, X.t(), params, beta=-1.0)
+        scaled = residuals / self.val.rows
+        return 0.5 * torch.dot(residuals, scaled), torch.mv(X, scaled), torch.zeros_like(hparams)
+
+    def spectrum(self) -> Eigenbasis | None:
+        """Return the eigenbasis of the Gram matrix, computed once.
+
+        Returns:
+            None with a penalty for each feature, or with more than 5,000 features.
+        """
+        return self._eigenbasis if self.penalty == "scalar" and len(self.train.X) <= MOST_FEATURES else None
+
+    @cached_property
+    def _eigenbasis(self) -> Eigenbasis:
+        return diagonalise(self.gram, -self.moment, self._shift)
+
+    def _shift(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
+        if self.parametrization == "direct":
+            return hparams, torch.ones_like(hparams)
+        penalty = hparams.exp()
+        return penalty, penalty
 
     def solve(self, hparams: Tensor) -> Tensor:
         """Return the exact inner solution ``(c X'X + diag(pen))^-1 c X'y``."""

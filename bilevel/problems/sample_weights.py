@@ -13,6 +13,7 @@ from bilevel.lanczos import Spectrum
 from bilevel.options import is_number, require
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.softmax import SoftmaxProblem
+from bilevel.sums import ProductSum
 from bilevel.tree import Tree
 
 
@@ -94,6 +95,10 @@ class SampleWeightInner(LinearModelInner):
         self.weights: Tensor = problem.weights(self.hparams)
         sigmoid = problem.parametrization == "sigmoid"
         self.weight_slopes: Tensor = self.weights * (1.0 - self.weights) if sigmoid else torch.ones_like(self.weights)
+
+    def product_sum(self) -> ProductSum:
+        """Return a plain sum: the cross products are not linear in the params."""
+        return ProductSum(self)
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params."""

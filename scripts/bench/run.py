@@ -8,6 +8,7 @@ import accuracy
 import curves
 import large_logistic
 import overhead
+import quadratic
 import structured
 import torch
 import unroll
@@ -16,5 +17,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: steadier on a busy machine)")
     torch.set_num_threads(parser.parse_args().threads)
-    passed = [benchmark.main() for benchmark in (accuracy, unroll, large_logistic, structured, overhead, curves)]
+    benchmarks = (accuracy, unroll, quadratic, large_logistic, structured, overhead, curves)
+    passed = [benchmark.main() for benchmark in benchmarks]
     raise SystemExit(not all(passed))

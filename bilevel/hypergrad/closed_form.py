@@ -1,0 +1,150 @@
+"""The exact implicit hypergradient of a quadratic inner problem: no inner solver, no iteration.
+
+    H(u) x* = -b(u),      H w = cotangent,      u' = -C(x*)' w
+
+One Cholesky factor of H serves both systems. Where H is ``A + s(u) I``, the eigenbasis of A takes its place: it is
+computed once for each problem, and each u costs a few products with Q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.cost import Meter
+from bilevel.oracles import InnerProblem
+from bilevel.problem import BilevelProblem
+from bilevel.spectral import Eigenbasis
+from bilevel.status import GOOD, Status, Verdict
+from bilevel.tree import Tree
+
+MAX_DENSE = 5_000
+
+
+@dataclass(frozen=True)
+class ClosedForm(HypergradEstimator):
+    """Solve a quadratic inner problem and its adjoint exactly; the inner solver is not run.
+
+    It is the referee among the estimators: what they converge to. It needs a problem that says it is `quadratic`
+    (ridge regression, `QuadraticProblem`), of at most 5,000 parameters unless it has a `spectrum`. The counts show one
+    gradient for the residual, and, without a spectrum, the gradients and the cross product of the two solves; matrix
+    factors are not counted. The warm start that it leaves is a start at rest at the solution.
+
+    >>> from bilevel import GradientDescent, QuadraticProblem, hypergradient
+    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
+    >>> u = torch.zeros(2, dtype=torch.float64)
+    >>> estimate = hypergradient(problem, GradientDescent(), ClosedForm(), u)
+    >>> torch.allclose(estimate.hypergradient, problem.exact_hypergradient(u))
+    True
+    """
+
+    measures_memory = False
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a problem without a closed form.
+
+        Raises:
+            ValueError: for an inner loss that does not say it is quadratic, or more than 5,000 parameters.
+        """
+        if not problem.quadratic:
+            raise ValueError(
+                f"ClosedForm needs a quadratic inner loss, which this {type(problem).__name__} does not say it has: "
+                "use Implicit(), or set `quadratic = True` on a problem that has one."
+            )
+
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Solve for the params, and keep what solves the adjoint system."""
+        self.check(problem, solver, hparams)
+        inner = problem.bind(hparams, meter.counts)
+        basis = problem.spectrum()
+        found = _dense(inner, params) if basis is None else _diagonal(inner, basis)
+        if isinstance(found, Verdict):
+            return Solution(params, solver.at_rest(inner, params), _no_pullback, float("nan"), 0, found)
+        residual = float(tree.norm(inner.grad(found.params)))
+        verdict = GOOD
+        if residual > found.limit:
+            detail = f"ClosedForm ends at the inner residual {residual:.2e}: is the inner loss quadratic?"
+            verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
+        return Solution(found.params, solver.at_rest(inner, found.params), found.pullback, residual, 0, verdict)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """The minimiser, the VJP at it, and the inner residual above which the loss cannot be quadratic."""
+
+    params: Tree
+    pullback: Callable[[Tree], Pullback]
+    limit: float = float("inf")
+
+
+def _no_pullback(cotangent: Tree) -> Pullback:
+    raise ValueError("a problem without a solution has no pullback.")
+
+
+def _diagonal(inner: InnerProblem, basis: Eigenbasis) -> _Solved | Verdict:
+    """Solve in the eigenbasis."""
+    diagonal = basis.bind(inner.hparams)
+    values = diagonal.values
+    smallest, largest = float(values[0]), float(values[-1])
+    if not smallest > torch.finfo(values.dtype).eps * largest:
+        return _unsolvable(smallest)
+    z = diagonal.solution
+    params = basis.back(z)
+
+    def pullback(cotangent: Tree) -> Pullback:
+        turned = basis.turn(cotangent) / values
+        adjoint = basis.back(turned)
+        residual = _relative(inner.linearize(params).hvp(adjoint), cotangent)
+        return Pullback(diagonal.pull(-turned * z, -turned), adjoint, residual)
+
+    return _Solved(params, pullback)
+
+
+def _dense(inner: InnerProblem, start: Tree) -> _Solved | Verdict:
+    """Solve by a Cholesky factor, with one step of iterative refinement."""
+    raveler = tree.Raveler(start)
+    if raveler.size > MAX_DENSE:
+        raise ValueError(
+            f"ClosedForm() factors a dense Hessian, for at most {MAX_DENSE:,} parameters, got {raveler.size:,}: "
+            "use Implicit()."
+        )
+    hessian = inner.linearize(start).dense_hessian()
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if bool(info):
+        return _unsolvable(float(torch.linalg.eigvalsh(hessian)[0]))
+
+    def inverse(right: Tensor) -> Tensor:
+        return torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+    x = raveler.ravel(start)
+    for _ in range(2):
+        x = x - inverse(raveler.ravel(inner.grad(raveler.unravel(x))))
+    params = raveler.unravel(x)
+
+    def pullback(cotangent: Tree) -> Pullback:
+        right = raveler.ravel(cotangent)
+        adjoint = inverse(right)
+        adjoint = adjoint + inverse(right - hessian @ adjoint)
+        cross = inner.linearize(params).cross(raveler.unravel(adjoint))
+        return Pullback(tree.scale(-1.0, cross), raveler.unravel(adjoint), _relative(hessian @ adjoint, right))
+
+    size = float(torch.linalg.vector_norm(hessian) * torch.linalg.vector_norm(x))
+    return _Solved(params, pullback, size * torch.finfo(x.dtype).eps ** 0.5)
+
+
+def _relative(product: Tree, right: Tree) -> float:
+    """Return ``|right - product| / |right|``; zero for a zero right-hand side."""
+    size = float(tree.norm(right))
+    return float(tree.norm(tree.add(right, product, -1.0))) / size if size > 0 else 0.0
+
+
+def _unsolvable(smallest: float) -> Verdict:
+    status = Status.NEGATIVE_CURVATURE if smallest < 0 else Status.SINGULAR
+    return Verdict(status, f"ClosedForm: the inner Hessian has the smallest eigenvalue {smallest:.3g}")

@@ -1,0 +1,190 @@
+"""Unrolling on the spectrum: the number that `FullUnroll` gives, from d numbers instead of K steps.
+
+For a quadratic inner loss whose Hessian is ``A + s(u) I``, all inner steps of a linear multistep solver happen
+coordinate by coordinate in the eigenbasis of A, and so does their derivative:
+
+    x_K = Q z_K(lam, b),   lam = a + s(u):      u' = (ds/du)' sum_i w_i dz_i/dlam_i + ...,   w = Q' cotangent
+
+Gradient descent has ``z_K = r^K z_0 - h b (1 - r^K) / (1 - r)``, r = 1 - h lam, in closed form; the other methods run
+their own recurrence on the spectrum (`bilevel.hypergrad.recurrence`). The residual polynomials are those of
+Scieur et al. 2022, section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution
+from bilevel.cost import Meter
+from bilevel.hypergrad.adaptive import fraction_of
+from bilevel.hypergrad.loop import begin, conclude
+from bilevel.hypergrad.recurrence import unroll
+from bilevel.inner.multistep import LinearMultistep
+from bilevel.options import is_int, is_number, require
+from bilevel.problem import BilevelProblem, check_trees
+from bilevel.spectral import Eigenbasis
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Hypergradients at B hyperparameter vectors, from `Spectral.sweep`.
+
+    Attributes:
+        outer_losses: of shape (B,).
+        hypergradients: of the shape of the stacked hyperparameters, (B, ...).
+        params: the inner iterates, of shape (B, d).
+        residuals: norms of the inner gradients at `params`, of shape (B,).
+    """
+
+    outer_losses: Tensor
+    hypergradients: Tensor
+    params: Tensor
+    residuals: Tensor
+
+
+@dataclass(frozen=True)
+class Spectral(HypergradEstimator):
+    """Differentiate all inner steps, or the last of them, on the spectrum of a quadratic inner loss.
+
+    Params, hypergradient and warm start are those of `FullUnroll` (or of `TruncatedUnroll(tail)`) to rounding, at a
+    cost that does not grow with the number of steps for solvers whose numbers settle (gradient descent, heavy ball,
+    Nesterov, asymptotic Sobolev), and by a few operations on d numbers a step for the others. It needs a problem with a
+    `spectrum`: ridge regression with one penalty for all weights, or a `QuadraticProblem` whose H_j are multiples of
+    the identity. The eigenproblem is solved once for each problem object and is not counted; a step on the spectrum
+    calls no oracle, so the counts show the looks at the residual alone.
+
+    Args:
+        tail: number of last steps that are differentiated (an int), their fraction (a float in (0, 1]), or None: all.
+
+    >>> from bilevel import FullUnroll, GradientDescent, hypergradient
+    >>> from bilevel.problems import RidgeProblem
+    >>> X, y = torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    >>> problem, solver = RidgeProblem(X, y, 2 * X, y), GradientDescent(step_size=0.3, steps=1000)
+    >>> u = torch.tensor(-1.0, dtype=torch.float64)
+    >>> estimates = [hypergradient(problem, solver, each, u) for each in (Spectral(), FullUnroll())]
+    >>> torch.allclose(estimates[0].hypergradient, estimates[1].hypergradient)
+    True
+    """
+
+    tail: int | float | None = None
+
+    measures_memory = False
+
+    def __post_init__(self) -> None:
+        fraction = isinstance(self.tail, float) and is_number(self.tail) and 0 < self.tail <= 1
+        ok = self.tail is None or is_int(self.tail) or fraction
+        require(self, "tail", "a positive int (steps), a float in (0, 1] (fraction) or None", ok)
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a problem without a spectrum, and a solver that is no linear method with a number of steps.
+
+        Raises:
+            ValueError: in one sentence with the remedy.
+        """
+        self._parts(problem, solver)
+
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Go to the last state and its derivative at once."""
+        basis, multistep, steps = self._parts(problem, solver)
+        tail = self._length(steps)
+        inner = problem.bind(hparams, meter.counts)
+        first = begin(inner, multistep, params, carry)
+        diagonal = basis.bind(inner.hparams)
+        vectors = torch.stack([basis.turn(vector) for vector in (first.params, *first.memory)])
+        moving = unroll(multistep, [first], diagonal, vectors, tail)
+        last, *memory = [basis.back(vector) for vector in moving.vectors]
+        state = InnerState(last, tuple(memory), first.steps + steps, first.measured)
+        run = conclude(inner, multistep, first, state, steps)
+        by_value, by_linear = moving.by_value[0], moving.by_linear[0]
+
+        def pullback(cotangent: Tree) -> Pullback:
+            weights = basis.turn(cotangent)
+            return Pullback(diagonal.pull(weights * by_value, weights * by_linear), steps=tail)
+
+        return Solution(last, run.state, pullback, run.residual, run.steps, run.verdict)
+
+    def sweep(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tensor, params: Tree = None) -> Sweep:
+        """Return outer losses and hypergradients at many hyperparameter vectors at once, each from a cold start.
+
+        Numbers that are "auto" are measured for each vector. A run that diverges shows in its residual.
+
+        Args:
+            problem: a problem with a spectrum.
+            solver: a linear multistep solver with a number of steps.
+            hparams: B hyperparameter vectors, stacked along the first dimension.
+            params: where the runs start, one for all or B stacked ones; default: the problem's start.
+
+        Raises:
+            ValueError: as `check` does, or if `hparams` is no stack.
+
+        >>> from bilevel import GradientDescent
+        >>> from bilevel.problems import RidgeProblem
+        >>> X, y = torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        >>> log_penalties = torch.linspace(-6.0, 0.0, 64, dtype=torch.float64)
+        >>> solver = GradientDescent(step_size=0.5, steps=1000)
+        >>> Spectral().sweep(RidgeProblem(X, y, 2 * X, y), solver, log_penalties).hypergradients.shape
+        torch.Size([64])
+        """
+        basis, multistep, steps = self._parts(problem, solver)
+        start = problem.start(params)
+        check_trees(start, hparams)
+        if hparams.dim() == 0:
+            raise ValueError("`hparams` of a sweep must be a stack of hyperparameter vectors, got a 0-d Tensor.")
+        if start.dim() > 1 and len(start) != len(hparams):
+            raise ValueError(
+                f"`params` of a sweep must be one start or as many as hyperparameter vectors, {len(hparams)}, "
+                f"got {len(start)}."
+            )
+        starts = start.expand(len(hparams), *start.shape[-1:])
+        problem.check(starts[0], hparams[0])
+        hparams = hparams.detach()
+        # What is measured depends on the hyperparameters; given numbers are the same for all of them.
+        count = len(hparams) if multistep.automatic else 1
+        states = [multistep.init(problem.bind(u), x) for u, x in zip(hparams[:count], starts[:count], strict=True)]
+        diagonal = basis.bind(hparams)
+        first = basis.turn(torch.stack([starts, *multistep.vectors(starts)]))
+        moving = unroll(multistep, states, diagonal, first, self._length(steps))
+        iterates = moving.vectors[0]
+        residuals = torch.linalg.vector_norm(diagonal.values * iterates + diagonal.linear, dim=-1)
+        solved = basis.back(iterates)
+        outer = torch.func.vmap(problem.outer_value_and_grads)
+        values, by_params, by_hparams = outer(solved, hparams)
+        weights = basis.turn(by_params)
+        pulled = diagonal.pull(weights * moving.by_value[0], weights * moving.by_linear[0])
+        return Sweep(values, by_hparams + pulled, solved, residuals)
+
+    def _length(self, steps: int) -> int:
+        if self.tail is None:
+            return steps
+        return fraction_of(self.tail, steps) if isinstance(self.tail, float) else int(self.tail)
+
+    def _parts(self, problem: BilevelProblem, solver: InnerSolver) -> tuple[Eigenbasis, LinearMultistep, int]:
+        """Return the eigenbasis, the solver and its number of steps; ValueError where there are none."""
+        basis = problem.spectrum()
+        if basis is None:
+            raise ValueError(
+                "Spectral needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with "
+                "penalty='scalar' and at most 5,000 features, or a problem with a `spectrum` method), "
+                f"which this {type(problem).__name__} does not have: use FullUnroll or TruncatedUnroll."
+            )
+        if not isinstance(solver, LinearMultistep):
+            raise ValueError(
+                "Spectral needs a linear multistep solver (GradientDescent, HeavyBall, Nesterov, Chebyshev, ...), "
+                f"got {type(solver).__name__}: use FullUnroll, Implicit or ClosedForm."
+            )
+        if solver.steps is None or solver.tol is not None:
+            raise ValueError(
+                f"Spectral needs a fixed number of steps: give {type(solver).__name__} `steps` and no `tol`."
+            )
+        if self._length(solver.steps) > solver.steps:
+            raise ValueError(
+                f"`Spectral.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
+                f"the tail must be at most {solver.steps}."
+            )
+        return basis, solver, solver.steps
