@@ -46,6 +46,11 @@ def _linear_model(family: Any, classes: int, penalty: str, device: Any) -> Place
     return Placed(problem, problem.initial_hparams(-1.5))
 
 
+def scalar_ridge(device: Any) -> Placed:
+    """Ridge regression with one penalty: its Hessians share an eigenbasis."""
+    return _linear_model(RidgeProblem, 0, "scalar", device)
+
+
 def dictionary(device: Any) -> Placed:
     """A general loss of a dict of tensors, by autograd: a small net with two weight decays towards its start."""
     X, y = normal(31, 30, 3).to(device), normal(32, 30).to(device)
@@ -93,9 +98,9 @@ PROBLEMS = {
     ),
     "softmax": ProblemRow(
         partial(_linear_model, SoftmaxProblem, 3, "per_class"),
-        7,
+        8,
         13,
-        "as logistic; softmax is one kernel, its bend five",
+        "two products with X, scale and penalty; the slope is a softmax and three to take off the labels; its bend five",
     ),
     "dictionary": ProblemRow(dictionary, 45, 101, "what autograd launches for a loss of 18 operations: no closed form"),
 }
@@ -140,7 +145,12 @@ SOLVERS = {
         "on logistic regression: the gradient at the trial nine, the Hessian eight; it looks at each of its decisions",
         waits=4,
     ),
-    "QuasiNewton": SolverRow(bl.QuasiNewton(), 0, "to be measured", waits=0),
+    "QuasiNewton": SolverRow(
+        bl.QuasiNewton(),
+        48,
+        "on logistic regression: gradient, curvature and Newton direction of the first step, eight kernels for a pair",
+        waits=7,
+    ),
 }
 
 
@@ -238,6 +248,9 @@ ESTIMATORS = {
         for name, row in LINEAR_SOLVERS.items()
     },
 }
+
+ON_THE_SPECTRUM = {"spectral": bl.Spectral(), "closed form": bl.ClosedForm()}
+"""Estimators for ridge regression whose work does not grow with the steps."""
 
 BUDGETED = {
     "auto tail, budget": bl.TruncatedUnroll(tail="auto", budget=100),

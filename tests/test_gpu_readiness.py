@@ -13,7 +13,7 @@ from typing import Any
 import device_cases as cases
 import pytest
 import torch
-from device_cases import BUDGETED, ESTIMATORS, LINEAR_SOLVERS, PROBLEMS, SOLVERS
+from device_cases import BUDGETED, ESTIMATORS, LINEAR_SOLVERS, ON_THE_SPECTRUM, PROBLEMS, SOLVERS
 from helpers import exported, normal, spd
 from pretend_accelerator import DEVICE, Log, PretendTensor, accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -97,7 +97,10 @@ def test_every_solver_and_estimator_has_a_row(room: str) -> None:
     table, base = {
         "inner": ([row.solver for row in SOLVERS.values()], bl.InnerSolver),
         "linear": ([row.solver for row in LINEAR_SOLVERS.values()], bl.LinearSolver),
-        "hypergrad": ([row.estimator for row in ESTIMATORS.values()], bl.HypergradEstimator),
+        "hypergrad": (
+            [*(row.estimator for row in ESTIMATORS.values()), *ON_THE_SPECTRUM.values()],
+            bl.HypergradEstimator,
+        ),
     }[room]
     classes = exported(getattr(bilevel, room), base)
     assert {cls for cls in classes if cls.__module__.startswith(f"bilevel.{room}")} <= {type(part) for part in table}
@@ -119,10 +122,12 @@ def test_an_oracle_launches_no_more_than_its_arithmetic(name: str) -> None:
         v = bl.tree.tree_map(torch.ones_like, x)
         # What is computed once for all calls, such as a Gram matrix, is no part of a call.
         inner.grad(x), inner.linearize(x).vjp(v)
+        # Points that no oracle has seen: what was computed at the last one would be known.
+        first, second = (bl.tree.tree_map(torch.clone, x) for _ in range(2))
         start = log.launches, log.syncs
-        inner._grad(x)
+        inner._grad(first)
         middle = log.launches
-        inner.linearize(x).vjp(v)
+        inner.linearize(second).vjp(v)
     assert middle - start[0] <= row.grad, row.reason
     assert log.launches - middle <= row.vjp, row.reason
     assert log.syncs == start[1]
@@ -223,6 +228,20 @@ def test_a_differentiated_step_launches_no_more_than_its_arithmetic_and_never_wa
 def test_a_hypergradient_waits_a_fixed_number_of_times(name: str) -> None:
     row = ESTIMATORS[name]
     assert hypergradient(row.estimator, LOOK).syncs <= row.looks
+
+
+@each(ON_THE_SPECTRUM)
+def test_what_runs_on_the_spectrum_takes_as_much_for_more_steps(name: str) -> None:
+    def run(steps: int) -> Log:
+        with accelerator() as log:
+            placed = cases.scalar_ridge(DEVICE)
+            solver = bl.GradientDescent(0.01, steps=steps)
+            bl.hypergradient(placed.problem, solver, ON_THE_SPECTRUM[name], placed.hparams, check=False)
+        return log
+
+    assert slope(run, LOOK) == (0.0, 0.0)
+    # The eigenbasis, made once, is among them.
+    assert run(LOOK).syncs <= 13
 
 
 @each(BUDGETED)
