@@ -32,7 +32,8 @@ class Linearization:
     """The inner gradient linearised at ``(params, hparams)``; what several products share is computed once.
 
     A structured problem overrides `_hvp` and `_cross` (or `_vjp` alone), and `_cross_jvp` for forward mode. The
-    defaults hold the graph of the gradient and do one backward pass for each product.
+    defaults do one backward pass through the graph of the gradient for each product. `hvp` and `cross` build that graph
+    once and keep it; `vjp`, which a reverse sweep calls once at each point, frees it unless they hold it already.
 
     Args:
         inner: the bound problem.
@@ -95,8 +96,9 @@ class Linearization:
     def _vjp(self, v: Tree) -> tuple[Tree, Tree]:
         if type(self)._hvp is not Linearization._hvp:
             return self._hvp(v), self._cross(v)
-        gradient, params, hparams = self._gradients()
-        both = _vjp(gradient, params + hparams, tree.leaves(v))
+        held = self._gradient_graph
+        gradient, params, hparams = held or self._graph_of_gradient()
+        both = _vjp(gradient, params + hparams, tree.leaves(v), retain_graph=held is not None)
         cut = len(params)
         return tree.rebuild(self.params, both[:cut]), tree.rebuild(self.inner.hparams, both[cut:])
 
@@ -138,11 +140,14 @@ class Linearization:
     def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return (gradient, params, hparams) leaves with the graph from the gradient back to the roots, built once."""
         if self._gradient_graph is None:
-            params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
-            with torch.enable_grad():
-                gradient = self.inner.problem.gradient_graph(params, hparams)
-            self._gradient_graph = (tree.leaves(gradient), tree.leaves(params), tree.leaves(hparams))
+            self._gradient_graph = self._graph_of_gradient()
         return self._gradient_graph
+
+    def _graph_of_gradient(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
+        with torch.enable_grad():
+            gradient = self.inner.problem.gradient_graph(params, hparams)
+        return tree.leaves(gradient), tree.leaves(params), tree.leaves(hparams)
 
     def _loss_gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Return (d loss / d params, d loss / d hparams, params, hparams) leaves with their graph, built once."""
@@ -285,9 +290,14 @@ class _OracleGradient(torch.autograd.Function):
 
 
 def _vjp(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], create_graph: bool = False
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: list[Tensor],
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
 ) -> list[Tensor]:
-    """Return ``sum_i cotangents_i' d outputs_i / d inputs``, zeros where there is no dependence; the graph is kept."""
+    """Return ``sum_i cotangents_i' d outputs_i / d inputs``, zeros where there is no dependence."""
     moving = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not moving:
         return [torch.zeros_like(tensor) for tensor in inputs]
@@ -296,7 +306,7 @@ def _vjp(
             [o for o, _ in moving],
             inputs,
             [c for _, c in moving],
-            retain_graph=True,
+            retain_graph=retain_graph,
             create_graph=create_graph,
             materialize_grads=True,
         )
