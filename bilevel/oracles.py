@@ -14,6 +14,7 @@ For a problem stated by an optimality map (``optimality=``) read that map for ``
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +201,17 @@ class InnerProblem:
         """Return the gradient linearised at `params`."""
         return self.linearization(self, params)
 
+    def on_step(self, index: int) -> InnerProblem:
+        """Return the problem that step `index` sees: this one, or with a sampler a view of it on the batch of the step.
+
+        Everything else (residuals, curvature, linear solves) is evaluated here, on the sampler's full batch.
+        """
+        if self.problem.sampler is None:
+            return self
+        view = copy.copy(self)
+        view.problem, view._last = self.problem.on_batch(self.problem.sampler(index)), None
+        return view
+
     def curvature(self, params: Tree) -> Spectrum:
         """Return the ends of the spectrum of the Hessian at `params`; the default is Lanczos on the HVP."""
         point = self.linearize(params)
@@ -253,6 +265,11 @@ class DifferentiableInner(InnerProblem):
         self.counts["value"] += 1
         value: Tensor = self.problem.inner_loss(params, self.hparams)
         return value
+
+    def on_step(self, index: int) -> InnerProblem:
+        """Return the problem that step `index` sees, differentiable likewise."""
+        inner = self._inner.on_step(index)
+        return self if inner is self._inner else DifferentiableInner(inner, self.hparams, self._graph)
 
     def linearize(self, params: Tree) -> Linearization:
         """Refuse: second-order oracles are not differentiated by autograd."""

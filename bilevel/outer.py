@@ -321,6 +321,7 @@ class OuterOptimizer:
                 "memory": state.memory,
                 "steps": state.steps,
                 "measured": dict(state.measured),
+                "earlier": state.earlier,
             },
             "adjoint": self.carry.adjoint,
             "history": [asdict(record) for record in self.history],

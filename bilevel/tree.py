@@ -1,8 +1,8 @@
 """Arithmetic on pytrees of tensors: a Tensor, or dicts, lists and tuples of them.
 
 The whole package treats ``params`` and ``hparams`` as such trees and never flattens them on the user's behalf;
-only linear solvers work on one flat vector, through `Raveler`. A bare Tensor, dicts and tuples take short paths, because
-inner loops walk through them thousands of times: torch's general pytree takes 20 microseconds for a dict of four.
+only linear solvers work on one flat vector, through `Raveler`. Bare tensors, dicts and tuples take short paths, because
+inner loops walk them thousands of times: torch's general pytree takes 20 microseconds for a dict of four.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from bilevel.hypergrad.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = {
-    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov"),
-    2: ("oracles", "problem"),
+    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov", "samplers"),
+    2: ("oracles", "traced", "problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles"),
     5: ("theory", "certify"),

@@ -29,12 +29,19 @@ class InnerState:
             with `params`.
         steps: steps taken since `init`.
         measured: numbers measured for this solve (step size, largest curvature): constants of the differentiation.
+        earlier: steps of the solves that a warm start goes on from, which `steps` no longer counts.
     """
 
     params: Tree
     memory: Tree = ()
     steps: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)
+    earlier: int = 0
+
+    @property
+    def index(self) -> int:
+        """The index of the next step in the whole run, warm starts included: it decides which batch the step sees."""
+        return self.earlier + self.steps
 
     @property
     def variables(self) -> Variables:
@@ -43,7 +50,7 @@ class InnerState:
 
     def moved(self, params: Tree, memory: Tree = ()) -> InnerState:
         """Return the state after one more step."""
-        return InnerState(params, memory, self.steps + 1, self.measured)
+        return InnerState(params, memory, self.steps + 1, self.measured, self.earlier)
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class InnerSolver(ABC):
         """
         total = tree.zeros_like(inner.hparams)
         for before in reversed(states):
-            cotangent, part = self.step_vjp(inner, before, cotangent)
+            cotangent, part = self.step_vjp(inner.on_step(before.index), before, cotangent)
             total = tree.add(total, part)
         return cotangent, total
 
