@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +110,7 @@ class Linearization:
         tangents = tree.leaves(params_tangent) + tree.leaves(hparams_tangent)
         if self.inner.problem.optimality is not None:
             gradient, params, hparams = self._gradients()
-            return tree.rebuild(self.params, transposed_twice(gradient, params + hparams, tangents))
+            return tree.rebuild(self.params, pushforward(gradient, params + hparams)(tangents))
         # H dx + C du is the params-gradient of the directional derivative of the loss: one backward pass.
         by_params, by_hparams, params, _ = self._loss_gradients()
         gradients = by_params + by_hparams
@@ -330,8 +331,8 @@ def _vjp(
     )
 
 
-def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
-    """Return the JVP ``d outputs / d inputs @ tangents``.
+def pushforward(outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Return the JVP ``tangents -> d outputs / d inputs @ tangents``, one backward pass for each call.
 
     The VJP is linear in its cotangent, so differentiating it again gives the JVP. Needs reverse mode alone, so it works
     for every operation that has a double backward.
@@ -339,4 +340,4 @@ def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], tangents: list
     with torch.enable_grad():
         cotangents = [torch.zeros_like(tensor, requires_grad=True) for tensor in outputs]
         products = _vjp(outputs, inputs, cotangents, create_graph=True)
-    return _vjp(products, cotangents, tangents)
+    return lambda tangents: _vjp(products, cotangents, tangents)

@@ -12,7 +12,7 @@ import torch
 from bilevel import tree
 from bilevel.lanczos import Spectrum
 from bilevel.options import default_tolerance, is_int, is_positive, require
-from bilevel.oracles import InnerProblem, transposed_twice
+from bilevel.oracles import InnerProblem, pushforward
 from bilevel.tree import Tree
 
 Variables: TypeAlias = tuple[Tree, Tree]
@@ -186,8 +186,8 @@ class InnerSolver(ABC):
             params, memory = before
             bound = inner.differentiable(hparams, graph=True)
             after = self.step(bound, replace(state, params=params, memory=memory)).variables
-        roots = tree.leaves(before) + tree.leaves(hparams)
+        push = pushforward(tree.leaves(after), tree.leaves(before) + tree.leaves(hparams))
         return [
-            tree.rebuild(before, transposed_twice(tree.leaves(after), roots, tree.leaves(x) + tree.leaves(u)))
+            tree.rebuild(before, push(tree.leaves(x) + tree.leaves(u)))
             for x, u in zip(tangents, hparams_tangents, strict=True)
         ]
