@@ -26,8 +26,8 @@ def network(p: Any, u: Any) -> Tensor:
 
 
 def partly_linear(p: Any, u: Any) -> Tensor:
-    """One leaf enters linearly, one not at all, and `u["c"]` not at all."""
-    return (p["a"] ** 4).sum() * u["a"] + p["b"].sum() + 0.0 * X.sum()
+    """Leaves that enter linearly or not at all, whose gradients are constants or broadcast numbers."""
+    return (p["a"] ** 4).sum() * u["a"] + p["b"].sum() + (p["d"] * u["a"]).sum() + 0.0 * X.sum()
 
 
 def in_place(w: Tensor, u: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ LOSSES: dict[str, tuple[Any, Any, Any]] = {
     "network": (network, NETWORK, {key: torch.tensor(-1.0 - i, dtype=F64) for i, key in enumerate(NETWORK)}),
     "partly linear": (
         partly_linear,
-        {"a": normal(10, 3), "b": normal(11, 2), "c": normal(12, 2)},
+        {"a": normal(10, 3), "b": normal(11, 2), "c": normal(12, 2), "d": normal(17, 3)},
         {"a": torch.tensor(0.5, dtype=F64), "c": torch.tensor(1.0, dtype=F64)},
     ),
     "in place": (in_place, normal(13, 5), torch.tensor(-0.5, dtype=F64)),
