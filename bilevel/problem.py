@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import tree
+from bilevel.modules import functional_model
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
 from bilevel.traced import Traces, traced
@@ -269,31 +270,11 @@ class BilevelProblem:
         >>> sorted(problem.params)
         ['bias', 'weight']
         """
-        # A tied parameter appears once in named_parameters and is passed once: functional_call ties it again.
-        params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-        if not params:
-            raise ValueError("the module has no parameters that require gradients.")
-        random = [
-            name
-            for name, part in module.named_modules()
-            if part.training and isinstance(part, nn.modules.dropout._DropoutNd)
-        ]
-        if random:
-            raise ValueError(
-                f"the module's dropout layer {random[0]!r} is active, so the inner loss is random and has no "
-                "hypergradient: call module.eval() first."
-            )
-        constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-        constants |= {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        params, model_at = functional_model(module)
 
         def bound(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def at(params: Tree, hparams: Tree, *batch: Tree) -> Tensor:
-                def model(*inputs: Any, **options: Any) -> Any:
-                    # Buffers are cloned, so that a layer that updates them in place does not change the problem.
-                    fixed = {name: value.clone() for name, value in constants.items()}
-                    return torch.func.functional_call(module, fixed | params, inputs, options)
-
-                return loss(model, params, hparams, *batch)
+                return loss(model_at(params), params, hparams, *batch)
 
             return at
 

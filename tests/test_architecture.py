@@ -19,7 +19,7 @@ from bilevel.hypergrad.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = {
-    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov", "samplers"),
+    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov", "samplers", "modules"),
     2: ("oracles", "traced", "problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles"),
