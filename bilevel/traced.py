@@ -141,18 +141,20 @@ class Traces:
                 "`traced`)."
             ) from error
         clean(module)
-        return module if self._mode == "fx" else _compiled(module, tree.leaves(arguments)[0].device)
+        # The function itself: a call of the module goes through its hooks, which takes as long as ten small operations.
+        replay: Replay = module.forward
+        return replay if self._mode == "fx" else _compiled(replay, tree.leaves(arguments)[0].device)
 
 
-def _compiled(module: fx.GraphModule, device: torch.device) -> Replay:
+def _compiled(recording: Replay, device: torch.device) -> Replay:
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(
             "traced('inductor') needs a C++ compiler, and neither $CXX nor g++ was found: install one, or use "
             "traced('fx')."
         )
     if device.type != "cuda":
-        return torch.compile(module, fullgraph=True, dynamic=False)
-    graphs = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        return torch.compile(recording, fullgraph=True, dynamic=False)
+    graphs = torch.compile(recording, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def replay(*tensors: Tensor) -> list[Tensor]:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
