@@ -48,6 +48,7 @@ from bilevel.outer import OuterOptimizer as OuterOptimizer
 from bilevel.outer import WarmStart as WarmStart
 from bilevel.problem import BilevelProblem as BilevelProblem
 from bilevel.problems import QuadraticProblem as QuadraticProblem
+from bilevel.samplers import MiniBatches as MiniBatches
 from bilevel.status import BilevelWarning as BilevelWarning
 from bilevel.status import HypergradientError as HypergradientError
 from bilevel.status import Status as Status

@@ -14,6 +14,7 @@ For a problem stated by an optimality map (``optimality=``) read that map for ``
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Linearization:
     """The inner gradient linearised at ``(params, hparams)``; what several products share is computed once.
 
     A structured problem overrides `_hvp` and `_cross` (or `_vjp` alone), and `_cross_jvp` for forward mode. The
-    defaults hold the graph of the gradient and do one backward pass for each product.
+    defaults do one backward pass through the graph of the gradient for each product. `hvp` and `cross` build that graph
+    once and keep it; `vjp`, which a reverse sweep calls once at each point, frees it unless they hold it already.
 
     Args:
         inner: the bound problem.
@@ -128,8 +130,9 @@ class Linearization:
     def _vjp(self, v: Tree) -> tuple[Tree, Tree]:
         if type(self)._hvp is not Linearization._hvp:
             return self._hvp(v), self._cross(v)
-        gradient, params, hparams = self._gradients()
-        both = _vjp(gradient, params + hparams, tree.leaves(v))
+        held = self._gradient_graph
+        gradient, params, hparams = held or self._graph_of_gradient()
+        both = _vjp(gradient, params + hparams, tree.leaves(v), retain_graph=held is not None)
         cut = len(params)
         return tree.rebuild(self.params, both[:cut]), tree.rebuild(self.inner.hparams, both[cut:])
 
@@ -139,7 +142,7 @@ class Linearization:
         tangents = tree.leaves(params_tangent) + tree.leaves(hparams_tangent)
         if self.inner.problem.optimality is not None:
             gradient, params, hparams = self._gradients()
-            return tree.rebuild(self.params, transposed_twice(gradient, params + hparams, tangents))
+            return tree.rebuild(self.params, pushforward(gradient, params + hparams)(tangents))
         # H dx + C du is the params-gradient of the directional derivative of the loss: one backward pass.
         by_params, by_hparams, params, _ = self._loss_gradients()
         gradients = by_params + by_hparams
@@ -171,11 +174,14 @@ class Linearization:
     def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return (gradient, params, hparams) leaves with the graph from the gradient back to the roots, built once."""
         if self._gradient_graph is None:
-            params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
-            with torch.enable_grad():
-                gradient = self.inner.problem.gradient_graph(params, hparams)
-            self._gradient_graph = (tree.leaves(gradient), tree.leaves(params), tree.leaves(hparams))
+            self._gradient_graph = self._graph_of_gradient()
         return self._gradient_graph
+
+    def _graph_of_gradient(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
+        with torch.enable_grad():
+            gradient = self.inner.problem.gradient_graph(params, hparams)
+        return tree.leaves(gradient), tree.leaves(params), tree.leaves(hparams)
 
     def _loss_gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Return (d loss / d params, d loss / d hparams, params, hparams) leaves with their graph, built once."""
@@ -237,6 +243,18 @@ class InnerProblem:
         """Return what sums ``C' v`` over the points of a reverse sweep; a bilinear problem returns a `BilinearSum`."""
         return ProductSum(self)
 
+    def on_step(self, index: int) -> InnerProblem:
+        """Return the problem that step `index` sees: this one, or with a sampler a view of it on the batch of the step.
+
+        Everything else (residuals, curvature, linear solves) is evaluated here, on the sampler's full batch.
+        """
+        if self.problem.sampler is None:
+            return self
+        view = copy.copy(self)
+        view.problem = self.problem.on_batch(self.problem.sampler(index))
+        view._last = view._last_value = None
+        return view
+
     def curvature(self, params: Tree) -> Spectrum:
         """Return the ends of the spectrum of the Hessian at `params`; the default is Lanczos on the HVP."""
         point = self.linearize(params)
@@ -292,6 +310,11 @@ class DifferentiableInner(InnerProblem):
         value: Tensor = self.problem.inner_loss(params, self.hparams)
         return value
 
+    def on_step(self, index: int) -> InnerProblem:
+        """Return the problem that step `index` sees, differentiable likewise."""
+        inner = self._inner.on_step(index)
+        return self if inner is self._inner else DifferentiableInner(inner, self.hparams, self._graph)
+
     def linearize(self, params: Tree) -> Linearization:
         """Refuse: second-order oracles are not differentiated by autograd."""
         raise ValueError(
@@ -328,9 +351,14 @@ class _OracleGradient(torch.autograd.Function):
 
 
 def _vjp(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], create_graph: bool = False
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: list[Tensor],
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
 ) -> list[Tensor]:
-    """Return ``sum_i cotangents_i' d outputs_i / d inputs``, zeros where there is no dependence; the graph is kept."""
+    """Return ``sum_i cotangents_i' d outputs_i / d inputs``, zeros where there is no dependence."""
     moving = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not moving:
         return [torch.zeros_like(tensor) for tensor in inputs]
@@ -339,15 +367,15 @@ def _vjp(
             [o for o, _ in moving],
             inputs,
             [c for _, c in moving],
-            retain_graph=True,
+            retain_graph=retain_graph,
             create_graph=create_graph,
             materialize_grads=True,
         )
     )
 
 
-def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
-    """Return the JVP ``d outputs / d inputs @ tangents``.
+def pushforward(outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Return the JVP ``tangents -> d outputs / d inputs @ tangents``, one backward pass for each call.
 
     The VJP is linear in its cotangent, so differentiating it again gives the JVP. Needs reverse mode alone, so it works
     for every operation that has a double backward.
@@ -355,4 +383,4 @@ def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], tangents: list
     with torch.enable_grad():
         cotangents = [torch.zeros_like(tensor, requires_grad=True) for tensor in outputs]
         products = _vjp(outputs, inputs, cotangents, create_graph=True)
-    return _vjp(products, cotangents, tangents)
+    return lambda tangents: _vjp(products, cotangents, tangents)

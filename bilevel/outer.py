@@ -336,6 +336,7 @@ class OuterOptimizer:
                 "steps": state.steps,
                 "measured": dict(state.measured),
                 "kept": state.kept,
+                "earlier": state.earlier,
             },
             "adjoint": self.carry.adjoint,
             "solver": type(self.solver).__name__,

@@ -6,6 +6,7 @@ subject to         params*(hparams) = argmin over params of inner_loss(params, h
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from numbers import Real
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import tree
+from bilevel.modules import functional_model
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
+from bilevel.samplers import Sampler
 from bilevel.spectral import Eigenbasis
+from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
 
 Loss: TypeAlias = Callable[[Tree, Tree], Tensor]
@@ -29,6 +33,12 @@ class BilevelProblem:
     Both losses are called as ``loss(params, hparams)`` and return a scalar Tensor; data are captured by the functions.
     The inner loss must be twice differentiable in ``(params, hparams)`` for anything but `FiniteDifference`.
 
+    With a sampler the inner loss is called as ``inner_loss(params, hparams, batch)``, and inner step k sees the batch
+    ``sampler(k)``: unrolling differentiates exactly those steps. Whatever is no step (the residual in the certificate,
+    a measured step size, the linear systems of `Implicit`) is evaluated on ``sampler.full()``, and the outer loss has
+    no batch. A cold start begins at batch 0, so the outer objective is one fixed function of the hyperparameters; a
+    warm start goes on to the batches after those of the carried state. Costs count calls, whatever the size of a batch.
+
     Args:
         inner_loss: the loss that the inner solver minimises over params.
         outer_loss: the loss whose gradient over hparams is wanted.
@@ -36,10 +46,11 @@ class BilevelProblem:
         optimality: instead of an inner loss, a map whose zero over params is the inner solution, such as
             ``params - update(params, hparams)`` or a KKT residual; it returns a tree shaped as params. Its Jacobian
             need not be symmetric: use GMRES for implicit differentiation.
+        sampler: the batches of the inner steps, such as ``MiniBatches((X, y), batch_size=64)``.
 
     Raises:
-        ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes two arguments,
-            and params are tensors.
+        ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes its arguments,
+            and params are tensors; for a sampler that is none, or without an inner loss to hand its batches to.
 
     >>> data = torch.tensor([1.0, 3.0], dtype=torch.float64)
     >>> problem = BilevelProblem(
@@ -60,18 +71,29 @@ class BilevelProblem:
     inner_loss: Loss
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None
+    sampler: Sampler | None = None
+    batch: Tree = ()
+    """The batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
+    traces: Traces | None = None
+    """The traced oracles of a problem that `traced` made."""
 
     def __init__(
         self,
-        inner_loss: Loss | None = None,
+        inner_loss: Callable[..., Tensor] | None = None,
         outer_loss: Loss | None = None,
         params: Tree = None,
         *,
         optimality: Callable[[Tree, Tree], Tree] | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
-        for what, function in (("inner_loss", inner_loss), ("outer_loss", outer_loss), ("optimality", optimality)):
+        batched = () if sampler is None else ("batch",)
+        for what, function, more in (
+            ("inner_loss", inner_loss, batched),
+            ("outer_loss", outer_loss, ()),
+            ("optimality", optimality, ()),
+        ):
             if function is not None:
-                require_arguments(what, function, "params", "hparams")
+                require_arguments(what, function, "params", "hparams", *more)
         if params is not None:
             check_tensors("params", params)
         # Structured problems define the losses as methods and pass none.
@@ -85,6 +107,14 @@ class BilevelProblem:
         if not callable(getattr(self, "outer_loss", None)):
             raise ValueError("a BilevelProblem needs an `outer_loss`, a function (params, hparams) -> scalar Tensor.")
         self.params = params
+        if sampler is not None:
+            if inner_loss is None or not isinstance(sampler, Sampler):
+                raise ValueError(
+                    "`sampler` needs an `inner_loss` (params, hparams, batch), and must be a function of the step "
+                    "with a method `full()`, such as MiniBatches((X, y), batch_size=64)."
+                )
+            self.sampler, self._loss_of_batch = sampler, inner_loss
+            self.batch, self.inner_loss = sampler.full(), _on_batch(inner_loss, sampler.full())
 
     @property
     def symmetric(self) -> bool:
@@ -99,6 +129,29 @@ class BilevelProblem:
             counts: where its oracle calls are counted; a new counter by default.
         """
         return self.inner_problem(self, hparams, counts)
+
+    def on_batch(self, batch: Tree) -> BilevelProblem:
+        """Return a view of this problem whose inner loss is that of `batch`; without a sampler, the problem itself."""
+        if self.sampler is None:
+            return self
+        view = copy.copy(self)
+        view.batch, view.inner_loss = batch, _on_batch(self._loss_of_batch, batch)
+        return view
+
+    def traced(self, mode: str = "fx") -> BilevelProblem:
+        """Return this problem with its gradient and VJP oracles traced once and replayed; see `bilevel.traced`.
+
+        Args:
+            mode: "fx" replays the recorded operations without autograd; "inductor" compiles them (seconds to minutes
+                for each shape, and a C++ compiler).
+
+        Returns:
+            A problem of the same losses; this one is unchanged.
+
+        Raises:
+            ValueError: for another mode, and for a problem with closed-form oracles.
+        """
+        return traced(self, mode)
 
     def gradient_graph(self, params: Tree, hparams: Tree) -> Tree:
         """Return the inner gradient (or the optimality map) with its autograd graph back to `params` and `hparams`."""
@@ -210,8 +263,10 @@ class BilevelProblem:
     def from_module(
         cls,
         module: nn.Module,
-        inner_loss: Callable[[Callable[..., Any], Tree, Tree], Tensor],
+        inner_loss: Callable[..., Tensor],
         outer_loss: Callable[[Callable[..., Any], Tree, Tree], Tensor],
+        *,
+        sampler: Sampler | None = None,
     ) -> BilevelProblem:
         """Make a problem over the parameters of an ``nn.Module``.
 
@@ -219,8 +274,10 @@ class BilevelProblem:
             module: the model; it is not modified. Parameters with ``requires_grad=False`` and buffers are constants at
                 their present values: in train mode BatchNorm normalises by the batch, and its running statistics do
                 not move.
-            inner_loss: ``(model, params, hparams) -> scalar``; ``model(*inputs)`` runs the module at `params`.
-            outer_loss: likewise.
+            inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``;
+                ``model(*inputs)`` runs the module at `params`.
+            outer_loss: ``(model, params, hparams) -> scalar``.
+            sampler: the batches of the inner steps.
 
         Returns:
             A problem whose params are ``{name: tensor}`` of the module's trainable parameters.
@@ -239,37 +296,25 @@ class BilevelProblem:
         >>> sorted(problem.params)
         ['bias', 'weight']
         """
-        require_arguments("inner_loss", inner_loss, "model", "params", "hparams")
+        batched = () if sampler is None else ("batch",)
+        require_arguments("inner_loss", inner_loss, "model", "params", "hparams", *batched)
         require_arguments("outer_loss", outer_loss, "model", "params", "hparams")
-        # A tied parameter appears once in named_parameters and is passed once: functional_call ties it again.
-        params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-        if not params:
-            raise ValueError("the module has no parameters that require gradients.")
-        random = [
-            name
-            for name, part in module.named_modules()
-            if part.training and isinstance(part, nn.modules.dropout._DropoutNd)
-        ]
-        if random:
-            raise ValueError(
-                f"the module's dropout layer {random[0]!r} is active, so the inner loss is random and has no "
-                "hypergradient: call module.eval() first."
-            )
-        constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-        constants |= {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        params, model_at = functional_model(module)
 
-        def bound(loss: Callable[[Callable[..., Any], Tree, Tree], Tensor]) -> Loss:
-            def at(params: Tree, hparams: Tree) -> Tensor:
-                def model(*inputs: Any, **options: Any) -> Any:
-                    # Buffers are cloned, so that a layer that updates them in place does not change the problem.
-                    fixed = {name: value.clone() for name, value in constants.items()}
-                    return torch.func.functional_call(module, fixed | params, inputs, options)
-
-                return loss(model, params, hparams)
+        def bound(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def at(params: Tree, hparams: Tree, *batch: Tree) -> Tensor:
+                return loss(model_at(params), params, hparams, *batch)
 
             return at
 
-        return cls(bound(inner_loss), bound(outer_loss), params)
+        return cls(bound(inner_loss), bound(outer_loss), params, sampler=sampler)
+
+
+def _on_batch(loss: Callable[[Tree, Tree, Tree], Tensor], batch: Tree) -> Loss:
+    def at(params: Tree, hparams: Tree) -> Tensor:
+        return loss(params, hparams, batch)
+
+    return at
 
 
 def check_trees(params: Tree, hparams: Tree) -> None:

@@ -31,12 +31,17 @@ class ProductSum:
     """
 
     def __init__(self, inner: InnerProblem) -> None:
-        self._inner = inner
         self._total = tree.zeros_like(inner.hparams)
 
-    def pull(self, params: Tree, v: Tree) -> Tree:
-        """Return ``H' v`` at params, and add ``C' v`` to the sum."""
-        by_params, by_hparams = self._inner.linearize(params).vjp(v)
+    def pull(self, inner: InnerProblem, params: Tree, v: Tree) -> Tree:
+        """Return ``H' v`` at params, and add ``C' v`` to the sum.
+
+        Args:
+            inner: the bound problem as the step saw it (`InnerProblem.on_step`).
+            params: the point.
+            v: shaped as params.
+        """
+        by_params, by_hparams = inner.linearize(params).vjp(v)
         self._total = tree.add(self._total, by_hparams)
         return by_params
 
@@ -61,11 +66,12 @@ class BilinearSum(ProductSum):
         contract: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         super().__init__(inner)
+        self._inner = inner
         self._product, self._contract = product, contract
         self._points: list[Tensor] = []
         self._vectors: list[Tensor] = []
 
-    def pull(self, params: Tree, v: Tree) -> Tree:
+    def pull(self, inner: InnerProblem, params: Tree, v: Tree) -> Tree:
         """Return ``H' v`` at params, and keep both for the sum."""
         self._points.append(params)
         self._vectors.append(v)

@@ -1,8 +1,8 @@
 """Arithmetic on pytrees of tensors: a Tensor, or dicts, lists and tuples of them.
 
 The whole package treats ``params`` and ``hparams`` as such trees and never flattens them on the user's behalf;
-only linear solvers work on one flat vector, through `Raveler`. A bare Tensor takes a short path, because that is
-what inner loops run on thousands of times.
+only linear solvers work on one flat vector, through `Raveler`. Bare tensors, dicts and tuples take short paths, because
+inner loops walk them thousands of times: torch's general pytree takes 20 microseconds for a dict of four.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ def leaves(tree: Tree) -> list[Tensor]:
     """Return the tensors of a tree, in a fixed order."""
     if isinstance(tree, Tensor):
         return [tree]
+    kind = type(tree)
+    if kind is dict or kind is tuple:
+        return [leaf for part in (tree.values() if kind is dict else tree) for leaf in leaves(part)]
     return list(pytree.tree_leaves(tree))
 
 
@@ -30,13 +33,22 @@ def rebuild(like: Tree, tensors: Sequence[Tensor]) -> Tree:
     if isinstance(like, Tensor):
         (only,) = tensors
         return only
-    return pytree.tree_unflatten(list(tensors), pytree.tree_structure(like))
+    feed = iter(tensors)
+    built = tree_map(lambda _: next(feed), like)
+    if next(feed, None) is not None:
+        raise ValueError("more tensors than the tree has leaves.")
+    return built
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply `function` leaf by leaf."""
     if isinstance(tree, Tensor):
         return function(tree, *rest)
+    kind = type(tree)
+    if kind is dict and all(type(other) is dict and other.keys() == tree.keys() for other in rest):
+        return {key: tree_map(function, part, *[other[key] for other in rest]) for key, part in tree.items()}
+    if kind is tuple and all(type(other) is tuple and len(other) == len(tree) for other in rest):
+        return tuple(tree_map(function, *parts) for parts in zip(tree, *rest, strict=True))
     return pytree.tree_map(function, tree, *rest)
 
 
@@ -93,7 +105,7 @@ def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
     """Return ``x + alpha y``."""
     if isinstance(x, Tensor):
         return torch.add(x, y, alpha=alpha)
-    return pytree.tree_map(lambda a, b: torch.add(a, b, alpha=alpha), x, y)
+    return tree_map(lambda a, b: torch.add(a, b, alpha=alpha), x, y)
 
 
 def scale(alpha: float, x: Tree) -> Tree:

@@ -100,7 +100,7 @@ PROBLEMS = {
         partial(_linear_model, SoftmaxProblem, 3, "per_class"),
         8,
         13,
-        "two products with X, scale and penalty; the slope is a softmax and three to take off the labels; its bend five",
+        "two products with X, scale and penalty; the slope is a softmax and three for the labels; its bend five",
     ),
     "dictionary": ProblemRow(dictionary, 45, 101, "what autograd launches for a loss of 18 operations: no closed form"),
 }

@@ -264,7 +264,7 @@ OPTIONS: list[tuple[type, dict[str, Any], str]] = [
     (bl.FixedPointIteration, {"max_steps": 1.5}, "`FixedPointIteration.max_steps` must be a positive int, got 1.5."),
     (bl.Direct, {"max_size": "big"}, "`Direct.max_size` must be a positive int, got 'big'."),
     (bl.FullUnroll, {"mode": "backward"}, "`FullUnroll.mode` must be 'reverse' or 'forward', got 'backward'."),
-    (bl.FullUnroll, {"memory": "none"}, "`FullUnroll.memory` must be 'iterates' or 'graph', got 'none'."),
+    (bl.FullUnroll, {"memory": "none"}, "`FullUnroll.memory` must be 'iterates', 'checkpoint' or 'graph', got 'none'."),
     (bl.TruncatedUnroll, {"tail": 0}, "must be a positive int (steps), a float in (0, 1] (fraction) or 'auto', got 0."),
     (
         bl.TruncatedUnroll,

@@ -12,7 +12,7 @@ import torch
 from bilevel import tree
 from bilevel.lanczos import Spectrum
 from bilevel.options import default_tolerance, is_int, is_positive, require
-from bilevel.oracles import InnerProblem, Linearization, transposed_twice
+from bilevel.oracles import InnerProblem, Linearization, pushforward
 from bilevel.tree import Tree
 
 Variables: TypeAlias = tuple[Tree, Tree]
@@ -32,6 +32,7 @@ class InnerState:
         kept: curvature to use again in later solves, a tree of tensors that a checkpoint stores.
         point: the linearization at `params`, where the solver has one, so that the next solve need not take its data
             pass again; a checkpoint leaves it out.
+        earlier: steps of the solves that a warm start goes on from, which `steps` no longer counts.
     """
 
     params: Tree
@@ -40,6 +41,12 @@ class InnerState:
     measured: Mapping[str, float] = field(default_factory=dict)
     kept: Tree = None
     point: Linearization | None = field(default=None, repr=False, compare=False)
+    earlier: int = 0
+
+    @property
+    def index(self) -> int:
+        """The index of the next step in the whole run, warm starts included: it decides which batch the step sees."""
+        return self.earlier + self.steps
 
     @property
     def variables(self) -> Variables:
@@ -48,7 +55,7 @@ class InnerState:
 
     def moved(self, params: Tree, memory: Tree = ()) -> InnerState:
         """Return the state after one more step."""
-        return InnerState(params, memory, self.steps + 1, self.measured)
+        return InnerState(params, memory, self.steps + 1, self.measured, earlier=self.earlier)
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ class InnerSolver(ABC):
         """
         total = tree.zeros_like(inner.hparams)
         for before in reversed(states):
-            cotangent, part = self.step_vjp(inner, before, cotangent)
+            cotangent, part = self.step_vjp(inner.on_step(before.index), before, cotangent)
             total = tree.add(total, part)
         return cotangent, total
 
@@ -189,8 +196,8 @@ class InnerSolver(ABC):
             params, memory = before
             bound = inner.differentiable(hparams, graph=True)
             after = self.step(bound, replace(state, params=params, memory=memory)).variables
-        roots = tree.leaves(before) + tree.leaves(hparams)
+        push = pushforward(tree.leaves(after), tree.leaves(before) + tree.leaves(hparams))
         return [
-            tree.rebuild(before, transposed_twice(tree.leaves(after), roots, tree.leaves(x) + tree.leaves(u)))
+            tree.rebuild(before, push(tree.leaves(x) + tree.leaves(u)))
             for x, u in zip(tangents, hparams_tangents, strict=True)
         ]

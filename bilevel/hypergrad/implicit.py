@@ -66,11 +66,16 @@ class Implicit(HypergradEstimator):
         require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a symmetric linear solver for an optimality map.
+        """Refuse a symmetric linear solver for an optimality map, and a balanced run on batches.
 
         Raises:
-            ValueError: if the solver needs symmetry that the problem does not promise.
+            ValueError: if the solver needs symmetry that the problem does not promise; for a balanced run on batches.
         """
+        if self.balance == "auto" and problem.sampler is not None:
+            raise ValueError(
+                "`Implicit.balance` compares steps of one inner loss, but this problem has a sampler, whose steps see "
+                "different batches: use Implicit() without balance."
+            )
         if self.linear_solver.needs_symmetry and not problem.symmetric:
             raise ValueError(
                 f"{type(self.linear_solver).__name__} needs a symmetric matrix, but this problem is stated by an "

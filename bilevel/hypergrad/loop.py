@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,7 +42,9 @@ class InnerRun:
 def begin(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: Carry) -> InnerState:
     """Return the first state: warm where the carry holds one, else cold at `params`."""
     if carry.state is not None:
-        return solver.warm_start(inner, carry.state)
+        state = solver.warm_start(inner, carry.state)
+        # Whatever a solver does with its step count, a sampled problem goes on to fresh batches.
+        return replace(state, earlier=carry.state.index - state.steps)
     return solver.init(inner, params)
 
 
@@ -98,7 +100,7 @@ def _run(
                 checkpoint, marked = state, taken
             if visit is not None and visit(state) is True:
                 break
-            before, state = state, solver.step(inner, state)
+            before, state = state, solver.step(inner.on_step(state.index), state)
             taken += 1
             # A solver that hands back the same params says that no step helps: the rounding floor.
             if tol is not None and state.params is before.params and taken >= at_least:
@@ -175,7 +177,7 @@ def _not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState
     """Replay from the last state known to be finite, to name the first step that is not."""
     state, step = checkpoint, marked
     while step < taken and bool(torch.isfinite(tree.norm(inner.grad(solver.params(state))))):
-        following = solver.step(inner, state)
+        following = solver.step(inner.on_step(state.index), state)
         step += 1
         if not bool(torch.isfinite(tree.norm(following.params))):
             state = following

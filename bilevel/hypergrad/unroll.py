@@ -23,6 +23,7 @@ from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution, Variables
 from bilevel.cost import Meter
 from bilevel.hypergrad import adaptive
+from bilevel.hypergrad.checkpointing import CheckpointedStates
 from bilevel.hypergrad.extrapolation import OMEGA
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
 from bilevel.inner.multistep import LinearMultistep
@@ -41,8 +42,9 @@ class FullUnroll(HypergradEstimator):
         mode: "reverse" (cost independent of the number of hyperparameters) or "forward" (memory independent of the
             number of steps, one `jvp` for each step and hyperparameter: for few hyperparameters).
         memory: in reverse mode, "iterates" stores the inner states and linearises again on the way back (one state for
-            each step); "graph" lets autograd record every operation of the losses as they are written, closed-form
-            oracles aside (faster for large nets, much more memory).
+            each step); "checkpoint" stores about 2 sqrt(steps) of them and takes the steps between again, to the same
+            numbers bit for bit (one more inner run of work); "graph" lets autograd record every operation of the losses
+            as they are written, closed-form oracles aside (faster for large nets, much more memory).
 
     >>> FullUnroll(mode="forward")
     FullUnroll(mode='forward', memory='iterates')
@@ -53,8 +55,9 @@ class FullUnroll(HypergradEstimator):
 
     def __post_init__(self) -> None:
         require(self, "mode", "'reverse' or 'forward'", self.mode in ("reverse", "forward"))
-        require(self, "memory", "'iterates' or 'graph'", self.memory in ("iterates", "graph"))
-        # Forward mode keeps neither, so a graph that is asked for is a misunderstanding.
+        kinds = ("iterates", "checkpoint", "graph")
+        require(self, "memory", "'iterates', 'checkpoint' or 'graph'", self.memory in kinds)
+        # Forward mode keeps neither, so what is asked for besides is a misunderstanding.
         stored = self.mode == "reverse" or self.memory == "iterates"
         require(self, "memory", "'iterates' (the default) where mode='forward'", stored)
 
@@ -68,7 +71,11 @@ class FullUnroll(HypergradEstimator):
             return _forward(inner, solver, state)
         if self.memory == "graph":
             return _graph(inner, solver, state, meter)
-        return _reverse(inner, solver, state, None, meter)
+        kept: CheckpointedStates | list[InnerState] = []
+        if self.memory == "checkpoint":
+            kept = CheckpointedStates(inner, solver, meter.sample)
+        run = run_inner(inner, solver, state, kept.append, at_least=1)
+        return _reverse(inner, solver, run, kept, meter)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,11 @@ class TruncatedUnroll(HypergradEstimator):
                 f"`TruncatedUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
                 f"the tail must be at most {solver.steps}."
             )
+        if (self.tail == "auto" or self.budget is not None or self.extrapolate) and problem.sampler is not None:
+            raise ValueError(
+                "`TruncatedUnroll` with tail='auto', a budget or extrapolate=True compares steps of one inner loss, "
+                "but this problem has a sampler, whose steps see different batches: give `tail` a number alone."
+            )
         if not self.extrapolate:
             return
         if isinstance(solver, LinearMultistep) and solver.ripples:
@@ -169,22 +181,22 @@ class TruncatedUnroll(HypergradEstimator):
         if self.tail == "auto" or self.budget is not None or self.extrapolate:
             return adaptive.solve(self._adaptive, problem, solver, hparams, params, carry, meter)
         inner = problem.bind(hparams, meter.counts)
-        return _reverse(inner, solver, begin(inner, solver, params, carry), self, meter)
+        state = begin(inner, solver, params, carry)
+        limit, _ = solver.limits(tree.leaves(state.params)[0].dtype)
+        # How many steps a fraction means is known only after a run that stops by tolerance.
+        kept: deque[InnerState] = deque(maxlen=self.length(limit))
+        at_least = self.tail if isinstance(self.tail, int) else 1
+        run = run_inner(inner, solver, state, kept.append, at_least=at_least)
+        while len(kept) > self.length(max(run.steps, 1)):
+            kept.popleft()
+        return _reverse(inner, solver, run, kept, meter)
 
 
 def _reverse(
-    inner: InnerProblem, solver: InnerSolver, state: InnerState, truncation: TruncatedUnroll | None, meter: Meter
+    inner: InnerProblem, solver: InnerSolver, run: InnerRun, kept: Sequence[InnerState], meter: Meter
 ) -> Solution:
-    """Store the states, then sweep back over the last of them."""
-    limit, _ = solver.limits(tree.leaves(state.params)[0].dtype)
-    # How many steps a fraction means is known only after a run that stops by tolerance.
-    kept: deque[InnerState] = deque(maxlen=None if truncation is None else truncation.length(limit))
-    tail = 1 if truncation is None or not isinstance(truncation.tail, int) else truncation.tail
-    run = run_inner(inner, solver, state, kept.append, at_least=tail)
+    """Sweep back over the states that a run has kept."""
     meter.sample()
-    if truncation is not None and kept:
-        while len(kept) > truncation.length(run.steps):
-            kept.popleft()
 
     def pullback(cotangent: Tree) -> Pullback:
         try:
@@ -223,7 +235,7 @@ def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Sol
     tangents: list[Variables] = [zero] * len(directions)
 
     def push(before: InnerState) -> None:
-        tangents[:] = solver.step_jvp(inner, before, tangents, directions)
+        tangents[:] = solver.step_jvp(inner.on_step(before.index), before, tangents, directions)
 
     run = run_inner(inner, solver, state, push, at_least=1)
 

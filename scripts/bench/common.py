@@ -12,19 +12,22 @@ from typing import Any
 import torch
 
 
-def interleave(alternatives: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    alternatives: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Return the seconds of each alternative, called in turn after one warm-up each.
 
-    A busy machine slows neighbours in time alike, so ratios are taken within a round.
+    A busy machine slows neighbours in time alike, so ratios are taken within a round; ``time.process_time`` as the
+    clock leaves out what other processes do.
     """
     for function in alternatives.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, function in alternatives.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

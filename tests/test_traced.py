@@ -1,0 +1,217 @@
+"""Traced problems against autograd on the losses as they are written."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import F64, flat, normal, ridge_case, tree_case
+from torch import Tensor, nn
+
+import bilevel as bl
+from bilevel import traced, tree
+
+X, Y, LABELS = normal(1, 30, 5), normal(2, 30), normal(3, 30, 3).argmax(1)
+
+
+def ridge_like(w: Tensor, u: Tensor) -> Tensor:
+    return (X @ w - Y).square().mean() + (u.exp() * w.square()).sum()
+
+
+def network(p: Any, u: Any) -> Tensor:
+    logits = torch.relu(X @ p["W1"] + p["b1"]) @ p["W2"] + p["b2"]
+    return nn.functional.cross_entropy(logits, LABELS) + sum(u[k].exp() * p[k].square().sum() for k in p)
+
+
+def partly_linear(p: Any, u: Any) -> Tensor:
+    """Leaves that enter linearly or not at all, whose gradients are constants or broadcast numbers."""
+    return (p["a"] ** 4).sum() * u["a"] + p["b"].sum() + (p["d"] * u["a"]).sum() + 0.0 * X.sum()
+
+
+def in_place(w: Tensor, u: Tensor) -> Tensor:
+    z = X @ w
+    z.mul_(2.0).sub_(Y)
+    copy = w.clone()
+    copy += 1.0
+    return z.square().mean() + (w.clone() * copy.square() * u.exp()).sum()
+
+
+def penalised(w: Tensor, u: Tensor) -> Tensor:
+    """Powers and products that the clean-up must keep apart: w ** 1, 1 * w, w + 0 and broadcast ones."""
+    return (
+        ((1.0 * w + 0) ** 1).square().sum() * u.exp().sum()
+        + (w * u.exp().sum()).sum()
+        + (w * torch.ones(3, 1, dtype=F64)).pow(3).sum()
+    )
+
+
+NETWORK = {"W1": 0.3 * normal(4, 5, 7), "b1": 0.1 * normal(5, 7), "W2": 0.3 * normal(6, 7, 3), "b2": normal(7, 3)}
+LOSSES: dict[str, tuple[Any, Any, Any]] = {
+    "ridge-like": (ridge_like, normal(8, 5), normal(9, 5)),
+    "network": (network, NETWORK, {key: torch.tensor(-1.0 - i, dtype=F64) for i, key in enumerate(NETWORK)}),
+    "partly linear": (
+        partly_linear,
+        {"a": normal(10, 3), "b": normal(11, 2), "c": normal(12, 2), "d": normal(17, 3)},
+        {"a": torch.tensor(0.5, dtype=F64), "c": torch.tensor(1.0, dtype=F64)},
+    ),
+    "in place": (in_place, normal(13, 5), torch.tensor(-0.5, dtype=F64)),
+    "penalised": (penalised, normal(14, 4), normal(15, 2)),
+    "float32": (lambda w, u: (w.pow(3) * u.exp()).sum() + w.mean(), normal(16, 4).float(), torch.tensor(0.3)),
+}
+
+
+def agree(one: Any, other: Any, tol: float = 1e-12) -> None:
+    torch.testing.assert_close(flat(one), flat(other), rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_traced_oracles_are_those_of_autograd(name: str) -> None:
+    loss, params, hparams = LOSSES[name]
+    x, u, v = tree.attach(params), tree.attach(hparams), tree.tree_map(lambda leaf: leaf.cos(), params)
+    roots = tree.leaves(x) + tree.leaves(u)
+    gradient = torch.autograd.grad(loss(x, u), tree.leaves(x), create_graph=True, materialize_grads=True)
+    moving = [(g, c) for g, c in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
+    products = torch.autograd.grad([g for g, _ in moving], roots, [c for _, c in moving], materialize_grads=True)
+    inner = bl.BilevelProblem(loss, loss).traced().bind(hparams)
+    tol = 1e-6 if name == "float32" else 1e-12
+    for at in (params, tree.tree_map(torch.clone, params)):  # the second pass replays
+        agree(inner.grad(at), list(gradient), tol)
+        by_params, by_hparams = inner.linearize(at).vjp(v)
+        agree(tree.leaves(by_params) + tree.leaves(by_hparams), list(products), tol)
+        agree(inner.linearize(at).hvp(v), by_params, tol)
+        agree(inner.linearize(at).cross(v), by_hparams, tol)
+    assert inner.counts == {"gradient": 2, "vjp": 2, "hvp": 2, "cross": 2}
+
+
+@pytest.mark.parametrize("params", ["tensor", "0-d", "dict"])
+@pytest.mark.parametrize(
+    ("solver", "estimator"),
+    [
+        (bl.HeavyBall(0.1, 0.5, steps=8), bl.FullUnroll()),
+        (bl.Adam(0.05, steps=8), bl.FullUnroll(memory="checkpoint")),
+        (bl.Nesterov(0.1, 0.5, steps=8), bl.FullUnroll(memory="graph")),
+        (bl.Newton(tol=1e-12), bl.Implicit(bl.CG(tol=1e-12))),
+        (bl.GradientDescent(0.1, steps=8), bl.TruncatedUnroll(tail=3)),
+        (bl.GradientDescent(0.1, steps=8), bl.FullUnroll(mode="forward")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_traced_problems_have_the_same_hypergradients_on_every_tree(params: str, solver: Any, estimator: Any) -> None:
+    case = tree_case(params, "dict")
+    ours, eager = (
+        bl.hypergradient(problem, solver, estimator, case.hparams) for problem in (case.problem.traced(), case.problem)
+    )
+    agree(ours.hypergradient, eager.hypergradient, 1e-11)
+    assert ours.cost.counts == eager.cost.counts
+
+
+def test_another_shape_dtype_or_structure_is_traced_anew() -> None:
+    problem = bl.BilevelProblem(lambda p, u: sum((x**3).sum() * u[k] for k, x in p.items()), lambda p, u: u["a"])
+    problem = problem.traced()
+
+    def gradient(p: Any, u: Any) -> Any:
+        return problem.bind(u).grad(p)
+
+    one, two = torch.tensor(1.0, dtype=F64), torch.tensor(2.0, dtype=F64)
+    for size, dtype in ((2, F64), (3, F64), (3, torch.float32)):
+        x = torch.ones(size, dtype=dtype)
+        assert torch.equal(gradient({"a": x}, {"a": one.to(dtype)})["a"], 3 * x)
+    # The same shapes under other names: leaves in another order must not be taken for each other.
+    x = torch.ones(2, dtype=F64)
+    for u in ({"a": one, "b": two}, {"b": two, "a": one}):
+        assert torch.equal(gradient({"a": x, "b": x}, u)["b"], 6 * x)
+
+
+def test_values_of_captured_tensors_may_change_in_place() -> None:
+    scale = torch.ones(2, dtype=F64)
+    inner = bl.BilevelProblem(lambda w, u: (scale * w**2).sum() * u, lambda w, u: u).traced().bind(torch.ones(()))
+    w = torch.ones(2, dtype=F64)
+    assert torch.equal(inner.grad(w), 2 * w)
+    scale.mul_(3.0)
+    assert torch.equal(inner.grad(w.clone()), 6 * w)
+
+
+def test_optimality_maps_are_traced_too() -> None:
+    M, c = 0.3 * normal(20, 4, 4), normal(21, 4)
+
+    def update(x: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(M @ x + u * c)
+
+    problem = bl.BilevelProblem.from_fixed_point(update, lambda x, u: x.square().sum(), torch.zeros(4, dtype=F64))
+    u = torch.tensor(0.5, dtype=F64)
+    solver, estimator = bl.FixedPoint(update, tol=1e-13), bl.Implicit(bl.GMRES(tol=1e-13))
+    ours, eager = (bl.hypergradient(p, solver, estimator, u) for p in (problem.traced(), problem))
+    agree(ours.hypergradient, eager.hypergradient)
+
+
+def test_modules_are_traced_too() -> None:
+    model = nn.Sequential(
+        nn.Linear(5, 6, dtype=F64), nn.BatchNorm1d(6, dtype=F64), nn.Tanh(), nn.Linear(6, 3, dtype=F64)
+    )
+
+    def loss(model: Any, p: Any, u: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(X), LABELS) + u.exp() * flat(p).square().sum()
+
+    problem = bl.BilevelProblem.from_module(model, loss, loss)
+    u = torch.tensor(-2.0, dtype=F64)
+    solver = bl.GradientDescent(0.05, steps=5)
+    ours, eager = (bl.hypergradient(p, solver, bl.FullUnroll(), u) for p in (problem.traced(), problem))
+    agree(ours.hypergradient, eager.hypergradient)
+
+
+def test_a_traced_problem_travels_to_another_process() -> None:
+    problem = bl.BilevelProblem(ridge_like, ridge_like, normal(8, 5)).traced()
+    problem.bind(normal(9, 5)).grad(problem.params)
+    again = pickle.loads(pickle.dumps(problem))
+    agree(again.bind(normal(9, 5)).grad(problem.params), problem.bind(normal(9, 5)).grad(problem.params), 0.0)
+
+
+def test_tracing_leaves_the_problem_itself_alone() -> None:
+    problem = bl.BilevelProblem(ridge_like, ridge_like, normal(8, 5))
+    problem.traced()
+    assert type(problem.bind(normal(9, 5))) is bl.BilevelProblem.inner_problem
+    assert problem.traces is None
+
+
+def test_the_cleaned_graph_is_shorter_and_computes_no_loss() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def gradient(*leaves: Tensor) -> Any:
+        x = tree.attach(dict(zip(NETWORK, leaves, strict=True)))
+        u = {key: torch.tensor(1.0, dtype=F64) for key in NETWORK}
+        return torch.autograd.grad(network(x, u), tree.leaves(x))
+
+    module = make_fx(gradient)(*NETWORK.values())
+    before, expected = len(module.graph.nodes), module(*NETWORK.values())
+    traced.clean(module)
+    agree(list(module(*NETWORK.values())), list(expected), 0.0)
+    targets = [node.target for node in module.graph.nodes]
+    assert len(targets) < 0.7 * before
+    assert torch.ops.aten.detach.default not in targets
+    assert torch.ops.aten.pow.Tensor_Scalar not in targets
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda w, u: (w if w.sum() > 0 else 2 * w).sum() * u, lambda w, u: (w**2).sum() * u * float(w.sum())]
+)
+def test_python_that_depends_on_values_is_refused_with_the_remedy(loss: Any) -> None:
+    inner = bl.BilevelProblem(loss, loss).traced().bind(torch.ones(()))
+    with pytest.raises(ValueError, match=r"cannot be traced: .*use torch.where in place of `if`.*leave out `traced`"):
+        inner.grad(torch.ones(3))
+
+
+def test_modes_and_problems_that_cannot_be_traced_are_refused() -> None:
+    problem = bl.BilevelProblem(ridge_like, ridge_like)
+    with pytest.raises(ValueError, match=r"`traced` takes the mode 'fx' or 'inductor', got 'jit'."):
+        problem.traced("jit")
+    with pytest.raises(ValueError, match="RidgeProblem has closed-form oracles, which are faster than traced ones"):
+        ridge_case().problem.traced()
+
+
+def test_inductor_without_a_compiler_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    inner = bl.BilevelProblem(ridge_like, ridge_like).traced("inductor").bind(normal(9, 5))
+    with pytest.raises(ValueError, match=r"traced\('inductor'\) needs a C\+\+ compiler, .* use traced\('fx'\)."):
+        inner.grad(normal(8, 5))
