@@ -550,7 +550,11 @@ def test_a_function_of_other_arguments_is_refused_where_it_is_given() -> None:
     )
 
 
-@pytest.mark.parametrize("loss", [lambda *both: both[0].sum(), lambda x, u, scale=1.0: x.sum(), torch.dot], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [lambda *both: both[0].sum(), lambda x, u, scale=1.0: x.sum(), torch.dot],
+    ids=["any number", "a third with a default", "written in C"],
+)
 def test_functions_that_can_be_called_with_two_arguments_are_accepted(loss: Any) -> None:
     bl.BilevelProblem(loss, loss)
 
