@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import members, tree
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.tree import Tree
 
@@ -71,7 +71,13 @@ class Linearization:
         return self._hvp_vjp(v, w)
 
     def dense_hessian(self) -> Tensor:
-        """Return H as a matrix of shape (size, size) in the order of `Raveler`; the default takes `size` HVPs."""
+        """Return H as a matrix of shape (size, size) in the order of `Raveler`; the default takes `size` HVPs.
+
+        For a batch, the matrices of all members: (batch, size, size).
+        """
+        if self.inner.problem.batch is not None:
+            rows = members.Raveler(self.params)
+            return torch.stack([rows.ravel(self.hvp(unit)) for unit in rows.units()], dim=1)
         raveler = tree.Raveler(self.params)
         (like, *_) = tree.leaves(self.params)
         identity = torch.eye(raveler.size, dtype=like.dtype, device=like.device)
@@ -200,6 +206,11 @@ class InnerProblem:
         point = self.linearize(params)
         raveler = tree.Raveler(params)
         return lanczos(lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), raveler.ravel(params))
+
+    def member(self, index: int) -> InnerProblem:
+        """Return one member of a batch as an inner problem of its own; it counts its calls itself."""
+        inner: InnerProblem = self.problem.member(index).bind(members.row(self.hparams, index))
+        return inner
 
     def differentiable(self, hparams: Tree, graph: bool = False) -> DifferentiableInner:
         """Return this problem with a gradient that autograd can differentiate.

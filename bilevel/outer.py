@@ -113,6 +113,8 @@ class OuterOptimizer:
         certify: estimate the error of every hypergradient; costs a refinement round each.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
+        batch: number of members whose hyperparameters are tuned side by side, each with its own history and its own
+            end: the object is then a `BatchOuterOptimizer`. A problem that is a batch already needs none.
 
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -124,6 +126,16 @@ class OuterOptimizer:
     >>> [record.step for record in result.history]
     [1, 2, 3, 4, 5]
     """
+
+    def __new__(
+        cls, problem: BilevelProblem | None = None, *args: Any, batch: int | None = None, **options: Any
+    ) -> OuterOptimizer:
+        """Choose the class of the loop: one problem, or a batch."""
+        if cls is OuterOptimizer and (batch is not None or getattr(problem, "batch", None) is not None):
+            from bilevel.batch_outer import BatchOuterOptimizer
+
+            cls = BatchOuterOptimizer
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -140,6 +152,7 @@ class OuterOptimizer:
         certify: bool = False,
         on_failure: OnFailure = "raise",
         callbacks: Sequence[Callback] = (),
+        batch: int | None = None,
     ) -> None:
         if on_failure not in ("raise", "warn", "return"):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
@@ -213,7 +226,7 @@ class OuterOptimizer:
                 estimate.carry.state if self.warm_start.state else None,
                 estimate.carry.adjoint if self.warm_start.adjoint else None,
             )
-        self.history.append(_record(len(self.history) + 1, estimate))
+        self.history.append(record_of(len(self.history) + 1, estimate))
         return estimate
 
     def _move(self, gradient: Tree, loss: float) -> None:
@@ -323,7 +336,7 @@ class OuterOptimizer:
                 "measured": dict(state.measured),
             },
             "adjoint": self.carry.adjoint,
-            "history": [asdict(record) for record in self.history],
+            "history": self._saved_history(),
             "best_loss": self.best[0],
             "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
             "rng": torch.get_rng_state(),
@@ -348,13 +361,20 @@ class OuterOptimizer:
         self._hparams = tree.rebuild(self._hparams, [value.clone() for value in state["hparams"]])
         inner = state["inner_state"]
         self.carry = Carry(None if inner is None else InnerState(**inner), state["adjoint"])
-        self.history = [Record(**record) for record in state["history"]]
+        self._load_history(state["history"])
         best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
         self.best = (state["best_loss"], best)
         torch.set_rng_state(state["rng"])
 
+    def _saved_history(self) -> list[Any]:
+        return [asdict(record) for record in self.history]
 
-def _record(step: int, estimate: Estimate) -> Record:
+    def _load_history(self, saved: Sequence[Any]) -> None:
+        self.history = [Record(**record) for record in saved]
+
+
+def record_of(step: int, estimate: Estimate) -> Record:
+    """Return an outer step as numbers."""
     c = estimate.certificate
     return Record(
         step=step,

@@ -7,17 +7,18 @@ subject to         params*(hparams) = argmin over params of inner_loss(params, h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from bilevel import tree
+from bilevel import batches, members, tree
 from bilevel.oracles import InnerProblem
 from bilevel.tree import Tree
 
-Loss: TypeAlias = Callable[[Tree, Tree], Tensor]
+Loss: TypeAlias = Callable[..., Tensor]
+"""``(params, hparams) -> scalar``, or ``(params, hparams, data) -> scalar``."""
 
 
 class BilevelProblem:
@@ -33,6 +34,8 @@ class BilevelProblem:
         optimality: instead of an inner loss, a map whose zero over params is the inner solution, such as
             ``params - update(params, hparams)`` or a KKT residual; it returns a tree shaped as params. Its Jacobian
             need not be symmetric: use GMRES for implicit differentiation.
+        data: a tree of tensors that the functions are then given as a third argument,
+            ``loss(params, hparams, data)``: what differs between the problems of a batch.
 
     Raises:
         ValueError: unless exactly one of `inner_loss` and `optimality` is given.
@@ -53,6 +56,9 @@ class BilevelProblem:
     inner_loss: Loss
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None
+    batch: int | None = None
+    """Number of members where this is a batch (see `batched`), else None."""
+    data: Tree = None
 
     def __init__(
         self,
@@ -60,14 +66,17 @@ class BilevelProblem:
         outer_loss: Loss | None = None,
         params: Tree = None,
         *,
-        optimality: Callable[[Tree, Tree], Tree] | None = None,
+        optimality: Callable[..., Tree] | None = None,
+        data: Tree = None,
     ) -> None:
         # Structured problems define the losses as methods and pass none.
-        if inner_loss is not None:
-            self.inner_loss = inner_loss
-        if outer_loss is not None:
-            self.outer_loss = outer_loss
-        self.optimality = optimality
+        self.functions = (inner_loss, outer_loss, optimality)
+        self.data = data
+        inner, outer, self.optimality = (batches.with_data(function, data) for function in self.functions)
+        if inner is not None:
+            self.inner_loss = inner
+        if outer is not None:
+            self.outer_loss = outer
         if (getattr(self, "inner_loss", None) is None) == (optimality is None):
             raise ValueError("a BilevelProblem needs exactly one of `inner_loss` and `optimality`.")
         if not callable(getattr(self, "outer_loss", None)):
@@ -100,14 +109,14 @@ class BilevelProblem:
         )
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
-        """Return the outer loss and its partial gradients with respect to `params` and `hparams`."""
+        """Return the outer loss, of shape () or (batch,), and its partial gradients by `params` and `hparams`."""
         params, hparams = tree.attach(params), tree.attach(hparams)
         x, u = tree.leaves(params), tree.leaves(hparams)
         with torch.enable_grad():
             value = self.outer_loss(params, hparams)
         if not value.requires_grad:
             return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
-        both = torch.autograd.grad(value, x + u, materialize_grads=True)
+        both = torch.autograd.grad(value.sum(), x + u, materialize_grads=True)
         return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
@@ -127,7 +136,7 @@ class BilevelProblem:
         params = self.params if params is None else params
         if params is None:
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
-        return tree.detach(params)
+        return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
 
     def check(self, params: Tree, hparams: Tree) -> None:
         """Look at everything that can be known before the work starts.
@@ -140,6 +149,8 @@ class BilevelProblem:
             ValueError: one sentence for trees that do not fit, losses that are not finite scalars, and hyperparameters
                 without influence on the inner problem.
         """
+        if self.batch is not None:
+            return batches.check(self, params, hparams)
         check_trees(params, hparams)
         params, hparams = tree.attach(params), tree.attach(hparams)
         with torch.enable_grad():
@@ -163,6 +174,78 @@ class BilevelProblem:
                     f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
                     "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"
                 )
+
+    def batched(self, size: int, data: Tree = None) -> BilevelProblem:
+        """Return a problem of `size` members side by side.
+
+        Params and hparams get a leading dimension; the losses are vectorised by ``torch.func.vmap``. Problems with
+        structure keep their closed forms.
+
+        Args:
+            size: number of members.
+            data: a tree with `size` rows in every leaf, one for each member: the losses are called as
+                ``loss(params, hparams, data)``. Default: this problem's own data for all.
+
+        Raises:
+            ValueError: for a size that is no positive int, data without as many rows, and a problem that is a batch.
+
+        >>> problem = BilevelProblem(
+        ...     lambda w, penalty, y: ((w - y) ** 2).mean() + penalty * w**2,
+        ...     lambda w, penalty, y: (w - y.mean()) ** 2,
+        ...     params=torch.tensor(0.0),
+        ...     data=torch.tensor([1.0, 3.0]),
+        ... )
+        >>> batch = problem.batched(2, data=torch.tensor([[1.0, 3.0], [0.0, 2.0]]))
+        >>> batch.bind(torch.ones(2)).grad(batch.start())
+        tensor([-4., -2.])
+        """
+        batches.check_size(size)
+        if self.batch is not None:
+            raise ValueError(f"this problem is a batch of {self.batch} already.")
+        single: list[BilevelProblem]
+        if data is None:
+            single = [self] * size
+            functions = (getattr(self, "inner_loss", None), self.outer_loss, self.optimality)
+        else:
+            members.check_rows("data", data, size)
+            functions = self.functions  # type: ignore[assignment]
+            single = [
+                BilevelProblem(*functions[:2], self.params, optimality=functions[2], data=batches.row_of(data, index))
+                for index in range(size)
+            ]
+        inner, outer, optimality = (batches.for_members(function, data) for function in functions)
+        params = None if self.params is None else members.expand(self.params, size)
+        return BilevelProblem(batches.summed(inner), outer, params, optimality=optimality).as_batch(single)
+
+    def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them.
+
+        Args:
+            problems: problems of the same kind, this one first.
+
+        Raises:
+            ValueError: for problems that differ in more than values of their data.
+        """
+        for index, problem in enumerate(problems):
+            if problem.data is None:
+                raise ValueError(
+                    f"`stack` needs the data of problem {index}: make it by BilevelProblem(..., data=tree) "
+                    "with losses of (params, hparams, data)."
+                )
+            if problem.functions != self.functions:
+                raise ValueError(f"`stack` takes problems that share their functions, but problem {index} has others.")
+        batch = self.batched(len(problems), batches.stacked_trees("data", [problem.data for problem in problems]))
+        batch.params = batches.stacked_trees("params", [problem.start() for problem in problems])
+        return batch.as_batch(problems)
+
+    def as_batch(self, single: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Declare this problem the batch of the given members, and return it."""
+        self.batch, self._single = len(single), tuple(single)
+        return self
+
+    def member(self, index: int) -> BilevelProblem:
+        """Return one member of a batch as a problem of its own."""
+        return self._single[index]
 
     @classmethod
     def from_fixed_point(

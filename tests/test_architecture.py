@@ -19,13 +19,13 @@ from bilevel.hypergrad.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = {
-    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov"),
-    2: ("oracles", "problem"),
+    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov", "members"),
+    2: ("oracles", "batches", "problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles"),
     5: ("theory", "certify"),
     6: ("hypergrad",),
-    7: ("outer", "check"),
+    7: ("outer", "batch_outer", "check"),
     8: ("compare", "curse", "sklearn", "meta"),
     9: ("config",),
     10: ("cli", "__main__"),

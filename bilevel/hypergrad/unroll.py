@@ -20,9 +20,18 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution, Variables
+from bilevel.base import (
+    BatchSolution,
+    Carry,
+    HypergradEstimator,
+    InnerSolver,
+    InnerState,
+    Pullback,
+    Solution,
+    Variables,
+)
 from bilevel.cost import Meter
-from bilevel.hypergrad import adaptive
+from bilevel.hypergrad import adaptive, batch_unroll
 from bilevel.hypergrad.extrapolation import OMEGA
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
 from bilevel.inner.multistep import LinearMultistep
@@ -66,6 +75,16 @@ class FullUnroll(HypergradEstimator):
         if self.memory == "graph":
             return _graph(inner, solver, state, meter)
         return _reverse(inner, solver, state, None, meter)
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Run all members of a batch and keep what their derivatives need; a recorded graph is not offered."""
+        if self.mode == "forward":
+            return batch_unroll.forward(problem, solver, hparams, params, carry, meter)
+        if self.memory != "iterates":
+            return super().solve_batch(problem, solver, hparams, params, carry, meter)
+        return batch_unroll.reverse(problem, solver, hparams, params, carry, meter, None, 1)
 
 
 @dataclass(frozen=True)
@@ -167,6 +186,15 @@ class TruncatedUnroll(HypergradEstimator):
             return adaptive.solve(self._adaptive, problem, solver, hparams, params, carry, meter)
         inner = problem.bind(hparams, meter.counts)
         return _reverse(inner, solver, begin(inner, solver, params, carry), self, meter)
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Run all members of a batch; kept are the states from the tail of the first that ends to the last step."""
+        if self.tail == "auto" or self.budget is not None or self.extrapolate:
+            return super().solve_batch(problem, solver, hparams, params, carry, meter)
+        at_least = self.tail if isinstance(self.tail, int) else 1
+        return batch_unroll.reverse(problem, solver, hparams, params, carry, meter, self.length, at_least)
 
 
 def _reverse(

@@ -25,6 +25,8 @@ class GradientDescent(StepSizeMethod):
     GradientDescent(steps=100, tol=None, step_size=0.1)
     """
 
+    stationary = True
+
     def coefficients(self, state: InnerState) -> Coefficients:
         """``y = x``, ``x <- x - h g``."""
         return _coefficients(self.option("step_size", state))

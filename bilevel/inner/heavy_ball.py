@@ -34,6 +34,7 @@ class HeavyBall(MomentumMethod):
 
     first_step: str = "full"
 
+    stationary = True
     ripples = True
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ class Nesterov(MomentumMethod):
     'auto'
     """
 
+    stationary = True
     check_every_on_cpu = 8
 
     def coefficients(self, state: InnerState) -> Coefficients:

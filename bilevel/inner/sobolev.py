@@ -111,6 +111,7 @@ class AsymptoticSobolev(IntervalMethod):
 
     first_step: str = "full"
 
+    stationary = True
     check_every_on_cpu = 8
 
     def __post_init__(self) -> None:

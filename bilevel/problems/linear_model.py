@@ -14,16 +14,18 @@ Data are kept feature-major (a contiguous (features, rows) copy): matrix-vector 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.batches import check_size
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem, check_trees
+from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.splits import Split
 from bilevel.tree import Tree
 
@@ -215,6 +217,37 @@ class LinearModelProblem(BilevelProblem):
     def hparams_shape(self) -> tuple[int, ...]:
         """Return the shape of the hyperparameters."""
         return self._hparams_shape
+
+    def batch_class(self) -> type[LinearBatch]:
+        """Return the class of a batch of such problems.
+
+        Raises:
+            ValueError: for a family without one.
+        """
+        raise ValueError(f"{type(self).__name__} does not run in batches: state it by two functions instead.")
+
+    def batched(self, size: int, data: Tree = None) -> BilevelProblem:
+        """Return `size` members that share these data, with the closed forms on a leading dimension.
+
+        Args:
+            size: number of members.
+            data: not taken.
+
+        Raises:
+            ValueError: for a size that is no positive int, and for `data`.
+        """
+        check_size(size)
+        if self.batch is not None:
+            raise ValueError(f"this problem is a batch of {self.batch} already.")
+        if data is not None:
+            raise ValueError(f"{type(self).__name__} holds its data itself: stack problems by `bilevel.stack`.")
+        batch: BilevelProblem = self.batch_class().of(self, [self] * size)
+        return batch
+
+    def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Return such problems as one batch, their data stacked: see `bilevel.stack`."""
+        batch: BilevelProblem = self.batch_class().stack(problems)
+        return batch
 
     def initial_hparams(self, value: float = 0.0) -> Tensor:
         """Return hyperparameters that all have one value."""

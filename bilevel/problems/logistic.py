@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from bilevel.oracles import InnerProblem
+from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
 from bilevel.problems.splits import class_labels, training_classes
 
@@ -56,7 +58,7 @@ class LogisticProblem(LinearModelProblem):
     tensor([-0.4167], dtype=torch.float64)
     """
 
-    inner_problem = LogisticInner
+    inner_problem: type[InnerProblem] = LogisticInner
     max_loss_curvature = 0.25
 
     def prepare_targets(self) -> None:
@@ -72,6 +74,10 @@ class LogisticProblem(LinearModelProblem):
             )
         for split in self.splits.values():
             split.y = 2.0 * class_labels(split, classes).to(split.X.dtype) - 1.0
+
+    def batch_class(self) -> type[LinearBatch]:
+        """`LogisticBatch`."""
+        return LogisticBatch
 
     def params_shape(self) -> tuple[int, ...]:
         """(features,)."""
@@ -100,3 +106,13 @@ class LogisticProblem(LinearModelProblem):
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The accuracy."""
         return {"accuracy": float((z * y > 0).double().mean())}
+
+
+class LogisticBatch(LinearBatch, LogisticProblem):
+    """Logistic regressions side by side; see `LogisticProblem.batched` and `bilevel.stack`."""
+
+    inner_problem = LinearBatchInner
+
+    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``sum log(1 + exp(-y z))`` of every member."""
+        return softplus(-y * z).sum(-1)
