@@ -15,7 +15,7 @@ from bilevel import members, tree
 from bilevel.base import BatchEstimate, Carry, HypergradEstimator, InnerSolver, verdict_of
 from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.batch_api import as_batch
-from bilevel.outer import OuterOptimizer, OuterResult, Record, record_of, steps_without_progress
+from bilevel.outer import OuterOptimizer, OuterResult, Record, StoppingRules, record_of
 from bilevel.problem import BilevelProblem
 from bilevel.status import Status, report
 from bilevel.tree import Tree
@@ -60,32 +60,6 @@ class BatchOuterResult(Sequence[OuterResult]):
 
     def __iter__(self) -> Iterator[OuterResult]:
         return (self[index] for index in range(len(self)))
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """When a member ends; a function of its history alone, so that a resumed run ends the same members."""
-
-    budget: float | None
-    tol: float | None
-    patience: int | None
-    min_progress: float
-
-    def reason(self, history: Sequence[Record]) -> str:
-        """Return why a member with this history ends, or an empty string."""
-        if not history:
-            return ""
-        last = history[-1]
-        if not Status[last.status].usable:
-            return f"a hypergradient failed: {Status[last.status].remedy}"
-        if self.tol is not None and last.hypergradient_norm <= self.tol:
-            return f"the hypergradient norm reached {self.tol:g}"
-        waited = steps_without_progress((record.outer_loss for record in history), self.min_progress)
-        if self.patience is not None and waited >= self.patience:
-            return f"no progress for {self.patience} steps"
-        if self.budget is not None and sum(record.gradient_equivalents for record in history) >= self.budget:
-            return f"the budget of {self.budget:g} gradient-equivalents is used"
-        return ""
 
 
 class BatchOuterOptimizer(OuterOptimizer):
@@ -239,7 +213,7 @@ class BatchOuterOptimizer(OuterOptimizer):
         Returns:
             The result; a second call continues.
         """
-        rules = _Rules(budget, tol, patience, min_progress)
+        rules = StoppingRules(budget, tol, patience, min_progress)
         stopped = self._ended(rules)
         asked_to_stop = False
         with tqdm(total=steps, disable=not progress, unit="step") as line:
@@ -262,9 +236,9 @@ class BatchOuterOptimizer(OuterOptimizer):
             tuple(reason or last for reason in stopped),
         )
 
-    def _ended(self, rules: _Rules) -> list[str]:
+    def _ended(self, rules: StoppingRules) -> list[str]:
         """Return why each member has ended, empty for those that go on, which alone move from now on."""
-        reasons = [rules.reason(records) for records in self.history]
+        reasons = [_failure(records) or rules.reason(records) for records in self.history]
         self._going = torch.tensor([not reason for reason in reasons], device=self._going.device)
         return reasons
 
@@ -283,3 +257,10 @@ class BatchOuterOptimizer(OuterOptimizer):
 
     def _load_history(self, saved: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         self.history = [[Record(**record) for record in records] for records in saved]
+
+
+def _failure(history: Sequence[Record]) -> str:
+    """Return why a member with this history cannot go on, or an empty string."""
+    if not history or Status[history[-1].status].usable:
+        return ""
+    return f"a hypergradient failed: {Status[history[-1].status].remedy}"

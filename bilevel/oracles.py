@@ -14,7 +14,7 @@ For a problem stated by an optimality map (``optimality=``) read that map for ``
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -179,6 +179,7 @@ class InnerProblem:
         self.problem: Any = problem
         self.hparams = tree.detach(hparams)
         self.counts: Counter[str] = Counter() if counts is None else counts
+        self.alone: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._last: tuple[Tree, Tree] | None = None
 
     def value(self, params: Tree) -> Tensor:
@@ -208,8 +209,8 @@ class InnerProblem:
         return lanczos(lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), raveler.ravel(params))
 
     def member(self, index: int) -> InnerProblem:
-        """Return one member of a batch as an inner problem of its own; it counts its calls itself."""
-        inner: InnerProblem = self.problem.member(index).bind(members.row(self.hparams, index))
+        """Return one member of a batch as an inner problem of its own, whose calls go to ``alone[index]``."""
+        inner: InnerProblem = self.problem.member(index).bind(members.row(self.hparams, index), self.alone[index])
         return inner
 
     def differentiable(self, hparams: Tree, graph: bool = False) -> DifferentiableInner:

@@ -93,6 +93,27 @@ def steps_without_progress(losses: Iterable[float], min_progress: float) -> int:
     return waited
 
 
+@dataclass(frozen=True)
+class StoppingRules:
+    """When a run ends; a function of its history alone. The attributes are the options of `OuterOptimizer.run`."""
+
+    budget: float | None
+    tol: float | None
+    patience: int | None
+    min_progress: float
+
+    def reason(self, history: Sequence[Record]) -> str:
+        """Return why a run with this history ends, or an empty string."""
+        if self.tol is not None and history and history[-1].hypergradient_norm <= self.tol:
+            return f"the hypergradient norm reached {self.tol:g}"
+        waited = steps_without_progress((record.outer_loss for record in history), self.min_progress)
+        if self.patience is not None and waited >= self.patience:
+            return f"no progress for {self.patience} steps"
+        if self.budget is not None and sum(record.gradient_equivalents for record in history) >= self.budget:
+            return f"the budget of {self.budget:g} gradient-equivalents is used"
+        return ""
+
+
 class OuterOptimizer:
     """The outer loop: hypergradient, optimizer step, warm start.
 
@@ -287,6 +308,7 @@ class OuterOptimizer:
             The result; a second call continues.
         """
         stopped = f"took {steps} steps"
+        rules = StoppingRules(budget, tol, patience, min_progress)
         with tqdm(total=steps, disable=not progress, unit="step") as line:
             for _ in range(steps):
                 estimate = self.step()
@@ -294,28 +316,14 @@ class OuterOptimizer:
                 line.update()
                 # A list, so that every callback is called.
                 asked = [callback(self, estimate) for callback in self.callbacks]
-                waited = steps_without_progress([record.outer_loss for record in self.history], min_progress)
-                reason = self._reason(estimate, budget, tol, patience, waited)
+                failed = "" if estimate.status.usable else f"a hypergradient failed: {estimate.verdict}"
+                reason = failed or rules.reason(self.history)
                 if any(answer is True for answer in asked):
                     reason = "a callback asked to stop"
                 if reason:
                     stopped = reason
                     break
         return OuterResult(self.hparams, self.best[1], self.best[0], tuple(self.history), stopped)
-
-    def _reason(
-        self, estimate: Estimate, budget: float | None, tol: float | None, patience: int | None, waited: int
-    ) -> str:
-        """Return why to stop, or an empty string."""
-        if not estimate.status.usable:
-            return f"a hypergradient failed: {estimate.verdict}"
-        if tol is not None and self.history[-1].hypergradient_norm <= tol:
-            return f"the hypergradient norm reached {tol:g}"
-        if patience is not None and waited >= patience:
-            return f"no progress for {patience} steps"
-        if budget is not None and self.gradient_equivalents >= budget:
-            return f"the budget of {budget:g} gradient-equivalents is used"
-        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.

@@ -226,7 +226,7 @@ class _Loop:
     def _record(self, index: int, residual: float, steps: int, verdict: Verdict) -> None:
         result = self.result
         result.residuals[index], result.steps[index], result.verdicts[index] = residual, steps, verdict
-        result.counts[index] = Counter(self.inner.counts)
+        result.counts[index] = Counter(self.inner.counts) + self.inner.alone[index]
 
     def _stand(self, mask: Tensor) -> None:
         self.moving = self.moving & ~mask
