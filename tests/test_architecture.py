@@ -19,7 +19,7 @@ from bilevel.hypergrad.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = {
-    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov", "members"),
+    1: ("tree", "status", "cost", "lanczos", "options", "constraints", "polynomials", "krylov", "members", "inputs"),
     2: ("oracles", "batches", "problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles"),

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import check_size
+from bilevel.inputs import check_trees
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.oracles import InnerProblem, Linearization
-from bilevel.problem import BilevelProblem, check_trees
+from bilevel.problem import BilevelProblem
 from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.splits import Split
 from bilevel.tree import Tree

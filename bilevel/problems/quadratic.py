@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import check_size, stacked_trees
+from bilevel.inputs import check_trees
 from bilevel.oracles import InnerProblem, Linearization
-from bilevel.problem import BilevelProblem, check_trees
+from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import accuracy
+import batches
 import curves
 import large_logistic
 import overhead
@@ -15,5 +16,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: steadier on a busy machine)")
     torch.set_num_threads(parser.parse_args().threads)
-    passed = [benchmark.main() for benchmark in (accuracy, unroll, large_logistic, overhead, curves)]
+    passed = [benchmark.main() for benchmark in (accuracy, unroll, large_logistic, overhead, curves, batches)]
     raise SystemExit(not all(passed))
