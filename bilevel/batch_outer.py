@@ -165,6 +165,10 @@ class BatchOuterOptimizer(OuterOptimizer):
                 self.history[index].append(record_of(len(self.history[index]) + 1, one))
         return estimate
 
+    def hold(self, index: int) -> None:
+        """Let a member stand still from now on, until `run` is called."""
+        self._going[index] = False
+
     def _verdict(self, estimate: BatchEstimate) -> Any:
         """Return the verdict about the members that have not ended."""
         going = [bool(flag) for flag in self._going]

@@ -78,12 +78,13 @@ def batch_hypergradient(
         verdict if bool(ok) or not verdict.status.usable else verdict.worse(_loss_verdict(float(loss)))
         for verdict, ok, loss in zip(solved.verdicts, finite, value, strict=True)
     ]
+    reached = [verdict.status.usable for verdict in verdicts]
     pulled = solved.pullback(by_params)
     gradient = tree.add(by_hparams, pulled.hparams)
     verdicts = _with_gradient(verdicts, pulled, gradient)
     usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
     gradient = members.where(usable, gradient, float("nan"))
-    costs, cost = _costs(solved, pulled, meter)
+    costs, cost = _costs(solved, pulled, reached, meter)
     value = torch.where(
         torch.tensor([v.status.usable for v in solved.verdicts], device=value.device), value, float("nan")
     )
@@ -118,12 +119,17 @@ def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient:
     return result
 
 
-def _costs(solved: BatchSolution, pulled: BatchPullback, meter: Meter) -> tuple[list[Cost], Cost]:
-    """Return the cost of each member, and of all."""
+def _costs(
+    solved: BatchSolution, pulled: BatchPullback, reached: Sequence[bool], meter: Meter
+) -> tuple[list[Cost], Cost]:
+    """Return the cost of each member, and of all; `reached` says which have come to the pullback."""
     read, size = meter.read(), len(solved.counts)
-    counts = [forward + back + Counter(outer=1) for forward, back in zip(solved.counts, pulled.counts, strict=True)]
+    counts = []
+    for index, forward in enumerate(solved.counts):
+        outer = Counter(outer=1) if solved.verdicts[index].status.usable else Counter()
+        counts.append(forward + outer + (pulled.counts[index] if reached[index] else Counter()))
     costs = [Cost(dict(each), read.seconds / size, None, "shared by a batch") for each in counts]
-    return costs, replace(read, counts=dict(sum(counts, Counter())))
+    return costs, replace(read, counts=dict(sum(counts, start=Counter())))
 
 
 def _errors(
