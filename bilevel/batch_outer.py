@@ -160,9 +160,9 @@ class BatchOuterOptimizer(OuterOptimizer):
             estimate.carry.state if self.warm_start.state else None,
             estimate.carry.adjoint if self.warm_start.adjoint else None,
         )
-        for index, one in enumerate(estimate):
-            if bool(self._going[index]):
-                self.history[index].append(record_of(len(self.history[index]) + 1, one))
+        for records, going, one in zip(self.history, self._going.cpu(), estimate, strict=True):
+            if bool(going):
+                records.append(record_of(len(records) + 1, one))
         return estimate
 
     def hold(self, index: int) -> None:
@@ -171,7 +171,7 @@ class BatchOuterOptimizer(OuterOptimizer):
 
     def _verdict(self, estimate: BatchEstimate) -> Any:
         """Return the verdict about the members that have not ended."""
-        going = [bool(flag) for flag in self._going]
+        going = [bool(flag) for flag in self._going.cpu()]
         good = verdict_of([])
         return verdict_of([v if flag else good for v, flag in zip(estimate.verdicts, going, strict=True)])
 

@@ -35,7 +35,17 @@ def for_members(function: Function | None, data: Tree) -> Function | None:
     if function is None:
         return None
     each = torch.func.vmap(function)
-    return each if data is None else lambda params, hparams: each(params, hparams, data)
+    further = () if data is None else (data,)
+
+    def batched(params: Tree, hparams: Tree) -> Any:
+        try:
+            return each(params, hparams, *further)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise ValueError(f"a loss cannot be vectorised over members by torch.func.vmap: {error}") from error
+
+    return batched
 
 
 def summed(function: Function | None) -> Function | None:
@@ -102,6 +112,13 @@ def check(problem: BilevelProblem, params: Tree, hparams: Tree) -> None:
             first = first or error
     assert first is not None
     raise first
+
+
+def exact_hypergradient(problem: BilevelProblem, hparams: Tree) -> Tree | None:
+    """Return the exact hypergradients of all members, stacked, or None where one has none."""
+    assert problem.batch is not None
+    rows = [problem.member(i).exact_hypergradient(members.row(hparams, i)) for i in range(problem.batch)]
+    return None if any(row is None for row in rows) else members.stack(rows)
 
 
 def stack(problems: Sequence[BilevelProblem]) -> BilevelProblem:

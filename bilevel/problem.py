@@ -122,7 +122,7 @@ class BilevelProblem:
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
-        return None
+        return None if self.batch is None else batches.exact_hypergradient(self, hparams)
 
     def metrics(self, params: Tree) -> dict[str, float]:
         """Return named figures of merit of `params`, such as the test loss; none by default."""

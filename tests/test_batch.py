@@ -10,6 +10,7 @@ import torch
 from helpers import normal, spd
 
 import bilevel as bl
+from bilevel.hypergrad.batch_unroll import _Kept
 from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SoftmaxProblem
 
 F64 = torch.float64
@@ -249,6 +250,53 @@ def test_a_fixed_point_map_runs_in_a_batch() -> None:
     agree(together, [bl.hypergradient(problem, solver, bl.FullUnroll(), u) for u in hparams])
 
 
+def test_a_batch_estimate_is_a_sequence() -> None:
+    _, batch, hparams = case("ridge", shared=True)
+    estimates = bl.hypergradient(batch, bl.GradientDescent(), bl.Implicit(), hparams)
+    assert torch.equal(estimates[-1].hypergradient, estimates.hypergradient[3])
+    assert [one.outer_loss for one in estimates[1:3]] == [float(loss) for loss in estimates.outer_loss[1:3]]
+    assert str(estimates).startswith("4 members, 4 usable, outer loss ")
+    assert sum(one.cost.seconds for one in estimates) == pytest.approx(estimates.cost.seconds)
+    with pytest.raises(IndexError):
+        estimates[4]
+
+
+def test_single_precision_stays_single() -> None:
+    batch = regression(1).batched(3)
+    single = RidgeProblem(*(each.float() for each in (normal(1, 14, 3), normal(2, 14), normal(3, 9, 3), normal(4, 9))))
+    hparams = torch.linspace(-1.0, 0.0, 3)
+    for solver in (bl.HeavyBall(momentum="auto"), bl.Adam(step_size=0.05, tol=1e-2, steps=300)):
+        estimates = bl.hypergradient(single, solver, bl.Implicit(), hparams, batch=3)
+        again = bl.hypergradient(single, solver, bl.Implicit(), hparams, batch=3, carry=estimates.carry)
+        assert again.params.dtype == again.hypergradient.dtype == torch.float32
+    assert batch.exact_hypergradient(hparams.double()).shape == (3,)
+
+
+def test_a_module_runs_in_a_batch() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+    X, y = normal(1, 12, 3), normal(2, 12, 1)
+
+    def inner(net: Any, params: Any, decay: torch.Tensor) -> torch.Tensor:
+        return (net(X) - y).square().mean() + decay.exp() * sum(p.square().sum() for p in params.values())
+
+    problem = bl.BilevelProblem.from_module(
+        model, inner, lambda net, params, decay: (net(X[:5]) - y[:5]).square().mean()
+    )
+    hparams, solver = torch.tensor([-3.0, -2.0], dtype=F64), bl.GradientDescent(step_size=0.1, steps=10)
+    together = bl.hypergradient(problem, solver, bl.FullUnroll(), hparams, batch=2)
+    agree(together, [bl.hypergradient(problem, solver, bl.FullUnroll(), u) for u in hparams])
+
+
+def test_states_before_every_tail_are_dropped() -> None:
+    kept = _Kept(3)
+    states = [bl.InnerState(normal(t, 2)) for t in range(12)]
+    for t, state in enumerate(states):
+        # The first member to converge did so after 8 steps.
+        kept.visit(state, None, min(8, t + 1))
+    assert kept.between(5, 12) == states[5:]
+    assert len(kept._states) == 7
+
+
 # Failures stay where they are -----------------------------------------------------------------------------------------
 
 
@@ -407,6 +455,29 @@ def test_batches_of_batches_and_data_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             make()
+
+
+def test_one_problem_is_asked_for_where_a_batch_makes_no_sense() -> None:
+    _, batch, hparams = case("ridge", shared=True)
+    for ask, words in (
+        (lambda: bl.solution(batch, bl.GradientDescent(), bl.Implicit(), hparams), "`solution` takes one problem"),
+        (
+            lambda: bl.check_hypergradient(batch, bl.GradientDescent(), bl.Implicit(), hparams),
+            "`check_hypergradient` takes one problem, got a batch of 4: check batch.member(i).",
+        ),
+        (lambda: batch.metrics(batch.params), "a batch has no metrics of its own"),
+        (lambda: call(problem=bl.GradientDescent(), batch=4), "a batch needs a BilevelProblem in the first place"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            ask()
+
+
+def test_a_loss_that_branches_on_values_gets_a_sentence() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, u: (x - u) ** 2 if x > 0 else (x + u) ** 2, lambda x, u: x * u, torch.ones((), dtype=F64)
+    )
+    with pytest.raises(ValueError, match=r"^a loss cannot be vectorised over members by torch\.func\.vmap: "):
+        bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), normal(1, 3), batch=3)
 
 
 def test_a_negative_penalty_of_any_member_is_refused() -> None:

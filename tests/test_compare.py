@@ -408,6 +408,17 @@ def close_to(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
+@pytest.mark.parametrize("changes", [{"budget": 900.0}, {"outer": {"lr": 0.3, "steps": 6, "tol": 0.02}}], ids=str)
+def test_seeds_of_a_batch_end_where_single_runs_end(changes: dict[str, Any], tmp_path: Path) -> None:
+    for batch in ("auto", False):
+        run(plan_of(tmp_path, batch=batch, **changes), tmp_path / str(batch))
+    summary, rows = results(tmp_path / "auto")
+    expected_summary, expected_rows = results(tmp_path / "False")
+    assert len(rows) == len(expected_rows)
+    assert all(map(close_to, rows, expected_rows))
+    assert close_to(summary, expected_summary)
+
+
 def test_seeds_run_as_one_batch_give_the_rows_of_single_runs(undisturbed: Path, tmp_path: Path) -> None:
     done = run(plan_of(tmp_path, batch="auto"), tmp_path / "out")
     summary, rows = results(tmp_path / "out")

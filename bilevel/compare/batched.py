@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -46,19 +47,15 @@ def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRo
     loaded = [load_cell(folder, cell) for cell in cells]
     going = [(run, state) for run, state in loaded if not run.done]
     if len(going) > 1 and len({len(run.rows) for run, _ in going}) == 1:
-        try:
-            batch = _Batch(plan, going)
-        except ValueError:
-            # Other shapes, or a part that runs no batches: what cannot be stacked is run alone.
-            pass
-        else:
-            batch.run(folder, on_row)
+        # Other shapes, a part that runs no batches, too little memory: what cannot be run together is run alone, from
+        # its last checkpoint, and says there what is wrong with it.
+        with suppress(Exception):
+            _Batch(plan, going).run(folder, on_row)
             return [run for run, _ in loaded]
-    runs = [run for run, _ in loaded]
-    for index, cell in enumerate(cells):
-        if not folder.stop_file.exists():
-            runs[index] = run_cell(plan, cell, folder, on_row)
-    return runs
+    return [
+        load_cell(folder, cell)[0] if folder.stop_file.exists() else run_cell(plan, cell, folder, on_row)
+        for cell in cells
+    ]
 
 
 class _Batch:

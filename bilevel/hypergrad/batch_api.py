@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from bilevel.base import (
 from bilevel.certify import ErrorEstimate, refine
 from bilevel.cost import Cost, Meter
 from bilevel.problem import BilevelProblem
-from bilevel.status import OnFailure, Status, Verdict, report
+from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
 
 
@@ -36,8 +37,10 @@ def as_batch(problem: BilevelProblem, batch: int | None) -> BilevelProblem:
         batch: number of members; None for a batch.
 
     Raises:
-        ValueError: for a size that is no positive int, or another than the problem's own.
+        ValueError: for a size that is no positive int, or another than the problem's own; for what is no problem.
     """
+    if not isinstance(problem, BilevelProblem):
+        raise ValueError(f"a batch needs a BilevelProblem in the first place, got {type(problem).__name__}.")
     if batch is not None:
         batches.check_size(batch)
     if problem.batch is None:
@@ -73,10 +76,10 @@ def batch_hypergradient(
     solved = estimator.solve_batch(problem, solver, hparams, start, carry, meter)
     value, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
     meter.counts["outer"] += 1
-    finite = torch.isfinite(value)
+    losses = value.cpu()
     verdicts = [
-        verdict if bool(ok) or not verdict.status.usable else verdict.worse(_loss_verdict(float(loss)))
-        for verdict, ok, loss in zip(solved.verdicts, finite, value, strict=True)
+        verdict.worse(_finite_loss(float(loss))) if verdict.status.usable else verdict
+        for verdict, loss in zip(solved.verdicts, losses, strict=True)
     ]
     reached = [verdict.status.usable for verdict in verdicts]
     pulled = solved.pullback(by_params)
@@ -99,14 +102,16 @@ def batch_hypergradient(
     return estimate
 
 
-def _loss_verdict(value: float) -> Verdict:
+def _finite_loss(value: float) -> Verdict:
+    if math.isfinite(value):
+        return GOOD
     return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
 
 
 def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient: Tree) -> list[Verdict]:
     """Return the verdicts after the pullback."""
     result = []
-    leaves = [torch.isfinite(leaf).reshape(len(leaf), -1).all(dim=1) for leaf in tree.leaves(gradient)]
+    leaves = [torch.isfinite(leaf).reshape(len(leaf), -1).all(dim=1).cpu() for leaf in tree.leaves(gradient)]
     for index, verdict in enumerate(verdicts):
         if verdict.status.usable:
             verdict = verdict.worse(pulled.verdicts[index])

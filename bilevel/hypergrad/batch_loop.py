@@ -170,6 +170,7 @@ class _Loop:
         start = self._residual(first)
         floor = torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5
         grown = (residual > GROWTH * start) & (residual > floor)
+        start, residual, grown = start.cpu(), residual.cpu(), grown.cpu()
         for index in self._indices(self.moving):
             # Only where a residual has grown does the verdict look at the member's curvature.
             inner = self.inner.member(index) if bool(grown[index]) else self.inner
@@ -190,6 +191,7 @@ class _Loop:
             self._fail(broken)
 
     def _end(self, mask: Tensor, residual: Tensor) -> None:
+        residual = residual.cpu()
         for index in self._indices(mask):
             self.first_end = min(self.first_end, self.taken)
             self._record(index, float(residual[index]), self.taken, GOOD)
@@ -237,7 +239,7 @@ class _Loop:
 
     @staticmethod
     def _indices(mask: Tensor) -> list[int]:
-        return [int(index) for index in torch.nonzero(mask)[:, 0]]
+        return [int(index) for index in torch.nonzero(mask.cpu())[:, 0]]
 
 
 def _kept(moving: Tensor, after: InnerState, before: InnerState) -> InnerState:

@@ -58,10 +58,12 @@ class CG(LinearSolver):
         every = self.check_every or (1 if system.b.device.type == "cpu" else 8)
         limit = self.max_steps or max(100, 10 * system.b.shape[1])
         x, steps, curvatures = conjugate_gradients_of_rows(system.matvec, *system.start(), system.goals, limit, every)
-        residuals, taken = [float(value) for value in system.residuals(x)], [int(count) for count in steps]
+        # One transfer each, not one for every member.
+        residuals = [float(value) for value in system.residuals(x).cpu()]
+        taken = [int(count) for count in steps.cpu()]
         verdicts = [
             self._judge(residual, system.tol, count, float(curvature))
-            for residual, count, curvature in zip(residuals, taken, curvatures, strict=True)
+            for residual, count, curvature in zip(residuals, taken, curvatures.cpu(), strict=True)
         ]
         return BatchLinearSolution(x, residuals, taken, verdicts)
 

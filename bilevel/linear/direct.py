@@ -81,10 +81,10 @@ class Direct(LinearSolver):
         x = torch.cholesky_solve(b[:, :, None], factors)[:, :, 0]
         x = x + torch.cholesky_solve((b - system.matvec(x))[:, :, None], factors)[:, :, 0]
         x = torch.where((info == 0)[:, None], x, 0.0)
-        residuals = [float(value) for value in system.residuals(x)]
+        residuals = [float(value) for value in system.residuals(x).cpu()]
         verdicts = [
             _indefinite(matrices[index]) if broken else _judge(residuals[index], b.dtype)
-            for index, broken in enumerate(map(bool, info))
+            for index, broken in enumerate(map(bool, info.cpu()))
         ]
         return BatchLinearSolution(x, residuals, [1] * len(b), verdicts)
 

@@ -164,6 +164,14 @@ class LinearBatch:
                 "or use parametrization='log'."
             )
 
+    def metrics(self, params: Tree) -> dict[str, float]:
+        """Refuse: figures of merit are those of one member.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a batch has no metrics of its own: use batch.member(i).metrics(params[i]).")
+
     # What the family gives -------------------------------------------------------------------------------------------
 
     parametrization: str

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel import batches
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.oracles import InnerProblem
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
@@ -206,6 +207,16 @@ class RidgeBatch(LinearBatch, RidgeProblem):
     def moment(self) -> Tensor:
         """``c X'y``, of shape (features,), or (batch, features) for stacked data."""
         return self.scale * (self.train.X @ self.train.y[..., None])[..., 0]
+
+    def solve(self, hparams: Tensor) -> Tensor:
+        """Return the exact inner solutions, of shape (batch, features)."""
+        return torch.stack([self.member(index).solve(u) for index, u in enumerate(hparams)])  # type: ignore[attr-defined]
+
+    def exact_hypergradient(self, hparams: Tensor) -> Tensor:
+        """Return the members' exact hypergradients, stacked."""
+        exact = batches.exact_hypergradient(self, hparams)
+        assert exact is not None
+        return exact
 
     def gram_product(self, v: Tensor) -> Tensor:
         """Return ``c X'X v`` of every member."""
