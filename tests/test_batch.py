@@ -101,6 +101,7 @@ def agree(batch: bl.BatchEstimate, single: list[bl.Estimate], rtol: float = 1e-1
         assert one.verdict.status == alone.verdict.status
         assert one.certificate.inner_steps == alone.certificate.inner_steps
         assert one.certificate.adjoint_steps == alone.certificate.adjoint_steps
+        assert one.cost.counts == alone.cost.counts
         close(one.params, alone.params, rtol)
         close(one.hypergradient, alone.hypergradient, rtol)
         assert one.outer_loss == pytest.approx(alone.outer_loss, rel=1e-12)

@@ -124,6 +124,7 @@ class _Loop:
         self.taken = self.marked = 0
         self.moving = torch.ones(size, dtype=torch.bool, device=like.device)
         self.left, self.first_end = size, self.limit
+        self.broken: dict[int, InnerState] = {}
         blank: list[Counter[str]] = [Counter() for _ in range(size)]
         self.result = BatchRun(self.runner, state, state, 0, [float("nan")] * size, [0] * size, blank, [GOOD] * size)
 
@@ -163,6 +164,9 @@ class _Loop:
                 self._end(self.moving & (residual <= self.tol), residual)
         if self.left:
             self._judge(residual)
+        for index, state in self.broken.items():
+            params = members.with_row(self.state.params, index, state.params)
+            self.state = replace(self.state, params=params)
         self.result.state = self.state
 
     def _judge(self, residual: Tensor) -> None:
@@ -202,11 +206,7 @@ class _Loop:
         for index in self._indices(mask):
             run = self._replayed(index)
             self._record(index, run.residual, run.steps, run.verdict)
-            self.state = replace(
-                self.state,
-                params=members.with_row(self.state.params, index, run.state.params),
-                memory=members.with_row(self.state.memory, index, run.state.memory),
-            )
+            self.broken[index] = run.state
         self._stand(mask)
 
     def _replayed(self, index: int) -> InnerRun:

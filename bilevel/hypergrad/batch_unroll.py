@@ -66,16 +66,20 @@ def reverse(
         verdicts = [GOOD] * len(tails)
         moving: Variables = (cotangent, tree.zeros_like(run.state.memory))
         total = tree.zeros_like(hparams)
+        counts: list[Counter[str]] = [Counter() for _ in tails]
         cuts = sorted({t for pair in ends.values() for t in pair})
         try:
             for low, high in zip(reversed(cuts[:-1]), reversed(cuts[1:]), strict=True):
                 swept = [ends.get(index, (low, high)) for index in range(len(tails))]
                 mask = torch.tensor([start <= low and high <= end for start, end in swept], device=run.usable.device)
+                before = Counter(inner.counts)
                 moving, part = _sweep(inner, run.solver, kept.between(low, high), moving, mask)
                 total = tree.add(total, part)
+                for count, swept_here in zip(counts, mask.cpu(), strict=True):
+                    count.update(inner.counts - before if bool(swept_here) else ())
         except StepFailure as failure:
             verdicts = [failure.verdict] * len(tails)
-        return BatchPullback(total, tails, [Counter(vjp=tail) for tail in tails], verdicts)
+        return BatchPullback(total, tails, counts, verdicts)
 
     return batch_solution(solver, run, pullback)
 
