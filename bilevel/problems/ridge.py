@@ -201,12 +201,21 @@ class RidgeBatch(LinearBatch, RidgeProblem):
     @cached_property
     def gram(self) -> Tensor:
         """``c X'X``, of shape (features, features), or (batch, features, features) for stacked data."""
+        if self.train.X.dim() == 2:
+            # Kept by the problem whose data are shared, also for the next batch of it.
+            return self._shared.gram
         return self.scale * (self.train.X @ self.train.X.mT)
 
     @cached_property
     def moment(self) -> Tensor:
         """``c X'y``, of shape (features,), or (batch, features) for stacked data."""
+        if self.train.X.dim() == 2:
+            return self._shared.moment
         return self.scale * (self.train.X @ self.train.y[..., None])[..., 0]
+
+    @property
+    def _shared(self) -> Any:
+        return self.member(0)
 
     def solve(self, hparams: Tensor) -> Tensor:
         """Return the exact inner solutions, of shape (batch, features)."""
