@@ -115,9 +115,10 @@ class BilevelProblem:
         x, u = tree.leaves(params), tree.leaves(hparams)
         with torch.enable_grad():
             value = self.outer_loss(params, hparams)
+            total = value if self.batch is None else value.sum()
         if not value.requires_grad:
             return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
-        both = torch.autograd.grad(value.sum(), x + u, materialize_grads=True)
+        both = torch.autograd.grad(total, x + u, materialize_grads=True)
         return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
