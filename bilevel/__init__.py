@@ -10,6 +10,7 @@ from bilevel import problems as problems
 from bilevel import theory as theory
 from bilevel import threads as threads
 from bilevel import tree as tree
+from bilevel.base import BatchEstimate as BatchEstimate
 from bilevel.base import Carry as Carry
 from bilevel.base import Certificate as Certificate
 from bilevel.base import Estimate as Estimate
@@ -20,6 +21,9 @@ from bilevel.base import LinearSolution as LinearSolution
 from bilevel.base import LinearSolver as LinearSolver
 from bilevel.base import Pullback as Pullback
 from bilevel.base import Solution as Solution
+from bilevel.batch_outer import BatchOuterOptimizer as BatchOuterOptimizer
+from bilevel.batch_outer import BatchOuterResult as BatchOuterResult
+from bilevel.batches import stack as stack
 from bilevel.check import check_hypergradient as check_hypergradient
 from bilevel.hypergrad import ClosedForm as ClosedForm
 from bilevel.hypergrad import FiniteDifference as FiniteDifference

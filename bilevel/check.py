@@ -78,11 +78,18 @@ def check_hypergradient(
     Returns:
         A `CheckReport`; printing it shows which component is off.
 
+    Raises:
+        ValueError: for a batch.
+
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
     >>> check_hypergradient(problem, GradientDescent(), Implicit(), torch.zeros(2, dtype=torch.float64)).ok
     True
     """
+    if problem.batch is not None:
+        raise ValueError(
+            f"`check_hypergradient` takes one problem, got a batch of {problem.batch}: check batch.member(i)."
+        )
     dtype = tree.leaves(hparams)[0].dtype
     allowed = rtol if rtol is not None else (1e-4 if dtype == torch.float64 else 1e-2)
     estimate = hypergradient(problem, solver, estimator, hparams, params, on_failure="return")

@@ -195,3 +195,45 @@ def _in_blocks(
                 return run
             run.advance(iterate, along, squared, None if precondition is None else measured, size)
     return run
+
+
+def conjugate_gradients_of_rows(
+    matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, goals: Tensor, limit: int, every: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run CG on independent systems side by side; a row that has reached its goal stands still.
+
+    Args:
+        matvec: a symmetric operator for each row, on matrices of shape (rows, size).
+        x: starts.
+        r: their residuals.
+        goals: squared residual norms at which rows end.
+        limit: most steps.
+        every: steps between two looks at whether any row still moves.
+
+    Returns:
+        (last iterates, steps of each row, the last curvature of each row; one that is not positive ended it).
+
+    >>> A, b = torch.tensor([[[2.0]], [[4.0]]]), torch.tensor([[2.0], [2.0]])
+    >>> conjugate_gradients_of_rows(lambda v: (A @ v[..., None])[..., 0], 0 * b, b, torch.zeros(2), 5, 1)[0]
+    tensor([[1.0000],
+            [0.5000]])
+    """
+    p, rr = r, torch.linalg.vecdot(r, r)
+    curvature, steps = torch.ones_like(rr), torch.zeros_like(rr, dtype=torch.int64)
+    for step in range(limit):
+        moving = (rr > goals) & (curvature > 0)
+        if step % every == 0 and not bool(moving.any()):
+            break
+        product = matvec(p)
+        energy = torch.linalg.vecdot(p, product)
+        curvature = torch.where(moving, energy / torch.linalg.vecdot(p, p), curvature)
+        moving = moving & (curvature > 0)
+        length = torch.where(moving, rr / energy, 0.0)[:, None]
+        still = ~moving[:, None]
+        # A row that broke may hold NaN, which a length of zero would not keep out.
+        x = torch.where(still, x, torch.addcmul(x, length, p))
+        r = torch.where(still, r, torch.addcmul(r, -length, product))
+        before, rr = rr, torch.linalg.vecdot(r, r)
+        p = torch.where(still, p, torch.addcmul(r, (rr / before)[:, None], p))
+        steps = steps + moving
+    return x, steps, curvature

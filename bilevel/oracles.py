@@ -15,7 +15,7 @@ For a problem stated by an optimality map (``optimality=``) read that map for ``
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import members, tree
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.sums import ProductSum
 from bilevel.tree import Tree
@@ -97,7 +97,13 @@ class Linearization:
         return self._hvp_vjp(v, w)
 
     def dense_hessian(self) -> Tensor:
-        """Return H as a matrix of shape (size, size) in the order of `Raveler`; the default takes `size` HVPs."""
+        """Return H as a matrix of shape (size, size) in the order of `Raveler`; the default takes `size` HVPs.
+
+        For a batch, the matrices of all members: (batch, size, size).
+        """
+        if self.inner.problem.batch is not None:
+            rows = members.Raveler(self.params)
+            return torch.stack([rows.ravel(self.hvp(unit)) for unit in rows.units()], dim=1)
         raveler = tree.Raveler(self.params)
         (like, *_) = tree.leaves(self.params)
         identity = torch.eye(raveler.size, dtype=like.dtype, device=like.device)
@@ -214,6 +220,7 @@ class InnerProblem:
         self.problem: Any = problem
         self.hparams = tree.detach(hparams)
         self.counts: Counter[str] = Counter() if counts is None else counts
+        self.alone: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._last: tuple[Tree, Tree] | None = None
         self._last_value: tuple[Tree, Tensor] | None = None
 
@@ -260,6 +267,11 @@ class InnerProblem:
         point = self.linearize(params)
         raveler = tree.Raveler(params)
         return lanczos(lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), raveler.ravel(params))
+
+    def member(self, index: int) -> InnerProblem:
+        """Return one member of a batch as an inner problem of its own, whose calls go to ``alone[index]``."""
+        inner: InnerProblem = self.problem.member(index).bind(members.row(self.hparams, index), self.alone[index])
+        return inner
 
     def differentiable(self, hparams: Tree, graph: bool = False) -> DifferentiableInner:
         """Return this problem with a gradient that autograd can differentiate.

@@ -18,8 +18,9 @@ from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, Inner
 from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.arguments import check_roles
+from bilevel.inputs import check_tensors
 from bilevel.outer_checks import check_callbacks, check_makers, check_state, check_steps
-from bilevel.problem import BilevelProblem, check_tensors
+from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, report
 from bilevel.tree import Tree
 
@@ -95,6 +96,27 @@ def steps_without_progress(losses: Iterable[float], min_progress: float) -> int:
     return waited
 
 
+@dataclass(frozen=True)
+class StoppingRules:
+    """When a run ends; a function of its history alone. The attributes are the options of `OuterOptimizer.run`."""
+
+    budget: float | None
+    tol: float | None
+    patience: int | None
+    min_progress: float
+
+    def reason(self, history: Sequence[Record]) -> str:
+        """Return why a run with this history ends, or an empty string."""
+        if self.tol is not None and history and history[-1].hypergradient_norm <= self.tol:
+            return f"the hypergradient norm reached {self.tol:g}"
+        waited = steps_without_progress((record.outer_loss for record in history), self.min_progress)
+        if self.patience is not None and waited >= self.patience:
+            return f"no progress for {self.patience} steps"
+        if self.budget is not None and sum(record.gradient_equivalents for record in history) >= self.budget:
+            return f"the budget of {self.budget:g} gradient-equivalents is used"
+        return ""
+
+
 class OuterOptimizer:
     """The outer loop: hypergradient, optimizer step, warm start.
 
@@ -115,6 +137,8 @@ class OuterOptimizer:
         certify: estimate the error of every hypergradient; costs a refinement round each.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
+        batch: number of members whose hyperparameters are tuned side by side, each with its own history and its own
+            end: the object is then a `BatchOuterOptimizer`. A problem that is a batch already needs none.
 
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -126,6 +150,16 @@ class OuterOptimizer:
     >>> [record.step for record in result.history]
     [1, 2, 3, 4, 5]
     """
+
+    def __new__(
+        cls, problem: BilevelProblem | None = None, *args: Any, batch: int | None = None, **options: Any
+    ) -> OuterOptimizer:
+        """Choose the class of the loop: one problem, or a batch."""
+        if cls is OuterOptimizer and (batch is not None or getattr(problem, "batch", None) is not None):
+            from bilevel.batch_outer import BatchOuterOptimizer
+
+            cls = BatchOuterOptimizer
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -142,6 +176,7 @@ class OuterOptimizer:
         certify: bool = False,
         on_failure: OnFailure = "raise",
         callbacks: Sequence[Callback] = (),
+        batch: int | None = None,
     ) -> None:
         if on_failure not in ("raise", "warn", "return"):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
@@ -219,7 +254,7 @@ class OuterOptimizer:
                 estimate.carry.adjoint if self.warm_start.adjoint else None,
                 estimate.carry.solver,
             )
-        self.history.append(_record(len(self.history) + 1, estimate))
+        self.history.append(record_of(len(self.history) + 1, estimate))
         return estimate
 
     def _move(self, gradient: Tree, loss: float) -> None:
@@ -287,6 +322,7 @@ class OuterOptimizer:
         """
         check_steps(steps)
         stopped = f"took {steps} steps"
+        rules = StoppingRules(budget, tol, patience, min_progress)
         with tqdm(total=steps, disable=not progress, unit="step") as line:
             for _ in range(steps):
                 estimate = self.step()
@@ -294,28 +330,14 @@ class OuterOptimizer:
                 line.update()
                 # A list, so that every callback is called.
                 asked = [callback(self, estimate) for callback in self.callbacks]
-                waited = steps_without_progress([record.outer_loss for record in self.history], min_progress)
-                reason = self._reason(estimate, budget, tol, patience, waited)
+                failed = "" if estimate.status.usable else f"a hypergradient failed: {estimate.verdict}"
+                reason = failed or rules.reason(self.history)
                 if any(answer is True for answer in asked):
                     reason = "a callback asked to stop"
                 if reason:
                     stopped = reason
                     break
         return OuterResult(self.hparams, self.best[1], self.best[0], tuple(self.history), stopped)
-
-    def _reason(
-        self, estimate: Estimate, budget: float | None, tol: float | None, patience: int | None, waited: int
-    ) -> str:
-        """Return why to stop, or an empty string."""
-        if not estimate.status.usable:
-            return f"a hypergradient failed: {estimate.verdict}"
-        if tol is not None and self.history[-1].hypergradient_norm <= tol:
-            return f"the hypergradient norm reached {tol:g}"
-        if patience is not None and waited >= patience:
-            return f"no progress for {patience} steps"
-        if budget is not None and self.gradient_equivalents >= budget:
-            return f"the budget of {budget:g} gradient-equivalents is used"
-        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.
@@ -340,7 +362,7 @@ class OuterOptimizer:
             },
             "adjoint": self.carry.adjoint,
             "solver": type(self.solver).__name__,
-            "history": [asdict(record) for record in self.history],
+            "history": self._saved_history(),
             "best_loss": self.best[0],
             "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
             "rng": torch.get_rng_state(),
@@ -362,7 +384,7 @@ class OuterOptimizer:
         self._hparams = tree.rebuild(self._hparams, [value.clone() for value in state["hparams"]])
         inner = state["inner_state"]
         self.carry = Carry(None if inner is None else InnerState(**inner), state["adjoint"], type(self.solver).__name__)
-        self.history = [Record(**record) for record in state["history"]]
+        self._load_history(state["history"])
         best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
         self.best = (state["best_loss"], best)
         # Back on the CPU, where `torch.load(map_location="cuda")` may have taken them from.
@@ -371,14 +393,15 @@ class OuterOptimizer:
         for index, value in enumerate(state.get("cuda_rng", ())[:known]):
             torch.cuda.set_rng_state(value.cpu(), index)
 
+    def _saved_history(self) -> list[Any]:
+        return [asdict(record) for record in self.history]
 
-def _cuda_generators() -> list[Tensor]:
-    """Return one state for each CUDA device; none where CUDA was not used, which asking would start."""
-    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if used else []
+    def _load_history(self, saved: Sequence[Any]) -> None:
+        self.history = [Record(**record) for record in saved]
 
 
-def _record(step: int, estimate: Estimate) -> Record:
+def record_of(step: int, estimate: Estimate) -> Record:
+    """Return an outer step as numbers."""
     c = estimate.certificate
     return Record(
         step=step,
@@ -403,3 +426,9 @@ def _postfix(record: Record) -> str:
         f"loss {record.outer_loss:.5g}, |hypergradient| {record.hypergradient_norm:.2e}, "
         f"inner residual {record.inner_residual:.1e}, error {error}"
     )
+
+
+def _cuda_generators() -> list[Tensor]:
+    """Return one state for each CUDA device; none where CUDA was not used, which asking would start."""
+    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if used else []

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from bilevel import tree
+from bilevel import batches, members, tree
+from bilevel.inputs import check_scalar, check_tensors, check_trees
 from bilevel.modules import functional_model
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
@@ -24,7 +24,8 @@ from bilevel.spectral import Eigenbasis
 from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
 
-Loss: TypeAlias = Callable[[Tree, Tree], Tensor]
+Loss: TypeAlias = Callable[..., Tensor]
+"""``(params, hparams) -> scalar``, or ``(params, hparams, data) -> scalar``."""
 
 
 class BilevelProblem:
@@ -47,6 +48,8 @@ class BilevelProblem:
             ``params - update(params, hparams)`` or a KKT residual; it returns a tree shaped as params. Its Jacobian
             need not be symmetric: use GMRES for implicit differentiation.
         sampler: the batches of the inner steps, such as ``MiniBatches((X, y), batch_size=64)``.
+        data: a tree of tensors that the functions are then given as a third argument,
+            ``loss(params, hparams, data)``: what differs between the problems of a batch.
 
     Raises:
         ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes its arguments,
@@ -72,10 +75,13 @@ class BilevelProblem:
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None
     sampler: Sampler | None = None
-    batch: Tree = ()
-    """The batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
+    minibatch: Tree = ()
+    """The mini-batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
     traces: Traces | None = None
     """The traced oracles of a problem that `traced` made."""
+    batch: int | None = None
+    """Number of members where this is a batch (see `batched`), else None."""
+    data: Tree = None
 
     def __init__(
         self,
@@ -83,25 +89,30 @@ class BilevelProblem:
         outer_loss: Loss | None = None,
         params: Tree = None,
         *,
-        optimality: Callable[[Tree, Tree], Tree] | None = None,
+        optimality: Callable[..., Tree] | None = None,
         sampler: Sampler | None = None,
+        data: Tree = None,
     ) -> None:
-        batched = () if sampler is None else ("batch",)
+        if sampler is not None and data is not None:
+            raise ValueError("give `data` or a `sampler`, not both: each is the third argument of the inner loss.")
+        given = () if data is None else ("data",)
         for what, function, more in (
-            ("inner_loss", inner_loss, batched),
-            ("outer_loss", outer_loss, ()),
-            ("optimality", optimality, ()),
+            ("inner_loss", inner_loss, given if sampler is None else ("batch",)),
+            ("outer_loss", outer_loss, given),
+            ("optimality", optimality, given),
         ):
             if function is not None:
                 require_arguments(what, function, "params", "hparams", *more)
         if params is not None:
             check_tensors("params", params)
         # Structured problems define the losses as methods and pass none.
-        if inner_loss is not None:
-            self.inner_loss = inner_loss
-        if outer_loss is not None:
-            self.outer_loss = outer_loss
-        self.optimality = optimality
+        self.functions = (inner_loss, outer_loss, optimality)
+        self.data = data
+        inner, outer, self.optimality = (batches.with_data(function, data) for function in self.functions)
+        if inner is not None:
+            self.inner_loss = inner
+        if outer is not None:
+            self.outer_loss = outer
         if (getattr(self, "inner_loss", None) is None) == (optimality is None):
             raise ValueError("a BilevelProblem needs exactly one of `inner_loss` and `optimality`.")
         if not callable(getattr(self, "outer_loss", None)):
@@ -114,7 +125,7 @@ class BilevelProblem:
                     "with a method `full()`, such as MiniBatches((X, y), batch_size=64)."
                 )
             self.sampler, self._loss_of_batch = sampler, inner_loss
-            self.batch, self.inner_loss = sampler.full(), _on_batch(inner_loss, sampler.full())
+            self.minibatch, self.inner_loss = sampler.full(), _on_batch(inner_loss, sampler.full())
 
     @property
     def symmetric(self) -> bool:
@@ -135,7 +146,7 @@ class BilevelProblem:
         if self.sampler is None:
             return self
         view = copy.copy(self)
-        view.batch, view.inner_loss = batch, _on_batch(self._loss_of_batch, batch)
+        view.minibatch, view.inner_loss = batch, _on_batch(self._loss_of_batch, batch)
         return view
 
     def traced(self, mode: str = "fx") -> BilevelProblem:
@@ -165,19 +176,20 @@ class BilevelProblem:
         )
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
-        """Return the outer loss and its partial gradients with respect to `params` and `hparams`."""
+        """Return the outer loss, of shape () or (batch,), and its partial gradients by `params` and `hparams`."""
         params, hparams = tree.attach(params), tree.attach(hparams)
         x, u = tree.leaves(params), tree.leaves(hparams)
         with torch.enable_grad():
             value = self.outer_loss(params, hparams)
+            total = value if self.batch is None else value.sum()
         if not value.requires_grad:
             return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
-        both = torch.autograd.grad(value, x + u, materialize_grads=True)
+        both = torch.autograd.grad(total, x + u, materialize_grads=True)
         return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
-        return None
+        return None if self.batch is None else batches.exact_hypergradient(self, hparams)
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of a quadratic inner loss whose Hessian is ``A + s(u) I``, else None (the default).
@@ -201,7 +213,7 @@ class BilevelProblem:
         if params is None:
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
         check_tensors("params", params)
-        return tree.detach(params)
+        return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
 
     def check(self, params: Tree, hparams: Tree) -> None:
         """Look at everything that can be known before the work starts.
@@ -214,12 +226,14 @@ class BilevelProblem:
             ValueError: one sentence for trees that do not fit, losses that are not finite scalars, and hyperparameters
                 without influence on the inner problem.
         """
+        if self.batch is not None:
+            return batches.check(self, params, hparams)
         check_trees(params, hparams)
         params, hparams = tree.attach(params), tree.attach(hparams)
         with torch.enable_grad():
             if self.optimality is None:
-                _check_scalar("inner_loss", self.inner_loss, params, hparams)
-            outer = _check_scalar("outer_loss", self.outer_loss, params, hparams)
+                check_scalar("inner_loss", self.inner_loss, params, hparams)
+            outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
             gradient = self.gradient_graph(params, hparams)
         self._check_influence(gradient, outer, hparams)
 
@@ -237,6 +251,80 @@ class BilevelProblem:
                     f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
                     "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"
                 )
+
+    def batched(self, size: int, data: Tree = None) -> BilevelProblem:
+        """Return a problem of `size` members side by side.
+
+        Params and hparams get a leading dimension; the losses are vectorised by ``torch.func.vmap``. Problems with
+        structure keep their closed forms.
+
+        Args:
+            size: number of members.
+            data: a tree with `size` rows in every leaf, one for each member: the losses are called as
+                ``loss(params, hparams, data)``. Default: this problem's own data for all.
+
+        Raises:
+            ValueError: for a size that is no positive int, data without as many rows, and a problem that is a batch.
+
+        >>> problem = BilevelProblem(
+        ...     lambda w, penalty, y: ((w - y) ** 2).mean() + penalty * w**2,
+        ...     lambda w, penalty, y: (w - y.mean()) ** 2,
+        ...     params=torch.tensor(0.0),
+        ...     data=torch.tensor([1.0, 3.0]),
+        ... )
+        >>> batch = problem.batched(2, data=torch.tensor([[1.0, 3.0], [0.0, 2.0]]))
+        >>> batch.bind(torch.ones(2)).grad(batch.start())
+        tensor([-4., -2.])
+        """
+        batches.check_size(size)
+        if self.batch is not None:
+            raise ValueError(f"this problem is a batch of {self.batch} already.")
+        if self.sampler is not None:
+            raise ValueError("a problem with a sampler does not run in batches: give its data by `data=` instead.")
+        single: list[BilevelProblem]
+        if data is None:
+            single = [self] * size
+            functions = (getattr(self, "inner_loss", None), self.outer_loss, self.optimality)
+        else:
+            members.check_rows("data", data, size)
+            functions = self.functions  # type: ignore[assignment]
+            single = [
+                BilevelProblem(*functions[:2], self.params, optimality=functions[2], data=batches.row_of(data, index))
+                for index in range(size)
+            ]
+        inner, outer, optimality = (batches.for_members(function, data) for function in functions)
+        params = None if self.params is None else members.expand(self.params, size)
+        return BilevelProblem(batches.summed(inner), outer, params, optimality=optimality).as_batch(single)
+
+    def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them.
+
+        Args:
+            problems: problems of the same kind, this one first.
+
+        Raises:
+            ValueError: for problems that differ in more than values of their data.
+        """
+        for index, problem in enumerate(problems):
+            if problem.data is None:
+                raise ValueError(
+                    f"`stack` needs the data of problem {index}: make it by BilevelProblem(..., data=tree) "
+                    "with losses of (params, hparams, data)."
+                )
+            if problem.functions != self.functions:
+                raise ValueError(f"`stack` takes problems that share their functions, but problem {index} has others.")
+        batch = self.batched(len(problems), batches.stacked_trees("data", [problem.data for problem in problems]))
+        batch.params = batches.stacked_trees("params", [problem.start() for problem in problems])
+        return batch.as_batch(problems)
+
+    def as_batch(self, single: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Declare this problem the batch of the given members, and return it."""
+        self.batch, self._single = len(single), tuple(single)
+        return self
+
+    def member(self, index: int) -> BilevelProblem:
+        """Return one member of a batch as a problem of its own."""
+        return self._single[index]
 
     @classmethod
     def from_fixed_point(
@@ -315,84 +403,3 @@ def _on_batch(loss: Callable[[Tree, Tree, Tree], Tensor], batch: Tree) -> Loss:
         return loss(params, hparams, batch)
 
     return at
-
-
-def check_trees(params: Tree, hparams: Tree) -> None:
-    """Refuse trees that cannot be worked on.
-
-    Args:
-        params: inner variable.
-        hparams: outer variable.
-
-    Raises:
-        ValueError: one sentence for leaves that are no tensors, empty or not floating, NaN or infinite values, and for
-            dtypes or devices that differ.
-    """
-    found = []
-    for what, value in (("params", params), ("hparams", hparams)):
-        check_tensors(what, value)
-        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
-            if not leaf.is_floating_point():
-                raise ValueError(f"`{what}{name}` must have a floating dtype, got {leaf.dtype}.")
-            if leaf.numel() == 0:
-                raise ValueError(f"`{what}{name}` is empty, of shape {tuple(leaf.shape)}.")
-            found.append((what, name, leaf))
-    dtype, device = found[0][2].dtype, found[0][2].device
-    for what, name, leaf in found:
-        if leaf.dtype != dtype or leaf.device != device:
-            raise ValueError(
-                f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {dtype} on {device}: "
-                "params and hparams must share dtype and device."
-            )
-    for what, name, leaf in found:
-        if leaf.is_meta:
-            raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
-        if not tree.is_finite(leaf):
-            raise ValueError(f"`{what}{name}` holds NaN or infinite values.")
-
-
-def check_tensors(what: str, value: Tree) -> None:
-    """Refuse a tree whose leaves are not tensors, or that has none.
-
-    Args:
-        what: how messages call the tree.
-        value: the tree.
-
-    Raises:
-        ValueError: in one sentence.
-    """
-    found = tree.leaves(value)
-    if not found:
-        raise ValueError(f"`{what}` holds no tensors.")
-    # Every outer step comes here; the names take longer than the look.
-    if all(isinstance(leaf, Tensor) for leaf in found):
-        return
-    for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
-        if not isinstance(leaf, Tensor):
-            remedy = ": torch.as_tensor makes one" if hasattr(leaf, "__array__") or isinstance(leaf, Real) else ""
-            raise ValueError(f"`{what}{name}` must be a Tensor, got {type(leaf).__name__}{remedy}.")
-
-
-def _check_scalar(what: str, loss: Loss, params: Tree, hparams: Tree) -> Tensor:
-    """Evaluate a loss at the start and refuse what is no finite scalar Tensor."""
-    try:
-        value = loss(params, hparams)
-    except RuntimeError as error:
-        first = tree.leaves(params)[0]
-        raise ValueError(
-            f"`{what}` fails at the start, with params of {first.dtype} on {first.device}: {error} "
-            "(do its data have the same dtype and device, and shapes that fit?)"
-        ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.dim() != 0:
-        got = f"a Tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"`{what}` must return a scalar Tensor (shape ()), got {got}.")
-    if not torch.isfinite(value):
-        raise ValueError(f"`{what}` is {float(value.detach())} at the start: are there NaN in the data or the start?")
-    unused = not value.requires_grad
-    if what == "inner_loss" and not unused:
-        by_params = torch.autograd.grad(value, tree.leaves(params), retain_graph=True, allow_unused=True)
-        unused = all(part is None for part in by_params)
-    if unused:
-        of = "`params`" if what == "inner_loss" else "`params` nor on `hparams`"
-        raise ValueError(f"`{what}` does not depend on {of}: is the computation detached?")
-    return value

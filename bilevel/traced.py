@@ -117,7 +117,7 @@ class Traces:
         Returns:
             The oracle's list of tensors.
         """
-        arguments = (*trees, problem.batch)
+        arguments = (*trees, problem.minibatch)
         key = (oracle, _signature(arguments))
         with torch.no_grad():
             if key not in self._made:

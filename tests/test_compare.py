@@ -37,9 +37,11 @@ from bilevel.compare import (
     draw_figures,
     tables,
 )
+from bilevel.compare.batched import run_group
 from bilevel.compare.cells import run_cell
 from bilevel.config import load_plan
 from bilevel.outer import OuterOptimizer
+from bilevel.problems import RidgeProblem
 
 CONFIG: dict[str, Any] = {
     "name": "tiny",
@@ -382,6 +384,7 @@ import sys, time
 from bilevel.cli import main
 from bilevel.compare import cells
 from bilevel.outer import OuterOptimizer
+from bilevel.problems import RidgeProblem
 step, cells.SAVE_EVERY = OuterOptimizer.step, 0.0
 def slow(self):
     time.sleep(0.1)
@@ -389,3 +392,95 @@ def slow(self):
 OuterOptimizer.step = slow
 sys.exit(main(["compare", sys.argv[1], "--out", sys.argv[2], "--device", "cpu"]))
 """
+
+
+# Seeds as one batch ---------------------------------------------------------------------------------------------------
+
+
+def close_to(value: Any, other: Any) -> bool:
+    """Equal, floats up to 1e-10 (errors and residuals, which are rounding, up to 1e-7)."""
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(close_to(value[key], other[key]) for key in value)
+    if isinstance(value, list):
+        return len(value) == len(other) and all(map(close_to, value, other))
+    if isinstance(value, float) and isinstance(other, float):
+        return value == pytest.approx(other, rel=1e-10, abs=1e-7)
+    return bool(value == other)
+
+
+@pytest.mark.parametrize("changes", [{"budget": 900.0}, {"outer": {"lr": 0.3, "steps": 6, "tol": 0.02}}], ids=str)
+def test_seeds_of_a_batch_end_where_single_runs_end(changes: dict[str, Any], tmp_path: Path) -> None:
+    for batch in ("auto", False):
+        run(plan_of(tmp_path, batch=batch, **changes), tmp_path / str(batch))
+    summary, rows = results(tmp_path / "auto")
+    expected_summary, expected_rows = results(tmp_path / "False")
+    assert len(rows) == len(expected_rows)
+    assert all(map(close_to, rows, expected_rows))
+    assert close_to(summary, expected_summary)
+
+
+def test_seeds_run_as_one_batch_give_the_rows_of_single_runs(undisturbed: Path, tmp_path: Path) -> None:
+    done = run(plan_of(tmp_path, batch="auto"), tmp_path / "out")
+    summary, rows = results(tmp_path / "out")
+    expected_summary, expected_rows = results(undisturbed)
+    assert close_to(rows, expected_rows)
+    assert close_to(summary, expected_summary)
+    assert {row["seconds_shared_by"] for row in done.rows} == {2}
+    assert "(share)" in tables(done.summary)
+    for row, other in zip(rows, expected_rows, strict=True):
+        assert row["outer_loss"] == pytest.approx(other["outer_loss"], rel=1e-10)
+        assert row["hypergradient_norm"] == pytest.approx(other["hypergradient_norm"], rel=1e-9)
+        assert row["counts"] == other["counts"]
+
+
+def test_a_batched_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    plan = plan_of(tmp_path, batch="auto", outer={"optimizer": "Adam", "lr": 0.3, "steps": 6})
+    run(plan, whole)
+    folder = RunFolder(half, plan.config)
+    folder.prepare()
+    group = [cell for cell in plan.cells if (cell.problem, cell.estimator) == ("logistic", "implicit")]
+    stopped = run_group(plan, group, folder, lambda row: folder.stop_file.touch() if row["step"] == 3 else None)
+    assert [len(each.rows) for each in stopped] == [3, 3]
+    assert not any(each.done for each in stopped)
+    run(plan, half)
+    assert results(half) == results(whole)
+
+
+def test_a_cell_of_a_stopped_batch_can_go_on_alone(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, batch="auto")
+    folder = RunFolder(tmp_path / "out", plan.config)
+    folder.prepare()
+    group = plan.cells[:2]
+    run_group(plan, group, folder, lambda row: folder.stop_file.touch() if row["step"] == 2 else None)
+    folder.stop_file.unlink()
+    alone = run_cell(plan, group[1], folder)
+    other = RunFolder(tmp_path / "other", plan.config)
+    other.prepare()
+    whole = run_cell(plan, group[1], other)
+    assert close_to(without_measurements(alone.rows), without_measurements(whole.rows))
+    assert alone.done
+
+
+def test_what_runs_no_batches_runs_one_by_one(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, batch="auto", solver={"class": "Newton"})
+    done = run(plan, tmp_path / "out")
+    assert not done.interrupted
+    assert {row["seconds_shared_by"] for row in done.rows} == {1}
+
+
+def test_one_failing_seed_of_a_batch_is_its_own_failure(tmp_path: Path) -> None:
+    def ridge(seed: int) -> Setup:
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(20, 3, generator=generator, dtype=torch.float64) * (40.0 if seed == 1 else 1.0)
+        problem = RidgeProblem(X[:12], X[:12, 0], X[12:], X[12:, 0])
+        return Setup(problem, problem.initial_hparams(-1.0))
+
+    solver, outer = GradientDescent(step_size=0.2, steps=300), OuterOptions(steps=3)
+    options = {"a": Implicit()}
+    plan = Plan("ridge", {"ridge": ridge}, solver, options, outer, (0, 1, 2), None, {"a": 1}, batch=True)
+    done = run(plan, tmp_path / "out")
+    assert [each.failed for each in done.runs] == [False, True, False]
+    alone = run(replace(plan, batch=False), tmp_path / "alone")
+    for row, other in zip(done.rows, alone.rows, strict=True):
+        assert close_to(without_measurements(row), without_measurements(other))

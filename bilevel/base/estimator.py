@@ -5,14 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from bilevel import tree
 from bilevel.base.inner_solver import InnerSolver, InnerState
 from bilevel.cost import Cost, Meter
+from bilevel.options import describe
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, Status, Verdict
 from bilevel.tree import Tree
+
+if TYPE_CHECKING:
+    from bilevel.base.batch import BatchSolution
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,19 @@ class HypergradEstimator(ABC):
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a combination that the estimator does not cover, with one sentence (ValueError); default: accept."""
         return
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Run the inner solver for all members of a batch; the arguments are those of `solve`, stacked.
+
+        Raises:
+            ValueError: for an estimator that does not run batches.
+        """
+        raise ValueError(
+            f"{describe(self)} does not run batches: use FullUnroll(), TruncatedUnroll(tail=N), Implicit(CG()) or "
+            "Implicit(Direct())."
+        )
 
     @abstractmethod
     def solve(

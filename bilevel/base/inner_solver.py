@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,8 +27,9 @@ class InnerState:
         params: the iterate.
         memory: further vectors that the next step needs (previous iterate, moments): a tree, differentiated together
             with `params`.
-        steps: steps taken since `init`.
-        measured: numbers measured for this solve (step size, largest curvature): constants of the differentiation.
+        steps: steps taken since `init`; of a batch whose members took different numbers, a tensor of shape (members,).
+        measured: numbers measured for this solve (step size, largest curvature): constants of the differentiation. Of a
+            batch, tuples of them.
         kept: curvature to use again in later solves, a tree of tensors that a checkpoint stores.
         point: the linearization at `params`, where the solver has one, so that the next solve need not take its data
             pass again; a checkpoint leaves it out.
@@ -37,14 +38,14 @@ class InnerState:
 
     params: Tree
     memory: Tree = ()
-    steps: int = 0
-    measured: Mapping[str, float] = field(default_factory=dict)
+    steps: Any = 0
+    measured: Mapping[str, Any] = field(default_factory=dict)
     kept: Tree = None
     point: Linearization | None = field(default=None, repr=False, compare=False)
-    earlier: int = 0
+    earlier: Any = 0
 
     @property
-    def index(self) -> int:
+    def index(self) -> Any:
         """The index of the next step in the whole run, warm starts included: it decides which batch the step sees."""
         return self.earlier + self.steps
 
@@ -77,6 +78,8 @@ class InnerSolver(ABC):
     default_max_steps = 100_000
     check_every_on_cpu = 1
     """Steps between two looks at the residual; 1 where the next step needs the same gradient anyway."""
+    memberwise = False
+    """Whether `step` works on a batch: it treats rows alike and mixes none (no sum or norm over a whole tree)."""
 
     def __post_init__(self) -> None:
         require(self, "steps", "a positive int or None", self.steps is None or is_int(self.steps))
@@ -108,6 +111,10 @@ class InnerSolver(ABC):
         The default goes on with the iterate, the memory and the step count, and renews what `init` measures.
         """
         return replace(state, measured=self.init(inner, state.params).measured)
+
+    def for_members(self, state: InnerState) -> InnerSolver:
+        """Return the solver that takes the steps of a batch; itself, unless measured numbers differ by member."""
+        return self
 
     def max_step_size(self, state: InnerState, curvature: float) -> float | None:
         """Return the largest stable step size for a given largest curvature, or None where no rule is known."""

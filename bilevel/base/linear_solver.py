@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import members, tree
 from bilevel.options import default_tolerance
 from bilevel.status import GOOD, Verdict
 from bilevel.tree import Tree
@@ -59,6 +59,59 @@ class LinearSystem:
         if self.x0 is None:
             return torch.zeros_like(self.b), self.b
         return self.x0, self.b - self.matvec(self.x0)
+
+
+@dataclass(frozen=True)
+class BatchLinearSolution:
+    """Solutions of ``A_i x_i = b_i`` with their evidence, an entry for each member.
+
+    Attributes:
+        x: the last iterates, stacked.
+        residuals: ``|b_i - A_i x_i| / |b_i|``, computed from the returned x.
+        steps: iterations.
+        verdicts: statuses.
+    """
+
+    x: Tree
+    residuals: Sequence[float]
+    steps: Sequence[int]
+    verdicts: Sequence[Verdict]
+
+
+@dataclass(frozen=True)
+class BatchLinearSystem:
+    """``A_i x_i = b_i`` on matrices of shape (members, size), as `LinearSolver.solve_rows` gets it.
+
+    Attributes:
+        matvec: rows v_i -> rows A_i v_i.
+        b: right-hand sides; a row may be zero.
+        x0: where to start.
+        tol: relative residual to reach.
+        dense: returns all matrices, of shape (members, size, size).
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    b: Tensor
+    x0: Tensor | None
+    tol: float
+    dense: Callable[[], Tensor]
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Return (x0, b - A x0); a zero start costs no product."""
+        if self.x0 is None:
+            return torch.zeros_like(self.b), self.b
+        return self.x0, self.b - self.matvec(self.x0)
+
+    @property
+    def goals(self) -> Tensor:
+        """Squared residuals to reach, of shape (members,)."""
+        return self.tol**2 * torch.linalg.vecdot(self.b, self.b)
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """Return ``|b_i - A_i x_i| / |b_i|``, and 0 where b_i is zero."""
+        size = torch.linalg.vector_norm(self.b, dim=1)
+        left = torch.linalg.vector_norm(self.b - self.matvec(x), dim=1)
+        return torch.where(size > 0, left / size, 0.0)
 
 
 Matvec: TypeAlias = Callable[[Tree], Tree]
@@ -112,6 +165,41 @@ class LinearSolver(ABC):
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
         solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense, precondition))
         return replace(solution, x=raveler.unravel(solution.x * unit))
+
+    def solve_batch(
+        self, matvec: Matvec, b: Tree, x0: Tree = None, *, dense: Callable[[], Tensor]
+    ) -> BatchLinearSolution:
+        """Solve the systems of all members of a batch.
+
+        Args:
+            matvec: v -> A v for all members, on trees shaped as b.
+            b: right-hand sides, stacked.
+            x0: where to start; zero by default.
+            dense: returns the matrices, of shape (members, size, size).
+
+        Returns:
+            The last iterates, with a residual and a verdict for each member.
+        """
+        raveler = members.Raveler(b)
+        flat = raveler.ravel(b)
+        # As in `solve`: powers of two, one for each member.
+        unit = torch.ldexp(torch.ones_like(flat[:, :1]), torch.frexp(flat.abs().amax(dim=1, keepdim=True)).exponent)
+
+        def product(v: Tensor) -> Tensor:
+            return raveler.ravel(matvec(raveler.unravel(v)))
+
+        start = None if x0 is None else raveler.ravel(x0) / unit
+        tol = getattr(self, "tol", None) or default_tolerance(flat.dtype)
+        solution = self.solve_rows(BatchLinearSystem(product, flat / unit, start, tol, dense))
+        return replace(solution, x=raveler.unravel(solution.x * unit))
+
+    def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
+        """Solve the systems of all members, which are rows.
+
+        Raises:
+            ValueError: for a linear solver that does not run batches.
+        """
+        raise ValueError(f"{type(self).__name__} does not run batches: use CG or Direct.")
 
     @abstractmethod
     def solve_flat(self, system: LinearSystem) -> LinearSolution:

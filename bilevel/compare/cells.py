@@ -15,7 +15,7 @@ from bilevel.base import Estimate
 from bilevel.compare.folder import RunFolder
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
-from bilevel.outer import OuterOptimizer, steps_without_progress
+from bilevel.outer import OuterOptimizer, Record, steps_without_progress
 from bilevel.status import Status
 from bilevel.tree import Tree
 
@@ -114,23 +114,39 @@ def _steps(
     while not folder.stop_file.exists():
         hparams = outer.hparams
         estimate = outer.step()
-        row = _row(run, outer, estimate, setup, hparams)
-        if plan.budget is not None and row["gradient_equivalents_total"] > plan.budget:
-            # The step that does not fit is not part of the run, so that no run uses more than the budget.
-            _end_of_budget(run, row, plan.budget)
-            return
-        if estimate.status.usable and not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows):
-            run.best = tree.Raveler(hparams).ravel(hparams).tolist()
-        run.rows.append(row)
-        run.stopped = stop_reason(plan, run.rows)
-        run.done = bool(run.stopped)
-        if on_row is not None:
+        row = make_row(run, outer.history[-1], estimate, setup, hparams)
+        if take_row(plan, run, row, hparams, estimate.status.usable) and on_row is not None:
             on_row(row)
         if run.done:
             return
         if time.monotonic() - saved >= SAVE_EVERY:
             folder.save(run.cell, run.state(outer))
             saved = time.monotonic()
+
+
+def take_row(plan: Plan, run: CellRun, row: Row, hparams: Tree, usable: bool) -> bool:
+    """Add a row to a run, and end the run where the row says so.
+
+    Args:
+        plan: the comparison.
+        run: the cell.
+        row: what the outer step showed.
+        hparams: where the hypergradient was taken.
+        usable: whether it can be used.
+
+    Returns:
+        Whether the row is part of the run.
+    """
+    if plan.budget is not None and row["gradient_equivalents_total"] > plan.budget:
+        # The step that does not fit is not part of the run, so that no run uses more than the budget.
+        _end_of_budget(run, row, plan.budget)
+        return False
+    if usable and not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows):
+        run.best = tree.Raveler(hparams).ravel(hparams).tolist()
+    run.rows.append(row)
+    run.stopped = stop_reason(plan, run.rows)
+    run.done = bool(run.stopped)
+    return True
 
 
 def _end_of_budget(run: CellRun, row: Row, budget: float) -> None:
@@ -156,9 +172,9 @@ def stop_reason(plan: Plan, rows: list[Row]) -> str:
     return ""
 
 
-def _row(run: CellRun, outer: OuterOptimizer, estimate: Estimate, setup: Setup, hparams: Tree) -> Row:
+def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, hparams: Tree) -> Row:
     """Return what one outer step shows, as plain values."""
-    record, cost, before = outer.history[-1], estimate.cost, run.rows[-1] if run.rows else None
+    cost, before = estimate.cost, run.rows[-1] if run.rows else None
     usable = estimate.status.usable
     error, referee = error_against_referee(setup.problem, hparams, estimate)
     row = _empty_row(run) | {
@@ -203,6 +219,7 @@ def _empty_row(run: CellRun) -> Row:
         "gradient_equivalents_total": before["gradient_equivalents_total"],
         "seconds": None,
         "seconds_total": before["seconds_total"],
+        "seconds_shared_by": 1,
         "memory_peak_bytes": None,
         "memory_kind": None,
         "status": "",

@@ -107,6 +107,8 @@ class Plan:
         seeds: of the data splits.
         budget: gradient-equivalents that each run may use, in place of a number of outer steps.
         config: plain containers that say all of the above; two plans are the same run where these are equal.
+        batch: run the cells that differ in the seed alone as one batch, where their shapes agree and solver and
+            estimator run batches: the same results up to rounding. The seconds of a cell are then its share.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Plan:
     seeds: Sequence[int]
     budget: float | None
     config: Mapping[str, Any]
+    batch: bool = False
 
     @property
     def cells(self) -> list[Cell]:

@@ -14,7 +14,8 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from bilevel import threads
-from bilevel.compare.cells import CellRun, Row, load_cell, run_cell
+from bilevel.compare.batched import groups, run_group
+from bilevel.compare.cells import CellRun, Row, load_cell
 from bilevel.compare.environment import describe_environment
 from bilevel.compare.folder import RunFolder
 from bilevel.compare.plan import Cell, Plan
@@ -118,33 +119,34 @@ def _in_turn(plan: Plan, cells: list[Cell], folder: RunFolder, bar: Any) -> Iter
         bar.set_postfix_str(f"{row['problem']}, {row['estimator']}, seed {row['seed']}, {shown}", refresh=False)
         bar.update()
 
-    for cell in cells:
+    for group in groups(plan, cells):
         if folder.stop_file.exists():
             return
-        yield run_cell(plan, cell, folder, on_row)
+        yield from run_group(plan, group, folder, on_row)
 
 
 def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, bar: Any) -> Iterator[CellRun]:
     share = threads.current().shared_by(jobs)
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
     try:
-        for run in parallel(delayed(_worker)(plan, cell, folder, share) for cell in cells):
-            bar.set_postfix_str(f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}", refresh=False)
-            yield run
+        for runs in parallel(delayed(_worker)(plan, group, folder, share) for group in groups(plan, cells)):
+            for run in runs:
+                bar.set_postfix_str(f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}", refresh=False)
+                yield run
     except Exception:
         # Ctrl-C reaches the workers as well; one that was still starting dies of it, and its pool with it.
         if not folder.stop_file.exists():
             raise
 
 
-def _worker(plan: Plan, cell: Cell, folder: RunFolder, share: threads.Threads) -> CellRun:
-    """Run a cell in a process of its own, which the stop file ends, not the signal that reaches the whole group."""
+def _worker(plan: Plan, group: list[Cell], folder: RunFolder, share: threads.Threads) -> list[CellRun]:
+    """Run a group of cells in a process of its own, which the stop file ends, not the signal that reaches all."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if folder.stop_file.exists():
-        return load_cell(folder, cell)[0]
+        return [load_cell(folder, cell)[0] for cell in group]
     with threads.short_operations(share):
-        return run_cell(plan, cell, folder)
+        return run_group(plan, group, folder)
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def _group(runs: Sequence[CellRun]) -> dict[str, Any]:
         "referee": sorted({row["referee"] for run in good for row in run.rows}),
         "gradient_equivalents": _median(row["gradient_equivalents_total"] for row in lasts),
         "seconds": _median(row["seconds_total"] for row in lasts),
+        "seconds_shared_by": max((row["seconds_shared_by"] for row in lasts), default=1),
         "memory_peak_bytes": _median(
             max((row["memory_peak_bytes"] for row in run.rows if row["memory_peak_bytes"] is not None), default=None)
             for run in good
@@ -107,7 +108,7 @@ def _line(estimator: str, group: dict[str, Any], score: str) -> tuple[str, ...]:
         _change(group.get(f"{score}_start"), group.get(f"{score}_final")),
         _show(group["hypergradient_error_median"], ".1e"),
         _show(group["gradient_equivalents"], ",.0f"),
-        _show(group["seconds"], ".2f"),
+        _show(group["seconds"], ".2f") + (" (share)" if group["seconds_shared_by"] > 1 else ""),
         readable_bytes(group["memory_peak_bytes"]),
         status,
     )

@@ -148,6 +148,7 @@ def _plan(form: ConfigForm) -> Plan:
         seeds=tuple(form.seeds),
         budget=form.budget,
         config=form.model_dump(),
+        batch=form.batch == "auto",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -71,6 +71,7 @@ class ConfigForm(BaseModel):
     outer: OuterForm = Field(default_factory=OuterForm)
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_unique)] = [0]
     budget: Annotated[float, Field(gt=0)] | None = None
+    batch: Literal["auto", False] = False
     device: str = "auto"
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 
 from bilevel import tree
-from bilevel.base import Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
+from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
 from bilevel.certify import ErrorEstimate, refine
 from bilevel.cost import Meter
 from bilevel.hypergrad.arguments import check_carry, check_roles
+from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
 
 
+@overload
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
@@ -23,11 +26,39 @@ def hypergradient(
     hparams: Tree,
     params: Tree = None,
     *,
+    batch: None = None,
     carry: Carry | None = None,
     certify: bool = False,
     check: bool = True,
     on_failure: OnFailure = "raise",
-) -> Estimate:
+) -> Estimate: ...
+@overload
+def hypergradient(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    params: Tree = None,
+    *,
+    batch: int,
+    carry: Carry | None = None,
+    certify: bool = False,
+    check: bool = True,
+    on_failure: OnFailure = "raise",
+) -> BatchEstimate: ...
+def hypergradient(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    params: Tree = None,
+    *,
+    batch: int | None = None,
+    carry: Carry | None = None,
+    certify: bool = False,
+    check: bool = True,
+    on_failure: OnFailure = "raise",
+) -> Estimate | BatchEstimate:
     """Return the gradient of ``F(u) = outer_loss(params*(u), u)`` with its evidence.
 
         dF/du = d outer/du + (d params*/du)' d outer/d params
@@ -38,13 +69,17 @@ def hypergradient(
         estimator: how the solution map is differentiated.
         hparams: where the gradient is taken.
         params: where the inner solver starts; default: the problem's start.
+        batch: number of members to run side by side as one problem. Every leaf of `hparams` then has this leading
+            dimension; `params` may have it too, and is the same for all members otherwise. A problem that is a batch
+            already (`BilevelProblem.batched`, `bilevel.stack`) needs none.
         carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
         certify: estimate the distance to the exact hypergradient (see `bilevel.certify.refine`).
         check: look at the inputs first; a loop that has done so once may leave it out.
         on_failure: what to do with a result that cannot be used: "raise", "warn" or "return".
 
     Returns:
-        An `Estimate` with status, residuals, error estimate and cost.
+        An `Estimate` with status, residuals, error estimate and cost; for a batch, a `BatchEstimate`: a sequence of
+        them, in which a failed member spoils no other.
 
     Raises:
         ValueError: for inputs that cannot work, in one sentence.
@@ -55,11 +90,18 @@ def hypergradient(
     >>> estimate = hypergradient(problem, GradientDescent(), Implicit(), u)
     >>> torch.allclose(estimate.hypergradient, problem.exact_hypergradient(u))
     True
+    >>> many = hypergradient(problem, GradientDescent(), Implicit(), torch.stack([u, u + 0.1]), batch=2)
+    >>> torch.allclose(many[0].hypergradient, estimate.hypergradient)
+    True
     """
+    if batch is not None:
+        problem = as_batch(problem, batch)
     hparams, start = prepare(problem, solver, estimator, hparams, params, check)
     carry = Carry() if carry is None else carry
     if check:
         check_carry(carry, solver, start)
+    if problem.batch is not None:
+        return batch_hypergradient(problem, solver, estimator, hparams, start, carry, certify, on_failure)
     meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
     solved = estimator.solve(problem, solver, hparams, start, carry, meter)
     value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict

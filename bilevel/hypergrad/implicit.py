@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
+from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.cost import Meter
-from bilevel.hypergrad import balanced
+from bilevel.hypergrad import balanced, batch_implicit
 from bilevel.hypergrad.loop import begin, run_inner
 from bilevel.linear import CG
 from bilevel.options import is_number, is_positive, require
@@ -129,3 +129,11 @@ class Implicit(HypergradEstimator):
             )
 
         return Solution(solved, run.state, pullback, run.residual, run.steps, run.verdict)
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Run all members of a batch; their adjoint systems are solved side by side."""
+        if self.balance is not None:
+            return super().solve_batch(problem, solver, hparams, params, carry, meter)
+        return batch_implicit.solve(self.linear_solver, self.damping, problem, solver, hparams, params, carry, meter)

@@ -45,6 +45,7 @@ def solution(
 
     Raises:
         HypergradientError: if the inner solve fails; in the backward pass, if the pullback fails.
+        ValueError: for a batch.
 
     >>> from bilevel import CG, GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -54,6 +55,10 @@ def solution(
     >>> u.grad.shape
     torch.Size([2])
     """
+    if problem.batch is not None:
+        raise ValueError(
+            f"`solution` takes one problem, got a batch of {problem.batch}: use torch.func.vmap over hparams."
+        )
     call = _Call(problem, solver, estimator, problem.start(params), hparams, check)
     _, *leaves = _Solution.apply(call, *tree.leaves(hparams))  # type: ignore[no-untyped-call]
     return tree.rebuild(call.start, leaves)

@@ -93,10 +93,10 @@ def _run(
                 if residual <= tol and taken >= at_least:
                     return InnerRun(state, residual, taken)
                 if not math.isfinite(residual):
-                    return _not_finite(inner, solver, checkpoint, marked, taken)
+                    return not_finite(inner, solver, checkpoint, marked, taken)
             if taken - marked >= LOOK:
                 if not bool(torch.isfinite(tree.norm(state.params))):
-                    return _not_finite(inner, solver, checkpoint, marked, taken)
+                    return not_finite(inner, solver, checkpoint, marked, taken)
                 checkpoint, marked = state, taken
             if visit is not None and visit(state) is True:
                 break
@@ -111,10 +111,11 @@ def _run(
         return InnerRun(state, float("nan"), taken, verdict)
     residual = _residual(inner, solver, state)
     if not math.isfinite(residual):
-        return _not_finite(inner, solver, checkpoint, marked, taken)
+        return not_finite(inner, solver, checkpoint, marked, taken)
     if tol is not None and residual <= tol:
         return InnerRun(state, residual, taken)
-    return InnerRun(state, residual, taken, _judge(inner, solver, first, residual, taken, tol))
+    verdict = judge(inner, solver, first, _residual(inner, solver, first), residual, taken, tol)
+    return InnerRun(state, residual, taken, verdict)
 
 
 def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
@@ -132,19 +133,26 @@ def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state:
     """
     residual = _residual(inner, solver, state)
     if not math.isfinite(residual):
-        return _not_finite(inner, solver, first, 0, taken)
-    return InnerRun(state, residual, taken, _judge(inner, solver, first, residual, taken, None))
+        return not_finite(inner, solver, first, 0, taken)
+    return InnerRun(
+        state, residual, taken, judge(inner, solver, first, _residual(inner, solver, first), residual, taken, None)
+    )
 
 
 def _residual(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> float:
     return float(tree.norm(inner.grad(solver.params(state))).detach())
 
 
-def _judge(
-    inner: InnerProblem, solver: InnerSolver, first: InnerState, residual: float, steps: int, tol: float | None
+def judge(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    first: InnerState,
+    start: float,
+    residual: float,
+    steps: int,
+    tol: float | None,
 ) -> Verdict:
-    """Judge a run that used all its steps and ended finite."""
-    start = _residual(inner, solver, first)
+    """Judge a run that used all its steps and ended finite, by the residuals at its start and at its end."""
     if residual > GROWTH * start and residual > torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5:
         advice = _advice(inner, solver, first)
         if advice or residual > BLOW_UP * start:
@@ -173,7 +181,7 @@ def _advice(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> str:
     return f"; {clause}" if clause else ""
 
 
-def _not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState, marked: int, taken: int) -> InnerRun:
+def not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState, marked: int, taken: int) -> InnerRun:
     """Replay from the last state known to be finite, to name the first step that is not."""
     state, step = checkpoint, marked
     while step < taken and bool(torch.isfinite(tree.norm(inner.grad(solver.params(state))))):

@@ -23,8 +23,9 @@ from bilevel.hypergrad.adaptive import fraction_of
 from bilevel.hypergrad.loop import begin, conclude
 from bilevel.hypergrad.recurrence import unroll
 from bilevel.inner.multistep import LinearMultistep
+from bilevel.inputs import check_trees
 from bilevel.options import is_int, is_number, require
-from bilevel.problem import BilevelProblem, check_trees
+from bilevel.problem import BilevelProblem
 from bilevel.spectral import Eigenbasis
 from bilevel.tree import Tree
 

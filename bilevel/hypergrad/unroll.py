@@ -20,9 +20,18 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution, Variables
+from bilevel.base import (
+    BatchSolution,
+    Carry,
+    HypergradEstimator,
+    InnerSolver,
+    InnerState,
+    Pullback,
+    Solution,
+    Variables,
+)
 from bilevel.cost import Meter
-from bilevel.hypergrad import adaptive
+from bilevel.hypergrad import adaptive, batch_unroll
 from bilevel.hypergrad.checkpointing import CheckpointedStates
 from bilevel.hypergrad.extrapolation import OMEGA
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
@@ -76,6 +85,16 @@ class FullUnroll(HypergradEstimator):
             kept = CheckpointedStates(inner, solver, meter.sample)
         run = run_inner(inner, solver, state, kept.append, at_least=1)
         return _reverse(inner, solver, run, kept, meter)
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Run all members of a batch and keep what their derivatives need; a recorded graph is not offered."""
+        if self.mode == "forward":
+            return batch_unroll.forward(problem, solver, hparams, params, carry, meter)
+        if self.memory != "iterates":
+            return super().solve_batch(problem, solver, hparams, params, carry, meter)
+        return batch_unroll.reverse(problem, solver, hparams, params, carry, meter, None, 1)
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,15 @@ class TruncatedUnroll(HypergradEstimator):
         while len(kept) > self.length(max(run.steps, 1)):
             kept.popleft()
         return _reverse(inner, solver, run, kept, meter)
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Run all members of a batch; kept are the states from the tail of the first that ends to the last step."""
+        if self.tail == "auto" or self.budget is not None or self.extrapolate:
+            return super().solve_batch(problem, solver, hparams, params, carry, meter)
+        at_least = self.tail if isinstance(self.tail, int) else 1
+        return batch_unroll.reverse(problem, solver, hparams, params, carry, meter, self.length, at_least)
 
 
 def _reverse(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import InnerSolver, InnerState
+from bilevel.members import fit
 from bilevel.options import is_number, is_positive, require
 from bilevel.oracles import InnerProblem
 from bilevel.tree import Tree
@@ -40,6 +41,7 @@ class Adam(InnerSolver):
     eps: float = 1e-8
 
     check_every_on_cpu = 1
+    memberwise = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,12 +64,14 @@ class Adam(InnerSolver):
         second = tree.tree_map(lambda v, g: torch.addcmul(b2 * v, g, g, value=1 - b2), state.memory["second"], gradient)
         k = state.steps + 1
         rate, correction = self.step_size / (1 - b1**k), (1 - b2**k) ** 0.5
-        params = tree.tree_map(
-            lambda x, m, v: torch.addcdiv(x, m, _safe_sqrt(v) / correction + self.eps, value=-rate),
-            state.params,
-            first,
-            second,
-        )
+
+        def moved(x: Tensor, m: Tensor, v: Tensor) -> Tensor:
+            below = _safe_sqrt(v) / fit(correction, x) + self.eps
+            if isinstance(rate, Tensor):
+                return x - fit(rate, x) * m / below
+            return torch.addcdiv(x, m, below, value=-rate)
+
+        params = tree.tree_map(moved, state.params, first, second)
         return state.moved(params, {"first": first, "second": second})
 
 

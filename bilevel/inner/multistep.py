@@ -14,10 +14,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
-from bilevel import tree
+from bilevel import members, tree
 from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.inner.memberwise import MemberwiseMultistep
 from bilevel.lanczos import Spectrum
 from bilevel.options import is_positive, require
 from bilevel.oracles import InnerProblem
@@ -72,6 +73,7 @@ def _nonzero(weights: Sequence[float]) -> Pairs:
 class LinearMultistep(InnerSolver):
     """Base of the methods above; a subclass gives `coefficients` and, with more than one vector, `vectors`."""
 
+    memberwise = True
     ripples = False
     """Whether the iterates oscillate about the solution: sequence extrapolation mistakes that for progress."""
     settles: ClassVar[int | None] = None
@@ -112,11 +114,33 @@ class LinearMultistep(InnerSolver):
         """Keep all stored vectors; measure "auto" options anew, as the curvature moves with the hyperparameters."""
         return InnerState(state.params, state.memory, 0, self._measure(inner, state.params))
 
-    def _measure(self, inner: InnerProblem, params: Tree) -> dict[str, float]:
+    def _measure(self, inner: InnerProblem, params: Tree) -> dict[str, Any]:
         if not self.automatic:
             return {}
+        if inner.problem.batch is not None:
+            return self._measure_members(inner, params)
         spectrum = inner.curvature(params)
         return {"largest_curvature": spectrum.largest} | self.tune(spectrum)
+
+    def _measure_members(self, inner: InnerProblem, params: Tree) -> dict[str, tuple[float, ...]]:
+        """Measure each member alone; one that gives no numbers gets NaN, and fails without the others."""
+        measured: list[dict[str, float] | None] = []
+        failure: Exception | None = None
+        for index in range(inner.problem.batch):
+            try:
+                measured.append(self._measure(inner.member(index), members.row(params, index)))
+            except (ValueError, RuntimeError) as error:
+                measured.append(None)
+                failure = failure or error
+        names = next((each for each in measured if each is not None), None)
+        if names is None:
+            assert failure is not None
+            raise failure
+        return {name: tuple(float("nan") if each is None else each[name] for each in measured) for name in names}
+
+    def for_members(self, state: InnerState) -> InnerSolver:
+        """Return the steps of a batch whose measured numbers differ by member."""
+        return MemberwiseMultistep(solver=self, state=state) if state.measured else self
 
     def option(self, name: str, state: InnerState) -> float:
         """Return the value of an option that may be "auto"."""

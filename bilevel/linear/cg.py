@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.base import LinearSolution, LinearSolver, LinearSystem
-from bilevel.krylov import conjugate_gradients
+from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
+from bilevel.krylov import conjugate_gradients, conjugate_gradients_of_rows
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -55,6 +55,20 @@ class CG(LinearSolver):
         residual = float(torch.linalg.vector_norm(b - matvec(run.x)) / torch.linalg.vector_norm(b))
         curvature = 1.0 if run.negative is None else run.negative
         return LinearSolution(run.x, residual, run.steps, self._judge(residual, system.tol, run.steps, curvature))
+
+    def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
+        """Run CG on rows; a finished row stands still."""
+        every = self.check_every or (1 if system.b.device.type == "cpu" else 8)
+        limit = self.max_steps or max(100, 10 * system.b.shape[1])
+        x, steps, curvatures = conjugate_gradients_of_rows(system.matvec, *system.start(), system.goals, limit, every)
+        # One transfer each, not one for every member.
+        residuals = [float(value) for value in system.residuals(x).cpu()]
+        taken = [int(count) for count in steps.cpu()]
+        verdicts = [
+            self._judge(residual, system.tol, count, float(curvature))
+            for residual, count, curvature in zip(residuals, taken, curvatures.cpu(), strict=True)
+        ]
+        return BatchLinearSolution(x, residuals, taken, verdicts)
 
     def _judge(self, residual: float, tol: float, steps: int, curvature: float) -> Verdict:
         if curvature <= 0 and math.isfinite(curvature):

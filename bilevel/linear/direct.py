@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import LinearSolution, LinearSolver, LinearSystem
+from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, require
 from bilevel.status import GOOD, Status, Verdict
 
@@ -48,11 +48,7 @@ class Direct(LinearSolver):
             ValueError: if the system is larger than `max_size`.
         """
         matvec, b = system.matvec, system.b
-        if b.numel() > self.max_size:
-            raise ValueError(
-                f"`Direct.max_size` is {self.max_size:,} but the system has {b.numel():,} unknowns: "
-                "raise it, or use CG()."
-            )
+        self._check_size(b.numel())
         if system.dense is None:
             identity = torch.eye(b.numel(), dtype=b.dtype, device=b.device)
             matrix = torch.stack([matvec(row) for row in identity], dim=1)
@@ -64,15 +60,51 @@ class Direct(LinearSolver):
         x = torch.cholesky_solve(b[:, None], factor)[:, 0]
         x = x + torch.cholesky_solve((b - matvec(x))[:, None], factor)[:, 0]
         residual = float(torch.linalg.vector_norm(b - matvec(x)) / torch.linalg.vector_norm(b))
-        if residual != residual:
-            return LinearSolution(x, residual, 1, Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN"))
-        if residual > torch.finfo(b.dtype).eps ** (1 / 3):
-            detail = (
-                f"Direct ends at the relative residual {residual:.2e}: the matrix is not symmetric, or too "
-                f"ill-conditioned for {b.dtype}"
+        return LinearSolution(x, residual, 1, _judge(residual, b.dtype))
+
+    def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
+        """Factor and solve all members at once, with one step of iterative refinement.
+
+        Args:
+            system: the systems; start and tolerance are not used.
+
+        Returns:
+            The solutions.
+
+        Raises:
+            ValueError: if a system is larger than `max_size`.
+        """
+        b = system.b
+        self._check_size(b.shape[1])
+        matrices = system.dense()
+        factors, info = torch.linalg.cholesky_ex(matrices)
+        x = torch.cholesky_solve(b[:, :, None], factors)[:, :, 0]
+        x = x + torch.cholesky_solve((b - system.matvec(x))[:, :, None], factors)[:, :, 0]
+        x = torch.where((info == 0)[:, None], x, 0.0)
+        residuals = [float(value) for value in system.residuals(x).cpu()]
+        verdicts = [
+            _indefinite(matrices[index]) if broken else _judge(residuals[index], b.dtype)
+            for index, broken in enumerate(map(bool, info.cpu()))
+        ]
+        return BatchLinearSolution(x, residuals, [1] * len(b), verdicts)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_size:
+            raise ValueError(
+                f"`Direct.max_size` is {self.max_size:,} but the system has {size:,} unknowns: raise it, or use CG()."
             )
-            return LinearSolution(x, residual, 1, Verdict(Status.LINEAR_NOT_CONVERGED, detail))
-        return LinearSolution(x, residual, 1, GOOD)
+
+
+def _judge(residual: float, dtype: torch.dtype) -> Verdict:
+    if residual != residual:
+        return Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN")
+    if residual > torch.finfo(dtype).eps ** (1 / 3):
+        detail = (
+            f"Direct ends at the relative residual {residual:.2e}: the matrix is not symmetric, or too "
+            f"ill-conditioned for {dtype}"
+        )
+        return Verdict(Status.LINEAR_NOT_CONVERGED, detail)
+    return GOOD
 
 
 def _indefinite(matrix: Tensor) -> Verdict:

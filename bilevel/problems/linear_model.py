@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.batches import check_size
+from bilevel.inputs import check_trees
 from bilevel.lanczos import lanczos
 from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem, check_trees
+from bilevel.problem import BilevelProblem
 from bilevel.problems.design import Design
+from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
 from bilevel.problems.linear_oracles import LinearModelPoint as LinearModelPoint
 from bilevel.problems.splits import Split
@@ -179,6 +182,37 @@ class LinearModelProblem(BilevelProblem):
         if len(shape) == 2:
             return [f"{label}, {feature}" for label in classes for feature in features]
         return list(features) if self.penalty == "per_feature" else classes
+
+    def batch_class(self) -> type[LinearBatch]:
+        """Return the class of a batch of such problems.
+
+        Raises:
+            ValueError: for a family without one.
+        """
+        raise ValueError(f"{type(self).__name__} does not run in batches: state it by two functions instead.")
+
+    def batched(self, size: int, data: Tree = None) -> BilevelProblem:
+        """Return `size` members that share these data, with the closed forms on a leading dimension.
+
+        Args:
+            size: number of members.
+            data: not taken.
+
+        Raises:
+            ValueError: for a size that is no positive int, and for `data`.
+        """
+        check_size(size)
+        if self.batch is not None:
+            raise ValueError(f"this problem is a batch of {self.batch} already.")
+        if data is not None:
+            raise ValueError(f"{type(self).__name__} holds its data itself: stack problems by `bilevel.stack`.")
+        batch: BilevelProblem = self.batch_class().of(self, [self] * size)
+        return batch
+
+    def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Return such problems as one batch, their data stacked: see `bilevel.stack`."""
+        batch: BilevelProblem = self.batch_class().stack(problems)
+        return batch
 
     def initial_hparams(self, value: float = 0.0) -> Tensor:
         """Return hyperparameters that all have one value."""

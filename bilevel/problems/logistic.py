@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import class_labels, training_classes
 
@@ -55,6 +56,10 @@ class LogisticProblem(LinearModelProblem):
         for split in self.splits.values():
             split.y = 2.0 * class_labels(split, classes).to(split.X.dtype) - 1.0
 
+    def batch_class(self) -> type[LinearBatch]:
+        """`LogisticBatch`."""
+        return LogisticBatch
+
     def params_shape(self) -> tuple[int, ...]:
         """(features,)."""
         return (self.train.X.shape[0],)
@@ -82,3 +87,13 @@ class LogisticProblem(LinearModelProblem):
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The accuracy."""
         return {"accuracy": float((z * y > 0).double().mean())}
+
+
+class LogisticBatch(LinearBatch, LogisticProblem):
+    """Logistic regressions side by side; see `LogisticProblem.batched` and `bilevel.stack`."""
+
+    inner_problem = LinearBatchInner
+
+    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``sum log(1 + exp(-y z))`` of every member."""
+        return softplus(-y * z).sum(-1)

@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel import batches
 from bilevel.lanczos import Spectrum, lanczos
+from bilevel.oracles import InnerProblem
+from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
 from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
 from bilevel.spectral import Eigenbasis, diagonalise
 from bilevel.sums import BilinearSum, ProductSum
@@ -104,7 +108,7 @@ class RidgeProblem(LinearModelProblem):
     tensor([0.5000, 1.0000, 1.5000], dtype=torch.float64)
     """
 
-    inner_problem = RidgeInner
+    inner_problem: type[InnerProblem] = RidgeInner
     max_loss_curvature = 1.0
     quadratic = True
 
@@ -140,6 +144,10 @@ class RidgeProblem(LinearModelProblem):
         """The coefficient of determination R^2; NaN for constant targets."""
         spread = (y - y.mean()).square().sum()
         return {"r2": float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")}
+
+    def batch_class(self) -> type[LinearBatch]:
+        """`RidgeBatch`."""
+        return RidgeBatch
 
     @property
     def on_gram(self) -> bool:
@@ -207,3 +215,78 @@ class RidgeProblem(LinearModelProblem):
         x = torch.cholesky_solve(right[:, None], factor)
         # One step of iterative refinement.
         return (x + torch.cholesky_solve(right[:, None] - hessian @ x, factor))[:, 0]
+
+
+class RidgeBatchPoint(LinearBatchPoint):
+    """The gradients of some ridge regressions, linearised."""
+
+    inner: RidgeBatchInner
+
+    def _hvp(self, v: Tensor) -> Tensor:
+        if not self.inner.problem.on_gram:
+            return super()._hvp(v)
+        return torch.addcmul(self.inner.problem.gram_product(v), self.inner.penalty, v)
+
+
+class RidgeBatchInner(LinearBatchInner):
+    """Some ridge regressions at fixed penalties; with no fewer rows than features, on their Gram matrices."""
+
+    linearization = RidgeBatchPoint
+
+    def _grad(self, params: Tensor) -> Tensor:
+        problem = self.problem
+        if not problem.on_gram:
+            return super()._grad(params)
+        return torch.addcmul(problem.gram_product(params) - problem.moment, self.penalty, params)
+
+
+class RidgeBatch(LinearBatch, RidgeProblem):
+    """Ridge regressions side by side; see `RidgeProblem.batched` and `bilevel.stack`."""
+
+    inner_problem = RidgeBatchInner
+
+    @property
+    def on_gram(self) -> bool:
+        """Whether products go through the Gram matrices."""
+        return self.train.X.shape[-1] >= self.train.X.shape[-2]
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``c X'X``, of shape (features, features), or (batch, features, features) for stacked data."""
+        if self.train.X.dim() == 2:
+            # Kept by the problem whose data are shared, also for the next batch of it.
+            return self._shared.gram
+        return self.scale * (self.train.X @ self.train.X.mT)
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """``c X'y``, of shape (features,), or (batch, features) for stacked data."""
+        if self.train.X.dim() == 2:
+            return self._shared.moment
+        return self.scale * (self.train.X @ self.train.y[..., None])[..., 0]
+
+    @property
+    def _shared(self) -> Any:
+        return self.member(0)
+
+    def solve(self, hparams: Tensor) -> Tensor:
+        """Return the exact inner solutions, of shape (batch, features)."""
+        return torch.stack([self.member(index).solve(u) for index, u in enumerate(hparams)])  # type: ignore[attr-defined]
+
+    def exact_hypergradient(self, hparams: Tensor) -> Tensor:
+        """Return the members' exact hypergradients, stacked."""
+        exact = batches.exact_hypergradient(self, hparams)
+        assert exact is not None
+        return exact
+
+    def gram_product(self, v: Tensor) -> Tensor:
+        """Return ``c X'X v`` of every member."""
+        return v @ self.gram if self.gram.dim() == 2 else torch.bmm(self.gram, v[:, :, None])[:, :, 0]
+
+    def data_hessian(self, curvature: Any) -> Tensor:
+        """Return ``c X'X``, which broadcasts to (batch, features, features)."""
+        return self.gram
+
+    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``1/2 sum (z - y)^2`` of every member."""
+        return 0.5 * (z - y).square().sum(-1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import class_labels, training_classes
 
@@ -50,6 +51,10 @@ class SoftmaxProblem(LinearModelProblem):
         self.classes = len(classes)
         for split in self.splits.values():
             split.y = class_labels(split, classes)
+
+    def batch_class(self) -> type[LinearBatch]:
+        """`SoftmaxBatch`."""
+        return SoftmaxBatch
 
     def params_shape(self) -> tuple[int, ...]:
         """(classes, features)."""
@@ -104,3 +109,52 @@ class SoftmaxProblem(LinearModelProblem):
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The accuracy."""
         return {"accuracy": float((z.argmax(0) == y).double().mean())}
+
+
+class SoftmaxBatch(LinearBatch, SoftmaxProblem):
+    """Softmax regressions side by side: weights (batch, classes, features), predictions (batch, classes, rows)."""
+
+    inner_problem = LinearBatchInner
+
+    def predict(self, X: Tensor, w: Tensor) -> Tensor:
+        """Return ``W x_i`` for every member and row."""
+        return w @ X
+
+    def collect(self, X: Tensor, slopes: Tensor) -> Tensor:
+        """Return the slopes gathered into (batch, classes, features)."""
+        return slopes @ X.mT
+
+    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``sum (logsumexp(z_i) - z_i[y_i])`` of every member."""
+        return (torch.logsumexp(z, -2) - z.gather(-2, self._labels(z, y))[:, 0]).sum(-1)
+
+    def slope_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """``softmax(z) - onehot(y)``."""
+        labels = self._labels(z, y)
+        return torch.softmax(z, -2).scatter_add(-2, labels, z.new_full((1, 1, 1), -1.0).expand_as(labels))
+
+    def curvature_at(self, z: Tensor) -> Tensor:
+        """``softmax(z)``."""
+        return torch.softmax(z, -2)
+
+    def bend(self, curvature: Tensor, dz: Tensor) -> Tensor:
+        """``(diag(p) - p p') dz`` in every row."""
+        weighted = curvature * dz
+        return weighted - curvature * weighted.sum(-2, keepdim=True)
+
+    def data_hessian(self, curvature: Tensor) -> Tensor:
+        """Return the Hessians over the flattened (class, feature) weights, one block for each pair of classes."""
+        X, p = self.train.X, curvature
+        size, count, features = self.params.shape
+        hessian = X.new_empty(size, count, features, count, features)
+        for i in range(count):
+            for j in range(i + 1):
+                weights = p[:, i] * ((1.0 - p[:, j]) if i == j else -p[:, j])
+                block = (X * (self.scale * weights[:, None])) @ X.mT
+                hessian[:, i, :, j, :] = block
+                hessian[:, j, :, i, :] = block
+        return hessian.reshape(size, count * features, count * features)
+
+    @staticmethod
+    def _labels(z: Tensor, y: Tensor) -> Tensor:
+        return y.expand(z.shape[0], z.shape[-1])[:, None]

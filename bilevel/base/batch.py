@@ -1,0 +1,174 @@
+"""What a batch returns: a solution with a pullback for all members, and `BatchEstimate`, a sequence of estimates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import overload
+
+from torch import Tensor
+
+from bilevel import members
+from bilevel.base.estimator import Carry, Certificate, Estimate
+from bilevel.base.inner_solver import InnerState
+from bilevel.cost import Cost
+from bilevel.status import GOOD, Status, Verdict
+from bilevel.tree import Tree
+
+NAMED = 3
+"""Failed members that a message names."""
+
+
+@dataclass(frozen=True)
+class BatchPullback:
+    """The VJP of a batch's solution map, with the evidence of every member.
+
+    Attributes:
+        hparams: the cotangents of the hyperparameters, stacked.
+        steps: iterations of the linear solver, or differentiated steps.
+        counts: oracle calls that each member took part in.
+        verdicts: status of this half.
+        adjoint: the adjoint vectors, stacked, where the estimator has them.
+        residuals: relative adjoint residuals, where there are any.
+    """
+
+    hparams: Tree
+    steps: Sequence[int]
+    counts: Sequence[Counter[str]]
+    verdicts: Sequence[Verdict]
+    adjoint: Tree = None
+    residuals: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class BatchSolution:
+    """Approximate inner solutions of all members, to be differentiated together.
+
+    Attributes:
+        params: the solutions, stacked.
+        state: the inner state of all members, for a warm start; of a failed member, the state it started from.
+        pullback: cotangents of params -> `BatchPullback`.
+        residuals: norms of the inner gradients at `params`.
+        steps: inner steps taken.
+        counts: oracle calls that each member took part in.
+        verdicts: status of the inner solves.
+    """
+
+    params: Tree
+    state: InnerState
+    pullback: Callable[[Tree], BatchPullback]
+    residuals: Sequence[float]
+    steps: Sequence[int]
+    counts: Sequence[Counter[str]]
+    verdicts: Sequence[Verdict]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchEstimate(Sequence[Estimate]):
+    """Hypergradients of a batch and their evidence: ``estimates[i]`` is the `Estimate` of member i.
+
+    Attributes:
+        outer_loss: the outer losses, of shape (members,); NaN for a member whose inner solve failed.
+        hypergradient: stacked; NaN rows where the verdict is not usable.
+        params: the inner solutions, stacked.
+        certificates: residuals and error estimate of every member.
+        costs: what each member took part in; its seconds are an equal share of all.
+        cost: of all members together: counts are summed over members, so that they compare with a loop.
+        verdicts: status of every member, with the sentence about it.
+        carry: the warm start of all members for the next call; a failed member keeps what it had.
+    """
+
+    outer_loss: Tensor
+    hypergradient: Tree
+    params: Tree
+    certificates: Sequence[Certificate] = field(repr=False)
+    costs: Sequence[Cost] = field(repr=False)
+    cost: Cost
+    verdicts: Sequence[Verdict] = field(repr=False)
+    carry: Carry = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.verdicts)
+
+    @overload
+    def __getitem__(self, index: int) -> Estimate: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Estimate]: ...
+    def __getitem__(self, index: int | slice) -> Estimate | list[Estimate]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"member {index} of {len(self)}")
+        index %= len(self)
+        return Estimate(
+            float(self.outer_loss[index]),
+            members.row(self.hypergradient, index),
+            members.row(self.params, index),
+            self.certificates[index],
+            self.costs[index],
+            self.verdicts[index],
+            member_carry(self.carry, index),
+        )
+
+    def __iter__(self) -> Iterator[Estimate]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def verdict(self) -> Verdict:
+        """One verdict about all members; it names those that failed, or else those in doubt."""
+        return verdict_of(self.verdicts)
+
+    @property
+    def status(self) -> Status:
+        """The status of the member in the worst state."""
+        return self.verdict.status
+
+    def __str__(self) -> str:
+        usable = sum(verdict.status.usable for verdict in self.verdicts)
+        return (
+            f"{len(self)} members, {usable} usable, outer loss {float(self.outer_loss.nanmean()):.6g} on average, "
+            f"cost {self.cost.gradient_equivalents:.0f} gradient-equivalents, status {self.status.name}"
+        )
+
+
+def verdict_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return one verdict about the members of a batch, which names the first of those in the worst state.
+
+    Args:
+        verdicts: one for each member.
+
+    Returns:
+        Such as "3 of 64 members failed: member 5: GradientDescent diverges ...".
+    """
+    failed = [index for index, verdict in enumerate(verdicts) if not verdict.status.usable]
+    chosen = failed or [index for index, verdict in enumerate(verdicts) if not verdict.status.ok]
+    if not chosen:
+        return GOOD
+    what = "failed" if failed else "are in doubt"
+    named = [f"member {index}: {verdicts[index].detail}" for index in chosen[:NAMED]]
+    if len(chosen) > NAMED:
+        named.append("...")
+    detail = f"{len(chosen)} of {len(verdicts)} members {what}: {'; '.join(named)}"
+    return Verdict(verdicts[chosen[0]].status, detail)
+
+
+def member_state(state: InnerState, index: int) -> InnerState:
+    """Return the inner state of one member."""
+    measured = {name: value[index] if isinstance(value, tuple) else value for name, value in state.measured.items()}
+    steps = state.steps
+    return replace(
+        state,
+        params=members.row(state.params, index),
+        memory=members.row(state.memory, index),
+        steps=int(steps[index]) if isinstance(steps, Tensor) else steps,
+        measured=measured,
+    )
+
+
+def member_carry(carry: Carry, index: int) -> Carry:
+    """Return the warm start of one member."""
+    return Carry(
+        None if carry.state is None else member_state(carry.state, index),
+        None if carry.adjoint is None else members.row(carry.adjoint, index),
+    )

@@ -1,0 +1,183 @@
+"""`hypergradient` for a batch: all members in one run, each with its own evidence."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bilevel import batches, members, tree
+from bilevel.base import (
+    BatchEstimate,
+    BatchPullback,
+    BatchSolution,
+    Carry,
+    Certificate,
+    HypergradEstimator,
+    InnerSolver,
+    member_state,
+    verdict_of,
+)
+from bilevel.certify import ErrorEstimate, refine
+from bilevel.cost import Cost, Meter
+from bilevel.problem import BilevelProblem
+from bilevel.status import GOOD, OnFailure, Status, Verdict, report
+from bilevel.tree import Tree
+
+
+def as_batch(problem: BilevelProblem, batch: int | None) -> BilevelProblem:
+    """Return the problem as a batch of the size that was asked for.
+
+    Args:
+        problem: one problem, or a batch already.
+        batch: number of members; None for a batch.
+
+    Raises:
+        ValueError: for a size that is no positive int, or another than the problem's own; for what is no problem.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise ValueError(f"a batch needs a BilevelProblem in the first place, got {type(problem).__name__}.")
+    if batch is not None:
+        batches.check_size(batch)
+    if problem.batch is None:
+        return problem if batch is None else problem.batched(batch)
+    if batch not in (None, problem.batch):
+        raise ValueError(f"`batch` is {batch}, but the problem holds {problem.batch} members.")
+    return problem
+
+
+def batch_hypergradient(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    start: Tree,
+    carry: Carry,
+    certify: bool,
+    on_failure: OnFailure,
+) -> BatchEstimate:
+    """Return the hypergradients of all members; the arguments have been looked at.
+
+    Args:
+        problem: the batch.
+        solver: the inner solver.
+        estimator: the estimator.
+        hparams: hyperparameters of all members.
+        start: where each inner solver starts.
+        carry: the warm start.
+        certify: estimate each member's error.
+        on_failure: see `hypergradient`; a failure is reported when all members are done.
+    """
+    meter = Meter(tree.leaves(start)[0].device)
+    solved = estimator.solve_batch(problem, solver, hparams, start, carry, meter)
+    value, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
+    meter.counts["outer"] += 1
+    losses = value.cpu()
+    verdicts = [
+        verdict.worse(_finite_loss(float(loss))) if verdict.status.usable else verdict
+        for verdict, loss in zip(solved.verdicts, losses, strict=True)
+    ]
+    reached = [verdict.status.usable for verdict in verdicts]
+    pulled = solved.pullback(by_params)
+    gradient = tree.add(by_hparams, pulled.hparams)
+    verdicts = _with_gradient(verdicts, pulled, gradient)
+    usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
+    gradient = members.where(usable, gradient, float("nan"))
+    costs, cost = _costs(solved, pulled, reached, meter)
+    value = torch.where(
+        torch.tensor([v.status.usable for v in solved.verdicts], device=value.device), value, float("nan")
+    )
+    certificates = [
+        _certificate(solved, pulled, index, error)
+        for index, error in enumerate(_errors(problem, hparams, solved, gradient, pulled, verdicts, certify))
+    ]
+    estimate = BatchEstimate(
+        value, gradient, solved.params, certificates, costs, cost, verdicts, _following(solved, pulled, usable, carry)
+    )
+    report(verdict_of(verdicts), on_failure, estimate)
+    return estimate
+
+
+def _finite_loss(value: float) -> Verdict:
+    if math.isfinite(value):
+        return GOOD
+    return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
+
+
+def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient: Tree) -> list[Verdict]:
+    """Return the verdicts after the pullback."""
+    result = []
+    leaves = [torch.isfinite(leaf).reshape(len(leaf), -1).all(dim=1).cpu() for leaf in tree.leaves(gradient)]
+    for index, verdict in enumerate(verdicts):
+        if verdict.status.usable:
+            verdict = verdict.worse(pulled.verdicts[index])
+        if verdict.status.usable:
+            for name, finite in zip(tree.names(gradient), leaves, strict=True):
+                if not bool(finite[index]):
+                    detail = f"the hypergradient of `hparams{name}` is not finite"
+                    verdict = verdict.worse(Verdict(Status.NOT_FINITE, detail))
+        result.append(verdict)
+    return result
+
+
+def _costs(
+    solved: BatchSolution, pulled: BatchPullback, reached: Sequence[bool], meter: Meter
+) -> tuple[list[Cost], Cost]:
+    """Return the cost of each member, and of all; `reached` says which have come to the pullback."""
+    read, size = meter.read(), len(solved.counts)
+    counts = []
+    for index, forward in enumerate(solved.counts):
+        outer = Counter(outer=1) if solved.verdicts[index].status.usable else Counter()
+        counts.append(forward + outer + (pulled.counts[index] if reached[index] else Counter()))
+    costs = [Cost(dict(each), read.seconds / size, None, "shared by a batch") for each in counts]
+    return costs, replace(read, counts=dict(sum(counts, start=Counter())))
+
+
+def _errors(
+    problem: BilevelProblem,
+    hparams: Tree,
+    solved: BatchSolution,
+    gradient: Tree,
+    pulled: BatchPullback,
+    verdicts: Sequence[Verdict],
+    certify: bool,
+) -> list[ErrorEstimate]:
+    """Refine the members one by one, where they are asked for and have a hypergradient."""
+    if not certify:
+        return [ErrorEstimate(None, "none", "ask with certify=True")] * len(verdicts)
+    errors = []
+    for index, verdict in enumerate(verdicts):
+        if not verdict.status.usable:
+            errors.append(ErrorEstimate(None, "none", "ask with certify=True"))
+            continue
+        adjoint = None if pulled.adjoint is None else members.row(pulled.adjoint, index)
+        u, x, p = (members.row(each, index) for each in (hparams, solved.params, gradient))
+        errors.append(refine(problem.member(index), u, x, p, adjoint))
+    return errors
+
+
+def _certificate(solved: BatchSolution, pulled: BatchPullback, index: int, error: ErrorEstimate) -> Certificate:
+    usable = solved.verdicts[index].status.usable
+    return Certificate(
+        inner_residual=solved.residuals[index],
+        adjoint_residual=None if pulled.residuals is None or not usable else pulled.residuals[index],
+        inner_steps=solved.steps[index],
+        adjoint_steps=pulled.steps[index] if usable else 0,
+        error=error.value,
+        error_kind=error.kind,
+        error_note=error.note,
+        measured=dict(member_state(solved.state, index).measured),
+    )
+
+
+def _following(solved: BatchSolution, pulled: BatchPullback, usable: Tensor, carry: Carry) -> Carry:
+    """Return the warm start for the next call: of a member whose pullback failed, the adjoint that it had."""
+    adjoint = pulled.adjoint
+    if adjoint is not None and not bool(usable.all()):
+        before = tree.zeros_like(adjoint) if carry.adjoint is None else carry.adjoint
+        adjoint = members.where(usable, adjoint, before)
+    return Carry(solved.state, adjoint)

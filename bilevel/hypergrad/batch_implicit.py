@@ -1,0 +1,72 @@
+"""Implicit differentiation of a batch: one linear system for each member, solved side by side."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from bilevel import members, tree
+from bilevel.base import BatchPullback, BatchSolution, Carry, InnerSolver, LinearSolver
+from bilevel.cost import Meter
+from bilevel.hypergrad.batch_loop import begin_batch, run_batch
+from bilevel.hypergrad.batch_unroll import batch_solution
+from bilevel.problem import BilevelProblem
+from bilevel.tree import Tree
+
+
+def solve(
+    linear_solver: LinearSolver,
+    damping: float,
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    hparams: Tree,
+    params: Tree,
+    carry: Carry,
+    meter: Meter,
+) -> BatchSolution:
+    """Run the inner solver for all members, then solve ``(H_i + damping I) w_i = cotangent_i``.
+
+    Args:
+        linear_solver: one that runs batches.
+        damping: added to the diagonals.
+        problem: the batch.
+        solver: the inner solver.
+        hparams: hyperparameters.
+        params: where a cold start begins.
+        carry: the warm start.
+        meter: counts the work.
+
+    Returns:
+        The solutions; the linear systems are solved in their pullback.
+    """
+    inner = problem.bind(hparams, meter.counts)
+    run = run_batch(inner, solver, begin_batch(inner, solver, params, carry))
+    meter.sample()
+    solved = solver.params(run.state)
+
+    def pullback(cotangent: Tree) -> BatchPullback:
+        # A failed member has no cotangent, and so nothing to solve.
+        cotangent = members.where(run.usable, cotangent, 0.0)
+        before = Counter(meter.counts)
+        point = inner.linearize(solved)
+
+        def matvec(v: Tree) -> Tree:
+            product = point.hvp(v)
+            return tree.add(product, v, damping) if damping else product
+
+        def dense() -> Tensor:
+            matrices = point.dense_hessian()
+            return matrices + damping * torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+
+        solution = linear_solver.solve_batch(matvec, cotangent, carry.adjoint, dense=dense)
+        by_hparams = tree.scale(-1.0, point.cross(solution.x))
+        meter.sample()
+        work = Counter(meter.counts)
+        work.subtract(before)
+        longest = max(solution.steps)
+        counts = [work - Counter(hvp=longest - steps) for steps in solution.steps]
+        return BatchPullback(by_hparams, solution.steps, counts, solution.verdicts, solution.x, solution.residuals)
+
+    return batch_solution(solver, run, pullback)

@@ -1,0 +1,123 @@
+"""Linear multistep methods on a batch whose members have step sizes (or intervals) of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bilevel import members, tree
+from bilevel.base import InnerSolver, InnerState, Variables, member_state
+from bilevel.members import Weight
+from bilevel.oracles import InnerProblem
+from bilevel.tree import Tree
+
+if TYPE_CHECKING:
+    from bilevel.inner.multistep import Coefficients, LinearMultistep
+
+Pairs = tuple[tuple[int, Weight], ...]
+AHEAD = 64
+"""Steps whose coefficients are made at once, at least; then as many again as there are."""
+
+
+@dataclass(frozen=True)
+class BatchCoefficients:
+    """The numbers of one step; those that differ by member are tensors of shape (members,)."""
+
+    reads: Pairs
+    writes: Pairs
+    rows: tuple[Pairs, ...]
+    columns: tuple[Pairs, ...]
+
+    @classmethod
+    def of(cls, each: Sequence[Coefficients], like: Tensor) -> BatchCoefficients:
+        """Return the numbers of all members, those that agree as floats."""
+
+        def joined(values: Sequence[float]) -> Weight:
+            agree = all(value == values[0] for value in values)
+            return values[0] if agree else torch.tensor(values, dtype=like.dtype, device=like.device)
+
+        def pairs(vectors: Sequence[Sequence[float]]) -> Pairs:
+            weights = enumerate(joined(values) for values in zip(*vectors, strict=True))
+            return tuple((index, weight) for index, weight in weights if isinstance(weight, Tensor) or weight != 0)
+
+        count = range(len(each[0].read))
+        return cls(
+            reads=pairs([one.read for one in each]),
+            writes=pairs([one.write for one in each]),
+            rows=tuple(pairs([(*one.mix[j], one.write[j]) for one in each]) for j in count),
+            columns=tuple(pairs([(*(row[i] for row in one.mix), one.read[i]) for one in each]) for i in count),
+        )
+
+
+@dataclass(frozen=True)
+class MemberwiseMultistep(InnerSolver):
+    """The steps of a linear multistep method, with the coefficients of each member.
+
+    Args:
+        solver: the method.
+        state: the state of the batch, whose measured numbers are used.
+    """
+
+    solver: LinearMultistep = field(kw_only=True)
+    state: InnerState = field(kw_only=True, repr=False)
+    numbers: list[BatchCoefficients] = field(default_factory=list, kw_only=True, repr=False, compare=False)
+
+    memberwise = True
+
+    def coefficients(self, state: InnerState) -> BatchCoefficients:
+        """Return the numbers of the step that starts from `state`."""
+        index = min(state.steps, 1) if self.solver.settles is not None else state.steps
+        while index >= len(self.numbers):
+            self._extend(2 if self.solver.settles is not None else max(AHEAD, len(self.numbers)))
+        return self.numbers[index]
+
+    def _extend(self, count: int) -> None:
+        """Make the numbers of further steps, member by member: each method's table is then made once for a member."""
+        (like, *_) = tree.leaves(self.state.params)
+        steps = range(len(self.numbers), len(self.numbers) + count)
+        states = [member_state(self.state, index) for index in range(len(like))]
+        measured = [all(math.isfinite(value) for value in state.measured.values()) for state in states]
+        donor = states[measured.index(True)]
+        tables = []
+        for state, ok in zip(states, measured, strict=True):
+            table = [self.solver.coefficients(replace(state if ok else donor, steps=step)) for step in steps]
+            # A member without numbers of its own must not go on with another's: its first step makes it NaN.
+            tables.append(table if ok else [replace(one, write=(math.nan,) * len(one.write)) for one in table])
+        self.numbers.extend(BatchCoefficients.of(each, like) for each in zip(*tables, strict=True))
+
+    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        """Take one step."""
+        numbers = self.coefficients(state)
+        vectors = (state.params, *state.memory)
+        terms = (*vectors, inner.grad(members.weighted_sum(numbers.reads, vectors)))
+        params, *memory = [members.weighted_sum(row, terms) for row in numbers.rows]
+        return state.moved(params, tuple(memory))
+
+    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
+        """Pull a cotangent back through one step by one `vjp` oracle call."""
+        numbers = self.coefficients(state)
+        after = (cotangent[0], *cotangent[1])
+        point = inner.linearize(members.weighted_sum(numbers.reads, (state.params, *state.memory)))
+        by_point, by_hparams = point.vjp(members.weighted_sum(numbers.writes, after))
+        terms = (*after, by_point)
+        params, *memory = [members.weighted_sum(column, terms) for column in numbers.columns]
+        return (params, tuple(memory)), by_hparams
+
+    def step_jvp(
+        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
+    ) -> list[Variables]:
+        """Push tangents forward through one step: one linearization, one `jvp` for each direction."""
+        numbers = self.coefficients(state)
+        point = inner.linearize(members.weighted_sum(numbers.reads, (state.params, *state.memory)))
+        results: list[Variables] = []
+        for (by_params, by_memory), hparams_tangent in zip(tangents, hparams_tangents, strict=True):
+            before = (by_params, *by_memory)
+            terms = (*before, point.jvp(members.weighted_sum(numbers.reads, before), hparams_tangent))
+            params, *memory = [members.weighted_sum(row, terms) for row in numbers.rows]
+            results.append((params, tuple(memory)))
+        return results

@@ -1,0 +1,150 @@
+"""Arithmetic on trees of a batch: every leaf has a leading dimension, one row for each member.
+
+A batch is many problems side by side. Nothing here mixes rows, so that a member comes out as it would alone, and a NaN
+in one member stays there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.tree import Tree
+
+Weight: TypeAlias = "float | Tensor"
+"""One number for all members, or a tensor of shape (members,)."""
+
+
+def fit(value: Weight, leaf: Tensor) -> Any:
+    """Return a per-member value in a shape and dtype that broadcast to a leaf; a number as it is.
+
+    >>> fit(torch.tensor([1.0, 2.0]), torch.zeros(2, 3)).shape
+    torch.Size([2, 1])
+    """
+    if not isinstance(value, Tensor):
+        return value
+    value = value if value.dtype in (torch.bool, leaf.dtype) else value.to(leaf.dtype)
+    return value.reshape(value.shape + (1,) * (leaf.dim() - 1))
+
+
+def norms(x: Tree) -> Tensor:
+    """Return the Euclidean norm of every member over all leaves, of shape (members,)."""
+    parts = [torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for leaf in tree.leaves(x)]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
+def where(mask: Tensor, x: Tree, y: Tree | float) -> Tree:
+    """Return the members of x where the mask is True, and those of y (a tree, or one number) elsewhere.
+
+    >>> where(torch.tensor([True, False]), torch.ones(2, 2), 0.0)
+    tensor([[1., 1.],
+            [0., 0.]])
+    """
+    if isinstance(y, float):
+        return tree.tree_map(lambda a: torch.where(fit(mask, a), a, y), x)
+    return tree.tree_map(lambda a, b: torch.where(fit(mask, a), a, b), x, y)
+
+
+def row(x: Tree, index: int) -> Tree:
+    """Return one member."""
+    return tree.tree_map(lambda leaf: leaf[index], x)
+
+
+def with_row(x: Tree, index: int, value: Tree) -> Tree:
+    """Return a copy with another value in one row."""
+
+    def replaced(leaf: Tensor, new: Tensor) -> Tensor:
+        leaf = leaf.clone()
+        leaf[index] = new
+        return leaf
+
+    return tree.tree_map(replaced, x, value)
+
+
+def stack(members: Sequence[Tree]) -> Tree:
+    """Return the batch of some members."""
+    return tree.tree_map(lambda *leaves: torch.stack(leaves), *members)
+
+
+def expand(x: Tree, size: int) -> Tree:
+    """Return a batch of equal members."""
+    return tree.tree_map(lambda leaf: leaf.detach().expand(size, *leaf.shape).contiguous(), x)
+
+
+def check_rows(what: str, x: Tree, size: int) -> None:
+    """Refuse a tree that is no batch of `size` members.
+
+    Args:
+        what: how messages call the tree.
+        x: the tree.
+        size: number of members.
+
+    Raises:
+        ValueError: with the first leaf whose leading dimension is another.
+    """
+    for name, leaf in zip(tree.names(x), tree.leaves(x), strict=True):
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != size):
+            raise ValueError(
+                f"`{what}{name}` must have the leading dimension {size} (one row for each member), "
+                f"got shape {tuple(leaf.shape)}."
+            )
+
+
+def weighted_sum(pairs: Sequence[tuple[int, Weight]], trees: Sequence[Tree]) -> Tree:
+    """Return ``sum weight * trees[index]`` over the (index, weight) pairs; weights may differ by member."""
+    total = None
+    for index, weight in pairs:
+        term = trees[index]
+        if total is None:
+            total = term if isinstance(weight, float) and weight == 1 else scale(weight, term)
+        elif isinstance(weight, Tensor):
+            total = tree.tree_map(lambda a, b, w=weight: torch.addcmul(a, b, fit(w, b)), total, term)
+        else:
+            total = tree.add(total, term, weight)
+    return tree.zeros_like(trees[0]) if total is None else total
+
+
+def scale(weight: Weight, x: Tree) -> Tree:
+    """Return every member times its weight."""
+    return tree.tree_map(lambda leaf: leaf * fit(weight, leaf), x)
+
+
+class Raveler:
+    """Moves between a tree of a batch and one matrix, a row for each member.
+
+    Args:
+        like: the tree whose structure, shapes and order are used.
+
+    >>> raveler = Raveler({"a": torch.zeros(3, 2), "b": torch.zeros(3)})
+    >>> raveler.size, raveler.ravel({"a": torch.zeros(3, 2), "b": torch.ones(3)}).shape
+    (3, torch.Size([3, 3]))
+    """
+
+    def __init__(self, like: Tree) -> None:
+        self._like = like
+        self._shapes = [leaf.shape for leaf in tree.leaves(like)]
+        self._sizes = [leaf[0].numel() for leaf in tree.leaves(like)]
+        self.size = sum(self._sizes)
+
+    def ravel(self, x: Tree) -> Tensor:
+        """Return the leaves as one matrix of shape (members, size)."""
+        if isinstance(x, Tensor):
+            return x.reshape(len(x), -1)
+        return torch.cat([leaf.reshape(len(leaf), -1) for leaf in tree.leaves(x)], dim=1)
+
+    def unravel(self, flat: Tensor) -> Tree:
+        """Return the matrix as a tree."""
+        if isinstance(self._like, Tensor):
+            return flat.reshape(self._shapes[0])
+        parts = torch.split(flat, self._sizes, dim=1)
+        return tree.rebuild(self._like, [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)])
+
+    def units(self) -> list[Tree]:
+        """Return the unit vectors, each the same for all members."""
+        (like, *_) = tree.leaves(self._like)
+        identity = torch.eye(self.size, dtype=like.dtype, device=like.device)
+        return [self.unravel(unit.expand(len(like), -1)) for unit in identity]

@@ -1,0 +1,184 @@
+"""Linear models side by side: the closed forms of `linear_model` on a leading dimension of members.
+
+Weights have shape (batch, ...), hyperparameters likewise. The data are either shared, feature-major of shape
+(features, rows), where one matrix product serves all members, or stacked, of shape (batch, features, rows).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import batches, members
+from bilevel.oracles import InnerProblem, Linearization
+from bilevel.problem import BilevelProblem
+from bilevel.tree import Tree
+
+OPTIONS = ("penalty", "loss", "parametrization")
+
+
+def _is_cached(attribute: Any) -> bool:
+    return isinstance(attribute, cached_property)
+
+
+class LinearBatchPoint(Linearization):
+    """The gradients of some linear models, linearised."""
+
+    inner: LinearBatchInner
+
+    @cached_property
+    def curvature(self) -> Any:
+        """What the loss's curvature at the training predictions needs, in the family's own form."""
+        problem = self.inner.problem
+        return problem.curvature_at(problem.predict(problem.train.X, self.params))
+
+    def _hvp(self, v: Tensor) -> Tensor:
+        problem = self.inner.problem
+        bent = problem.bend(self.curvature, problem.predict(problem.train.X, v))
+        return torch.addcmul(self.inner.penalty * v, problem.collect(problem.train.X, bent), self.inner.scale)
+
+    def _cross(self, v: Tensor) -> Tensor:
+        return self.inner.problem.gather(self.inner.slope * self.params * v)
+
+    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
+        return self.inner.slope * self.inner.problem.spread(hparams_tangent) * self.params
+
+    def dense_hessian(self) -> Tensor:
+        """Return the Hessians of all members, of shape (batch, size, size)."""
+        shape = self.params.shape
+        penalties = self.inner.penalty.expand(shape).reshape(shape[0], -1)
+        return self.inner.problem.data_hessian(self.curvature) + torch.diag_embed(penalties)
+
+    def rebind(self, inner: InnerProblem) -> Linearization:
+        """Return the linearization for other penalties; the data part is kept."""
+        other = super().rebind(inner)
+        if "curvature" in self.__dict__:
+            other.__dict__["curvature"] = self.curvature
+        return other
+
+
+class LinearBatchInner(InnerProblem):
+    """Linear models at fixed penalties. A penalty that is not finite makes its member fail, and no other."""
+
+    linearization = LinearBatchPoint
+
+    def __init__(self, problem: Any, hparams: Tree, counts: Any = None) -> None:
+        super().__init__(problem, hparams, counts)
+        self.penalty: Tensor = problem.penalties(self.hparams)
+        self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
+        self.scale = torch.full_like(self.penalty.reshape(-1)[0], problem.scale)
+
+    def _grad(self, params: Tensor) -> Tensor:
+        problem = self.problem
+        slopes = problem.slope_at(problem.predict(problem.train.X, params), problem.train.y)
+        return torch.addcmul(self.penalty * params, problem.collect(problem.train.X, slopes), self.scale)
+
+
+class LinearBatch:
+    """Mixin that puts a leading dimension of members on a `LinearModelProblem`; before it in the list of bases."""
+
+    train: Any
+    val: Any
+    scale: float
+
+    @classmethod
+    def of(cls, problem: Any, single: Sequence[BilevelProblem]) -> Any:
+        """Return a batch of members that share the data of `problem`."""
+        size = len(single)
+        batch: Any = object.__new__(cls)
+        # What the problem has computed belongs to its own data.
+        computed = {name for kind in type(problem).__mro__ for name, of in vars(kind).items() if _is_cached(of)}
+        batch.__dict__ |= {name: value for name, value in problem.__dict__.items() if name not in computed}
+        batch.params = members.expand(problem.params, size)
+        batch._hparams_shape = (size, *problem._hparams_shape)
+        batch._group_shape = (size, *problem._group_shape)
+        return batch.as_batch(single)
+
+    @classmethod
+    def stack(cls, problems: Sequence[Any]) -> Any:
+        """Return problems of equal shapes and options, with their data stacked."""
+        first = problems[0]
+        for index, problem in enumerate(problems):
+            for name in OPTIONS:
+                value, wanted = getattr(problem, name), getattr(first, name)
+                if value != wanted:
+                    raise ValueError(
+                        f"`stack` takes problems with equal options, but `{name}` is {wanted!r} in problem 0 and "
+                        f"{value!r} in problem {index}."
+                    )
+        batch = cls.of(first, problems)
+        batches.stacked_trees("the inner variable", [problem.params for problem in problems])
+        # The test data are looked at by each member's own `metrics`, so they need no equal shapes.
+        for name in ("train", "val"):
+            parts = [getattr(problem, name) for problem in problems]
+            split = copy.copy(parts[0])
+            split.X = batches.stacked_trees(f"X_{name}", [part.X for part in parts])
+            split.y = batches.stacked_trees(f"y_{name}", [part.y for part in parts])
+            setattr(batch, name, split)
+        return batch
+
+    def predict(self, X: Tensor, w: Tensor) -> Tensor:
+        """Return the predictions, of shape (batch, rows)."""
+        return w @ X if X.dim() == 2 else torch.bmm(w[:, None], X)[:, 0]
+
+    def collect(self, X: Tensor, slopes: Tensor) -> Tensor:
+        """Return ``X' slopes`` of every member, shaped as the weights."""
+        return slopes @ X.t() if X.dim() == 2 else torch.bmm(X, slopes[:, :, None])[:, :, 0]
+
+    def data_hessian(self, curvature: Any) -> Tensor:
+        """Return ``c X' D X``, of shape (batch, features, features)."""
+        X = self.train.X
+        return (X * (self.scale * curvature[:, None])) @ X.mT
+
+    def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the sum of the members' penalised training losses, in plain torch."""
+        loss = self.scale * self.losses_at(self.predict(self.train.X, params), self.train.y)
+        return loss.sum() + 0.5 * (self.penalties(hparams) * params * params).sum()
+
+    def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the members' validation losses, of shape (batch,)."""
+        return self.losses_at(self.predict(self.val.X, params), self.val.y) / self.val.y.shape[-1]
+
+    def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
+        """Return the validation losses, of shape (batch,), and their gradients, in closed form."""
+        z, rows = self.predict(self.val.X, params), self.val.y.shape[-1]
+        gradient = self.collect(self.val.X, self.slope_at(z, self.val.y)) / rows
+        return self.losses_at(z, self.val.y) / rows, gradient, torch.zeros_like(hparams)
+
+    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of every member's losses, of shape (batch,): the family's `loss_at`, one by one."""
+        shared = y.dim() < 2
+        return torch.stack([self.loss_at(each, y if shared else y[i]) for i, each in enumerate(z)])
+
+    def check(self, params: Tree, hparams: Tree) -> None:
+        """Look at shapes, dtype and device; refuse negative penalties.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        batches.check(self, params, hparams)  # type: ignore[arg-type]
+        if self.parametrization == "direct" and bool((hparams < 0).any()):
+            raise ValueError(
+                f"a penalty is negative ({float(hparams.min()):.3g}): declare a positive constraint, "
+                "or use parametrization='log'."
+            )
+
+    def metrics(self, params: Tree) -> dict[str, float]:
+        """Refuse: figures of merit are those of one member.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a batch has no metrics of its own: use batch.member(i).metrics(params[i]).")
+
+    # What the family gives -------------------------------------------------------------------------------------------
+
+    parametrization: str
+    loss_at: Any
+    slope_at: Any
+    penalties: Any
