@@ -6,7 +6,7 @@ A new solver or estimator takes one line here; `scripts/gpu_check.py` runs the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -117,12 +117,13 @@ def system(size: int, device: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, 
 
 @dataclass(frozen=True)
 class SolverRow:
-    """An inner solver, the most kernels of one step, and the times that one step waits by itself."""
+    """An inner solver, the most kernels of one step, the times that it waits by itself, and what differentiates it."""
 
     solver: bl.InnerSolver
     kernels: int
     reason: str
     waits: int = 0
+    estimator: bl.HypergradEstimator = field(default_factory=bl.FullUnroll)
 
 
 def contraction(x: Tensor, u: Tensor) -> Tensor:
@@ -150,6 +151,7 @@ SOLVERS = {
         48,
         "on logistic regression: gradient, curvature and Newton direction of the first step, eight kernels for a pair",
         waits=7,
+        estimator=bl.Implicit(),
     ),
 }
 

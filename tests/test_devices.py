@@ -70,10 +70,10 @@ def test_an_estimator_with_a_budget_stays_on_its_device(name: str) -> None:
 def test_the_steps_of_a_solver_stay_on_their_device_and_equal_those_of_the_cpu(name: str) -> None:
     solver, make = replace(SOLVERS[name].solver, steps=3), PROBLEMS["logistic"].make
     with accelerator() as log:
-        there = solved(make, DEVICE, solver, bl.FullUnroll())
+        there = solved(make, DEVICE, solver, SOLVERS[name].estimator)
         assert on_device([there.hypergradient, there.carry.state.variables])
         assert log.host_scalars.total() == 0
-        close(there.hypergradient, solved(make, CPU, solver, bl.FullUnroll()).hypergradient, 1e-10)
+        close(there.hypergradient, solved(make, CPU, solver, SOLVERS[name].estimator).hypergradient, 1e-10)
 
 
 @each(PROBLEMS)
@@ -169,8 +169,8 @@ def test_every_estimator_on_cuda_equals_the_cpu(problem: str, name: str) -> None
 @each(SOLVERS)
 def test_every_solver_on_cuda_equals_the_cpu(name: str) -> None:
     make, solver = PROBLEMS["logistic"].make, replace(SOLVERS[name].solver, steps=4)
-    there = solved(make, "cuda", solver, bl.FullUnroll())
-    close(there.hypergradient, solved(make, CPU, solver, bl.FullUnroll()).hypergradient, 1e-10)
+    there = solved(make, "cuda", solver, SOLVERS[name].estimator)
+    close(there.hypergradient, solved(make, CPU, solver, SOLVERS[name].estimator).hypergradient, 1e-10)
 
 
 @pytest.mark.gpu
