@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 SHORTEST = 0.05
-"""A timing repeats its call until this many seconds of processor time have passed."""
+"""A timing repeats its call until about this many seconds have passed."""
 
 
 def restrict(threads: int) -> None:
@@ -101,7 +101,7 @@ class Contest:
         before = resident()["now"]
         seconds, _ = timed(self.calls[task])
         after = resident()["peak"]
-        self.repeats[task] = max(1, round(SHORTEST / max(seconds["cpu"], 1e-6)))
+        self.repeats[task] = max(1, round(SHORTEST / max(seconds["cpu"], seconds["wall"], 1e-6)))
         return seconds | {"memory": after - before}
 
     def round(self, task: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Limits:
         threads: cores and threads of each contestant.
         rounds: most rounds of a task.
         seconds: of timing for one task of one contestant, beyond which no further round starts.
-        once: a first call of so many seconds is not repeated.
+        once: a first call of so many processor seconds is not repeated.
         timeout: seconds that one call may take.
         logs: folder for what the contestants print, or None.
     """
@@ -190,7 +190,7 @@ def run_task(
     for c in entrants:
         begun = first[c.name]
         # So long a call is not repeated; it stands for the warm one as well.
-        slow = begun is not None and begun["wall"] > limits.once and c.compiles != task
+        slow = begun is not None and begun["cpu"] > limits.once and c.compiles not in (task, "*")
         warm[c.name] = begun if slow else players[c.name].ask("warm", task)
         if slow:
             times[c.name] = [begun]

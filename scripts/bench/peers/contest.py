@@ -46,7 +46,7 @@ class Contestant:
             the clocks; a task that is missing is not run.
         package: distribution whose version is reported.
         note: a remark for the table.
-        compiles: key of the task whose first call compiles: however long, it never stands for a warm one.
+        compiles: key of the task whose first call compiles, or "*": however long, it never stands for a warm call.
     """
 
     name: str

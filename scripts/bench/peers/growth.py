@@ -170,11 +170,11 @@ def _points(values: tuple[int, ...], tolerance: float) -> dict[str, Task]:
 
 
 def _steps_contestant(name: str, prepare: Any, package: str) -> Contestant:
-    return Contestant(name, partial(by_steps, prepare), package)
+    return Contestant(name, partial(by_steps, prepare), package, compiles="*" if package == "jax" else "")
 
 
 def _features_contestant(name: str, prepare: Any, package: str) -> Contestant:
-    return Contestant(name, partial(by_features, prepare), package)
+    return Contestant(name, partial(by_features, prepare), package, compiles="*" if package == "jaxopt" else "")
 
 
 PROBLEMS = [
@@ -222,7 +222,7 @@ PROBLEMS = [
             Contestant("bilevel FullUnroll, any loss", partial(hparams_ours, mode="reverse"), "bilevel"),
             Contestant("bilevel FullUnroll, forward", partial(hparams_ours, mode="forward"), "bilevel"),
             Contestant("torch autograd by hand", hparams_torch, "torch"),
-            Contestant("jax.lax.scan", hparams_jax, "jax"),
+            Contestant("jax.lax.scan", hparams_jax, "jax", compiles="*"),
         ],
     ),
 ]

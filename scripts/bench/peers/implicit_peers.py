@@ -58,6 +58,7 @@ def ours(problem: Any, solver: Any, d: Any) -> dict[str, Any]:
 
     import bilevel as bl
 
+    warm_torch()
     estimator = bl.Implicit(bl.CG(tol=TOL))
     u = torch.as_tensor(d.u).reshape(problem.hparams_shape())
 
