@@ -100,7 +100,7 @@ PROBLEMS = [
         key="p1b",
         title="P1b: P1 at 64 penalties at once",
         words="One call returns 64 hypergradients. Reference: forward recursion in 80-bit arithmetic.",
-        sizes={"full": {"steps": 1000, "batch": 64}, "quick": {"steps": 1000, "batch": 64}},
+        sizes={"full": {"steps": 1000, "batch": 64}, "quick": {"steps": 100, "batch": 64}},
         data=data,
         reference=reference,
         tasks={"batch": Task("64 hypergradients", tolerance=1e-9)},

@@ -212,7 +212,7 @@ PROBLEMS = [
         title="P1: ridge, breast_cancer (341 x 30), one penalty, derivative of 1,000 gradient steps",
         words="The answer is the derivative of the last iterate's validation loss, not of the solution's. "
         "Reference: forward recursion in 80-bit arithmetic.",
-        sizes={"full": {"steps": 1000}, "quick": {"steps": 1000}},
+        sizes={"full": {"steps": 1000}, "quick": {"steps": 200}},
         data=data,
         reference=reference,
         tasks={"unroll": Task("one hypergradient", tolerance=1e-9)},

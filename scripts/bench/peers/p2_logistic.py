@@ -100,7 +100,7 @@ PROBLEMS = [
         "started; its answer is the last hypergradient. Reference: dense Newton to the rounding floor, in NumPy.",
         sizes={
             "full": {"rows": 20_000, "features": 500, "steps": 50},
-            "quick": {"rows": 4_000, "features": 200, "steps": 10},
+            "quick": {"rows": 2_000, "features": 100, "steps": 5},
         },
         data=data,
         reference=lambda d: peers.dense_newton(formulas(d), d),

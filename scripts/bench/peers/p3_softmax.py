@@ -46,7 +46,7 @@ PROBLEMS = [
         key="p3",
         title="P3: softmax regression, digits (898 x 64, 10 classes), 640 penalties",
         words=WORDS,
-        sizes={"full": {"rows": 898, "steps": 50}, "quick": {"rows": 898, "steps": 10}},
+        sizes={"full": {"rows": 898, "steps": 50}, "quick": {"rows": 898, "steps": 3}},
         data=partial(data, "penalties", penalty=1e-3),
         reference=lambda d: peers.dense_newton(formulas(d), d),
         tasks={

@@ -218,7 +218,7 @@ PROBLEMS = [
         title="P4: MLP 64-128-10 on digits, four weight decays, derivative of 100 SGD steps, batches of 64",
         words="The answer is the derivative of the last iterate's validation loss. Reference: forward recursion, by "
         "hand in 80-bit arithmetic.",
-        sizes={"full": {"steps": 100}, "quick": {"steps": 100}},
+        sizes={"full": {"steps": 100}, "quick": {"steps": 20}},
         data=data,
         reference=reference,
         tasks={"unroll": Task("one hypergradient", tolerance=1e-8)},

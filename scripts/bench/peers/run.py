@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of data and splits")
     parser.add_argument("--threads", type=int, default=1, help="cores and threads of each contestant")
     parser.add_argument("--rounds", type=int, default=None, help="most rounds (9; quick 3)")
-    parser.add_argument("--seconds", type=float, default=None, help="of timing for a contestant and task (20; quick 2)")
+    parser.add_argument("--seconds", type=float, default=None, help="of timing for a contestant and task (20; quick 0.5)")
     parser.add_argument("--timeout", type=float, default=None, help="seconds for one call (240; quick 60)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (docs/benchmarks.json; quick runs/bench/...)")
     parser.add_argument("--table", action="store_true", help="only write the table and the figures again")
@@ -58,7 +58,7 @@ def main() -> int:
             seed=options.seed,
             threads=min(options.threads, len(os.sched_getaffinity(0))),
             rounds=options.rounds or (3 if quick else 9),
-            seconds=options.seconds or (2.0 if quick else 20.0),
+            seconds=options.seconds or (0.5 if quick else 20.0),
             once=10.0 if quick else 20.0,
             timeout=options.timeout or (60.0 if quick else 240.0),
             logs=work / "logs",
