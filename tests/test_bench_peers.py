@@ -129,6 +129,7 @@ def test_results_survive_a_file_and_the_page_shows_every_row(modules, toy):
         assert name in page
     assert "does not run: no answer to `first` within 1.5 s" in page
     assert "**wrong**" in page
+    assert "**Quick size**, for which nothing is asked: toy, 1 thread." in page
     assert "Not here: shy peer: does not add." in page
 
 

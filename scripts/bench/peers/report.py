@@ -50,6 +50,7 @@ def store(
         "title": problem.title,
         "words": problem.words,
         "size": limits.size,
+        "arguments": dict(problem.sizes[limits.size]),
         "seed": limits.seed,
         "machine": dict(machine),
         "versions": dict(versions),
@@ -238,7 +239,10 @@ shows the median of the rounds. All contestants have the same cores and threads 
 def page(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     """Return the page."""
     contests = results["contests"]
-    parts = [INTRODUCTION, "## Asked and measured\n", asked_table(contests), ""]
+    quick = [name for name, contest in contests.items() if contest["size"] != "full"]
+    warning = f"**Quick size**, for which nothing is asked: {'; '.join(quick)}.\n"
+    heading = ["## Asked and measured\n", *([warning] if quick else [])]
+    parts = [INTRODUCTION, *heading, asked_table(contests), ""]
     wins = wins_of_peers({n: c for n, c in contests.items() if not c["key"].startswith("growth")})
     if wins:
         parts += ["## Where a peer wins\n", *(f"- {sentence}" for sentence in wins), ""]
@@ -251,7 +255,9 @@ def page(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
             each = f"; each {about['unit']}" if about["unit"] else ""
             parts += [f"**{about['words']}**{each} ({name}):\n", contest_table(contest, task), ""]
         parts += [f"Not here: {who}: {why}." for who, why in contest["absent"].items()]
-        parts += ["", f"{m['date']}, {contest['size']} size, seed {contest['seed']}, load before {m['load']}.", ""]
+        sizes = ", ".join(f"{name} {value}" for name, value in contest["arguments"].items())
+        size = f"{contest['size']} size{f' ({sizes})' if sizes else ''}"
+        parts += ["", f"{m['date']}, {size}, seed {contest['seed']}, load before {m['load']}.", ""]
     if figures:
         parts += ["## How the cost grows\n", *figures, ""]
     parts += ["## Machine and versions\n", *machines(contests), ""]

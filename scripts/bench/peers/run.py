@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of data and splits")
     parser.add_argument("--threads", type=int, default=1, help="cores and threads of each contestant")
     parser.add_argument("--rounds", type=int, default=None, help="most rounds (9; quick 3)")
-    parser.add_argument("--seconds", type=float, default=None, help="of timing for a contestant and task (20; quick 0.5)")
+    parser.add_argument("--seconds", type=float, default=None, help="of timing for each task (20; quick 0.5)")
     parser.add_argument("--timeout", type=float, default=None, help="seconds for one call (240; quick 60)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (docs/benchmarks.json; quick runs/bench/...)")
     parser.add_argument("--table", action="store_true", help="only write the table and the figures again")
