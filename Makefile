@@ -1,9 +1,10 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both need only Python 3.11, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
+BENCH := .venv-bench/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint figures bench clean
+.PHONY: demo test lint figures bench bars clean
 
 demo: .venv/.demo  ## tune two models with three hypergradient estimators and plot the comparison
 	$(BIN)/bilevel compare configs/quickstart.yaml
@@ -19,11 +20,14 @@ lint: .venv/.dev  ## style, documentation and types
 figures: .venv/.demo  ## every figure of both papers on the curse of unrolling, with numbers and claims
 	$(BIN)/bilevel curse configs/curse/*.yaml
 
-bench: .venv/.demo  ## one JSON line per measurement
+bench: .venv-bench/.done  ## this library beside its peers, a quarter of an hour: docs/benchmarks.md and .json
+	$(BENCH)/python scripts/bench/peers/run.py $(ARGS)
+
+bars: .venv/.demo  ## the bars that this library sets itself: one JSON line per measurement
 	$(BIN)/python scripts/bench/run.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -35,4 +39,11 @@ clean:
 
 .venv/.dev: .venv/.demo
 	$(INSTALL) -e '.[plot,test,lint]'
+	@touch $@
+
+# The peers have a venv of their own. Without the constraints they would replace torch by a CUDA build.
+.venv-bench/.done: pyproject.toml constraints.txt
+	@echo "Installing the peers into .venv-bench (a few minutes the first time) ..."
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@

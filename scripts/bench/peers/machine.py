@@ -1,0 +1,48 @@
+"""The machine and the versions, read without importing what is measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from typing import Any
+
+PACKAGES = (
+    "bilevel", "torch", "numpy", "scipy", "scikit-learn", "jax", "jaxlib", "jaxopt", "optimistix", "lineax",
+    "torchopt", "higher", "optuna",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the installed version of every package that takes part."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def processor() -> str:
+    """Return the processor's model name."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """Return the machine as it is now: processor, cores, memory, load, date."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "threads": threads,
+        # Load of the last minute before the contest: above about 0.5 somebody else was at work.
+        "load": round(os.getloadavg()[0], 2),
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,198 @@
+"""P1i: the exact hypergradient of ridge regression at the inner solution, breast_cancer, one penalty."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from contest import Asked, Contestant, Problem, Task
+from p1_ridge import jax_losses
+from shared import breast_cancer, warm_torch
+
+PENALTIES = 100
+
+
+def data(seed: int) -> SimpleNamespace:
+    """Return the splits, and the penalties that come one after another."""
+    X, y, X_val, y_val = breast_cancer(seed)
+    return SimpleNamespace(X=X, y=y, X_val=X_val, y_val=y_val, penalties=np.linspace(-6.0, 2.0, PENALTIES))
+
+
+def reference(d: SimpleNamespace) -> dict[str, Any]:
+    """Return ``-penalty slope' H^-1 w`` with 50-digit arithmetic in the eigenbasis of the Gram matrix.
+
+    The eigenbasis itself is refined to 50 digits, so nothing here is float64.
+    """
+    import mpmath
+
+    mpmath.mp.dps = 50
+    X, y, X_val, y_val = (mpmath.matrix(part.tolist()) for part in (d.X, d.y, d.X_val, d.y_val))
+    gram, moment = X.T * X / X.rows, X.T * y / X.rows
+    gram_val, moment_val = X_val.T * X_val / X_val.rows, X_val.T * y_val / X_val.rows
+    values, basis = mpmath.eigsy(gram)
+    m, mv, gv = basis.T * moment, basis.T * moment_val, basis.T * gram_val * basis
+    answers = []
+    for u in d.penalties:
+        penalty = mpmath.exp(mpmath.mpf(float(u)))
+        w = mpmath.matrix([m[i] / (values[i] + penalty) for i in range(len(m))])
+        slope = gv * w - mv
+        answers.append(-penalty * sum(slope[i] * w[i] / (values[i] + penalty) for i in range(len(m))))
+    return {"penalties": np.array(answers, dtype=float), "scratch": float(answers[PENALTIES // 2])}
+
+
+def _calls(d: SimpleNamespace, kept: Any, scratch: Any) -> dict[str, Any]:
+    """Return both tasks from one function of a penalty and one that starts from the data."""
+    middle = float(d.penalties[PENALTIES // 2])
+    return {"penalties": lambda: [kept(float(u)) for u in d.penalties], "scratch": lambda: scratch(middle)}
+
+
+# This library ---------------------------------------------------------------------------------------------------------
+
+
+def _ours(d: SimpleNamespace, kind: str) -> dict[str, Any]:
+    import torch
+
+    import bilevel as bl
+
+    parts = [torch.as_tensor(part) for part in (d.X, d.y, d.X_val, d.y_val)]
+    estimator = bl.ClosedForm() if kind == "closed form" else bl.Implicit(bl.Direct())
+    problem = bl.problems.RidgeProblem(*parts)
+
+    def at(problem: Any, u: float) -> float:
+        hparams = torch.tensor(u, dtype=torch.float64)
+        return float(bl.hypergradient(problem, bl.Newton(), estimator, hparams).hypergradient)
+
+    return _calls(d, lambda u: at(problem, u), lambda u: at(bl.problems.RidgeProblem(*parts), u))
+
+
+# Peers ----------------------------------------------------------------------------------------------------------------
+
+
+def _optimistix(d: SimpleNamespace, on_gram: bool) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import lineax as lx
+    import optimistix as optx
+
+    cholesky = lx.Cholesky()
+    newton = optx.Newton(rtol=1e-12, atol=1e-12, linear_solver=cholesky)
+    options = {"tags": frozenset({lx.positive_semidefinite_tag}), "adjoint": optx.ImplicitAdjoint(cholesky)}
+
+    def inner(w: Any, arguments: Any) -> Any:
+        u, X, y = arguments
+        return 0.5 * jnp.mean((X @ w - y) ** 2) + 0.5 * jnp.exp(u) * (w @ w)
+
+    def on_data(w: Any, arguments: Any) -> Any:
+        return jax.grad(inner)(w, arguments)
+
+    def normal_equations(w: Any, arguments: Any) -> Any:
+        u, gram, moment = arguments
+        return gram @ w - moment + jnp.exp(u) * w
+
+    def outer(u: Any, first: Any, second: Any, X_val: Any, y_val: Any) -> Any:
+        residual = normal_equations if on_gram else on_data
+        w = optx.root_find(residual, newton, jnp.zeros(d.X.shape[1]), (u, first, second), **options).value
+        return 0.5 * jnp.mean((X_val @ w - y_val) ** 2)
+
+    def from_data(u: Any, X: Any, y: Any, X_val: Any, y_val: Any) -> Any:
+        return outer(u, *((X.T @ X / len(X), X.T @ y / len(X)) if on_gram else (X, y)), X_val, y_val)
+
+    X, y, X_val, y_val = parts = tuple(jnp.asarray(part) for part in (d.X, d.y, d.X_val, d.y_val))
+    kept, scratch = jax.jit(jax.grad(outer)), jax.jit(jax.grad(from_data))
+    first, second = (X.T @ X / len(X), X.T @ y / len(X)) if on_gram else (X, y)
+    return _calls(d, lambda u: float(kept(u, first, second, X_val, y_val)), lambda u: float(scratch(u, *parts)))
+
+
+def _jaxopt(d: SimpleNamespace) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import jaxopt
+
+    _, outer = jax_losses(d)
+    parts = tuple(jnp.asarray(part) for part in (d.X, d.y, d.X_val, d.y_val))
+    cholesky = jaxopt.linear_solve.solve_cholesky
+
+    def solved(u: Any, gram: Any, moment: Any) -> Any:
+        optimality = lambda w, u: gram @ w - moment + jnp.exp(u) * w  # noqa: E731
+        eye = jnp.eye(gram.shape[0])
+
+        def solve(_: Any, u: Any) -> Any:
+            return jax.scipy.linalg.solve(gram + jnp.exp(u) * eye, moment, assume_a="pos")
+
+        return jaxopt.implicit_diff.custom_root(optimality, solve=cholesky)(solve)(None, u)
+
+    def from_data(u: Any, X: Any, y: Any, X_val: Any, y_val: Any) -> Any:
+        w = solved(u, X.T @ X / len(X), X.T @ y / len(X))
+        return 0.5 * jnp.mean((X_val @ w - y_val) ** 2)
+
+    gram, moment = parts[0].T @ parts[0] / len(d.X), parts[0].T @ parts[1] / len(d.X)
+    kept = jax.jit(jax.grad(lambda u: outer(solved(u, gram, moment))))
+    scratch = jax.jit(jax.grad(from_data))
+    return _calls(d, lambda u: float(kept(u)), lambda u: float(scratch(u, *parts)))
+
+
+def _torch_by_hand(d: SimpleNamespace) -> dict[str, Any]:
+    import torch
+
+    warm_torch()
+    X, y, X_val, y_val = (torch.as_tensor(part) for part in (d.X, d.y, d.X_val, d.y_val))
+    eye = torch.eye(X.shape[1], dtype=X.dtype)
+
+    def at(u: float, gram: Any, moment: Any) -> float:
+        log_penalty = torch.tensor(u, dtype=X.dtype, requires_grad=True)
+        factor = torch.linalg.cholesky(gram + log_penalty.exp() * eye)
+        w = torch.cholesky_solve(moment[:, None], factor)[:, 0]
+        return float(torch.autograd.grad(0.5 * (X_val @ w - y_val).square().mean(), log_penalty)[0])
+
+    gram, moment = X.t() @ X / len(X), X.t() @ y / len(X)
+    return _calls(d, lambda u: at(u, gram, moment), lambda u: at(u, X.t() @ X / len(X), X.t() @ y / len(X)))
+
+
+def _scipy_by_hand(d: SimpleNamespace) -> dict[str, Any]:
+    from scipy.linalg import cho_factor, cho_solve
+
+    eye = np.eye(d.X.shape[1])
+
+    def at(u: float, gram: Any, moment: Any) -> float:
+        factor = cho_factor(gram + np.exp(u) * eye)
+        w = cho_solve(factor, moment)
+        slope = d.X_val.T @ (d.X_val @ w - d.y_val) / len(d.y_val)
+        return float(-np.exp(u) * (w @ cho_solve(factor, slope)))
+
+    gram, moment = d.X.T @ d.X / len(d.X), d.X.T @ d.y / len(d.X)
+    return _calls(d, lambda u: at(u, gram, moment), lambda u: at(u, d.X.T @ d.X / len(d.X), d.X.T @ d.y / len(d.X)))
+
+
+BY_HAND = "normal equations by hand"
+OURS = ["bilevel ClosedForm", "bilevel Newton, Implicit(Direct)"]
+
+PROBLEMS = [
+    Problem(
+        key="p1i",
+        title="P1i: ridge, breast_cancer (341 x 30), one penalty, exact implicit hypergradient",
+        words="Those with the Gram matrix by hand keep it from penalty to penalty. Reference: 50-digit arithmetic.",
+        sizes={"full": {}, "quick": {}},
+        data=data,
+        reference=reference,
+        tasks={
+            "penalties": Task("penalty after penalty", tolerance=1e-8, per=PENALTIES, unit="penalty"),
+            "scratch": Task("one hypergradient, from the data", tolerance=1e-8),
+        },
+        contestants=[
+            Contestant(OURS[0], lambda d: _ours(d, "closed form"), "bilevel", "eigenbasis kept"),
+            Contestant(OURS[1], lambda d: _ours(d, "implicit"), "bilevel"),
+            Contestant("optimistix Newton", lambda d: _optimistix(d, False), "optimistix", "on the loss"),
+            Contestant("optimistix Newton, Gram by hand", lambda d: _optimistix(d, True), "optimistix", BY_HAND),
+            Contestant("jaxopt custom_root, Gram by hand", _jaxopt, "jaxopt", BY_HAND),
+            Contestant("torch Cholesky by hand", _torch_by_hand, "torch", BY_HAND),
+            Contestant("scipy Cholesky by hand", _scipy_by_hand, "scipy", "inner and outer formulas by hand"),
+        ],
+        asked=[
+            Asked("penalties", OURS, ["optimistix Newton"], 5.0, 20.0),
+            Asked("scratch", OURS, ["optimistix Newton"], 2.0, 5.0),
+            Asked("penalties", OURS, ["*by hand"], None, words="formulas by hand"),
+            Asked("scratch", OURS, ["*by hand"], None, words="formulas by hand"),
+        ],
+    )
+]

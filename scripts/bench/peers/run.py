@@ -1,0 +1,81 @@
+"""The benchmark against the peers: all problems, JSON and table.
+
+``python scripts/bench/peers/run.py``          everything, about a quarter of an hour on two cores
+``python scripts/bench/peers/run.py --quick``  smaller problems, two minutes
+``python scripts/bench/peers/run.py --only p2 p3``  some problems; the results of the others are kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+import report
+from conduct import Limits, conduct
+from machine import describe, versions
+
+MODULES = {
+    "p1": "p1_ridge",
+    "p1i": "p1_implicit",
+    "p1b": "p1_batch",
+    "p2": "p2_logistic",
+    "p3": "p3_softmax",
+    "p3c": "p3_cleaning",
+    "p4": "p4_mlp",
+    "p5": "p5_forward",
+    "growth": "growth",
+}
+ROOT = Path(__file__).parents[3]
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller problems and fewer rounds: two minutes")
+    parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES), help="the problems to run")
+    parser.add_argument("--seed", type=int, default=0, help="of data and splits")
+    parser.add_argument("--threads", type=int, default=1, help="cores and threads of each contestant")
+    parser.add_argument("--rounds", type=int, default=None, help="most rounds (9; quick 3)")
+    parser.add_argument("--seconds", type=float, default=None, help="of timing for each task (20; quick 0.5)")
+    parser.add_argument("--timeout", type=float, default=None, help="seconds for one call (240; quick 60)")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file (docs/benchmarks.json; quick runs/bench/...)")
+    parser.add_argument("--table", action="store_true", help="only write the table and the figures again")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what was asked for; write the results after each problem, so that an interrupt loses one at most."""
+    options = arguments()
+    work = ROOT / "runs" / "bench"
+    out = options.out or (work / "quick.json" if options.quick else ROOT / "docs" / "benchmarks.json")
+    results = report.load(out)
+    if not options.table:
+        quick = options.quick
+        limits = Limits(
+            size="quick" if quick else "full",
+            seed=options.seed,
+            threads=min(options.threads, len(os.sched_getaffinity(0))),
+            rounds=options.rounds or (3 if quick else 9),
+            seconds=options.seconds or (0.5 if quick else 20.0),
+            once=10.0 if quick else 20.0,
+            timeout=options.timeout or (60.0 if quick else 240.0),
+            logs=work / "logs",
+        )
+        known = versions()
+        for key in options.only:
+            module = MODULES[key]
+            for problem in importlib.import_module(module).PROBLEMS:
+                print(f"\n{problem.title}", flush=True)
+                before = describe(limits.threads)
+                rows = conduct(module, problem, limits, work / "references", say=lambda line: print(line, flush=True))
+                report.store(results, problem, rows, limits, before, known)
+                report.save(out, results)
+    report.write(out, results)
+    print(f"\nwrote {out} and {out.with_suffix('.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
