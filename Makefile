@@ -9,8 +9,8 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: .venv/.demo  ## tune two models with three hypergradient estimators and plot the comparison
 	$(BIN)/bilevel compare configs/quickstart.yaml
 
-test: .venv/.dev  ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/.dev  ## the whole test suite, a process for each core
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/.dev  ## style, documentation and types
 	$(BIN)/ruff check .

@@ -71,6 +71,8 @@ class Verdict:
 
     def worse(self, other: Verdict) -> Verdict:
         """Return the verdict that matters more: a failure before a doubt, a doubt before `OK`; ties keep the first."""
+        if other.status is Status.OK:
+            return self
         rank = {Status.OK: 0, Status.INNER_NOT_CONVERGED: 1}
         return other if rank.get(other.status, 2) > rank.get(self.status, 2) else self
 
