@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import batches, members, tree
+from bilevel.certifiable import Certifiable
 from bilevel.inputs import check_scalar, check_tensors, check_trees
 from bilevel.modules import functional_model
 from bilevel.options import require_arguments
@@ -197,6 +198,10 @@ class BilevelProblem:
         A problem that has one should compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then
         take d numbers of work for each hyperparameter vector.
         """
+        return None
+
+    def certifiable(self) -> Certifiable | None:
+        """Return what proved error bounds need to know of this problem, or None: its errors are estimated then."""
         return None
 
     def metrics(self, params: Tree) -> dict[str, float]:

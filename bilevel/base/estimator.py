@@ -136,6 +136,11 @@ class Certificate:
         error: distance to the exact hypergradient, of the kind that `error_kind` says; None for "none".
         error_kind: "bound" (proved), "estimate" or "none".
         error_note: why there is no figure, or how it was obtained.
+        error_lower: for a bound: the error is proved to be at least this.
+        components: for a bound: one for every component, shaped as the hyperparameters.
+        corrected: for a bound: a hypergradient that is more accurate as a rule, from the work that the bound took.
+        corrected_error: for a bound: the distance of `corrected` to the exact hypergradient is at most this.
+        signs: for a bound: signs of the exact hypergradient's components, 0 where they are not certain.
         measured: numbers that the inner solver measured, such as its step size.
     """
 
@@ -146,6 +151,11 @@ class Certificate:
     error: float | None = None
     error_kind: ErrorKind = "none"
     error_note: str = "ask with certify=True"
+    error_lower: float | None = None
+    components: Tree = None
+    corrected: Tree = None
+    corrected_error: float | None = None
+    signs: Tree = None
     measured: Mapping[str, float] = field(default_factory=dict)
 
 

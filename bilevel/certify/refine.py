@@ -8,19 +8,21 @@ where g is the inner gradient and f the outer loss. A Newton step roughly square
 ``|p - p'|`` is close to the error of p, whichever estimator made p: implicit, unrolled, truncated, one-step. It is an
 estimate, not a bound, and it is published only where its own signs are good: both linear solves converged, the step was
 in the quadratic regime, and the first correction was small. Otherwise further rounds follow, always compared with the
-original p.
+original p. Where no adjoint is given, p may be better than the first p', so that rounds follow until p' stands still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import ErrorKind
+from bilevel.certify.floor import rounding_floor
 from bilevel.krylov import Krylov, conjugate_gradients
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
@@ -32,6 +34,12 @@ ENERGY = 0.1
 MAX_STEPS = 100
 NONLINEAR = 0.1
 FIRST_ROUND = 0.3
+NEAR_FLOOR = 1e3
+"""Rounding units of p below which the rounding of the refinement itself is measured and added."""
+MOVEMENT = 0.3
+"""How much of the error the refined hypergradient may still have moved by, where the adjoint started from nothing."""
+COLD_ENERGY = 1e-3
+"""`ENERGY` of the adjoint's solve where it starts from nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,26 @@ class ErrorEstimate:
         value: the figure, or None where nothing can be said.
         kind: "bound", "estimate" or "none".
         note: how it was obtained, or why there is none.
+        lower: a proved lower bound of the distance.
+        components: a proved bound for every component, shaped as the hyperparameters.
+        corrected: a hypergradient that is more accurate as a rule.
+        corrected_error: a proved bound of its distance to the exact one.
+        signs: the signs of the exact hypergradient's components where they are certain, 0 elsewhere.
     """
 
     value: float | None
     kind: ErrorKind
     note: str
+    lower: float | None = None
+    components: Tree = None
+    corrected: Tree = None
+    corrected_error: float | None = None
+    signs: Tree = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what it says as the fields of a `Certificate`."""
+        names = {"value": "error", "kind": "error_kind", "note": "error_note", "lower": "error_lower"}
+        return {names.get(name, name): value for name, value in vars(self).items()}
 
 
 def refine(
@@ -73,7 +96,7 @@ def refine(
     given = ravel_u.ravel(hypergradient)
     x = ravel_x.ravel(params)
     w = torch.zeros_like(x) if adjoint is None else ravel_x.ravel(adjoint)
-    reason = ""
+    reason, before = "", None
     for turn in range(1, ROUNDS + 1):
         step = _correct_solution(inner, ravel_x, x)
         if step.reason:
@@ -82,7 +105,8 @@ def refine(
         point = inner.linearize(ravel_x.unravel(x))
         _, by_params, by_hparams = problem.outer_value_and_grads(point.params, hparams)
         product = _flat(point.hvp, ravel_x)
-        correction = _energy_cg(product, product(w) - ravel_x.ravel(by_params))
+        right = product(w) - ravel_x.ravel(by_params)
+        correction = _energy_cg(product, right, ENERGY if adjoint is not None else COLD_ENERGY)
         if correction.reason:
             return ErrorEstimate(None, "none", correction.reason)
         w = w - correction.vector
@@ -90,15 +114,25 @@ def refine(
         error = float(torch.linalg.vector_norm(given - better))
         size = float(torch.linalg.vector_norm(better))
         unsolved = max(step.unsolved, correction.unsolved)
+        moved = 0.0 if before is None else float(torch.linalg.vector_norm(better - before))
+        unsettled = adjoint is None and (before is None or moved > MOVEMENT * error)
+        before = better
         error *= (1 + unsolved) / (1 - min(step.nonlinearity, 0.5))
         if unsolved > ENERGY:
             reason = "the corrections' linear solves did not converge"
         elif step.nonlinearity > NONLINEAR:
             reason = f"the iterate is outside the quadratic regime of Newton's method ({step.nonlinearity:.1e})"
+        elif unsettled:
+            reason = "the refined hypergradient moves by more than what it is to judge: is the error that of rounding?"
         elif turn == 1 and error > FIRST_ROUND * size:
             reason = "the first correction was large"
         else:
-            return ErrorEstimate(error, "estimate", f"{turn} refinement round{'s' if turn > 1 else ''}")
+            note = f"{turn} refinement round{'s' if turn > 1 else ''}"
+            if error < NEAR_FLOOR * torch.finfo(x.dtype).eps * size:
+                # The refined hypergradient has the same rounding, which a difference cannot see.
+                floor = rounding_floor(problem, hparams, point.params, ravel_x.unravel(w))
+                error, note = error + floor, f"{note}, and the measured rounding floor of {floor:.1e}"
+            return ErrorEstimate(error, "estimate", note)
     return ErrorEstimate(None, "none", f"no reliable figure after {ROUNDS} rounds: {reason}")
 
 
@@ -135,7 +169,7 @@ def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor) -> 
     return _Correction(moved, step.unsolved, nonlinearity)
 
 
-def _energy_cg(matvec: Callable[[Tensor], Tensor], b: Tensor) -> _Correction:
+def _energy_cg(matvec: Callable[[Tensor], Tensor], b: Tensor, goal: float = ENERGY) -> _Correction:
     """Run CG until four more steps add little energy; report the ratio that was reached."""
     floor = (10 * torch.finfo(b.dtype).eps) ** 2 * float(torch.dot(b, b))
 
@@ -144,7 +178,7 @@ def _energy_cg(matvec: Callable[[Tensor], Tensor], b: Tensor) -> _Correction:
         return (sum(energies[-4:]) / sum(energies)) ** 0.5 if len(energies) > 4 else 1.0
 
     def enough(run: Krylov) -> bool:
-        return run.rr <= floor or ratio(run) <= ENERGY
+        return run.rr <= floor or ratio(run) <= goal
 
     run = conjugate_gradients(matvec, torch.zeros_like(b), b, enough, MAX_STEPS)
     if run.negative is not None:

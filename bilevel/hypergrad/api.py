@@ -9,7 +9,7 @@ import torch
 
 from bilevel import tree
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
-from bilevel.certify import ErrorEstimate, refine
+from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Meter
 from bilevel.hypergrad.arguments import check_carry, check_roles
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient
@@ -73,7 +73,8 @@ def hypergradient(
             dimension; `params` may have it too, and is the same for all members otherwise. A problem that is a batch
             already (`BilevelProblem.batched`, `bilevel.stack`) needs none.
         carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
-        certify: estimate the distance to the exact hypergradient (see `bilevel.certify.refine`).
+        certify: bound the distance to the exact hypergradient where a proof exists, and estimate it elsewhere (see
+            `bilevel.certify.certify_error`).
         check: look at the inputs first; a loop that has done so once may leave it out.
         on_failure: what to do with a result that cannot be used: "raise", "warn" or "return".
 
@@ -121,7 +122,7 @@ def hypergradient(
     cost = meter.read()
     error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if certify and verdict.status.usable:
-        error = refine(problem, hparams, solved.params, gradient, pulled.adjoint)
+        error = certify_error(problem, hparams, solved.params, gradient, pulled.adjoint)
     elif pulled.error is not None and verdict.status.ok:
         error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     certificate = Certificate(
@@ -129,9 +130,7 @@ def hypergradient(
         adjoint_residual=pulled.residual,
         inner_steps=solved.steps,
         adjoint_steps=pulled.steps,
-        error=error.value,
-        error_kind=error.kind,
-        error_note=error.note,
+        **error.fields(),
         measured=dict(solved.state.measured),
     )
     following = Carry(solved.state, pulled.adjoint, type(solver).__name__) if verdict.status.usable else carry

@@ -22,7 +22,7 @@ from bilevel.base import (
     member_state,
     verdict_of,
 )
-from bilevel.certify import ErrorEstimate, refine
+from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
@@ -146,7 +146,7 @@ def _errors(
     verdicts: Sequence[Verdict],
     certify: bool,
 ) -> list[ErrorEstimate]:
-    """Refine the members one by one, where they are asked for and have a hypergradient."""
+    """Certify the members one by one, where they are asked for and have a hypergradient."""
     if not certify:
         return [ErrorEstimate(None, "none", "ask with certify=True")] * len(verdicts)
     errors = []
@@ -156,7 +156,7 @@ def _errors(
             continue
         adjoint = None if pulled.adjoint is None else members.row(pulled.adjoint, index)
         u, x, p = (members.row(each, index) for each in (hparams, solved.params, gradient))
-        errors.append(refine(problem.member(index), u, x, p, adjoint))
+        errors.append(certify_error(problem.member(index), u, x, p, adjoint))
     return errors
 
 
@@ -167,9 +167,7 @@ def _certificate(solved: BatchSolution, pulled: BatchPullback, index: int, error
         adjoint_residual=None if pulled.residuals is None or not usable else pulled.residuals[index],
         inner_steps=solved.steps[index],
         adjoint_steps=pulled.steps[index] if usable else 0,
-        error=error.value,
-        error_kind=error.kind,
-        error_note=error.note,
+        **error.fields(),
         measured=dict(member_state(solved.state, index).measured),
     )
 

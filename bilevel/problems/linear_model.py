@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import check_size
+from bilevel.certifiable import Certifiable, LossConstants, Tuned
 from bilevel.inputs import check_trees
 from bilevel.lanczos import lanczos
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
+from bilevel.problems.certified import certifiable_of, tuned_penalties
 from bilevel.problems.design import Design
 from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
@@ -55,6 +57,8 @@ class LinearModelProblem(BilevelProblem):
     inner_problem: type[InnerProblem] = LinearModelInner
     max_loss_curvature: float
     """Largest second derivative of the loss with respect to a prediction."""
+    loss_constants: LossConstants
+    """What the error bounds use of the loss."""
     parametrizations: tuple[str, ...] = ("log", "direct")
     penalty: Any
     gram_is_cheap = True
@@ -144,6 +148,14 @@ class LinearModelProblem(BilevelProblem):
     @abstractmethod
     def bend(self, curvature: Any, dz: Tensor) -> Tensor:
         """Return the second derivative of the losses applied to dz."""
+
+    def bend_at(self, z: Tensor, dz: Tensor) -> Tensor:
+        """Return the second derivative of the losses at predictions z applied to dz."""
+        return self.bend(self.curvature_at(z), dz)
+
+    @abstractmethod
+    def rate_at(self, z: Tensor) -> Tensor:
+        """Return, for every row, how fast the slope can change with the range of the predictions, for error bounds."""
 
     @abstractmethod
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
@@ -256,6 +268,18 @@ class LinearModelProblem(BilevelProblem):
             functools.reduce(torch.add, part) for part in zip(*self._val_design.sweep(visit), strict=True)
         )
         return loss / self.val.rows, gradient / self.val.rows, torch.zeros_like(hparams)
+
+    def certifiable(self) -> Certifiable | None:
+        """Return the model as the error bounds see it, in float64; its data caches are kept."""
+        return self._certifiable
+
+    @cached_property
+    def _certifiable(self) -> Certifiable:
+        return certifiable_of(self)
+
+    def tuned(self, hparams: Tree) -> Tuned:
+        """Return the inner coefficients at some hyperparameters, and how they depend on them."""
+        return tuned_penalties(self, hparams)
 
     def metrics(self, params: Tree) -> dict[str, float]:
         """Return loss and scores on every split, such as ``test_loss`` and ``test_accuracy``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from bilevel.certifiable import LossConstants
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import class_labels, training_classes
@@ -41,6 +43,8 @@ class LogisticProblem(LinearModelProblem):
     """
 
     max_loss_curvature = 0.25
+    # |sigma''| <= sigma' and |sigma''| <= 1 / (6 sqrt 3) (Bach 2010).
+    loss_constants = LossConstants(curvature=0.25, concordance=1.0, third=1.0 / (6.0 * math.sqrt(3.0)), slope=0.25)
 
     def prepare_targets(self) -> None:
         """Turn the labels into -1 and +1.
@@ -83,6 +87,10 @@ class LogisticProblem(LinearModelProblem):
     def bend(self, curvature: Tensor, dz: Tensor) -> Tensor:
         """``sigma(z) sigma(-z) dz``."""
         return curvature * dz
+
+    def rate_at(self, z: Tensor) -> Tensor:
+        """The curvature."""
+        return self.curvature_at(z)
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The accuracy."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel import batches
+from bilevel.certifiable import LossConstants
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.oracles import InnerProblem
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
@@ -111,6 +112,7 @@ class RidgeProblem(LinearModelProblem):
     inner_problem: type[InnerProblem] = RidgeInner
     max_loss_curvature = 1.0
     quadratic = True
+    loss_constants = LossConstants(curvature=1.0, concordance=0.0, third=0.0, slope=1.0)
 
     def prepare_targets(self) -> None:
         """Bring the targets to the inputs' dtype."""
@@ -139,6 +141,10 @@ class RidgeProblem(LinearModelProblem):
     def bend(self, curvature: None, dz: Tensor) -> Tensor:
         """``dz``."""
         return dz
+
+    def rate_at(self, z: Tensor) -> Tensor:
+        """The curvature, one."""
+        return torch.ones_like(z)
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The coefficient of determination R^2; NaN for constant targets."""

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.certifiable import Tuned
 from bilevel.lanczos import Spectrum
 from bilevel.options import is_number, require
+from bilevel.problems.certified import tuned_weights
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.softmax import SoftmaxProblem
 from bilevel.sums import ProductSum
@@ -177,6 +179,10 @@ class SampleWeightProblem(SoftmaxProblem):
     def penalties(self, hparams: Tensor) -> Tensor:
         """Return the fixed penalty."""
         return self._fixed
+
+    def tuned(self, hparams: Tree) -> Tuned:
+        """Return the inner coefficients at some hyperparameters, and how they depend on them."""
+        return tuned_weights(self, hparams)
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the penalised weighted training loss, in plain torch."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from bilevel.certifiable import LossConstants
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import class_labels, training_classes
@@ -43,6 +45,8 @@ class SoftmaxProblem(LinearModelProblem):
     """
 
     max_loss_curvature = 0.5
+    # The third cumulant of (a, v, d) is at most range(v) sd(a) sd(d); Popoviciu bounds the standard deviations.
+    loss_constants = LossConstants(curvature=0.5, concordance=1.0, third=1.0 / (2.0 * math.sqrt(2.0)), slope=0.25)
     gram_is_cheap = False
 
     def prepare_targets(self) -> None:
@@ -93,6 +97,10 @@ class SoftmaxProblem(LinearModelProblem):
         """``(diag(p) - p p') dz`` in every row."""
         weighted = curvature * dz
         return weighted - curvature * weighted.sum(0)
+
+    def rate_at(self, z: Tensor) -> Tensor:
+        """A variance over a range of one: at most 1/4, and at most the probability outside the likeliest class."""
+        return (1.0 - torch.softmax(z, 0).amax(0)).clamp(0.0, 0.25)
 
     def gram_at(self, X: Tensor, curvature: Tensor) -> Tensor:
         """Return ``X' D X`` over the flattened (class, feature) weights, one block for each pair of classes."""

@@ -6,6 +6,7 @@ import argparse
 
 import accuracy
 import batches
+import certificates
 import curves
 import general
 import large_logistic
@@ -19,6 +20,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: steadier on a busy machine)")
     torch.set_num_threads(parser.parse_args().threads)
-    benchmarks = (accuracy, unroll, quadratic, large_logistic, structured, general, batches, overhead, curves)
+    benchmarks = (
+        *(accuracy, unroll, quadratic, large_logistic, structured, general, batches, overhead, curves),
+        certificates,
+    )
     passed = [benchmark.main() for benchmark in benchmarks]
     raise SystemExit(not all(passed))

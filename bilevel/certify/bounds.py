@@ -1,0 +1,204 @@
+"""Proved bounds of the distance from ``p(x, w)`` to the exact hypergradient, without any further solve.
+
+For a pair (x, w) with residuals ``s = g_x(x)`` and ``r = H w - f_x(x)``, two theorems bound ``e = x - x*`` by E, the
+error of the adjoint by W, and then
+
+    |p_k - dF/du_k| <= chi_k(w) E + chi_k(x) W + chi2_k E W,      chi_k(v) = |c_k v_k| in the inverse metric,
+
+with ``c = d pen/du`` and chi2 the largest ``c_j / pen_j``. Theorem "local" uses that the loss is self-concordant and
+the norm of the Hessian at x (a metric M below it); theorem "global" uses the norm of the penalties alone, holds
+arbitrarily far from the solution, and has no exponentials. The smaller one counts, for every component.
+
+Identities behind both: ``dw = H*^-1 (r + [f_x - f_x*] - [H - H*] w)`` and
+``p - dF/du = -[C - C*]' w - C*' dw``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bilevel.certify.instance import Evaluation
+from bilevel.certify.metrics import Metric
+
+FAR = 100.0
+"""Range of the predictions' change from which on the local theorem's exponentials say nothing."""
+SUMS = 1.0 + 1e-9
+"""Covers the rounding of the bound's own sums, whose terms are not negative: below gamma(4 million)."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A proved bound of ``|p(x, w) - dF/du|`` and its parts.
+
+    Attributes:
+        value: the bound in the Euclidean norm.
+        components: a bound for every component, over the flattened hyperparameters.
+        solution: E, a bound of ``x - x*`` in the norm of the theorem.
+        adjoint: W, a bound of ``w - w*``, likewise.
+        theorem: "local" or "global": the one that gave `value`.
+        rounding: what rounding alone would give, residuals being zero; 0 where not asked for.
+    """
+
+    value: float
+    components: Tensor
+    solution: float
+    adjoint: float
+    theorem: str
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Norms that both theorems start from: of a residual with its rounding, or of the rounding alone.
+
+    Attributes:
+        s: of the inner gradient, in the inverse metric.
+        s_penalty: likewise, in the inverse penalties (infinite where a weight is unpenalised).
+        r: of the adjoint residual, in the inverse metric.
+        r_penalty: likewise, in the inverse penalties.
+    """
+
+    s: float
+    s_penalty: float
+    r: float
+    r_penalty: float
+
+
+def bound_pair(at: Evaluation, metric: Metric, floor: bool = True) -> Bound:
+    """Bound the distance from ``p(x, w)`` to the exact hypergradient.
+
+    Args:
+        at: the pair (x, w), evaluated.
+        metric: a metric below the Hessian at x.
+        floor: say also what rounding alone would give.
+
+    Returns:
+        The smaller of both theorems; infinite where neither holds.
+    """
+    instance = at.instance
+    s, r = metric.rounding_norm(at.s_rounding), metric.rounding_norm(at.r_rounding)
+    s_penalty, r_penalty = instance.penalty_norm(at.s_rounding), instance.penalty_norm(at.r_rounding)
+    full = Residuals(
+        metric.norm(at.s) + s,
+        instance.penalty_norm(at.s) + s_penalty,
+        metric.norm(at.r) + r,
+        instance.penalty_norm(at.r) + r_penalty,
+    )
+    bounds = [_local(at, metric, full), _global(at, full)]
+    best = min(bounds, key=lambda bound: bound.value)
+    components = torch.minimum(bounds[0].components, bounds[1].components)
+    value = min(best.value, float(torch.linalg.vector_norm(components)) * SUMS)
+    rounding = _local(at, metric, Residuals(s, s_penalty, r, r_penalty)).value if floor else 0.0
+    return replace(best, value=value, components=components, rounding=rounding)
+
+
+def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
+    """Theorem "local": self-concordance, in the norm of the Hessian at x."""
+    instance, M = at.instance, at.instance.constants.concordance
+    classes, width = (len(at.z), 2.0) if instance.several else (1, 1.0)
+    far = M * float(instance.row_lengths.max()) * norms.s_penalty
+    near = M * float(metric.row_lengths.max()) * norms.s
+    t = 0.0 if M == 0 else min(far, -math.log1p(-near) if near < 1 else math.inf)
+    if not t <= FAR or not math.isfinite(norms.s + norms.r):
+        return _none(at)
+    E = norms.s * (t / -math.expm1(-t) if t > 0 else 1.0)
+    moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
+    # Predictions are known up to their rounding, and so are the curvatures at x.
+    blur = math.exp(M * width * float(at.blur.max()))
+    change = 0.0
+    if M:
+        spread = instance.extent(at.v) + width * at.blur_adjoint
+        bent = (at.v * instance.model.bend(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
+        bent = bent + (instance.constants.curvature * classes) ** 0.5 * at.blur_adjoint
+        growth = torch.expm1((M * moves).clamp_max(t))
+        change = float((instance.tuned.weights * (growth * bent).square()).sum().sqrt())
+        change = min(change, (math.expm1(t) / t if t > 0 else 1.0) * M * float(spread.max()) * E) * blur
+    W = math.exp(t) * blur * (norms.r + metric.outer_curvature * E + change)
+    return _combine(at, "local", (E, min(E, norms.s_penalty)), W, (moves, metric.row_lengths * W), metric)
+
+
+def _global(at: Evaluation, norms: Residuals) -> Bound:
+    """Theorem "global": strong convexity by the penalties alone, valid arbitrarily far away."""
+    instance, constants = at.instance, at.instance.constants
+    E = norms.s_penalty
+    if not math.isfinite(E + norms.r_penalty) or instance.least_penalty == 0:
+        return _none(at)
+    classes, width = (len(at.z), 2.0) if instance.several else (1, 1.0)
+    moves = instance.row_lengths * E
+    change = 0.0
+    if constants.third:
+        size = torch.linalg.vector_norm(at.v - at.v.mean(0), dim=0) if instance.several else at.v.abs()
+        most = constants.curvature * (size + classes**0.5 * at.blur_adjoint)
+        changes = torch.minimum(most, constants.third * (instance.extent(at.v) + width * at.blur_adjoint) * moves)
+        change = float((instance.tuned.weights * instance.row_squares.amax(0).sqrt() * changes).sum())
+    weights = float((instance.penalty * at.w.square()).sum().sqrt())
+    outer = instance.penalty_norm(at.outer) + instance.penalty_norm(at.r_rounding)
+    turned = instance.outer_curvature * E
+    W = turned + min(norms.r_penalty + change, weights + outer)
+    return _combine(at, "global", (E, E), W, (moves, instance.row_lengths * W), None)
+
+
+def _combine(
+    at: Evaluation,
+    theorem: str,
+    errors: tuple[float, float],
+    W: float,
+    moves: tuple[Tensor, Tensor],
+    metric: Metric | None,
+) -> Bound:
+    """Turn bounds of x - x* (in the Hessian and the penalties) and w - w* into one of the hypergradient."""
+    # `moves`: how far each row's predictions of x and w may be from those of x* and w*.
+    instance, tuned = at.instance, at.instance.tuned
+    E, E_penalty = errors
+    slope = tuned.penalty_slope.abs()
+    components, value = at.p_rounding, float(torch.linalg.vector_norm(at.p_rounding))
+    for vector, own, by_penalty in ((slope * at.w, E, E_penalty), (slope * at.x, W, W)):
+        parts = _scaled(instance.penalty_groups(vector), by_penalty)
+        # The parts that hyperparameters own are disjoint: in the diagonal norm their errors add up in squares.
+        size = float(parts.max())
+        if metric is not None:
+            sharper = _scaled(metric.groups(vector), own)
+            parts, size = torch.minimum(parts, sharper), min(size, float(torch.linalg.vector_norm(sharper)))
+        components, value = components + parts, value + size
+    products = _scaled(instance.largest_ratios, E_penalty * W)
+    if metric is not None:
+        products = products.clamp_max(float(slope.max()) * metric.inverse_size * E * W)
+    components, value = components + products, value + float(products.max())
+    if tuned.weight_slope is not None:
+        by_row = instance.per_row(tuned.weight_slope.abs() * _weight_errors(at, *moves))
+        components, value = components + by_row, value + float(torch.linalg.vector_norm(by_row))
+    if not math.isfinite(value):
+        return _none(at)
+    return Bound(value * SUMS, components * SUMS, E, W, theorem)
+
+
+def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> Tensor:
+    """Bound the error of every row's ``loss'(z_i)' (W' a_i)``, whose factor is ``d omega_i / du``."""
+    instance, constants = at.instance, at.instance.constants
+    width = 2.0 if instance.several else 1.0
+    M = constants.concordance
+    change = constants.slope * moves
+    # The curvature grows by at most exp(M moves) on the way; far away that says nothing.
+    growth = torch.expm1((M * moves).clamp_max(FAR)) / M if M else moves
+    change = torch.where(M * moves < FAR, torch.minimum(change, instance.model.rate(at.z) * growth), change)
+    slopes = instance.dual(at.slopes) + width * constants.curvature * at.blur
+    return change * (instance.extent(at.v) + width * at.blur_adjoint) + (slopes + change) * adjoint_moves
+
+
+def _scaled(values: Tensor, factor: float) -> Tensor:
+    """Return ``values factor``; what is infinite stays so when the factor is zero."""
+    return torch.where(values.isinf(), values, values * factor)
+
+
+def _least(own: Tensor, lengths: Tensor, factor: float) -> Tensor:
+    """Return the smaller of `own` and ``lengths factor``."""
+    return torch.minimum(own, lengths * factor) if math.isfinite(factor) else own
+
+
+def _none(at: Evaluation) -> Bound:
+    """Return the bound that says nothing."""
+    return Bound(math.inf, torch.full_like(at.p, math.inf), math.inf, math.inf, "none")

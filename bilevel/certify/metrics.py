@@ -1,0 +1,229 @@
+"""Metrics: matrices M below the inner Hessian, in whose inverse norm residuals are measured.
+
+Every bound uses a metric through ``|v|_{M^-1} >= |v|_{H^-1}`` alone, so any symmetric ``0 < M <= H(x)`` keeps it a
+bound; the closer to H, the sharper. `Diagonal` (the penalties) is free; `Nystrom` adds a low-rank approximation of the
+data part from a few Hessian-vector products; `Cholesky` is H itself.
+
+A metric made at x0 serves at x as well: the data part of the Hessian changes by at most the factor ``exp(t)``, with t
+the largest range of ``(x - x0)' a_i`` (self-concordance), so ``exp(-t) M(x0) <= H(x)``. This is called transport.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bilevel.certifiable import MAX_DENSE, UNIT, gamma, top_eigenvalue
+from bilevel.certify.instance import Instance
+from bilevel.krylov import conjugate_gradients
+
+
+class Metric(ABC):
+    """A matrix M below the Hessian of an instance at one point, and a preconditioner for it.
+
+    Args:
+        instance: the problem.
+        stretch: upper bound of ``|v|_{H^-1} / |v|_{M^-1}``, which transport makes larger than one.
+    """
+
+    def __init__(self, instance: Instance, stretch: float = 1.0) -> None:
+        self.instance = instance
+        self.stretch = stretch
+
+    @abstractmethod
+    def half(self, v: Tensor) -> Tensor:
+        """Return ``P v`` with ``P' P`` the inverse of the preconditioner."""
+
+    @abstractmethod
+    def half_transposed(self, v: Tensor) -> Tensor:
+        """Return ``P' v``."""
+
+    def norm(self, v: Tensor) -> float:
+        """Return an upper bound of ``|v|_{H^-1}`` for v shaped as params."""
+        own = self.stretch * float(torch.linalg.vector_norm(self.half(v)))
+        return min(own, self.instance.penalty_norm(v))
+
+    def rounding_norm(self, v: Tensor) -> float:
+        """Return an upper bound of ``|d|_{H^-1}`` over all d with ``|d| <= v`` elementwise."""
+        return self.instance.penalty_norm(v)
+
+    @cached_property
+    def row_lengths(self) -> Tensor:
+        """How far ``|e|_H <= 1`` can move the range of every training row's predictions: an upper bound."""
+        return self.instance.row_lengths
+
+    @cached_property
+    def outer_curvature(self) -> float:
+        """Largest eigenvalue of the outer Hessian at any point, relative to H: an upper bound."""
+        return self.instance.outer_curvature
+
+    def groups(self, weights: Tensor) -> Tensor:
+        """Return an upper bound of ``|weights_k|_{H^-1}`` for the part that each hyperparameter owns."""
+        return weights.new_full((self.instance.tuned.size,), math.inf)
+
+    @property
+    def inverse_size(self) -> float:
+        """Largest eigenvalue of ``H^-1``: an upper bound."""
+        least = self.instance.least_penalty
+        return 1.0 / least if least > 0 else math.inf
+
+    def solve(self, z: Tensor, b: Tensor, reduction: float, max_steps: int) -> Tensor:
+        """Return an approximate ``H^-1 b`` at predictions z by preconditioned conjugate gradients.
+
+        Args:
+            z: training predictions.
+            b: right-hand side, shaped as params.
+            reduction: of the residual, in the norm of the preconditioner's inverse.
+            max_steps: most products.
+        """
+        shape = b.shape
+
+        def matvec(v: Tensor) -> Tensor:
+            product = self.instance.product(z, self.half_transposed(v.reshape(shape)))
+            return self.half(product).reshape(-1)
+
+        right = self.half(b).reshape(-1)
+        goal = reduction**2 * float(torch.dot(right, right))
+        run = conjugate_gradients(
+            matvec, torch.zeros_like(right), right, lambda run: run.rr <= goal or run.steps >= max_steps
+        )
+        return self.half_transposed(run.x.reshape(shape))
+
+
+class Diagonal(Metric):
+    """The penalties: free; preconditions by a bound of the Hessian's diagonal."""
+
+    def __init__(self, instance: Instance) -> None:
+        super().__init__(instance)
+        train = instance.model.train
+        most = instance.constants.curvature * float(instance.tuned.weights.max())
+        self._half = (instance.penalty + most * train.columns.square()).rsqrt()
+
+    def half(self, v: Tensor) -> Tensor:
+        """Scale every weight."""
+        return self._half * v
+
+    half_transposed = half
+
+    def norm(self, v: Tensor) -> float:
+        """Return the norm in the inverse penalties."""
+        return self.instance.penalty_norm(v)
+
+
+class Cholesky(Metric):
+    """The Hessian itself, factored: the sharpest metric, and the only one that serves unpenalised weights.
+
+    Args:
+        instance: the problem.
+        z: training predictions of the point where it is made.
+    """
+
+    def __init__(self, instance: Instance, z: Tensor) -> None:
+        size = instance.penalty.numel()
+        hessian = _dense(instance, z)
+        factor, info = torch.linalg.cholesky_ex(hessian)
+        eye = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+        self._inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        self._inverse_trace = float(self._inverse.square().sum())
+        # Backward errors of forming and factoring H (Higham, chapters 3 and 10), relative to H.
+        terms = 2 * instance.model.train.count + 4 * size + 64
+        rounding = terms * UNIT * float(hessian.diagonal().sum())
+        if instance.several:
+            # Entries p - p^2 of a saturated curvature have an absolute error, not a relative one.
+            rounding += terms * UNIT * float((instance.tuned.weights * instance.model.train.square_lengths).sum())
+        relative = rounding * self._inverse_trace * 1.01
+        usable = not bool(info) and relative < 0.5
+        self._inverse_top = top_eigenvalue(self._inverse.t() @ self._inverse) if usable else math.inf
+        self.z = z
+        super().__init__(instance, (1.0 - relative) ** -0.5 if usable else math.inf)
+
+    def at(self, z: Tensor) -> Cholesky:
+        """Return this metric transported to the predictions z."""
+        moved = object.__new__(Cholesky)
+        moved.__dict__ = dict(self.__dict__)
+        factor = math.exp(0.5 * transport(self.instance, self.z, z))
+        moved.z, moved.stretch = z, self.stretch * factor
+        # The instance's own figures hold at every point; those of the metric stretch with it.
+        moved.__dict__["row_lengths"] = torch.minimum(self.row_lengths * factor, self.instance.row_lengths)
+        moved.__dict__["outer_curvature"] = min(self.outer_curvature * factor**2, self.instance.outer_curvature)
+        return moved
+
+    def half(self, v: Tensor) -> Tensor:
+        """Return ``L^-1 v``."""
+        return (self._inverse @ v.reshape(-1)).reshape(v.shape)
+
+    def half_transposed(self, v: Tensor) -> Tensor:
+        """Return ``L^-T v``."""
+        return (self._inverse.t() @ v.reshape(-1)).reshape(v.shape)
+
+    @property
+    def inverse_size(self) -> float:
+        """Largest eigenvalue of ``H^-1``: an upper bound, also without penalties."""
+        return min(super().inverse_size, self.stretch**2 * self._inverse_top)
+
+    def rounding_norm(self, v: Tensor) -> float:
+        """Return the norm in the inverse penalties, or that of the factor's absolute values."""
+        own = self.stretch * float(torch.linalg.vector_norm(self._inverse.abs() @ v.reshape(-1)))
+        return min(own, self.instance.penalty_norm(v))
+
+    @cached_property
+    def row_lengths(self) -> Tensor:
+        """Row norms in ``M^-1``; of several classes the two largest, added."""
+        features = self.instance.features
+        blocks = self._inverse.reshape(len(self._inverse), -1, features).transpose(0, 1)
+        lengths = torch.stack([torch.linalg.vector_norm(b @ self.instance.model.train.X, dim=0) for b in blocks])
+        own = self.stretch * (lengths.topk(2, dim=0).values.sum(0) if len(lengths) > 1 else lengths[0])
+        return torch.minimum(own, self.instance.row_lengths)
+
+    @cached_property
+    def outer_curvature(self) -> float:
+        """Largest eigenvalue of the outer Hessian at any point, relative to H: an upper bound."""
+        own = self.stretch**2 * relative_curvature(self.instance, lambda columns: self._inverse @ columns)
+        return min(own, self.instance.outer_curvature)
+
+    def groups(self, weights: Tensor) -> Tensor:
+        """Return the norms in ``M^-1`` of each hyperparameter's part."""
+        if not bool(weights.any()):
+            return super().groups(weights).zero_()
+        owner = self.instance.tuned.penalty_owner.reshape(-1)
+        columns = torch.zeros(len(owner), self.instance.tuned.size, dtype=weights.dtype, device=weights.device)
+        columns[torch.arange(len(owner), device=owner.device), owner] = weights.reshape(-1)
+        return self.stretch * torch.linalg.vector_norm(self._inverse @ columns, dim=0)
+
+
+def transport(instance: Instance, z0: Tensor, z: Tensor) -> float:
+    """Return t such that the data part of the Hessian at z is at least ``exp(-t)`` times that at z0."""
+    if instance.constants.concordance == 0:
+        return 0.0
+    return instance.constants.concordance * float(instance.extent(z - z0).max())
+
+
+def _dense(instance: Instance, z: Tensor) -> Tensor:
+    """Return the Hessian at predictions z over the flattened weights."""
+    X, weights = instance.model.train.X, instance.tuned.weights
+    classes = len(z) if instance.several else 1
+    blocks = []
+    for c in range(classes):
+        direction = torch.zeros_like(z)
+        (direction[c] if instance.several else direction).fill_(1.0)
+        bent = (weights * instance.model.bend(z, direction)).reshape(classes, -1)
+        blocks.append(torch.cat([(X * row) @ X.t() for row in bent]))
+    hessian = torch.cat(blocks, 1)
+    hessian = 0.5 * (hessian + hessian.t())
+    return hessian + torch.diag(instance.penalty.reshape(-1))
+
+
+def relative_curvature(instance: Instance, half_columns: Callable[[Tensor], Tensor]) -> float:
+    """Bound the largest eigenvalue of ``P (loss'' bound x Gram matrix of the validation rows) P'``."""
+    val, size = instance.model.val, instance.penalty.numel()
+    if size > MAX_DENSE:
+        return math.inf
+    gram = torch.kron(torch.eye(size // instance.features, dtype=val.gram.dtype, device=val.gram.device), val.gram)
+    matrix = half_columns(half_columns(gram).t())
+    rounding = gamma(val.count + 4 * size) * float(matrix.diagonal().sum()) * size**0.5
+    return instance.constants.curvature * (top_eigenvalue(0.5 * (matrix + matrix.t())) + rounding)
