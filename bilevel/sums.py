@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from bilevel.oracles import InnerProblem
 
 CHUNK = 256
-"""Points and vectors that are stacked at once: bounds the memory of a sweep."""
+"""Points and vectors that are stacked at once, at most."""
+NUMBERS = 32_768
+"""Numbers in a stack, at most: beyond what a cache holds, a stack costs more than the calls that it saves."""
 
 
 class ProductSum:
@@ -75,7 +77,7 @@ class BilinearSum(ProductSum):
         """Return ``H' v`` at params, and keep both for the sum."""
         self._points.append(params)
         self._vectors.append(v)
-        if len(self._points) == CHUNK:
+        if len(self._points) == CHUNK or len(self._points) * params.numel() >= NUMBERS:
             self._flush()
         return self._product(params, v)
 

@@ -88,6 +88,8 @@ def matched(tree: Tree, like: Tree, what: str) -> Tree:
 
 def detach(tree: Tree) -> Tree:
     """Return the tree without its autograd history; storage is shared."""
+    if isinstance(tree, Tensor) and not tree.requires_grad:
+        return tree
     return tree_map(Tensor.detach, tree)
 
 
@@ -162,7 +164,7 @@ def is_finite(tensor: Tensor) -> bool:
     False
     """
     # One kernel and one transfer: the largest magnitude is NaN or infinite where one number is.
-    return math.isfinite(float(torch.linalg.vector_norm(tensor.detach(), torch.inf)))
+    return math.isfinite(float(torch.linalg.vector_norm(detach(tensor), torch.inf)))
 
 
 def size(tree: Tree) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel import batches, members
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
+from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
 
 OPTIONS = ("penalty", "loss", "parametrization")
@@ -72,6 +73,13 @@ class LinearBatchInner(InnerProblem):
         self.penalty: Tensor = problem.penalties(self.hparams)
         self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
         self.scale = torch.full_like(self.penalty.reshape(-1)[0], problem.scale)
+
+    def product_sum(self) -> ProductSum:
+        """Return a sum whose cross products are one contraction."""
+        return BilinearSum(self, lambda params, v: self.linearization(self, params)._hvp(v), self._cross_sum)
+
+    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
+        return self.problem.gather(self.slope * (points * vectors).sum(0))
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem

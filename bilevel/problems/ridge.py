@@ -243,7 +243,11 @@ class RidgeBatchInner(LinearBatchInner):
         problem = self.problem
         if not problem.on_gram:
             return super()._grad(params)
-        return torch.addcmul(problem.gram_product(params) - problem.moment, self.penalty, params)
+        if problem.gram.dim() == 2:
+            data = torch.addmm(problem.moment, params, problem.gram, beta=-1.0)
+        else:
+            data = problem.gram_product(params) - problem.moment
+        return torch.addcmul(data, self.penalty, params)
 
 
 class RidgeBatch(LinearBatch, RidgeProblem):
