@@ -43,7 +43,7 @@ FLOORS = {
     4: ("inner", "linear", "problems", "data", "datafiles"),
     5: ("theory", "certify"),
     6: ("hypergrad",),
-    7: ("outer", "outer_checks", "batch_outer", "check"),
+    7: ("outer", "check"),
     8: ("compare", "curse", "sklearn", "meta"),
     9: ("config",),
     10: ("cli", "__main__"),
