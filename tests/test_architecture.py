@@ -38,7 +38,7 @@ FLOORS = {
         "members",
         "inputs",
     ),
-    2: ("oracles", "certifiable", "traced", "batches", "problem"),
+    2: ("linearization", "oracles", "certifiable", "traced", "batches", "problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles"),
     5: ("theory", "certify"),

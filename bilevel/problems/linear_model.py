@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.batches import check_size
+from bilevel.batches import check_own_data
 from bilevel.certifiable import Certifiable, LossConstants, Tuned
 from bilevel.inputs import check_trees
 from bilevel.lanczos import lanczos
@@ -213,11 +213,7 @@ class LinearModelProblem(BilevelProblem):
         Raises:
             ValueError: for a size that is no positive int, and for `data`.
         """
-        check_size(size)
-        if self.batch is not None:
-            raise ValueError(f"this problem is a batch of {self.batch} already.")
-        if data is not None:
-            raise ValueError(f"{type(self).__name__} holds its data itself: stack problems by `bilevel.stack`.")
+        check_own_data(self, size, data)
         batch: BilevelProblem = self.batch_class().of(self, [self] * size)
         return batch
 
