@@ -116,3 +116,27 @@ def check_influence(what: str, gradient: Tree, outer: Tensor, hparams: Tree) -> 
                 f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
                 "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"
             )
+
+
+def check_tensor(name: str, value: Tree, shape: tuple[int, ...], like: Tensor, owner: str, source: str) -> None:
+    """Refuse what is no tensor of a shape, and of the dtype and device of the data.
+
+    Args:
+        name: how messages call the value.
+        value: the value.
+        shape: the shape that it must have.
+        like: a tensor of the right dtype and device.
+        owner: what has this shape, such as a class with its options.
+        source: how messages call that which `like` stands for.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`{name}` of {owner} must be a Tensor of shape {shape}, got {got}.")
+    if (value.dtype, value.device) != (like.dtype, like.device):
+        raise ValueError(
+            f"`{name}` is {value.dtype} on {value.device}, but {source} is {like.dtype} on {like.device}: "
+            "they must share dtype and device."
+        )

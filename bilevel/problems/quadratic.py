@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import check_own_data
-from bilevel.inputs import check_trees
+from bilevel.inputs import check_tensor, check_trees
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
 from bilevel.problems.quadratic_batch import QuadraticProblemBatch
@@ -238,15 +238,8 @@ class QuadraticProblem(BilevelProblem):
             ValueError: in one sentence.
         """
         check_trees(params, hparams)
-        for name, value, shape in (
-            ("params", params, self.linear.shape),
-            ("hparams", hparams, (len(self.linear_directions),)),
+        for name, value, size in (
+            ("params", params, len(self.linear)),
+            ("hparams", hparams, len(self.linear_directions)),
         ):
-            if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"`{name}` of QuadraticProblem must be a Tensor of shape {tuple(shape)}, got {got}.")
-            if (value.dtype, value.device) != (self.linear.dtype, self.linear.device):
-                raise ValueError(
-                    f"`{name}` is {value.dtype} on {value.device}, but the problem is {self.linear.dtype} "
-                    f"on {self.linear.device}: they must share dtype and device."
-                )
+            check_tensor(name, value, (size,), self.linear, "QuadraticProblem", "the problem")
