@@ -21,8 +21,6 @@ from bilevel.base import LinearSolution as LinearSolution
 from bilevel.base import LinearSolver as LinearSolver
 from bilevel.base import Pullback as Pullback
 from bilevel.base import Solution as Solution
-from bilevel.batch_outer import BatchOuterOptimizer as BatchOuterOptimizer
-from bilevel.batch_outer import BatchOuterResult as BatchOuterResult
 from bilevel.batches import stack as stack
 from bilevel.check import check_hypergradient as check_hypergradient
 from bilevel.hypergrad import ClosedForm as ClosedForm
@@ -48,6 +46,8 @@ from bilevel.linear import GMRES as GMRES
 from bilevel.linear import Direct as Direct
 from bilevel.linear import FixedPointIteration as FixedPointIteration
 from bilevel.linear import Neumann as Neumann
+from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
+from bilevel.outer import BatchOuterResult as BatchOuterResult
 from bilevel.outer import OuterOptimizer as OuterOptimizer
 from bilevel.outer import WarmStart as WarmStart
 from bilevel.problem import BilevelProblem as BilevelProblem

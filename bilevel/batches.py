@@ -25,9 +25,12 @@ Function: TypeAlias = Callable[..., Any]
 
 def with_data(function: Function | None, data: Tree) -> Function | None:
     """Return the function of (params, hparams) that a function of (params, hparams, data) is for given data."""
-    if function is None or data is None:
-        return function
-    return lambda params, hparams: function(params, hparams, data)
+    return function if function is None or data is None else with_third(function, data)
+
+
+def with_third(function: Function, value: Tree) -> Function:
+    """Return the function of (params, hparams) that a function of three arguments is at one value of the third."""
+    return lambda params, hparams: function(params, hparams, value)
 
 
 def for_members(function: Function | None, data: Tree) -> Function | None:
@@ -64,6 +67,37 @@ def check_size(size: Any) -> None:
     """
     if not is_int(size):
         raise ValueError(f"`batch` must be a positive int or None, got {size!r}.")
+
+
+def check_single(problem: BilevelProblem, size: Any) -> None:
+    """Refuse to make a batch of what is one, or of a size that is none.
+
+    Args:
+        problem: the problem.
+        size: number of members.
+
+    Raises:
+        ValueError: for a size that is no positive int, and for a problem that is a batch.
+    """
+    check_size(size)
+    if problem.batch is not None:
+        raise ValueError(f"this problem is a batch of {problem.batch} already.")
+
+
+def check_own_data(problem: BilevelProblem, size: Any, data: Tree) -> None:
+    """Refuse, besides what `check_single` refuses, data for a problem that holds its own.
+
+    Args:
+        problem: a problem with closed forms.
+        size: number of members.
+        data: should be None.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    check_single(problem, size)
+    if data is not None:
+        raise ValueError(f"{type(problem).__name__} holds its data itself: stack problems by `bilevel.stack`.")
 
 
 def start(size: int, own: Tree, params: Tree) -> Tree:
@@ -156,6 +190,25 @@ def stack(problems: Sequence[BilevelProblem]) -> BilevelProblem:
         if problem.batch is not None:
             raise ValueError(f"`stack` takes single problems, but problem {index} is a batch of {problem.batch}.")
     return first.stacked(problems)
+
+
+def check_shared_functions(problems: Sequence[BilevelProblem]) -> None:
+    """Refuse problems stated by functions that cannot be stacked.
+
+    Args:
+        problems: problems of one kind.
+
+    Raises:
+        ValueError: for one without data of its own, and for one whose functions are not those of the first.
+    """
+    for index, problem in enumerate(problems):
+        if problem.data is None:
+            raise ValueError(
+                f"`stack` needs the data of problem {index}: make it by BilevelProblem(..., data=tree) "
+                "with losses of (params, hparams, data)."
+            )
+        if problem.functions != problems[0].functions:
+            raise ValueError(f"`stack` takes problems that share their functions, but problem {index} has others.")
 
 
 def stacked_trees(what: str, trees: Sequence[Tree]) -> Tree:

@@ -91,3 +91,52 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
         of = "`params`" if what == "inner_loss" else "`params` nor on `hparams`"
         raise ValueError(f"`{what}` does not depend on {of}: is the computation detached?")
     return value
+
+
+def check_influence(what: str, gradient: Tree, outer: Tensor, hparams: Tree) -> None:
+    """Refuse hyperparameters whose hypergradient would be a silent zero.
+
+    Args:
+        what: how messages call the function behind the gradient.
+        gradient: the inner gradient, or the optimality map, with its graph.
+        outer: the outer loss with its graph.
+        hparams: hyperparameters that require gradients.
+
+    Raises:
+        ValueError: with the first hyperparameter that has no influence.
+    """
+    u = tree.leaves(hparams)
+    moving = [leaf for leaf in tree.leaves(gradient) if leaf.requires_grad]
+    ones = [torch.ones_like(leaf) for leaf in moving]
+    inner = torch.autograd.grad(moving, u, ones, allow_unused=True) if moving else [None] * len(u)
+    direct = torch.autograd.grad(outer, u, allow_unused=True) if outer.requires_grad else [None] * len(u)
+    for name, by_inner, by_outer in zip(tree.names(hparams), inner, direct, strict=True):
+        if by_inner is None and (by_outer is None or not any(g is not None for g in inner)):
+            raise ValueError(
+                f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
+                "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"
+            )
+
+
+def check_tensor(name: str, value: Tree, shape: tuple[int, ...], like: Tensor, owner: str, source: str) -> None:
+    """Refuse what is no tensor of a shape, and of the dtype and device of the data.
+
+    Args:
+        name: how messages call the value.
+        value: the value.
+        shape: the shape that it must have.
+        like: a tensor of the right dtype and device.
+        owner: what has this shape, such as a class with its options.
+        source: how messages call that which `like` stands for.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`{name}` of {owner} must be a Tensor of shape {shape}, got {got}.")
+    if (value.dtype, value.device) != (like.dtype, like.device):
+        raise ValueError(
+            f"`{name}` is {value.dtype} on {value.device}, but {source} is {like.dtype} on {like.device}: "
+            "they must share dtype and device."
+        )

@@ -113,7 +113,7 @@ def scale(weight: Weight, x: Tree) -> Tree:
     return tree.tree_map(lambda leaf: leaf * fit(weight, leaf), x)
 
 
-class Raveler:
+class Raveler(tree.Raveler):
     """Moves between a tree of a batch and one matrix, a row for each member.
 
     Args:
@@ -125,23 +125,7 @@ class Raveler:
     """
 
     def __init__(self, like: Tree) -> None:
-        self._like = like
-        self._shapes = [leaf.shape for leaf in tree.leaves(like)]
-        self._sizes = [leaf[0].numel() for leaf in tree.leaves(like)]
-        self.size = sum(self._sizes)
-
-    def ravel(self, x: Tree) -> Tensor:
-        """Return the leaves as one matrix of shape (members, size)."""
-        if isinstance(x, Tensor):
-            return x.reshape(len(x), -1)
-        return torch.cat([leaf.reshape(len(leaf), -1) for leaf in tree.leaves(x)], dim=1)
-
-    def unravel(self, flat: Tensor) -> Tree:
-        """Return the matrix as a tree."""
-        if isinstance(self._like, Tensor):
-            return flat.reshape(self._shapes[0])
-        parts = torch.split(flat, self._sizes, dim=1)
-        return tree.rebuild(self._like, [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)])
+        super().__init__(like, batched=True)
 
     def units(self) -> list[Tree]:
         """Return the unit vectors, each the same for all members."""

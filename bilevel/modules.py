@@ -53,3 +53,12 @@ def functional_model(module: nn.Module) -> tuple[dict[str, Tensor], Callable[[di
         return model
 
     return params, at
+
+
+def module_loss(loss: Callable[..., Tensor], model_at: Callable[[dict[str, Tensor]], Model]) -> Callable[..., Tensor]:
+    """Return the function of (params, hparams, ...) that a loss of (model, params, hparams, ...) is."""
+
+    def at(params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
+        return loss(model_at(params), params, hparams, *batch)
+
+    return at

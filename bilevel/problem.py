@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
-from bilevel.inputs import check_scalar, check_tensors, check_trees
-from bilevel.modules import functional_model
+from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees
+from bilevel.modules import functional_model, module_loss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
@@ -126,7 +126,7 @@ class BilevelProblem:
                     "with a method `full()`, such as MiniBatches((X, y), batch_size=64)."
                 )
             self.sampler, self._loss_of_batch = sampler, inner_loss
-            self.minibatch, self.inner_loss = sampler.full(), _on_batch(inner_loss, sampler.full())
+            self.minibatch, self.inner_loss = sampler.full(), batches.with_third(inner_loss, sampler.full())
 
     @property
     def symmetric(self) -> bool:
@@ -147,7 +147,7 @@ class BilevelProblem:
         if self.sampler is None:
             return self
         view = copy.copy(self)
-        view.minibatch, view.inner_loss = batch, _on_batch(self._loss_of_batch, batch)
+        view.minibatch, view.inner_loss = batch, batches.with_third(self._loss_of_batch, batch)
         return view
 
     def traced(self, mode: str = "fx") -> BilevelProblem:
@@ -240,22 +240,7 @@ class BilevelProblem:
                 check_scalar("inner_loss", self.inner_loss, params, hparams)
             outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
             gradient = self.gradient_graph(params, hparams)
-        self._check_influence(gradient, outer, hparams)
-
-    def _check_influence(self, gradient: Tree, outer: Tensor, hparams: Tree) -> None:
-        """Refuse hyperparameters whose hypergradient would be a silent zero."""
-        u = tree.leaves(hparams)
-        moving = [leaf for leaf in tree.leaves(gradient) if leaf.requires_grad]
-        ones = [torch.ones_like(leaf) for leaf in moving]
-        inner = torch.autograd.grad(moving, u, ones, allow_unused=True) if moving else [None] * len(u)
-        direct = torch.autograd.grad(outer, u, allow_unused=True) if outer.requires_grad else [None] * len(u)
-        what = "inner_loss" if self.optimality is None else "optimality"
-        for name, by_inner, by_outer in zip(tree.names(hparams), inner, direct, strict=True):
-            if by_inner is None and (by_outer is None or not any(g is not None for g in inner)):
-                raise ValueError(
-                    f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
-                    "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"
-                )
+        check_influence("inner_loss" if self.optimality is None else "optimality", gradient, outer, hparams)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return a problem of `size` members side by side.
@@ -281,9 +266,7 @@ class BilevelProblem:
         >>> batch.bind(torch.ones(2)).grad(batch.start())
         tensor([-4., -2.])
         """
-        batches.check_size(size)
-        if self.batch is not None:
-            raise ValueError(f"this problem is a batch of {self.batch} already.")
+        batches.check_single(self, size)
         if self.sampler is not None:
             raise ValueError("a problem with a sampler does not run in batches: give its data by `data=` instead.")
         single: list[BilevelProblem]
@@ -310,14 +293,7 @@ class BilevelProblem:
         Raises:
             ValueError: for problems that differ in more than values of their data.
         """
-        for index, problem in enumerate(problems):
-            if problem.data is None:
-                raise ValueError(
-                    f"`stack` needs the data of problem {index}: make it by BilevelProblem(..., data=tree) "
-                    "with losses of (params, hparams, data)."
-                )
-            if problem.functions != self.functions:
-                raise ValueError(f"`stack` takes problems that share their functions, but problem {index} has others.")
+        batches.check_shared_functions(problems)
         batch = self.batched(len(problems), batches.stacked_trees("data", [problem.data for problem in problems]))
         batch.params = batches.stacked_trees("params", [problem.start() for problem in problems])
         return batch.as_batch(problems)
@@ -393,18 +369,4 @@ class BilevelProblem:
         require_arguments("inner_loss", inner_loss, "model", "params", "hparams", *batched)
         require_arguments("outer_loss", outer_loss, "model", "params", "hparams")
         params, model_at = functional_model(module)
-
-        def bound(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def at(params: Tree, hparams: Tree, *batch: Tree) -> Tensor:
-                return loss(model_at(params), params, hparams, *batch)
-
-            return at
-
-        return cls(bound(inner_loss), bound(outer_loss), params, sampler=sampler)
-
-
-def _on_batch(loss: Callable[[Tree, Tree, Tree], Tensor], batch: Tree) -> Loss:
-    def at(params: Tree, hparams: Tree) -> Tensor:
-        return loss(params, hparams, batch)
-
-    return at
+        return cls(module_loss(inner_loss, model_at), module_loss(outer_loss, model_at), params, sampler=sampler)

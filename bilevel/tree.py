@@ -178,36 +178,38 @@ def nbytes(tree: Tree) -> int:
 
 
 class Raveler:
-    """Moves between a tree and one flat vector.
+    """Moves between a tree and one flat vector, or between a tree of a batch and one matrix.
 
     Args:
         like: the tree whose structure, shapes and order are used.
+        batched: whether the leaves have a leading dimension, which then leads the matrix too.
 
     >>> raveler = Raveler({"a": torch.zeros(2), "b": torch.zeros(())})
     >>> raveler.unravel(torch.tensor([1.0, 2.0, 3.0]))
     {'a': tensor([1., 2.]), 'b': tensor(3.)}
     """
 
-    def __init__(self, like: Tree) -> None:
+    def __init__(self, like: Tree, batched: bool = False) -> None:
         self._like = like
         self._shapes = [leaf.shape for leaf in leaves(like)]
-        self._sizes = [leaf.numel() for leaf in leaves(like)]
+        self._lead = self._shapes[0][:1] if batched else torch.Size()
+        self._sizes = [(leaf[0] if batched else leaf).numel() for leaf in leaves(like)]
         self.size = sum(self._sizes)
-        self._is_flat = isinstance(like, Tensor) and like.dim() == 1
+        self._is_flat = isinstance(like, Tensor) and like.dim() == 1 + len(self._lead)
 
     def ravel(self, tree: Tree) -> Tensor:
-        """Return the leaves as one vector of shape (size,)."""
+        """Return the leaves as one vector of shape (size,), of a batch as a matrix of shape (members, size)."""
         if self._is_flat:
             return tree
         if isinstance(tree, Tensor):
-            return tree.reshape(-1)
-        return torch.cat([leaf.reshape(-1) for leaf in leaves(tree)])
+            return tree.reshape(*self._lead, -1)
+        return torch.cat([leaf.reshape(*self._lead, -1) for leaf in leaves(tree)], dim=-1)
 
     def unravel(self, flat: Tensor) -> Tree:
-        """Return the vector as a tree (views where possible)."""
+        """Return the vector or matrix as a tree (views where possible)."""
         if self._is_flat:
             return flat
         if isinstance(self._like, Tensor):
             return flat.reshape(self._shapes[0])
-        parts = torch.split(flat, self._sizes)
+        parts = torch.split(flat, self._sizes, dim=-1)
         return rebuild(self._like, [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)])

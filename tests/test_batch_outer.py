@@ -161,3 +161,11 @@ def test_what_a_batch_of_outer_loops_cannot_do_is_refused(options: dict[str, Any
     given = {"hparams": hparams, "batch": 4} | options
     with pytest.raises(ValueError, match="^" + re.escape(words)):
         bl.OuterOptimizer(single[0], bl.GradientDescent(), bl.Implicit(), **given)
+
+
+@pytest.mark.parametrize("steps", [-1, 2.5, True])
+def test_a_number_of_steps_that_is_none_is_refused(steps: Any) -> None:
+    single, _, hparams = case("ridge", shared=True)
+    outer = bl.OuterOptimizer(single[0], bl.GradientDescent(), bl.Implicit(), hparams, batch=4)
+    with pytest.raises(ValueError, match=f"^`steps` must be an int that is not negative, got {steps!r}"):
+        outer.run(steps, progress=False)

@@ -11,8 +11,9 @@ import torch
 
 from bilevel import tree
 from bilevel.lanczos import Spectrum
+from bilevel.linearization import pushforward
 from bilevel.options import default_tolerance, is_int, is_positive, require
-from bilevel.oracles import InnerProblem, Linearization, pushforward
+from bilevel.oracles import InnerProblem, Linearization
 from bilevel.tree import Tree
 
 Variables: TypeAlias = tuple[Tree, Tree]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from bilevel import members, tree
-from bilevel.batch_outer import BatchOuterOptimizer
 from bilevel.batches import stack
 from bilevel.compare.cells import SAVE_EVERY, CellRun, Row, load_cell, make_row, run_cell, take_row
 from bilevel.compare.folder import RunFolder
 from bilevel.compare.plan import Cell, Plan, Setup
+from bilevel.outer import BatchOuterOptimizer
 
 OnRow = Callable[[Row], None]
 

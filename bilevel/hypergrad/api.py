@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import overload
 
 import torch
@@ -12,7 +11,7 @@ from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradE
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Meter
 from bilevel.hypergrad.arguments import check_carry, check_roles
-from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient
+from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, finite_loss
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
@@ -110,7 +109,7 @@ def hypergradient(
         meter.counts["outer"] += 1
         outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
         value = float(outer)
-        verdict = verdict.worse(_finite_loss(value))
+        verdict = verdict.worse(finite_loss(value))
     if verdict.status.usable:
         pulled = solved.pullback(by_params)
         verdict = verdict.worse(pulled.verdict)
@@ -170,13 +169,6 @@ def prepare(
         problem.check(start, hparams)
         estimator.check(problem, solver, hparams)
     return tree.detach(hparams), start
-
-
-def _finite_loss(value: float) -> Verdict:
-    """Report an outer loss that is not finite."""
-    if math.isfinite(value):
-        return GOOD
-    return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
 
 
 def _finite_gradient(gradient: Tree) -> Verdict:

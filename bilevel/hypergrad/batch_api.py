@@ -78,7 +78,7 @@ def batch_hypergradient(
     meter.counts["outer"] += 1
     losses = value.cpu()
     verdicts = [
-        verdict.worse(_finite_loss(float(loss))) if verdict.status.usable else verdict
+        verdict.worse(finite_loss(float(loss))) if verdict.status.usable else verdict
         for verdict, loss in zip(solved.verdicts, losses, strict=True)
     ]
     reached = [verdict.status.usable for verdict in verdicts]
@@ -102,7 +102,8 @@ def batch_hypergradient(
     return estimate
 
 
-def _finite_loss(value: float) -> Verdict:
+def finite_loss(value: float) -> Verdict:
+    """Report an outer loss that is not finite."""
     if math.isfinite(value):
         return GOOD
     return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
@@ -147,16 +148,13 @@ def _errors(
     certify: bool,
 ) -> list[ErrorEstimate]:
     """Certify the members one by one, where they are asked for and have a hypergradient."""
-    if not certify:
-        return [ErrorEstimate(None, "none", "ask with certify=True")] * len(verdicts)
-    errors = []
+    errors = [ErrorEstimate(None, "none", "ask with certify=True")] * len(verdicts)
     for index, verdict in enumerate(verdicts):
-        if not verdict.status.usable:
-            errors.append(ErrorEstimate(None, "none", "ask with certify=True"))
+        if not certify or not verdict.status.usable:
             continue
         adjoint = None if pulled.adjoint is None else members.row(pulled.adjoint, index)
         u, x, p = (members.row(each, index) for each in (hparams, solved.params, gradient))
-        errors.append(certify_error(problem.member(index), u, x, p, adjoint))
+        errors[index] = certify_error(problem.member(index), u, x, p, adjoint)
     return errors
 
 

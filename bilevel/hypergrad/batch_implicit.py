@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
-from torch import Tensor
-
 from bilevel import members, tree
 from bilevel.base import BatchPullback, BatchSolution, Carry, InnerSolver, LinearSolver
 from bilevel.cost import Meter
 from bilevel.hypergrad.batch_loop import begin_batch, run_batch
 from bilevel.hypergrad.batch_unroll import batch_solution
+from bilevel.hypergrad.damping import damped
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
@@ -51,15 +49,7 @@ def solve(
         cotangent = members.where(run.usable, cotangent, 0.0)
         before = Counter(meter.counts)
         point = inner.linearize(solved)
-
-        def matvec(v: Tree) -> Tree:
-            product = point.hvp(v)
-            return tree.add(product, v, damping) if damping else product
-
-        def dense() -> Tensor:
-            matrices = point.dense_hessian()
-            return matrices + damping * torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-
+        matvec, dense = damped(point, damping)
         solution = linear_solver.solve_batch(matvec, cotangent, carry.adjoint, dense=dense)
         by_hparams = tree.scale(-1.0, point.cross(solution.x))
         meter.sample()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bilevel import members, tree
+from bilevel import look, members, tree
 from bilevel.base import Carry, InnerSolver, InnerState, member_state
 from bilevel.hypergrad.loop import GROWTH, LOOK, InnerRun, judge, not_finite
 from bilevel.oracles import InnerProblem
@@ -56,7 +56,8 @@ class BatchRun:
         usable = self.usable
         params, memory = self.state.variables
         if not bool(usable.all()):
-            params, memory = (members.where(usable, new, old) for new, old in zip(*self._both(), strict=True))
+            params = members.where(usable, params, self.first.params)
+            memory = members.where(usable, memory, self.first.memory)
         steps: int | Tensor = self.first.steps + self.taken
         taken = [
             count if verdict.status.usable else 0 for count, verdict in zip(self.steps, self.verdicts, strict=True)
@@ -64,9 +65,6 @@ class BatchRun:
         if isinstance(steps, Tensor) or any(count != self.taken for count in taken):
             steps = self.first.steps + torch.tensor(taken, device=usable.device, dtype=torch.float64)
         return replace(self.state, params=params, memory=memory, steps=steps)
-
-    def _both(self) -> tuple[tuple[Tree, Tree], tuple[Tree, Tree]]:
-        return self.state.variables, self.first.variables
 
 
 def begin_batch(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: Carry) -> InnerState:
@@ -118,7 +116,7 @@ class _Loop:
         size = len(like)
         self.inner, self.solver = inner, solver
         self.limit, self.tol = solver.limits(like.dtype)
-        self.every = solver.check_every_on_cpu if like.device.type == "cpu" else 8
+        self.every = max(solver.check_every_on_cpu, look.steps_between(like.device))
         self.runner = solver.for_members(state)
         self.state = self.checkpoint = state
         self.taken = self.marked = 0

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from bilevel import tree
 from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.cost import Meter
 from bilevel.hypergrad import balanced, batch_implicit
+from bilevel.hypergrad.damping import damped
 from bilevel.hypergrad.loop import begin, run_inner
 from bilevel.linear import CG
 from bilevel.options import is_number, is_positive, require
@@ -104,15 +102,7 @@ class Implicit(HypergradEstimator):
 
         def pullback(cotangent: Tree) -> Pullback:
             point = inner.linearize(solved)
-
-            def matvec(v: Tree) -> Tree:
-                product = point.hvp(v)
-                return tree.add(product, v, self.damping) if self.damping else product
-
-            def dense() -> Tensor:
-                matrix = point.dense_hessian()
-                return matrix + self.damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-
+            matvec, dense = damped(point, self.damping)
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
             kept = run.state.kept
             precondition = None if kept is None else point.preconditioner(kept).apply

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel import members, tree
-from bilevel.base import InnerSolver, InnerState, Variables, member_state
+from bilevel.base import InnerState, member_state
+from bilevel.inner.coefficient_step import CoefficientStep
 from bilevel.members import Weight
-from bilevel.oracles import InnerProblem
-from bilevel.tree import Tree
 
 if TYPE_CHECKING:
     from bilevel.inner.multistep import Coefficients, LinearMultistep
@@ -55,7 +54,7 @@ class BatchCoefficients:
 
 
 @dataclass(frozen=True)
-class MemberwiseMultistep(InnerSolver):
+class MemberwiseMultistep(CoefficientStep):
     """The steps of a linear multistep method, with the coefficients of each member.
 
     Args:
@@ -67,7 +66,7 @@ class MemberwiseMultistep(InnerSolver):
     state: InnerState = field(kw_only=True, repr=False)
     numbers: list[BatchCoefficients] = field(default_factory=list, kw_only=True, repr=False, compare=False)
 
-    memberwise = True
+    weighted_sum = staticmethod(members.weighted_sum)
 
     def coefficients(self, state: InnerState) -> BatchCoefficients:
         """Return the numbers of the step that starts from `state`."""
@@ -89,35 +88,3 @@ class MemberwiseMultistep(InnerSolver):
             # A member without numbers of its own must not go on with another's: its first step makes it NaN.
             tables.append(table if ok else [replace(one, write=(math.nan,) * len(one.write)) for one in table])
         self.numbers.extend(BatchCoefficients.of(each, like) for each in zip(*tables, strict=True))
-
-    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Take one step."""
-        numbers = self.coefficients(state)
-        vectors = (state.params, *state.memory)
-        terms = (*vectors, inner.grad(members.weighted_sum(numbers.reads, vectors)))
-        params, *memory = [members.weighted_sum(row, terms) for row in numbers.rows]
-        return state.moved(params, tuple(memory))
-
-    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
-        """Pull a cotangent back through one step by one `vjp` oracle call."""
-        numbers = self.coefficients(state)
-        after = (cotangent[0], *cotangent[1])
-        point = inner.linearize(members.weighted_sum(numbers.reads, (state.params, *state.memory)))
-        by_point, by_hparams = point.vjp(members.weighted_sum(numbers.writes, after))
-        terms = (*after, by_point)
-        params, *memory = [members.weighted_sum(column, terms) for column in numbers.columns]
-        return (params, tuple(memory)), by_hparams
-
-    def step_jvp(
-        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
-    ) -> list[Variables]:
-        """Push tangents forward through one step: one linearization, one `jvp` for each direction."""
-        numbers = self.coefficients(state)
-        point = inner.linearize(members.weighted_sum(numbers.reads, (state.params, *state.memory)))
-        results: list[Variables] = []
-        for (by_params, by_memory), hparams_tangent in zip(tangents, hparams_tangents, strict=True):
-            before = (by_params, *by_memory)
-            terms = (*before, point.jvp(members.weighted_sum(numbers.reads, before), hparams_tangent))
-            params, *memory = [members.weighted_sum(row, terms) for row in numbers.rows]
-            results.append((params, tuple(memory)))
-        return results

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from bilevel import members, tree
 from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.inner.coefficient_step import CoefficientStep
 from bilevel.inner.memberwise import MemberwiseMultistep
 from bilevel.lanczos import Spectrum
 from bilevel.options import is_positive, require
@@ -70,10 +71,9 @@ def _nonzero(weights: Sequence[float]) -> Pairs:
 
 
 @dataclass(frozen=True)
-class LinearMultistep(InnerSolver):
+class LinearMultistep(CoefficientStep):
     """Base of the methods above; a subclass gives `coefficients` and, with more than one vector, `vectors`."""
 
-    memberwise = True
     ripples = False
     """Whether the iterates oscillate about the solution: sequence extrapolation mistakes that for progress."""
     settles: ClassVar[int | None] = None
@@ -147,24 +147,6 @@ class LinearMultistep(InnerSolver):
         value = getattr(self, name)
         return state.measured[name] if value == "auto" else value
 
-    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Take one step."""
-        numbers = self.coefficients(state)
-        vectors = (state.params, *state.memory)
-        terms = (*vectors, inner.grad(tree.weighted_sum(numbers.reads, vectors)))
-        params, *memory = [tree.weighted_sum(row, terms) for row in numbers.rows]
-        return state.moved(params, tuple(memory))
-
-    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
-        """Pull a cotangent back through one step by one `vjp` oracle call."""
-        numbers = self.coefficients(state)
-        after = (cotangent[0], *cotangent[1])
-        point = inner.linearize(tree.weighted_sum(numbers.reads, (state.params, *state.memory)))
-        by_point, by_hparams = point.vjp(tree.weighted_sum(numbers.writes, after))
-        terms = (*after, by_point)
-        params, *memory = [tree.weighted_sum(column, terms) for column in numbers.columns]
-        return (params, tuple(memory)), by_hparams
-
     def sweep_vjp(
         self, inner: InnerProblem, states: Sequence[InnerState], cotangent: Variables
     ) -> tuple[Variables, Tree]:
@@ -188,20 +170,6 @@ class LinearMultistep(InnerSolver):
             terms = (*vectors, by_point)
             vectors = tuple([weighted_sum(column, terms) for column in numbers.columns])
         return (vectors[0], vectors[1:]), sums.total()
-
-    def step_jvp(
-        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
-    ) -> list[Variables]:
-        """Push tangents forward through one step: one linearization, one `jvp` for each direction."""
-        numbers = self.coefficients(state)
-        point = inner.linearize(tree.weighted_sum(numbers.reads, (state.params, *state.memory)))
-        results: list[Variables] = []
-        for (by_params, by_memory), hparams_tangent in zip(tangents, hparams_tangents, strict=True):
-            before = (by_params, *by_memory)
-            terms = (*before, point.jvp(tree.weighted_sum(numbers.reads, before), hparams_tangent))
-            params, *memory = [tree.weighted_sum(row, terms) for row in numbers.rows]
-            results.append((params, tuple(memory)))
-        return results
 
 
 @dataclass(frozen=True)

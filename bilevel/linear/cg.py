@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel import look
 from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
 from bilevel.krylov import conjugate_gradients, conjugate_gradients_of_rows
 from bilevel.options import is_int, is_positive, require
@@ -58,7 +59,7 @@ class CG(LinearSolver):
 
     def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
         """Run CG on rows; a finished row stands still."""
-        every = self.check_every or (1 if system.b.device.type == "cpu" else 8)
+        every = self.check_every or look.steps_between(system.b.device)
         limit = self.max_steps or max(100, 10 * system.b.shape[1])
         x, steps, curvatures = conjugate_gradients_of_rows(system.matvec, *system.start(), system.goals, limit, every)
         # One transfer each, not one for every member.

@@ -170,11 +170,7 @@ class LinearBatch:
             ValueError: in one sentence.
         """
         batches.check(self, params, hparams)  # type: ignore[arg-type]
-        if self.parametrization == "direct" and bool((hparams < 0).any()):
-            raise ValueError(
-                f"a penalty is negative ({float(hparams.min()):.3g}): declare a positive constraint, "
-                "or use parametrization='log'."
-            )
+        self.check_range(hparams)
 
     def metrics(self, params: Tree) -> dict[str, float]:
         """Refuse: figures of merit are those of one member.
@@ -186,7 +182,7 @@ class LinearBatch:
 
     # What the family gives -------------------------------------------------------------------------------------------
 
-    parametrization: str
     loss_at: Any
     slope_at: Any
     penalties: Any
+    check_range: Any

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.batches import check_size
+from bilevel.batches import check_own_data
 from bilevel.certifiable import Certifiable, LossConstants, Tuned
-from bilevel.inputs import check_trees
+from bilevel.inputs import check_tensor, check_trees
 from bilevel.lanczos import lanczos
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
@@ -213,11 +213,7 @@ class LinearModelProblem(BilevelProblem):
         Raises:
             ValueError: for a size that is no positive int, and for `data`.
         """
-        check_size(size)
-        if self.batch is not None:
-            raise ValueError(f"this problem is a batch of {self.batch} already.")
-        if data is not None:
-            raise ValueError(f"{type(self).__name__} holds its data itself: stack problems by `bilevel.stack`.")
+        check_own_data(self, size, data)
         batch: BilevelProblem = self.batch_class().of(self, [self] * size)
         return batch
 
@@ -297,32 +293,22 @@ class LinearModelProblem(BilevelProblem):
             ValueError: in one sentence.
         """
         check_trees(params, hparams)
+        owner = f"{type(self).__name__}(penalty={self.penalty!r})"
         for name, value, shape in (
             ("params", params, self.params_shape()),
             ("hparams", hparams, self.hparams_shape()),
         ):
-            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"`{name}` of {type(self).__name__}(penalty={self.penalty!r}) must be a Tensor of shape {shape}, "
-                    f"got {got}."
-                )
-            X = self.train.X
-            if (value.dtype, value.device) != (X.dtype, X.device):
-                raise ValueError(
-                    f"`{name}` is {value.dtype} on {value.device}, but X_train is {X.dtype} on {X.device}: "
-                    "they must share dtype and device."
-                )
+            check_tensor(name, value, shape, self.train.X, owner, "X_train")
         self.check_range(hparams)
 
     def check_range(self, hparams: Tensor) -> None:
-        """Refuse negative penalties.
+        """Refuse negative penalties (in another family, what its hyperparameters are).
 
         Raises:
             ValueError: in one sentence.
         """
         if self.parametrization == "direct" and bool((hparams < 0).any()):
             raise ValueError(
-                f"a penalty is negative ({float(hparams.min()):.3g}): declare a positive constraint, "
-                "or use parametrization='log'."
+                f"a {self.unit} is negative ({float(hparams.min()):.3g}): declare a positive constraint, "
+                f"or use parametrization={self.parametrizations[0]!r}."
             )

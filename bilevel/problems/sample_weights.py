@@ -188,15 +188,3 @@ class SampleWeightProblem(SoftmaxProblem):
         """Return the penalised weighted training loss, in plain torch."""
         losses = self.losses_at(self.predict(self.train.X, params), self.train.y)
         return self.scale * (self.weights(hparams) * losses).sum() + 0.5 * self.penalty * (params * params).sum()
-
-    def check_range(self, hparams: Tensor) -> None:
-        """Refuse negative weights.
-
-        Raises:
-            ValueError: in one sentence.
-        """
-        if self.parametrization == "direct" and bool((hparams < 0).any()):
-            raise ValueError(
-                f"a weight is negative ({float(hparams.min()):.3g}): declare a positive constraint, "
-                "or use parametrization='sigmoid'."
-            )

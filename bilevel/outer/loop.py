@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +18,9 @@ from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.arguments import check_roles
 from bilevel.inputs import check_tensors
-from bilevel.outer_checks import check_callbacks, check_makers, check_state, check_steps
+from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_state, check_steps
+from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of, shown_record
+from bilevel.outer.state import FORMAT, generators, restore_generators, saved_inner_state
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, report
 from bilevel.tree import Tree
@@ -27,8 +28,6 @@ from bilevel.tree import Tree
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], Any]
 Callback: TypeAlias = "Callable[[OuterOptimizer, Estimate], bool | None]"
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -42,79 +41,6 @@ class WarmStart:
 
     state: bool = True
     adjoint: bool = True
-
-
-@dataclass(frozen=True)
-class Record:
-    """One outer step, as numbers; the hypergradient was taken before the step moved the hyperparameters."""
-
-    step: int
-    outer_loss: float
-    hypergradient_norm: float
-    inner_residual: float
-    adjoint_residual: float | None
-    error: float | None
-    error_kind: str
-    status: str
-    inner_steps: int
-    adjoint_steps: int
-    gradient_equivalents: float
-    seconds: float
-    peak_memory: int | None
-
-
-@dataclass(frozen=True)
-class OuterResult:
-    """How an outer run ended.
-
-    Attributes:
-        hparams: the hyperparameters after the last step.
-        best_hparams: those with the smallest outer loss seen.
-        best_loss: that loss.
-        history: one `Record` for each step.
-        stopped: why the run ended, in words.
-    """
-
-    hparams: Tree
-    best_hparams: Tree
-    best_loss: float
-    history: Sequence[Record] = field(repr=False)
-    stopped: str
-
-
-def steps_without_progress(losses: Iterable[float], min_progress: float) -> int:
-    """Return how many of the last losses came without one below the best before them by more than `min_progress`.
-
-    >>> steps_without_progress([3.0, 1.0, 2.0, 1.0], 0.0)
-    2
-    """
-    best, waited = math.inf, 0
-    for loss in losses:
-        waited += 1
-        if loss < best - min_progress:
-            best, waited = loss, 0
-    return waited
-
-
-@dataclass(frozen=True)
-class StoppingRules:
-    """When a run ends; a function of its history alone. The attributes are the options of `OuterOptimizer.run`."""
-
-    budget: float | None
-    tol: float | None
-    patience: int | None
-    min_progress: float
-
-    def reason(self, history: Sequence[Record]) -> str:
-        """Return why a run with this history ends, or an empty string."""
-        if self.tol is not None and history and history[-1].hypergradient_norm <= self.tol:
-            return f"the hypergradient norm reached {self.tol:g}"
-        waited = steps_without_progress((record.outer_loss for record in history), self.min_progress)
-        if self.patience is not None and waited >= self.patience:
-            return f"no progress for {self.patience} steps"
-        if self.budget is not None and sum(record.gradient_equivalents for record in history) >= self.budget:
-            return f"the budget of {self.budget:g} gradient-equivalents is used"
-        return ""
 
 
 class OuterOptimizer:
@@ -156,7 +82,7 @@ class OuterOptimizer:
     ) -> OuterOptimizer:
         """Choose the class of the loop: one problem, or a batch."""
         if cls is OuterOptimizer and (batch is not None or getattr(problem, "batch", None) is not None):
-            from bilevel.batch_outer import BatchOuterOptimizer
+            from bilevel.outer.batch import BatchOuterOptimizer
 
             cls = BatchOuterOptimizer
         return super().__new__(cls)
@@ -195,17 +121,7 @@ class OuterOptimizer:
         self._hparams = tree.tree_map(torch.clone, tree.detach(hparams))
         make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
         self.optimizer = make(tree.leaves(self._free))
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise ValueError(
-                "`optimizer` must make a torch.optim.Optimizer from a list of tensors, "
-                f"got {type(self.optimizer).__name__}: try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
-            )
-        closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(
-                f"`{type(self.optimizer).__name__}` evaluates the loss several times in one step, but an outer step "
-                "takes one hypergradient: use a first-order optimizer, such as torch.optim.Adam or SGD."
-            )
+        check_made(self.optimizer)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.carry = Carry()
         self.history: list[Record] = []
@@ -231,7 +147,21 @@ class OuterOptimizer:
         Raises:
             HypergradientError: for an unusable hypergradient with ``on_failure="raise"``; nothing has moved then.
         """
-        estimate = hypergradient(
+        estimate: Estimate = self._estimate()
+        verdict = estimate.verdict
+        report(verdict, self.on_failure, estimate)
+        self._checked = True
+        if verdict.status.usable:
+            if estimate.outer_loss < self.best[0]:
+                self.best = (estimate.outer_loss, self._hparams)
+            self._move(estimate.hypergradient, estimate.outer_loss)
+            self._follow(estimate.carry)
+        self.history.append(record_of(len(self.history) + 1, estimate))
+        return estimate
+
+    def _estimate(self) -> Any:
+        """Return the hypergradient at the present hyperparameters, of a batch those of all members."""
+        return hypergradient(
             self.problem,
             self.solver,
             self.estimator,
@@ -242,20 +172,14 @@ class OuterOptimizer:
             check=not self._checked,
             on_failure="return",
         )
-        verdict = estimate.verdict
-        report(verdict, self.on_failure, estimate)
-        self._checked = True
-        if verdict.status.usable:
-            if estimate.outer_loss < self.best[0]:
-                self.best = (estimate.outer_loss, self._hparams)
-            self._move(estimate.hypergradient, estimate.outer_loss)
-            self.carry = Carry(
-                estimate.carry.state if self.warm_start.state else None,
-                estimate.carry.adjoint if self.warm_start.adjoint else None,
-                estimate.carry.solver,
-            )
-        self.history.append(record_of(len(self.history) + 1, estimate))
-        return estimate
+
+    def _follow(self, carry: Carry) -> None:
+        """Keep the parts of a warm start that were asked for."""
+        self.carry = Carry(
+            carry.state if self.warm_start.state else None,
+            carry.adjoint if self.warm_start.adjoint else None,
+            carry.solver,
+        )
 
     def _move(self, gradient: Tree, loss: float) -> None:
         """Hand the pulled-back gradient to the optimizer and step; an interrupt in between takes the step back."""
@@ -326,7 +250,7 @@ class OuterOptimizer:
         with tqdm(total=steps, disable=not progress, unit="step") as line:
             for _ in range(steps):
                 estimate = self.step()
-                line.set_postfix_str(_postfix(self.history[-1]), refresh=False)
+                line.set_postfix_str(shown_record(self.history[-1]), refresh=False)
                 line.update()
                 # A list, so that every callback is called.
                 asked = [callback(self, estimate) for callback in self.callbacks]
@@ -345,28 +269,17 @@ class OuterOptimizer:
         A run that loads it continues to the same numbers bit for bit (same machine, same numbers of threads and
         workers). It holds the generators of all CUDA devices where CUDA was used; a machine without them loads it too.
         """
-        state = self.carry.state
         return {
             "format": FORMAT,
             **self._movable(),
             "hparams": [leaf.clone() for leaf in tree.leaves(self._hparams)],
-            "inner_state": None
-            if state is None
-            else {
-                "params": state.params,
-                "memory": state.memory,
-                "steps": state.steps,
-                "measured": dict(state.measured),
-                "kept": state.kept,
-                "earlier": state.earlier,
-            },
+            "inner_state": saved_inner_state(self.carry.state),
             "adjoint": self.carry.adjoint,
             "solver": type(self.solver).__name__,
             "history": self._saved_history(),
             "best_loss": self.best[0],
             "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": _cuda_generators(),
+            **generators(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -387,48 +300,10 @@ class OuterOptimizer:
         self._load_history(state["history"])
         best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
         self.best = (state["best_loss"], best)
-        # Back on the CPU, where `torch.load(map_location="cuda")` may have taken them from.
-        torch.set_rng_state(state["rng"].cpu())
-        known = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        for index, value in enumerate(state.get("cuda_rng", ())[:known]):
-            torch.cuda.set_rng_state(value.cpu(), index)
+        restore_generators(state)
 
     def _saved_history(self) -> list[Any]:
         return [asdict(record) for record in self.history]
 
     def _load_history(self, saved: Sequence[Any]) -> None:
         self.history = [Record(**record) for record in saved]
-
-
-def record_of(step: int, estimate: Estimate) -> Record:
-    """Return an outer step as numbers."""
-    c = estimate.certificate
-    return Record(
-        step=step,
-        outer_loss=estimate.outer_loss,
-        hypergradient_norm=float(tree.norm(estimate.hypergradient)),
-        inner_residual=c.inner_residual,
-        adjoint_residual=c.adjoint_residual,
-        error=c.error,
-        error_kind=c.error_kind,
-        status=estimate.status.name,
-        inner_steps=c.inner_steps,
-        adjoint_steps=c.adjoint_steps,
-        gradient_equivalents=estimate.cost.gradient_equivalents,
-        seconds=estimate.cost.seconds,
-        peak_memory=estimate.cost.peak_memory,
-    )
-
-
-def _postfix(record: Record) -> str:
-    error = "-" if record.error is None else f"{record.error:.1e}"
-    return (
-        f"loss {record.outer_loss:.5g}, |hypergradient| {record.hypergradient_norm:.2e}, "
-        f"inner residual {record.inner_residual:.1e}, error {error}"
-    )
-
-
-def _cuda_generators() -> list[Tensor]:
-    """Return one state for each CUDA device; none where CUDA was not used, which asking would start."""
-    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if used else []

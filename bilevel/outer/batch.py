@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilevel import members, tree
-from bilevel.base import BatchEstimate, Carry, HypergradEstimator, InnerSolver, verdict_of
-from bilevel.hypergrad import hypergradient
+from bilevel.base import BatchEstimate, HypergradEstimator, InnerSolver, verdict_of
 from bilevel.hypergrad.batch_api import as_batch
-from bilevel.outer import OuterOptimizer, OuterResult, Record, StoppingRules, record_of
+from bilevel.outer.checks import check_steps
+from bilevel.outer.loop import OuterOptimizer
+from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of
 from bilevel.problem import BilevelProblem
 from bilevel.status import Status, report
 from bilevel.tree import Tree
@@ -133,18 +134,7 @@ class BatchOuterOptimizer(OuterOptimizer):
         Raises:
             HypergradientError: for a failed member with ``on_failure="raise"``; nothing has moved then.
         """
-        estimate = hypergradient(
-            self.problem,
-            self.solver,
-            self.estimator,
-            self._hparams,
-            self.params,
-            batch=self.size,
-            carry=self.carry,
-            certify=self.certify,
-            check=not self._checked,
-            on_failure="return",
-        )
+        estimate: BatchEstimate = self._estimate()
         report(self._verdict(estimate), self.on_failure, estimate)
         self._checked = True
         usable = torch.tensor([verdict.status.usable for verdict in estimate.verdicts], device=self._going.device)
@@ -156,10 +146,7 @@ class BatchOuterOptimizer(OuterOptimizer):
         )
         if bool(moving.any()):
             self._move_rows(estimate.hypergradient, moving)
-        self.carry = Carry(
-            estimate.carry.state if self.warm_start.state else None,
-            estimate.carry.adjoint if self.warm_start.adjoint else None,
-        )
+        self._follow(estimate.carry)
         for records, going, one in zip(self.history, self._going.cpu(), estimate, strict=True):
             if bool(going):
                 records.append(record_of(len(records) + 1, one))
@@ -216,7 +203,11 @@ class BatchOuterOptimizer(OuterOptimizer):
 
         Returns:
             The result; a second call continues.
+
+        Raises:
+            ValueError: for `steps` that are not an int, or negative.
         """
+        check_steps(steps)
         rules = StoppingRules(budget, tol, patience, min_progress)
         stopped = self._ended(rules)
         asked_to_stop = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from bilevel import tree
 from bilevel.hypergrad.arguments import check_origin, shapes
@@ -32,6 +35,25 @@ def check_makers(optimizer: Any, scheduler: Any) -> None:
         raise ValueError(
             f"`scheduler` must make a torch scheduler from an optimizer, got {shown_value(scheduler)}: "
             "try scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)."
+        )
+
+
+def check_made(optimizer: Any) -> None:
+    """Refuse what a maker returned if it is no torch optimizer, or one that needs several losses in one step.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            "`optimizer` must make a torch.optim.Optimizer from a list of tensors, "
+            f"got {type(optimizer).__name__}: try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"`{type(optimizer).__name__}` evaluates the loss several times in one step, but an outer step "
+            "takes one hypergradient: use a first-order optimizer, such as torch.optim.Adam or SGD."
         )
 
 

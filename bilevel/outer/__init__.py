@@ -1,0 +1,11 @@
+"""The outer loop: descend hypergradients with any torch optimizer, one problem or a batch of them."""
+
+from bilevel.outer.batch import BatchOuterOptimizer as BatchOuterOptimizer
+from bilevel.outer.batch import BatchOuterResult as BatchOuterResult
+from bilevel.outer.loop import MakeOptimizer as MakeOptimizer
+from bilevel.outer.loop import MakeScheduler as MakeScheduler
+from bilevel.outer.loop import OuterOptimizer as OuterOptimizer
+from bilevel.outer.loop import WarmStart as WarmStart
+from bilevel.outer.records import OuterResult as OuterResult
+from bilevel.outer.records import Record as Record
+from bilevel.outer.records import steps_without_progress as steps_without_progress

@@ -1,0 +1,113 @@
+"""What an outer run leaves behind: one `Record` for each step, the result, and the rules by which a run ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from bilevel import tree
+from bilevel.base import Estimate
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class Record:
+    """One outer step, as numbers; the hypergradient was taken before the step moved the hyperparameters."""
+
+    step: int
+    outer_loss: float
+    hypergradient_norm: float
+    inner_residual: float
+    adjoint_residual: float | None
+    error: float | None
+    error_kind: str
+    status: str
+    inner_steps: int
+    adjoint_steps: int
+    gradient_equivalents: float
+    seconds: float
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class OuterResult:
+    """How an outer run ended.
+
+    Attributes:
+        hparams: the hyperparameters after the last step.
+        best_hparams: those with the smallest outer loss seen.
+        best_loss: that loss.
+        history: one `Record` for each step.
+        stopped: why the run ended, in words.
+    """
+
+    hparams: Tree
+    best_hparams: Tree
+    best_loss: float
+    history: Sequence[Record] = field(repr=False)
+    stopped: str
+
+
+def steps_without_progress(losses: Iterable[float], min_progress: float) -> int:
+    """Return how many of the last losses came without one below the best before them by more than `min_progress`.
+
+    >>> steps_without_progress([3.0, 1.0, 2.0, 1.0], 0.0)
+    2
+    """
+    best, waited = math.inf, 0
+    for loss in losses:
+        waited += 1
+        if loss < best - min_progress:
+            best, waited = loss, 0
+    return waited
+
+
+@dataclass(frozen=True)
+class StoppingRules:
+    """When a run ends; a function of its history alone. The attributes are the options of `OuterOptimizer.run`."""
+
+    budget: float | None
+    tol: float | None
+    patience: int | None
+    min_progress: float
+
+    def reason(self, history: Sequence[Record]) -> str:
+        """Return why a run with this history ends, or an empty string."""
+        if self.tol is not None and history and history[-1].hypergradient_norm <= self.tol:
+            return f"the hypergradient norm reached {self.tol:g}"
+        waited = steps_without_progress((record.outer_loss for record in history), self.min_progress)
+        if self.patience is not None and waited >= self.patience:
+            return f"no progress for {self.patience} steps"
+        if self.budget is not None and sum(record.gradient_equivalents for record in history) >= self.budget:
+            return f"the budget of {self.budget:g} gradient-equivalents is used"
+        return ""
+
+
+def record_of(step: int, estimate: Estimate) -> Record:
+    """Return an outer step as numbers."""
+    c = estimate.certificate
+    return Record(
+        step=step,
+        outer_loss=estimate.outer_loss,
+        hypergradient_norm=float(tree.norm(estimate.hypergradient)),
+        inner_residual=c.inner_residual,
+        adjoint_residual=c.adjoint_residual,
+        error=c.error,
+        error_kind=c.error_kind,
+        status=estimate.status.name,
+        inner_steps=c.inner_steps,
+        adjoint_steps=c.adjoint_steps,
+        gradient_equivalents=estimate.cost.gradient_equivalents,
+        seconds=estimate.cost.seconds,
+        peak_memory=estimate.cost.peak_memory,
+    )
+
+
+def shown_record(record: Record) -> str:
+    """Return the figures of a step that the progress line shows."""
+    error = "-" if record.error is None else f"{record.error:.1e}"
+    return (
+        f"loss {record.outer_loss:.5g}, |hypergradient| {record.hypergradient_norm:.2e}, "
+        f"inner residual {record.inner_residual:.1e}, error {error}"
+    )
