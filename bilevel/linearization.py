@@ -23,10 +23,12 @@ class Preconditioner:
     Attributes:
         apply: flat v of shape (size,) -> flat approximation of ``H^-1 v``; None for the identity.
         kept: a tree of tensors from which one for other params and hparams can be made cheaply; None for nothing.
+        rough: whether it only helps CG: a step that takes it for the Hessian would be poor.
     """
 
     apply: Callable[[Tensor], Tensor] | None = None
     kept: Tree = None
+    rough: bool = False
 
 
 class Linearization:

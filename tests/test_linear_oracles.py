@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -206,8 +207,43 @@ def test_large_models_and_general_problems_have_no_preconditioner():
     problem = LogisticProblem(X, torch.arange(4) % 2, X, torch.arange(4) % 2)
     point = problem.bind(problem.initial_hparams()).linearize(problem.params)
     assert point.preconditioner(lasting=True).apply is None
-    # A first solve of softmax regression measures nothing.
-    assert multinomial().bind(torch.zeros((), dtype=F64)).linearize(multinomial().params).preconditioner().apply is None
+    # With penalties of their own, classes would need a rough preconditioner each.
+    separate = multinomial(penalty="per_class")
+    assert separate.bind(separate.initial_hparams()).linearize(separate.params).preconditioner().apply is None
+
+
+@pytest.mark.parametrize("make", [multinomial, partial(multinomial, penalty="per_feature"), weighted])
+def test_a_first_solve_of_softmax_regression_has_the_class_blocks_of_the_hessian_at_zero(make):
+    problem = make()
+    at = draw(problem)
+    zero = problem.bind(at.u).linearize(torch.zeros_like(at.x))
+    classes, features = at.x.shape
+    hessian = zero.dense_hessian().reshape(classes, features, classes, features)
+    blocks = torch.block_diag(*[hessian[c, :, c] for c in range(classes)])
+    rough = problem.bind(at.u).linearize(at.x).preconditioner()
+    assert rough.rough
+    v = at.v.reshape(-1)
+    torch.testing.assert_close(rough.apply(blocks @ v), v, rtol=1e-3, atol=1e-4)
+    again = problem.bind(at.u + 0.1).linearize(at.x).preconditioner(rough.kept)
+    torch.testing.assert_close(again.apply(v), rough.apply(v), rtol=0, atol=0)
+    # What is to last is measured in full, whatever was kept before.
+    assert not problem.bind(at.u).linearize(at.x).preconditioner(rough.kept, lasting=True).rough
+
+
+def test_the_class_blocks_save_half_of_the_products_of_a_first_solve(monkeypatch):
+    # Features of very different sizes, and labels of which half are random.
+    X, noise = normal(5, 300, 12) * torch.logspace(-1.5, 0.5, 12, dtype=F64), normal(6, 300, 4)
+    y = (X @ normal(7, 12, 4)).argmax(1).where(torch.arange(300) % 2 == 0, noise.argmax(1))
+    problem = SampleWeightProblem(X[:200], y[:200], X[200:], y[200:], penalty=1e-3)
+    u = problem.initial_hparams()
+
+    def products() -> int:
+        solve = (problem, bl.QuasiNewton(tol=1e-8), bl.Implicit(bl.CG(tol=1e-8)), u)
+        return bl.hypergradient(*solve).cost.counts["hvp"]
+
+    helped = products()
+    monkeypatch.setattr(problem, "class_curvature_at_zero", None)
+    assert helped < 0.6 * products()
 
 
 @pytest.mark.parametrize("every", [1, 5])

@@ -35,7 +35,7 @@ class QuasiNewton(InnerSolver):
     - Logistic, softmax and ridge regression of up to 2,000 weights keep their data Hessian ``X' D X``; the penalties
       of the day are added before it is factored. It is measured anew where the gradient norm falls too slowly. A first
       solve of softmax regression, for which that does not pay yet, takes Newton steps by CG (Dembo & Steihaug 1983),
-      and so do larger models.
+      preconditioned by the class blocks of the Hessian at zero weights, and so do larger models.
     - Any other problem has ``B = (y'y / s'y) I``: this is then L-BFGS (Nocedal 1980), for smooth losses.
 
     An outer loop hands the curvature on, and Implicit uses it to precondition CG. It is out of date by design: that
@@ -65,7 +65,7 @@ class QuasiNewton(InnerSolver):
         """Return the state at the same iterate with the curvature; problems that can, measure it now to last."""
         known = state.point is not None and state.point.inner.problem is inner.problem
         point = state.point.rebind(inner) if known and state.point is not None else inner.linearize(state.params)
-        kept = point.preconditioner(lasting=True).kept if state.kept is None else state.kept
+        kept = point.preconditioner(state.kept, lasting=True).kept
         # The pairs correct the curvature at other hyperparameters; without a metric of its own they are all there is.
         return replace(state, memory=state.memory if kept is None else (), measured={}, kept=kept, point=None)
 
@@ -81,8 +81,8 @@ class QuasiNewton(InnerSolver):
         point = inner.linearize(params)
         metric = point.preconditioner(state.kept)
         pairs: Sequence[Pair] = state.memory
-        if metric.apply is None and point.closed_form:
-            direction, length = self._newton_direction(point, raveler, gradient, state), 1.0
+        if point.closed_form and (metric.apply is None or metric.rough):
+            direction, length = self._newton_direction(point, raveler, gradient, state, metric.apply), 1.0
         else:
             direction, length = _corrected(pairs, gradient, metric.apply)
         stuck = state.measured.get("stalled", 0.0) >= STALLED and _below_rounding(point, gradient, direction)
@@ -92,7 +92,7 @@ class QuasiNewton(InnerSolver):
         kept, pairs = metric.kept, _with(pairs, found.params, params, found.gradient, gradient, raveler)[-self.pairs :]
         there = inner.linearize(found.params)
         # Curvature as of the last step is not measured again: pairs get their chance first.
-        slow = metric.apply is not None and bool(state.memory) and found.rate > self.refresh
+        slow = metric.apply is not None and not metric.rough and bool(state.memory) and found.rate > self.refresh
         if slow and not self._reached(found.gradient):
             kept, pairs = there.preconditioner(lasting=True).kept, ()
         return replace(
@@ -121,7 +121,12 @@ class QuasiNewton(InnerSolver):
         return tol is not None and float(torch.linalg.vector_norm(gradient)) <= tol
 
     def _newton_direction(
-        self, point: Linearization, raveler: tree.Raveler, gradient: Tensor, state: InnerState
+        self,
+        point: Linearization,
+        raveler: tree.Raveler,
+        gradient: Tensor,
+        state: InnerState,
+        precondition: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         """Solve ``H d = gradient`` by CG, as exactly as the last step's rate suggests (Eisenstat & Walker 1996)."""
         norm = float(torch.linalg.vector_norm(gradient))
@@ -132,7 +137,11 @@ class QuasiNewton(InnerSolver):
             return run.residual <= goal or run.steps >= raveler.size
 
         run = conjugate_gradients(
-            lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), torch.zeros_like(gradient), gradient, enough
+            lambda v: raveler.ravel(point.hvp(raveler.unravel(v))),
+            torch.zeros_like(gradient),
+            gradient,
+            enough,
+            precondition=precondition,
         )
         return run.x if run.steps else gradient
 

@@ -61,6 +61,8 @@ class LinearModelProblem(BilevelProblem):
     """What the error bounds use of the loss."""
     parametrizations: tuple[str, ...] = ("log", "direct")
     penalty: Any
+    class_curvature_at_zero: float | None = None
+    """The loss's curvature in each of several predictions at zero weights; None with one prediction for each row."""
     gram_is_cheap = True
     """Whether ``X' D X`` costs no more than the products that a preconditioner made of it saves in one solve."""
 

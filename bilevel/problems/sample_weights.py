@@ -45,6 +45,10 @@ class SampleWeightPoint(LinearModelPoint):
         """Return a block's ``X' D X``, the weights included."""
         return super().weighted_gram(block, X * self.inner.weights[rows].sqrt().to(X.dtype), rows)
 
+    def row_gram(self, X: Tensor, rows: slice) -> Tensor:
+        """Return ``X' diag(weights) X`` of some training rows."""
+        return (X * self.inner.weights[rows].to(X.dtype)) @ X.t()
+
     def _cross(self, v: Tensor) -> Tensor:
         problem = self.inner.problem
         return self._to_rows(

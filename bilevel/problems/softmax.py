@@ -53,6 +53,7 @@ class SoftmaxProblem(LinearModelProblem):
         """Turn the labels into indices."""
         classes = training_classes(self.train)
         self.classes = len(classes)
+        self.class_curvature_at_zero = (self.classes - 1) / self.classes**2
         for split in self.splits.values():
             split.y = class_labels(split, classes)
 
