@@ -46,6 +46,9 @@ from bilevel.linear import GMRES as GMRES
 from bilevel.linear import Direct as Direct
 from bilevel.linear import FixedPointIteration as FixedPointIteration
 from bilevel.linear import Neumann as Neumann
+from bilevel.linearization import Linearization as Linearization
+from bilevel.linearization import Preconditioner as Preconditioner
+from bilevel.oracles import InnerProblem as InnerProblem
 from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
 from bilevel.outer import BatchOuterResult as BatchOuterResult
 from bilevel.outer import OuterOptimizer as OuterOptimizer
@@ -53,6 +56,7 @@ from bilevel.outer import WarmStart as WarmStart
 from bilevel.problem import BilevelProblem as BilevelProblem
 from bilevel.problems import QuadraticProblem as QuadraticProblem
 from bilevel.samplers import MiniBatches as MiniBatches
+from bilevel.samplers import Sampler as Sampler
 from bilevel.status import BilevelWarning as BilevelWarning
 from bilevel.status import HypergradientError as HypergradientError
 from bilevel.status import Status as Status

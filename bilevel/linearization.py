@@ -91,10 +91,8 @@ class Linearization:
             rows = members.Raveler(self.params)
             return torch.stack([rows.ravel(self.hvp(unit)) for unit in rows.units()], dim=1)
         raveler = tree.Raveler(self.params)
-        (like, *_) = tree.leaves(self.params)
-        identity = torch.eye(raveler.size, dtype=like.dtype, device=like.device)
         # Row i of the stack is H' e_i, so the stack is H itself.
-        return torch.stack([raveler.ravel(self.hvp(raveler.unravel(row))) for row in identity])
+        return torch.stack([raveler.ravel(self.hvp(unit)) for unit in raveler.units()])
 
     def rebind(self, inner: InnerProblem) -> Linearization:
         """Return the linearization at the same params for other hparams; structured problems keep their data pass."""

@@ -126,9 +126,3 @@ class Raveler(tree.Raveler):
 
     def __init__(self, like: Tree) -> None:
         super().__init__(like, batched=True)
-
-    def units(self) -> list[Tree]:
-        """Return the unit vectors, each the same for all members."""
-        (like, *_) = tree.leaves(self._like)
-        identity = torch.eye(self.size, dtype=like.dtype, device=like.device)
-        return [self.unravel(unit.expand(len(like), -1)) for unit in identity]

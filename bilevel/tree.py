@@ -213,3 +213,9 @@ class Raveler:
             return flat.reshape(self._shapes[0])
         parts = torch.split(flat, self._sizes, dim=-1)
         return rebuild(self._like, [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)])
+
+    def units(self) -> list[Tree]:
+        """Return the unit vectors as trees, of a batch each the same for all members."""
+        (like, *_) = leaves(self._like)
+        identity = torch.eye(self.size, dtype=like.dtype, device=like.device)
+        return [self.unravel(unit.expand(*self._lead, -1)) for unit in identity]

@@ -501,3 +501,11 @@ def test_a_problem_with_a_sampler_is_refused_in_batches_and_beside_data() -> Non
         bl.BilevelProblem(
             lambda w, u, y: w**2, lambda w, u: w**2, data=rows, sampler=bl.MiniBatches(rows, batch_size=2)
         )
+
+
+@pytest.mark.parametrize("make", [lambda problem: problem.batched(2), lambda problem: bl.stack([problem, problem])])
+def test_tuned_weights_of_rows_do_not_run_in_batches(make: Any) -> None:
+    X, labels = torch.eye(3, dtype=F64), torch.tensor([0, 1, 2])
+    problem = bl.problems.SampleWeightProblem(X, labels, X, labels)
+    with pytest.raises(ValueError, match=r"^SampleWeightProblem does not run in batches: state it by two functions"):
+        make(problem)

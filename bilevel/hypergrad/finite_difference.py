@@ -11,7 +11,6 @@ from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.cost import Meter
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
-from bilevel.hypergrad.unroll import unit_directions
 from bilevel.options import is_positive, require
 from bilevel.problem import BilevelProblem
 from bilevel.status import Verdict
@@ -54,7 +53,7 @@ class FiniteDifference(HypergradEstimator):
         def pullback(cotangent: Tree) -> Pullback:
             verdict: Verdict = run.verdict
             products = []
-            for direction in unit_directions(hparams):
+            for direction in tree.Raveler(hparams).units():
                 size = step * max(1.0, abs(float(tree.dot(direction, hparams))))
                 ends = [at(tree.add(hparams, direction, sign * size), run.state.measured) for sign in (1.0, -1.0)]
                 up, down = (solver.params(end.state) for end in ends)

@@ -29,6 +29,7 @@ class Implicit(HypergradEstimator):
 
     Memory is independent of the number of inner steps. The formula holds at a solution: the inner residual in the
     certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved.
+    Curvature that the inner solver keeps (`QuasiNewton`) preconditions CG.
 
     Args:
         linear_solver: CG, GMRES, Neumann, FixedPointIteration or Direct.

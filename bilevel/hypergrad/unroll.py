@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import (
@@ -89,7 +88,7 @@ class FullUnroll(HypergradEstimator):
     def solve_batch(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> BatchSolution:
-        """Run all members of a batch and keep what their derivatives need; a recorded graph is not offered."""
+        """Run all members of a batch and keep what their derivatives need, if that is the iterates."""
         if self.mode == "forward":
             return batch_unroll.forward(problem, solver, hparams, params, carry, meter)
         if self.memory != "iterates":
@@ -258,7 +257,7 @@ def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: M
 
 def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Solution:
     """Carry one tangent for each scalar hyperparameter along with the run."""
-    directions = unit_directions(inner.hparams)
+    directions = tree.Raveler(inner.hparams).units()
     zero: Variables = (tree.zeros_like(state.params), tree.zeros_like(state.memory))
     tangents: list[Variables] = [zero] * len(directions)
 
@@ -276,11 +275,3 @@ def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Sol
 
 def _solution(solver: InnerSolver, run: InnerRun, pullback: object) -> Solution:
     return Solution(solver.params(run.state), run.state, pullback, run.residual, run.steps, run.verdict)  # type: ignore[arg-type]
-
-
-def unit_directions(hparams: Tree) -> Sequence[Tree]:
-    """Return the unit vectors of the hyperparameter space, one tree for each scalar, in the order of `Raveler`."""
-    raveler = tree.Raveler(hparams)
-    (like, *_) = tree.leaves(hparams)
-    identity: Tensor = torch.eye(raveler.size, dtype=like.dtype, device=like.device)
-    return [raveler.unravel(row) for row in identity]

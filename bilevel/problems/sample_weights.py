@@ -13,6 +13,8 @@ from bilevel.certifiable import Tuned
 from bilevel.lanczos import Spectrum
 from bilevel.options import is_number, require
 from bilevel.problems.certified import tuned_weights
+from bilevel.problems.linear_batch import LinearBatch
+from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.softmax import SoftmaxProblem
 from bilevel.sums import ProductSum
@@ -175,6 +177,10 @@ class SampleWeightProblem(SoftmaxProblem):
     def hparams_shape(self) -> tuple[int, ...]:
         """(rows,)."""
         return (self.train.rows,)
+
+    def batch_class(self) -> type[LinearBatch]:
+        """Refuse: a batch of softmax regressions has penalties, and no weights of rows."""
+        return LinearModelProblem.batch_class(self)
 
     def weights(self, hparams: Tensor) -> Tensor:
         """Return the weight of every training row."""
