@@ -404,3 +404,24 @@ def test_closed_form_refuses_more_parameters_than_it_can_factor() -> None:
     problem = Wide(lambda x, u: u * x @ x + x.sum(), lambda x, u: x.sum(), torch.zeros(5001))
     with pytest.raises(ValueError, match=r"^ClosedForm\(\) factors a dense Hessian, for at most 5,000 parameters"):
         bl.hypergradient(problem, bl.GradientDescent(), bl.ClosedForm(), torch.tensor(1.0))
+
+
+def test_a_closed_form_sweep_equals_single_calls_and_its_residuals_are_small() -> None:
+    problem = ridge()
+    grid = torch.linspace(-6.0, 2.0, 9, dtype=F64)
+    swept = bl.ClosedForm().sweep(problem, grid)
+    for u, value, gradient, params in zip(grid, swept.outer_losses, swept.hypergradients, swept.params, strict=True):
+        single = bl.hypergradient(problem, bl.Newton(), bl.ClosedForm(), u)
+        assert float(value) == pytest.approx(single.outer_loss, rel=1e-12)
+        torch.testing.assert_close(gradient, single.hypergradient, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(gradient, problem.exact_hypergradient(u), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(params, single.params, rtol=1e-10, atol=1e-13)
+    assert float(swept.residuals.max()) < 1e-12
+
+
+def test_a_closed_form_sweep_says_what_it_needs() -> None:
+    per_feature = ridge_case("per_feature").problem
+    with pytest.raises(ValueError, match=r"ClosedForm.sweep needs a problem with a `spectrum` .* batch=\.\.\.\)"):
+        bl.ClosedForm().sweep(per_feature, torch.zeros(3, *per_feature.hparams_shape(), dtype=F64))
+    with pytest.raises(ValueError, match="must be a stack of hyperparameter vectors, got a 0-d Tensor"):
+        bl.ClosedForm().sweep(ridge(), torch.zeros((), dtype=F64))

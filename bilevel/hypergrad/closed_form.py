@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.cost import Meter
+from bilevel.hypergrad.sweep import Sweep, outer_at, stacked
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
 from bilevel.spectral import Eigenbasis
@@ -73,6 +74,41 @@ class ClosedForm(HypergradEstimator):
             detail = f"ClosedForm ends at the inner residual {residual:.2e}: is the inner loss quadratic?"
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
         return Solution(found.params, solver.at_rest(inner, found.params), found.pullback, residual, 0, verdict)
+
+    def sweep(self, problem: BilevelProblem, hparams: Tensor) -> Sweep:
+        """Return exact outer losses and hypergradients at many hyperparameter vectors at once.
+
+        Args:
+            problem: a problem with a `spectrum`.
+            hparams: B hyperparameter vectors, stacked along the first dimension.
+
+        Raises:
+            ValueError: without a spectrum; if `hparams` is no stack, or the inner loss is not convex at one of them.
+
+        >>> from bilevel.problems import RidgeProblem
+        >>> X, y = torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        >>> log_penalties = torch.linspace(-6.0, 0.0, 64, dtype=torch.float64)
+        >>> ClosedForm().sweep(RidgeProblem(X, y, 2 * X, y), log_penalties).hypergradients.shape
+        torch.Size([64])
+        """
+        basis = problem.spectrum()
+        if basis is None:
+            raise ValueError(
+                "ClosedForm.sweep needs a problem with a `spectrum` (a ridge problem with penalty='scalar'), which "
+                f"this {type(problem).__name__} does not have: use hypergradient(..., batch=...)."
+            )
+        _, hparams = stacked(problem, hparams, None)
+        diagonal = basis.bind(hparams)
+        smallest, largest = float(diagonal.values.amin()), float(diagonal.values.amax())
+        if not smallest > torch.finfo(diagonal.values.dtype).eps * largest:
+            raise ValueError(str(_unsolvable(smallest)))
+        z = diagonal.solution
+        params = basis.back(z)
+        values, by_params, by_hparams = outer_at(problem, params, hparams)
+        turned = basis.turn(by_params) / diagonal.values
+        # In the eigenbasis the gradient of the solution is zero by construction: its residual is what turning rounds.
+        residuals = torch.linalg.vector_norm(diagonal.values * basis.turn(params) + diagonal.linear, dim=-1)
+        return Sweep(values, by_hparams + diagonal.pull(-turned * z, -turned), params, residuals)
 
 
 @dataclass(frozen=True)

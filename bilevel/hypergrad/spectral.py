@@ -22,29 +22,12 @@ from bilevel.cost import Meter
 from bilevel.hypergrad.adaptive import fraction_of
 from bilevel.hypergrad.loop import begin, conclude
 from bilevel.hypergrad.recurrence import unroll
+from bilevel.hypergrad.sweep import Sweep, outer_at, stacked
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.inputs import check_trees
 from bilevel.options import is_int, is_number, require
 from bilevel.problem import BilevelProblem
 from bilevel.spectral import Eigenbasis
 from bilevel.tree import Tree
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Hypergradients at B hyperparameter vectors, from `Spectral.sweep`.
-
-    Attributes:
-        outer_losses: of shape (B,).
-        hypergradients: of the shape of the stacked hyperparameters, (B, ...).
-        params: the inner iterates, of shape (B, d).
-        residuals: norms of the inner gradients at `params`, of shape (B,).
-    """
-
-    outer_losses: Tensor
-    hypergradients: Tensor
-    params: Tensor
-    residuals: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,18 +116,7 @@ class Spectral(HypergradEstimator):
         torch.Size([64])
         """
         basis, multistep, steps = self._parts(problem, solver)
-        start = problem.start(params)
-        check_trees(start, hparams)
-        if hparams.dim() == 0:
-            raise ValueError("`hparams` of a sweep must be a stack of hyperparameter vectors, got a 0-d Tensor.")
-        if start.dim() > 1 and len(start) != len(hparams):
-            raise ValueError(
-                f"`params` of a sweep must be one start or as many as hyperparameter vectors, {len(hparams)}, "
-                f"got {len(start)}."
-            )
-        starts = start.expand(len(hparams), *start.shape[-1:])
-        problem.check(starts[0], hparams[0])
-        hparams = hparams.detach()
+        starts, hparams = stacked(problem, hparams, params)
         # What is measured depends on the hyperparameters; given numbers are the same for all of them.
         count = len(hparams) if multistep.automatic else 1
         states = [multistep.init(problem.bind(u), x) for u, x in zip(hparams[:count], starts[:count], strict=True)]
@@ -154,8 +126,7 @@ class Spectral(HypergradEstimator):
         iterates = moving.vectors[0]
         residuals = torch.linalg.vector_norm(diagonal.values * iterates + diagonal.linear, dim=-1)
         solved = basis.back(iterates)
-        outer = torch.func.vmap(problem.outer_value_and_grads)
-        values, by_params, by_hparams = outer(solved, hparams)
+        values, by_params, by_hparams = outer_at(problem, solved, hparams)
         weights = basis.turn(by_params)
         pulled = diagonal.pull(weights * moving.by_value[0], weights * moving.by_linear[0])
         return Sweep(values, by_hparams + pulled, solved, residuals)
