@@ -66,6 +66,16 @@ def _ours(d: SimpleNamespace, kind: str) -> dict[str, Any]:
     return _calls(d, lambda u: at(problem, u), lambda u: at(bl.problems.RidgeProblem(*parts), u))
 
 
+def _sweep(d: SimpleNamespace) -> dict[str, Any]:
+    import torch
+
+    import bilevel as bl
+
+    problem = bl.problems.RidgeProblem(*(torch.as_tensor(part) for part in (d.X, d.y, d.X_val, d.y_val)))
+    penalties = torch.as_tensor(d.penalties)
+    return {"penalties": lambda: bl.ClosedForm().sweep(problem, penalties).hypergradients.numpy()}
+
+
 # Peers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +175,7 @@ def _scipy_by_hand(d: SimpleNamespace) -> dict[str, Any]:
 
 
 BY_HAND = "normal equations by hand"
+SWEEP = "bilevel ClosedForm.sweep"
 OURS = ["bilevel ClosedForm", "bilevel Newton, Implicit(Direct)"]
 
 PROBLEMS = [
@@ -182,6 +193,7 @@ PROBLEMS = [
         contestants=[
             Contestant(OURS[0], lambda d: _ours(d, "closed form"), "bilevel", "eigenbasis kept"),
             Contestant(OURS[1], lambda d: _ours(d, "implicit"), "bilevel"),
+            Contestant(SWEEP, _sweep, "bilevel", "all penalties at once"),
             Contestant("optimistix Newton", lambda d: _optimistix(d, False), "optimistix", "on the loss"),
             Contestant("optimistix Newton, Gram by hand", lambda d: _optimistix(d, True), "optimistix", BY_HAND),
             Contestant("jaxopt custom_root, Gram by hand", _jaxopt, "jaxopt", BY_HAND),
@@ -191,6 +203,9 @@ PROBLEMS = [
         asked=[
             Asked("penalties", OURS, ["optimistix Newton"], 5.0, 20.0),
             Asked("scratch", OURS, ["optimistix Newton"], 2.0, 5.0),
+            Asked(
+                "penalties", [SWEEP], ["optimistix*", "jaxopt*"], None, words="all at once against one after the other"
+            ),
             Asked("penalties", OURS, ["*by hand"], None, words="formulas by hand"),
             Asked("scratch", OURS, ["*by hand"], None, words="formulas by hand"),
         ],
