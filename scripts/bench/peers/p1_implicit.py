@@ -203,9 +203,7 @@ PROBLEMS = [
         asked=[
             Asked("penalties", OURS, ["optimistix Newton"], 5.0, 20.0),
             Asked("scratch", OURS, ["optimistix Newton"], 2.0, 5.0),
-            Asked(
-                "penalties", [SWEEP], ["optimistix*", "jaxopt*"], None, words="all at once against one after the other"
-            ),
+            Asked("penalties", [SWEEP], ["optimistix*", "jaxopt*"], None, words="all at once, against each"),
             Asked("penalties", OURS, ["*by hand"], None, words="formulas by hand"),
             Asked("scratch", OURS, ["*by hand"], None, words="formulas by hand"),
         ],
