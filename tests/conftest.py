@@ -2,4 +2,7 @@
 
 import torch
 
+# A file for the child processes of the benchmark, which have its folder on their path.
+collect_ignore = ["toy_contest.py"]
+
 torch.set_num_threads(1)

@@ -316,6 +316,8 @@ def test_ctrl_c_while_the_command_starts_is_one_line(module: str, tmp_path: Path
     # The first import of the module, far inside the start-up, is the moment at which the signal comes.
     code = (
         "import importlib.abc, os, signal, sys\n"
+        # A suite that runs in the background has been told to ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Interrupt(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
