@@ -159,9 +159,9 @@ def conduct(module: str, problem: Problem, limits: Limits, folder: Path, say: An
     """Run one contest and return its rows, one for each contestant and task."""
     truth = reference(module, problem, limits, folder)
     players = {c.name: Player(module, problem.key, c.name, limits) for c in problem.contestants}
-    prepared = {name: player.ask("prepare") for name, player in players.items()}
     rows = []
     try:
+        prepared = {name: player.ask("prepare") for name, player in players.items()}
         # A quick run has fewer points of a growth curve.
         for task in (task for task in problem.tasks if task in truth):
             entrants = [c for c in problem.contestants if task in ((prepared[c.name] or {}).get("tasks", [task]))]
