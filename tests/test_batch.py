@@ -509,3 +509,12 @@ def test_tuned_weights_of_rows_do_not_run_in_batches(make: Any) -> None:
     problem = bl.problems.SampleWeightProblem(X, labels, X, labels)
     with pytest.raises(ValueError, match=r"^SampleWeightProblem does not run in batches: state it by two functions"):
         make(problem)
+
+
+def test_the_warm_start_of_a_batch_and_of_its_members_knows_its_solver() -> None:
+    _, batch, hparams = case("ridge", shared=True)
+    carry = bl.hypergradient(batch, bl.GradientDescent(steps=5), bl.Implicit(), hparams).carry
+    member = bl.hypergradient(batch, bl.GradientDescent(steps=5), bl.Implicit(), hparams)[0].carry
+    for kept, problem, u in ((carry, batch, hparams), (member, batch.member(0), hparams[0])):
+        with pytest.raises(ValueError, match="this carry is of the inner solver GradientDescent"):
+            bl.hypergradient(problem, bl.HeavyBall(steps=5), bl.Implicit(), u, carry=kept)

@@ -171,4 +171,5 @@ def member_carry(carry: Carry, index: int) -> Carry:
     return Carry(
         None if carry.state is None else member_state(carry.state, index),
         None if carry.adjoint is None else members.row(carry.adjoint, index),
+        carry.solver,
     )

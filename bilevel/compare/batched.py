@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bilevel import members, tree
 from bilevel.batches import stack
@@ -47,15 +47,23 @@ def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRo
     loaded = [load_cell(folder, cell) for cell in cells]
     going = [(run, state) for run, state in loaded if not run.done]
     if len(going) > 1 and len({len(run.rows) for run, _ in going}) == 1:
-        # Other shapes, a part that runs no batches, too little memory: what cannot be run together is run alone, from
-        # its last checkpoint, and says there what is wrong with it.
-        with suppress(Exception):
+        try:
             _Batch(plan, going).run(folder, on_row)
             return [run for run, _ in loaded]
+        # Other shapes, a part that runs no batches, too little memory: what cannot be run together is run alone, from
+        # its last checkpoint, and says there what is wrong with it.
+        except Exception as error:
+            first = going[0][0].cell
+            tqdm.write(f"{first.problem}, {first.estimator}: not one batch but {len(going)} runs, as {_reason(error)}")
     return [
         load_cell(folder, cell)[0] if folder.stop_file.exists() else run_cell(plan, cell, folder, on_row)
         for cell in cells
     ]
+
+
+def _reason(error: Exception) -> str:
+    """Return what an exception says, in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class _Batch:

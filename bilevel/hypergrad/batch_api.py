@@ -95,9 +95,8 @@ def batch_hypergradient(
         _certificate(solved, pulled, index, error)
         for index, error in enumerate(_errors(problem, hparams, solved, gradient, pulled, verdicts, certify))
     ]
-    estimate = BatchEstimate(
-        value, gradient, solved.params, certificates, costs, cost, verdicts, _following(solved, pulled, usable, carry)
-    )
+    following = _following(solved, pulled, usable, carry, type(solver).__name__)
+    estimate = BatchEstimate(value, gradient, solved.params, certificates, costs, cost, verdicts, following)
     report(verdict_of(verdicts), on_failure, estimate)
     return estimate
 
@@ -170,10 +169,10 @@ def _certificate(solved: BatchSolution, pulled: BatchPullback, index: int, error
     )
 
 
-def _following(solved: BatchSolution, pulled: BatchPullback, usable: Tensor, carry: Carry) -> Carry:
+def _following(solved: BatchSolution, pulled: BatchPullback, usable: Tensor, carry: Carry, solver: str) -> Carry:
     """Return the warm start for the next call: of a member whose pullback failed, the adjoint that it had."""
     adjoint = pulled.adjoint
     if adjoint is not None and not bool(usable.all()):
         before = tree.zeros_like(adjoint) if carry.adjoint is None else carry.adjoint
         adjoint = members.where(usable, adjoint, before)
-    return Carry(solved.state, adjoint)
+    return Carry(solved.state, adjoint, solver)

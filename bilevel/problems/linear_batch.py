@@ -17,7 +17,7 @@ from torch import Tensor
 from bilevel import batches, members
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
-from bilevel.sums import BilinearSum, ProductSum
+from bilevel.problems.linear_oracles import PenalisedInner, PenalisedPoint
 from bilevel.tree import Tree
 
 OPTIONS = ("penalty", "loss", "parametrization")
@@ -27,7 +27,7 @@ def _is_cached(attribute: Any) -> bool:
     return isinstance(attribute, cached_property)
 
 
-class LinearBatchPoint(Linearization):
+class LinearBatchPoint(PenalisedPoint):
     """The gradients of some linear models, linearised."""
 
     inner: LinearBatchInner
@@ -43,12 +43,6 @@ class LinearBatchPoint(Linearization):
         bent = problem.bend(self.curvature, problem.predict(problem.train.X, v))
         return torch.addcmul(self.inner.penalty * v, problem.collect(problem.train.X, bent), self.inner.scale)
 
-    def _cross(self, v: Tensor) -> Tensor:
-        return self.inner.problem.gather(self.inner.slope * self.params * v)
-
-    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
-        return self.inner.slope * self.inner.problem.spread(hparams_tangent) * self.params
-
     def dense_hessian(self) -> Tensor:
         """Return the Hessians of all members, of shape (batch, size, size)."""
         shape = self.params.shape
@@ -63,7 +57,7 @@ class LinearBatchPoint(Linearization):
         return other
 
 
-class LinearBatchInner(InnerProblem):
+class LinearBatchInner(PenalisedInner):
     """Linear models at fixed penalties. A penalty that is not finite makes its member fail, and no other."""
 
     linearization = LinearBatchPoint
@@ -73,13 +67,6 @@ class LinearBatchInner(InnerProblem):
         self.penalty: Tensor = problem.penalties(self.hparams)
         self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
         self.scale = torch.full_like(self.penalty.reshape(-1)[0], problem.scale)
-
-    def product_sum(self) -> ProductSum:
-        """Return a sum whose cross products are one contraction."""
-        return BilinearSum(self, lambda params, v: self.linearization(self, params)._hvp(v), self._cross_sum)
-
-    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
-        return self.problem.gather(self.slope * (points * vectors).sum(0))
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem

@@ -26,7 +26,33 @@ if TYPE_CHECKING:
     from bilevel.problems.linear_model import LinearModelProblem
 
 
-class LinearModelPoint(Linearization):
+class PenalisedPoint(Linearization):
+    """What penalties that enter linearly give to a linearization, of one model or of a batch."""
+
+    inner: PenalisedInner
+
+    def _cross(self, v: Tensor) -> Tensor:
+        return self.inner.problem.gather(self.inner.slope * self.params * v)
+
+    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
+        return self.inner.slope * self.inner.problem.spread(hparams_tangent) * self.params
+
+
+class PenalisedInner(InnerProblem):
+    """What they give to the bound problem."""
+
+    penalty: Tensor
+    slope: Tensor
+
+    def product_sum(self) -> ProductSum:
+        """Return a sum whose cross products are one contraction."""
+        return BilinearSum(self, lambda params, v: self.linearize(params)._hvp(v), self._cross_sum)
+
+    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
+        return self.problem.gather(self.slope * (points * vectors).sum(0))
+
+
+class LinearModelPoint(PenalisedPoint):
     """The gradient of a linear model, linearised.
 
     One pass over the data serves the predictions, the gradient, the value and the curvature; whichever is asked for
@@ -111,12 +137,6 @@ class LinearModelPoint(Linearization):
     def _hvp(self, v: Tensor) -> Tensor:
         return torch.addcmul(self._data_hvp(v), self.inner.penalty, v)
 
-    def _cross(self, v: Tensor) -> Tensor:
-        return self.inner.problem.gather(self.inner.slope * self.params * v)
-
-    def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
-        return self.inner.slope * self.inner.problem.spread(hparams_tangent) * self.params
-
     def data_hessian(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``c X' D X`` over the flattened weights; in a lower precision it is sooner there."""
         problem = self.inner.problem
@@ -193,7 +213,7 @@ def _by_class(inverse: Tensor, v: Tensor) -> Tensor:
     return (v.to(inverse.dtype).reshape(-1, len(inverse)) @ inverse).reshape(-1).to(v.dtype)
 
 
-class LinearModelInner(InnerProblem):
+class LinearModelInner(PenalisedInner):
     """A linear model at fixed penalties."""
 
     linearization = LinearModelPoint
@@ -246,13 +266,6 @@ class LinearModelInner(InnerProblem):
     def _grad(self, params: Tensor) -> Tensor:
         gradient: Tensor = self.linearize(params).gradient  # type: ignore[attr-defined]
         return gradient
-
-    def product_sum(self) -> ProductSum:
-        """Return a sum whose cross products are one contraction."""
-        return BilinearSum(self, lambda params, v: self.linearize(params)._hvp(v), self._cross_sum)
-
-    def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
-        return self.problem.gather(self.slope * (points * vectors).sum(0))
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""
