@@ -169,3 +169,20 @@ def test_a_number_of_steps_that_is_none_is_refused(steps: Any) -> None:
     outer = bl.OuterOptimizer(single[0], bl.GradientDescent(), bl.Implicit(), hparams, batch=4)
     with pytest.raises(ValueError, match=f"^`steps` must be an int that is not negative, got {steps!r}"):
         outer.run(steps, progress=False)
+
+
+def test_a_member_that_stands_still_keeps_its_moments() -> None:
+    _, batch, hparams = case("ridge", shared=True)
+    outer = bl.OuterOptimizer(batch, bl.GradientDescent(steps=20), bl.Implicit(), hparams, optimizer=ADAM)
+    outer.step()
+    outer.hold(1)
+
+    def moments() -> list[torch.Tensor]:
+        (state,) = outer.optimizer.state_dict()["state"].values()
+        return [outer.hparams, state["exp_avg"].clone(), state["exp_avg_sq"].clone()]
+
+    before = moments()
+    outer.step()
+    for old, new in zip(before, moments(), strict=True):
+        assert torch.equal(old[1], new[1])
+        assert not torch.equal(old[0], new[0])

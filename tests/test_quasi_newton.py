@@ -95,6 +95,21 @@ def test_it_finds_the_minimum_of_losses_that_are_far_from_quadratic(loss, start,
     assert float(problem.inner_loss(run.state.params, u)) <= theirs.fun + 1e-9 * (1 + abs(theirs.fun))
 
 
+def test_curvature_that_has_become_wrong_is_measured_again_where_steps_are_slow():
+    # Kept from large penalties, where the weights and so the curvature's weights are other ones.
+    X = 4.0 * normal(1, 200, 30)
+    y = (X @ normal(2, 30) + 4.0 * normal(3, 200) > 0).long()
+    problem = LogisticProblem(X[:150], y[:150], X[150:], y[150:], "per_feature")
+    u, estimator = problem.initial_hparams(3.0), bl.Implicit(bl.CG(tol=1e-8))
+    counts = []
+    for refresh in (0.25, 1e9):
+        solver = bl.QuasiNewton(tol=1e-8, refresh=refresh)
+        carry = bl.hypergradient(problem, solver, estimator, u).carry
+        counts.append(bl.hypergradient(problem, solver, estimator, u - 8.0, carry=carry).cost.counts)
+    assert counts[0].get("curvature", 0) > 0 == counts[1].get("curvature", 0)
+    assert counts[0]["gradient"] < 0.2 * counts[1]["gradient"]
+
+
 @over(KEEPING)
 @pytest.mark.parametrize("level", [-12.0, -4.0, 3.0])
 def test_it_agrees_with_newton_on_every_structured_problem(factory, level):
@@ -199,11 +214,22 @@ def test_a_loss_without_a_minimum_and_an_optimality_map_get_their_sentence():
         solve(point, bl.QuasiNewton(), torch.ones(2, dtype=F64))
 
 
-@pytest.mark.parametrize("estimator", [bl.FullUnroll(), bl.TruncatedUnroll(tail=2), bl.FullUnroll(mode="forward")])
-def test_unrolling_it_is_refused(estimator):
-    case = tree_case()
-    with pytest.raises(ValueError, match="the steps of QuasiNewton are not differentiated: use Implicit"):
-        bl.hypergradient(case.problem, bl.QuasiNewton(steps=3), estimator, case.hparams)
+@pytest.mark.parametrize(
+    "estimator",
+    [bl.FullUnroll(), bl.TruncatedUnroll(tail=2), bl.FullUnroll(mode="forward"), bl.FullUnroll(memory="graph")],
+)
+def test_unrolling_it_is_refused_before_a_step_is_taken(estimator, monkeypatch):
+    case, solver = tree_case(), bl.QuasiNewton(steps=3)
+    words = "the steps of QuasiNewton are not differentiated: use Implicit"
+    inner = case.problem.bind(case.hparams)
+    state = solver.init(inner, case.start)
+    with pytest.raises(ValueError, match=words):
+        solver.step_vjp(inner, state, state.variables)
+    with pytest.raises(ValueError, match=words):
+        solver.step_jvp(inner, state, [state.variables], [case.hparams])
+    monkeypatch.setattr(bl.QuasiNewton, "step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=words):
+        bl.hypergradient(case.problem, solver, estimator, case.hparams)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ class InnerSolver(ABC):
     default_max_steps = 100_000
     check_every_on_cpu = 1
     """Steps between two looks at the residual; 1 where the next step needs the same gradient anyway."""
+    unrolls = True
+    """Whether its steps have a derivative; without one only implicit differentiation applies."""
     memberwise = False
     """Whether `step` works on a batch: it treats rows alike and mixes none (no sum or norm over a whole tree)."""
 
@@ -151,6 +153,15 @@ class InnerSolver(ABC):
             return self.default_max_steps, self.tol or default_tolerance(dtype)
         return self.steps, self.tol
 
+    def check_unrolls(self) -> None:
+        """Refuse a solver whose steps are not differentiated.
+
+        Raises:
+            ValueError: with what to use instead.
+        """
+        if not self.unrolls:
+            raise ValueError(f"the steps of {type(self).__name__} are not differentiated: use Implicit.")
+
     def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
         """Return the VJP of one step: cotangents of the state before it and of the hyperparameters.
 
@@ -161,6 +172,7 @@ class InnerSolver(ABC):
             state: the state before the step.
             cotangent: cotangent of (params, memory) after the step.
         """
+        self.check_unrolls()
         before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
         with torch.enable_grad():
             params, memory = before
@@ -199,6 +211,7 @@ class InnerSolver(ABC):
             tangents: tangents of (params, memory) before the step, one for each direction.
             hparams_tangents: tangents of the hyperparameters, one for each direction.
         """
+        self.check_unrolls()
         before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
         with torch.enable_grad():
             params, memory = before

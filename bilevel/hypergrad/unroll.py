@@ -69,6 +69,10 @@ class FullUnroll(HypergradEstimator):
         stored = self.mode == "reverse" or self.memory == "iterates"
         require(self, "memory", "'iterates' (the default) where mode='forward'", stored)
 
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a solver whose steps have no derivative; ValueError says what to use."""
+        solver.check_unrolls()
+
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
@@ -163,11 +167,13 @@ class TruncatedUnroll(HypergradEstimator):
         return adaptive.Tail(tail, self.budget, self.extrapolate)
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a tail longer than the run, and an extrapolation that the solver does not allow.
+        """Refuse a solver without a derivative, a tail longer than the run, and an extrapolation that is not allowed.
 
         Raises:
-            ValueError: if there are fewer steps than the tail; if the sweep cannot be extrapolated.
+            ValueError: if steps are not differentiated; if there are fewer than the tail; if the sweep cannot be
+                extrapolated.
         """
+        solver.check_unrolls()
         if self.budget is None and solver.steps is not None and self.length(solver.steps) > solver.steps:
             raise ValueError(
                 f"`TruncatedUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "

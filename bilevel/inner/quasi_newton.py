@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.base import InnerSolver, InnerState
 from bilevel.inner.line_search import Found, Ray, search
 from bilevel.krylov import Krylov, conjugate_gradients
 from bilevel.options import is_int, is_positive, require
@@ -55,6 +55,8 @@ class QuasiNewton(InnerSolver):
     refresh: float = 0.25
 
     default_max_steps = 2_000
+    # The pairs and the kept curvature are no differentiable function of the state.
+    unrolls = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,16 +146,6 @@ class QuasiNewton(InnerSolver):
             precondition=precondition,
         )
         return run.x if run.steps else gradient
-
-    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
-        """Refuse: the pairs and the kept curvature are no differentiable function of the state."""
-        raise ValueError("the steps of QuasiNewton are not differentiated: use Implicit.")
-
-    def step_jvp(
-        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
-    ) -> list[Variables]:
-        """Refuse, likewise."""
-        raise ValueError("the steps of QuasiNewton are not differentiated: use Implicit.")
 
 
 def _corrected(
