@@ -150,6 +150,14 @@ class BilevelProblem:
         view.minibatch, view.inner_loss = batch, batches.with_third(self._loss_of_batch, batch)
         return view
 
+    def on_outer_step(self, index: int) -> BilevelProblem:
+        """Return the problem of an outer step: this one, unless its data change from step to step.
+
+        A problem that draws its data anew (tasks, batches) overrides it with a pure function of the index, so that a
+        run that resumes sees the same data again.
+        """
+        return self
+
     def traced(self, mode: str = "fx") -> BilevelProblem:
         """Return this problem with its gradient and VJP oracles traced once and replayed; see `bilevel.traced`.
 

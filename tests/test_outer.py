@@ -50,6 +50,52 @@ def test_it_moves_as_the_torch_optimizer_does_on_exact_hypergradients(optimizer:
     assert [record.outer_loss for record in outer.history] == pytest.approx(losses, rel=1e-10)
 
 
+class DriftingRidge(bl.BilevelProblem):
+    """A ridge problem whose targets are another column in every outer step."""
+
+    def __init__(self, target: int = 0) -> None:
+        X, Y = normal(1, 12, 3), normal(2, 12, 4)
+        super().__init__(
+            lambda w, u: ((X @ w - Y[:, target]) ** 2).mean() + u.exp() * w.square().sum(),
+            lambda w, u: ((X @ w - Y.mean(dim=1)) ** 2).mean(),
+            torch.zeros(3, dtype=F64),
+        )
+
+    def on_outer_step(self, index: int) -> bl.BilevelProblem:
+        return DriftingRidge(index % 4)
+
+
+class DriftingBatch(DriftingRidge):
+    """Two of them side by side."""
+
+    def on_outer_step(self, index: int) -> bl.BilevelProblem:
+        return DriftingRidge(index % 4).batched(2)
+
+
+@pytest.mark.parametrize("size", [(), (2,)])
+def test_each_outer_step_sees_its_own_problem_also_after_a_resume(size: tuple[int, ...]) -> None:
+    solver, estimator = bl.GradientDescent(step_size=0.1, steps=30), bl.FullUnroll()
+    start = torch.zeros(size, dtype=F64)
+
+    def make_outer() -> bl.OuterOptimizer:
+        problem = DriftingBatch().batched(2) if size else DriftingRidge()
+        if size:
+            problem.on_outer_step = DriftingBatch().on_outer_step  # type: ignore[method-assign]
+        return bl.OuterOptimizer(problem, solver, estimator, start)
+
+    whole, carry = make_outer(), bl.Carry()
+    for index in range(6):
+        problem = DriftingBatch().on_outer_step(index) if size else DriftingRidge(index % 4)
+        expected = bl.hypergradient(problem, solver, estimator, whole.hparams, carry=carry)
+        carry = expected.carry
+        torch.testing.assert_close(whole.step().hypergradient, expected.hypergradient, rtol=0, atol=1e-14)
+    half, resumed = make_outer(), make_outer()
+    half.run(3, progress=False)
+    resumed.load_state_dict(half.state_dict())
+    resumed.run(3, progress=False)
+    assert torch.equal(resumed.hparams, whole.hparams)
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

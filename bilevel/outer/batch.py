@@ -125,6 +125,11 @@ class BatchOuterOptimizer(OuterOptimizer):
         """The cost of all steps of all members so far."""
         return sum(record.gradient_equivalents for records in self.history for record in records)
 
+    @property
+    def steps_taken(self) -> int:
+        """Outer steps so far of the members that are still going."""
+        return max(len(records) for records in self.history)
+
     def step(self) -> BatchEstimate:  # type: ignore[override]
         """Take the hypergradients at the present hyperparameters, then move the members that have one.
 

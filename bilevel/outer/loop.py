@@ -138,6 +138,11 @@ class OuterOptimizer:
         """The cost of all steps so far."""
         return sum(record.gradient_equivalents for record in self.history)
 
+    @property
+    def steps_taken(self) -> int:
+        """Outer steps so far, those before a resume included."""
+        return len(self.history)
+
     def step(self) -> Estimate:
         """Take one hypergradient at the present hyperparameters, then move them.
 
@@ -162,7 +167,7 @@ class OuterOptimizer:
     def _estimate(self) -> Any:
         """Return the hypergradient at the present hyperparameters, of a batch those of all members."""
         return hypergradient(
-            self.problem,
+            self.problem.on_outer_step(self.steps_taken),
             self.solver,
             self.estimator,
             self._hparams,
