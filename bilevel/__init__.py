@@ -48,6 +48,7 @@ from bilevel.linear import FixedPointIteration as FixedPointIteration
 from bilevel.linear import Neumann as Neumann
 from bilevel.linearization import Linearization as Linearization
 from bilevel.linearization import Preconditioner as Preconditioner
+from bilevel.loaders import LoaderBatches as LoaderBatches
 from bilevel.oracles import InnerProblem as InnerProblem
 from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
 from bilevel.outer import BatchOuterResult as BatchOuterResult

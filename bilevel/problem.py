@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
@@ -22,6 +23,7 @@ from bilevel.modules import functional_model, module_loss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
+from bilevel.sampling import FreshBatch, Sampling, sampling
 from bilevel.spectral import Eigenbasis
 from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
@@ -38,9 +40,12 @@ class BilevelProblem:
 
     With a sampler the inner loss is called as ``inner_loss(params, hparams, batch)``, and inner step k sees the batch
     ``sampler(k)``: unrolling differentiates exactly those steps. Whatever is no step (the residual in the certificate,
-    a measured step size, the linear systems of `Implicit`) is evaluated on ``sampler.full()``, and the outer loss has
-    no batch. A cold start begins at batch 0, so the outer objective is one fixed function of the hyperparameters; a
-    warm start goes on to the batches after those of the carried state. Costs count calls, whatever the size of a batch.
+    a measured step size, the linear systems of `Implicit`) is evaluated on ``sampler.full()``, or on the batch that a
+    sampler draws for it. A cold start begins at batch 0, so the outer objective is one fixed function of the
+    hyperparameters; a warm start goes on to the batches after those of the carried state. Costs count calls, whatever
+    the size of a batch. With ``fresh_batch="outer step"`` all of outer step i is evaluated on ``sampler(i)``, as if
+    there were no other data. With an outer sampler outer step i sees ``outer_loss(params, hparams, outer_sampler(i))``.
+    A single call sees what outer step 0 of an `OuterOptimizer` sees.
 
     Args:
         inner_loss: the loss that the inner solver minimises over params.
@@ -49,13 +54,16 @@ class BilevelProblem:
         optimality: instead of an inner loss, a map whose zero over params is the inner solution, such as
             ``params - update(params, hparams)`` or a KKT residual; it returns a tree shaped as params. Its Jacobian
             need not be symmetric: use GMRES for implicit differentiation.
-        sampler: the batches of the inner steps, such as ``MiniBatches((X, y), batch_size=64)``.
+        sampler: the batches of the inner loss, such as ``MiniBatches((X, y), batch_size=64)``, or a DataLoader (see
+            `LoaderBatches`).
+        fresh_batch: when the inner loss sees another batch: "inner step", "outer step", or "never" (all data always).
+        outer_sampler: the batches of the outer loss, likewise; another one each outer step.
         data: a tree of tensors that the functions are then given as a third argument,
             ``loss(params, hparams, data)``: what differs between the problems of a batch.
 
     Raises:
         ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes its arguments,
-            and params are tensors; for a sampler that is none, or without an inner loss to hand its batches to.
+            and params are tensors; for a sampler that is none, or without a loss to hand its batches to.
 
     >>> data = torch.tensor([1.0, 3.0], dtype=torch.float64)
     >>> problem = BilevelProblem(
@@ -77,8 +85,10 @@ class BilevelProblem:
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None
     sampler: Sampler | None = None
+    """Where every inner step sees a batch of its own: the batches."""
     minibatch: Tree = ()
     """The mini-batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
+    _sampling: Sampling | None = None
     traces: Traces | None = None
     """The traced oracles of a problem that `traced` made."""
     batch: int | None = None
@@ -92,15 +102,17 @@ class BilevelProblem:
         params: Tree = None,
         *,
         optimality: Callable[..., Tree] | None = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler | DataLoader[Any] | None = None,
+        fresh_batch: FreshBatch = "inner step",
+        outer_sampler: Sampler | DataLoader[Any] | None = None,
         data: Tree = None,
     ) -> None:
-        if sampler is not None and data is not None:
-            raise ValueError("give `data` or a `sampler`, not both: each is the third argument of the inner loss.")
+        if data is not None and (sampler is not None or outer_sampler is not None):
+            raise ValueError("give `data` or a `sampler`, not both: each is the third argument of a loss.")
         given = () if data is None else ("data",)
         for what, function, more in (
             ("inner_loss", inner_loss, given if sampler is None else ("batch",)),
-            ("outer_loss", outer_loss, given),
+            ("outer_loss", outer_loss, given if outer_sampler is None else ("batch",)),
             ("optimality", optimality, given),
         ):
             if function is not None:
@@ -120,14 +132,9 @@ class BilevelProblem:
         if not callable(getattr(self, "outer_loss", None)):
             raise ValueError("a BilevelProblem needs an `outer_loss`, a function (params, hparams) -> scalar Tensor.")
         self.params = params
-        if sampler is not None:
-            if inner_loss is None or not isinstance(sampler, Sampler):
-                raise ValueError(
-                    "`sampler` needs an `inner_loss` (params, hparams, batch), and must be a function of the step "
-                    "with a method `full()`, such as MiniBatches((X, y), batch_size=64)."
-                )
-            self.sampler, self._loss_of_batch = sampler, inner_loss
-            self.minibatch, self.inner_loss = sampler.full(), batches.with_third(inner_loss, sampler.full())
+        self._sampling = sampling(sampler, fresh_batch, inner_loss, outer_sampler, outer_loss)
+        if self._sampling is not None:
+            self._see(self._sampling, 0)
 
     @property
     def symmetric(self) -> bool:
@@ -145,19 +152,31 @@ class BilevelProblem:
 
     def on_batch(self, batch: Tree) -> BilevelProblem:
         """Return a view of this problem whose inner loss is that of `batch`; without a sampler, the problem itself."""
-        if self.sampler is None:
+        if self._sampling is None or self._sampling.sampler is None:
             return self
         view = copy.copy(self)
-        view.minibatch, view.inner_loss = batch, batches.with_third(self._loss_of_batch, batch)
+        view.minibatch, view.inner_loss = batch, batches.with_third(self._sampling.inner_loss, batch)
         return view
 
     def on_outer_step(self, index: int) -> BilevelProblem:
         """Return the problem of an outer step: this one, unless its data change from step to step.
 
-        A problem that draws its data anew (tasks, batches) overrides it with a pure function of the index, so that a
-        run that resumes sees the same data again.
+        With samplers it is a view on the batches of that step. A problem that draws its data anew in another way, such
+        as tasks, overrides it with a pure function of the index, so that a run that resumes sees the same data again.
         """
-        return self
+        if self._sampling is None:
+            return self
+        view = copy.copy(self)
+        view._see(self._sampling, index)
+        return view
+
+    def _see(self, sampling: Sampling, outer_step: int) -> None:
+        """Evaluate the losses on their batches in an outer step."""
+        if sampling.sampler is not None:
+            self.sampler, self.minibatch = sampling.of_inner_steps, sampling.minibatch(outer_step)
+            self.inner_loss = batches.with_third(sampling.inner_loss, self.minibatch)
+        if sampling.outer_sampler is not None:
+            self.outer_loss = batches.with_third(sampling.outer_loss, sampling.outer_sampler(outer_step))
 
     def traced(self, mode: str = "fx") -> BilevelProblem:
         """Return this problem with its gradient and VJP oracles traced once and replayed; see `bilevel.traced`.
@@ -280,7 +299,7 @@ class BilevelProblem:
         tensor([-4., -2.])
         """
         batches.check_single(self, size)
-        if self.sampler is not None:
+        if self._sampling is not None:
             raise ValueError("a problem with a sampler does not run in batches: give its data by `data=` instead.")
         single: list[BilevelProblem]
         if data is None:
@@ -346,9 +365,11 @@ class BilevelProblem:
         cls,
         module: nn.Module,
         inner_loss: Callable[..., Tensor],
-        outer_loss: Callable[[Callable[..., Any], Tree, Tree], Tensor],
+        outer_loss: Callable[..., Tensor],
         *,
-        sampler: Sampler | None = None,
+        sampler: Sampler | DataLoader[Any] | None = None,
+        fresh_batch: FreshBatch = "inner step",
+        outer_sampler: Sampler | DataLoader[Any] | None = None,
     ) -> BilevelProblem:
         """Make a problem over the parameters of an ``nn.Module``.
 
@@ -358,8 +379,10 @@ class BilevelProblem:
                 not move.
             inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``;
                 ``model(*inputs)`` runs the module at `params`.
-            outer_loss: ``(model, params, hparams) -> scalar``.
-            sampler: the batches of the inner steps.
+            outer_loss: ``(model, params, hparams) -> scalar``, with an outer sampler a batch, too.
+            sampler: the batches of the inner loss.
+            fresh_batch: when the inner loss sees another batch: "inner step", "outer step", or "never".
+            outer_sampler: the batches of the outer loss, another one each outer step.
 
         Returns:
             A problem whose params are ``{name: tensor}`` of the module's trainable parameters.
@@ -378,8 +401,18 @@ class BilevelProblem:
         >>> sorted(problem.params)
         ['bias', 'weight']
         """
-        batched = () if sampler is None else ("batch",)
-        require_arguments("inner_loss", inner_loss, "model", "params", "hparams", *batched)
-        require_arguments("outer_loss", outer_loss, "model", "params", "hparams")
+        require_arguments(
+            "inner_loss", inner_loss, "model", "params", "hparams", *([] if sampler is None else ["batch"])
+        )
+        require_arguments(
+            "outer_loss", outer_loss, "model", "params", "hparams", *([] if outer_sampler is None else ["batch"])
+        )
         params, model_at = functional_model(module)
-        return cls(module_loss(inner_loss, model_at), module_loss(outer_loss, model_at), params, sampler=sampler)
+        return cls(
+            module_loss(inner_loss, model_at),
+            module_loss(outer_loss, model_at),
+            params,
+            sampler=sampler,
+            fresh_batch=fresh_batch,
+            outer_sampler=outer_sampler,
+        )

@@ -1,4 +1,4 @@
-"""Samplers: which batch of the data an inner step sees, as a pure function of the index of the step.
+"""Samplers: which batch of the data a step sees, as a pure function of the index of the step.
 
 Nothing is drawn from a state that moves: a reverse sweep, the recomputation between two checkpoints and a run that
 resumes all ask for the batch of step k again and get the same numbers.
@@ -6,7 +6,7 @@ resumes all ask for the batch of step k again and get the same numbers.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,13 +19,53 @@ from bilevel.tree import Tree
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What `BilevelProblem(sampler=...)` takes."""
+    """What `BilevelProblem(sampler=...)` takes.
+
+    A sampler may also have a method ``between_steps(outer_step)``, a batch in the place of `full` for each outer step.
+    """
 
     def __call__(self, step: int) -> Tree:
-        """Return the batch of an inner step, the same one whenever it is asked for."""
+        """Return the batch of a step, the same one whenever it is asked for."""
 
     def full(self) -> Tree:
         """Return the batch on which everything that is not a step is evaluated: residuals, curvature, linear solves."""
+
+
+def between_steps(sampler: Sampler, outer_step: int) -> Tree:
+    """Return the batch of everything that is not an inner step, in a given outer step.
+
+    Args:
+        sampler: a sampler.
+        outer_step: index of the outer step.
+    """
+    own = getattr(sampler, "between_steps", None)
+    return sampler.full() if own is None else own(outer_step)
+
+
+def seed_of(seed: int, index: int, purpose: int = 0) -> int:
+    """Return the seed of an epoch (purpose 0), of another draw, or of one more; all independent of each other."""
+    return int(np.random.SeedSequence((seed, index, purpose)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def check_options(owner: str, seed: Any, evaluation_size: Any, rows: int) -> None:
+    """Refuse what is no seed, and an evaluation batch that the data cannot fill.
+
+    Args:
+        owner: the class that messages name.
+        seed: should be an int that is not negative.
+        evaluation_size: should be None or an int from 1 to `rows`.
+        rows: number of rows of the data.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not is_int(seed, 0):
+        raise ValueError(f"`{owner}.seed` must be an int that is not negative, got {seed!r}.")
+    if evaluation_size is not None and not (is_int(evaluation_size) and evaluation_size <= rows):
+        raise ValueError(
+            f"`{owner}.evaluation_size` must be an int from 1 to the {rows} rows of the data or None, "
+            f"got {evaluation_size!r}."
+        )
 
 
 class MiniBatches:
@@ -38,6 +78,8 @@ class MiniBatches:
         data: a tree of tensors with the same number of rows, such as ``(X, y)``.
         batch_size: rows in a batch.
         seed: an int that is not negative; the order is the same on every device.
+        evaluation_size: rows of the batch on which everything that is no inner step is evaluated (residuals, measured
+            step sizes, linear systems): drawn anew for each outer step, the same throughout it. Default: all rows.
 
     Raises:
         ValueError: for data without rows or with different numbers of them, and for a batch larger than the data.
@@ -49,7 +91,7 @@ class MiniBatches:
     [0, 1, 2, 3]
     """
 
-    def __init__(self, data: Tree, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, data: Tree, batch_size: int, seed: int = 0, *, evaluation_size: int | None = None) -> None:
         leaves = tree.leaves(data)
         rows = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else 0 for leaf in leaves}
         if len(rows) != 1 or 0 in rows:
@@ -60,25 +102,30 @@ class MiniBatches:
                 f"`MiniBatches.batch_size` must be an int from 1 to the {self._rows} rows of the data, "
                 f"got {batch_size!r}."
             )
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"`MiniBatches.seed` must be an int that is not negative, got {seed!r}.")
-        self._data, self._size, self._seed = data, batch_size, seed
+        check_options("MiniBatches", seed, evaluation_size, self._rows)
+        self._data, self._size, self._seed, self._evaluation_size = data, batch_size, seed, evaluation_size
         self._device = leaves[0].device
         self._shuffled: tuple[int, Tensor] | None = None
 
     def __call__(self, step: int) -> Tree:
         """Return the batch of a step."""
         epoch, position = divmod(step, self._rows // self._size)
-        rows = self._order(epoch)[position * self._size : (position + 1) * self._size]
-        return tree.tree_map(lambda leaf: leaf.index_select(0, rows), self._data)
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = (epoch, self._order(seed_of(self._seed, epoch)))
+        return self._at(self._shuffled[1][position * self._size : (position + 1) * self._size])
 
     def full(self) -> Tree:
         """Return all rows."""
         return self._data
 
-    def _order(self, epoch: int) -> Tensor:
-        if self._shuffled is None or self._shuffled[0] != epoch:
-            seed = np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(seed) >> 1)
-            self._shuffled = (epoch, torch.randperm(self._rows, generator=generator).to(self._device))
-        return self._shuffled[1]
+    def between_steps(self, outer_step: int) -> Tree:
+        """Return the batch of everything that is not an inner step, in a given outer step."""
+        if self._evaluation_size is None:
+            return self._data
+        return self._at(self._order(seed_of(self._seed, outer_step, 1))[: self._evaluation_size])
+
+    def _at(self, rows: Tensor) -> Tree:
+        return tree.tree_map(lambda leaf: leaf.index_select(0, rows), self._data)
+
+    def _order(self, seed: int) -> Tensor:
+        return torch.randperm(self._rows, generator=torch.Generator().manual_seed(seed)).to(self._device)

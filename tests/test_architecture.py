@@ -33,6 +33,8 @@ FLOORS = {
         "threads",
         "spectral",
         "samplers",
+        "loaders",
+        "sampling",
         "modules",
         "sums",
         "members",
