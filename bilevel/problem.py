@@ -266,11 +266,12 @@ class BilevelProblem:
         params, hparams = tree.attach(params), tree.attach(hparams)
         what = "inner_loss" if self.optimality is None else "optimality"
         with torch.enable_grad(), explained(f"`{what}`"):
-            inner = None if self.optimality else check_scalar("inner_loss", self.inner_loss, params, hparams)
-            outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
-            if inner is not None:
-                check_use(inner, outer, params)
+            if self.optimality is None:
+                inner = check_scalar("inner_loss", self.inner_loss, params, hparams)
                 check_second_derivatives("`inner_loss`", inner)
+            outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
+            if self.optimality is None:
+                check_use(inner, outer, params)
             gradient = self.gradient_graph(params, hparams)
             check_influence(what, gradient, outer, params, hparams)
 
