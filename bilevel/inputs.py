@@ -93,43 +93,51 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
     return value
 
 
-def check_use(inner: Tensor, outer: Tensor, params: Tree) -> None:
+def partial_gradients(what: str, loss: Tensor, roots: Tree) -> list[Tensor | None]:
+    """Return the gradient of a loss by each leaf, None for a leaf that is not in its graph.
+
+    Args:
+        what: how messages call the loss.
+        loss: its value with the graph.
+        roots: leaves that require gradients.
+
+    Raises:
+        DerivativeError: for a loss that cannot be differentiated.
+    """
+    with explained(f"`{what}`"):
+        return list(torch.autograd.grad(loss, tree.leaves(roots), allow_unused=True))
+
+
+def check_use(by_inner: list[Tensor | None], by_outer: list[Tensor | None], params: Tree) -> None:
     """Refuse params that cannot move, or whose motion nobody sees.
 
     A leaf counts as used where it is in the graph of a loss: its gradient may be zero at the start.
 
     Args:
-        inner: the inner loss with its graph.
-        outer: the outer loss with its graph.
-        params: inner variable that requires gradients.
+        by_inner: the gradient of the inner loss by each leaf of params, None where it is not in its graph.
+        by_outer: that of the outer loss.
+        params: inner variable.
 
     Raises:
         ValueError: for an inner loss that uses no params, else with the first leaf that neither loss uses.
     """
-    x = tree.leaves(params)
-    with explained("`inner_loss`"):
-        by_inner = torch.autograd.grad(inner, x, allow_unused=True)
-    unused = [index for index, part in enumerate(by_inner) if part is None]
-    if len(unused) == len(x):
+    if all(part is None for part in by_inner):
         raise ValueError(NO_PARAMS)
-    if not unused:
-        return
-    by_outer = torch.autograd.grad(outer, [x[index] for index in unused], retain_graph=True, allow_unused=True)
-    for index, part in zip(unused, by_outer, strict=True):
-        if part is None:
+    for name, inner, outer in zip(tree.names(params), by_inner, by_outer, strict=True):
+        if inner is None and outer is None:
             raise ValueError(
-                f"`params{tree.names(params)[index]}` is used by neither loss: leave it out of `params`, or in a "
-                "module freeze it by requires_grad_(False)."
+                f"`params{name}` is used by neither loss: leave it out of `params`, or in a module freeze it by "
+                "requires_grad_(False)."
             )
 
 
-def check_influence(what: str, gradient: Tree, outer: Tensor, params: Tree, hparams: Tree) -> None:
+def check_influence(what: str, gradient: Tree, by_outer: list[Tensor | None], params: Tree, hparams: Tree) -> None:
     """Refuse hyperparameters whose hypergradient would be a silent zero, after one product of second derivatives.
 
     Args:
         what: how messages call the function behind the gradient.
         gradient: the inner gradient, or the optimality map, with its graph.
-        outer: the outer loss with its graph.
+        by_outer: the gradient of the outer loss by each hyperparameter, None where it is not in its graph.
         params: inner variable that requires gradients.
         hparams: hyperparameters that require gradients.
 
@@ -144,9 +152,8 @@ def check_influence(what: str, gradient: Tree, outer: Tensor, params: Tree, hpar
     with explained(f"`{what}`"):
         both = torch.autograd.grad(moving, x + u, ones, allow_unused=True) if moving else [None] * len(x + u)
     inner = both[len(x) :]
-    direct = torch.autograd.grad(outer, u, allow_unused=True) if outer.requires_grad else [None] * len(u)
-    for name, by_inner, by_outer in zip(tree.names(hparams), inner, direct, strict=True):
-        if by_inner is None and (by_outer is None or not any(g is not None for g in inner)):
+    for name, by_inner, direct in zip(tree.names(hparams), inner, by_outer, strict=True):
+        if by_inner is None and (direct is None or not any(g is not None for g in inner)):
             raise ValueError(
                 f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
                 "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"

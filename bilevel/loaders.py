@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from bilevel import tree
 from bilevel.options import is_int
-from bilevel.samplers import check_options, seed_of
+from bilevel.samplers import ALL, EVALUATION, EXAMPLES, ORDER, check_options, seed_of
 from bilevel.tree import Tree
 
 
@@ -78,7 +78,7 @@ class LoaderBatches:
             )
         # A batch may leave out what is left over; the order that batches are cut from does not.
         drawn = _order(loader) if hasattr(loader.batch_sampler, "sampler") else [i for batch in first for i in batch]
-        with _seeded(_generators(loader), seed_of(seed, 0)):
+        with _seeded(_generators(loader), seed_of(ORDER, seed)):
             self._examples = list(dict.fromkeys(drawn))
         check_options("LoaderBatches", seed, evaluation_size, len(self._examples))
         self._evaluations = _Kept(1, self._fetch_evaluation)
@@ -97,17 +97,17 @@ class LoaderBatches:
 
     def _fetch_evaluation(self, outer_step: int | None) -> Tree:
         if outer_step is None:
-            return self._fetch(self._examples, seed_of(self._seed, 0, 2))
-        seed = seed_of(self._seed, outer_step, 1)
+            return self._fetch(self._examples, seed_of(ALL, self._seed))
+        seed = seed_of(EVALUATION, self._seed, outer_step)
         order = torch.randperm(len(self._examples), generator=torch.Generator().manual_seed(seed))
         return self._fetch([self._examples[i] for i in order[: self._size].tolist()], seed)
 
     def _fetch_step(self, step: int) -> Tree:
         epoch, position = divmod(step, self._length)
-        return self._fetch(self._epochs(epoch)[position], seed_of(self._seed, step, 3))
+        return self._fetch(self._epochs(epoch)[position], seed_of(EXAMPLES, self._seed, step))
 
     def _draw_epoch(self, epoch: int) -> list[list[Any]]:
-        with _seeded(_generators(self._loader), seed_of(self._seed, epoch)):
+        with _seeded(_generators(self._loader), seed_of(ORDER, self._seed, epoch)):
             for part in (self._loader.batch_sampler, _order(self._loader)):
                 # A sampler for several processes orders by (its own seed, epoch).
                 getattr(part, "set_epoch", lambda epoch: None)(epoch)

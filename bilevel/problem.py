@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
 from bilevel.explain import check_second_derivatives, explained
-from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees, check_use
+from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees, check_use, partial_gradients
 from bilevel.modules import functional_model, module_loss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
@@ -270,10 +270,11 @@ class BilevelProblem:
                 inner = check_scalar("inner_loss", self.inner_loss, params, hparams)
                 check_second_derivatives("`inner_loss`", inner)
             outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
+            by_outer, cut = partial_gradients("outer_loss", outer, (params, hparams)), len(tree.leaves(params))
             if self.optimality is None:
-                check_use(inner, outer, params)
+                check_use(partial_gradients("inner_loss", inner, params), by_outer[:cut], params)
             gradient = self.gradient_graph(params, hparams)
-            check_influence(what, gradient, outer, params, hparams)
+            check_influence(what, gradient, by_outer[cut:], params, hparams)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return a problem of `size` members side by side.

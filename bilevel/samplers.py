@@ -42,9 +42,13 @@ def between_steps(sampler: Sampler, outer_step: int) -> Tree:
     return sampler.full() if own is None else own(outer_step)
 
 
-def seed_of(seed: int, index: int, purpose: int = 0) -> int:
-    """Return the seed of an epoch (purpose 0), of another draw, or of one more; all independent of each other."""
-    return int(np.random.SeedSequence((seed, index, purpose)).generate_state(1, np.uint64)[0]) >> 1
+ORDER, EVALUATION, ALL, EXAMPLES = range(4)
+"""What is drawn: the order of an epoch, an evaluation batch, augmentation of all examples, and of those of a step."""
+
+
+def seed_of(what: int, seed: int, index: int = 0) -> int:
+    """Return the seed under which something is drawn: that of an epoch, an outer step or a step, all independent."""
+    return int(np.random.SeedSequence((seed, index, what)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def check_options(owner: str, seed: Any, evaluation_size: Any, rows: int) -> None:
@@ -111,7 +115,7 @@ class MiniBatches:
         """Return the batch of a step."""
         epoch, position = divmod(step, self._rows // self._size)
         if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = (epoch, self._order(seed_of(self._seed, epoch)))
+            self._shuffled = (epoch, self._order(seed_of(ORDER, self._seed, epoch)))
         return self._at(self._shuffled[1][position * self._size : (position + 1) * self._size])
 
     def full(self) -> Tree:
@@ -122,7 +126,7 @@ class MiniBatches:
         """Return the batch of everything that is not an inner step, in a given outer step."""
         if self._evaluation_size is None:
             return self._data
-        return self._at(self._order(seed_of(self._seed, outer_step, 1))[: self._evaluation_size])
+        return self._at(self._order(seed_of(EVALUATION, self._seed, outer_step))[: self._evaluation_size])
 
     def _at(self, rows: Tensor) -> Tree:
         return tree.tree_map(lambda leaf: leaf.index_select(0, rows), self._data)

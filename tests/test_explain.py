@@ -138,6 +138,14 @@ def test_a_loss_that_torch_cannot_differentiate_is_refused_with_the_remedy_befor
     assert not steps
 
 
+def test_an_outer_loss_that_torch_cannot_differentiate_is_named_before_the_work() -> None:
+    case = bl.BilevelProblem(lambda w, u: u.exp() * (w**2).sum(), lambda w, u: overwritten(w), W)
+    refused("`outer_loss` changes the result of Exp in place", case)
+    # Its first derivatives are enough.
+    once = bl.BilevelProblem(lambda w, u: u.exp() * (w**2).sum(), lambda w, u: attention(w), W)
+    assert bl.hypergradient(once, GD, bl.Implicit(), U).status.usable
+
+
 def test_the_error_of_torch_stays_the_cause_of_the_sentence() -> None:
     assert "is not implemented" in str(refused("fused attention", problem(attention)).__cause__)
 
