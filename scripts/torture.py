@@ -20,11 +20,10 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from tqdm import tqdm
-
 from tortures.configs import mutated_configs
 from tortures.files import file_faults
 from tortures.kills import kill_points
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 Result = tuple[str, bool, str]
