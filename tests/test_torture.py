@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        (["--only", "kills", "--kills", "2"], {"kill points": 2}),
+        (["--only", "kills", "--kills", "1"], {"kill points": 1}),
         (["--only", "configs", "--configs", "40", "--seed", "5"], {"mutated configs": 40}),
         (["--only", "files"], {"file-system faults": 9}),
     ],
