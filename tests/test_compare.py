@@ -274,7 +274,8 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
     run(plan, out)
     (checkpoint,) = (out / "checkpoints").glob("*.pt")
     checkpoint.write_bytes(b"rubbish")
-    with pytest.raises(RunFolderError, match=r"000-quadratic-implicit-0.pt cannot be read: --fresh starts anew"):
+    expected = r"000-quadratic-implicit-0.pt cannot be read: delete it to run that part again"
+    with pytest.raises(RunFolderError, match=expected):
         run(plan, out)
 
 

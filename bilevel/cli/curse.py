@@ -14,6 +14,7 @@ from bilevel.compare import describe_environment, locked
 from bilevel.config.curse import load_experiment
 from bilevel.config.document import ConfigError
 from bilevel.curse import Experiment, write_outcome
+from bilevel.files import remove_unfinished, write_whole
 from bilevel.threads import short_operations
 
 
@@ -37,7 +38,8 @@ def run_curse(arguments: Namespace) -> int:
         raise ConfigError(f"two configs have the name {repeated[0]!r}, so one would write over the other.")
     folder = Path(arguments.out or Path("runs") / "curse")
     with short_operations(chosen_threads(arguments)), locked(folder):
-        (folder / "environment.json").write_text(json.dumps(describe_environment("cpu"), indent=2) + "\n")
+        remove_unfinished(folder)
+        write_whole(folder / "environment.json", json.dumps(describe_environment("cpu"), indent=2) + "\n")
         for name, plan in plans:
             _run(name, plan, folder)
     print(f"written to {folder}; claims.md holds every claim with its number.")

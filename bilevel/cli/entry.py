@@ -12,6 +12,7 @@ from bilevel.cli.commands import run_compare, run_tune
 from bilevel.cli.curse import run_curse
 from bilevel.cli.doctor import run_doctor
 from bilevel.compare import RunFolderError
+from bilevel.compare.folder import unwritten
 from bilevel.config import ConfigError
 from bilevel.starting import INTERRUPTED, loaded
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted: run the same command to continue", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        print(f"bilevel: cannot use {error.filename} ({error.strerror}): --out DIR writes elsewhere.", file=sys.stderr)
+        print(f"bilevel: {unwritten(error)}", file=sys.stderr)
         return 2
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bilevel import members, tree
 from bilevel.batches import stack
 from bilevel.compare.cells import SAVE_EVERY, CellRun, Row, load_cell, make_row, run_cell, take_row
-from bilevel.compare.folder import RunFolder
+from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.outer import BatchOuterOptimizer
 
@@ -43,6 +43,9 @@ def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRo
 
     Returns:
         The cells, ended or not.
+
+    Raises:
+        RunFolderError: where a checkpoint cannot be written; no fault of the run, which continues from the one before.
     """
     loaded = [load_cell(folder, cell) for cell in cells]
     going = [(run, state) for run, state in loaded if not run.done]
@@ -50,15 +53,14 @@ def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRo
         try:
             _Batch(plan, going).run(folder, on_row)
             return [run for run, _ in loaded]
+        except RunFolderError:
+            raise
         # Other shapes, a part that runs no batches, too little memory: what cannot be run together is run alone, from
         # its last checkpoint, and says there what is wrong with it.
         except Exception as error:
             first = going[0][0].cell
             tqdm.write(f"{first.problem}, {first.estimator}: not one batch but {len(going)} runs, as {_reason(error)}")
-    return [
-        load_cell(folder, cell)[0] if folder.stop_file.exists() else run_cell(plan, cell, folder, on_row)
-        for cell in cells
-    ]
+    return [load_cell(folder, cell)[0] if folder.stopping else run_cell(plan, cell, folder, on_row) for cell in cells]
 
 
 def _reason(error: Exception) -> str:
@@ -93,7 +95,7 @@ class _Batch:
         """Take outer steps until every cell has ended, or until the stop file appears."""
         saved = time.monotonic()
         hparams = members.stack([setup.hparams for setup in self.setups])
-        while not all(run.done for run in self.runs) and (self.begun or not folder.stop_file.exists()):
+        while not all(run.done for run in self.runs) and (self.begun or not folder.stopping):
             if self.begun is None:
                 hparams = self.outer.hparams
             estimate, self.begun = self.begun or self.outer.step(), None

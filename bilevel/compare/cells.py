@@ -12,7 +12,7 @@ import torch
 
 from bilevel import tree
 from bilevel.base import Estimate
-from bilevel.compare.folder import RunFolder
+from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
 from bilevel.outer import OuterOptimizer, Record, steps_without_progress
@@ -80,6 +80,9 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], 
 
     Returns:
         The cell, ended or not; a failure is its last row.
+
+    Raises:
+        RunFolderError: where a checkpoint cannot be written; no fault of the run, which continues from the one before.
     """
     run, state = load_cell(folder, cell)
     if run.done:
@@ -91,6 +94,9 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], 
         if state is not None:
             outer.load_state_dict(state)
         _steps(plan, run, outer, setup, folder, on_row)
+    except RunFolderError:
+        # No fault of the cell: it continues from its checkpoint once the folder can be written to.
+        raise
     # Whatever breaks one cell, out of memory included, the others still run.
     except Exception as error:
         run.rows.append(_empty_row(run) | {"status": type(error).__name__, "message": str(error)})
@@ -111,7 +117,7 @@ def _steps(
 ) -> None:
     """Take outer steps until a reason to stop or the stop file."""
     saved = time.monotonic()
-    while not folder.stop_file.exists():
+    while not folder.stopping:
         hparams = outer.hparams
         estimate = outer.step()
         row = make_row(run, outer.history[-1], estimate, setup, hparams)

@@ -6,7 +6,6 @@ Lines are medians over the seeds, bands run from the smallest to the largest see
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -14,6 +13,7 @@ from typing import Any
 
 from bilevel.compare.cells import CellRun, Row
 from bilevel.compare.summary import readable_bytes
+from bilevel.files import write_figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
@@ -53,11 +53,8 @@ def draw_figures(runs: Sequence[CellRun], folder: Path) -> list[Path]:
     # A style of its own and the Agg canvas: whatever the caller's session has set up stays as it is.
     with matplotlib.rc_context(STYLE):
         for name, draw in FIGURES.items():
-            figure = draw(good)
             target = folder / f"{name}.png"
-            temporary = target.with_name(f".{name}.{os.getpid()}.png")
-            figure.savefig(temporary)
-            os.replace(temporary, target)
+            write_figure(target, draw(good))
             files.append(target)
     return files
 

@@ -2,15 +2,16 @@
 
     config.yaml  environment.json  results.jsonl  summary.json  figures/*.png  checkpoints/CELL.pt
 
-Every file is written under a temporary name and then renamed, so that a run killed at any moment leaves whole files.
+Every file is written in one piece, so that a run killed at any moment leaves whole files.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from bilevel.compare.plan import Cell
+from bilevel.files import remove_unfinished, write_whole
 
 OWN = (
     "config.yaml",
@@ -75,6 +77,14 @@ def _unusable(path: Path, error: OSError) -> str:
     return f"cannot write to the output folder {path} ({error.strerror}): give another place with --out DIR."
 
 
+def unwritten(error: OSError) -> str:
+    """Return the sentence about a file that could not be written during a run."""
+    return (
+        f"cannot write {error.filename} ({error.strerror}); what was computed before is kept: mend that and run the "
+        "same command to continue, or give another place with --out DIR."
+    )
+
+
 class RunFolder:
     """The output of one run.
 
@@ -86,11 +96,31 @@ class RunFolder:
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.config = config
+        self.owner = ""
 
     @property
     def stop_file(self) -> Path:
         """A file whose existence asks every process of the run to stop after its outer step."""
         return self.path / "checkpoints" / "stop"
+
+    @property
+    def lost(self) -> bool:
+        """Whether another command has taken the folder over: this process is the worker of one that was killed."""
+        if not self.owner:
+            return False
+        try:
+            return self._owner_file.read_text() != self.owner
+        except FileNotFoundError:
+            return True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether every process of the run should stop after its outer step."""
+        return self.stop_file.exists() or self.lost
+
+    @property
+    def _owner_file(self) -> Path:
+        return self.path / "checkpoints" / "owner"
 
     def lock(self) -> AbstractContextManager[None]:
         """Return a context in which no other process writes to the folder (see `locked`)."""
@@ -111,8 +141,12 @@ class RunFolder:
             else:
                 self.check()
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.stop_file.unlink(missing_ok=True)
+            remove_unfinished(self.path)
+            # First of all: `check`, which another process may call meanwhile, takes files without it for a stranger's.
             self.write("config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True))
+            self.owner = uuid.uuid4().hex
+            write_whole(self._owner_file, self.owner)
+            self.stop_file.unlink(missing_ok=True)
         except OSError as error:
             raise RunFolderError(_unusable(self.path, error)) from error
 
@@ -149,12 +183,20 @@ class RunFolder:
         if difference:
             raise RunFolderError(f"{self.path} holds the results of another configuration, {difference}: {remedy}")
 
-    def write(self, name: str, text: str) -> None:
-        """Write a text file in one piece."""
-        target = self.path / name
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file in one piece.
+
+        Args:
+            name: its path in the folder.
+            content: text or bytes.
+
+        Raises:
+            RunFolderError: where it cannot be written, as on a full disk; what the folder held is still there.
+        """
+        try:
+            write_whole(self.path / name, content)
+        except OSError as error:
+            raise RunFolderError(unwritten(error)) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file; NaN is refused, as JSON has none."""
@@ -171,11 +213,12 @@ class RunFolder:
         return self.path / "checkpoints" / f"{cell.index:03d}-{words}-{cell.seed}.pt"
 
     def save(self, cell: Cell, state: Mapping[str, Any]) -> None:
-        """Save a checkpoint in one piece."""
-        target = self.checkpoint(cell)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        torch.save(dict(state), temporary)
-        os.replace(temporary, target)
+        """Save a checkpoint in one piece; a folder that another command has taken over is left to that."""
+        if self.lost:
+            return
+        content = io.BytesIO()
+        torch.save(dict(state), content)
+        self.write(f"checkpoints/{self.checkpoint(cell).name}", content.getvalue())
 
     def load(self, cell: Cell) -> dict[str, Any] | None:
         """Return the checkpoint of a cell, or None where there is none.
@@ -192,7 +235,9 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:  # torch.load raises half a dozen kinds, by the way in which the file is broken
-            raise RunFolderError(f"the checkpoint {path} cannot be read: --fresh starts anew.") from error
+            raise RunFolderError(
+                f"the checkpoint {path} cannot be read: delete it to run that part again, or start anew with --fresh."
+            ) from error
         return state
 
 

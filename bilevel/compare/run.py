@@ -120,7 +120,7 @@ def _in_turn(plan: Plan, cells: list[Cell], folder: RunFolder, bar: Any) -> Iter
         bar.update()
 
     for group in groups(plan, cells):
-        if folder.stop_file.exists():
+        if folder.stopping:
             return
         yield from run_group(plan, group, folder, on_row)
 
@@ -135,7 +135,7 @@ def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, b
                 yield run
     except Exception:
         # Ctrl-C reaches the workers as well; one that was still starting dies of it, and its pool with it.
-        if not folder.stop_file.exists():
+        if not folder.stopping:
             raise
 
 
@@ -143,7 +143,7 @@ def _worker(plan: Plan, group: list[Cell], folder: RunFolder, share: threads.Thr
     """Run a group of cells in a process of its own, which the stop file ends, not the signal that reaches all."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if folder.stop_file.exists():
+    if folder.stopping:
         return [load_cell(folder, cell)[0] for cell in group]
     with threads.short_operations(share):
         return run_group(plan, group, folder)

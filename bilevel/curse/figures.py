@@ -6,12 +6,12 @@ is drawn in one perceptually uniform map; line styles tell methods apart in prin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bilevel.curse.outcome import Line, Outcome, Panel
+from bilevel.files import write_figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (8, 2, 1, 2)))
@@ -71,9 +71,7 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
             ncols=min(len(handles), max(2 + columns, int(outcome.panel_width * columns / 1.2))),
             frameon=False,
         )
-        temporary = target.with_name(f".{target.stem}.{os.getpid()}.png")
-        figure.savefig(temporary, dpi=dpi)
-    os.replace(temporary, target)
+        write_figure(target, figure, dpi=dpi)
     return True
 
 

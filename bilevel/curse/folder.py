@@ -1,6 +1,6 @@
 """Where outcomes are written: NAME.png, NAME.csv, NAME.TABLE.csv, NAME.json, one claims.md over all of a folder.
 
-Every file is written under a temporary name and then renamed, so that a run killed at any moment leaves whole files.
+Every file is written in one piece, so that a run killed at any moment leaves whole files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from bilevel.curse.figures import draw
 from bilevel.curse.outcome import Line, Outcome, Table, claim_table, markdown
+from bilevel.files import write_whole
 
 POINTS = 600
 """Of a longer curve about this many points are written, evenly in the logarithm of the iteration."""
@@ -35,7 +35,7 @@ def write_outcome(name: str, outcome: Outcome, folder: Path, plan: Mapping[str, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.csv", folder / f"{name}.json", folder / "claims.md"]
-    _write(files[0], table(outcome))
+    write_whole(files[0], table(outcome))
     record = {
         "title": outcome.title,
         "plan": dict(plan),
@@ -51,9 +51,9 @@ def write_outcome(name: str, outcome: Outcome, folder: Path, plan: Mapping[str, 
     for long in outcome.tables:
         if not long.shown:
             files.insert(1, folder / f"{name}.{long.name}.csv")
-            _write(files[1], _long(long))
-    _write(files[-2], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    _write(files[-1], claims(folder))
+            write_whole(files[1], _long(long))
+    write_whole(files[-2], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_whole(files[-1], claims(folder))
     picture = folder / f"{name}.png"
     return [picture, *files] if draw(outcome, picture) else files
 
@@ -105,9 +105,3 @@ def claims(folder: Path) -> str:
         for shown in record.get("tables", ()):
             parts += [f"{shown['name']}\n", markdown(shown["columns"], shown["rows"])]
     return "\n".join(parts)
-
-
-def _write(target: Path, text: str) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)

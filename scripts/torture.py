@@ -1,0 +1,106 @@
+"""Put what the library promises to the test: kills, wrong mathematics, broken configs, file systems, peers' failures.
+
+    python scripts/torture.py                      all of it, about a quarter of an hour
+    python scripts/torture.py --kills 5 --configs 50 --only kills configs
+
+One table: how often each was tried, caught, and lost. Exit code 1 where anything was lost. Failures are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from tortures.configs import mutated_configs
+from tortures.files import file_faults
+from tortures.kills import kill_points
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = tuple[str, bool, str]
+"""The name of what was tried, whether it was caught, and else what happened."""
+
+
+def planted_faults() -> Iterator[Result]:
+    """Give every problem with a planted fault to the checker."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from planted_faults import FAULTS
+
+    from bilevel import check_problem
+
+    for name, plant, words in FAULTS:
+        problem, hparams, solver = plant()
+        report = check_problem(problem, hparams, solver)
+        missing = [word for word in words if word not in " ".join(str(report).split())]
+        yield name, not report.ok and not missing, f"the report lacks {missing}:\n{report}"
+
+
+def peers_failures() -> Iterator[Result]:
+    """Run the tests of how other libraries fail; parametrized ones count once."""
+    command = [sys.executable, "-m", "pytest", "tests/test_peers.py", "-rA", "-q", "-p", "no:cacheprovider"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    outcomes: dict[str, bool] = {}
+    for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) tests/test_peers\.py::(\w+)", printed, re.MULTILINE):
+        outcomes[name] = outcomes.get(name, True) and outcome == "PASSED"
+    for name, passed in outcomes.items():
+        yield name.removeprefix("test_").replace("_", " "), passed, printed
+
+
+def tried(name: str, results: Iterable[Result], total: int | None) -> tuple[str, int, int, int]:
+    """Count results under a progress bar, and print those that were lost."""
+    caught = lost = 0
+    for what, ok, reason in tqdm(results, total=total, desc=name, disable=not sys.stderr.isatty()):
+        caught, lost = caught + ok, lost + (not ok)
+        if not ok:
+            tqdm.write(f"LOST {name}: {what}: {reason}")
+    return name, caught + lost, caught, lost
+
+
+def main() -> int:
+    """Run what was asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="kill points (default 50)")
+    parser.add_argument("--configs", type=int, default=1000, help="mutated configs (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and mutations (default 0)")
+    names = ("kills", "faults", "configs", "files", "peers")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these parts alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        right = sorted(ROOT.glob("configs/**/*.yaml"))
+        parts: dict[str, tuple[str, Callable[[Path], Iterable[Result]], int | None]] = {
+            "kills": ("kill points", partial(kill_points, arguments.kills, arguments.seed), arguments.kills),
+            "faults": ("planted math faults", lambda _: planted_faults(), None),
+            "configs": (
+                "mutated configs",
+                partial(mutated_configs, arguments.configs, arguments.seed, right),
+                arguments.configs,
+            ),
+            "files": ("file-system faults", file_faults, None),
+            "peers": ("peers' failures", lambda _: peers_failures(), None),
+        }
+        rows = []
+        for name in arguments.only:
+            title, run, total = parts[name]
+            inside = place / name
+            inside.mkdir()
+            # What a command writes without --out lands here as well.
+            os.chdir(inside)
+            rows.append(tried(title, run(inside), total))
+        os.chdir(ROOT)
+    print(tabulate(rows, headers=("what", "tried", "caught", "lost")))
+    return int(any(row[-1] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the library promises to survive, put to the test."""
