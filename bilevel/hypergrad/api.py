@@ -9,10 +9,10 @@ import torch
 
 from bilevel import tree
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
-from bilevel.certify import ErrorEstimate, certify_error
+from bilevel.certify import ErrorEstimate
 from bilevel.cost import Meter
 from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
-from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, finite_loss
+from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified, finite_loss
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
@@ -122,7 +122,7 @@ def hypergradient(
     cost = meter.read()
     error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if certify and verdict.status.usable:
-        error = certify_error(problem, hparams, solved.params, gradient, pulled.adjoint)
+        error = certified(solver, problem, hparams, solved.params, gradient, pulled.adjoint)
     elif pulled.error is not None and verdict.status.ok:
         error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     certificate = Certificate(

@@ -118,7 +118,7 @@ class TorchOptimizer(InnerSolver):
 
         set_gradients(state.params)
         take: Any = optimizer.step
-        take(closure) if _takes_closure(type(optimizer)) else take()
+        take(closure) if _takes_closure(type(optimizer).step) else take()
         params = tree.rebuild(state.params, [leaf.detach() for leaf in leaves])
         return state.moved(params, _saved(optimizer))
 
@@ -151,6 +151,6 @@ def _restore(optimizer: torch.optim.Optimizer, memory: dict[str, Any]) -> None:
 
 
 @lru_cache
-def _takes_closure(optimizer: Any) -> bool:
+def _takes_closure(step: Callable[..., Any]) -> bool:
     # Some optimizers, closures being rare, take none.
-    return len(inspect.signature(optimizer.step).parameters) > 1
+    return len(inspect.signature(step).parameters) > 1

@@ -69,9 +69,7 @@ def values_at(what: str, option: Callable[..., Any], inner: InnerProblem, step: 
     try:
         found = function(inner.hparams) if batch is None else torch.func.vmap(function)(inner.hparams)
     except IndexError as error:
-        raise ValueError(
-            f"`{what}` has no value for step {step} of the solve (steps count from 0): {error}."
-        ) from error
+        raise ValueError(f"`{what}` has no value for step {step} of the solve, counted from 0: {error}.") from error
     names, leaves = tree.names(params), tree.leaves(params)
     return [
         _fitted(what, name, value, leaf, batch is not None)
