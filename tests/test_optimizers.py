@@ -77,6 +77,15 @@ def test_moments_go_on_over_a_warm_start(cls: Any) -> None:
     torch.testing.assert_close(flat(run(5, run(7).carry).params), flat(run(12).params), rtol=0, atol=0)
 
 
+def test_a_warm_start_with_other_options_starts_the_vectors_that_are_new_at_zero() -> None:
+    case = tree_case("dict")
+    carry = bl.hypergradient(case.problem, bl.SGD(0.03, steps=4), bl.FullUnroll(), case.hparams).carry
+    solver = bl.SGD(0.03, 0.9, steps=6)
+    warm = bl.hypergradient(case.problem, solver, bl.FullUnroll(), case.hparams, carry=carry)
+    cold = bl.hypergradient(case.problem, solver, bl.FullUnroll(), case.hparams, carry.state.params)
+    torch.testing.assert_close(flat(warm.params), flat(cold.params), rtol=0, atol=0)
+
+
 # Options that are functions of the hyperparameters --------------------------------------------------------------------
 
 STEPS = 9

@@ -85,26 +85,30 @@ class LeafwiseSolver(InnerSolver):
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Keep the further vectors and their bias corrections; the steps of the solve count from zero."""
-        self._check_ranges(inner, state.params)
-        return replace(state, steps=0, earlier=state.index)
+        # Options may have changed, and with them which vectors there are.
+        fresh = self.init(inner, state.params).memory
+        memory = {name: state.memory.get(name, zeros) for name, zeros in fresh.items()}
+        return replace(state, memory=memory, steps=0, earlier=state.index)
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step."""
         leaves, gradients = tree.leaves(state.params), tree.leaves(inner.grad(state.params))
-        options = {
+        options = self.options()
+        tuned = {
             name: self._values(name, option, inner, state.steps, state.params)
+            for name, option in options.items()
             if callable(option)
-            else [option] * len(leaves)
-            for name, option in self.options().items()
         }
-        parts = {name: tree.leaves(part) for name, part in state.memory.items()}
-        moved = [
-            self.move(x, gradient, _nth(parts, i), _nth(options, i), _fit_index(state.index, x))
-            for i, (x, gradient) in enumerate(zip(leaves, gradients, strict=True))
-        ]
+        names = tuple(state.memory)
+        parts = [tree.leaves(state.memory[name]) for name in names]
+        moved = []
+        for i, (x, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+            own: Any = options | {name: values[i] for name, values in tuned.items()} if tuned else options
+            each = {name: part[i] for name, part in zip(names, parts, strict=True)}
+            moved.append(self.move(x, gradient, each, own, _fit_index(state.index, x)))
         params = tree.rebuild(state.params, [x for x, _ in moved])
         return state.moved(
-            params, {name: tree.rebuild(state.params, [part[name] for _, part in moved]) for name in parts}
+            params, {name: tree.rebuild(state.params, [part[name] for _, part in moved]) for name in names}
         )
 
     def off_solution(self, problem: BilevelProblem) -> str:
@@ -167,10 +171,6 @@ def safe_sqrt(v: Tensor) -> Tensor:
     """Return the square root with derivative zero at zero: the inner `where` keeps 1/sqrt(0) out of the graph."""
     positive = v > 0
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
-
-
-def _nth(lists: Mapping[str, list[Any]], index: int) -> dict[str, Any]:
-    return {name: values[index] for name, values in lists.items()}
 
 
 def _fit_index(index: Any, leaf: Tensor) -> Any:
