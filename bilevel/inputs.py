@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -131,7 +132,18 @@ def check_use(by_inner: list[Tensor | None], by_outer: list[Tensor | None], para
             )
 
 
-def check_influence(what: str, gradient: Tree, by_outer: list[Tensor | None], params: Tree, hparams: Tree) -> None:
+Reads: TypeAlias = Callable[[Any, Tree, Tree], Sequence[bool]]
+"""(problem, params, hparams) -> of every hyperparameter, whether the inner solver reads it by itself."""
+
+
+def check_influence(
+    what: str,
+    gradient: Tree,
+    by_outer: list[Tensor | None],
+    params: Tree,
+    hparams: Tree,
+    reads: Callable[[], Sequence[bool]] | None = None,
+) -> None:
     """Refuse hyperparameters whose hypergradient would be a silent zero, after one product of second derivatives.
 
     Args:
@@ -140,6 +152,7 @@ def check_influence(what: str, gradient: Tree, by_outer: list[Tensor | None], pa
         by_outer: the gradient of the outer loss by each hyperparameter, None where it is not in its graph.
         params: inner variable that requires gradients.
         hparams: hyperparameters that require gradients.
+        reads: says of every hyperparameter whether the inner solver reads it by itself; asked where the losses do not.
 
     Raises:
         DerivativeError: for a gradient that cannot be differentiated.
@@ -151,9 +164,11 @@ def check_influence(what: str, gradient: Tree, by_outer: list[Tensor | None], pa
     # Nothing is read of the part by params, but it shows before the work what an HVP would run into.
     with explained(f"`{what}`"):
         both = torch.autograd.grad(moving, x + u, ones, allow_unused=True) if moving else [None] * len(x + u)
-    inner = both[len(x) :]
-    for name, by_inner, direct in zip(tree.names(hparams), inner, by_outer, strict=True):
-        if by_inner is None and (direct is None or not any(g is not None for g in inner)):
+    inner = [part is not None for part in both[len(x) :]]
+    if reads is not None and not all(inner):
+        inner = [loss or solver for loss, solver in zip(inner, reads(), strict=True)]
+    for name, moves, direct in zip(tree.names(hparams), inner, by_outer, strict=True):
+        if not moves and (direct is None or not any(inner)):
             raise ValueError(
                 f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
                 "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"

@@ -94,6 +94,8 @@ def describe(options: Any) -> str:
         value = getattr(options, option.name)
         if option.default is not MISSING and value == option.default:
             continue
-        shown = describe(value) if hasattr(value, "__dataclass_fields__") else repr(value)
+        # The repr of a function is its address.
+        named = getattr(value, "__name__", "") or repr(value)
+        shown = describe(value) if hasattr(value, "__dataclass_fields__") else named
         parts.append(f"{option.name}={shown}")
     return f"{type(options).__name__}({', '.join(parts)})"

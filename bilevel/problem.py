@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +19,15 @@ from torch.utils.data import DataLoader
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
 from bilevel.explain import check_second_derivatives, explained
-from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees, check_use, partial_gradients
+from bilevel.inputs import (
+    Reads,
+    check_influence,
+    check_scalar,
+    check_tensors,
+    check_trees,
+    check_use,
+    partial_gradients,
+)
 from bilevel.modules import functional_model, module_loss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
@@ -248,12 +257,13 @@ class BilevelProblem:
         check_tensors("params", params)
         return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
 
-    def check(self, params: Tree, hparams: Tree) -> None:
+    def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at everything that can be known before the work starts.
 
         Args:
             params: where the inner solver starts.
             hparams: hyperparameters.
+            reads: says which hyperparameters the inner solver reads by itself, such as a tuned step size.
 
         Raises:
             ValueError: one sentence for trees that do not fit, losses that are not finite scalars, params that neither
@@ -261,7 +271,7 @@ class BilevelProblem:
             DerivativeError: a ValueError, for an inner loss that torch cannot differentiate twice; one HVP shows it.
         """
         if self.batch is not None:
-            return batches.check(self, params, hparams)
+            return batches.check(self, params, hparams, reads)
         check_trees(params, hparams)
         params, hparams = tree.attach(params), tree.attach(hparams)
         what = "inner_loss" if self.optimality is None else "optimality"
@@ -274,7 +284,9 @@ class BilevelProblem:
             if self.optimality is None:
                 check_use(partial_gradients("inner_loss", inner, params), by_outer[:cut], params)
             gradient = self.gradient_graph(params, hparams)
-            check_influence(what, gradient, by_outer[cut:], params, hparams)
+            check_influence(
+                what, gradient, by_outer[cut:], params, hparams, reads and partial(reads, self, params, hparams)
+            )
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return a problem of `size` members side by side.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bilevel import CG, GradientDescent, Implicit, TruncatedUnroll, WarmStart
+from bilevel import CG, SGD, GradientDescent, Implicit, TruncatedUnroll, WarmStart
 from bilevel.config import ConfigError, load_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -56,6 +56,12 @@ def test_plan_holds_the_typed_objects(config: Path) -> None:
     assert setup.problem.train.X.shape[0] == 4
 
 
+def test_torchs_optimizers_are_inner_solvers_of_a_config(config: Path) -> None:
+    plan = load_plan(config, ["solver={class: SGD, step_size: 0.1, momentum: 0.9, nesterov: true, steps: 20}"])
+    assert plan.solver == SGD(step_size=0.1, momentum=0.9, nesterov=True, steps=20)
+    assert load_plan(config, ["solver={class: Adam, betas: [0.9, 0.99], steps: 20}"]).solver.betas == (0.9, 0.99)
+
+
 def test_overrides_reach_names_with_spaces_and_list_indices(config: Path) -> None:
     plan = load_plan(config, ["estimators.short tail.tail=0.5", "seeds.1=7", "budget=100", "solver.tol=1e-3"])
     assert plan.estimators["short tail"] == TruncatedUnroll(tail=0.5)
@@ -87,8 +93,19 @@ SENTENCES = {
         "`solver.stesp` is not an option of GradientDescent (step_size, steps, tol): did you mean `steps`?"
     ),
     "solver.class=CG": (
-        "`solver.class` must be an inner solver (Adam, AsymptoticSobolev, Chebyshev, FixedPoint, GradientDescent, "
-        "HeavyBall, Nesterov, Newton, QuasiNewton, Sobolev), got 'CG', which is a linear solver."
+        "`solver.class` must be an inner solver (Adam, AdamW, AsymptoticSobolev, Chebyshev, FixedPoint, "
+        "GradientDescent, HeavyBall, Nesterov, Newton, QuasiNewton, RMSprop, SGD, Sobolev, TorchOptimizer), got 'CG', "
+        "which is a linear solver."
+    ),
+    "solver={class: SGD, step_size: fast}": "`solver.step_size` must be a number, got 'fast'.",
+    "solver={class: Adam, betas: [0.9]}": "`solver.betas` must be a list of 2 values, each a number, got [0.9].",
+    "solver={class: RMSprop, alpha: 2, steps: 9}": "`solver.alpha`: `RMSprop.alpha` must be a number in [0, 1)",
+    "solver={class: TorchOptimizer, steps: 3}": (
+        "`solver.class` is TorchOptimizer, whose `optimizer` is a Python function, which a config cannot hold"
+    ),
+    "solver={class: AdamW, steps: 20}": (
+        "`estimators.implicit`: Implicit(linear_solver=CG(tol=1e-06)) rests on the inner solution, but "
+        "`AdamW.weight_decay` leads the steps away from the minimiser of the inner loss"
     ),
     "solver.class=GradientDecent": "got 'GradientDecent': did you mean `GradientDescent`?",
     "solver.steps=-3": "`solver.steps`: `GradientDescent.steps` must be a positive int or None, got -3.",

@@ -90,9 +90,23 @@ class HypergradEstimator(ABC):
     second_derivatives: ClassVar[bool] = True
     """Whether derivatives of the inner gradient are taken, so that a loss without them is refused before the work."""
 
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether the derivative is that of the steps, whose options may then be hyperparameters; default: no."""
+        return False
+
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a combination that the estimator does not cover, with one sentence (ValueError); default: accept."""
-        return
+        """Refuse a combination that the estimator does not cover.
+
+        The default refuses a solver whose steps decide the hypergradient, unless the estimator differentiates them.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        reason = "" if self.differentiates_steps else solver.off_solution(problem)
+        if reason:
+            remedy = ": use FullUnroll, or TruncatedUnroll with a number as its tail" if solver.unrolls else ""
+            raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
 
     def solve_batch(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter

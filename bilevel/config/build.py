@@ -216,7 +216,8 @@ def allowed_words(hint: Any) -> str:
         return simple[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        words = [allowed_words(each) for each in arguments if each is not torch.Tensor]
+        # Neither a tensor nor a function can be written in a config.
+        words = [allowed_words(each) for each in arguments if each is not torch.Tensor and not _is_function(each)]
         # A number is what an int is, too.
         words = [word for word in words if not (word == "an int" and "a number" in words)] or ["a number"]
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import overload
 
 import torch
 
 from bilevel import tree
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
-from bilevel.certify import ErrorEstimate, certify_error
+from bilevel.certify import ErrorEstimate
 from bilevel.cost import Meter
 from bilevel.explain import DerivativeError, explained
-from bilevel.hypergrad.arguments import check_carry, check_roles
-from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, finite_loss
+from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
+from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified, finite_loss
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
@@ -123,7 +124,7 @@ def hypergradient(
     cost = meter.read()
     error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if certify and verdict.status.usable:
-        error = certify_error(problem, hparams, solved.params, gradient, pulled.adjoint)
+        error = certified(solver, problem, hparams, solved.params, gradient, pulled.adjoint)
     elif pulled.error is not None and verdict.status.ok:
         error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     certificate = Certificate(
@@ -169,12 +170,13 @@ def prepare(
     check_roles(problem, solver, estimator)
     start = problem.start(params)
     if check:
+        estimator.check(problem, solver, hparams)
+        reads = partial(read_by_steps, solver) if estimator.differentiates_steps else None
         try:
-            problem.check(start, hparams)
+            problem.check(start, hparams, reads)
         except DerivativeError:
             if estimator.second_derivatives:
                 raise
-        estimator.check(problem, solver, hparams)
     return tree.detach(hparams), start
 
 

@@ -93,12 +93,22 @@ def batch_hypergradient(
     )
     certificates = [
         _certificate(solved, pulled, index, error)
-        for index, error in enumerate(_errors(problem, hparams, solved, gradient, pulled, verdicts, certify))
+        for index, error in enumerate(_errors(problem, solver, hparams, solved, gradient, pulled, verdicts, certify))
     ]
     following = _following(solved, pulled, usable, carry, type(solver).__name__)
     estimate = BatchEstimate(value, gradient, solved.params, certificates, costs, cost, verdicts, following)
     report(verdict_of(verdicts), on_failure, estimate)
     return estimate
+
+
+def certified(
+    solver: InnerSolver, problem: BilevelProblem, hparams: Tree, params: Tree, gradient: Tree, adjoint: Tree
+) -> ErrorEstimate:
+    """Return `certify_error` of one problem, which compares with the inner solution, where that is what is tuned."""
+    reason = solver.off_solution(problem)
+    if reason:
+        return ErrorEstimate(None, "none", f"errors are those of the inner solution's derivative, but {reason}")
+    return certify_error(problem, hparams, params, gradient, adjoint)
 
 
 def finite_loss(value: float) -> Verdict:
@@ -139,6 +149,7 @@ def _costs(
 
 def _errors(
     problem: BilevelProblem,
+    solver: InnerSolver,
     hparams: Tree,
     solved: BatchSolution,
     gradient: Tree,
@@ -153,7 +164,7 @@ def _errors(
             continue
         adjoint = None if pulled.adjoint is None else members.row(pulled.adjoint, index)
         u, x, p = (members.row(each, index) for each in (hparams, solved.params, gradient))
-        errors[index] = certify_error(problem.member(index), u, x, p, adjoint)
+        errors[index] = certified(solver, problem.member(index), u, x, p, adjoint)
     return errors
 
 
