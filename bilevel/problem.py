@@ -212,8 +212,8 @@ class BilevelProblem:
         """Return what proved error bounds need to know of this problem, or None: its errors are estimated then."""
         return None
 
-    def metrics(self, params: Tree) -> dict[str, float]:
-        """Return named figures of merit of `params`, such as the test loss; none by default."""
+    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
+        """Return named figures of merit of `params`, and where given of `hparams`, such as the test loss; here none."""
         return {}
 
     def start(self, params: Tree = None) -> Tree:

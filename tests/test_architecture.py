@@ -40,7 +40,7 @@ FLOORS = {
     ),
     2: ("linearization", "oracles", "certifiable", "traced", "batches", "problem"),
     3: ("base",),
-    4: ("inner", "linear", "problems", "data", "datafiles"),
+    4: ("inner", "linear", "problems", "data", "datafiles", "dataprep"),
     5: ("theory", "certify"),
     6: ("hypergrad",),
     7: ("outer", "check"),

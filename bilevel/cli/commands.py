@@ -13,7 +13,7 @@ from tabulate import tabulate
 from bilevel import tree
 from bilevel.base import describe
 from bilevel.cli.threads import chosen_threads
-from bilevel.compare import Comparison, Plan, RunFolder, compare, draw_figures, tables
+from bilevel.compare import JUDGING, Comparison, Plan, RunFolder, compare, draw_figures, tables
 from bilevel.compare.folder import LOCK
 from bilevel.config import choose_device, load_plan
 from bilevel.threads import short_operations
@@ -121,7 +121,7 @@ def _tuned(plan: Plan, run: Any) -> dict[str, Any]:
     """Return the tuned hyperparameters of one run with their scores, in plain containers."""
     setup = plan.problems[run.cell.problem](run.cell.seed)
     best = min((row for row in run.rows if row["outer_loss"] is not None), key=lambda row: row["outer_loss"])
-    scores = [key for key in best if key.startswith(("val_", "test_"))] or ["outer_loss"]
+    scores = [key for key in best if key.startswith(JUDGING)] or ["outer_loss"]
     start = tree.Raveler(setup.hparams).ravel(setup.hparams).tolist()
     return {
         "estimator": run.cell.estimator,
