@@ -1,4 +1,4 @@
-"""Raw data: reads `.npz` archives of plain arrays, `.csv` tables with a header row, MNIST; and looks at what was read."""
+"""Raw data: reads `.npz` archives of plain arrays, `.csv` tables with a header row and MNIST, and looks at them."""
 
 from __future__ import annotations
 

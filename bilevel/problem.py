@@ -72,6 +72,9 @@ class BilevelProblem:
     quadratic: bool = False
     """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
 
+    one_solution: bool = True
+    """Whether the inner problem is taken to have one solution, so that a tight solve from anywhere is a referee."""
+
     inner_loss: Loss
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None

@@ -145,7 +145,7 @@ def _tuned_text(problem: str, found: dict[str, Any]) -> str:
         headers=("score", "untuned start", "tuned"),
         floatfmt=".5g",
     )
-    log = found["unit"] == "log penalty"
+    log = found["unit"].startswith("log ")
     lines = [
         (label, start, tuned, *([math.exp(tuned)] if log else []))
         for label, start, tuned in zip(found["labels"], found["start"], found["tuned"], strict=True)
@@ -156,7 +156,8 @@ def _tuned_text(problem: str, found: dict[str, Any]) -> str:
         half = SHOWN // 2
         note = f"\n(the {half} largest and the {half} smallest of {len(lines)}; tuned.json holds all)"
         lines = lines[:half] + lines[-half:]
-    headers = ("hyperparameter", f"{found['unit']}, start", "tuned", *(["penalty"] if log else []))
+    unit = found["unit"]
+    headers = ("hyperparameter", f"{unit}, start", "tuned", *([unit.removeprefix("log ")] if log else []))
     table = tabulate(lines, headers=headers, floatfmt=".4g")
     title = (
         f"{problem}, {found['estimator']}, seed {found['seed']}: {found['stopped']}, best at step {found['best_step']}"

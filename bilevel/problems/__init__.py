@@ -3,6 +3,7 @@
 from bilevel.problems.data_problem import DataProblem as DataProblem
 from bilevel.problems.linear_model import LinearModelProblem as LinearModelProblem
 from bilevel.problems.logistic import LogisticProblem as LogisticProblem
+from bilevel.problems.mlp import MLPProblem as MLPProblem
 from bilevel.problems.quadratic import QuadraticProblem as QuadraticProblem
 from bilevel.problems.ridge import RidgeProblem as RidgeProblem
 from bilevel.problems.sample_weights import SampleWeightProblem as SampleWeightProblem
