@@ -113,7 +113,7 @@ def corrupt(raw: Raw, labels: Array | None, share: float, seed: int) -> tuple[Ra
         The data, and a bool array that is true for the rows with a replaced label.
 
     Raises:
-        ValueError: for a regression target, which has no other class.
+        ValueError: for a regression target, which has no other class, and for a share of less than half a row.
 
     >>> X, y = np.zeros((4, 1)), np.array([0, 1, 2, 0])
     >>> wrong, where = corrupt(Raw("demo", {"train": (X, y)}, ("x",)), np.arange(3), share=0.5, seed=0)
@@ -128,6 +128,8 @@ def corrupt(raw: Raw, labels: Array | None, share: float, seed: int) -> tuple[Ra
     # A stream of its own: the split is drawn from the seed as well.
     random = np.random.default_rng((seed, 1))
     rows = random.permutation(len(y))[: round(share * len(y))]
+    if not len(rows):
+        raise ValueError(f"`corrupted` of {share:g} replaces none of the {len(y)} training labels of {raw.source!r}.")
     wrong = y.copy()
     wrong[rows] = (y[rows] + random.integers(1, len(labels), len(rows))) % len(labels)
     return replace(raw, parts=raw.parts | {"train": (X, wrong)}), wrong != y
