@@ -118,7 +118,7 @@ def draw(learned: Tensor, real: Tensor, titles: Sequence[str], path: Path) -> No
     figure, axes = pyplot.subplots(2, CLASSES, figsize=(10, 2.9), layout="constrained")
     for row, images, title in zip(axes, (learned, real), titles, strict=True):
         for axis, image in zip(row, images, strict=True):
-            axis.imshow(image.reshape(8, 8), cmap="gray_r")
+            axis.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
         row[0].set_title(title, loc="left", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

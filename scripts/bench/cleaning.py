@@ -25,10 +25,10 @@ from bilevel.problems import SampleWeightProblem, SoftmaxProblem
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"penalty": 0.01, "lr": 0.3, "steps": 40},
-    "mnist": {"penalty": 0.05, "lr": 0.3, "steps": 60},
+    "mnist": {"penalty": 0.1, "lr": 0.3, "steps": 40},
 }
 SEEDS = range(5)
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SOLVER = bl.QuasiNewton(tol=1e-4)
 ESTIMATOR = bl.Implicit(bl.CG(tol=1e-2))
 
