@@ -120,7 +120,7 @@ def draw(learned: Tensor, real: Tensor, titles: Sequence[str], path: Path) -> No
         for axis, image in zip(row, images, strict=True):
             axis.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
-        row[0].set_title(title, loc="left", fontsize=10)
+        row[0].set_title(title, loc="left", fontsize=10).set_in_layout(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
