@@ -115,14 +115,14 @@ def draw(learned: Tensor, real: Tensor, titles: Sequence[str], path: Path) -> No
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, CLASSES, figsize=(10, 2.9), layout="constrained")
+    figure, axes = pyplot.subplots(2, CLASSES, figsize=(10, 2.9))
     for row, images, title in zip(axes, (learned, real), titles, strict=True):
         for axis, image in zip(row, images, strict=True):
             axis.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
-        row[0].set_title(title, loc="left", fontsize=10).set_in_layout(False)
+        row[0].set_title(title, loc="left", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 
