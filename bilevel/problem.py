@@ -90,6 +90,9 @@ class BilevelProblem:
     quadratic: bool = False
     """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
 
+    one_solution: bool = True
+    """Whether the inner problem is taken to have one solution, so that a tight solve from anywhere is a referee."""
+
     inner_loss: Loss
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None
@@ -241,8 +244,8 @@ class BilevelProblem:
         """Return what proved error bounds need to know of this problem, or None: its errors are estimated then."""
         return None
 
-    def metrics(self, params: Tree) -> dict[str, float]:
-        """Return named figures of merit of `params`, such as the test loss; none by default."""
+    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
+        """Return named figures of merit of `params`, and where given of `hparams`, such as the test loss; here none."""
         return {}
 
     def start(self, params: Tree = None) -> Tree:

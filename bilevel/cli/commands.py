@@ -13,7 +13,7 @@ from tabulate import tabulate
 from bilevel import tree
 from bilevel.base import describe
 from bilevel.cli.threads import chosen_threads
-from bilevel.compare import Comparison, Plan, RunFolder, compare, draw_figures, tables
+from bilevel.compare import JUDGING, Comparison, Plan, RunFolder, compare, draw_figures, tables
 from bilevel.compare.folder import LOCK
 from bilevel.config import choose_device, load_plan
 from bilevel.threads import short_operations
@@ -121,7 +121,7 @@ def _tuned(plan: Plan, run: Any) -> dict[str, Any]:
     """Return the tuned hyperparameters of one run with their scores, in plain containers."""
     setup = plan.problems[run.cell.problem](run.cell.seed)
     best = min((row for row in run.rows if row["outer_loss"] is not None), key=lambda row: row["outer_loss"])
-    scores = [key for key in best if key.startswith(("val_", "test_"))] or ["outer_loss"]
+    scores = [key for key in best if key.startswith(JUDGING)] or ["outer_loss"]
     start = tree.Raveler(setup.hparams).ravel(setup.hparams).tolist()
     return {
         "estimator": run.cell.estimator,
@@ -145,7 +145,7 @@ def _tuned_text(problem: str, found: dict[str, Any]) -> str:
         headers=("score", "untuned start", "tuned"),
         floatfmt=".5g",
     )
-    log = found["unit"] == "log penalty"
+    log = found["unit"].startswith("log ")
     lines = [
         (label, start, tuned, *([math.exp(tuned)] if log else []))
         for label, start, tuned in zip(found["labels"], found["start"], found["tuned"], strict=True)
@@ -156,7 +156,8 @@ def _tuned_text(problem: str, found: dict[str, Any]) -> str:
         half = SHOWN // 2
         note = f"\n(the {half} largest and the {half} smallest of {len(lines)}; tuned.json holds all)"
         lines = lines[:half] + lines[-half:]
-    headers = ("hyperparameter", f"{found['unit']}, start", "tuned", *(["penalty"] if log else []))
+    unit = found["unit"]
+    headers = ("hyperparameter", f"{unit}, start", "tuned", *([unit.removeprefix("log ")] if log else []))
     table = tabulate(lines, headers=headers, floatfmt=".4g")
     title = (
         f"{problem}, {found['estimator']}, seed {found['seed']}: {found['stopped']}, best at step {found['best_step']}"

@@ -62,6 +62,8 @@ def _check_data() -> bool:
         try:
             data.load(name)
             print(f"{'data':<14}{name}: {description}")
+        except ModuleNotFoundError:
+            print(f"{'data':<14}{name}: not installed: {description}")
         except (ValueError, OSError) as error:
             good = False
             print(f"{'data':<14}{name}: FAILED: {error}")

@@ -10,5 +10,6 @@ from bilevel.compare.plan import Plan as Plan
 from bilevel.compare.plan import Setup as Setup
 from bilevel.compare.run import Comparison as Comparison
 from bilevel.compare.run import compare as compare
+from bilevel.compare.summary import JUDGING as JUDGING
 from bilevel.compare.summary import summarize as summarize
 from bilevel.compare.summary import tables as tables

@@ -185,7 +185,7 @@ def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, hpa
     error, referee = error_against_referee(setup.problem, hparams, estimate)
     row = _empty_row(run) | {
         "outer_loss": record.outer_loss,
-        **(setup.problem.metrics(estimate.params) if usable else {}),
+        **(setup.problem.metrics(estimate.params, hparams) if usable else {}),
         "hypergradient_norm": record.hypergradient_norm,
         "hypergradient_error": error,
         "referee": referee,

@@ -15,8 +15,12 @@ from tabulate import tabulate
 from bilevel.compare.cells import CellRun
 from bilevel.compare.plan import Plan
 
+JUDGING = ("val_", "test_", "corrupted_")
+"""How the names of the figures of merit begin that the summary keeps; those of the training rows judge nothing."""
 SCORES = ("test_accuracy", "test_r2", "test_loss", "val_accuracy", "val_r2")
 """The figure of merit that the tables show: the first that a problem has."""
+FURTHER = ("corrupted_in_lower_half",)
+"""Figures that the tables show besides where a problem has them."""
 
 
 def summarize(plan: Plan, runs: Sequence[CellRun]) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def _group(runs: Sequence[CellRun]) -> dict[str, Any]:
     firsts, lasts = [run.rows[0] for run in good], [run.rows[-1] for run in good]
     bests = [min(run.rows, key=lambda row: row["outer_loss"]) for run in good]
     errors = [row["hypergradient_error"] for run in good for row in run.rows]
-    scores = [key for key in (firsts[0] if firsts else {}) if key.startswith(("val_", "test_"))]
+    scores = [key for key in (firsts[0] if firsts else {}) if key.startswith(JUDGING)]
     figures = {
         "runs": len(runs),
         "failures": len(runs) - len(good),
@@ -78,26 +82,28 @@ def tables(summary: dict[str, Any]) -> str:
     """Return one readable table for each problem of a summary."""
     parts = []
     for problem, by_estimator in summary["problems"].items():
-        score = next((s for s in SCORES if any(f"{s}_final" in group for group in by_estimator.values())), "")
-        rows = [_line(estimator, group, score) for estimator, group in by_estimator.items()]
+        present = {key for group in by_estimator.values() for key in group}
+        scores = [score for score in SCORES if f"{score}_final" in present][:1] or ["score"]
+        scores += [score for score in FURTHER if f"{score}_final" in present]
+        rows = [_line(estimator, group, scores) for estimator, group in by_estimator.items()]
         headers = (
             "estimator",
             "outer loss",
-            score.replace("_", " ") or "score",
+            *(score.replace("_", " ") for score in scores),
             "hypergradient error",
             "grad.-equiv.",
             "seconds",
             "memory",
             "status",
         )
-        align = ("left", *["right"] * 6, "left")
+        align = ("left", *["right"] * (len(headers) - 2), "left")
         seeds = f"{len(summary['seeds'])} seeds" if len(summary["seeds"]) > 1 else f"seed {summary['seeds'][0]}"
         body = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
         parts.append(f"{problem} (medians over {seeds})\n{body}")
     return "\n\n".join(parts)
 
 
-def _line(estimator: str, group: dict[str, Any], score: str) -> tuple[str, ...]:
+def _line(estimator: str, group: dict[str, Any], scores: Sequence[str]) -> tuple[str, ...]:
     status = "ok"
     if group["failures"]:
         status = f"{group['failures']} of {group['runs']} failed: {group['failure']}"
@@ -105,7 +111,7 @@ def _line(estimator: str, group: dict[str, Any], score: str) -> tuple[str, ...]:
     return (
         estimator,
         _change(group["outer_loss_start"], group["outer_loss_final"]),
-        _change(group.get(f"{score}_start"), group.get(f"{score}_final")),
+        *(_change(group.get(f"{score}_start"), group.get(f"{score}_final")) for score in scores),
         _show(group["hypergradient_error_median"], ".1e"),
         _show(group["gradient_equivalents"], ",.0f"),
         _show(group["seconds"], ".2f") + (" (share)" if group["seconds_shared_by"] > 1 else ""),

@@ -30,15 +30,17 @@ from bilevel.config.build import (
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.config.schema import ConfigForm, OuterForm, check_form
 from bilevel.outer import WarmStart
-from bilevel.problems import LinearModelProblem
+from bilevel.problems import DataProblem
 
+CORRUPTED = "corrupted"
+"""An option of those problem classes that are told which training labels the data set made wrong."""
 NOT_IN_DATA = frozenset({"seed", "device", "dtype"})
 """Options of `data.load` that a config states elsewhere."""
 
 
 @dataclass(frozen=True)
 class DataSetup:
-    """Makes a linear model on a data set, for the split of a seed.
+    """Makes a problem from a data set, for the split of a seed.
 
     Attributes:
         kind: the problem class.
@@ -48,7 +50,7 @@ class DataSetup:
         device: where the data go.
     """
 
-    kind: type[LinearModelProblem]
+    kind: type[DataProblem]
     options: Mapping[str, Any]
     data: Mapping[str, Any]
     start: float
@@ -58,6 +60,8 @@ class DataSetup:
         """Load the data and make the problem."""
         found = data.load(**self.data, seed=seed, device=self.device)
         parts: dict[str, Any] = found.splits()
+        if CORRUPTED in options_of(self.kind):
+            parts[CORRUPTED] = found.corrupted
         problem = self.kind(**parts, **self.options)
         labels = problem.labels(found.feature_names)
         return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, found.note)
@@ -154,10 +158,10 @@ def _plan(form: ConfigForm) -> Plan:
 
 def _problem(spec: Any, path: str, device: str) -> DataSetup:
     owner, given = split_spec(spec, PROBLEM, path)
-    if not set(options_of(owner)) >= DATA or not issubclass(owner, LinearModelProblem):
+    if not set(options_of(owner)) >= DATA or not issubclass(owner, DataProblem):
         raise ConfigError(
-            f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem "
-            "and SoftmaxProblem are): use it from Python."
+            f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem, "
+            "SoftmaxProblem, SampleWeightProblem and MLPProblem are): use it from Python."
         )
     source, start = given.pop("data", None), given.pop("start", 0.0)
     if isinstance(source, str):
@@ -172,14 +176,15 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup:
         raise ConfigError(f"`{path}.data.{key}` is not given here, but by {where}, got {shown(source[key])}.")
     if not isinstance(start, int | float) or isinstance(start, bool):
         raise ConfigError(f"`{path}.start` must be a number, got {shown(start)}.")
-    unknown = [key for key in given if key not in options_of(owner, DATA)]
+    exclude = DATA | {CORRUPTED}
+    unknown = [key for key in given if key not in options_of(owner, exclude)]
     if unknown:
-        allowed = ["data", "start", *options_of(owner, DATA)]
+        allowed = ["data", "start", *options_of(owner, exclude)]
         raise ConfigError(
             f"`{path}.{unknown[0]}` is not an option of {owner.__name__} ({listed(allowed)})"
             f"{suggest(str(unknown[0]), allowed)}"
         )
-    options = check_options(owner, given, path, DATA)
+    options = check_options(owner, given, path, exclude)
     return DataSetup(
         owner, options, check_options(data.load, source, f"{path}.data", NOT_IN_DATA), start, device=device
     )
@@ -239,7 +244,7 @@ def _check_fit(plan: Plan) -> None:
         path = f"problems.{name}"
         try:
             setup = build(plan.seeds[0])
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             raise ConfigError(located(error, path, getattr(build, "kind", None))) from None
         try:
             setup.problem.check(setup.problem.start(), setup.hparams)

@@ -1,7 +1,9 @@
-"""Problems with closed-form oracles, behind the same interface as a `BilevelProblem` made from two functions."""
+"""Problems made from data, most with closed-form oracles, behind the interface of a `BilevelProblem`."""
 
+from bilevel.problems.data_problem import DataProblem as DataProblem
 from bilevel.problems.linear_model import LinearModelProblem as LinearModelProblem
 from bilevel.problems.logistic import LogisticProblem as LogisticProblem
+from bilevel.problems.mlp import MLPProblem as MLPProblem
 from bilevel.problems.quadratic import QuadraticProblem as QuadraticProblem
 from bilevel.problems.ridge import RidgeProblem as RidgeProblem
 from bilevel.problems.sample_weights import SampleWeightProblem as SampleWeightProblem

@@ -29,15 +29,15 @@ from bilevel.lanczos import lanczos
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
 from bilevel.problems.certified import certifiable_of, tuned_penalties
+from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
 from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
 from bilevel.problems.linear_oracles import LinearModelPoint as LinearModelPoint
-from bilevel.problems.splits import Split
 from bilevel.tree import Tree
 
 
-class LinearModelProblem(BilevelProblem):
+class LinearModelProblem(DataProblem):
     """Base of `RidgeProblem`, `LogisticProblem` and `SoftmaxProblem`.
 
     A family gives the loss of the predictions, its slope and its curvature.
@@ -87,19 +87,7 @@ class LinearModelProblem(BilevelProblem):
                 raise ValueError(
                     f"`{type(self).__name__}.{name}` must be {' or '.join(map(repr, allowed))}, got {value!r}."
                 )
-        if (X_test is None) != (y_test is None):
-            raise ValueError("give X_test and y_test together, or neither.")
-        self.train = Split("train", X_train, y_train)
-        self.val = Split("val", X_val, y_val)
-        self.test = None if X_test is None else Split("test", X_test, y_test)
-        for split in self.splits.values():
-            if split.X.shape[0] != self.train.X.shape[0] or split.X.dtype != self.train.X.dtype:
-                raise ValueError(
-                    f"X_{split.name} has {split.X.shape[0]} features in {split.X.dtype}, "
-                    f"but X_train has {self.train.X.shape[0]} in {self.train.X.dtype}."
-                )
-            if split.X.device != self.train.X.device:
-                raise ValueError(f"X_{split.name} is on {split.X.device}, but X_train on {self.train.X.device}.")
+        self.take_splits(X_train, y_train, X_val, y_val, X_test, y_test)
         self.design, self._val_design = Design(self.train.X), Design(self.val.X)
         self.loss, self.parametrization = loss, parametrization
         self.scale = 1.0 / self.train.rows if loss == "mean" else 1.0
@@ -114,12 +102,6 @@ class LinearModelProblem(BilevelProblem):
         self._hparams_shape = tuple(shape[axis] for axis in axes[penalty])
         self._group_shape = tuple(size if axis in axes[penalty] else 1 for axis, size in enumerate(shape))
         super().__init__(params=self.train.X.new_zeros(self.params_shape()))
-
-    @property
-    def splits(self) -> Mapping[str, Split]:
-        """The parts of the data by name."""
-        parts = {"train": self.train, "val": self.val}
-        return parts if self.test is None else parts | {"test": self.test}
 
     # What a family gives ---------------------------------------------------------------------------------------------
 
@@ -279,7 +261,7 @@ class LinearModelProblem(BilevelProblem):
         """Return the inner coefficients at some hyperparameters, and how they depend on them."""
         return tuned_penalties(self, hparams)
 
-    def metrics(self, params: Tree) -> dict[str, float]:
+    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
         """Return loss and scores on every split, such as ``test_loss`` and ``test_accuracy``."""
         figures = {}
         for name, split in self.splits.items():

@@ -134,6 +134,8 @@ class SampleWeightProblem(SoftmaxProblem):
         y_test: test labels.
         loss: "mean" or "sum" over the training rows.
         parametrization: "sigmoid" or "direct".
+        corrupted: bool of shape (rows,), true where a training label is known to be wrong, for `metrics` alone: see
+            ``bilevel.data.load(corrupted=...)``.
 
     >>> X = torch.eye(3, dtype=torch.float64)
     >>> problem = SampleWeightProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty=0.1)
@@ -156,6 +158,7 @@ class SampleWeightProblem(SoftmaxProblem):
         y_test: Any = None,
         loss: str = "mean",
         parametrization: str = "sigmoid",
+        corrupted: Any = None,
     ) -> None:
         self.penalty: float = penalty
         require(self, "penalty", "a positive number", is_number(penalty) and penalty > 0)
@@ -164,6 +167,7 @@ class SampleWeightProblem(SoftmaxProblem):
         )
         self.penalty = penalty
         self._fixed = self.train.X.new_tensor(penalty)
+        self.corrupted: Tensor | None = None if corrupted is None else self._mask(corrupted)
 
     @property
     def unit(self) -> str:
@@ -185,6 +189,32 @@ class SampleWeightProblem(SoftmaxProblem):
     def weights(self, hparams: Tensor) -> Tensor:
         """Return the weight of every training row."""
         return torch.sigmoid(hparams) if self.parametrization == "sigmoid" else hparams
+
+    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
+        """Return loss and scores on every split, and how well the weights tell which labels are wrong.
+
+        Where `corrupted` and hparams are known, ``corrupted_in_lower_half`` is the share of the corrupted rows among
+        the ``floor(rows / 2)`` rows with the smallest weights; equal weights count in the order of the rows.
+
+        Args:
+            params: the weights of the model.
+            hparams: those of the rows.
+        """
+        figures = super().metrics(params)
+        if self.corrupted is None or hparams is None:
+            return figures
+        lower = hparams.argsort(stable=True)[: self.train.rows // 2]
+        share = self.corrupted[lower].sum() / self.corrupted.sum()
+        return figures | {"corrupted_in_lower_half": float(share)}
+
+    def _mask(self, corrupted: Any) -> Tensor:
+        mask = torch.as_tensor(corrupted, device=self.train.X.device)
+        if mask.dtype != torch.bool or mask.shape != (self.train.rows,) or not bool(mask.any()):
+            raise ValueError(
+                f"`SampleWeightProblem.corrupted` must be a bool Tensor of shape ({self.train.rows},) that is true "
+                f"somewhere, got {mask.dtype} of shape {tuple(mask.shape)} with {int((mask != 0).sum())} true."
+            )
+        return mask
 
     def penalties(self, hparams: Tensor) -> Tensor:
         """Return the fixed penalty."""

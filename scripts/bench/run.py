@@ -7,6 +7,7 @@ import argparse
 import accuracy
 import batches
 import certificates
+import cleaning
 import curves
 import general
 import large_logistic
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     benchmarks = (
         *(accuracy, unroll, quadratic, large_logistic, structured, general, batches, overhead, curves),
         certificates,
+        cleaning,
     )
     passed = [benchmark.main() for benchmark in benchmarks]
     raise SystemExit(not all(passed))

@@ -1,0 +1,135 @@
+"""What is done to raw data before they are handed out: labels become indices, splits, wrong labels, standardization."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+
+from bilevel.datafiles import Array, Raw
+
+MAX_CLASSES = 20
+"""Integer targets with at most this many distinct values are labels."""
+
+
+def encode(raw: Raw) -> tuple[Raw, Array | None]:
+    """Return the data in float64, with labels 0, 1, ... and the sorted labels they stand for; None for regression.
+
+    Args:
+        raw: data as they were read, in parts or not.
+
+    Raises:
+        ValueError: for one class alone, and for a label that the training part lacks.
+    """
+    targets = np.concatenate([y for _, y in raw.parts.values()])
+    labels = np.unique(targets)
+    parts = {part: (X.astype(np.float64), y) for part, (X, y) in raw.parts.items()}
+    if targets.dtype.kind == "f" or (targets.dtype.kind in "iu" and len(labels) > MAX_CLASSES):
+        return replace(raw, parts={part: (X, y.astype(np.float64)) for part, (X, y) in parts.items()}), None
+    if len(labels) < 2:
+        raise ValueError(f"the target of {raw.source!r} holds one class only ({labels[0]}): nothing to separate.")
+    if "train" in raw.parts:
+        unseen = np.setdiff1d(labels, raw.parts["train"][1])
+        if len(unseen):
+            raise ValueError(f"y_train of {raw.source!r} lacks the label {unseen[0]} that another part holds.")
+    return replace(raw, parts={part: (X, np.searchsorted(labels, y)) for part, (X, y) in parts.items()}), labels
+
+
+def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: float) -> dict[str, tuple[Array, Array]]:
+    """Return the parts of a seeded split, stratified for classification.
+
+    Args:
+        raw: data without parts.
+        labels: the labels that 0, 1, ... stand for; None for regression.
+        seed: of the split.
+        validation: fraction of the rows.
+        test: fraction of the rows; 0 for no such part.
+
+    Raises:
+        ValueError: if a part would lack rows, or rows of a class.
+    """
+    X, y = raw.parts[""]
+    count = len(y)
+    sizes = {"train": count, "val": round(validation * count), "test": round(test * count)}
+    sizes["train"] -= sizes["val"] + sizes["test"]
+    if test == 0:
+        del sizes["test"]
+    shown = "/".join(map(str, sizes.values()))
+    least = 1 if labels is None else len(labels)
+    if min(sizes.values()) < least:
+        each = "a row" if labels is None else f"a row of every class, {least} in all"
+        raise ValueError(
+            f"{raw.source!r} has too few rows ({count}, split {shown} into {'/'.join(sizes)}): each part needs {each}."
+        )
+    thin = ""
+    if labels is not None:
+        members = np.bincount(y)
+        thin = (
+            f"the class {labels[members.argmin()]} of {raw.source!r} has too few rows ({members.min()}) for a "
+            f"stratified split of {count} rows {shown} into {'/'.join(sizes)}: each part needs one of them."
+        )
+        if members.min() < len(sizes):
+            raise ValueError(thin)
+    parts = {}
+    rest = np.arange(count)
+    for part in list(sizes)[:0:-1]:
+        strata = None if labels is None else y[rest]
+        try:
+            rest, parts[part] = train_test_split(rest, test_size=sizes[part], random_state=seed, stratify=strata)
+        except ValueError as error:
+            raise ValueError(thin) from error
+    if labels is not None and len(np.unique(y[rest])) < len(labels):
+        raise ValueError(thin)
+    rows = {"train": rest} | dict(reversed(parts.items()))
+    return {part: (X[index], y[index]) for part, index in rows.items()}
+
+
+def standardized(raw: Raw, centre: bool) -> Raw:
+    """Return the data with X standardized and, on demand, y centred, by statistics of the training part.
+
+    Args:
+        raw: data in parts.
+        centre: whether y is centred.
+    """
+    X_train, y_train = raw.parts["train"]
+    scaler = StandardScaler().fit(X_train)
+    middle = y_train.mean() if centre else 0
+    parts = {part: (scaler.transform(X), y - middle) for part, (X, y) in raw.parts.items()}
+    return replace(raw, parts=parts, truth=None if raw.truth is None else raw.truth * scaler.scale_)
+
+
+def corrupt(raw: Raw, labels: Array | None, share: float, seed: int) -> tuple[Raw, Array]:
+    """Replace a random share of the training labels, each by one of the other classes with equal probability.
+
+    Args:
+        raw: data in parts, with labels 0, 1, ... as targets.
+        labels: the labels that 0, 1, ... stand for; None for regression.
+        share: of the n training rows, ``round(share n)`` get another label, drawn without replacement.
+        seed: which rows and which labels follow from it.
+
+    Returns:
+        The data, and a bool array that is true for the rows with a replaced label.
+
+    Raises:
+        ValueError: for a regression target, which has no other class, and for a share of less than half a row.
+
+    >>> X, y = np.zeros((4, 1)), np.array([0, 1, 2, 0])
+    >>> wrong, where = corrupt(Raw("demo", {"train": (X, y)}, ("x",)), np.arange(3), share=0.5, seed=0)
+    >>> int(where.sum()), bool(((wrong.parts["train"][1] != y) == where).all())
+    (2, True)
+    """
+    if labels is None:
+        raise ValueError(
+            f"`corrupted` replaces labels by other classes, but {raw.source!r} has a regression target: leave it out."
+        )
+    X, y = raw.parts["train"]
+    # A stream of its own: the split is drawn from the seed as well.
+    random = np.random.default_rng((seed, 1))
+    rows = random.permutation(len(y))[: round(share * len(y))]
+    if not len(rows):
+        raise ValueError(f"`corrupted` of {share:g} replaces none of the {len(y)} training labels of {raw.source!r}.")
+    wrong = y.copy()
+    wrong[rows] = (y[rows] + random.integers(1, len(labels), len(rows))) % len(labels)
+    return replace(raw, parts=raw.parts | {"train": (X, wrong)}), wrong != y
