@@ -395,3 +395,8 @@ QUADRATIC_ESTIMATORS: dict[type, bl.HypergradEstimator] = {
     bl.ClosedForm: bl.ClosedForm(),
 }
 """Those that need structure of the inner loss; `test_spectral.py` is their suite."""
+BIASED_ESTIMATORS: dict[type, bl.HypergradEstimator] = {
+    bl.FirstOrder: bl.FirstOrder(),
+    bl.OneStep: bl.OneStep(),
+}
+"""Those that leave something out on purpose, converged or not; `test_one_step.py` is their suite."""

@@ -13,7 +13,7 @@ from typing import Any
 import device_cases as cases
 import pytest
 import torch
-from device_cases import BUDGETED, ESTIMATORS, LINEAR_SOLVERS, ON_THE_SPECTRUM, PROBLEMS, SOLVERS
+from device_cases import BUDGETED, DIRECT, ESTIMATORS, LINEAR_SOLVERS, ON_THE_SPECTRUM, PROBLEMS, SOLVERS
 from helpers import exported, normal, spd
 from pretend_accelerator import DEVICE, Log, PretendTensor, accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -98,7 +98,7 @@ def test_every_solver_and_estimator_has_a_row(room: str) -> None:
         "inner": ([row.solver for row in SOLVERS.values()], bl.InnerSolver),
         "linear": ([row.solver for row in LINEAR_SOLVERS.values()], bl.LinearSolver),
         "hypergrad": (
-            [*(row.estimator for row in ESTIMATORS.values()), *ON_THE_SPECTRUM.values()],
+            [*(row.estimator for row in ESTIMATORS.values()), *ON_THE_SPECTRUM.values(), *DIRECT.values()],
             bl.HypergradEstimator,
         ),
     }[room]
