@@ -48,6 +48,7 @@ from bilevel.linear import GMRES as GMRES
 from bilevel.linear import Direct as Direct
 from bilevel.linear import FixedPointIteration as FixedPointIteration
 from bilevel.linear import Neumann as Neumann
+from bilevel.linear import Nystrom as Nystrom
 from bilevel.linearization import Linearization as Linearization
 from bilevel.linearization import Preconditioner as Preconditioner
 from bilevel.oracles import InnerProblem as InnerProblem

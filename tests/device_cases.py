@@ -203,6 +203,9 @@ LINEAR_SOLVERS = {
         "as Neumann; norm, product and comparison at each look",
         looks=45,
     ),
+    "Nystrom": LinearRow(
+        lambda k: bl.Nystrom(rank=k), bl.Nystrom(rank=60), 2, "the product, and its place in a stack", tolerance=False
+    ),
     "Direct": LinearRow(lambda k: bl.Direct(), bl.Direct(), 0, "no steps", tolerance=False),
 }
 

@@ -382,6 +382,7 @@ LINEAR_SOLVERS: dict[type, bl.LinearSolver] = {
     bl.Neumann: bl.Neumann(steps=600),
     bl.FixedPointIteration: bl.FixedPointIteration(tol=1e-12),
     bl.Direct: bl.Direct(),
+    bl.Nystrom: bl.Nystrom(rank=50),
 }
 
 ESTIMATORS: dict[type, bl.HypergradEstimator] = {

@@ -25,6 +25,7 @@ FLOORS = {
         "status",
         "cost",
         "lanczos",
+        "nystrom",
         "look",
         "options",
         "constraints",
