@@ -111,18 +111,18 @@ class Linearization:
 
     def _hvp(self, v: Tree) -> Tree:
         gradient, params, _ = self._gradients()
-        return tree.rebuild(self.params, _vjp(gradient, params, tree.leaves(v)))
+        return tree.rebuild(self.params, vector_jacobian(gradient, params, tree.leaves(v)))
 
     def _cross(self, v: Tree) -> Tree:
         gradient, _, hparams = self._gradients()
-        return tree.rebuild(self.inner.hparams, _vjp(gradient, hparams, tree.leaves(v)))
+        return tree.rebuild(self.inner.hparams, vector_jacobian(gradient, hparams, tree.leaves(v)))
 
     def _vjp(self, v: Tree) -> tuple[Tree, Tree]:
         if type(self)._hvp is not Linearization._hvp:
             return self._hvp(v), self._cross(v)
         held = self._gradient_graph
         gradient, params, hparams = held or self._graph_of_gradient()
-        both = _vjp(gradient, params + hparams, tree.leaves(v), retain_graph=held is not None)
+        both = vector_jacobian(gradient, params + hparams, tree.leaves(v), retain_graph=held is not None)
         cut = len(params)
         return tree.rebuild(self.params, both[:cut]), tree.rebuild(self.inner.hparams, both[cut:])
 
@@ -152,12 +152,12 @@ class Linearization:
         params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
         with torch.enable_grad():
             gradient = tree.leaves(self.inner.problem.gradient_graph(params, hparams))
-            product = _vjp(gradient, tree.leaves(params), tree.leaves(v), create_graph=True)
+            product = vector_jacobian(gradient, tree.leaves(params), tree.leaves(v), create_graph=True)
             roots = tree.leaves(params) + tree.leaves(hparams)
             moving = [(p, c) for p, c in zip(product, tree.leaves(w), strict=True) if p.requires_grad]
             if not moving:
                 return tree.zeros_like(params), tree.zeros_like(hparams)
-            both = _vjp([p for p, _ in moving], roots, [c for _, c in moving])
+            both = vector_jacobian([p for p, _ in moving], roots, [c for _, c in moving])
         cut = len(tree.leaves(params))
         return tree.rebuild(params, both[:cut]), tree.rebuild(hparams, both[cut:])
 
@@ -185,7 +185,7 @@ class Linearization:
         return self._loss_graph
 
 
-def _vjp(
+def vector_jacobian(
     outputs: list[Tensor],
     inputs: list[Tensor],
     cotangents: list[Tensor],
@@ -217,5 +217,5 @@ def pushforward(outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[list[T
     """
     with torch.enable_grad():
         cotangents = [torch.zeros_like(tensor, requires_grad=True) for tensor in outputs]
-        products = _vjp(outputs, inputs, cotangents, create_graph=True)
-    return lambda tangents: _vjp(products, cotangents, tangents)
+        products = vector_jacobian(outputs, inputs, cotangents, create_graph=True)
+    return lambda tangents: vector_jacobian(products, cotangents, tangents)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
 from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees
-from bilevel.modules import functional_model, module_loss
+from bilevel.modules import ModuleLoss, functional_model
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
@@ -132,6 +132,12 @@ class BilevelProblem:
     def symmetric(self) -> bool:
         """Whether the Jacobian of the optimality map is a Hessian, hence symmetric."""
         return self.optimality is None
+
+    @property
+    def module_loss(self) -> ModuleLoss | None:
+        """The inner loss in two halves, model and loss of its outputs, for a problem of `from_module`; else None."""
+        loss = self.functions[0]
+        return loss if isinstance(loss, ModuleLoss) else None
 
     def bind(self, hparams: Tree, counts: Counter[str] | None = None) -> InnerProblem:
         """Return the inner problem at fixed hyperparameters.
@@ -377,4 +383,4 @@ class BilevelProblem:
         require_arguments("inner_loss", inner_loss, "model", "params", "hparams", *batched)
         require_arguments("outer_loss", outer_loss, "model", "params", "hparams")
         params, model_at = functional_model(module)
-        return cls(module_loss(inner_loss, model_at), module_loss(outer_loss, model_at), params, sampler=sampler)
+        return cls(ModuleLoss(inner_loss, model_at), ModuleLoss(outer_loss, model_at), params, sampler=sampler)
