@@ -199,7 +199,12 @@ class BilevelProblem:
             total = value if self.batch is None else value.sum()
         if not value.requires_grad:
             return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
-        both = torch.autograd.grad(total, x + u, materialize_grads=True)
+        found = torch.autograd.grad(total, x + u, allow_unused=True)
+        # Zeros of a single number: there may be millions of hyperparameters, which few outer losses depend on.
+        both = [
+            leaf.new_zeros(()).expand_as(leaf) if part is None else part
+            for part, leaf in zip(found, x + u, strict=True)
+        ]
         return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:

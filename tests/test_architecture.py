@@ -24,6 +24,7 @@ FLOORS = {
         "tree",
         "status",
         "cost",
+        "decay",
         "lanczos",
         "nystrom",
         "look",

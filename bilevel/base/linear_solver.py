@@ -16,6 +16,8 @@ from bilevel.options import default_tolerance
 from bilevel.status import GOOD, Verdict
 from bilevel.tree import Tree
 
+MODERATE = 20
+"""Binary exponents up to which a right-hand side is taken as it is, without a scaled copy."""
 BLOW_UP = 10.0
 """Relative residual above which a solve of a fixed number of products has failed; up to it, it is reported as it is."""
 
@@ -60,9 +62,9 @@ class LinearSystem:
     damping: float = 0.0
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Return (x0, b - A x0); a zero start costs no product."""
+        """Return (x0, b - A x0), not to be written to; a zero start costs no product, and no memory."""
         if self.x0 is None:
-            return torch.zeros_like(self.b), self.b
+            return self.b.new_zeros(()).expand_as(self.b), self.b
         return self.x0, self.b - self.matvec(self.x0)
 
 
@@ -154,19 +156,22 @@ class LinearSolver(ABC):
         """
         raveler = tree.Raveler(b)
         flat = raveler.ravel(b)
-        peak = float(flat.abs().max())
+        peak = float(torch.linalg.vector_norm(flat, torch.inf))
         if peak == 0:
             return LinearSolution(tree.zeros_like(b), 0.0, 0)
         # A power of two, so that nothing is rounded: squares of tiny (or huge) vectors must not leave the range.
-        unit = math.ldexp(1.0, math.frexp(peak)[1])
+        exponent = math.frexp(peak)[1]
+        unit = 1.0 if abs(exponent) <= MODERATE else math.ldexp(1.0, exponent)
 
         def product(v: Tensor) -> Tensor:
             return raveler.ravel(matvec(raveler.unravel(v)))
 
-        start = None if x0 is None else raveler.ravel(x0) / unit
+        start = None if x0 is None else raveler.ravel(x0)
+        if unit != 1.0:
+            flat, start = flat / unit, None if start is None else start / unit
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense, precondition, damping))
-        return replace(solution, x=raveler.unravel(solution.x * unit))
+        solution = self.solve_flat(LinearSystem(product, flat, start, tol, dense, precondition, damping))
+        return replace(solution, x=raveler.unravel(solution.x if unit == 1.0 else solution.x * unit))
 
     def solve_batch(
         self, matvec: Matvec, b: Tree, x0: Tree = None, *, dense: Callable[[], Tensor]

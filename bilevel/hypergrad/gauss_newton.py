@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.linearization import Linearization, pushforward, vector_jacobian
+from bilevel.linearization import Linearization, edges, pushforward, vector_jacobian
 from bilevel.modules import ModuleLoss
 from bilevel.tree import Tree
 
@@ -44,7 +44,7 @@ def gauss_newton(point: Linearization, loss: ModuleLoss) -> Callable[[Tree], Tre
     variables = [leaf for leaf in tree.leaves(free) if _moves(leaf)] + tree.leaves(own)
     with torch.enable_grad():
         value = loss.at_outputs(free, own, hparams, *batch)
-        slope = list(torch.autograd.grad(value, variables, create_graph=True, materialize_grads=True))
+        slope = edges(torch.autograd.grad(value, variables, create_graph=True, materialize_grads=True))
 
     def product(v: Tree) -> Tree:
         point.inner.counts["hvp"] += 1
@@ -52,7 +52,9 @@ def gauss_newton(point: Linearization, loss: ModuleLoss) -> Callable[[Tree], Tre
         bent = vector_jacobian(slope, variables, push(direct) + direct)
         by_outputs, by_params = bent[: len(moving)], bent[len(moving) :]
         through = vector_jacobian(moving, tree.leaves(params), by_outputs)
-        return tree.rebuild(point.params, [a + b for a, b in zip(through, by_params, strict=True)])
+        del bent
+        # One leaf after the other is let go of.
+        return tree.rebuild(point.params, [through.pop(0) + by_params.pop(0) for _ in direct])
 
     return product
 

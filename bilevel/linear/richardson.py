@@ -49,7 +49,9 @@ class _Richardson(LinearSolver):
         while steps < limit:
             if tol is not None and steps % every == 0 and bool(torch.linalg.vector_norm(r) <= tol * scale):
                 break
-            x = torch.add(x, r, alpha=h)
+            # In place, but for the caller's start; and the old residual has done its work.
+            x = torch.add(x, r, alpha=h, out=x if steps else None)
+            del r
             r = b - matvec(x)
             steps += 1
         residual = float(torch.linalg.vector_norm(r) / scale)

@@ -10,6 +10,7 @@ import certificates
 import curves
 import general
 import large_logistic
+import networks
 import overhead
 import quadratic
 import structured
@@ -21,7 +22,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: steadier on a busy machine)")
     torch.set_num_threads(parser.parse_args().threads)
     benchmarks = (
-        *(accuracy, unroll, quadratic, large_logistic, structured, general, batches, overhead, curves),
+        *(accuracy, unroll, quadratic, large_logistic, structured, general, networks, batches, overhead, curves),
         certificates,
     )
     passed = [benchmark.main() for benchmark in benchmarks]
