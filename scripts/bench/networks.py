@@ -34,7 +34,7 @@ WIDTHS, BATCH = (784, 1000, 200, 10), 32
 ESTIMATORS = {
     "10 CG steps, Gauss-Newton": bl.Implicit(bl.CG(steps=10), damping=0.1, curvature="gauss-newton"),
     "10 CG steps, Hessian": bl.Implicit(bl.CG(steps=10), damping=2.0),
-    "10 Neumann terms, Hessian": bl.Implicit(bl.Neumann(steps=10, step_size=0.1), damping=0.1),
+    "10 Neumann terms, Hessian": bl.Implicit(bl.Neumann(steps=10, step_size=0.1), damping=2.0),
 }
 
 
