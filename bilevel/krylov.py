@@ -143,14 +143,18 @@ def _step_by_step(
             run.negative = energy / float(torch.dot(p, p))
             return run
         length = (run.rr if run.rz is None else run.rz) / energy
-        x, r = torch.add(run.x, p, alpha=length), torch.sub(r, product, alpha=length)
+        # In place, but for the caller's vectors, and for those that a preconditioner may have handed back.
+        owned = run.steps > 0 and precondition is None
+        r = torch.sub(r, product, alpha=length, out=r if owned else None)
+        del product
+        x = torch.add(run.x, p, alpha=length)
         if precondition is None:
             z, rz = r, None
         else:
             z = precondition(r)
             rz = float(torch.dot(r, z))
         run.advance(x, energy, float(torch.dot(r, r)), rz)
-        p = torch.add(z, p, alpha=run.ratios[-1])
+        p = torch.add(z, p, alpha=run.ratios[-1], out=p if owned else None)
     return run
 
 

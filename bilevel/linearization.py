@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bilevel import members, tree
 from bilevel.tree import Tree
@@ -31,12 +32,18 @@ class Preconditioner:
     rough: bool = False
 
 
+Graph: TypeAlias = tuple[Sequence[Tensor | GradientEdge], list[Tensor], list[Tensor]]
+"""(gradient, params, hparams): leaves, and the graph between them; of the gradient its edges may be enough."""
+
+
 class Linearization:
     """The inner gradient linearised at ``(params, hparams)``; what several products share is computed once.
 
     A structured problem overrides `_hvp` and `_cross` (or `_vjp` alone), and `_cross_jvp` for forward mode. The
     defaults do one backward pass through the graph of the gradient for each product. `hvp` and `cross` build that graph
-    once and keep it; `vjp`, which a reverse sweep calls once at each point, frees it unless they hold it already.
+    once and keep it; `vjp`, which a reverse sweep calls once at each point, frees it unless they hold it already. Where
+    there are as many hyperparameters as parameters, the graph that is kept for `hvp` is smaller for being without them,
+    and `cross` builds one of its own.
 
     Args:
         inner: the bound problem.
@@ -49,7 +56,8 @@ class Linearization:
     def __init__(self, inner: InnerProblem, params: Tree) -> None:
         self.inner = inner
         self.params = params
-        self._gradient_graph: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+        self._gradient_graph: Graph | None = None
+        self._apart = tree.size(inner.hparams) >= tree.size(params)
         self._loss_graph: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
 
     @property
@@ -111,18 +119,18 @@ class Linearization:
 
     def _hvp(self, v: Tree) -> Tree:
         gradient, params, _ = self._gradients()
-        return tree.rebuild(self.params, _vjp(gradient, params, tree.leaves(v)))
+        return tree.rebuild(self.params, vector_jacobian(gradient, params, tree.leaves(v)))
 
     def _cross(self, v: Tree) -> Tree:
-        gradient, _, hparams = self._gradients()
-        return tree.rebuild(self.inner.hparams, _vjp(gradient, hparams, tree.leaves(v)))
+        gradient, _, hparams = self._graph_of_gradient() if self._apart else self._gradients()
+        return tree.rebuild(self.inner.hparams, vector_jacobian(gradient, hparams, tree.leaves(v)))
 
     def _vjp(self, v: Tree) -> tuple[Tree, Tree]:
         if type(self)._hvp is not Linearization._hvp:
             return self._hvp(v), self._cross(v)
-        held = self._gradient_graph
+        held = None if self._apart else self._gradient_graph
         gradient, params, hparams = held or self._graph_of_gradient()
-        both = _vjp(gradient, params + hparams, tree.leaves(v), retain_graph=held is not None)
+        both = vector_jacobian(gradient, params + hparams, tree.leaves(v), retain_graph=held is not None)
         cut = len(params)
         return tree.rebuild(self.params, both[:cut]), tree.rebuild(self.inner.hparams, both[cut:])
 
@@ -131,7 +139,7 @@ class Linearization:
             return tree.add(self._hvp(params_tangent), self._cross_jvp(hparams_tangent))
         tangents = tree.leaves(params_tangent) + tree.leaves(hparams_tangent)
         if self.inner.problem.optimality is not None:
-            gradient, params, hparams = self._gradients()
+            gradient, params, hparams = self._graph_of_gradient()
             return tree.rebuild(self.params, pushforward(gradient, params + hparams)(tangents))
         # H dx + C du is the params-gradient of the directional derivative of the loss: one backward pass.
         by_params, by_hparams, params, _ = self._loss_gradients()
@@ -152,23 +160,24 @@ class Linearization:
         params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
         with torch.enable_grad():
             gradient = tree.leaves(self.inner.problem.gradient_graph(params, hparams))
-            product = _vjp(gradient, tree.leaves(params), tree.leaves(v), create_graph=True)
+            product = vector_jacobian(gradient, tree.leaves(params), tree.leaves(v), create_graph=True)
             roots = tree.leaves(params) + tree.leaves(hparams)
             moving = [(p, c) for p, c in zip(product, tree.leaves(w), strict=True) if p.requires_grad]
             if not moving:
                 return tree.zeros_like(params), tree.zeros_like(hparams)
-            both = _vjp([p for p, _ in moving], roots, [c for _, c in moving])
+            both = vector_jacobian([p for p, _ in moving], roots, [c for _, c in moving])
         cut = len(tree.leaves(params))
         return tree.rebuild(params, both[:cut]), tree.rebuild(hparams, both[cut:])
 
-    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return (gradient, params, hparams) leaves with the graph from the gradient back to the roots, built once."""
+    def _gradients(self) -> Graph:
+        """Return the graph from the gradient back to params and, unless they are kept apart, hparams; built once."""
         if self._gradient_graph is None:
-            self._gradient_graph = self._graph_of_gradient()
+            gradient, params, hparams = self._graph_of_gradient(self._apart)
+            self._gradient_graph = edges(gradient), params, hparams
         return self._gradient_graph
 
-    def _graph_of_gradient(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
+    def _graph_of_gradient(self, apart: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        params, hparams = tree.attach(self.params), self.inner.hparams if apart else tree.attach(self.inner.hparams)
         with torch.enable_grad():
             gradient = self.inner.problem.gradient_graph(params, hparams)
         return tree.leaves(gradient), tree.leaves(params), tree.leaves(hparams)
@@ -185,8 +194,8 @@ class Linearization:
         return self._loss_graph
 
 
-def _vjp(
-    outputs: list[Tensor],
+def vector_jacobian(
+    outputs: Sequence[Tensor | GradientEdge],
     inputs: list[Tensor],
     cotangents: list[Tensor],
     *,
@@ -194,7 +203,8 @@ def _vjp(
     create_graph: bool = False,
 ) -> list[Tensor]:
     """Return ``sum_i cotangents_i' d outputs_i / d inputs``, zeros where there is no dependence."""
-    moving = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    pairs = zip(outputs, cotangents, strict=True)
+    moving: list[tuple[Any, Tensor]] = [(o, c) for o, c in pairs if isinstance(o, GradientEdge) or o.requires_grad]
     if not moving:
         return [torch.zeros_like(tensor) for tensor in inputs]
     return list(
@@ -209,6 +219,11 @@ def _vjp(
     )
 
 
+def edges(outputs: Sequence[Tensor]) -> list[Tensor | GradientEdge]:
+    """Return what `vector_jacobian` takes in place of outputs whose values are not needed: their graph alone."""
+    return [get_gradient_edge(each) if each.requires_grad else each for each in outputs]
+
+
 def pushforward(outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
     """Return the JVP ``tangents -> d outputs / d inputs @ tangents``, one backward pass for each call.
 
@@ -217,5 +232,5 @@ def pushforward(outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[list[T
     """
     with torch.enable_grad():
         cotangents = [torch.zeros_like(tensor, requires_grad=True) for tensor in outputs]
-        products = _vjp(outputs, inputs, cotangents, create_graph=True)
-    return lambda tangents: _vjp(products, cotangents, tangents)
+        products = edges(vector_jacobian(outputs, inputs, cotangents, create_graph=True))
+    return lambda tangents: vector_jacobian(products, cotangents, tangents)

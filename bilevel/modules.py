@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from bilevel.tree import Tree
 
 Model: TypeAlias = Callable[..., Any]
 
@@ -55,10 +58,37 @@ def functional_model(module: nn.Module) -> tuple[dict[str, Tensor], Callable[[di
     return params, at
 
 
-def module_loss(loss: Callable[..., Tensor], model_at: Callable[[dict[str, Tensor]], Model]) -> Callable[..., Tensor]:
-    """Return the function of (params, hparams, ...) that a loss of (model, params, hparams, ...) is."""
+@dataclass(frozen=True)
+class ModuleLoss:
+    """A loss of (model, params, hparams, ...) as a function of (params, hparams, ...).
 
-    def at(params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
-        return loss(model_at(params), params, hparams, *batch)
+    It is the composition of its two halves, ``z = outputs(params, ...)`` and ``at_outputs(z, params, ...)``, which
+    Gauss-Newton products need.
 
-    return at
+    Attributes:
+        loss: the user's function.
+        model_at: params -> model.
+    """
+
+    loss: Callable[..., Tensor]
+    model_at: Callable[[dict[str, Tensor]], Model]
+
+    def __call__(self, params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
+        """Return the loss."""
+        return self.loss(self.model_at(params), params, hparams, *batch)
+
+    def outputs(self, params: dict[str, Tensor], hparams: Any, *batch: Any) -> list[Tree]:
+        """Return what the model gives at each of the loss's calls of it, in their order."""
+        model, found = self.model_at(params), []
+
+        def recorded(*inputs: Any, **options: Any) -> Any:
+            found.append(model(*inputs, **options))
+            return found[-1]
+
+        self.loss(recorded, params, hparams, *batch)
+        return found
+
+    def at_outputs(self, outputs: list[Tree], params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
+        """Return the loss where each call of the model gives the next of `outputs`; the model is not run."""
+        feed = iter(outputs)
+        return self.loss(lambda *inputs, **options: next(feed), params, hparams, *batch)

@@ -28,7 +28,7 @@ from bilevel.inputs import (
     check_use,
     partial_gradients,
 )
-from bilevel.modules import functional_model, module_loss
+from bilevel.modules import ModuleLoss, functional_model
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
@@ -153,6 +153,12 @@ class BilevelProblem:
         """Whether the Jacobian of the optimality map is a Hessian, hence symmetric."""
         return self.optimality is None
 
+    @property
+    def module_loss(self) -> ModuleLoss | None:
+        """The inner loss in two halves, model and loss of its outputs, for a problem of `from_module`; else None."""
+        loss = self.functions[0]
+        return loss if isinstance(loss, ModuleLoss) else None
+
     def bind(self, hparams: Tree, counts: Counter[str] | None = None) -> InnerProblem:
         """Return the inner problem at fixed hyperparameters.
 
@@ -225,7 +231,12 @@ class BilevelProblem:
             total = value if self.batch is None else value.sum()
         if not value.requires_grad:
             return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
-        both = torch.autograd.grad(total, x + u, materialize_grads=True)
+        found = torch.autograd.grad(total, x + u, allow_unused=True)
+        # Zeros of a single number: there may be millions of hyperparameters, which few outer losses depend on.
+        both = [
+            leaf.new_zeros(()).expand_as(leaf) if part is None else part
+            for part, leaf in zip(found, x + u, strict=True)
+        ]
         return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
@@ -426,8 +437,8 @@ class BilevelProblem:
         )
         params, model_at = functional_model(module)
         return cls(
-            module_loss(inner_loss, model_at),
-            module_loss(outer_loss, model_at),
+            ModuleLoss(inner_loss, model_at),
+            ModuleLoss(outer_loss, model_at),
             params,
             sampler=sampler,
             fresh_batch=fresh_batch,

@@ -241,7 +241,10 @@ def test_extrapolation_says_why_it_did_not_happen() -> None:
         (lambda: bl.Implicit(balance="yes"), "`Implicit.balance` must be 'auto' or None, got 'yes'"),
         (lambda: bl.Implicit(budget=100), "`Implicit.budget` must be None without balance='auto', got 100"),
         (lambda: bl.Implicit(balance="auto", budget=8), "`Implicit.budget` must be at least 25 gradient-equivalents"),
-        (lambda: bl.Implicit(bl.GMRES(), balance="auto"), "`Implicit.linear_solver` must be CG where balance='auto'"),
+        (
+            lambda: bl.Implicit(bl.GMRES(), balance="auto"),
+            "`Implicit.linear_solver` must be CG, without `steps`, where balance='auto'",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_one_sentence(make: Any, sentence: str) -> None:

@@ -124,7 +124,7 @@ SENTENCES = {
         "`estimators.implicit.linear_solver.tol`: `CG.tol` must be a positive number or None, got -1.0."
     ),
     "estimators.implicit.linear_solver.tool=1": (
-        "`estimators.implicit.linear_solver.tool` is not an option of CG (tol, max_steps, check_every): "
+        "`estimators.implicit.linear_solver.tool` is not an option of CG (tol, max_steps, check_every, steps): "
         "did you mean `tol`?"
     ),
     "estimators.implicit.linear_solver=Adam": "got 'Adam', which is an inner solver.",

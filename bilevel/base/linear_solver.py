@@ -16,6 +16,11 @@ from bilevel.options import default_tolerance
 from bilevel.status import GOOD, Verdict
 from bilevel.tree import Tree
 
+MODERATE = 20
+"""Binary exponents up to which a right-hand side is taken as it is, without a scaled copy."""
+BLOW_UP = 10.0
+"""Relative residual above which a solve of a fixed number of products has failed; up to it, it is reported as it is."""
+
 
 @dataclass(frozen=True)
 class LinearSolution:
@@ -45,6 +50,7 @@ class LinearSystem:
         tol: relative residual to reach.
         dense: returns A as a matrix, where that is cheaper than `size` products.
         precondition: v -> an approximation of ``A^-1 v``, symmetric positive definite; None for none.
+        damping: the multiple of the identity that A is known to hold.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -53,11 +59,12 @@ class LinearSystem:
     tol: float
     dense: Callable[[], Tensor] | None = None
     precondition: Callable[[Tensor], Tensor] | None = None
+    damping: float = 0.0
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Return (x0, b - A x0); a zero start costs no product."""
+        """Return (x0, b - A x0), not to be written to; a zero start costs no product, and no memory."""
         if self.x0 is None:
-            return torch.zeros_like(self.b), self.b
+            return self.b.new_zeros(()).expand_as(self.b), self.b
         return self.x0, self.b - self.matvec(self.x0)
 
 
@@ -102,11 +109,6 @@ class BatchLinearSystem:
             return torch.zeros_like(self.b), self.b
         return self.x0, self.b - self.matvec(self.x0)
 
-    @property
-    def goals(self) -> Tensor:
-        """Squared residuals to reach, of shape (members,)."""
-        return self.tol**2 * torch.linalg.vecdot(self.b, self.b)
-
     def residuals(self, x: Tensor) -> Tensor:
         """Return ``|b_i - A_i x_i| / |b_i|``, and 0 where b_i is zero."""
         size = torch.linalg.vector_norm(self.b, dim=1)
@@ -135,6 +137,7 @@ class LinearSolver(ABC):
         tol: float | None = None,
         dense: Callable[[], Tensor] | None = None,
         precondition: Callable[[Tensor], Tensor] | None = None,
+        damping: float = 0.0,
     ) -> LinearSolution:
         """Solve ``A x = b``.
 
@@ -146,25 +149,29 @@ class LinearSolver(ABC):
             dense: returns A as a matrix, where that is cheaper than `size` products (used by `Direct`).
             precondition: an approximate inverse of A on flat vectors, symmetric positive definite (used by `CG`); it
                 changes the number of steps, never the residual that is reached.
+            damping: the multiple of the identity that `matvec` is known to hold (used by `Nystrom`).
 
         Returns:
             The last iterate with its true residual and a verdict; failure is never hidden and never raised.
         """
         raveler = tree.Raveler(b)
         flat = raveler.ravel(b)
-        peak = float(flat.abs().max())
+        peak = float(torch.linalg.vector_norm(flat, torch.inf))
         if peak == 0:
             return LinearSolution(tree.zeros_like(b), 0.0, 0)
         # A power of two, so that nothing is rounded: squares of tiny (or huge) vectors must not leave the range.
-        unit = math.ldexp(1.0, math.frexp(peak)[1])
+        exponent = math.frexp(peak)[1]
+        unit = 1.0 if abs(exponent) <= MODERATE else math.ldexp(1.0, exponent)
 
         def product(v: Tensor) -> Tensor:
             return raveler.ravel(matvec(raveler.unravel(v)))
 
-        start = None if x0 is None else raveler.ravel(x0) / unit
+        start = None if x0 is None else raveler.ravel(x0)
+        if unit != 1.0:
+            flat, start = flat / unit, None if start is None else start / unit
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense, precondition))
-        return replace(solution, x=raveler.unravel(solution.x * unit))
+        solution = self.solve_flat(LinearSystem(product, flat, start, tol, dense, precondition, damping))
+        return replace(solution, x=raveler.unravel(solution.x if unit == 1.0 else solution.x * unit))
 
     def solve_batch(
         self, matvec: Matvec, b: Tree, x0: Tree = None, *, dense: Callable[[], Tensor]

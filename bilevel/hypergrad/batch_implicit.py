@@ -9,7 +9,7 @@ from bilevel.base import BatchPullback, BatchSolution, Carry, InnerSolver, Linea
 from bilevel.cost import Meter
 from bilevel.hypergrad.batch_loop import begin_batch, run_batch
 from bilevel.hypergrad.batch_unroll import batch_solution
-from bilevel.hypergrad.damping import damped
+from bilevel.hypergrad.damping import damped, damped_matrix
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
@@ -49,8 +49,9 @@ def solve(
         cotangent = members.where(run.usable, cotangent, 0.0)
         before = Counter(meter.counts)
         point = inner.linearize(solved)
-        matvec, dense = damped(point, damping)
-        solution = linear_solver.solve_batch(matvec, cotangent, carry.adjoint, dense=dense)
+        solution = linear_solver.solve_batch(
+            damped(point.hvp, damping), cotangent, carry.adjoint, dense=damped_matrix(point, damping)
+        )
         by_hparams = tree.scale(-1.0, point.cross(solution.x))
         meter.sample()
         work = Counter(meter.counts)

@@ -15,7 +15,8 @@ from bilevel import tree
 from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.cost import Meter
 from bilevel.hypergrad import balanced, batch_implicit
-from bilevel.hypergrad.damping import damped
+from bilevel.hypergrad.damping import damped, damped_matrix
+from bilevel.hypergrad.gauss_newton import gauss_newton
 from bilevel.hypergrad.loop import begin, run_inner
 from bilevel.linear import CG
 from bilevel.options import is_number, is_positive, require
@@ -31,9 +32,17 @@ class Implicit(HypergradEstimator):
     certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved.
     Curvature that the inner solver keeps (`QuasiNewton`) preconditions CG.
 
+    For networks, whose inner problem is rarely solved, take a few products and report what they leave:
+    ``Implicit(CG(steps=10), damping=0.1, curvature="gauss-newton")``.
+
     Args:
-        linear_solver: CG, GMRES, Neumann, FixedPointIteration or Direct.
-        damping: added to the diagonal of the Hessian; biases the hypergradient, and lifts negative curvature.
+        linear_solver: CG, GMRES, Neumann, FixedPointIteration, Direct or Nystrom.
+        damping: added to the diagonal of the Hessian, for every linear solver; biases the hypergradient, and lifts
+            negative curvature. The adjoint residual is that of the damped system.
+        curvature: "hessian", or "gauss-newton" for a problem of `BilevelProblem.from_module`: the Hessian without the
+            model's own curvature, positive semidefinite wherever the loss is convex in the model's outputs and params
+            (see `bilevel.hypergrad.gauss_newton`). It biases the hypergradient unless the model is linear or fits the
+            data; the adjoint residual is that of the Gauss-Newton system.
         balance: "auto" lets forward run and CG share the work so that their relative residuals agree, at an
             extrapolated iterate; the certificate then carries an error estimate without `certify`. Negative curvature
             is noticed, and the rest of the budget goes into a truncated unrolled tail instead. It needs CG, of which
@@ -44,33 +53,44 @@ class Implicit(HypergradEstimator):
             ``solver.steps``; None: the solver's own rule ends the forward run and CG follows it.
 
     >>> Implicit().linear_solver
-    CG(tol=None, max_steps=None, check_every=None)
+    CG(tol=None, max_steps=None, check_every=None, steps=None)
     """
 
     linear_solver: LinearSolver = field(default_factory=CG)
     damping: float = 0.0
     balance: str | None = None
     budget: float | None = None
+    curvature: str = "hessian"
 
     def __post_init__(self) -> None:
         require(self, "balance", "'auto' or None", self.balance in (None, "auto"))
+        kinds = ("hessian", "gauss-newton")
+        require(self, "curvature", "'hessian' or 'gauss-newton'", self.curvature in kinds)
         require(self, "budget", "a positive number or None", self.budget is None or is_positive(self.budget))
         if self.budget is not None:
             require(self, "budget", "None without balance='auto'", self.balance == "auto")
             what = f"at least {balanced.LEAST:g} gradient-equivalents (one step, one CG step and the looks at both)"
             require(self, "budget", what, self.budget >= balanced.LEAST)
         if self.balance == "auto":
-            require(self, "linear_solver", "CG where balance='auto'", isinstance(self.linear_solver, CG))
+            plain = isinstance(self.linear_solver, CG) and self.linear_solver.steps is None
+            require(self, "linear_solver", "CG, without `steps`, where balance='auto'", plain)
+            require(self, "curvature", "'hessian' where balance='auto'", self.curvature == "hessian")
         require(self, "linear_solver", "a LinearSolver, such as CG()", isinstance(self.linear_solver, LinearSolver))
         require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a symmetric linear solver for an optimality map, and a balanced run on batches.
+        """Refuse a symmetric linear solver for an optimality map, and what needs a problem of another kind.
 
         Raises:
-            ValueError: if the solver needs symmetry that the problem does not promise; for a balanced run on batches.
+            ValueError: if the solver needs symmetry that the problem does not promise; for a balanced run on batches;
+                for Gauss-Newton products of a loss whose model is not known.
         """
         super().check(problem, solver, hparams)
+        if self.curvature == "gauss-newton" and problem.module_loss is None:
+            raise ValueError(
+                "`Implicit.curvature` 'gauss-newton' needs a single problem of `BilevelProblem.from_module`, whose "
+                "loss says what the model's outputs are: use curvature='hessian', with damping where it is indefinite."
+            )
         if self.balance == "auto" and problem.sampler is not None:
             raise ValueError(
                 "`Implicit.balance` compares steps of one inner loss, but this problem has a sampler, whose steps see "
@@ -104,12 +124,18 @@ class Implicit(HypergradEstimator):
 
         def pullback(cotangent: Tree) -> Pullback:
             point = inner.linearize(solved)
-            matvec, dense = damped(point, self.damping)
+            loss = problem.module_loss if self.curvature == "gauss-newton" else None
+            product = point.hvp if loss is None else gauss_newton(point, loss)
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
             kept = run.state.kept
             precondition = None if kept is None else point.preconditioner(kept).apply
             solution = self.linear_solver.solve(
-                matvec, cotangent, carry.adjoint, dense=dense, precondition=precondition
+                damped(product, self.damping),
+                cotangent,
+                carry.adjoint,
+                dense=damped_matrix(point, self.damping) if loss is None else None,
+                precondition=precondition,
+                damping=self.damping,
             )
             meter.sample()
             return Pullback(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel.inputs import check_tensor, check_trees
+from bilevel.inputs import Reads, check_tensor, check_trees
 from bilevel.options import is_int, require
 from bilevel.problem import BilevelProblem
 from bilevel.problems.data_problem import DataProblem
@@ -150,7 +150,7 @@ class MLPProblem(DataProblem):
                 figures[f"{name}_accuracy"] = float((z.argmax(1) == split.y).double().mean())
         return figures
 
-    def check(self, params: Tree, hparams: Tree) -> None:
+    def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at shapes, dtype and device.
 
         Raises:

@@ -11,6 +11,7 @@ import cleaning
 import curves
 import general
 import large_logistic
+import networks
 import overhead
 import quadratic
 import structured
@@ -22,7 +23,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: steadier on a busy machine)")
     torch.set_num_threads(parser.parse_args().threads)
     benchmarks = (
-        *(accuracy, unroll, quadratic, large_logistic, structured, general, batches, overhead, curves),
+        *(accuracy, unroll, quadratic, large_logistic, structured, general, networks, batches, overhead, curves),
         certificates,
         cleaning,
     )
