@@ -1,0 +1,308 @@
+"""Checks of the two losses and of their first derivatives: nothing here needs an inner solution."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.check.captured import captured, versions
+from bilevel.check.differences import derivative, largest_jump
+from bilevel.check.report import Finding
+from bilevel.check.subject import DIRECTIONS, Subject
+from bilevel.tree import Tree
+
+UNTRUSTED = 0.1
+"""A difference whose own uncertainty is above this share of it decides nothing."""
+JUMP = 1e-6
+"""A jump below this share of the largest value is rounding."""
+
+
+def inputs(subject: Subject) -> Finding:
+    """Look at trees, dtypes, devices and values, as every call of `hypergradient` does."""
+    subject.problem.check(subject.start, subject.hparams)
+    like = tree.leaves(subject.start)[0]
+    odd = [
+        f"`{name}` is {tensor.dtype} on {tensor.device}"
+        for name, tensor in captured(subject.problem)
+        if tensor.is_floating_point() and (tensor.dtype, tensor.device) != (like.dtype, like.device)
+    ]
+    if odd:
+        return Finding(
+            "inputs",
+            "note",
+            f"{odd[0]}, but params are {like.dtype} on {like.device}: torch converts or refuses at every call; "
+            f"move it once{_others(odd)}.",
+            len(odd),
+        )
+    for name, leaf in zip(tree.names(subject.hparams), tree.leaves(subject.hparams), strict=True):
+        largest = float(leaf.abs().max())
+        if largest > 30:
+            return Finding(
+                "inputs",
+                "note",
+                f"`hparams{name}` holds a number as large as {largest:.3g}: as a logarithm that is beyond what the "
+                "dtype resolves, and as it stands it needs large steps: change the scale.",
+                largest,
+            )
+    return Finding("inputs", "ok", "trees, shapes, dtypes, devices and values fit.")
+
+
+def _others(found: list[str]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+# Determinism -------------------------------------------------------------------------------------------------------
+
+
+def evaluation(subject: Subject) -> list[Tensor]:
+    """Return both losses and the inner gradient at the start, as bits to compare."""
+    values = subject.values(subject.start, subject.hparams)
+    return [*values, *tree.leaves(subject.gradient(subject.start, subject.hparams))]
+
+
+def determinism(subject: Subject) -> Finding:
+    """Call both losses twice, with calls elsewhere in between: the bits must be the same, and no state may move."""
+    generators, states = _generators(), versions(subject.problem)
+    first = evaluation(subject)
+    subject.values(subject.away[0], subject.hparams)
+    difference = _apart(first, evaluation(subject))
+    moved = [name for name, state in _generators().items() if not _same(state, generators[name])]
+    changed = [name for name, version in versions(subject.problem).items() if version != states.get(name, version)]
+    if difference > 0:
+        return Finding("determinism", "fault", _cause(difference, moved, changed), difference)
+    if moved or changed:
+        what = f"draw from {moved[0]}" if moved else f"write into `{changed[0]}`"
+        return Finding(
+            "determinism", "note", f"the losses {what}, although two calls give the same bits: is that meant?"
+        )
+    if subject.problem.sampler is not None and (finding := _sampler(subject)):
+        return finding
+    return Finding("determinism", "ok", "two calls with the same arguments give the same bits.", 0.0)
+
+
+def still_the_same(first: list[Tensor], subject: Subject) -> Finding | None:
+    """Return a fault if the losses no longer give the bits that they gave before all other checks."""
+    difference = _apart(first, evaluation(subject))
+    if difference == 0:
+        return None
+    return Finding("determinism", "fault", _cause(difference, [], []), difference)
+
+
+def _sampler(subject: Subject) -> Finding | None:
+    sampler: Any = subject.problem.sampler
+    first = [leaf.clone() for leaf in tree.leaves(sampler(0))]
+    sampler(1)
+    difference = _apart(first, tree.leaves(sampler(0)))
+    if difference == 0:
+        return None
+    return Finding(
+        "determinism",
+        "fault",
+        "the sampler returns another batch when a step is asked for again, so the way back differentiates other steps "
+        "than were taken: make it a function of the step index alone, such as MiniBatches.",
+        difference,
+    )
+
+
+def _cause(difference: float, moved: list[str], changed: list[str]) -> str:
+    same = f"the same call gives other numbers (relative difference {difference:.1e})"
+    if moved:
+        return (
+            f"{same} and draws from {moved[0]}: dropout, shuffling or noise at each call has no hypergradient; call "
+            "module.eval(), draw once outside of the loss, or hand batches over by MiniBatches."
+        )
+    if changed:
+        return f"{same}: a loss writes into `{changed[0]}`; keep what changes in params, or work on a copy."
+    return (
+        f"{same} without drawing random numbers: a loss depends on a state that moves from call to call (a counter, a "
+        "running statistic, a cache); make it a function of params and hparams alone."
+    )
+
+
+def _generators() -> dict[str, Any]:
+    """Return the states of the generators that a loss may draw from without being given one."""
+    found: dict[str, Any] = {"torch's global generator": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        found["CUDA's generator"] = torch.cuda.get_rng_state()
+    found["numpy's global generator"] = np.random.get_state()[1]
+    found["Python's `random`"] = random.getstate()
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(torch.equal(a, b)) if isinstance(a, Tensor) else bool(np.all(a == b))
+
+
+def _apart(first: list[Tensor], second: list[Tensor]) -> float:
+    """Return the largest relative difference; zero for the same bits, with NaN equal to NaN."""
+    largest = 0.0
+    for a, b in zip(first, second, strict=True):
+        if a.shape != b.shape:
+            return math.inf
+        if not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            size = float(torch.linalg.vector_norm(a.detach().double()))
+            apart = float(torch.linalg.vector_norm(a.detach().double() - b.detach().double()))
+            largest = max(largest, apart / size if size > 0 else apart)
+    return largest
+
+
+# First derivatives --------------------------------------------------------------------------------------------------
+
+
+def gradients(subject: Subject, which: str) -> Finding:
+    """Compare the gradient of a loss with differences of its values, along random directions at two points."""
+    name = f"{which} gradient"
+    if which == "inner" and subject.problem.optimality is not None:
+        return Finding(name, "not applicable", "the problem is stated by an optimality map.")
+    worst, where = 0.0, ""
+    for place, params in subject.points():
+        for what, value, gradient in _partial_gradients(subject, which, params):
+            for leaf, error in _leaf_errors(subject, which, what, params, value, gradient):
+                if error > worst:
+                    worst, where = error, f"`{what}{leaf}` {place}"
+    if worst <= subject.tolerance():
+        return Finding(name, "ok", "agrees with differences of the loss's values.", worst)
+    return Finding(
+        name,
+        "fault",
+        f"the gradient of the {which} loss by {where} differs from differences of its values by {worst:.1e}: a "
+        "hand-written backward is wrong, a part is detached or turned into a number, or the dtype cancels digits.",
+        worst,
+    )
+
+
+def _partial_gradients(subject: Subject, which: str, params: Tree) -> list[tuple[str, Tree, Tree]]:
+    if which == "inner":
+        return [("params", params, subject.gradient(params, subject.hparams))]
+    _, by_params, by_hparams = subject.problem.outer_value_and_grads(params, subject.hparams)
+    return [("params", params, by_params), ("hparams", subject.hparams, by_hparams)]
+
+
+def _leaf_errors(
+    subject: Subject, which: str, what: str, params: Tree, value: Tree, gradient: Tree
+) -> list[tuple[str, float]]:
+    """Return the relative error of the derivative along random directions of each leaf."""
+    errors = []
+    length = float(tree.norm(gradient))
+    for position, leaf in enumerate(tree.names(value)):
+        worst = 0.0
+        for index in range(DIRECTIONS):
+            direction = only_leaf(subject.direction(value, 10 * position + index), position)
+            along = float(tree.dot(gradient, direction))
+            function = _along(subject, which, what, params, direction)
+            error = relative_error(along, *derivative(function), 0.1 * length / tree.size(value) ** 0.5)
+            worst = max(worst, error)
+        errors.append((leaf, worst))
+    return errors
+
+
+def _along(subject: Subject, which: str, what: str, params: Tree, direction: Tree) -> Callable[[float], float]:
+    """Return t -> the loss, with one of its arguments moved by t along a direction."""
+    x, u, d = (subject.widened(each) for each in (params, subject.hparams, direction))
+    loss = subject.loss(which)
+
+    def function(t: float) -> float:
+        with torch.no_grad(), subject.wide():
+            value = loss(tree.add(x, d, t), u) if what == "params" else loss(x, tree.add(u, d, t))
+        return float(value)
+
+    return function
+
+
+def only_leaf(values: Tree, position: int) -> Tree:
+    """Return the tree with zeros in every leaf but one."""
+    leaves = [leaf if index == position else torch.zeros_like(leaf) for index, leaf in enumerate(tree.leaves(values))]
+    return tree.rebuild(values, leaves)
+
+
+def relative_error(claimed: float, measured: float, uncertainty: float, floor: float) -> float:
+    """Return how far a claimed derivative is from a measured one, relative to the larger of them and to a floor.
+
+    Args:
+        claimed: the derivative that is checked.
+        measured: the derivative by differences.
+        uncertainty: how far `measured` can be trusted.
+        floor: a size below which differences do not count.
+
+    Returns:
+        The error; zero where the measurement decides nothing.
+    """
+    size = max(abs(claimed), abs(measured), floor)
+    if not math.isfinite(claimed):
+        return math.inf
+    if size == 0 or not uncertainty <= UNTRUSTED * size:
+        return 0.0
+    return max(0.0, abs(claimed - measured) - 10 * uncertainty) / size
+
+
+def jumps(subject: Subject) -> Finding:
+    """Search both losses for jumps along random segments of params and of hparams."""
+    for which in ("inner", "outer"):
+        if which == "inner" and subject.problem.optimality is not None:
+            continue
+        for what, a, b in (
+            ("params", subject.start, subject.away[0]),
+            ("hparams", subject.hparams, subject.away[1]),
+        ):
+            jump, size = largest_jump(_segment(subject, which, what, a, b))
+            if jump > JUMP * size:
+                return Finding(
+                    "jumps",
+                    "fault",
+                    f"the {which} loss jumps by {jump:.2g} as {what} move (rounding, argmax, a comparison, a count), "
+                    "and its derivative does not see that: use a smooth stand-in, such as a sigmoid or softmax.",
+                    jump,
+                )
+    return Finding("jumps", "ok", "both losses are continuous along random segments.", 0.0)
+
+
+def _segment(subject: Subject, which: str, what: str, a: Tree, b: Tree) -> Callable[[float], tuple[float, float]]:
+    """Return t -> (loss, slope) on the way from a to b of one argument."""
+    loss = subject.loss(which)
+    a, b, start, hparams = (subject.widened(each) for each in (a, b, subject.start, subject.hparams))
+    chord = tree.add(b, a, -1.0)
+
+    def function(t: float) -> tuple[float, float]:
+        point = tree.attach(tree.add(a, chord, t))
+        with torch.enable_grad(), subject.wide():
+            value = loss(point, hparams) if what == "params" else loss(start, point)
+            if not value.requires_grad:
+                return float(value), 0.0
+            slopes = torch.autograd.grad(value, tree.leaves(point), materialize_grads=True)
+        return float(value.detach()), float(tree.dot(tree.rebuild(point, slopes), chord))
+
+    return function
+
+
+def precision(subject: Subject) -> Finding:
+    """Compare the inner gradient with the same operations in float64."""
+    if not subject.widens or subject.problem.optimality is not None:
+        why = "the problem is in float64." if subject.dtype == torch.float64 else "the losses do not run in float64."
+        return Finding("precision", "not applicable", why)
+    worst = 0.0
+    for _, params in subject.points():
+        roots, hparams = tree.attach(subject.widened(params)), subject.widened(subject.hparams)
+        with subject.wide():
+            loss = subject.problem.inner_loss(roots, hparams)
+            exact = torch.autograd.grad(loss, tree.leaves(roots), materialize_grads=True)
+        ours = tree.leaves(subject.gradient(params, subject.hparams))
+        size = float(tree.norm(list(exact)))
+        apart = float(tree.norm([a.double() - b for a, b in zip(ours, exact, strict=True)]))
+        worst = max(worst, apart / size if size > 0 else 0.0)
+    allowed = 1e4 * subject.eps
+    if worst <= allowed:
+        return Finding("precision", "ok", f"the inner gradient in {subject.dtype} agrees with float64.", worst)
+    return Finding(
+        "precision",
+        "fault",
+        f"the inner gradient in {subject.dtype} is off by {worst:.1e} from the same operations in float64 "
+        "(cancellation): use float64, center the data, or write it with logsumexp, log1p, expm1 and the like.",
+        worst,
+    )
