@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.explain import explained
 from bilevel.tree import Tree
+
+NO_PARAMS = "`inner_loss` does not depend on `params`: is the computation detached?"
+NO_PARAMS_NOR_HPARAMS = "`outer_loss` does not depend on `params` nor on `hparams`: is the computation detached?"
 
 
 def check_trees(params: Tree, hparams: Tree) -> None:
@@ -71,7 +75,8 @@ def check_tensors(what: str, value: Tree) -> None:
 def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: Tree) -> Tensor:
     """Evaluate a loss at the start and refuse what is no finite scalar Tensor."""
     try:
-        value = loss(params, hparams)
+        with explained(f"`{what}`"):
+            value = loss(params, hparams)
     except RuntimeError as error:
         first = tree.leaves(params)[0]
         raise ValueError(
@@ -83,32 +88,62 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
         raise ValueError(f"`{what}` must return a scalar Tensor (shape ()), got {got}.")
     if not torch.isfinite(value):
         raise ValueError(f"`{what}` is {float(value.detach())} at the start: are there NaN in the data or the start?")
-    unused = not value.requires_grad
-    if what == "inner_loss" and not unused:
-        by_params = torch.autograd.grad(value, tree.leaves(params), retain_graph=True, allow_unused=True)
-        unused = all(part is None for part in by_params)
-    if unused:
-        of = "`params`" if what == "inner_loss" else "`params` nor on `hparams`"
-        raise ValueError(f"`{what}` does not depend on {of}: is the computation detached?")
+    if not value.requires_grad:
+        raise ValueError(NO_PARAMS if what == "inner_loss" else NO_PARAMS_NOR_HPARAMS)
     return value
 
 
-def check_influence(what: str, gradient: Tree, outer: Tensor, hparams: Tree) -> None:
-    """Refuse hyperparameters whose hypergradient would be a silent zero.
+def check_use(inner: Tensor, outer: Tensor, params: Tree) -> None:
+    """Refuse params that cannot move, or whose motion nobody sees.
+
+    A leaf counts as used where it is in the graph of a loss: its gradient may be zero at the start.
+
+    Args:
+        inner: the inner loss with its graph.
+        outer: the outer loss with its graph.
+        params: inner variable that requires gradients.
+
+    Raises:
+        ValueError: for an inner loss that uses no params, else with the first leaf that neither loss uses.
+    """
+    x = tree.leaves(params)
+    with explained("`inner_loss`"):
+        by_inner = torch.autograd.grad(inner, x, allow_unused=True)
+    unused = [index for index, part in enumerate(by_inner) if part is None]
+    if len(unused) == len(x):
+        raise ValueError(NO_PARAMS)
+    if not unused:
+        return
+    by_outer = torch.autograd.grad(outer, [x[index] for index in unused], retain_graph=True, allow_unused=True)
+    for index, part in zip(unused, by_outer, strict=True):
+        if part is None:
+            raise ValueError(
+                f"`params{tree.names(params)[index]}` is used by neither loss: leave it out of `params`, or in a "
+                "module freeze it by requires_grad_(False)."
+            )
+
+
+def check_influence(what: str, gradient: Tree, outer: Tensor, params: Tree, hparams: Tree) -> None:
+    """Refuse hyperparameters whose hypergradient would be a silent zero, after one product of second derivatives.
 
     Args:
         what: how messages call the function behind the gradient.
         gradient: the inner gradient, or the optimality map, with its graph.
         outer: the outer loss with its graph.
+        params: inner variable that requires gradients.
         hparams: hyperparameters that require gradients.
 
     Raises:
+        DerivativeError: for a gradient that cannot be differentiated.
         ValueError: with the first hyperparameter that has no influence.
     """
-    u = tree.leaves(hparams)
+    x, u = tree.leaves(params), tree.leaves(hparams)
     moving = [leaf for leaf in tree.leaves(gradient) if leaf.requires_grad]
     ones = [torch.ones_like(leaf) for leaf in moving]
-    inner = torch.autograd.grad(moving, u, ones, allow_unused=True) if moving else [None] * len(u)
+    # Nothing is read of the part by params, but it shows before the work what an HVP would run into.
+    with explained(f"`{what}`"):
+        both = torch.autograd.grad(moving, x + u, ones, allow_unused=True) if moving else [None] * len(x + u)
+    inner = both[len(x) :]
     direct = torch.autograd.grad(outer, u, allow_unused=True) if outer.requires_grad else [None] * len(u)
     for name, by_inner, by_outer in zip(tree.names(hparams), inner, direct, strict=True):
         if by_inner is None and (by_outer is None or not any(g is not None for g in inner)):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
-from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees
+from bilevel.explain import check_second_derivatives, explained
+from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees, check_use
 from bilevel.modules import functional_model, module_loss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
@@ -236,19 +237,23 @@ class BilevelProblem:
             hparams: hyperparameters.
 
         Raises:
-            ValueError: one sentence for trees that do not fit, losses that are not finite scalars, and hyperparameters
-                without influence on the inner problem.
+            ValueError: one sentence for trees that do not fit, losses that are not finite scalars, params that neither
+                loss uses, and hyperparameters without influence on the inner problem.
+            DerivativeError: a ValueError, for an inner loss that torch cannot differentiate twice; one HVP shows it.
         """
         if self.batch is not None:
             return batches.check(self, params, hparams)
         check_trees(params, hparams)
         params, hparams = tree.attach(params), tree.attach(hparams)
-        with torch.enable_grad():
-            if self.optimality is None:
-                check_scalar("inner_loss", self.inner_loss, params, hparams)
+        what = "inner_loss" if self.optimality is None else "optimality"
+        with torch.enable_grad(), explained(f"`{what}`"):
+            inner = None if self.optimality else check_scalar("inner_loss", self.inner_loss, params, hparams)
             outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
+            if inner is not None:
+                check_use(inner, outer, params)
+                check_second_derivatives("`inner_loss`", inner)
             gradient = self.gradient_graph(params, hparams)
-        check_influence("inner_loss" if self.optimality is None else "optimality", gradient, outer, hparams)
+            check_influence(what, gradient, outer, params, hparams)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return a problem of `size` members side by side.

@@ -37,6 +37,7 @@ FLOORS = {
         "sums",
         "members",
         "inputs",
+        "explain",
     ),
     2: ("linearization", "oracles", "certifiable", "traced", "batches", "problem"),
     3: ("base",),

@@ -87,6 +87,8 @@ class HypergradEstimator(ABC):
 
     measures_memory: ClassVar[bool] = True
     """Whether peak memory is measured: not worth the time where nothing grows with the number of steps."""
+    second_derivatives: ClassVar[bool] = True
+    """Whether derivatives of the inner gradient are taken, so that a loss without them is refused before the work."""
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a combination that the estimator does not cover, with one sentence (ValueError); default: accept."""

@@ -10,6 +10,7 @@ from bilevel import tree
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Meter
+from bilevel.explain import DerivativeError, explained
 from bilevel.hypergrad.arguments import check_carry, check_roles
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, finite_loss
 from bilevel.problem import BilevelProblem
@@ -45,6 +46,7 @@ def hypergradient(
     check: bool = True,
     on_failure: OnFailure = "raise",
 ) -> BatchEstimate: ...
+@explained()
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
@@ -162,11 +164,16 @@ def prepare(
     Raises:
         ValueError: for arguments in the wrong order, or a class in the place of its instance; the problem's and the
             estimator's checks raise their own.
+        DerivativeError: a ValueError, for an inner loss without the second derivatives that the estimator takes.
     """
     check_roles(problem, solver, estimator)
     start = problem.start(params)
     if check:
-        problem.check(start, hparams)
+        try:
+            problem.check(start, hparams)
+        except DerivativeError:
+            if estimator.second_derivatives:
+                raise
         estimator.check(problem, solver, hparams)
     return tree.detach(hparams), start
 

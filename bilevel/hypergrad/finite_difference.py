@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,8 @@ class FiniteDifference(HypergradEstimator):
     >>> FiniteDifference(step=1e-4).step
     0.0001
     """
+
+    second_derivatives: ClassVar[bool] = False
 
     step: float | None = None
 

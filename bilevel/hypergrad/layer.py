@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
 from bilevel.cost import Meter
+from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
 from bilevel.problem import BilevelProblem
 from bilevel.status import report
@@ -85,6 +86,7 @@ class _Solution(torch.autograd.Function):
     """
 
     @staticmethod
+    @explained()
     def forward(call: _Call, *leaves: Tensor) -> tuple[Tensor, ...]:
         hparams = tree.rebuild(call.like, [leaf.detach() for leaf in leaves])
         hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
@@ -113,6 +115,7 @@ class _Pullback(torch.autograd.Function):
     """The backward pass of `_Solution`, a node of its own because `torch.func.jacrev` maps it over cotangents."""
 
     @staticmethod
+    @explained()
     def forward(call: _Call, index: Tensor, *cotangents: Tensor) -> tuple[Tensor, ...]:
         solved = call.found[int(index)]
         pulled = solved.pullback(tree.rebuild(solved.params, cotangents))
