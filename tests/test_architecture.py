@@ -37,6 +37,7 @@ FLOORS = {
         "sums",
         "members",
         "inputs",
+        "blame",
         "explain",
     ),
     2: ("linearization", "oracles", "certifiable", "traced", "batches", "problem"),

@@ -44,7 +44,7 @@ def widened(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def derivative(function: Callable[[float], float], first: float = FIRST) -> tuple[float, float]:
+def derivative(function: Callable[[float], float], first: float = FIRST, levels: int = LEVELS) -> tuple[float, float]:
     """Return the derivative at zero of a function of one number, and how far it can be trusted.
 
     Steps at which the function is not finite are left out.
@@ -52,6 +52,7 @@ def derivative(function: Callable[[float], float], first: float = FIRST) -> tupl
     Args:
         function: t -> value.
         first: the largest step.
+        levels: the most steps.
 
     Returns:
         (derivative, uncertainty); infinite uncertainty where nothing could be evaluated.
@@ -62,7 +63,7 @@ def derivative(function: Callable[[float], float], first: float = FIRST) -> tupl
     """
     best, uncertainty = math.nan, math.inf
     row: list[float] = []
-    for level in range(LEVELS):
+    for level in range(levels):
         h = first / SHRINK**level
         quotient = (function(h) - function(-h)) / (2 * h)
         if not math.isfinite(quotient):
@@ -76,7 +77,7 @@ def derivative(function: Callable[[float], float], first: float = FIRST) -> tupl
             if apart <= uncertainty:
                 best, uncertainty = following[-1], apart
         # Where the extrapolations get worse, rounding has taken over.
-        if row and abs(following[-1] - row[-1]) > 2 * uncertainty and level > 4:
+        if row and abs(following[-1] - row[-1]) > 2 * uncertainty and level >= 3:
             break
         row = following
     return best, uncertainty

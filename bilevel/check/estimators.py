@@ -23,8 +23,8 @@ MOST_DIRECTIONS = 4
 """Directions of hparams along which whole inner solves are compared."""
 MOST_NUMBERS = 20_000_000
 """A full unroll that would store more numbers than this is left out."""
-FIRST = 0.02
-"""The largest step of a difference of inner solves."""
+FIRST, LEVELS = 0.02, 5
+"""The largest step of a difference of inner solves, and how many there are."""
 
 
 def estimators(subject: Subject, solved: Solved, tail: int | None) -> list[Finding]:
@@ -45,7 +45,10 @@ def estimators(subject: Subject, solved: Solved, tail: int | None) -> list[Findi
     truth = [_slope(subject, converged, solved.params, direction) for direction in directions]
     findings = [_implicit(subject, converged, solved, directions, truth)]
     if not subject.solver.unrolls:
-        return [*findings, Finding("unrolling", "not applicable", f"{type(subject.solver).__name__} has no derivative.")]
+        return [
+            *findings,
+            Finding("unrolling", "not applicable", f"{type(subject.solver).__name__} has no derivative."),
+        ]
     if solved.run.steps * tree.size(subject.start) > MOST_NUMBERS:
         return [*findings, Finding("unrolling", "not applicable", "the run is too long to store all its steps here.")]
     findings.append(_full(subject, solved, directions, truth))
@@ -63,7 +66,7 @@ def _directions(subject: Subject) -> list[Tree]:
 
 def _slope(subject: Subject, solver: InnerSolver, start: Tree, direction: Tree) -> tuple[float, float]:
     """Return the derivative of the outer loss after inner solves, along a direction, and its uncertainty."""
-    return derivative(_objective(subject, solver, start, direction), FIRST)
+    return derivative(_objective(subject, solver, start, direction), FIRST, LEVELS)
 
 
 def _objective(subject: Subject, solver: InnerSolver, start: Tree, direction: Tree) -> Callable[[float], float]:
@@ -113,7 +116,11 @@ def _taken(
 
 
 def _implicit(
-    subject: Subject, solver: InnerSolver, solved: Solved, directions: Sequence[Tree], truth: Sequence[tuple[float, float]]
+    subject: Subject,
+    solver: InnerSolver,
+    solved: Solved,
+    directions: Sequence[Tree],
+    truth: Sequence[tuple[float, float]],
 ) -> Finding:
     name = "Implicit"
     linear_solver = CG() if subject.problem.symmetric else GMRES()

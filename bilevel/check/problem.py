@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import InnerSolver
@@ -17,14 +18,12 @@ from bilevel.explain import explain
 from bilevel.hypergrad import Implicit
 from bilevel.hypergrad.arguments import check_roles
 from bilevel.inner import GradientDescent
+from bilevel.options import default_tolerance
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
 DEFAULT_STEPS = 2_000
 """Steps of the inner solver where the caller names none."""
-LOSSES = ("inner gradient", "outer gradient", "jumps", "precision", "double backward")
-SECOND = ("second derivatives", "symmetry")
-SOLUTION = ("inner solve", "influence", "curvature", "contraction", "estimators")
 
 
 def check_problem(
@@ -59,11 +58,16 @@ def check_problem(
     >>> check_problem(problem, torch.zeros(2, dtype=torch.float64)).ok
     True
     """
-    solver = GradientDescent(steps=DEFAULT_STEPS, tol=1e-9) if solver is None else solver
+    solver = _default_solver(hparams) if solver is None else solver
     check_roles(problem, solver, Implicit())
     if problem.batch is not None:
         raise ValueError(f"`check_problem` takes one problem, got a batch of {problem.batch}: check batch.member(i).")
     return ProblemReport(examine(problem, solver, hparams, params, seed))
+
+
+def _default_solver(hparams: Tree) -> InnerSolver:
+    found = [leaf for leaf in tree.leaves(hparams) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return GradientDescent(steps=DEFAULT_STEPS, tol=10 * default_tolerance(found[0].dtype) if found else None)
 
 
 def examine(problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, seed: int = 0) -> list[Finding]:
@@ -74,10 +78,10 @@ def examine(problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params:
         return [Finding("inputs", "fault", str(error))]
     findings = [_guarded("inputs", losses.inputs, subject)]
     if findings[0].verdict == "fault":
-        return [*findings, *_skipped(LOSSES + SECOND + SOLUTION, "the inputs are refused")]
+        return [*findings, _skipped("the inputs are refused")]
     findings.append(_guarded("determinism", losses.determinism, subject))
     if findings[-1].verdict == "fault":
-        return [*findings, *_skipped(LOSSES + SECOND + SOLUTION, "the losses are no functions of their arguments")]
+        return [*findings, _skipped("the losses are no functions of their arguments")]
     first = losses.evaluation(subject)
     findings += [_guarded(f"{which} gradient", losses.gradients, subject, which) for which in ("inner", "outer")]
     findings += [_guarded("jumps", losses.jumps, subject), _guarded("precision", losses.precision, subject)]
@@ -91,13 +95,13 @@ def _of_second_order(subject: Subject) -> list[Finding]:
     """Check second derivatives, and what is built on them."""
     findings = [_guarded("double backward", second.double_backward, subject)]
     if findings[0].verdict == "fault":
-        return [*findings, *_skipped(SECOND + SOLUTION, "the inner loss cannot be differentiated twice")]
+        return [*findings, _skipped("the inner loss cannot be differentiated twice")]
     findings.append(_guarded("second derivatives", second.second_derivatives, subject))
     findings.append(_guarded("symmetry", second.symmetry, subject))
     solved, finding = _attempt("inner solve", solution.solve, subject)
     if solved is None:
         influence = _guarded("influence", second.influence, subject, None)
-        return [*findings, finding, influence, *_skipped(SOLUTION[2:], "the inner solver fails")]
+        return [*findings, finding, influence, _skipped("the inner solver fails")]
     findings += [solved.finding, _guarded("influence", second.influence, subject, solved.params)]
     return findings + _at_the_solution(subject, solved)
 
@@ -106,16 +110,16 @@ def _at_the_solution(subject: Subject, solved: solution.Solved) -> list[Finding]
     """Check curvature, contraction and estimators."""
     if solved.params is None:
         finding = _guarded("curvature", solution.no_solution, subject, solved)
-        return [finding, *_skipped(SOLUTION[3:], "no inner solution was found")]
+        return [finding, _skipped("no inner solution was found")]
     found, finding = _attempt("curvature", solution.curvature, subject, solved.params)
     if found is None:
-        return [finding, *_skipped(SOLUTION[3:], "the curvature is unknown")]
+        return [finding, _skipped("the curvature is unknown")]
     findings = [_guarded("curvature", solution.definiteness, subject, solved, found)]
     measured, finding = _attempt("contraction", solution.contraction, subject, solved, found)
     findings.append(finding if measured is None else measured[0])
     if findings[0].verdict == "fault" or not solved.run.verdict.status.usable:
         why = "there is no strict minimum" if findings[0].verdict == "fault" else "the inner solver fails"
-        return [*findings, *_skipped(SOLUTION[4:], why)]
+        return [*findings, _skipped(why)]
     tail = None if measured is None else measured[1]
     judged, finding = _attempt("estimators", estimators, subject, solved, tail)
     return [*findings, *([finding] if judged is None else judged)]
@@ -132,8 +136,9 @@ def _attempt(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[
     try:
         return function(*arguments), Finding(name, "ok", "")
     except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        return None, Finding(name, "fault", explain(error, "a loss") or f"{type(error).__name__}: {error}")
+        plain = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return None, Finding(name, "fault", explain(error, "a loss") or plain)
 
 
-def _skipped(names: Sequence[str], why: str) -> list[Finding]:
-    return [Finding(name, "not applicable", f"{why}.") for name in names]
+def _skipped(why: str) -> Finding:
+    return Finding("the other checks", "not applicable", f"{why}.")

@@ -154,11 +154,13 @@ def _silent(subject: Subject, silent: list[int]) -> Finding:
         elif not _mixed(subject, unit):
             outer.append(index)
     if detached:
-        verb = "change the inner gradient, but have no derivative: they are detached or turned into numbers"
+        verb = (
+            "changes the inner gradient, but has no derivative: it is detached or turned into a number inside the loss"
+        )
     elif nothing:
-        verb = "have no influence on either loss: remove them, or look where they got lost"
+        verb = "has no influence on either loss: remove it, or look where it gets lost"
     elif outer:
-        verb = "have no influence on the inner problem and only add to the outer loss: they are no hyperparameters"
+        verb = "has no influence on the inner problem and only adds to the outer loss, so that its best value needs no inner solution"
     else:
         return Finding(
             "influence",

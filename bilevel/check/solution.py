@@ -230,8 +230,8 @@ def no_solution(subject: Subject, solved: Solved) -> Finding:
 def _negative(subject: Subject, low: float, high: float) -> str:
     if not subject.problem.symmetric:
         return (
-            f"the Jacobian of the optimality map has an eigenvalue with real part {low:.3g} at its zero, so that "
-            "`params - optimality(params, hparams)` moves away from it: is the sign of the map wrong?"
+            f"the Jacobian of the optimality map has an eigenvalue with real part {low:.3g} at its zero, so the step "
+            "`params - optimality(params, hparams)` moves away from it: the update expands, or the map's sign is wrong."
         )
     return (
         f"the inner Hessian has the eigenvalue {low:.3g} at the inner solution (negative curvature; the largest is "
@@ -274,7 +274,9 @@ def contraction(subject: Subject, solved: Solved, found: Curvature) -> tuple[Fin
             ),
             None,
         )
-    rates = [_rate(subject, solved, tree.scale(size, found.ends)) for size in (1e-3, 1e-5)]
+    # The solution is known to this distance; closer than that there is nothing to measure.
+    blur = 100 * (solved.residual / l + subject.eps * float(tree.norm(solved.params)))
+    rates = [_rate(subject, solved, tree.scale(size, found.ends), blur) for size in (1e-2, 1e-3)]
     if any(rate is None for rate in rates):
         return Finding(name, "not applicable", f"no steps to measure beside the solution; {advice}."), None
     fast, slow = sorted(rate for rate in rates if rate is not None)
@@ -298,7 +300,7 @@ def _step_size(subject: Subject, state: InnerState) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _rate(subject: Subject, solved: Solved, offset: Tree) -> float | None:
+def _rate(subject: Subject, solved: Solved, offset: Tree, blur: float) -> float | None:
     """Return the mean factor of a step's distance to the solution over the second half of a run that starts beside it.
 
     The slowest modes belong to the ends of the spectrum, so a start along these shows them from the first step on.
@@ -317,9 +319,9 @@ def _rate(subject: Subject, solved: Solved, offset: Tree) -> float | None:
                 distances.append(float(tree.norm(tree.add(solver.params(state), solution, -1.0))))
     except (StepFailure, ValueError):
         return None
-    floor = 100 * max(subject.eps * max(1.0, float(tree.norm(solution))), 1e-3 * subject.eps)
-    kept = [distance for distance in distances if distance > floor]
-    if len(kept) < 4:
-        return 0.0 if distances[-1] <= floor else None
-    half = len(kept) // 2
-    return float((kept[-1] / kept[half]) ** (1.0 / (len(kept) - 1 - half)))
+    kept = [scale * float(tree.norm(offset)), *distances]
+    last = next((index for index, distance in enumerate(kept) if not distance > blur), len(kept)) - 1
+    if last < 1:
+        return 0.0 if distances[0] <= blur < 1e-3 * kept[0] else None
+    half = last // 2
+    return float((kept[last] / kept[half]) ** (1.0 / (last - half)))
