@@ -90,7 +90,8 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
     if not torch.isfinite(value):
         made = first_not_finite(lambda: loss(params, hparams))
         raise ValueError(
-            f"`{what}` is {float(value.detach())} at the start: {made or 'are there NaN in the data or the start?'}."
+            f"`{what}` is {float(value.detach())} at the start: "
+            f"{f'{made}.' if made else 'are there NaN in the data or the start?'}"
         )
     if not value.requires_grad:
         raise ValueError(NO_PARAMS if what == "inner_loss" else NO_PARAMS_NOR_HPARAMS)

@@ -24,6 +24,7 @@ from bilevel.base import (
 )
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
+from bilevel.hypergrad.not_finite import finite_loss
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
@@ -99,13 +100,6 @@ def batch_hypergradient(
     estimate = BatchEstimate(value, gradient, solved.params, certificates, costs, cost, verdicts, following)
     report(verdict_of(verdicts), on_failure, estimate)
     return estimate
-
-
-def finite_loss(value: float) -> Verdict:
-    """Report an outer loss that is not finite."""
-    if math.isfinite(value):
-        return GOOD
-    return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
 
 
 def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient: Tree) -> list[Verdict]:
