@@ -27,7 +27,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if not self.first and name not in FILLS and isinstance(result, Tensor) and result.is_floating_point():
-            with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+            with torch._C.DisableTorchFunction():
                 if not tree.is_finite(result):
                     self.first = _sentence(name.strip("_"), [arg for arg in args if isinstance(arg, Tensor)])
         return result

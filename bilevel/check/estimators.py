@@ -37,6 +37,9 @@ def estimators(subject: Subject, solved: Solved, tail: int | None) -> list[Findi
         subject: the problem.
         solved: its solution.
         tail: the recommended tail.
+
+    Returns:
+        A finding for each estimator.
     """
     directions = _directions(subject)
     converged: InnerSolver = subject.solver

@@ -153,9 +153,9 @@ def _cause(difference: float, moved: list[str], changed: list[str]) -> str:
 def _generators() -> dict[str, Any]:
     """Return the states of the generators that a loss may draw from without being given one."""
     found: dict[str, Any] = {"torch's global generator": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["CUDA's generator"] = torch.cuda.get_rng_state()
-    found["numpy's global generator"] = np.random.get_state()[1]
+    found["numpy's global generator"] = np.random.get_state()[1]  # type: ignore[index]  # noqa: NPY002 (the global one is meant)
     found["Python's `random`"] = random.getstate()
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel import tree
@@ -37,8 +36,8 @@ def check_problem(
     """Examine a problem at some hyperparameters: the losses, their derivatives, the inner solution and the estimators.
 
     Every check uses values alone where it can (extrapolated central differences, float64 where the dtype is another and
-    the losses allow it), so that it does not share the mistake that it looks for. Checks whose foundation is missing are
-    "not applicable". The cost is a few hundred evaluations of the losses and some dozens of inner solves.
+    the losses allow it), so that it does not share the mistake that it looks for. Checks whose foundation is missing
+    are "not applicable". The cost is a few hundred evaluations of the losses and some dozens of inner solves.
 
     Args:
         problem: the problem.
@@ -53,6 +52,7 @@ def check_problem(
     Raises:
         ValueError: for arguments in the wrong places, and for a batch.
 
+    >>> import torch
     >>> from bilevel import QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
     >>> check_problem(problem, torch.zeros(2, dtype=torch.float64)).ok
@@ -70,8 +70,16 @@ def _default_solver(hparams: Tree) -> InnerSolver:
     return GradientDescent(steps=DEFAULT_STEPS, tol=10 * default_tolerance(found[0].dtype) if found else None)
 
 
-def examine(problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, seed: int = 0) -> list[Finding]:
-    """Make all checks of `check_problem`; the arguments are its own."""
+def examine(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    hparams: Tree,
+    params: Tree,
+    seed: int = 0,
+    *,
+    judge_estimators: bool = True,
+) -> list[Finding]:
+    """Make all checks of `check_problem`, whose arguments these are; those of the estimators may be left out."""
     try:
         subject = Subject(problem, solver, tree.detach(hparams), problem.start(params), seed)
     except ValueError as error:
@@ -85,13 +93,13 @@ def examine(problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params:
     first = losses.evaluation(subject)
     findings += [_guarded(f"{which} gradient", losses.gradients, subject, which) for which in ("inner", "outer")]
     findings += [_guarded("jumps", losses.jumps, subject), _guarded("precision", losses.precision, subject)]
-    findings += _of_second_order(subject)
+    findings += _of_second_order(subject, judge_estimators)
     # A state that moves slowly shows after some hundred calls.
     moved = losses.still_the_same(first, subject)
     return findings if moved is None else [findings[0], moved, *findings[2:]]
 
 
-def _of_second_order(subject: Subject) -> list[Finding]:
+def _of_second_order(subject: Subject, judge_estimators: bool) -> list[Finding]:
     """Check second derivatives, and what is built on them."""
     findings = [_guarded("double backward", second.double_backward, subject)]
     if findings[0].verdict == "fault":
@@ -103,10 +111,10 @@ def _of_second_order(subject: Subject) -> list[Finding]:
         influence = _guarded("influence", second.influence, subject, None)
         return [*findings, finding, influence, _skipped("the inner solver fails")]
     findings += [solved.finding, _guarded("influence", second.influence, subject, solved.params)]
-    return findings + _at_the_solution(subject, solved)
+    return findings + _at_the_solution(subject, solved, judge_estimators)
 
 
-def _at_the_solution(subject: Subject, solved: solution.Solved) -> list[Finding]:
+def _at_the_solution(subject: Subject, solved: solution.Solved, judge_estimators: bool) -> list[Finding]:
     """Check curvature, contraction and estimators."""
     if solved.params is None:
         finding = _guarded("curvature", solution.no_solution, subject, solved)
@@ -120,6 +128,8 @@ def _at_the_solution(subject: Subject, solved: solution.Solved) -> list[Finding]
     if findings[0].verdict == "fault" or not solved.run.verdict.status.usable:
         why = "there is no strict minimum" if findings[0].verdict == "fault" else "the inner solver fails"
         return [*findings, _skipped(why)]
+    if not judge_estimators:
+        return findings
     tail = None if measured is None else measured[1]
     judged, finding = _attempt("estimators", estimators, subject, solved, tail)
     return [*findings, *([finding] if judged is None else judged)]

@@ -105,6 +105,9 @@ def influence(subject: Subject, solution: Tree | None) -> Finding:
     Args:
         subject: the problem.
         solution: the inner solution, where there is one.
+
+    Returns:
+        The finding.
     """
     raveler = tree.Raveler(subject.hparams)
     places = [(params, u) for _, params in subject.points() for u in (subject.hparams, subject.away[1])]
@@ -160,7 +163,10 @@ def _silent(subject: Subject, silent: list[int]) -> Finding:
     elif nothing:
         verb = "has no influence on either loss: remove it, or look where it gets lost"
     elif outer:
-        verb = "has no influence on the inner problem and only adds to the outer loss, so that its best value needs no inner solution"
+        verb = (
+            "has no influence on the inner problem and only adds to the outer loss, so that its best value needs no "
+            "inner solution"
+        )
     else:
         return Finding(
             "influence",

@@ -231,7 +231,8 @@ def _negative(subject: Subject, low: float, high: float) -> str:
     if not subject.problem.symmetric:
         return (
             f"the Jacobian of the optimality map has an eigenvalue with real part {low:.3g} at its zero, so the step "
-            "`params - optimality(params, hparams)` moves away from it: the update expands, or the map's sign is wrong."
+            "`params - optimality(params, hparams)` moves away from it: the update expands, or the map's sign is "
+            "wrong."
         )
     return (
         f"the inner Hessian has the eigenvalue {low:.3g} at the inner solution (negative curvature; the largest is "

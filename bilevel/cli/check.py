@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from bilevel.base import InnerSolver, describe
 from bilevel.check import check_problem
 from bilevel.cli.threads import chosen_threads
@@ -52,7 +50,8 @@ def run_check(arguments: Namespace) -> int:
             subjects = _of_config(path, name)
         else:
             subjects = [_of_file(path, name or "problem", arguments.hparams)]
-        return max([_examined(subject, arguments.seed or 0) for subject in subjects])
+        codes = [_examined(subject, arguments.seed or 0) for subject in subjects]
+        return max(codes)
 
 
 def _examined(subject: Subject, seed: int) -> int:

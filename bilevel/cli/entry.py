@@ -45,7 +45,7 @@ other. Each finding comes with its number and the remedy; the exit code is 1 whe
 
 example:
   bilevel check my_problem.py                  # the problem is called `problem`, its hyperparameters `hparams`
-  bilevel check my_problem.py:make             # a function that returns (problem, hparams) or (problem, hparams, solver)
+  bilevel check my_problem.py:make             # a function that returns (problem, hparams[, solver])
   bilevel check configs/quickstart.yaml        # the problems of a config
 
 The file is run, as `python my_problem.py` would run it. A `solver` in it is used; the default is gradient descent.

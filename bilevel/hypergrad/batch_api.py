@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
 from bilevel.hypergrad.not_finite import finite_loss
 from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, OnFailure, Status, Verdict, report
+from bilevel.status import OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
 
 

@@ -21,6 +21,9 @@ def finite_loss(value: float, again: Callable[[], object] | None = None) -> Verd
     Args:
         value: the outer loss.
         again: computes it again, to name the operation.
+
+    Returns:
+        The verdict.
     """
     if math.isfinite(value):
         return GOOD
@@ -35,6 +38,9 @@ def finite_gradient(what: str, gradient: Tree, why: str = "") -> Verdict:
         what: how the sentence begins, up to the name of the leaf, with an open backtick.
         gradient: the leaves.
         why: a clause that follows.
+
+    Returns:
+        The verdict.
     """
     for name, leaf in zip(tree.names(gradient), tree.leaves(gradient), strict=True):
         if not tree.is_finite(leaf):

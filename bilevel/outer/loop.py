@@ -149,8 +149,8 @@ class OuterOptimizer:
             The estimate, whose hypergradient and loss belong to the hyperparameters before the move.
 
         Raises:
-            HypergradientError: with ``on_failure="raise"`` for an unusable hypergradient, and for an optimizer step that
-                would make the hyperparameters NaN or infinite; nothing has moved then.
+            HypergradientError: with ``on_failure="raise"`` for an unusable hypergradient, and for an optimizer step
+                that would make the hyperparameters NaN or infinite; nothing has moved then.
         """
         estimate: Estimate = self._estimate()
         verdict = estimate.verdict
@@ -189,7 +189,7 @@ class OuterOptimizer:
         )
 
     def _move(self, gradient: Tree, loss: float) -> Verdict:
-        """Hand the pulled-back gradient to the optimizer and step; what cannot be used, or is interrupted, is undone."""
+        """Hand the pulled-back gradient to the optimizer and step; a step to NaN, or an interrupted one, is undone."""
         before, hparams = self._movable(), self._hparams
         try:
             pairs = zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True)
