@@ -38,7 +38,7 @@ def test_the_check_of_an_estimator_sees_a_planted_fault_of_its_problem(make: Any
     assert "FAULT" in str(report)
 
 
-SHIPPED = [name for name in PROBLEMS if "sum" not in name or "weighted" in name]
+SHIPPED = [name for name in PROBLEMS if "mean-log" in name or name.startswith(("weighted", "quadratic"))]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -52,9 +52,9 @@ def test_a_shipped_problem_is_not_accused(name: str) -> None:
     assert "no fault found" in str(report)
 
 
-@pytest.mark.parametrize("solver", [bl.Newton(), bl.Adam(0.05, steps=400), bl.HeavyBall(), bl.QuasiNewton()], ids=repr)
+@pytest.mark.parametrize("solver", [bl.Newton(), bl.Adam(0.05, steps=60), bl.HeavyBall(), bl.QuasiNewton()], ids=repr)
 def test_no_solver_is_accused_on_a_smooth_convex_problem_of_trees(solver: Any) -> None:
-    case = tree_case("dict", "dict")
+    case = tree_case("tensor", "dict")
     report = bl.check_problem(case.problem, case.hparams, solver)
     assert report.ok, report
 
