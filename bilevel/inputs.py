@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.blame import first_not_finite
 from bilevel.explain import explained
 from bilevel.tree import Tree
 
@@ -88,7 +89,11 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
         got = f"a Tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"`{what}` must return a scalar Tensor (shape ()), got {got}.")
     if not torch.isfinite(value):
-        raise ValueError(f"`{what}` is {float(value.detach())} at the start: are there NaN in the data or the start?")
+        made = first_not_finite(lambda: loss(params, hparams))
+        raise ValueError(
+            f"`{what}` is {float(value.detach())} at the start: "
+            f"{f'{made}.' if made else 'are there NaN in the data or the start?'}"
+        )
     if not value.requires_grad:
         raise ValueError(NO_PARAMS if what == "inner_loss" else NO_PARAMS_NOR_HPARAMS)
     return value

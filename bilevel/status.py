@@ -106,6 +106,16 @@ class StepFailure(Exception):
         self.verdict = Verdict(status, detail)
 
 
+def check_on_failure(on_failure: Any) -> None:
+    """Refuse another word than the three.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if on_failure not in ("raise", "warn", "return"):
+        raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
+
+
 def report(verdict: Verdict, on_failure: OnFailure, estimate: Any = None) -> None:
     """Turn a verdict into an exception or a warning, as the caller asked.
 
@@ -120,8 +130,7 @@ def report(verdict: Verdict, on_failure: OnFailure, estimate: Any = None) -> Non
         HypergradientError: for an unusable result with ``on_failure="raise"``.
         ValueError: if `on_failure` is none of the three words.
     """
-    if on_failure not in ("raise", "warn", "return"):
-        raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
+    check_on_failure(on_failure)
     if verdict.status.ok or on_failure == "return":
         return
     if on_failure == "raise" and not verdict.status.usable:

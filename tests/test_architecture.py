@@ -41,6 +41,7 @@ FLOORS = {
         "sums",
         "members",
         "inputs",
+        "blame",
         "explain",
         "files",
     ),

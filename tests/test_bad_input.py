@@ -193,7 +193,7 @@ LOSSES = {
     "`outer_loss` must return a scalar Tensor (shape ()), got a Tensor of shape (1,).": {"outer": lambda x, u: x[:1]},
     "`outer_loss` must return a scalar Tensor (shape ()), got float.": {"outer": lambda x, u: 1.0},
     "`inner_loss` must return a scalar Tensor (shape ()), got NoneType.": {"inner": lambda x, u: None},
-    "`inner_loss` is nan at the start: are there NaN in the data or the start?": {
+    "`inner_loss` is nan at the start: `sqrt` made the first value that is not finite": {
         "inner": lambda x, u: (u * x - 9.0).sqrt().sum()
     },
     "`inner_loss` does not depend on `params`: is the computation detached?": {

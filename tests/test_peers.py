@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +83,15 @@ def test_an_unroll_can_be_repeated_in_one_process_and_leaves_torch_as_it_was() -
     assert {name: vars(torch.optim.SGD)[name] for name in before} == before
 
 
+def test_the_readme_uses_the_split_that_its_names_say() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    inner, outer = (re.search(rf"{which}_loss=(.*)", text)[1] for which in ("inner", "outer"))  # type: ignore[index]
+    assert "X @" in inner
+    assert "y_val" not in inner
+    assert "X_val @" in outer
+    assert "y_val" in outer
+
+
 @pytest.mark.parametrize("steps", [1, 2, 200])
 def test_finite_differences_cover_any_number_of_inner_steps(steps: int) -> None:
     case = ridge_case()
@@ -137,8 +148,13 @@ def test_nan_is_reported_at_the_step_that_made_it_and_not_replaced_by_zeros() ->
     assert torch.isnan(estimate.hypergradient).all()
 
 
-def test_lbfgs_whose_line_search_would_be_differentiated_is_not_offered() -> None:
-    assert not [name for name in dir(bl) if "lbfgs" in name.lower()]
+@pytest.mark.parametrize("estimator", [bl.FullUnroll(), bl.TruncatedUnroll(3), bl.FullUnroll(mode="forward")], ids=repr)
+def test_lbfgs_whose_line_search_would_be_differentiated_is_refused(estimator: Any) -> None:
+    case = ridge_case()
+    with pytest.raises(ValueError, match="the steps of QuasiNewton are not differentiated: use Implicit"):
+        bl.hypergradient(case.problem, bl.QuasiNewton(), estimator, case.hparams)
+    estimate = bl.hypergradient(case.problem, bl.QuasiNewton(), bl.Implicit(), case.hparams)
+    assert relative(estimate.hypergradient, case.hypergradient()) < 1e-8
 
 
 def test_an_indefinite_hessian_gives_its_curvature_and_no_number() -> None:

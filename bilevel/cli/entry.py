@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from bilevel.cli.check import run_check
 from bilevel.cli.commands import run_compare, run_tune
 from bilevel.cli.curse import run_curse
 from bilevel.cli.doctor import run_doctor
@@ -37,6 +38,19 @@ example:
 Written to runs/NAME-tune/{tuned.json, results.jsonl, summary.json, figures/*.png, config.yaml, environment.json}.
 Ctrl-C stops; the same command continues.
 """
+CHECK = """\
+Examine a problem of your own before its hypergradients are used: both gradients against differences of the losses,
+determinism, jumps, double backward, the Hessian's symmetry and curvature, the influence of every hyperparameter, the
+contraction of the inner steps (with a step size and a tail to take), and the estimators against differences and each
+other. Each finding comes with its number and the remedy; the exit code is 1 where one is a fault.
+
+example:
+  bilevel check my_problem.py                  # the problem is called `problem`, its hyperparameters `hparams`
+  bilevel check my_problem.py:make             # a function that returns (problem, hparams[, solver])
+  bilevel check configs/quickstart.yaml        # the problems of a config
+
+The file is run, as `python my_problem.py` would run it. A `solver` in it is used; the default is gradient descent.
+"""
 CURSE = """\
 Run experiments on the curse of unrolling: the figures of Scieur et al. 2022 and Mehmood et al. 2026, with their claims.
 
@@ -64,6 +78,14 @@ REFUSED_BY_CURSE = {
     "--fresh": "it writes every file anew",
     "--jobs": "it runs in one process",
     "--estimator": "an experiment names what it compares in its config",
+}
+REFUSED_BY_CHECK = {
+    "--device": "it runs where the tensors of the problem are",
+    "--out": "it writes nothing",
+    "--fresh": "it keeps nothing",
+    "--jobs": "it runs in one process",
+    "--set": "it takes a problem as it is",
+    "--estimator": "it looks at all of them",
 }
 REFUSED_BY_DOCTOR = {
     "--seed": "nothing that it checks is random",
@@ -118,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_device(doctor)
     _add_threads(doctor, "show what a run would use with N threads in torch and at most as many workers")
+    summary = "examine a problem of your own: derivatives, curvature, determinism, steps, estimators"
+    check = _add(commands, "check", summary, CHECK, run_check)
+    check.add_argument("target", metavar="FILE.py[:PROBLEM]", help="a Python file and a name in it, or a YAML config")
+    check.add_argument("--hparams", metavar="NAME", help="the hyperparameters in the file (default: hparams)")
+    check.add_argument("--seed", metavar="N", type=_count(0), help="of the random points and directions (default: 0)")
+    _add_threads(check, THREADS)
+    _refuse(check, REFUSED_BY_CHECK)
     summary = "measure the curse of unrolling: the figures and claims of both papers"
     curse = _add(commands, "curse", summary, CURSE, run_curse)
     curse.add_argument("configs", metavar="CONFIG", nargs="+", help="YAML files; see configs/curse/")

@@ -13,9 +13,10 @@ from bilevel.certify import ErrorEstimate
 from bilevel.cost import Meter
 from bilevel.explain import DerivativeError, explained
 from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
-from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified, finite_loss
+from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
+from bilevel.hypergrad.not_finite import finite_gradient, finite_loss, not_finite_part
 from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, OnFailure, Status, Verdict, report
+from bilevel.status import OnFailure, report
 from bilevel.tree import Tree
 
 
@@ -112,13 +113,15 @@ def hypergradient(
         meter.counts["outer"] += 1
         outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
         value = float(outer)
-        verdict = verdict.worse(finite_loss(value))
+        verdict = verdict.worse(finite_loss(value, lambda: problem.outer_loss(solved.params, hparams)))
     if verdict.status.usable:
         pulled = solved.pullback(by_params)
         verdict = verdict.worse(pulled.verdict)
         if pulled.verdict.status.usable:
             gradient = tree.add(by_hparams, pulled.hparams)
-            verdict = verdict.worse(_finite_gradient(gradient))
+            verdict = verdict.worse(finite_gradient("the hypergradient of `hparams", gradient))
+        if not verdict.status.usable:
+            verdict = not_finite_part(problem, solved.params, hparams, by_params, by_hparams, pulled) or verdict
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
     cost = meter.read()
@@ -178,11 +181,3 @@ def prepare(
             if estimator.second_derivatives:
                 raise
     return tree.detach(hparams), start
-
-
-def _finite_gradient(gradient: Tree) -> Verdict:
-    """Report a hypergradient that is not finite."""
-    for name, leaf in zip(tree.names(gradient), tree.leaves(gradient), strict=True):
-        if not tree.is_finite(leaf):
-            return Verdict(Status.NOT_FINITE, f"the hypergradient of `hparams{name}` is not finite")
-    return GOOD

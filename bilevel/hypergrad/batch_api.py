@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,8 +23,9 @@ from bilevel.base import (
 )
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
+from bilevel.hypergrad.not_finite import finite_loss
 from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, OnFailure, Status, Verdict, report
+from bilevel.status import OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
 
 
@@ -109,13 +109,6 @@ def certified(
     if reason:
         return ErrorEstimate(None, "none", f"errors are those of the inner solution's derivative, but {reason}")
     return certify_error(problem, hparams, params, gradient, adjoint)
-
-
-def finite_loss(value: float) -> Verdict:
-    """Report an outer loss that is not finite."""
-    if math.isfinite(value):
-        return GOOD
-    return Verdict(Status.NOT_FINITE, f"the outer loss is {value} at the inner solution")
 
 
 def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient: Tree) -> list[Verdict]:

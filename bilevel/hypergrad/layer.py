@@ -15,7 +15,7 @@ from bilevel.cost import Meter
 from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
 from bilevel.problem import BilevelProblem
-from bilevel.status import report
+from bilevel.status import OnFailure, Verdict, check_on_failure, report
 from bilevel.tree import Tree
 
 
@@ -27,6 +27,7 @@ def solution(
     params: Tree = None,
     *,
     check: bool = True,
+    on_failure: OnFailure = "raise",
 ) -> Tree:
     """Return the inner solution as a differentiable function of `hparams`, for use in any torch graph.
 
@@ -40,13 +41,15 @@ def solution(
         hparams: hyperparameters; those that require gradients get them.
         params: where the inner solver starts; default: the problem's start.
         check: look at the inputs first.
+        on_failure: what to do with a solve or a pullback that cannot be used: "raise", "warn" or "return". With the
+            latter two the solution, or the gradient that the backward pass gives, is NaN.
 
     Returns:
         A tree shaped as params, with a ``grad_fn``.
 
     Raises:
         HypergradientError: if the inner solve fails; in the backward pass, if the pullback fails.
-        ValueError: for a batch.
+        ValueError: for a batch, and for another word than these three.
 
     >>> from bilevel import CG, GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -60,7 +63,8 @@ def solution(
         raise ValueError(
             f"`solution` takes one problem, got a batch of {problem.batch}: use torch.func.vmap over hparams."
         )
-    call = _Call(problem, solver, estimator, problem.start(params), hparams, check)
+    check_on_failure(on_failure)
+    call = _Call(problem, solver, estimator, problem.start(params), hparams, check, on_failure)
     _, *leaves = _Solution.apply(call, *tree.leaves(hparams))  # type: ignore[no-untyped-call]
     return tree.rebuild(call.start, leaves)
 
@@ -75,6 +79,7 @@ class _Call:
     start: Tree
     like: Tree
     check: bool
+    on_failure: OnFailure
     found: list[Solution] = field(default_factory=list)
 
 
@@ -92,9 +97,9 @@ class _Solution(torch.autograd.Function):
         hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
         meter = Meter(leaves[0].device, memory=False)
         solved = call.estimator.solve(call.problem, call.solver, hparams, start, Carry(), meter)
-        report(solved.verdict, "raise")
+        report(solved.verdict, call.on_failure)
         call.found.append(solved)
-        return torch.tensor(len(call.found) - 1), *(leaf.clone() for leaf in tree.leaves(solved.params))
+        return torch.tensor(len(call.found) - 1), *_unless_failed(solved.verdict, solved.params)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -118,9 +123,11 @@ class _Pullback(torch.autograd.Function):
     @explained()
     def forward(call: _Call, index: Tensor, *cotangents: Tensor) -> tuple[Tensor, ...]:
         solved = call.found[int(index)]
+        if not solved.verdict.status.usable:
+            return tuple(_unless_failed(solved.verdict, call.like))
         pulled = solved.pullback(tree.rebuild(solved.params, cotangents))
-        report(pulled.verdict, "raise")
-        return tuple(tree.leaves(pulled.hparams))
+        report(pulled.verdict, call.on_failure)
+        return tuple(_unless_failed(pulled.verdict, pulled.hparams))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -133,6 +140,13 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> tuple[Any, Any]:
         return _one_by_one(_Pullback, call, info.batch_size, in_dims[1:], tensors)
+
+
+def _unless_failed(verdict: Verdict, values: Tree) -> list[Tensor]:
+    """Return copies of the leaves, filled with NaN where the verdict says that they cannot be used."""
+    if verdict.status.usable:
+        return [leaf.clone() for leaf in tree.leaves(values)]
+    return [torch.full_like(leaf, float("nan")) for leaf in tree.leaves(values)]
 
 
 def _one_by_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from bilevel.outer.checks import check_steps
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of
 from bilevel.problem import BilevelProblem
-from bilevel.status import Status, report
+from bilevel.status import GOOD, Status, Verdict, report
 from bilevel.tree import Tree
 
 MIXING = ("Adafactor", "Muon")
@@ -150,7 +150,7 @@ class BatchOuterOptimizer(OuterOptimizer):
             members.where(better, self._hparams, self.best[1]),
         )
         if bool(moving.any()):
-            self._move_rows(estimate.hypergradient, moving)
+            estimate = self._move_rows(estimate, moving)
         self._follow(estimate.carry)
         for records, going, one in zip(self.history, self._going.cpu(), estimate, strict=True):
             if bool(going):
@@ -167,12 +167,36 @@ class BatchOuterOptimizer(OuterOptimizer):
         good = verdict_of([])
         return verdict_of([v if flag else good for v, flag in zip(estimate.verdicts, going, strict=True)])
 
-    def _move_rows(self, gradient: Tree, moving: Tensor) -> None:
-        """Move some members; the rows of the others, moments included, are put back as they were."""
+    def _judged(self) -> Verdict:
+        """Members are judged one by one, by `_move_rows`."""
+        return GOOD
+
+    def _move_rows(self, estimate: BatchEstimate, moving: Tensor) -> BatchEstimate:
+        """Move some members; the rows of the others, moments included, are put back as they were.
+
+        Returns:
+            The estimate, in which members that would have moved to NaN or infinity have failed; they did not move.
+        """
         before, hparams = self._movable(), self._hparams
-        self._move(members.where(moving, gradient, 0.0), math.nan)
-        if bool(moving.all()):
-            return
+        self._move(members.where(moving, estimate.hypergradient, 0.0), math.nan)
+        rows = [torch.isfinite(leaf).reshape(self.size, -1).all(dim=1) for leaf in tree.leaves(self._hparams)]
+        finite = torch.stack(rows).all(dim=0)
+        lost, moving = moving & ~finite, moving & finite
+        if bool(lost.any()) and self.on_failure == "raise":
+            moving = torch.zeros_like(moving)
+        if not bool(moving.all()):
+            self._put_back(before, hparams, moving)
+        if not bool(lost.any()):
+            return estimate
+        detail = f"{type(self.optimizer).__name__} made its hyperparameters NaN or infinite, so it was not moved"
+        failed = [Verdict(Status.NOT_FINITE, detail) if bool(flag) else GOOD for flag in lost.cpu()]
+        verdicts = [verdict.worse(each) for verdict, each in zip(estimate.verdicts, failed, strict=True)]
+        estimate = replace(estimate, verdicts=verdicts)
+        report(verdict_of(failed), self.on_failure, estimate)
+        return estimate
+
+    def _put_back(self, before: Mapping[str, Any], hparams: Tree, moving: Tensor) -> None:
+        """Undo the move of the members that do not move."""
         self._hparams = members.where(moving, self._hparams, hparams)
         with torch.no_grad():
             for leaf, old in zip(tree.leaves(self._free), before["free"], strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from bilevel.outer.checks import check_callbacks, check_made, check_makers, chec
 from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of, shown_record
 from bilevel.outer.state import FORMAT, generators, restore_generators, saved_inner_state
 from bilevel.problem import BilevelProblem
-from bilevel.status import OnFailure, report
+from bilevel.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.tree import Tree
 
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -104,8 +104,7 @@ class OuterOptimizer:
         callbacks: Sequence[Callback] = (),
         batch: int | None = None,
     ) -> None:
-        if on_failure not in ("raise", "warn", "return"):
-            raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
+        check_on_failure(on_failure)
         if not isinstance(warm_start, bool | WarmStart):
             raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {warm_start!r}.")
         check_roles(problem, solver, estimator)
@@ -150,7 +149,8 @@ class OuterOptimizer:
             The estimate, whose hypergradient and loss belong to the hyperparameters before the move.
 
         Raises:
-            HypergradientError: for an unusable hypergradient with ``on_failure="raise"``; nothing has moved then.
+            HypergradientError: with ``on_failure="raise"`` for an unusable hypergradient, and for an optimizer step
+                that would make the hyperparameters NaN or infinite; nothing has moved then.
         """
         estimate: Estimate = self._estimate()
         verdict = estimate.verdict
@@ -159,7 +159,9 @@ class OuterOptimizer:
         if verdict.status.usable:
             if estimate.outer_loss < self.best[0]:
                 self.best = (estimate.outer_loss, self._hparams)
-            self._move(estimate.hypergradient, estimate.outer_loss)
+            moved = self._move(estimate.hypergradient, estimate.outer_loss)
+            estimate = replace(estimate, verdict=verdict.worse(moved))
+            report(moved, self.on_failure, estimate)
             self._follow(estimate.carry)
         self.history.append(record_of(len(self.history) + 1, estimate))
         return estimate
@@ -186,9 +188,9 @@ class OuterOptimizer:
             carry.solver,
         )
 
-    def _move(self, gradient: Tree, loss: float) -> None:
-        """Hand the pulled-back gradient to the optimizer and step; an interrupt in between takes the step back."""
-        before = self._movable()
+    def _move(self, gradient: Tree, loss: float) -> Verdict:
+        """Hand the pulled-back gradient to the optimizer and step; a step to NaN, or an interrupted one, is undone."""
+        before, hparams = self._movable(), self._hparams
         try:
             pairs = zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True)
             for leaf, part in pairs:
@@ -199,9 +201,25 @@ class OuterOptimizer:
                 self.scheduler.step(*([loss] if plateau else []))
             # A copy: the identity transform returns the free tensors themselves, which the optimizer moves in place.
             self._hparams = tree.tree_map(torch.clone, tree.detach(self._transform(self._free)))
+            verdict = self._judged()
+            if not verdict.status.usable:
+                self._restore(before)
+                self._hparams = hparams
         except BaseException:
             self._restore(before)
             raise
+        return verdict
+
+    def _judged(self) -> Verdict:
+        """Return what is to be said of the hyperparameters to which the optimizer moved."""
+        for name, leaf in zip(tree.names(self._hparams), tree.leaves(self._hparams), strict=True):
+            if not tree.is_finite(leaf):
+                return Verdict(
+                    Status.NOT_FINITE,
+                    f"{type(self.optimizer).__name__} at outer step {self.steps_taken + 1} made `hparams{name}` NaN or "
+                    "infinite, so it was not moved: use a smaller learning rate or constraints",
+                )
+        return GOOD
 
     def _movable(self) -> dict[str, Any]:
         """Return copies of what a move changes, besides the hyperparameters themselves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,11 @@ from tabulate import tabulate
 
 from bilevel import tree
 from bilevel.base import Estimate, HypergradEstimator, InnerSolver, describe
+from bilevel.check.problem import examine
+from bilevel.check.report import Finding, findings_table, summary
+from bilevel.check.second import component_labels
 from bilevel.hypergrad import FiniteDifference, hypergradient
+from bilevel.hypergrad.arguments import check_roles
 from bilevel.problem import BilevelProblem
 from bilevel.status import Verdict
 from bilevel.tree import Tree
@@ -30,13 +35,14 @@ class CheckReport:
     """The outcome of `check_hypergradient`.
 
     Attributes:
-        ok: whether the estimate is usable and agrees with one of its referees.
+        ok: whether the estimate is usable and agrees with one of its referees, and no finding is a fault.
         rows: one for each component.
         errors: ``max_j |p_j - referee_j| / max_j |referee_j|`` by referee ("differences", "exact").
         worst: the component that is furthest off.
         rtol: the relative error that was allowed.
-        estimate: the estimate that was checked.
+        estimate: the estimate that was checked, None where the problem cannot be evaluated.
         text: a readable table.
+        findings: what `check_problem` says of the losses, the curvature and the steps.
     """
 
     ok: bool
@@ -44,8 +50,9 @@ class CheckReport:
     errors: dict[str, float]
     worst: str
     rtol: float
-    estimate: Estimate = field(repr=False)
+    estimate: Estimate | None = field(repr=False)
     text: str = field(repr=False)
+    findings: Sequence[Finding] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return self.text
@@ -67,6 +74,9 @@ def check_hypergradient(
     solution. An estimator that agrees with one of them is implemented rightly; the text says how far the other is,
     which is what more inner steps would remove. Cost: two inner solves for each hyperparameter.
 
+    The problem itself is examined, too, as by `check_problem` without its own estimators: losses whose derivatives are
+    wrong would mislead the estimator and its referee alike.
+
     Args:
         problem: the problem.
         solver: the inner solver.
@@ -79,7 +89,7 @@ def check_hypergradient(
         A `CheckReport`; printing it shows which component is off.
 
     Raises:
-        ValueError: for a batch.
+        ValueError: for a batch, and arguments in the wrong places.
 
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -90,6 +100,11 @@ def check_hypergradient(
         raise ValueError(
             f"`check_hypergradient` takes one problem, got a batch of {problem.batch}: check batch.member(i)."
         )
+    check_roles(problem, solver, estimator)
+    findings = examine(problem, solver, hparams, params, judge_estimators=False)
+    if findings[-1].verdict == "not applicable" and findings[0].verdict == "fault":
+        text = f"{findings_table(findings)}\n\n{summary(findings)}"
+        return CheckReport(False, [], {}, "", rtol or 0.0, None, text, findings)
     dtype = tree.leaves(hparams)[0].dtype
     allowed = rtol if rtol is not None else (1e-4 if dtype == torch.float64 else 1e-2)
     estimate = hypergradient(problem, solver, estimator, hparams, params, on_failure="return")
@@ -101,7 +116,7 @@ def check_hypergradient(
     if exact is not None:
         referees["exact"] = raveler.ravel(exact)
     errors, worst, off = {}, "", -1.0
-    labels = _labels(hparams)
+    labels = component_labels(hparams)
     for name, values in referees.items():
         distance = (ours - values).abs() / values.abs().max().clamp(min=torch.finfo(dtype).tiny)
         # NaN counts as the largest distance.
@@ -109,7 +124,7 @@ def check_hypergradient(
         errors[name] = float(distance.max())
         if errors[name] > off:
             off, worst = errors[name], labels[int(distance.argmax())]
-    ok = estimate.status.usable and referee.status.usable and min(errors.values()) <= allowed
+    agrees = estimate.status.usable and referee.status.usable and min(errors.values()) <= allowed
     rows = [
         Row(
             label,
@@ -119,18 +134,13 @@ def check_hypergradient(
         )
         for i, label in enumerate(labels)
     ]
-    text = _text(ok, rows, errors, worst, allowed, f"{describe(solver)} with {describe(estimator)}", estimate.verdict)
-    return CheckReport(ok, rows, errors, worst, allowed, estimate, text)
-
-
-def _labels(hparams: Tree) -> list[str]:
-    """Return a name for every scalar hyperparameter, in the order of `Raveler`."""
-    labels = []
-    for name, leaf in zip(tree.names(hparams), tree.leaves(hparams), strict=True):
-        for flat in range(leaf.numel()):
-            index = [int(i) for i in torch.unravel_index(torch.tensor(flat), leaf.shape)] if leaf.dim() else []
-            labels.append(f"hparams{name}" + (f"{index}" if index else ""))
-    return labels
+    text = _text(
+        agrees, rows, errors, worst, allowed, f"{describe(solver)} with {describe(estimator)}", estimate.verdict
+    )
+    faults = [finding for finding in findings if finding.verdict == "fault"]
+    if faults:
+        text += f"\n\n{findings_table(findings)}\n\n{summary(findings)}"
+    return CheckReport(agrees and not faults, rows, errors, worst, allowed, estimate, text, findings)
 
 
 def _text(

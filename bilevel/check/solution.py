@@ -1,0 +1,235 @@
+"""Checks at the inner solution: whether it is reached, how the Hessian is curved there, how fast steps contract."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.base import Carry
+from bilevel.check.report import Finding
+from bilevel.check.subject import Subject
+from bilevel.hypergrad.loop import InnerRun, begin, run_inner
+from bilevel.inner import QuasiNewton
+from bilevel.lanczos import lanczos
+from bilevel.options import default_tolerance
+from bilevel.tree import Tree
+
+MAX_DENSE = 300
+"""The Hessian of at most so many params is looked at as a matrix."""
+LANCZOS_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The inner problem solved twice: as the user does, and as well as possible from there.
+
+    Attributes:
+        run: how the user's inner solver ended.
+        params: the inner solution, or None where none was found.
+        state: the inner state that the user's solver ended with.
+        residual: norm of the inner gradient at `params`.
+        finding: what there is to say about the user's run.
+    """
+
+    run: InnerRun
+    params: Tree
+    residual: float
+    finding: Finding
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The Hessian (or Jacobian) at the solution.
+
+    Attributes:
+        smallest: its smallest eigenvalue, of a Jacobian the smallest real part.
+        largest: its largest eigenvalue, likewise.
+        flat: share of the outer gradient in directions without curvature.
+        ends: the sum of the eigenvectors of both ends, shaped as params, or else a random direction; of length one.
+    """
+
+    smallest: float
+    largest: float
+    flat: float
+    ends: Tree
+
+
+def solve(subject: Subject) -> Solved:
+    """Run the inner solver, and go on from its result with a solver that converges where one can."""
+    inner = subject.problem.bind(subject.hparams)
+    solver = subject.solver
+    first = float(tree.norm(inner.grad(subject.start)))
+    run = run_inner(inner, solver, begin(inner, solver, subject.start, Carry()))
+    status = run.verdict.status
+    reached = solver.params(run.state)
+    params, residual = _polished(subject, reached if status.usable else subject.start)
+    if not status.usable:
+        finding = Finding("inner solve", "fault", str(run.verdict), run.residual, status)
+    elif not status.ok:
+        finding = Finding("inner solve", "note", str(run.verdict), run.residual, status)
+    else:
+        sentence = f"{type(solver).__name__} took {run.steps} steps; the inner gradient norm fell from {first:.2g}."
+        finding = Finding("inner solve", "ok", sentence, run.residual)
+    scale = max(first, float(tree.norm(inner.grad(subject.away[0]))))
+    if not residual <= max(1e3 * default_tolerance(subject.dtype), 1e-5 * scale):
+        params = None
+    return Solved(run, params, residual, finding)
+
+
+def _polished(subject: Subject, params: Tree) -> tuple[Tree, float]:
+    """Return the inner solution found from some params, with its residual."""
+    inner = subject.problem.bind(subject.hparams)
+    before = float(tree.norm(inner.grad(params)))
+    if subject.problem.symmetric:
+        solver = QuasiNewton(tol=default_tolerance(subject.dtype), steps=500)
+        run = run_inner(inner, solver, solver.init(inner, params))
+        # At the rounding floor the last search may fail; the state is still the best one.
+        found = solver.params(run.state)
+    else:
+        found = _newton(subject, params)
+    after = float(tree.norm(inner.grad(found)))
+    return (found, after) if after <= before or not math.isfinite(before) else (params, before)
+
+
+def _newton(subject: Subject, params: Tree) -> Tree:
+    """Take undamped Newton steps on a small optimality map."""
+    if tree.size(params) > MAX_DENSE:
+        return params
+    inner, raveler = subject.problem.bind(subject.hparams), tree.Raveler(params)
+    best, least = params, math.inf
+    for _ in range(20):
+        gradient = inner.grad(params)
+        length = float(tree.norm(gradient))
+        if not length < least:
+            break
+        best, least = params, length
+        # Row i of `dense_hessian` is J' e_i, so that it is the Jacobian itself.
+        step, info = torch.linalg.solve_ex(inner.linearize(params).dense_hessian(), raveler.ravel(gradient))
+        if bool(info):
+            break
+        params = raveler.unravel(raveler.ravel(params) - step)
+    return best
+
+
+# Curvature -----------------------------------------------------------------------------------------------------------
+
+
+def curvature(subject: Subject, params: Tree) -> Curvature:
+    """Measure the ends of the spectrum, by a dense eigenproblem or by Lanczos."""
+    point = subject.problem.bind(subject.hparams).linearize(params)
+    raveler, random = tree.Raveler(params), subject.direction(params, 700)
+    if raveler.size > MAX_DENSE:
+        measured = lanczos(
+            lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), raveler.ravel(params), LANCZOS_STEPS, rtol=0.0
+        )
+        return Curvature(measured.smallest, measured.largest, 0.0, random)
+    matrix = point.dense_hessian().double()
+    if not subject.problem.symmetric:
+        values = torch.linalg.eigvals(matrix).real
+        return Curvature(float(values.min()), float(values.max()), 0.0, random)
+    values, vectors = torch.linalg.eigh((matrix + matrix.t()) / 2)
+    null = vectors[:, values.abs() <= _flat_below(subject, float(values[-1]))]
+    _, by_params, _ = subject.problem.outer_value_and_grads(params, subject.hparams)
+    flat = _share(null, raveler.ravel(by_params).double())
+    both = vectors[:, 0] + vectors[:, -1] if raveler.size > 1 else vectors[:, 0]
+    ends = raveler.unravel((both / both.norm()).to(subject.dtype))
+    return Curvature(float(values[0]), float(values[-1]), flat, ends)
+
+
+def _flat_below(subject: Subject, largest: float) -> float:
+    """Return the curvature below which a direction counts as flat."""
+    return abs(largest) * max(1e-10, 100 * subject.eps)
+
+
+def _share(basis: Tensor, vector: Tensor) -> float:
+    size = float(vector.norm())
+    return float((basis.t() @ vector).norm()) / size if size > 0 and basis.shape[1] else 0.0
+
+
+def definiteness(subject: Subject, solved: Solved, found: Curvature) -> Finding:
+    """Judge the curvature at the solution, and at the params that the user's solver returned."""
+    name, low, high = "curvature", found.smallest, found.largest
+    flat = _flat_below(subject, high)
+    if low < -max(flat, 1e-8 * abs(high)):
+        return Finding(name, "fault", _negative(subject, low, high), low)
+    if low <= flat:
+        if found.flat > 1e-6:
+            return Finding(
+                name,
+                "fault",
+                f"the inner Hessian is singular at the solution (eigenvalues from {low:.1e} to {high:.2g}), and "
+                f"{found.flat:.0%} of the outer gradient lies in flat directions: the inner solution is not unique; "
+                "add a penalty, or `Implicit(damping=...)`.",
+                low,
+            )
+        return Finding(
+            name,
+            "note",
+            f"the inner Hessian is singular to rounding at the solution (eigenvalues from {low:.1e} to {high:.2g}), in "
+            "directions that the outer loss does not see.",
+            low,
+        )
+    reached = subject.solver.params(solved.run.state)
+    if subject.problem.symmetric and solved.run.verdict.status.usable:
+        there = curvature(subject, reached)
+        if there.smallest < -1e-8 * abs(there.largest):
+            return Finding(
+                name,
+                "note",
+                "positive definite at the solution, but at the last inner iterate the Hessian has the eigenvalue "
+                f"{there.smallest:.2g}: take more inner steps before Implicit, or unroll.",
+                there.smallest,
+            )
+    condition = high / low
+    if condition > 1e8:
+        return Finding(
+            name,
+            "note",
+            f"the inner Hessian is nearly singular (condition number {condition:.1e}): linear solves and unrolls need "
+            "very many steps; add a penalty.",
+            condition,
+        )
+    what = "spectrum" if subject.problem.symmetric else "real parts of the eigenvalues"
+    return Finding(
+        name, "ok", f"{what} in [{low:.3g}, {high:.3g}] at the solution, condition number {condition:.3g}.", low
+    )
+
+
+def no_solution(subject: Subject, solved: Solved) -> Finding:
+    """Say what the curvature is where the search for a solution ended, or at the start."""
+    reached = subject.solver.params(solved.run.state)
+    usable = solved.run.verdict.status.usable
+    found = curvature(subject, reached if usable else subject.start)
+    if found.smallest < -1e-8 * abs(found.largest):
+        where = "at the last inner iterate" if usable else "at the start"
+        return Finding(
+            "curvature",
+            "fault",
+            f"the inner Hessian has the eigenvalue {found.smallest:.3g} {where} (negative curvature; the largest is "
+            f"{found.largest:.3g}) and no minimum was found: add a penalty or a damping above {-found.smallest:.2g}.",
+            found.smallest,
+        )
+    return Finding(
+        "curvature",
+        "note",
+        f"no inner solution was found (the gradient norm stays at {solved.residual:.1e}), so implicit differentiation "
+        "does not apply: take more inner steps, add a penalty, or unroll.",
+        solved.residual,
+    )
+
+
+def _negative(subject: Subject, low: float, high: float) -> str:
+    if not subject.problem.symmetric:
+        return (
+            f"the Jacobian of the optimality map has an eigenvalue with real part {low:.3g} at its zero, so the step "
+            "`params - optimality(params, hparams)` moves away from it: the update expands, or the map's sign is "
+            "wrong."
+        )
+    return (
+        f"the inner Hessian has the eigenvalue {low:.3g} at the inner solution (negative curvature; the largest is "
+        f"{high:.3g}), so this is no minimum: add a penalty or a damping above {-low:.2g}, or start elsewhere."
+    )
