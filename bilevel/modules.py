@@ -1,64 +1,115 @@
-"""An ``nn.Module`` as a pure function of its trainable parameters."""
+"""An ``nn.Module`` as a pure function of its trainable parameters and running statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Model: TypeAlias = Callable[..., Any]
+from bilevel.batch_norm import BatchNormLayers, Statistics
 
 
-def functional_model(module: nn.Module) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Model]]:
-    """Return the trainable parameters of a module, and the function from parameters to a model.
+class FunctionalModule:
+    """A module whose parameters and running statistics are arguments.
 
     Args:
-        module: the module; it is not modified. Buffers and frozen parameters are constants at their present values.
-
-    Returns:
-        (params, at): ``at(params)(*inputs)`` runs the module at `params`.
+        module: the module, which is not modified. Frozen parameters and all buffers but the moving statistics of
+            BatchNorm are constants at their present values; the modes of its layers are those of now.
 
     Raises:
-        ValueError: for a module without trainable parameters, or with active dropout.
+        ValueError: for a module without trainable parameters.
 
-    >>> params, at = functional_model(nn.Linear(2, 1, bias=False))
-    >>> at({"weight": torch.tensor([[1.0, 2.0]])})(torch.ones(2))
+    >>> functional = FunctionalModule(nn.Linear(2, 1, bias=False))
+    >>> functional.at({"weight": torch.tensor([[1.0, 2.0]])})(torch.ones(2))
     tensor([3.])
     """
-    # A tied parameter appears once in named_parameters and is passed once: functional_call ties it again.
-    params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError("the module has no parameters that require gradients.")
-    random = [
-        name
-        for name, part in module.named_modules()
-        if part.training and isinstance(part, nn.modules.dropout._DropoutNd)
-    ]
-    if random:
-        raise ValueError(
-            f"the module's dropout layer {random[0]!r} is active, so the inner loss is random and has no "
-            "hypergradient: call module.eval() first."
-        )
-    constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    constants |= {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
-    def at(params: dict[str, Tensor]) -> Model:
-        def model(*inputs: Any, **options: Any) -> Any:
-            # Buffers are cloned, so that a layer that updates them in place does not change the problem.
-            fixed = {name: value.clone() for name, value in constants.items()}
-            return torch.func.functional_call(module, fixed | params, inputs, options)
+    def __init__(self, module: nn.Module) -> None:
+        # A tied parameter appears once in named_parameters and is passed once: functional_call ties it again.
+        self.params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise ValueError("the module has no parameters that require gradients.")
+        self.batch_norm = BatchNormLayers(module)
+        self.statistics = self.batch_norm.start()
+        self._module = module
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        self._buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
+    def at(self, params: dict[str, Tensor], statistics: Statistics | None = None) -> Model:
+        """Return the module at given parameters and, where evaluation mode may read them, running statistics."""
+        return Model(self, params, statistics)
+
+    def run(self, params: dict[str, Tensor], statistics: Statistics | None, *inputs: Any, **options: Any) -> Any:
+        """Run the module in its own mode, or, given running statistics (maybe none), in evaluation mode."""
+        # Buffers are cloned, so that a layer that updates them in place does not change the problem.
+        fixed = self._frozen | {name: value.clone() for name, value in self._buffers.items()}
+        with self._mode(statistics is not None), self.batch_norm.hooked(statistics):
+            return torch.func.functional_call(self._module, fixed | params, inputs, options)
+
+    @contextmanager
+    def _mode(self, evaluate: bool) -> Iterator[None]:
+        changed = [part for part, training in self._modes if part.training != (training and not evaluate)]
+        for part in changed:
+            part.training = not part.training
+        try:
+            yield
+        finally:
+            for part in changed:
+                part.training = not part.training
+
+
+class Model:
+    """What the losses call: ``model(*inputs)`` runs the module in the mode that it was given in.
+
+    Args:
+        functional: the module.
+        params: its parameters.
+        statistics: its running statistics; None in the inner loss, which cannot read them.
+    """
+
+    def __init__(self, functional: FunctionalModule, params: dict[str, Tensor], statistics: Statistics | None) -> None:
+        self._functional, self._params, self._statistics = functional, params, statistics
+        self._evaluates = False
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """Return what the module's forward returns."""
+        return self._functional.run(self._params, self._statistics if self._evaluates else None, *inputs, **options)
+
+    def eval(self) -> Model:
+        """Return the model in evaluation mode: BatchNorm normalises by the running statistics, nothing is dropped.
+
+        Raises:
+            ValueError: in the inner loss, where the running statistics move.
+        """
+        statistics = self._statistics if self._functional.statistics else {}
+        if statistics is None:
+            raise ValueError(
+                "`model.eval()` in the inner loss would read running statistics that its own steps move: use it in the "
+                "outer loss, or put the BatchNorm layers in evaluation mode before `from_module`."
+            )
+        model = Model(self._functional, self._params, statistics)
+        model._evaluates = True
         return model
 
-    return params, at
 
+def module_loss(
+    loss: Callable[..., Tensor], functional: FunctionalModule, reads_statistics: bool
+) -> Callable[..., Tensor]:
+    """Return the function of (params, hparams, ...) that a loss of (model, params, hparams, ...) is.
 
-def module_loss(loss: Callable[..., Tensor], model_at: Callable[[dict[str, Tensor]], Model]) -> Callable[..., Tensor]:
-    """Return the function of (params, hparams, ...) that a loss of (model, params, hparams, ...) is."""
+    Args:
+        loss: it is given the trainable parameters alone.
+        functional: the module.
+        reads_statistics: whether evaluation mode reads running statistics, which are then among params.
+    """
 
     def at(params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
-        return loss(model_at(params), params, hparams, *batch)
+        trainable = {name: params[name] for name in functional.params}
+        statistics = {name: params[name] for name in functional.statistics} if reads_statistics else None
+        return loss(functional.at(trainable, statistics), trainable, hparams, *batch)
 
     return at

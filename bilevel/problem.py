@@ -9,19 +9,21 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
+from bilevel.draws import Draws, random_layer
 from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees
-from bilevel.modules import functional_model, module_loss
+from bilevel.modules import FunctionalModule, Model, module_loss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
 from bilevel.spectral import Eigenbasis
+from bilevel.statistics import RunningStatistics, StatisticsInner
 from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
 
@@ -78,6 +80,10 @@ class BilevelProblem:
     sampler: Sampler | None = None
     minibatch: Tree = ()
     """The mini-batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
+    statistics: RunningStatistics | None = None
+    """The running statistics that params hold besides what inner solvers move; None: nothing besides."""
+    draws: Draws | None = None
+    """The random numbers of the losses; None: they draw none."""
     traces: Traces | None = None
     """The traced oracles of a problem that `traced` made."""
     batch: int | None = None
@@ -149,6 +155,38 @@ class BilevelProblem:
         view = copy.copy(self)
         view.minibatch, view.inner_loss = batch, batches.with_third(self._loss_of_batch, batch)
         return view
+
+    def on_step(self, index: int) -> BilevelProblem:
+        """Return the view of this problem that inner step `index` sees: with the batch and the draws of the step."""
+        view = self if self.sampler is None else self.on_batch(self.sampler(index))
+        if self.draws is None:
+            return view
+        view = copy.copy(self) if view is self else view
+        view.inner_loss = self.draws.seeded(view.inner_loss, index)
+        return view
+
+    @property
+    def variation(self) -> str:
+        """Why inner steps differ in more than params; an empty string where they do not."""
+        if self.sampler is not None:
+            return "a sampler, whose steps see different batches"
+        if self.draws is not None:
+            return "random layers, whose steps see different draws"
+        return "" if self.statistics is None else "running statistics, which move besides the parameters"
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the part of params that inner solvers move: all of it, but for running statistics."""
+        return params if self.statistics is None else self.statistics.trainable(params)
+
+    def at_rest(self) -> BilevelProblem:
+        """Return the problem over the trainable part alone, whose running statistics are those at rest there."""
+        if (statistics := self.statistics) is None:
+            return self
+
+        def outer(x: Tree, hparams: Tree) -> Tensor:
+            return self.outer_loss(statistics.at_rest(self, x, hparams), hparams)
+
+        return BilevelProblem(self.inner_loss, outer, self.trainable(self.params))
 
     def on_outer_step(self, index: int) -> BilevelProblem:
         """Return the problem of an outer step: this one, unless its data change from step to step.
@@ -226,6 +264,8 @@ class BilevelProblem:
         if params is None:
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
         check_tensors("params", params)
+        if self.statistics is not None:
+            params = self.statistics.completed(params)
         return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
 
     def check(self, params: Tree, hparams: Tree) -> None:
@@ -275,6 +315,11 @@ class BilevelProblem:
         tensor([-4., -2.])
         """
         batches.check_single(self, size)
+        if self.draws is not None or self.statistics is not None:
+            raise ValueError(
+                f"a problem with {self.variation} does not run in batches: solve its members one after the other, or "
+                "put the module in evaluation mode before `from_module`."
+            )
         if self.sampler is not None:
             raise ValueError("a problem with a sampler does not run in batches: give its data by `data=` instead.")
         single: list[BilevelProblem]
@@ -341,27 +386,36 @@ class BilevelProblem:
         cls,
         module: nn.Module,
         inner_loss: Callable[..., Tensor],
-        outer_loss: Callable[[Callable[..., Any], Tree, Tree], Tensor],
+        outer_loss: Callable[[Model, Tree, Tree], Tensor],
         *,
         sampler: Sampler | None = None,
+        seed: int | None = None,
     ) -> BilevelProblem:
         """Make a problem over the parameters of an ``nn.Module``.
 
+        Both losses are given ``model``: ``model(*inputs)`` runs the module at the present parameters, each layer in the
+        mode that it has now, and ``model.eval()(*inputs)`` in evaluation mode. BatchNorm layers in train mode normalise
+        by the batch and move their running statistics with every inner step, as torch does; these statistics are then
+        among the problem's params, and the outer loss reads them by ``model.eval()``. docs/networks.md says how they
+        are differentiated.
+
         Args:
-            module: the model; it is not modified. Parameters with ``requires_grad=False`` and buffers are constants at
-                their present values: in train mode BatchNorm normalises by the batch, and its running statistics do
-                not move.
+            module: the model; it is not modified. Parameters with ``requires_grad=False`` and all buffers but the
+                statistics above are constants at their present values.
             inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``;
-                ``model(*inputs)`` runs the module at `params`.
+                params are the trainable parameters, ``{name: tensor}``.
             outer_loss: ``(model, params, hparams) -> scalar``.
             sampler: the batches of the inner steps.
+            seed: for layers that draw random numbers (dropout): inner step k draws them from (seed, k), and whatever is
+                no step (residual, linear systems, outer loss) from the seed alone. Global generators are left alone.
 
         Returns:
-            A problem whose params are ``{name: tensor}`` of the module's trainable parameters.
+            A problem whose params are ``{name: tensor}`` of the module's trainable parameters, then of the running
+            statistics that move.
 
         Raises:
-            ValueError: for a module without trainable parameters, or with active dropout (a random inner loss has no
-                hypergradient), or losses that do not take three arguments.
+            ValueError: for a module without trainable parameters, with random layers and no seed, or losses that do not
+                take three arguments.
 
         >>> model = nn.Linear(2, 1)
         >>> X, y = torch.ones(3, 2), torch.ones(3, 1)
@@ -376,5 +430,18 @@ class BilevelProblem:
         batched = () if sampler is None else ("batch",)
         require_arguments("inner_loss", inner_loss, "model", "params", "hparams", *batched)
         require_arguments("outer_loss", outer_loss, "model", "params", "hparams")
-        params, model_at = functional_model(module)
-        return cls(module_loss(inner_loss, model_at), module_loss(outer_loss, model_at), params, sampler=sampler)
+        functional, random = FunctionalModule(module), random_layer(module)
+        if seed is None and random is not None:
+            raise ValueError(
+                f"the module's random layer {random!r} (dropout) is active, so the inner loss is random and has no "
+                "hypergradient: give `seed=` to fix its draws at each inner step, or call module.eval() first."
+            )
+        inner, outer = module_loss(inner_loss, functional, False), module_loss(outer_loss, functional, True)
+        problem = cls(inner, outer, functional.params | functional.statistics, sampler=sampler)
+        if functional.statistics:
+            problem.statistics, problem.inner_problem = RunningStatistics(functional), StatisticsInner
+        if seed is not None:
+            problem.draws = Draws(seed, tree.leaves(functional.params)[0].device)
+            problem.inner_loss = problem.draws.seeded(problem.inner_loss)
+            problem.outer_loss = problem.draws.seeded(problem.outer_loss)
+        return problem

@@ -12,6 +12,7 @@ from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Meter
 from bilevel.hypergrad.arguments import check_carry, check_roles
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, finite_loss
+from bilevel.hypergrad.moving import with_statistics
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
@@ -96,14 +97,14 @@ def hypergradient(
     """
     if batch is not None:
         problem = as_batch(problem, batch)
-    hparams, start = prepare(problem, solver, estimator, hparams, params, check)
+    used, hparams, start = prepare(problem, solver, estimator, hparams, params, check)
     carry = Carry() if carry is None else carry
     if check:
-        check_carry(carry, solver, start)
+        check_carry(carry, solver, start, problem.trainable(start))
     if problem.batch is not None:
         return batch_hypergradient(problem, solver, estimator, hparams, start, carry, certify, on_failure)
     meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
-    solved = estimator.solve(problem, solver, hparams, start, carry, meter)
+    solved = estimator.solve(problem, used, hparams, start, carry, meter)
     value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
     if solved.verdict.status.usable:
         meter.counts["outer"] += 1
@@ -121,7 +122,8 @@ def hypergradient(
     cost = meter.read()
     error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if certify and verdict.status.usable:
-        error = certify_error(problem, hparams, solved.params, gradient, pulled.adjoint)
+        x = problem.trainable(solved.params)
+        error = certify_error(problem.at_rest(), hparams, x, gradient, pulled.adjoint)
     elif pulled.error is not None and verdict.status.ok:
         error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     certificate = Certificate(
@@ -145,8 +147,8 @@ def prepare(
     hparams: Tree,
     params: Tree,
     check: bool,
-) -> tuple[Tree, Tree]:
-    """Return detached hyperparameters and start, after a look at everything that can be known before the work starts.
+) -> tuple[InnerSolver, Tree, Tree]:
+    """Return the solver that runs the problem, detached hyperparameters and start, after a look at all of them.
 
     Args:
         problem: the problem.
@@ -154,10 +156,10 @@ def prepare(
         estimator: the estimator.
         hparams: hyperparameters.
         params: where the inner solver starts, or None for the problem's start.
-        check: whether to look.
+        check: whether to look at everything that can be known before the work starts.
 
     Returns:
-        (hparams, start).
+        (solver, hparams, start).
 
     Raises:
         ValueError: for arguments in the wrong order, or a class in the place of its instance; the problem's and the
@@ -168,7 +170,7 @@ def prepare(
     if check:
         problem.check(start, hparams)
         estimator.check(problem, solver, hparams)
-    return tree.detach(hparams), start
+    return with_statistics(problem, solver), tree.detach(hparams), start
 
 
 def _finite_gradient(gradient: Tree) -> Verdict:

@@ -28,7 +28,9 @@ class Implicit(HypergradEstimator):
     """Differentiate the optimality condition; the inner solver is never differentiated.
 
     Memory is independent of the number of inner steps. The formula holds at a solution: the inner residual in the
-    certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved.
+    certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved. Running
+    statistics of BatchNorm are taken at rest, also in the estimate's params: ``b = s(x, u)``, those of the inner batch
+    at the solution x, and a cotangent of b is pulled back through s first.
     Curvature that the inner solver keeps (`QuasiNewton`) preconditions CG.
 
     Args:
@@ -70,10 +72,10 @@ class Implicit(HypergradEstimator):
         Raises:
             ValueError: if the solver needs symmetry that the problem does not promise; for a balanced run on batches.
         """
-        if self.balance == "auto" and problem.sampler is not None:
+        if self.balance == "auto" and problem.variation:
             raise ValueError(
-                "`Implicit.balance` compares steps of one inner loss, but this problem has a sampler, whose steps see "
-                "different batches: use Implicit() without balance."
+                "`Implicit.balance` compares steps of one inner loss, but this problem has "
+                f"{problem.variation}: use Implicit() without balance."
             )
         if self.linear_solver.needs_symmetry and not problem.symmetric:
             raise ValueError(
@@ -99,10 +101,11 @@ class Implicit(HypergradEstimator):
             )
         inner = problem.bind(hparams, meter.counts)
         run = run_inner(inner, solver, begin(inner, solver, params, carry))
-        solved = solver.params(run.state)
+        solved = inner.at_rest(solver.params(run.state))
 
         def pullback(cotangent: Tree) -> Pullback:
             point = inner.linearize(solved)
+            cotangent, direct = inner.at_rest_vjp(solved, cotangent)
             matvec, dense = damped(point, self.damping)
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
             kept = run.state.kept
@@ -111,8 +114,9 @@ class Implicit(HypergradEstimator):
                 matvec, cotangent, carry.adjoint, dense=dense, precondition=precondition
             )
             meter.sample()
+            total = tree.scale(-1.0, point.cross(solution.x))
             return Pullback(
-                tree.scale(-1.0, point.cross(solution.x)),
+                total if direct is None else tree.add(total, direct),
                 solution.x,
                 solution.residual,
                 solution.steps,
