@@ -38,7 +38,11 @@ class BatchNormLayers:
             for name, part in module.named_modules()
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
         }
-        self._moving = [name for name, part in self._layers.items() if part.training and part.running_mean is not None]
+        self._moving = [
+            name
+            for name, part in self._layers.items()
+            if part.training and part.track_running_stats and part.running_mean is not None
+        ]
 
     def start(self) -> Statistics:
         """Return the present running statistics by name; counts as numbers of the statistics' dtype, like params."""

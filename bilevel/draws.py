@@ -58,6 +58,31 @@ class Draws:
             yield
 
 
+@contextmanager
+def drawing_nothing(what: str, device: torch.device) -> Iterator[None]:
+    """Refuse a block that draws from a global generator.
+
+    Args:
+        what: how the message calls it.
+        device: whose generator is watched, besides that of the CPU.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+
+    def states() -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    before = states()
+    yield
+    if not all(map(torch.equal, before, states())):
+        raise ValueError(
+            f"`{what}` draws random numbers, so each call is of another function and there is no hypergradient: give "
+            "`from_module(..., seed=...)`, draw them once before, or let a sampler hand them over."
+        )
+
+
 def random_layer(module: nn.Module) -> str | None:
     """Return the name of the first layer of a module that draws random numbers in its present mode, or None."""
     for name, part in module.named_modules():

@@ -20,7 +20,7 @@ class FunctionalModule:
             BatchNorm are constants at their present values; the modes of its layers are those of now.
 
     Raises:
-        ValueError: for a module without trainable parameters.
+        ValueError: for a module without trainable parameters, or with weight norm.
 
     >>> functional = FunctionalModule(nn.Linear(2, 1, bias=False))
     >>> functional.at({"weight": torch.tensor([[1.0, 2.0]])})(torch.ones(2))
@@ -28,16 +28,17 @@ class FunctionalModule:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # A tied parameter appears once in named_parameters and is passed once: functional_call ties it again.
         self.params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("the module has no parameters that require gradients.")
+        _check_derivatives(module)
         self.batch_norm = BatchNormLayers(module)
         self.statistics = self.batch_norm.start()
         self._module = module
         self._modes = [(part, part.training) for part in module.modules()]
         self._frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
         self._buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        self._tied = _tied(module)
 
     def at(self, params: dict[str, Tensor], statistics: Statistics | None = None) -> Model:
         """Return the module at given parameters and, where evaluation mode may read them, running statistics."""
@@ -48,7 +49,10 @@ class FunctionalModule:
         # Buffers are cloned, so that a layer that updates them in place does not change the problem.
         fixed = self._frozen | {name: value.clone() for name, value in self._buffers.items()}
         with self._mode(statistics is not None), self.batch_norm.hooked(statistics):
-            return torch.func.functional_call(self._module, fixed | params, inputs, options)
+            values = fixed | params
+            values |= {name: values[first] for name, first in self._tied.items()}
+            # Its own tying leaves a submodule that has two names with the values of this call.
+            return torch.func.functional_call(self._module, values, inputs, options, tie_weights=False)
 
     @contextmanager
     def _mode(self, evaluate: bool) -> Iterator[None]:
@@ -60,6 +64,39 @@ class FunctionalModule:
         finally:
             for part in changed:
                 part.training = not part.training
+
+
+def _check_derivatives(module: nn.Module) -> None:
+    """Refuse weight norm: the second derivative of torch's kernel takes the norms for constants (torch 2.13)."""
+    for name, part in module.named_modules():
+        hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
+        if type(part).__name__ == "_WeightNorm" or "WeightNorm" in hooks:
+            raise ValueError(
+                f"the module uses torch's weight norm ({name!r}), whose second derivatives are wrong: remove it "
+                "(torch.nn.utils.parametrize.remove_parametrizations), or register a parametrization of your own that "
+                "returns g * v / v.norm(dim=1, keepdim=True)."
+            )
+
+
+def normalising_layer(module: nn.Module) -> str | None:
+    """Return the name of the first layer whose third derivatives are wrong in torch (2.13), or None.
+
+    The double backward of its batch, layer and instance norm takes means and variances for constants.
+    """
+    norms = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.modules.instancenorm._InstanceNorm
+    return next((name for name, part in module.named_modules() if isinstance(part, norms)), None)
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Return, for each further name of a tied parameter or buffer, the name under which it is passed."""
+    first: dict[int, str] = {}
+    tied = {}
+    for prefix, part in module.named_modules():
+        for members in (part.named_parameters, part.named_buffers):
+            for name, tensor in members(prefix, recurse=False, remove_duplicate=False):
+                if first.setdefault(id(tensor), name) != name:
+                    tied[name] = first[id(tensor)]
+    return tied
 
 
 class Model:

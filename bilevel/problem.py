@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
-from bilevel.draws import Draws, random_layer
+from bilevel.draws import Draws, drawing_nothing, random_layer
 from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees
-from bilevel.modules import FunctionalModule, Model, module_loss
+from bilevel.modules import FunctionalModule, Model, module_loss, normalising_layer
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
@@ -84,6 +84,8 @@ class BilevelProblem:
     """The running statistics that params hold besides what inner solvers move; None: nothing besides."""
     draws: Draws | None = None
     """The random numbers of the losses; None: they draw none."""
+    wrong_third: str | None = None
+    """What makes third derivatives of the inner loss by autograd wrong, for a message; None: nothing known."""
     traces: Traces | None = None
     """The traced oracles of a problem that `traced` made."""
     batch: int | None = None
@@ -161,8 +163,11 @@ class BilevelProblem:
         view = self if self.sampler is None else self.on_batch(self.sampler(index))
         if self.draws is None:
             return view
-        view = copy.copy(self) if view is self else view
-        view.inner_loss = self.draws.seeded(view.inner_loss, index)
+        # Without a sampler the view's loss is this problem's, which has the draws of whatever is no step.
+        loss = self.functions[0] if view is self else view.inner_loss
+        assert loss is not None
+        view = copy.copy(view)
+        view.inner_loss = self.draws.seeded(loss, index)
         return view
 
     @property
@@ -285,7 +290,8 @@ class BilevelProblem:
         params, hparams = tree.attach(params), tree.attach(hparams)
         with torch.enable_grad():
             if self.optimality is None:
-                check_scalar("inner_loss", self.inner_loss, params, hparams)
+                with drawing_nothing("inner_loss", tree.leaves(params)[0].device):
+                    check_scalar("inner_loss", self.inner_loss, params, hparams)
             outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
             gradient = self.gradient_graph(params, hparams)
         check_influence("inner_loss" if self.optimality is None else "optimality", gradient, outer, hparams)
@@ -438,6 +444,7 @@ class BilevelProblem:
             )
         inner, outer = module_loss(inner_loss, functional, False), module_loss(outer_loss, functional, True)
         problem = cls(inner, outer, functional.params | functional.statistics, sampler=sampler)
+        problem.wrong_third = normalising_layer(module)
         if functional.statistics:
             problem.statistics, problem.inner_problem = RunningStatistics(functional), StatisticsInner
         if seed is not None:
