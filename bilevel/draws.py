@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_active: ContextVar[Draws | None] = ContextVar("active", default=None)
+"""Whose numbers are drawn at present."""
 
 
 class Draws:
@@ -37,11 +41,17 @@ class Draws:
         self._seed, self._device = seed, device
 
     def seeded(self, loss: Callable[..., Tensor], step: int | None = None) -> Callable[..., Tensor]:
-        """Return a loss that draws the numbers of an inner step; None: those of whatever is no step."""
+        """Return a loss that draws the numbers of an inner step; None: of whatever is no step, unless inside a step."""
 
         def at(*arguments: Any) -> Tensor:
-            with self._numbers(step):
+            if _active.get() is self:
                 return loss(*arguments)
+            token = _active.set(self)
+            try:
+                with self._numbers(step):
+                    return loss(*arguments)
+            finally:
+                _active.reset(token)
 
         return at
 

@@ -163,11 +163,8 @@ class BilevelProblem:
         view = self if self.sampler is None else self.on_batch(self.sampler(index))
         if self.draws is None:
             return view
-        # Without a sampler the view's loss is this problem's, which has the draws of whatever is no step.
-        loss = self.functions[0] if view is self else view.inner_loss
-        assert loss is not None
         view = copy.copy(view)
-        view.inner_loss = self.draws.seeded(loss, index)
+        view.inner_loss = self.draws.seeded(view.inner_loss, index)
         return view
 
     @property
@@ -443,12 +440,11 @@ class BilevelProblem:
                 "hypergradient: give `seed=` to fix its draws at each inner step, or call module.eval() first."
             )
         inner, outer = module_loss(inner_loss, functional, False), module_loss(outer_loss, functional, True)
+        draws = None if seed is None else Draws(seed, tree.leaves(functional.params)[0].device)
+        if draws is not None:
+            inner, outer = draws.seeded(inner), draws.seeded(outer)
         problem = cls(inner, outer, functional.params | functional.statistics, sampler=sampler)
-        problem.wrong_third = normalising_layer(module)
+        problem.draws, problem.wrong_third = draws, normalising_layer(module)
         if functional.statistics:
             problem.statistics, problem.inner_problem = RunningStatistics(functional), StatisticsInner
-        if seed is not None:
-            problem.draws = Draws(seed, tree.leaves(functional.params)[0].device)
-            problem.inner_loss = problem.draws.seeded(problem.inner_loss)
-            problem.outer_loss = problem.draws.seeded(problem.outer_loss)
         return problem
