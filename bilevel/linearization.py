@@ -157,6 +157,11 @@ class Linearization:
         return self._jvp(tree.zeros_like(self.params), hparams_tangent)
 
     def _hvp_vjp(self, v: Tree, w: Tree) -> tuple[Tree, Tree]:
+        if self.inner.problem.wrong_third is not None:
+            raise ValueError(
+                "an unrolled Newton step needs third derivatives, which torch has wrong for the normalising layer "
+                f"{self.inner.problem.wrong_third!r}: use Implicit, or an inner solver of first order."
+            )
         params, hparams = tree.attach(self.params), tree.attach(self.inner.hparams)
         with torch.enable_grad():
             gradient = tree.leaves(self.inner.problem.gradient_graph(params, hparams))

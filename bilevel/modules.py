@@ -1,61 +1,165 @@
-"""An ``nn.Module`` as a pure function of its trainable parameters."""
+"""An ``nn.Module`` as a pure function of its trainable parameters and running statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bilevel.batch_norm import BatchNormLayers, Statistics
+from bilevel.draws import Draws
 from bilevel.tree import Tree
 
-Model: TypeAlias = Callable[..., Any]
 
-
-def functional_model(module: nn.Module) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Model]]:
-    """Return the trainable parameters of a module, and the function from parameters to a model.
+class FunctionalModule:
+    """A module whose parameters and running statistics are arguments.
 
     Args:
-        module: the module; it is not modified. Buffers and frozen parameters are constants at their present values.
-
-    Returns:
-        (params, at): ``at(params)(*inputs)`` runs the module at `params`.
+        module: the module, which is not modified. Frozen parameters and all buffers but the moving statistics of
+            BatchNorm are constants at their present values; the modes of its layers are those of now.
 
     Raises:
-        ValueError: for a module without trainable parameters, or with active dropout.
+        ValueError: for a module without trainable parameters, or with weight norm.
 
-    >>> params, at = functional_model(nn.Linear(2, 1, bias=False))
-    >>> at({"weight": torch.tensor([[1.0, 2.0]])})(torch.ones(2))
+    >>> functional = FunctionalModule(nn.Linear(2, 1, bias=False))
+    >>> functional.at({"weight": torch.tensor([[1.0, 2.0]])})(torch.ones(2))
     tensor([3.])
     """
-    # A tied parameter appears once in named_parameters and is passed once: functional_call ties it again.
-    params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError("the module has no parameters that require gradients.")
-    random = [
-        name
-        for name, part in module.named_modules()
-        if part.training and isinstance(part, nn.modules.dropout._DropoutNd)
-    ]
-    if random:
-        raise ValueError(
-            f"the module's dropout layer {random[0]!r} is active, so the inner loss is random and has no "
-            "hypergradient: call module.eval() first."
-        )
-    constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    constants |= {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
-    def at(params: dict[str, Tensor]) -> Model:
-        def model(*inputs: Any, **options: Any) -> Any:
-            # Buffers are cloned, so that a layer that updates them in place does not change the problem.
-            fixed = {name: value.clone() for name, value in constants.items()}
-            return torch.func.functional_call(module, fixed | params, inputs, options)
+    def __init__(self, module: nn.Module) -> None:
+        self.params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise ValueError("the module has no parameters that require gradients.")
+        _check_derivatives(module)
+        self.batch_norm = BatchNormLayers(module)
+        self.statistics = self.batch_norm.start()
+        self._module = module
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        self._buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        self._tied = _tied(module)
 
+    def at(self, params: dict[str, Tensor], statistics: Statistics | None = None) -> Model:
+        """Return the module at given parameters and, where evaluation mode may read them, running statistics."""
+        return Model(self, params, statistics)
+
+    def run(self, params: dict[str, Tensor], statistics: Statistics | None, *inputs: Any, **options: Any) -> Any:
+        """Run the module in its own mode, or, given running statistics (maybe none), in evaluation mode."""
+        # Buffers are cloned, so that a layer that updates them in place does not change the problem.
+        fixed = self._frozen | {name: value.clone() for name, value in self._buffers.items()}
+        with self._mode(statistics is not None), self.batch_norm.hooked(statistics):
+            values = fixed | params
+            values |= {name: values[first] for name, first in self._tied.items()}
+            # Its own tying leaves a submodule that has two names with the values of this call.
+            return torch.func.functional_call(self._module, values, inputs, options, tie_weights=False)
+
+    @contextmanager
+    def _mode(self, evaluate: bool) -> Iterator[None]:
+        changed = [part for part, training in self._modes if part.training != (training and not evaluate)]
+        for part in changed:
+            part.training = not part.training
+        try:
+            yield
+        finally:
+            for part in changed:
+                part.training = not part.training
+
+
+def _check_derivatives(module: nn.Module) -> None:
+    """Refuse weight norm: the second derivative of torch's kernel takes the norms for constants (torch 2.13)."""
+    for name, part in module.named_modules():
+        hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
+        if type(part).__name__ == "_WeightNorm" or "WeightNorm" in hooks:
+            raise ValueError(
+                f"the module uses torch's weight norm ({name!r}), whose second derivatives are wrong: remove it "
+                "(torch.nn.utils.parametrize.remove_parametrizations), or register a parametrization of your own that "
+                "returns g * v / v.norm(dim=1, keepdim=True)."
+            )
+
+
+def normalising_layer(module: nn.Module) -> str | None:
+    """Return the name of the first layer whose third derivatives are wrong in torch (2.13), or None.
+
+    The double backward of its batch, layer and instance norm takes means and variances for constants.
+    """
+    norms = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.modules.instancenorm._InstanceNorm
+    return next((name for name, part in module.named_modules() if isinstance(part, norms)), None)
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Return, for each further name of a tied parameter or buffer, the name under which it is passed."""
+    first: dict[int, str] = {}
+    tied = {}
+    for prefix, part in module.named_modules():
+        for members in (part.named_parameters, part.named_buffers):
+            for name, tensor in members(prefix, recurse=False, remove_duplicate=False):
+                if first.setdefault(id(tensor), name) != name:
+                    tied[name] = first[id(tensor)]
+    return tied
+
+
+class Model:
+    """What the losses call: ``model(*inputs)`` runs the module in the mode that it was given in.
+
+    Args:
+        functional: the module.
+        params: its parameters.
+        statistics: its running statistics; None in the inner loss, which cannot read them.
+    """
+
+    def __init__(self, functional: FunctionalModule, params: dict[str, Tensor], statistics: Statistics | None) -> None:
+        self._functional, self._params, self._statistics = functional, params, statistics
+        self._evaluates = False
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """Return what the module's forward returns."""
+        return self._functional.run(self._params, self._statistics if self._evaluates else None, *inputs, **options)
+
+    def eval(self) -> Model:
+        """Return the model in evaluation mode: BatchNorm normalises by the running statistics, nothing is dropped.
+
+        Raises:
+            ValueError: in the inner loss, where the running statistics move.
+        """
+        statistics = self._statistics if self._functional.statistics else {}
+        if statistics is None:
+            raise ValueError(
+                "`model.eval()` in the inner loss would read running statistics that its own steps move: use it in the "
+                "outer loss, or put the BatchNorm layers in evaluation mode before `from_module`."
+            )
+        model = copy.copy(self)
+        model._statistics, model._evaluates = statistics, True
         return model
 
-    return params, at
+
+class _Recording(Model):
+    """A model that keeps what each call gives."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.found: list[Tree] = []
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        self.found.append(super().__call__(*inputs, **options))
+        return self.found[-1]
+
+
+class _Replaying:
+    """Gives the next of some outputs at each call, in whatever mode."""
+
+    def __init__(self, outputs: list[Tree]) -> None:
+        self._feed = iter(outputs)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return next(self._feed)
+
+    def eval(self) -> _Replaying:
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,29 +170,36 @@ class ModuleLoss:
     Gauss-Newton products need.
 
     Attributes:
-        loss: the user's function.
-        model_at: params -> model.
+        loss: the user's function; it is given the trainable parameters alone.
+        functional: the module.
+        reads_statistics: whether evaluation mode reads running statistics, which are then among params.
+        draws: the random numbers of its layers.
     """
 
     loss: Callable[..., Tensor]
-    model_at: Callable[[dict[str, Tensor]], Model]
+    functional: FunctionalModule
+    reads_statistics: bool = False
+    draws: Draws | None = None
 
     def __call__(self, params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
         """Return the loss."""
-        return self.loss(self.model_at(params), params, hparams, *batch)
+        parts = self._parts(params)
+        return self._drawn(self.functional.at(*parts), parts[0], hparams, *batch)
 
     def outputs(self, params: dict[str, Tensor], hparams: Any, *batch: Any) -> list[Tree]:
         """Return what the model gives at each of the loss's calls of it, in their order."""
-        model, found = self.model_at(params), []
-
-        def recorded(*inputs: Any, **options: Any) -> Any:
-            found.append(model(*inputs, **options))
-            return found[-1]
-
-        self.loss(recorded, params, hparams, *batch)
-        return found
+        parts = self._parts(params)
+        model = _Recording(self.functional, *parts)
+        self._drawn(model, parts[0], hparams, *batch)
+        return model.found
 
     def at_outputs(self, outputs: list[Tree], params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
         """Return the loss where each call of the model gives the next of `outputs`; the model is not run."""
-        feed = iter(outputs)
-        return self.loss(lambda *inputs, **options: next(feed), params, hparams, *batch)
+        return self._drawn(_Replaying(outputs), self._parts(params)[0], hparams, *batch)
+
+    def _parts(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor], Statistics | None]:
+        trainable = {name: params[name] for name in self.functional.params}
+        return trainable, {n: params[n] for n in self.functional.statistics} if self.reads_statistics else None
+
+    def _drawn(self, *arguments: Any) -> Tensor:
+        return (self.loss if self.draws is None else self.draws.seeded(self.loss))(*arguments)

@@ -82,16 +82,39 @@ class InnerProblem:
         return ProductSum(self)
 
     def on_step(self, index: int) -> InnerProblem:
-        """Return the problem that step `index` sees: this one, or with a sampler a view of it on the batch of the step.
+        """Return the problem that step `index` sees: this one, or a view of it with the step's own batch and draws.
 
         Everything else (residuals, curvature, linear solves) is evaluated here, on the sampler's full batch.
         """
-        if self.problem.sampler is None:
+        problem = self.problem.on_step(index)
+        if problem is self.problem:
             return self
         view = copy.copy(self)
-        view.problem = self.problem.on_batch(self.problem.sampler(index))
-        view._last = view._last_value = None
+        view.problem = problem
+        view._forget()
         return view
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the part of params that inner solvers move: all of it, but for running statistics."""
+        trainable: Tree = self.problem.trainable(params)
+        return trainable
+
+    def unmoved(self, before: Tree, after: Tree) -> bool:
+        """Whether a step has handed back what it was given: it says that no step helps."""
+        return before is after
+
+    def statistics_after(self, params: Tree) -> Tree:
+        """Return the running statistics after a step from params, of a problem that has them."""
+        self.counts["value"] += 1
+        return self.problem.statistics.after(self.problem, params, self.hparams)
+
+    def at_rest(self, params: Tree) -> Tree:
+        """Return params at a solution: running statistics are then a function of the trainable part."""
+        return params
+
+    def at_rest_vjp(self, params: Tree, cotangent: Tree) -> tuple[Tree, Tree]:
+        """Return the VJP of that function: cotangents of the trainable part and of hparams (None: no dependence)."""
+        return cotangent, None
 
     def curvature(self, params: Tree) -> Spectrum:
         """Return the ends of the spectrum of the Hessian at `params`; the default is Lanczos on the HVP."""
@@ -115,6 +138,10 @@ class InnerProblem:
         return DifferentiableInner(self, hparams, graph)
 
     # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Drop results that belong to the batch and the draws of another step."""
+        self._last = self._last_value = None
 
     def _value(self, params: Tree) -> Tensor:
         with torch.no_grad():
@@ -146,6 +173,14 @@ class DifferentiableInner(InnerProblem):
         self.hparams = hparams
         self._inner = inner
         self._graph = graph
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the part of params that inner solvers move."""
+        return self._inner.trainable(params)
+
+    def grad(self, params: Tree) -> Tree:
+        """Return the gradient with its graph."""
+        return super().grad(self.trainable(params))
 
     def value(self, params: Tree) -> Tensor:
         """Return the inner loss with its graph."""

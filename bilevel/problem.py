@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
+from bilevel.draws import Draws, drawing_nothing, random_layer
 from bilevel.explain import check_second_derivatives, explained
 from bilevel.inputs import (
     Reads,
@@ -28,12 +29,13 @@ from bilevel.inputs import (
     check_use,
     partial_gradients,
 )
-from bilevel.modules import ModuleLoss, functional_model
+from bilevel.modules import FunctionalModule, ModuleLoss, normalising_layer
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
 from bilevel.sampling import FreshBatch, Sampling, sampling
 from bilevel.spectral import Eigenbasis
+from bilevel.statistics import RunningStatistics, StatisticsInner
 from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
 
@@ -101,6 +103,12 @@ class BilevelProblem:
     minibatch: Tree = ()
     """The mini-batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
     _sampling: Sampling | None = None
+    statistics: RunningStatistics | None = None
+    """The running statistics that params hold besides what inner solvers move; None: nothing besides."""
+    draws: Draws | None = None
+    """The random numbers of the losses; None: they draw none."""
+    wrong_third: str | None = None
+    """What makes third derivatives of the inner loss by autograd wrong, for a message; None: nothing known."""
     traces: Traces | None = None
     """The traced oracles of a problem that `traced` made."""
     batch: int | None = None
@@ -159,6 +167,11 @@ class BilevelProblem:
         loss = self.functions[0]
         return loss if isinstance(loss, ModuleLoss) else None
 
+    @property
+    def module_batch(self) -> tuple[Tree, ...]:
+        """What `module_loss` takes besides (params, hparams): the present batch, with a sampler."""
+        return () if self._sampling is None or self._sampling.sampler is None else (self.minibatch,)
+
     def bind(self, hparams: Tree, counts: Counter[str] | None = None) -> InnerProblem:
         """Return the inner problem at fixed hyperparameters.
 
@@ -175,6 +188,38 @@ class BilevelProblem:
         view = copy.copy(self)
         view.minibatch, view.inner_loss = batch, batches.with_third(self._sampling.inner_loss, batch)
         return view
+
+    def on_step(self, index: int) -> BilevelProblem:
+        """Return the view of this problem that inner step `index` sees: with the batch and the draws of the step."""
+        view = self if self.sampler is None else self.on_batch(self.sampler(index))
+        if self.draws is None:
+            return view
+        view = copy.copy(view)
+        view.inner_loss = self.draws.seeded(view.inner_loss, index)
+        return view
+
+    @property
+    def variation(self) -> str:
+        """Why inner steps differ in more than params; an empty string where they do not."""
+        if self.sampler is not None:
+            return "a sampler, whose steps see different batches"
+        if self.draws is not None:
+            return "random layers, whose steps see different draws"
+        return "" if self.statistics is None else "running statistics, which move besides the parameters"
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the part of params that inner solvers move: all of it, but for running statistics."""
+        return params if self.statistics is None else self.statistics.trainable(params)
+
+    def at_rest(self) -> BilevelProblem:
+        """Return the problem over the trainable part alone, whose running statistics are those at rest there."""
+        if (statistics := self.statistics) is None:
+            return self
+
+        def outer(x: Tree, hparams: Tree) -> Tensor:
+            return self.outer_loss(statistics.at_rest(self, x, hparams), hparams)
+
+        return BilevelProblem(self.inner_loss, outer, self.trainable(self.params))
 
     def on_outer_step(self, index: int) -> BilevelProblem:
         """Return the problem of an outer step: this one, unless its data change from step to step.
@@ -269,6 +314,8 @@ class BilevelProblem:
         if params is None:
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
         check_tensors("params", params)
+        if self.statistics is not None:
+            params = self.statistics.completed(params)
         return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
@@ -291,16 +338,17 @@ class BilevelProblem:
         what = "inner_loss" if self.optimality is None else "optimality"
         with torch.enable_grad(), explained(f"`{what}`"):
             if self.optimality is None:
-                inner = check_scalar("inner_loss", self.inner_loss, params, hparams)
+                with drawing_nothing("inner_loss", tree.leaves(params)[0].device):
+                    inner = check_scalar("inner_loss", self.inner_loss, params, hparams)
                 check_second_derivatives("`inner_loss`", inner)
             outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
-            by_outer, cut = partial_gradients("outer_loss", outer, (params, hparams)), len(tree.leaves(params))
+            # Running statistics are used by whom they concern.
+            x = self.trainable(params)
+            by_outer, cut = partial_gradients("outer_loss", outer, (x, hparams)), len(tree.leaves(x))
             if self.optimality is None:
-                check_use(partial_gradients("inner_loss", inner, params), by_outer[:cut], params)
-            gradient = self.gradient_graph(params, hparams)
-            check_influence(
-                what, gradient, by_outer[cut:], params, hparams, reads and partial(reads, self, params, hparams)
-            )
+                check_use(partial_gradients("inner_loss", inner, x), by_outer[:cut], x)
+            gradient = self.gradient_graph(x, hparams)
+            check_influence(what, gradient, by_outer[cut:], x, hparams, reads and partial(reads, self, x, hparams))
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return a problem of `size` members side by side.
@@ -327,6 +375,11 @@ class BilevelProblem:
         tensor([-4., -2.])
         """
         batches.check_single(self, size)
+        if self.draws is not None or self.statistics is not None:
+            raise ValueError(
+                f"a problem with {self.variation} does not run in batches: solve its members one after the other, or "
+                "put the module in evaluation mode before `from_module`."
+            )
         if self._sampling is not None:
             raise ValueError("a problem with a sampler does not run in batches: give its data by `data=` instead.")
         single: list[BilevelProblem]
@@ -398,26 +451,35 @@ class BilevelProblem:
         sampler: Sampler | DataLoader[Any] | None = None,
         fresh_batch: FreshBatch = "inner step",
         outer_sampler: Sampler | DataLoader[Any] | None = None,
+        seed: int | None = None,
     ) -> BilevelProblem:
         """Make a problem over the parameters of an ``nn.Module``.
 
+        Both losses are given ``model``: ``model(*inputs)`` runs the module at the present parameters, each layer in the
+        mode that it has now, and ``model.eval()(*inputs)`` in evaluation mode. BatchNorm layers in train mode normalise
+        by the batch and move their running statistics with every inner step, as torch does; these statistics are then
+        among the problem's params, and the outer loss reads them by ``model.eval()``. docs/networks.md says how they
+        are differentiated.
+
         Args:
-            module: the model; it is not modified. Parameters with ``requires_grad=False`` and buffers are constants at
-                their present values: in train mode BatchNorm normalises by the batch, and its running statistics do
-                not move.
+            module: the model; it is not modified. Parameters with ``requires_grad=False`` and all buffers but the
+                statistics above are constants at their present values.
             inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``;
-                ``model(*inputs)`` runs the module at `params`.
+                params are the trainable parameters, ``{name: tensor}``.
             outer_loss: ``(model, params, hparams) -> scalar``, with an outer sampler a batch, too.
             sampler: the batches of the inner loss.
             fresh_batch: when the inner loss sees another batch: "inner step", "outer step", or "never".
             outer_sampler: the batches of the outer loss, another one each outer step.
+            seed: for layers that draw random numbers (dropout): inner step k draws them from (seed, k), and whatever is
+                no step (residual, linear systems, outer loss) from the seed alone. Global generators are left alone.
 
         Returns:
-            A problem whose params are ``{name: tensor}`` of the module's trainable parameters.
+            A problem whose params are ``{name: tensor}`` of the module's trainable parameters, then of the running
+            statistics that move.
 
         Raises:
-            ValueError: for a module without trainable parameters, or with active dropout (a random inner loss has no
-                hypergradient), or losses that do not take three arguments.
+            ValueError: for a module without trainable parameters, with random layers and no seed, or losses that do not
+                take three arguments.
 
         >>> model = nn.Linear(2, 1)
         >>> X, y = torch.ones(3, 2), torch.ones(3, 1)
@@ -435,12 +497,22 @@ class BilevelProblem:
         require_arguments(
             "outer_loss", outer_loss, "model", "params", "hparams", *([] if outer_sampler is None else ["batch"])
         )
-        params, model_at = functional_model(module)
-        return cls(
-            ModuleLoss(inner_loss, model_at),
-            ModuleLoss(outer_loss, model_at),
-            params,
+        functional, random = FunctionalModule(module), random_layer(module)
+        if seed is None and random is not None:
+            raise ValueError(
+                f"the module's random layer {random!r} (dropout) is active, so the inner loss is random and has no "
+                "hypergradient: give `seed=` to fix its draws at each inner step, or call module.eval() first."
+            )
+        draws = None if seed is None else Draws(seed, tree.leaves(functional.params)[0].device)
+        problem = cls(
+            ModuleLoss(inner_loss, functional, False, draws),
+            ModuleLoss(outer_loss, functional, True, draws),
+            functional.params | functional.statistics,
             sampler=sampler,
             fresh_batch=fresh_batch,
             outer_sampler=outer_sampler,
         )
+        problem.draws, problem.wrong_third = draws, normalising_layer(module)
+        if functional.statistics:
+            problem.statistics, problem.inner_problem = RunningStatistics(functional), StatisticsInner
+        return problem

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from bilevel import tree
 from bilevel.oracles import InnerProblem, Linearization
+from bilevel.statistics import StatisticsInner
 from bilevel.tree import Tree
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
         The traced problem.
 
     Raises:
-        ValueError: for another mode, and for a problem with closed-form oracles.
+        ValueError: for another mode, for a problem with closed-form oracles, and for one that draws random numbers.
 
     >>> from bilevel import BilevelProblem
     >>> problem = BilevelProblem(lambda w, u: (w**2).sum() * u.exp() + w.sum(), lambda w, u: (w**2).sum())
@@ -55,12 +56,14 @@ def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
     """
     if mode not in MODES:
         raise ValueError(f"`traced` takes the mode 'fx' or 'inductor', got {mode!r}.")
-    if problem.inner_problem not in (InnerProblem, TracedInner):
+    if problem.draws is not None:
+        raise ValueError("a problem with a `seed` for random layers cannot be traced: leave out `traced`.")
+    if (kind := TRACED.get(problem.inner_problem)) is None:
         raise ValueError(
             f"{type(problem).__name__} has closed-form oracles, which are faster than traced ones: use it as it is."
         )
     view = copy.copy(problem)
-    view.inner_problem, view.traces = TracedInner, Traces(mode)
+    view.inner_problem, view.traces = kind, Traces(mode)
     return view
 
 
@@ -81,6 +84,18 @@ class TracedInner(InnerProblem):
 
     def _grad(self, params: Tree) -> Tree:
         return tree.rebuild(params, self.problem.traces.replay(_gradient, self.problem, params, self.hparams))
+
+
+class TracedStatisticsInner(TracedInner, StatisticsInner):
+    """One whose params may hold running statistics; those of a step then take a look at the loss of their own."""
+
+
+TRACED: dict[type[InnerProblem], type[TracedInner]] = {
+    InnerProblem: TracedInner,
+    TracedInner: TracedInner,
+    StatisticsInner: TracedStatisticsInner,
+    TracedStatisticsInner: TracedStatisticsInner,
+}
 
 
 def _gradient(problem: BilevelProblem, params: Tree, hparams: Tree) -> list[Tensor]:

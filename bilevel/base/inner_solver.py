@@ -89,6 +89,11 @@ class InnerSolver(ABC):
         require(self, "steps", "a positive int or None", self.steps is None or is_int(self.steps))
         require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
 
+    @property
+    def title(self) -> str:
+        """How messages call the solver."""
+        return type(self).__name__
+
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return the state before the first step."""
         return InnerState(params)

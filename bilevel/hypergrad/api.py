@@ -14,6 +14,7 @@ from bilevel.cost import Meter
 from bilevel.explain import DerivativeError, explained
 from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
+from bilevel.hypergrad.moving import with_statistics
 from bilevel.hypergrad.not_finite import finite_gradient, finite_loss, not_finite_part
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, report
@@ -100,14 +101,14 @@ def hypergradient(
     """
     if batch is not None:
         problem = as_batch(problem, batch)
-    hparams, start = prepare(problem, solver, estimator, hparams, params, check)
+    used, hparams, start = prepare(problem, solver, estimator, hparams, params, check)
     carry = Carry() if carry is None else carry
     if check:
-        check_carry(carry, solver, start)
+        check_carry(carry, solver, start, problem.trainable(start))
     if problem.batch is not None:
         return batch_hypergradient(problem, solver, estimator, hparams, start, carry, certify, on_failure)
     meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
-    solved = estimator.solve(problem, solver, hparams, start, carry, meter)
+    solved = estimator.solve(problem, used, hparams, start, carry, meter)
     value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
     if solved.verdict.status.usable:
         meter.counts["outer"] += 1
@@ -151,8 +152,8 @@ def prepare(
     hparams: Tree,
     params: Tree,
     check: bool,
-) -> tuple[Tree, Tree]:
-    """Return detached hyperparameters and start, after a look at everything that can be known before the work starts.
+) -> tuple[InnerSolver, Tree, Tree]:
+    """Return the solver that runs the problem, detached hyperparameters and start, after a look at all of them.
 
     Args:
         problem: the problem.
@@ -160,10 +161,10 @@ def prepare(
         estimator: the estimator.
         hparams: hyperparameters.
         params: where the inner solver starts, or None for the problem's start.
-        check: whether to look.
+        check: whether to look at everything that can be known before the work starts.
 
     Returns:
-        (hparams, start).
+        (solver, hparams, start).
 
     Raises:
         ValueError: for arguments in the wrong order, or a class in the place of its instance; the problem's and the
@@ -180,4 +181,4 @@ def prepare(
         except DerivativeError:
             if estimator.second_derivatives:
                 raise
-    return tree.detach(hparams), start
+    return with_statistics(problem, solver), tree.detach(hparams), start

@@ -77,13 +77,14 @@ def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hp
     return found
 
 
-def check_carry(carry: Any, solver: InnerSolver, start: Tree) -> None:
+def check_carry(carry: Any, solver: InnerSolver, start: Tree, trainable: Tree) -> None:
     """Refuse a warm start of another solver or another problem.
 
     Args:
         carry: should be a `Carry`.
         solver: the inner solver that goes on with it.
         start: the params where a cold start begins.
+        trainable: the part of them that inner solvers move.
 
     Raises:
         ValueError: for anything but a `Carry`, one that another class of solver left, or one of other shapes.
@@ -91,10 +92,10 @@ def check_carry(carry: Any, solver: InnerSolver, start: Tree) -> None:
     if not isinstance(carry, Carry):
         raise ValueError(f"`carry` must be the `carry` of an estimate, got {shown_value(carry)}.")
     check_origin("this carry", carry.solver, solver)
-    for part in (None if carry.state is None else carry.state.params, carry.adjoint):
-        if part is not None and shapes(part) != shapes(start):
+    for part, like in ((None if carry.state is None else carry.state.params, start), (carry.adjoint, trainable)):
+        if part is not None and shapes(part) != shapes(like):
             raise ValueError(
-                f"this carry is of another problem: it holds {_worded(part)}, the params here are {_worded(start)}."
+                f"this carry is of another problem: it holds {_worded(part)}, the params here are {_worded(like)}."
             )
 
 

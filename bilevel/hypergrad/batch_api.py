@@ -108,7 +108,7 @@ def certified(
     reason = solver.off_solution(problem)
     if reason:
         return ErrorEstimate(None, "none", f"errors are those of the inner solution's derivative, but {reason}")
-    return certify_error(problem, hparams, params, gradient, adjoint)
+    return certify_error(problem.at_rest(), hparams, problem.trainable(params), gradient, adjoint)
 
 
 def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient: Tree) -> list[Verdict]:

@@ -32,8 +32,7 @@ def gauss_newton(point: Linearization, loss: ModuleLoss) -> Callable[[Tree], Tre
         point: the linearised inner gradient; its params, hparams, batch and counts are used.
         loss: its loss in two halves.
     """
-    problem, hparams = point.inner.problem, point.inner.hparams
-    batch = () if problem.sampler is None else (problem.minibatch,)
+    hparams, batch = point.inner.hparams, point.inner.problem.module_batch
     params, own = tree.attach(point.params), tree.attach(point.params)
     with torch.enable_grad():
         outputs = loss.outputs(params, hparams, *batch)

@@ -29,7 +29,9 @@ class Implicit(HypergradEstimator):
     """Differentiate the optimality condition; the inner solver is never differentiated.
 
     Memory is independent of the number of inner steps. The formula holds at a solution: the inner residual in the
-    certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved.
+    certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved. Running
+    statistics of BatchNorm are taken at rest, also in the estimate's params: ``b = s(x, u)``, those of the inner batch
+    at the solution x, and a cotangent of b is pulled back through s first.
     Curvature that the inner solver keeps (`QuasiNewton`) preconditions CG.
 
     For networks, whose inner problem is rarely solved, take a few products and report what they leave:
@@ -91,10 +93,10 @@ class Implicit(HypergradEstimator):
                 "`Implicit.curvature` 'gauss-newton' needs a single problem of `BilevelProblem.from_module`, whose "
                 "loss says what the model's outputs are: use curvature='hessian', with damping where it is indefinite."
             )
-        if self.balance == "auto" and problem.sampler is not None:
+        if self.balance == "auto" and problem.variation:
             raise ValueError(
-                "`Implicit.balance` compares steps of one inner loss, but this problem has a sampler, whose steps see "
-                "different batches: use Implicit() without balance."
+                "`Implicit.balance` compares steps of one inner loss, but this problem has "
+                f"{problem.variation}: use Implicit() without balance."
             )
         if self.linear_solver.needs_symmetry and not problem.symmetric:
             raise ValueError(
@@ -120,10 +122,11 @@ class Implicit(HypergradEstimator):
             )
         inner = problem.bind(hparams, meter.counts)
         run = run_inner(inner, solver, begin(inner, solver, params, carry))
-        solved = solver.params(run.state)
+        solved = inner.at_rest(solver.params(run.state))
 
         def pullback(cotangent: Tree) -> Pullback:
             point = inner.linearize(solved)
+            cotangent, direct = inner.at_rest_vjp(solved, cotangent)
             loss = problem.module_loss if self.curvature == "gauss-newton" else None
             product = point.hvp if loss is None else gauss_newton(point, loss)
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
@@ -138,8 +141,9 @@ class Implicit(HypergradEstimator):
                 damping=self.damping,
             )
             meter.sample()
+            total = tree.scale(-1.0, point.cross(solution.x))
             return Pullback(
-                tree.scale(-1.0, point.cross(solution.x)),
+                total if direct is None else tree.add(total, direct),
                 solution.x,
                 solution.residual,
                 solution.steps,

@@ -94,9 +94,9 @@ class _Solution(torch.autograd.Function):
     @explained()
     def forward(call: _Call, *leaves: Tensor) -> tuple[Tensor, ...]:
         hparams = tree.rebuild(call.like, [leaf.detach() for leaf in leaves])
-        hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
+        solver, hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
         meter = Meter(leaves[0].device, memory=False)
-        solved = call.estimator.solve(call.problem, call.solver, hparams, start, Carry(), meter)
+        solved = call.estimator.solve(call.problem, solver, hparams, start, Carry(), meter)
         report(solved.verdict, call.on_failure)
         call.found.append(solved)
         return torch.tensor(len(call.found) - 1), *_unless_failed(solved.verdict, solved.params)

@@ -103,10 +103,10 @@ def _run(
             before, state = state, solver.step(inner.on_step(state.index), state)
             taken += 1
             # A solver that hands back the same params says that no step helps: the rounding floor.
-            if tol is not None and state.params is before.params and taken >= at_least:
+            if tol is not None and taken >= at_least and inner.unmoved(before.params, state.params):
                 break
     except StepFailure as failure:
-        name = type(solver).__name__
+        name = solver.title
         verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
         return InnerRun(state, float("nan"), taken, verdict)
     residual = _residual(inner, solver, state)
@@ -157,15 +157,14 @@ def judge(
         advice = _advice(inner, solver, first)
         if advice or residual > BLOW_UP * start:
             detail = (
-                f"{type(solver).__name__} diverges: the inner gradient norm grew from {start:.3g} to {residual:.3g} "
+                f"{solver.title} diverges: the inner gradient norm grew from {start:.3g} to {residual:.3g} "
                 f"by step {steps}{advice}"
             )
             return Verdict(Status.DIVERGED, detail)
     if tol is not None:
         return Verdict(
             Status.INNER_NOT_CONVERGED,
-            f"{type(solver).__name__} stopped after {steps} steps at the inner residual {residual:.2e}, "
-            f"above tol={tol:.1e}",
+            f"{solver.title} stopped after {steps} steps at the inner residual {residual:.2e}, above tol={tol:.1e}",
         )
     return GOOD
 
@@ -196,7 +195,7 @@ def not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState,
     advice = _advice(inner, solver, checkpoint)
     status = Status.DIVERGED if advice else Status.NOT_FINITE
     verb = "diverges" if advice else "failed"
-    detail = f"{type(solver).__name__} {verb}: {where} is not finite at step {step}{advice}"
+    detail = f"{solver.title} {verb}: {where} is not finite at step {step}{advice}"
     return InnerRun(state, float("nan"), step, Verdict(status, detail))
 
 

@@ -190,10 +190,10 @@ class TruncatedUnroll(HypergradEstimator):
                 f"`TruncatedUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
                 f"the tail must be at most {solver.steps}."
             )
-        if (self.tail == "auto" or self.budget is not None or self.extrapolate) and problem.sampler is not None:
+        if (self.tail == "auto" or self.budget is not None or self.extrapolate) and problem.variation:
             raise ValueError(
                 "`TruncatedUnroll` with tail='auto', a budget or extrapolate=True compares steps of one inner loss, "
-                "but this problem has a sampler, whose steps see different batches: give `tail` a number alone."
+                f"but this problem has {problem.variation}: give `tail` a number alone."
             )
         if not self.extrapolate:
             return

@@ -84,7 +84,9 @@ def check_steps(steps: Any) -> None:
         raise ValueError(f"`steps` must be an int that is not negative, got {steps!r}.")
 
 
-def check_state(state: Any, format_: int, hparams: Tree, start: Tree, solver: Any, groups: Any) -> None:
+def check_state(
+    state: Any, format_: int, hparams: Tree, start: Tree, trainable: Tree, solver: Any, groups: Any
+) -> None:
     """Refuse what is not the state of such a run, before any of it is loaded.
 
     Args:
@@ -92,6 +94,7 @@ def check_state(state: Any, format_: int, hparams: Tree, start: Tree, solver: An
         format_: the format that is read.
         hparams: the hyperparameters of this run.
         start: its params where a cold start begins.
+        trainable: the part of them that inner solvers move.
         solver: its inner solver.
         groups: the parameter groups of its optimizer.
 
@@ -113,9 +116,9 @@ def check_state(state: Any, format_: int, hparams: Tree, start: Tree, solver: An
         raise ValueError(f"this state has hyperparameters of shapes {saved}, this run has {wanted_shapes}.")
     check_origin("this state", state.get("solver", ""), solver)
     inner = state["inner_state"]
-    for part in (None if inner is None else inner["params"], state["adjoint"]):
-        if part is not None and shapes(part) != shapes(start):
-            sizes = [[shape for _, shape in shapes(each)] for each in (part, start)]
+    for part, like in ((None if inner is None else inner["params"], start), (state["adjoint"], trainable)):
+        if part is not None and shapes(part) != shapes(like):
+            sizes = [[shape for _, shape in shapes(each)] for each in (part, like)]
             raise ValueError(f"this state is of another problem, with params of shapes {sizes[0]}, here {sizes[1]}.")
     options = [sorted(group) for group in state["optimizer"]["param_groups"]]
     if options != [sorted(group) for group in groups]:

@@ -315,7 +315,7 @@ class OuterOptimizer:
             ValueError: for something else, another format, problem, inner solver or optimizer; nothing is loaded then.
         """
         start, groups = self.problem.start(self.params), self.optimizer.param_groups
-        check_state(state, FORMAT, self._hparams, start, self.solver, groups)
+        check_state(state, FORMAT, self._hparams, start, self.problem.trainable(start), self.solver, groups)
         self._restore(state)
         self._hparams = tree.rebuild(self._hparams, [value.clone() for value in state["hparams"]])
         inner = state["inner_state"]

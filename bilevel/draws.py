@@ -1,0 +1,104 @@
+"""Random numbers of layers such as dropout, as a pure function of a seed and of the index of the inner step.
+
+Nothing is drawn from a state that moves: a reverse sweep, the recomputation between two checkpoints and a run that
+resumes all see the masks of step k again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_active: ContextVar[Draws | None] = ContextVar("active", default=None)
+"""Whose numbers are drawn at present."""
+
+
+class Draws:
+    """The random numbers that losses draw.
+
+    Args:
+        seed: an int that is not negative.
+        device: where they are drawn, besides the CPU.
+
+    Raises:
+        ValueError: for another seed.
+
+    >>> draws = Draws(0, torch.device("cpu"))
+    >>> loss = draws.seeded(lambda: torch.rand(2), step=3)
+    >>> torch.equal(loss(), loss())
+    True
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ValueError(f"`from_module.seed` must be an int that is not negative or None, got {seed!r}.")
+        self._seed, self._device = seed, device
+
+    def seeded(self, loss: Callable[..., Tensor], step: int | None = None) -> Callable[..., Tensor]:
+        """Return a loss that draws the numbers of an inner step; None: of whatever is no step, unless inside a step."""
+
+        def at(*arguments: Any) -> Tensor:
+            if _active.get() is self:
+                return loss(*arguments)
+            token = _active.set(self)
+            try:
+                with self._numbers(step):
+                    return loss(*arguments)
+            finally:
+                _active.reset(token)
+
+        return at
+
+    @contextmanager
+    def _numbers(self, step: int | None) -> Iterator[None]:
+        key = (self._seed,) if step is None else (self._seed, step)
+        number = int(np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1, np.uint64)[0]) >> 1
+        devices = [self._device.index] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            # torch.manual_seed would reach devices whose state is not restored.
+            torch.default_generator.manual_seed(number)
+            for index in devices:
+                torch.cuda.default_generators[index].manual_seed(number)
+            yield
+
+
+@contextmanager
+def drawing_nothing(what: str, device: torch.device) -> Iterator[None]:
+    """Refuse a block that draws from a global generator.
+
+    Args:
+        what: how the message calls it.
+        device: whose generator is watched, besides that of the CPU.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+
+    def states() -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    before = states()
+    yield
+    if not all(map(torch.equal, before, states())):
+        raise ValueError(
+            f"`{what}` draws random numbers, so each call is of another function and there is no hypergradient: give "
+            "`from_module(..., seed=...)`, draw them once before, or let a sampler hand them over."
+        )
+
+
+def random_layer(module: nn.Module) -> str | None:
+    """Return the name of the first layer of a module that draws random numbers in its present mode, or None."""
+    for name, part in module.named_modules():
+        dropout = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+        recurrent = isinstance(part, nn.RNNBase) and part.dropout > 0 and part.num_layers > 1
+        attention = isinstance(part, nn.MultiheadAttention) and part.dropout > 0
+        if part.training and (dropout or recurrent or attention or isinstance(part, nn.RReLU)):
+            return name
+    return None
