@@ -72,6 +72,13 @@ class BilevelProblem:
     quadratic: bool = False
     """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
 
+    renewed: bool = False
+    """Whether each outer step has an inner variable of its own (`on_outer_step`), as where tasks are drawn anew.
+
+    Then no warm start is handed on, outer losses of different steps do not compare (the last hyperparameters are the
+    best), and comparisons have no referee.
+    """
+
     inner_loss: Loss
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None
@@ -212,8 +219,14 @@ class BilevelProblem:
         """Return what proved error bounds need to know of this problem, or None: its errors are estimated then."""
         return None
 
-    def metrics(self, params: Tree) -> dict[str, float]:
-        """Return named figures of merit of `params`, such as the test loss; none by default."""
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
+        """Return named figures of merit, such as the test loss; none by default.
+
+        Args:
+            params: the inner solution.
+            hparams: its hyperparameters.
+            solver: the inner solver.
+        """
         return {}
 
     def start(self, params: Tree = None) -> Tree:

@@ -78,7 +78,12 @@ class MiniBatches:
 
     def _order(self, epoch: int) -> Tensor:
         if self._shuffled is None or self._shuffled[0] != epoch:
-            seed = np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(seed) >> 1)
-            self._shuffled = (epoch, torch.randperm(self._rows, generator=generator).to(self._device))
+            order = torch.randperm(self._rows, generator=keyed_generator(self._seed, epoch))
+            self._shuffled = (epoch, order.to(self._device))
         return self._shuffled[1]
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """Return a generator whose numbers follow from a few ints that are not negative, such as (seed, index)."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)

@@ -34,6 +34,8 @@ def error_against_referee(problem: BilevelProblem, hparams: Tree, estimate: Esti
     """
     if not estimate.status.usable:
         return None, "none: the hypergradient is not usable"
+    if problem.renewed:
+        return None, "none: each outer step has an inner problem of its own"
     exact, name = problem.exact_hypergradient(hparams), "closed form"
     if exact is None:
         try:

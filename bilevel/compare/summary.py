@@ -15,8 +15,8 @@ from tabulate import tabulate
 from bilevel.compare.cells import CellRun
 from bilevel.compare.plan import Plan
 
-SCORES = ("test_accuracy", "test_r2", "test_loss", "val_accuracy", "val_r2")
-"""The figure of merit that the tables show: the first that a problem has."""
+SCORES = ("test_accuracy", "test_r2", "test_loss", "val_accuracy", "val_r2", "val_loss")
+"""How the figure of merit begins that the tables show: the first that a problem has."""
 
 
 def summarize(plan: Plan, runs: Sequence[CellRun]) -> dict[str, Any]:
@@ -78,7 +78,10 @@ def tables(summary: dict[str, Any]) -> str:
     """Return one readable table for each problem of a summary."""
     parts = []
     for problem, by_estimator in summary["problems"].items():
-        score = next((s for s in SCORES if any(f"{s}_final" in group for group in by_estimator.values())), "")
+        names = [
+            key.removesuffix("_final") for group in by_estimator.values() for key in group if key.endswith("_final")
+        ]
+        score = next((name for start in SCORES for name in names if name.startswith(start)), "")
         rows = [_line(estimator, group, score) for estimator, group in by_estimator.items()]
         headers = (
             "estimator",

@@ -36,6 +36,10 @@ NOT_IN_DATA = frozenset({"seed", "device", "dtype"})
 """Options of `data.load` that a config states elsewhere."""
 
 
+ELSEWHERE = frozenset({"seed", "device"})
+"""Options by which a problem makes its own data; a config states them elsewhere."""
+
+
 @dataclass(frozen=True)
 class DataSetup:
     """Makes a linear model on a data set, for the split of a seed.
@@ -61,6 +65,26 @@ class DataSetup:
         problem = self.kind(**parts, **self.options)
         labels = problem.labels(found.feature_names)
         return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, found.note)
+
+
+@dataclass(frozen=True)
+class ProblemSetup:
+    """Makes a problem that brings its data, for a seed.
+
+    Attributes:
+        kind: the problem class.
+        options: its options.
+        device: where the data go.
+    """
+
+    kind: type[Any]
+    options: Mapping[str, Any]
+    device: str = field(default="cpu", kw_only=True)
+
+    def __call__(self, seed: int) -> Setup:
+        """Make the problem."""
+        problem = self.kind(**self.options, seed=seed, device=self.device)
+        return Setup(problem, problem.initial_hparams(), unit=problem.unit)
 
 
 def choose_device(name: str) -> str:
@@ -152,12 +176,14 @@ def _plan(form: ConfigForm) -> Plan:
     )
 
 
-def _problem(spec: Any, path: str, device: str) -> DataSetup:
+def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
     owner, given = split_spec(spec, PROBLEM, path)
+    if set(options_of(owner)) >= ELSEWHERE:
+        return ProblemSetup(owner, check_options(owner, given, path, ELSEWHERE), device=device)
     if not set(options_of(owner)) >= DATA or not issubclass(owner, LinearModelProblem):
         raise ConfigError(
             f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem "
-            "and SoftmaxProblem are): use it from Python."
+            "and SoftmaxProblem are) nor from a seed (as SineProblem is): use it from Python."
         )
     source, start = given.pop("data", None), given.pop("start", 0.0)
     if isinstance(source, str):
