@@ -26,8 +26,10 @@ from bilevel.batches import stack as stack
 from bilevel.check import check_hypergradient as check_hypergradient
 from bilevel.hypergrad import ClosedForm as ClosedForm
 from bilevel.hypergrad import FiniteDifference as FiniteDifference
+from bilevel.hypergrad import FirstOrder as FirstOrder
 from bilevel.hypergrad import FullUnroll as FullUnroll
 from bilevel.hypergrad import Implicit as Implicit
+from bilevel.hypergrad import OneStep as OneStep
 from bilevel.hypergrad import Spectral as Spectral
 from bilevel.hypergrad import TruncatedUnroll as TruncatedUnroll
 from bilevel.hypergrad import hypergradient as hypergradient
@@ -47,6 +49,7 @@ from bilevel.linear import GMRES as GMRES
 from bilevel.linear import Direct as Direct
 from bilevel.linear import FixedPointIteration as FixedPointIteration
 from bilevel.linear import Neumann as Neumann
+from bilevel.linear import Nystrom as Nystrom
 from bilevel.linearization import Linearization as Linearization
 from bilevel.linearization import Preconditioner as Preconditioner
 from bilevel.oracles import InnerProblem as InnerProblem

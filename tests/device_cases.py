@@ -203,6 +203,9 @@ LINEAR_SOLVERS = {
         "as Neumann; norm, product and comparison at each look",
         looks=45,
     ),
+    "Nystrom": LinearRow(
+        lambda k: bl.Nystrom(rank=k), bl.Nystrom(rank=60), 2, "the product, and its place in a stack", tolerance=False
+    ),
     "Direct": LinearRow(lambda k: bl.Direct(), bl.Direct(), 0, "no steps", tolerance=False),
 }
 
@@ -236,6 +239,7 @@ ESTIMATORS = {
     "graph": EstimatorRow(bl.FullUnroll(memory="graph"), 35, 9, "autograd records every operation of the loss"),
     "forward": EstimatorRow(bl.FullUnroll(mode="forward"), 20, 9, "step two; for each of three tangents six"),
     "truncated": EstimatorRow(bl.TruncatedUnroll(tail=0.5), 5.5, 9, "step two; the way back for every other step"),
+    "one step": EstimatorRow(bl.OneStep(), 2, 9, "the last step alone is differentiated"),
     "auto tail": EstimatorRow(bl.TruncatedUnroll(tail="auto"), 12, 13, "as unroll; the step's length, adjoint sums"),
     "extrapolated": EstimatorRow(
         bl.TruncatedUnroll(tail=0.5, extrapolate=True), 8, 15, "as truncated; the step's length, adjoint sums"
@@ -250,6 +254,9 @@ ESTIMATORS = {
         for name, row in LINEAR_SOLVERS.items()
     },
 }
+
+DIRECT = {"first order": bl.FirstOrder()}
+"""Estimators that need an outer loss in which every hyperparameter appears."""
 
 ON_THE_SPECTRUM = {"spectral": bl.Spectral(), "closed form": bl.ClosedForm()}
 """Estimators for ridge regression whose work does not grow with the steps."""

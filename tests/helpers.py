@@ -382,6 +382,7 @@ LINEAR_SOLVERS: dict[type, bl.LinearSolver] = {
     bl.Neumann: bl.Neumann(steps=600),
     bl.FixedPointIteration: bl.FixedPointIteration(tol=1e-12),
     bl.Direct: bl.Direct(),
+    bl.Nystrom: bl.Nystrom(rank=50),
 }
 
 ESTIMATORS: dict[type, bl.HypergradEstimator] = {
@@ -395,3 +396,8 @@ QUADRATIC_ESTIMATORS: dict[type, bl.HypergradEstimator] = {
     bl.ClosedForm: bl.ClosedForm(),
 }
 """Those that need structure of the inner loss; `test_spectral.py` is their suite."""
+BIASED_ESTIMATORS: dict[type, bl.HypergradEstimator] = {
+    bl.FirstOrder: bl.FirstOrder(),
+    bl.OneStep: bl.OneStep(),
+}
+"""Those that leave something out on purpose, converged or not; `test_one_step.py` is their suite."""

@@ -25,6 +25,7 @@ FLOORS = {
         "status",
         "cost",
         "lanczos",
+        "nystrom",
         "look",
         "options",
         "constraints",
@@ -137,7 +138,7 @@ class SignedDescent(bl.InnerSolver):
 
 
 @dataclass(frozen=True)
-class OneStep(bl.HypergradEstimator):
+class IdentityHessian(bl.HypergradEstimator):
     """A toy: the cross derivative at the last iterate, scaled; biased by design."""
 
     rate: float = 0.1
@@ -185,7 +186,7 @@ def test_a_users_solver_works_with_every_part() -> None:
 
 def test_a_users_estimator_works_with_every_part() -> None:
     case = ridge_case()
-    estimator = OneStep(0.1)
+    estimator = IdentityHessian(0.1)
     estimate = bl.hypergradient(case.problem, bl.GradientDescent(tol=1e-10), estimator, case.hparams, certify=True)
     x = case.solution()
     expected = -0.1 * case.cross(x, case.hparams).t() @ case.outer(x, case.hparams)[0]

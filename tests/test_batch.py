@@ -116,6 +116,7 @@ ESTIMATORS = [
     bl.FullUnroll(mode="forward"),
     bl.TruncatedUnroll(tail=5),
     bl.TruncatedUnroll(tail=0.3),
+    bl.OneStep(),
     bl.Implicit(bl.CG()),
     bl.Implicit(bl.Direct()),
     bl.Implicit(bl.CG(check_every=4), damping=0.1),
@@ -147,7 +148,7 @@ SOLVERS = [
 ]
 
 
-@pytest.mark.parametrize("estimator", [*ESTIMATORS[:3], bl.Implicit()], ids=repr)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS[:3], bl.OneStep(), bl.Implicit()], ids=repr)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_every_memberwise_solver_runs_batches_with_steps_and_intervals_of_each_member(
     solver: Any, estimator: Any

@@ -20,6 +20,7 @@ from bilevel.base.estimator import Solution as Solution
 from bilevel.base.inner_solver import InnerSolver as InnerSolver
 from bilevel.base.inner_solver import InnerState as InnerState
 from bilevel.base.inner_solver import Variables as Variables
+from bilevel.base.linear_solver import BLOW_UP as BLOW_UP
 from bilevel.base.linear_solver import BatchLinearSolution as BatchLinearSolution
 from bilevel.base.linear_solver import BatchLinearSystem as BatchLinearSystem
 from bilevel.base.linear_solver import LinearSolution as LinearSolution

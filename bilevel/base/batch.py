@@ -31,6 +31,7 @@ class BatchPullback:
         verdicts: status of this half.
         adjoint: the adjoint vectors, stacked, where the estimator has them.
         residuals: relative adjoint residuals, where there are any.
+        error_note: what the certificates say where no error is asked for.
     """
 
     hparams: Tree
@@ -39,6 +40,7 @@ class BatchPullback:
     verdicts: Sequence[Verdict]
     adjoint: Tree = None
     residuals: Sequence[float] | None = None
+    error_note: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from bilevel.options import default_tolerance
 from bilevel.status import GOOD, Verdict
 from bilevel.tree import Tree
 
+BLOW_UP = 10.0
+"""Relative residual above which a solve of a fixed number of products has failed; up to it, it is reported as it is."""
+
 
 @dataclass(frozen=True)
 class LinearSolution:
@@ -45,6 +48,7 @@ class LinearSystem:
         tol: relative residual to reach.
         dense: returns A as a matrix, where that is cheaper than `size` products.
         precondition: v -> an approximation of ``A^-1 v``, symmetric positive definite; None for none.
+        damping: the multiple of the identity that A is known to hold.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -53,6 +57,7 @@ class LinearSystem:
     tol: float
     dense: Callable[[], Tensor] | None = None
     precondition: Callable[[Tensor], Tensor] | None = None
+    damping: float = 0.0
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return (x0, b - A x0); a zero start costs no product."""
@@ -102,11 +107,6 @@ class BatchLinearSystem:
             return torch.zeros_like(self.b), self.b
         return self.x0, self.b - self.matvec(self.x0)
 
-    @property
-    def goals(self) -> Tensor:
-        """Squared residuals to reach, of shape (members,)."""
-        return self.tol**2 * torch.linalg.vecdot(self.b, self.b)
-
     def residuals(self, x: Tensor) -> Tensor:
         """Return ``|b_i - A_i x_i| / |b_i|``, and 0 where b_i is zero."""
         size = torch.linalg.vector_norm(self.b, dim=1)
@@ -135,6 +135,7 @@ class LinearSolver(ABC):
         tol: float | None = None,
         dense: Callable[[], Tensor] | None = None,
         precondition: Callable[[Tensor], Tensor] | None = None,
+        damping: float = 0.0,
     ) -> LinearSolution:
         """Solve ``A x = b``.
 
@@ -146,6 +147,7 @@ class LinearSolver(ABC):
             dense: returns A as a matrix, where that is cheaper than `size` products (used by `Direct`).
             precondition: an approximate inverse of A on flat vectors, symmetric positive definite (used by `CG`); it
                 changes the number of steps, never the residual that is reached.
+            damping: the multiple of the identity that `matvec` is known to hold (used by `Nystrom`).
 
         Returns:
             The last iterate with its true residual and a verdict; failure is never hidden and never raised.
@@ -163,7 +165,7 @@ class LinearSolver(ABC):
 
         start = None if x0 is None else raveler.ravel(x0) / unit
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense, precondition))
+        solution = self.solve_flat(LinearSystem(product, flat / unit, start, tol, dense, precondition, damping))
         return replace(solution, x=raveler.unravel(solution.x * unit))
 
     def solve_batch(

@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.certifiable import UNIT, gamma
 from bilevel.certify.instance import Instance
 from bilevel.certify.metrics import Metric, relative_curvature, transport
+from bilevel.nystrom import gaussian_basis, low_rank
 
 SEED = 0xCE27
 
@@ -50,8 +51,7 @@ def sketch(instance: Instance, z: Tensor, rank: int) -> Sketch:
     """
     size = instance.penalty.numel()
     rank = min(rank, size)
-    generator = torch.Generator().manual_seed(SEED)
-    omega = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64).to(z.device))[0]
+    omega = gaussian_basis(size, rank, SEED, z)
     columns = [instance.product(z, column.reshape(instance.shape)).reshape(-1) for column in omega.t()]
     Y = torch.stack(columns, 1) - instance.penalty.reshape(-1, 1) * omega
     # The products' rounding, and that of adding the penalties and taking them off again, is part of the shift.
@@ -59,13 +59,10 @@ def sketch(instance: Instance, z: Tensor, rank: int) -> Sketch:
     largest = instance.constants.curvature * float((instance.tuned.weights * train.square_lengths).sum())
     rounded = gamma(train.count + instance.features + 32) * largest + 4 * UNIT * float(instance.penalty.max())
     nu = max(3 * rounded * rank**0.5, 20 * UNIT * size**0.5 * float(torch.linalg.matrix_norm(Y)))
-    Y = Y + nu * omega
-    factor, info = torch.linalg.cholesky_ex(omega.t() @ Y)
-    if bool(info):
+    found = low_rank(omega, Y + nu * omega, nu)
+    if found is None:
         return Sketch(omega[:, :0], omega.new_zeros(0), 0.0, z, instance.tuned.weights)
-    B = torch.linalg.solve_triangular(factor, Y.t(), upper=False).t()
-    U, values, _ = torch.linalg.svd(B, full_matrices=False)
-    return Sketch(U, (values.square() - nu).clamp_min(0.0), 4 * nu, z, instance.tuned.weights)
+    return Sketch(*found, 4 * nu, z, instance.tuned.weights)
 
 
 class Nystrom(Metric):

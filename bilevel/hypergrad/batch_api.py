@@ -147,7 +147,7 @@ def _errors(
     certify: bool,
 ) -> list[ErrorEstimate]:
     """Certify the members one by one, where they are asked for and have a hypergradient."""
-    errors = [ErrorEstimate(None, "none", "ask with certify=True")] * len(verdicts)
+    errors = [ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")] * len(verdicts)
     for index, verdict in enumerate(verdicts):
         if not certify or not verdict.status.usable:
             continue

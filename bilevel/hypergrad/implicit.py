@@ -44,7 +44,7 @@ class Implicit(HypergradEstimator):
             ``solver.steps``; None: the solver's own rule ends the forward run and CG follows it.
 
     >>> Implicit().linear_solver
-    CG(tol=None, max_steps=None, check_every=None)
+    CG(tol=None, max_steps=None, check_every=None, steps=None)
     """
 
     linear_solver: LinearSolver = field(default_factory=CG)
@@ -108,7 +108,12 @@ class Implicit(HypergradEstimator):
             kept = run.state.kept
             precondition = None if kept is None else point.preconditioner(kept).apply
             solution = self.linear_solver.solve(
-                matvec, cotangent, carry.adjoint, dense=dense, precondition=precondition
+                matvec,
+                cotangent,
+                carry.adjoint,
+                dense=dense,
+                precondition=precondition,
+                damping=self.damping,
             )
             meter.sample()
             return Pullback(

@@ -89,7 +89,11 @@ class Newton(InnerSolver):
             )
         if self.linear_solver is not None:
             solution = self.linear_solver.solve(
-                lambda v: tree.add(point.hvp(v), v, self.damping), right, tol=tol, dense=lambda: self._dense(point)
+                lambda v: tree.add(point.hvp(v), v, self.damping),
+                right,
+                tol=tol,
+                dense=lambda: self._dense(point),
+                damping=self.damping,
             )
             if solution.verdict.status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
                 raise StepFailure(solution.verdict.status, solution.verdict.detail)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bilevel import look
 from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
@@ -27,6 +28,8 @@ class CG(LinearSolver):
         tol: relative residual ``|b - A x| / |b|`` to reach; default ``eps ** (2/3)`` (3.7e-11 in float64).
         max_steps: most iterations; default 10 times the size, at least 100.
         check_every: iterations between two looks at the result; default 1 on the CPU and 8 elsewhere.
+        steps: take exactly so many iterations, in place of `tol` and `max_steps`: an approximation by design, whose
+            residual is reported and judged by nobody. It ends before only where the residual is rounding.
 
     >>> matrix = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     >>> CG().solve(lambda v: matrix @ v, torch.tensor([2.0, 4.0], dtype=torch.float64)).x
@@ -36,6 +39,7 @@ class CG(LinearSolver):
     tol: float | None = None
     max_steps: int | None = None
     check_every: int | None = None
+    steps: int | None = None
 
     needs_symmetry = True
 
@@ -43,33 +47,43 @@ class CG(LinearSolver):
         require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
         require(self, "max_steps", "a positive int or None", self.max_steps is None or is_int(self.max_steps))
         require(self, "check_every", "a positive int or None", self.check_every is None or is_int(self.check_every))
+        require(self, "steps", "a positive int or None", self.steps is None or is_int(self.steps))
+        alone = self.steps is None or (self.tol is None and self.max_steps is None)
+        require(self, "steps", "None where `tol` or `max_steps` is given", alone)
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         """Run CG on vectors."""
         b, matvec = system.b, system.matvec
-        limit = self.max_steps or max(100, 10 * b.numel())
-        goal = system.tol**2 * float(torch.dot(b, b))
+        tol, limit = self._goal(system.tol, b)
+        goal = tol**2 * float(torch.dot(b, b))
         run = conjugate_gradients(
             matvec, *system.start(), lambda run: not run.rr > goal, limit, self.check_every, system.precondition
         )
         # The recursive residual drifts from the true one; the evidence is the true one.
         residual = float(torch.linalg.vector_norm(b - matvec(run.x)) / torch.linalg.vector_norm(b))
         curvature = 1.0 if run.negative is None else run.negative
-        return LinearSolution(run.x, residual, run.steps, self._judge(residual, system.tol, run.steps, curvature))
+        return LinearSolution(run.x, residual, run.steps, self._judge(residual, tol, run.steps, curvature))
 
     def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
         """Run CG on rows; a finished row stands still."""
         every = self.check_every or look.steps_between(system.b.device)
-        limit = self.max_steps or max(100, 10 * system.b.shape[1])
-        x, steps, curvatures = conjugate_gradients_of_rows(system.matvec, *system.start(), system.goals, limit, every)
+        tol, limit = self._goal(system.tol, system.b[0])
+        goals = tol**2 * torch.linalg.vecdot(system.b, system.b)
+        x, steps, curvatures = conjugate_gradients_of_rows(system.matvec, *system.start(), goals, limit, every)
         # One transfer each, not one for every member.
         residuals = [float(value) for value in system.residuals(x).cpu()]
         taken = [int(count) for count in steps.cpu()]
         verdicts = [
-            self._judge(residual, system.tol, count, float(curvature))
+            self._judge(residual, tol, count, float(curvature))
             for residual, count, curvature in zip(residuals, taken, curvatures.cpu(), strict=True)
         ]
         return BatchLinearSolution(x, residuals, taken, verdicts)
+
+    def _goal(self, tol: float, b: Tensor) -> tuple[float, int]:
+        """Return the relative residual at which to stop, and the most steps, for a right-hand side like b."""
+        if self.steps is None:
+            return tol, self.max_steps or max(100, 10 * b.numel())
+        return float(torch.finfo(b.dtype).eps), self.steps
 
     def _judge(self, residual: float, tol: float, steps: int, curvature: float) -> Verdict:
         if curvature <= 0 and math.isfinite(curvature):
@@ -80,7 +94,7 @@ class CG(LinearSolver):
         if not math.isfinite(residual) or not math.isfinite(curvature):
             return Verdict(Status.NOT_FINITE, f"CG met a NaN or infinite product after {steps} steps")
         # Rounding may leave the true residual a little above the recursive one.
-        if residual > 10 * tol:
+        if self.steps is None and residual > 10 * tol:
             return Verdict(
                 Status.LINEAR_NOT_CONVERGED,
                 f"CG stopped after {steps} steps at the relative residual {residual:.2e}, above tol={tol:.1e}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from bilevel import look
-from bilevel.base import LinearSolution, LinearSolver, LinearSystem
+from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
 from bilevel.lanczos import Spectrum, lanczos
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
@@ -56,7 +56,7 @@ class _Richardson(LinearSolver):
         at = f"{name} stopped after {steps} steps at the relative residual {residual:.2e}"
         if residual != residual:
             verdict = Verdict(Status.NOT_FINITE, f"{name} met a NaN or infinite product within {steps} steps")
-        elif residual > max(first, 1.0):
+        elif residual > max(first, 1.0 if tol is not None else BLOW_UP):
             verdict = Verdict(Status.LINEAR_DIVERGED, f"{at}, from {first:.2e}, with step_size={h:.3g}")
         elif tol is not None and residual > tol:
             verdict = Verdict(Status.LINEAR_NOT_CONVERGED, f"{at}, above tol={tol:.1e}")
@@ -99,9 +99,10 @@ class FixedPointIteration(_Richardson):
 class Neumann(_Richardson):
     """The truncated Neumann series ``h sum_{j<steps} (I - h A)^j b`` (Lorraine et al. 2020).
 
-    Exactly `steps` terms from zero: an approximation by design, whose relative residual the certificate shows. It
-    starts from zero always, so a warm start does not change it. For gradient descent with the same h at its fixed point
-    it equals a truncated unroll with ``tail = steps``.
+    Exactly `steps` terms from zero: an approximation by design, whose relative residual the certificate shows; above 10
+    it has diverged. It starts from zero always, so a warm start does not change it. To measure the step size takes up
+    to 30 products and as many vectors: for large networks give a number. For gradient descent with the same h at its
+    fixed point it equals a truncated unroll with ``tail = steps``.
 
     Args:
         steps: number of terms.

@@ -1,0 +1,107 @@
+"""First order: the direct term of the hypergradient alone, as first-order MAML takes it.
+
+    dF/du = d outer/du + (d params*/du)' d outer/d params   is replaced by   d outer/du
+
+The inner solution is taken for a constant, so no derivative of the inner problem is needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from bilevel import tree
+from bilevel.base import (
+    BatchPullback,
+    BatchSolution,
+    Carry,
+    HypergradEstimator,
+    InnerSolver,
+    Pullback,
+    Solution,
+)
+from bilevel.cost import Meter
+from bilevel.hypergrad.batch_loop import begin_batch, run_batch
+from bilevel.hypergrad.batch_unroll import batch_solution
+from bilevel.hypergrad.loop import begin, run_inner
+from bilevel.problem import BilevelProblem
+from bilevel.status import GOOD
+from bilevel.tree import Tree
+
+DROPPED = "the indirect term, through the inner solution, is dropped: ask with certify=True what that costs"
+
+
+@dataclass(frozen=True)
+class FirstOrder(HypergradEstimator):
+    """Take the inner solution for a constant: the hypergradient is the outer loss's own derivative by `hparams`.
+
+    The error is the whole indirect term ``(d params*/du)' d outer/d params``, whatever the inner solver does; it does
+    not fall with more inner steps. It is small where the inner solution hardly moves with the hyperparameters beyond
+    what the outer loss sees directly: with a shared initialisation u and the losses written in ``u + params``, the
+    direct term is first-order MAML (Finn, Abbeel & Levine 2017, section 5.2). Do not use it for weight decays, example
+    weights and whatever else acts through the inner solution: it refuses them, since their direct term is zero.
+
+    >>> from bilevel import BilevelProblem, GradientDescent, hypergradient
+    >>> problem = BilevelProblem(  # few-step adaptation of a shared start u, to the task 3
+    ...     inner_loss=lambda change, u: (u + change - 3.0) ** 2,
+    ...     outer_loss=lambda change, u: (u + change - 3.0) ** 2,
+    ...     params=torch.tensor(0.0),
+    ... )
+    >>> solver = GradientDescent(step_size=0.25, steps=1)
+    >>> hypergradient(problem, solver, FirstOrder(), torch.tensor(1.0)).hypergradient  # 2 (u + change - 3)
+    tensor(-2.)
+    """
+
+    measures_memory = False
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse hyperparameters that the outer loss does not depend on directly.
+
+        Raises:
+            ValueError: with the first hyperparameter whose hypergradient would be zero.
+        """
+        if problem.params is None:
+            return
+        params, attached = tree.attach(problem.start()), tree.attach(hparams)
+        with torch.enable_grad():
+            value = problem.outer_loss(params, attached).sum()
+        found = (
+            torch.autograd.grad(value, tree.leaves(attached), allow_unused=True)
+            if value.requires_grad
+            else [None] * len(tree.leaves(attached))
+        )
+        for name, part in zip(tree.names(hparams), found, strict=True):
+            if part is None:
+                raise ValueError(
+                    f"`outer_loss` does not depend on `hparams{name}` directly, and FirstOrder drops the indirect "
+                    "term: its hypergradient would be a silent zero. Use OneStep(), TruncatedUnroll or Implicit."
+                )
+
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Run the inner solver; its pullback is zero."""
+        inner = problem.bind(hparams, meter.counts)
+        run = run_inner(inner, solver, begin(inner, solver, params, carry))
+
+        def pullback(cotangent: Tree) -> Pullback:
+            return Pullback(tree.zeros_like(inner.hparams), error_note=DROPPED)
+
+        return Solution(solver.params(run.state), run.state, pullback, run.residual, run.steps, run.verdict)
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Run the inner solver for all members; their pullbacks are zero."""
+        inner = problem.bind(hparams, meter.counts)
+        run = run_batch(inner, solver, begin_batch(inner, solver, params, carry))
+
+        def pullback(cotangent: Tree) -> BatchPullback:
+            size = len(run.steps)
+            blank: list[Counter[str]] = [Counter() for _ in range(size)]
+            zeros = tree.zeros_like(inner.hparams)
+            return BatchPullback(zeros, [0] * size, blank, [GOOD] * size, error_note=DROPPED)
+
+        return batch_solution(solver, run, pullback)
