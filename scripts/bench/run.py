@@ -10,6 +10,7 @@ import certificates
 import curves
 import general
 import large_logistic
+import meta
 import overhead
 import quadratic
 import structured
@@ -22,7 +23,7 @@ if __name__ == "__main__":
     torch.set_num_threads(parser.parse_args().threads)
     benchmarks = (
         *(accuracy, unroll, quadratic, large_logistic, structured, general, batches, overhead, curves),
-        certificates,
+        *(certificates, meta),
     )
     passed = [benchmark.main() for benchmark in benchmarks]
     raise SystemExit(not all(passed))
