@@ -34,7 +34,9 @@ from bilevel.hypergrad import Spectral as Spectral
 from bilevel.hypergrad import TruncatedUnroll as TruncatedUnroll
 from bilevel.hypergrad import hypergradient as hypergradient
 from bilevel.hypergrad import solution as solution
+from bilevel.inner import SGD as SGD
 from bilevel.inner import Adam as Adam
+from bilevel.inner import AdamW as AdamW
 from bilevel.inner import AsymptoticSobolev as AsymptoticSobolev
 from bilevel.inner import Chebyshev as Chebyshev
 from bilevel.inner import FixedPoint as FixedPoint
@@ -43,7 +45,9 @@ from bilevel.inner import HeavyBall as HeavyBall
 from bilevel.inner import Nesterov as Nesterov
 from bilevel.inner import Newton as Newton
 from bilevel.inner import QuasiNewton as QuasiNewton
+from bilevel.inner import RMSprop as RMSprop
 from bilevel.inner import Sobolev as Sobolev
+from bilevel.inner import TorchOptimizer as TorchOptimizer
 from bilevel.linear import CG as CG
 from bilevel.linear import GMRES as GMRES
 from bilevel.linear import Direct as Direct

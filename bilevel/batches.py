@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel import members, tree
+from bilevel.inputs import Reads
 from bilevel.options import is_int
 from bilevel.tree import Tree
 
@@ -128,7 +129,7 @@ def start(size: int, own: Tree, params: Tree) -> Tree:
     return tree.detach(params)
 
 
-def check(problem: BilevelProblem, params: Tree, hparams: Tree) -> None:
+def check(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
     """Look at shapes, and at members until one is found that can be solved.
 
     A mistake in the call breaks every member; what breaks one of them alone becomes that member's verdict.
@@ -137,6 +138,7 @@ def check(problem: BilevelProblem, params: Tree, hparams: Tree) -> None:
         problem: the batch.
         params: starts.
         hparams: hyperparameters.
+        reads: as in `BilevelProblem.check`.
 
     Raises:
         ValueError: for a wrong leading dimension; if no member can be solved, what the first one's check says.
@@ -147,7 +149,7 @@ def check(problem: BilevelProblem, params: Tree, hparams: Tree) -> None:
     first: ValueError | None = None
     for index in range(problem.batch):
         try:
-            return problem.member(index).check(members.row(params, index), members.row(hparams, index))
+            return problem.member(index).check(members.row(params, index), members.row(hparams, index), reads)
         except ValueError as error:
             first = first or error
     assert first is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -93,7 +94,13 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
     return value
 
 
-def check_influence(what: str, gradient: Tree, outer: Tensor, hparams: Tree) -> None:
+Reads: TypeAlias = Callable[[Any, Tree, Tree], Sequence[bool]]
+"""(problem, params, hparams) -> of every hyperparameter, whether the inner solver reads it by itself."""
+
+
+def check_influence(
+    what: str, gradient: Tree, outer: Tensor, hparams: Tree, reads: Callable[[], Sequence[bool]] | None = None
+) -> None:
     """Refuse hyperparameters whose hypergradient would be a silent zero.
 
     Args:
@@ -101,6 +108,7 @@ def check_influence(what: str, gradient: Tree, outer: Tensor, hparams: Tree) -> 
         gradient: the inner gradient, or the optimality map, with its graph.
         outer: the outer loss with its graph.
         hparams: hyperparameters that require gradients.
+        reads: says of every hyperparameter whether the inner solver reads it by itself; asked where the losses do not.
 
     Raises:
         ValueError: with the first hyperparameter that has no influence.
@@ -108,10 +116,13 @@ def check_influence(what: str, gradient: Tree, outer: Tensor, hparams: Tree) -> 
     u = tree.leaves(hparams)
     moving = [leaf for leaf in tree.leaves(gradient) if leaf.requires_grad]
     ones = [torch.ones_like(leaf) for leaf in moving]
-    inner = torch.autograd.grad(moving, u, ones, allow_unused=True) if moving else [None] * len(u)
-    direct = torch.autograd.grad(outer, u, allow_unused=True) if outer.requires_grad else [None] * len(u)
-    for name, by_inner, by_outer in zip(tree.names(hparams), inner, direct, strict=True):
-        if by_inner is None and (by_outer is None or not any(g is not None for g in inner)):
+    by_inner = torch.autograd.grad(moving, u, ones, allow_unused=True) if moving else [None] * len(u)
+    by_outer = torch.autograd.grad(outer, u, allow_unused=True) if outer.requires_grad else [None] * len(u)
+    inner = [part is not None for part in by_inner]
+    if reads is not None and not all(inner):
+        inner = [loss or solver for loss, solver in zip(inner, reads(), strict=True)]
+    for name, moves, direct in zip(tree.names(hparams), inner, by_outer, strict=True):
+        if not moves and (direct is None or not any(inner)):
             raise ValueError(
                 f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
                 "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"

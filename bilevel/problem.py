@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
-from bilevel.inputs import check_influence, check_scalar, check_tensors, check_trees
+from bilevel.inputs import Reads, check_influence, check_scalar, check_tensors, check_trees
 from bilevel.modules import functional_model, module_loss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
@@ -241,19 +242,20 @@ class BilevelProblem:
         check_tensors("params", params)
         return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
 
-    def check(self, params: Tree, hparams: Tree) -> None:
+    def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at everything that can be known before the work starts.
 
         Args:
             params: where the inner solver starts.
             hparams: hyperparameters.
+            reads: says which hyperparameters the inner solver reads by itself, such as a tuned step size.
 
         Raises:
             ValueError: one sentence for trees that do not fit, losses that are not finite scalars, and hyperparameters
                 without influence on the inner problem.
         """
         if self.batch is not None:
-            return batches.check(self, params, hparams)
+            return batches.check(self, params, hparams, reads)
         check_trees(params, hparams)
         params, hparams = tree.attach(params), tree.attach(hparams)
         with torch.enable_grad():
@@ -261,7 +263,8 @@ class BilevelProblem:
                 check_scalar("inner_loss", self.inner_loss, params, hparams)
             outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
             gradient = self.gradient_graph(params, hparams)
-        check_influence("inner_loss" if self.optimality is None else "optimality", gradient, outer, hparams)
+        what = "inner_loss" if self.optimality is None else "optimality"
+        check_influence(what, gradient, outer, hparams, reads and partial(reads, self, params, hparams))
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return a problem of `size` members side by side.

@@ -139,6 +139,20 @@ SOLVERS = {
     "Sobolev": SolverRow(bl.Sobolev(0.2, 12.0), 13, "x, y and w are sums of five, three and four terms"),
     "AsymptoticSobolev": SolverRow(bl.AsymptoticSobolev(0.2, 12.0), 8, "x and y are sums of four and three terms"),
     "Adam": SolverRow(bl.Adam(0.01), 13, "moments three, a square root safe at zero six, the quotient three"),
+    "AdamW": SolverRow(bl.AdamW(0.01), 14, "as Adam; the weights shrink in one"),
+    "SGD": SolverRow(bl.SGD(0.01, 0.9, weight_decay=0.1), 5, "decay one, momentum two, the update one"),
+    "RMSprop": SolverRow(
+        bl.RMSprop(0.01, momentum=0.9, centered=True),
+        15,
+        "the gradient, mean and mean square three, variance, its safe root six, eps, momentum two, the update",
+    ),
+    "TorchOptimizer": SolverRow(
+        bl.TorchOptimizer(partial(torch.optim.SGD, lr=0.01, momentum=0.9)),
+        40,
+        "copies, comparisons and the loss besides torch's own kernels",
+        waits=1,
+        estimator=bl.Implicit(),
+    ),
     "FixedPoint": SolverRow(bl.FixedPoint(contraction), 3, "the user's map alone"),
     "Newton": SolverRow(
         bl.Newton(),

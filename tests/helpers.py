@@ -299,6 +299,25 @@ def adam_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple
     return x - 0.05 * m_hat / (v_hat.sqrt() + 1e-8), (m, v)
 
 
+def adamw_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    shrunk = (1 - 0.05 * 1e-6) * x
+    after, parts = adam_formula(lambda _: gradient(x), shrunk, memory, k)
+    return after, parts
+
+
+def sgd_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    g = gradient(x)
+    buffer = MOMENTUM * memory[0] + g
+    return x - STEP * (g + MOMENTUM * buffer), (buffer,)
+
+
+def rmsprop_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    g = gradient(x)
+    v, c = 0.9 * memory[0] + 0.1 * g**2, 0.9 * memory[1] + 0.1 * g
+    b = 0.5 * memory[2] + g / ((v - c**2).sqrt() + 1.0)
+    return x - STEP * b, (v, c, b)
+
+
 def heavy_ball_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
     return x - STEP * gradient(x) + MOMENTUM * (x - memory[0]), (x,)
 
@@ -365,8 +384,20 @@ SOLVERS: dict[type, SolverRow] = {
     bl.HeavyBall: SolverRow(lambda problem, **limits: bl.HeavyBall(STEP, MOMENTUM, **limits), heavy_ball_formula),
     bl.Nesterov: SolverRow(lambda problem, **limits: bl.Nesterov(STEP, MOMENTUM, **limits), nesterov_formula),
     bl.Adam: SolverRow(lambda problem, **limits: bl.Adam(0.05, **limits), adam_formula, reaches=1e-6),
+    bl.AdamW: SolverRow(
+        lambda problem, **limits: bl.AdamW(0.05, weight_decay=1e-6, **limits), adamw_formula, reaches=1e-5
+    ),
+    bl.SGD: SolverRow(lambda problem, **limits: bl.SGD(STEP, MOMENTUM, nesterov=True, **limits), sgd_formula),
+    bl.RMSprop: SolverRow(
+        lambda problem, **limits: bl.RMSprop(STEP, 0.9, 1.0, momentum=0.5, centered=True, **limits), rmsprop_formula
+    ),
     bl.Newton: SolverRow(lambda problem, **limits: bl.Newton(**limits), newton_formula, forward=False),
     bl.QuasiNewton: SolverRow(lambda problem, **limits: bl.QuasiNewton(**limits), forward=False, unrolls=False),
+    bl.TorchOptimizer: SolverRow(
+        lambda problem, **limits: bl.TorchOptimizer(lambda p: torch.optim.SGD(p, STEP, MOMENTUM), **limits),
+        forward=False,
+        unrolls=False,
+    ),
     bl.FixedPoint: SolverRow(make_fixed_point, lambda g, x, m, k: (x - STEP * g(x), ())),
 }
 

@@ -158,13 +158,14 @@ def verdict_of(verdicts: Sequence[Verdict]) -> Verdict:
 def member_state(state: InnerState, index: int) -> InnerState:
     """Return the inner state of one member."""
     measured = {name: value[index] if isinstance(value, tuple) else value for name, value in state.measured.items()}
-    steps = state.steps
+    steps, earlier = (int(n[index]) if isinstance(n, Tensor) else n for n in (state.steps, state.earlier))
     return replace(
         state,
         params=members.row(state.params, index),
         memory=members.row(state.memory, index),
-        steps=int(steps[index]) if isinstance(steps, Tensor) else steps,
+        steps=steps,
         measured=measured,
+        earlier=earlier,
     )
 
 

@@ -88,9 +88,23 @@ class HypergradEstimator(ABC):
     measures_memory: ClassVar[bool] = True
     """Whether peak memory is measured: not worth the time where nothing grows with the number of steps."""
 
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether the derivative is that of the steps, whose options may then be hyperparameters; default: no."""
+        return False
+
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a combination that the estimator does not cover, with one sentence (ValueError); default: accept."""
-        return
+        """Refuse a combination that the estimator does not cover.
+
+        The default refuses a solver whose steps decide the hypergradient, unless the estimator differentiates them.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        reason = "" if self.differentiates_steps else solver.off_solution(problem)
+        if reason:
+            remedy = ": use FullUnroll, or TruncatedUnroll with a number as its tail" if solver.unrolls else ""
+            raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
 
     def solve_batch(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter

@@ -14,6 +14,7 @@ from bilevel.lanczos import Spectrum
 from bilevel.linearization import pushforward
 from bilevel.options import default_tolerance, is_int, is_positive, require
 from bilevel.oracles import InnerProblem, Linearization
+from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
 Variables: TypeAlias = tuple[Tree, Tree]
@@ -27,7 +28,7 @@ class InnerState:
     Attributes:
         params: the iterate.
         memory: further vectors that the next step needs (previous iterate, moments): a tree, differentiated together
-            with `params`.
+            with `params`; of a solver without derivatives, plain containers of whatever it needs.
         steps: steps taken since `init`; of a batch whose members took different numbers, a tensor of shape (members,).
         measured: numbers measured for this solve (step size, largest curvature): constants of the differentiation. Of a
             batch, tuples of them.
@@ -161,6 +162,13 @@ class InnerSolver(ABC):
         """
         if not self.unrolls:
             raise ValueError(f"the steps of {type(self).__name__} are not differentiated: use Implicit.")
+
+    def off_solution(self, problem: BilevelProblem) -> str:
+        """Return why the steps, and not the inner solution alone, decide the hypergradient; empty where they do not.
+
+        An estimator that does not differentiate the steps is refused with this clause.
+        """
+        return ""
 
     def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
         """Return the VJP of one step: cotangents of the state before it and of the hyperparameters.

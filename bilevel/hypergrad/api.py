@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import overload
 
 import torch
@@ -10,7 +11,7 @@ from bilevel import tree
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Meter
-from bilevel.hypergrad.arguments import check_carry, check_roles
+from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, finite_loss
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, report
@@ -166,8 +167,8 @@ def prepare(
     check_roles(problem, solver, estimator)
     start = problem.start(params)
     if check:
-        problem.check(start, hparams)
         estimator.check(problem, solver, hparams)
+        problem.check(start, hparams, partial(read_by_steps, solver) if estimator.differentiates_steps else None)
     return tree.detach(hparams), start
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver
 from bilevel.options import shown_value
+from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
+
+SHOWN = 64
+"""Steps in which a solver that stops by tolerance shows what it reads."""
 
 
 def check_roles(problem: Any, solver: Any, estimator: Any) -> None:
@@ -30,6 +37,44 @@ def check_roles(problem: Any, solver: Any, estimator: Any) -> None:
                 f"expected (problem, solver, estimator, hparams), got {place} in the place of "
                 f"{kind.__name__}{f': {remedy}' if remedy else ''}."
             )
+
+
+class _Still(InnerProblem):
+    """An inner problem whose gradient is zero: a step of a solver shows there what it reads besides the gradient."""
+
+    def _grad(self, params: Tree) -> Tree:
+        return tree.zeros_like(params)
+
+
+def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hparams: Tree) -> list[bool]:
+    """Return of every hyperparameter whether the inner solver reads it by itself, and not in the gradient alone.
+
+    Steps are taken until all have been read, or the first has shown that none is.
+
+    Args:
+        solver: the inner solver.
+        problem: the problem, not a batch.
+        params: where the inner solver starts.
+        hparams: hyperparameters.
+    """
+    inner = _Still(problem, hparams)
+    inner.hparams = tree.attach(hparams)
+    roots = tree.leaves(inner.hparams)
+    state, found = solver.init(inner, tree.detach(params)), [False] * len(roots)
+    for _ in range(solver.steps or SHOWN):
+        with torch.enable_grad():
+            state = solver.step(inner, state)
+        moved = [leaf for leaf in tree.leaves(state.variables) if leaf.requires_grad]
+        if not moved:
+            break
+        ones = [torch.ones_like(leaf) for leaf in moved]
+        parts = torch.autograd.grad(moved, roots, ones, allow_unused=True)
+        found = [before or part is not None for before, part in zip(found, parts, strict=True)]
+        params, memory = tree.detach(state.variables)
+        state = replace(state, params=params, memory=memory)
+        if all(found):
+            break
+    return found
 
 
 def check_carry(carry: Any, solver: InnerSolver, start: Tree) -> None:

@@ -52,6 +52,7 @@ class ClosedForm(HypergradEstimator):
         Raises:
             ValueError: for an inner loss that does not say it is quadratic, or more than 5,000 parameters.
         """
+        super().check(problem, solver, hparams)
         if not problem.quadratic:
             raise ValueError(
                 f"ClosedForm needs a quadratic inner loss, which this {type(problem).__name__} does not say it has: "

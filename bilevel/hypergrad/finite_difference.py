@@ -36,6 +36,11 @@ class FiniteDifference(HypergradEstimator):
     def __post_init__(self) -> None:
         require(self, "step", "a positive number or None", self.step is None or is_positive(self.step))
 
+    @property
+    def differentiates_steps(self) -> bool:
+        """The perturbed runs take them."""
+        return True
+
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:

@@ -70,6 +70,7 @@ class Implicit(HypergradEstimator):
         Raises:
             ValueError: if the solver needs symmetry that the problem does not promise; for a balanced run on batches.
         """
+        super().check(problem, solver, hparams)
         if self.balance == "auto" and problem.sampler is not None:
             raise ValueError(
                 "`Implicit.balance` compares steps of one inner loss, but this problem has a sampler, whose steps see "

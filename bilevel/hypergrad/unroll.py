@@ -69,6 +69,11 @@ class FullUnroll(HypergradEstimator):
         stored = self.mode == "reverse" or self.memory == "iterates"
         require(self, "memory", "'iterates' (the default) where mode='forward'", stored)
 
+    @property
+    def differentiates_steps(self) -> bool:
+        """All of them."""
+        return True
+
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a solver whose steps have no derivative; ValueError says what to use."""
         solver.check_unrolls()
@@ -157,6 +162,11 @@ class TruncatedUnroll(HypergradEstimator):
                 "steps at most."
             )
 
+    @property
+    def differentiates_steps(self) -> bool:
+        """A tail that chooses itself compares with the derivative of the inner solution."""
+        return self.tail != "auto" and not self.extrapolate
+
     def length(self, steps: int) -> int:
         """Return the number of differentiated steps among `steps`; for "auto" the most there can be."""
         return self._adaptive.length(steps)
@@ -173,6 +183,7 @@ class TruncatedUnroll(HypergradEstimator):
             ValueError: if steps are not differentiated; if there are fewer than the tail; if the sweep cannot be
                 extrapolated.
         """
+        super().check(problem, solver, hparams)
         solver.check_unrolls()
         if self.budget is None and solver.steps is not None and self.length(solver.steps) > solver.steps:
             raise ValueError(

@@ -1,34 +1,44 @@
-"""Adam (Kingma & Ba 2015), differentiable everywhere."""
+"""Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019), differentiable everywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.base import InnerSolver, InnerState
-from bilevel.members import fit
-from bilevel.options import is_number, is_positive, require
-from bilevel.oracles import InnerProblem
-from bilevel.tree import Tree
+from bilevel.inner.leafwise import (
+    LeafwiseSolver,
+    Parts,
+    Value,
+    mean_of_squares,
+    minus_quotient,
+    plus,
+    safe_sqrt,
+)
+from bilevel.inner.tuned import Option
+from bilevel.options import is_positive, require
 
 
 @dataclass(frozen=True)
-class Adam(InnerSolver):
+class Adam(LeafwiseSolver):
     """Adam with bias correction, equal to ``torch.optim.Adam`` step for step.
 
-        m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   x <- x - h m/(1 - b1^k) / (sqrt(v/(1 - b2^k)) + eps)
+        g <- grad(x) + d x,   m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
+        x <- x - h m/(1 - b1^k) / (sqrt(v/(1 - b2^k)) + eps)
 
     The square root has no derivative at v = 0 (a gradient that is exactly zero); there its derivative is taken as zero,
     so that no NaN appears. Adam does not converge to a tight tolerance with a constant step size: for implicit
     differentiation look at the inner residual in the certificate.
 
     Args:
-        step_size: h.
-        betas: (b1, b2), both in [0, 1).
+        step_size: h, torch's ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        betas: (b1, b2), both in [0, 1) or functions likewise.
         eps: positive.
+        weight_decay: d, not negative, or a function likewise.
+        amsgrad: divide by the largest v so far (Reddi et al. 2018).
         steps: number of steps; see `InnerSolver`.
         tol: residual tolerance; see `InnerSolver`.
 
@@ -36,46 +46,74 @@ class Adam(InnerSolver):
     (0.9, 0.999)
     """
 
-    step_size: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Option, Option] = (0.9, 0.999)
     eps: float = 1e-8
+    weight_decay: Option = 0.0
+    amsgrad: bool = False
 
-    check_every_on_cpu = 1
-    memberwise = True
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay shrinks params instead of adding to the gradient."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "step_size", "a positive number", is_positive(self.step_size))
         ok = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        ok = ok and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
-        require(self, "betas", "two numbers in [0, 1)", ok)
+        require(self, "betas", "two numbers in [0, 1) or functions of the hyperparameters", ok)
         require(self, "eps", "a positive number", is_positive(self.eps))
+        require(self, "amsgrad", "a bool", isinstance(self.amsgrad, bool))
+        super().__post_init__()
 
-    def init(self, inner: InnerProblem, params: Tree) -> InnerState:
-        """Start with zero moments."""
-        return InnerState(params, {"first": tree.zeros_like(params), "second": tree.zeros_like(params)})
+    def options(self) -> dict[str, Option]:
+        """Step size, both betas and weight decay."""
+        betas = {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
+        return super().options() | betas | {"weight_decay": self.weight_decay}
 
-    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Take one step."""
-        b1, b2 = self.betas
-        gradient = inner.grad(state.params)
+    def vectors(self) -> tuple[str, ...]:
+        """Both moments; for amsgrad the largest second one."""
+        return ("first", "second", "largest") if self.amsgrad else ("first", "second")
+
+    def move(
+        self, x: Tensor, gradient: Tensor, parts: Parts, options: Mapping[str, Value], index: Any
+    ) -> tuple[Tensor, Parts]:
+        """Take the step of one leaf."""
+        b1, b2, step_size, decay = (options[name] for name in ("betas[0]", "betas[1]", "step_size", "weight_decay"))
+        if self.decoupled:
+            x = x * (1 - step_size * decay)
+        else:
+            gradient = plus(gradient, decay, x)
         # One kernel for each line of arithmetic where torch has it: on an accelerator launches are what a step costs.
-        first = tree.tree_map(lambda m, g: torch.lerp(m, g, 1 - b1), state.memory["first"], gradient)
-        second = tree.tree_map(lambda v, g: torch.addcmul(b2 * v, g, g, value=1 - b2), state.memory["second"], gradient)
-        k = state.steps + 1
-        rate, correction = self.step_size / (1 - b1**k), (1 - b2**k) ** 0.5
-
-        def moved(x: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            below = _safe_sqrt(v) / fit(correction, x) + self.eps
-            if isinstance(rate, Tensor):
-                return x - fit(rate, x) * m / below
-            return torch.addcdiv(x, m, below, value=-rate)
-
-        params = tree.tree_map(moved, state.params, first, second)
-        return state.moved(params, {"first": first, "second": second})
+        first = torch.lerp(parts["first"], gradient, 1 - b1)
+        second = mean_of_squares(parts["second"], b2, gradient)
+        moved = {"first": first, "second": second}
+        if self.amsgrad:
+            second = moved["largest"] = torch.maximum(parts["largest"], second)
+        below = safe_sqrt(second) / _correction(b2, index, x) ** 0.5 + self.eps
+        return minus_quotient(x, step_size / _correction(b1, index, x), first, below), moved
 
 
-def _safe_sqrt(v: Tensor) -> Tensor:
-    """Return the square root with derivative zero at zero: the inner `where` keeps 1/sqrt(0) out of the graph."""
-    positive = v > 0
-    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay, equal to ``torch.optim.AdamW`` step for step.
+
+        x <- (1 - h d) x,   then the step of `Adam` without weight decay
+
+    Args:
+        step_size: h, torch's ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        betas: (b1, b2), both in [0, 1) or functions likewise.
+        eps: positive.
+        weight_decay: d, not negative, or a function likewise.
+        amsgrad: divide by the largest v so far (Reddi et al. 2018).
+        steps: number of steps; see `InnerSolver`.
+        tol: residual tolerance; see `InnerSolver`.
+
+    >>> AdamW(step_size=0.01, steps=200).weight_decay
+    0.01
+    """
+
+    weight_decay: Option = 1e-2
+
+    decoupled = True
+
+
+def _correction(beta: Value, index: Any, like: Tensor) -> Any:
+    """Return ``1 - beta^k`` for step k = index + 1."""
+    correction = 1 - beta ** (index + 1)
+    return correction.to(like.dtype) if isinstance(correction, Tensor) else correction

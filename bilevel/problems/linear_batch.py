@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel import batches, members
+from bilevel.inputs import Reads
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
 from bilevel.problems.linear_oracles import PenalisedInner, PenalisedPoint
@@ -150,7 +151,7 @@ class LinearBatch:
         shared = y.dim() < 2
         return torch.stack([self.loss_at(each, y if shared else y[i]) for i, each in enumerate(z)])
 
-    def check(self, params: Tree, hparams: Tree) -> None:
+    def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at shapes, dtype and device; refuse negative penalties.
 
         Raises:

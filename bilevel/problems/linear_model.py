@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bilevel.batches import check_own_data
 from bilevel.certifiable import Certifiable, LossConstants, Tuned
-from bilevel.inputs import check_tensor, check_trees
+from bilevel.inputs import Reads, check_tensor, check_trees
 from bilevel.lanczos import lanczos
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
@@ -288,7 +288,7 @@ class LinearModelProblem(BilevelProblem):
             figures |= {f"{name}_{score}": value for score, value in self.scores(z, split.y).items()}
         return figures
 
-    def check(self, params: Tree, hparams: Tree) -> None:
+    def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at shapes, dtype and device.
 
         Raises:

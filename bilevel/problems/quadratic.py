@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import check_own_data
-from bilevel.inputs import check_tensor, check_trees
+from bilevel.inputs import Reads, check_tensor, check_trees
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
 from bilevel.problems.quadratic_batch import QuadraticProblemBatch
@@ -231,7 +231,7 @@ class QuadraticProblem(BilevelProblem):
         """Return quadratics of equal sizes as one batch: see `bilevel.stack`."""
         return QuadraticProblemBatch(problems)
 
-    def check(self, params: Tree, hparams: Tree) -> None:
+    def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at shapes, dtype and device.
 
         Raises:
