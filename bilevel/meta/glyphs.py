@@ -130,7 +130,7 @@ class GlyphTasks(SplitTasks):
             is_int(ways, 2) and ways <= len(rows),
         )
         require(self, "shots", "a positive int", is_int(shots))
-        most = f"a positive int; with {shots} shots at most {FACES - shots}, as a letter has {FACES} images"
+        most = f"a positive int, with {shots} shots at most {FACES - shots}, as a letter has {FACES} images"
         require(self, "queries", most, is_int(queries) and shots + queries <= FACES)
         self._images = glyphs().images[rows].float().div(255.0)
         self.letters = tuple(glyphs().letters[row] for row in rows)

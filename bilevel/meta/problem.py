@@ -85,6 +85,7 @@ class MetaProblem(BilevelProblem):
         evaluated_steps: Sequence[int] = (1, 5),
     ) -> None:
         require_arguments("loss", loss, "outputs", "targets")
+        require_arguments("tasks", tasks, "index")
         self.module, self.loss, self.tasks, self.held_out = module, loss, tasks, held_out
         self.batch_size, self.proximity, self.evaluated_tasks = batch_size, proximity, evaluated_tasks
         self.evaluated_steps = tuple(evaluated_steps)

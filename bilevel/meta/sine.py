@@ -52,7 +52,7 @@ class SineProblem(MetaProblem):
         hidden: units of the hidden layers.
         batch_size: tasks in a meta-batch.
         seed: of the tasks and of the initial weights.
-        adapt: see `MetaProblem`; layers are named "0", "2", "4", ...
+        adapt: see `MetaProblem`; layers are named "1", "3", "5", ...
         proximity: see `MetaProblem`.
         evaluated_tasks: see `MetaProblem`.
         evaluated_steps: see `MetaProblem`.
