@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributions import constraints as dist_constraints
 
-from bilevel import data
+from bilevel import data, tree
 from bilevel.compare import OuterOptions, Plan, Setup
 from bilevel.config.build import (
     DATA,
@@ -84,7 +84,10 @@ class ProblemSetup:
     def __call__(self, seed: int) -> Setup:
         """Make the problem."""
         problem = self.kind(**self.options, seed=seed, device=self.device)
-        return Setup(problem, problem.initial_hparams(), unit=problem.unit)
+        hparams = problem.initial_hparams()
+        named = zip(tree.names(hparams), tree.leaves(hparams), strict=True)
+        labels = [f"{name}[{index}]" for name, leaf in named for index in range(leaf.numel())]
+        return Setup(problem, hparams, labels, problem.unit)
 
 
 def choose_device(name: str) -> str:

@@ -58,7 +58,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"after {count} steps: " + ", ".join(f"{name} {score}" for name, score in found.items())
+            f"after {count} step{'s' * (count != 1)}: " + ", ".join(f"{name} {score}" for name, score in found.items())
             for count, found in self.scores.items()
         )
 
