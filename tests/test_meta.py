@@ -379,6 +379,11 @@ BAD = [
         lambda: MetaProblem(network(), lambda outputs: outputs.sum(), TASKS, 2),
         "`loss` must be a function of (outputs, targets), got one of (outputs).",
     ),
+    (lambda: problem_of(evaluated_tasks=1), "`MetaProblem.evaluated_tasks` must be an int of at least 2, got 1."),
+    (
+        lambda: problem_of(evaluated_steps=()),
+        "`MetaProblem.evaluated_steps` must be numbers of steps, such as (1, 5), got ().",
+    ),
     (lambda: problem_of().batched(2), "MetaProblem runs its tasks side by side already: raise `batch_size` instead."),
     (
         lambda: bl.stack([problem_of(), problem_of()]),
