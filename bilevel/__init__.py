@@ -6,6 +6,7 @@ from bilevel.starting import quiet_interrupt
 
 quiet_interrupt()
 
+from bilevel import meta as meta
 from bilevel import problems as problems
 from bilevel import theory as theory
 from bilevel import threads as threads

@@ -38,12 +38,18 @@ def for_members(function: Function | None, data: Tree) -> Function | None:
     """Return a function of one member, applied to each; `data` has a row for each member, or is None."""
     if function is None:
         return None
-    each = torch.func.vmap(function)
+    each = vectorised(function)
     further = () if data is None else (data,)
+    return lambda params, hparams: each(params, hparams, *further)
 
-    def batched(params: Tree, hparams: Tree) -> Any:
+
+def vectorised(function: Function) -> Function:
+    """Return ``torch.func.vmap(function)``, which says in one sentence what it cannot vectorise."""
+    each = torch.func.vmap(function)
+
+    def batched(*trees: Tree) -> Any:
         try:
-            return each(params, hparams, *further)
+            return each(*trees)
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise

@@ -94,6 +94,12 @@ class BilevelProblem:
 
     one_solution: bool = True
     """Whether the inner problem is taken to have one solution, so that a tight solve from anywhere is a referee."""
+    renewed: bool = False
+    """Whether each outer step has an inner variable of its own (`on_outer_step`), as where tasks are drawn anew.
+
+    Then no warm start is handed on, outer losses of different steps do not compare (the last hyperparameters are the
+    best), and comparisons have no referee.
+    """
 
     inner_loss: Loss
     outer_loss: Loss
@@ -300,8 +306,14 @@ class BilevelProblem:
         """Return what proved error bounds need to know of this problem, or None: its errors are estimated then."""
         return None
 
-    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
-        """Return named figures of merit of `params`, and where given of `hparams`, such as the test loss; here none."""
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
+        """Return named figures of merit, such as the test loss; none by default.
+
+        Args:
+            params: the inner solution.
+            hparams: its hyperparameters.
+            solver: the inner solver.
+        """
         return {}
 
     def start(self, params: Tree = None) -> Tree:

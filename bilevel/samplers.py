@@ -48,7 +48,16 @@ ORDER, EVALUATION, ALL, EXAMPLES = range(4)
 
 def seed_of(what: int, seed: int, index: int = 0) -> int:
     """Return the seed under which something is drawn: that of an epoch, an outer step or a step, all independent."""
-    return int(np.random.SeedSequence((seed, index, what)).generate_state(1, np.uint64)[0]) >> 1
+    return _number(seed, index, what)
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """Return a generator whose numbers follow from a few ints that are not negative, such as (seed, index)."""
+    return torch.Generator().manual_seed(_number(*key))
+
+
+def _number(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 def check_options(owner: str, seed: Any, evaluation_size: Any, rows: int) -> None:

@@ -104,8 +104,10 @@ class _Batch:
                     continue
                 here, one = members.row(hparams, index), estimate[index]
                 record = self.outer.history[index][-1]
-                row = make_row(run, record, one, self.setups[index], here) | {"seconds_shared_by": len(self.runs)}
-                if take_row(self.plan, run, row, here, one.status.usable) and on_row is not None:
+                setup = self.setups[index]
+                row = make_row(run, record, one, setup, self.plan.solver, here)
+                row["seconds_shared_by"] = len(self.runs)
+                if take_row(self.plan, run, row, setup, here, one.status.usable) and on_row is not None:
                     on_row(row)
                 if run.done:
                     self.outer.hold(index)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.base import Estimate
+from bilevel.base import Estimate, InnerSolver
 from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
@@ -35,7 +35,8 @@ class CellRun:
         rows: one for each outer step; plain values that JSON can hold.
         done: whether it has ended, well or not.
         stopped: why it ended, in words.
-        best: the hyperparameters with the smallest outer loss, flat, before the step that followed.
+        best: the hyperparameters with the smallest outer loss (the last, where outer losses do not compare), flat,
+            before the step that followed.
     """
 
     cell: Cell
@@ -120,8 +121,8 @@ def _steps(
     while not folder.stopping:
         hparams = outer.hparams
         estimate = outer.step()
-        row = make_row(run, outer.history[-1], estimate, setup, hparams)
-        if take_row(plan, run, row, hparams, estimate.status.usable) and on_row is not None:
+        row = make_row(run, outer.history[-1], estimate, setup, plan.solver, hparams)
+        if take_row(plan, run, row, setup, hparams, estimate.status.usable) and on_row is not None:
             on_row(row)
         if run.done:
             return
@@ -130,13 +131,14 @@ def _steps(
             saved = time.monotonic()
 
 
-def take_row(plan: Plan, run: CellRun, row: Row, hparams: Tree, usable: bool) -> bool:
+def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, usable: bool) -> bool:
     """Add a row to a run, and end the run where the row says so.
 
     Args:
         plan: the comparison.
         run: the cell.
         row: what the outer step showed.
+        setup: the problem.
         hparams: where the hypergradient was taken.
         usable: whether it can be used.
 
@@ -147,7 +149,7 @@ def take_row(plan: Plan, run: CellRun, row: Row, hparams: Tree, usable: bool) ->
         # The step that does not fit is not part of the run, so that no run uses more than the budget.
         _end_of_budget(run, row, plan.budget)
         return False
-    if usable and not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows):
+    if usable and (setup.problem.renewed or not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows)):
         run.best = tree.Raveler(hparams).ravel(hparams).tolist()
     run.rows.append(row)
     run.stopped = stop_reason(plan, run.rows)
@@ -178,14 +180,14 @@ def stop_reason(plan: Plan, rows: list[Row]) -> str:
     return ""
 
 
-def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, hparams: Tree) -> Row:
+def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, solver: InnerSolver, hparams: Tree) -> Row:
     """Return what one outer step shows, as plain values."""
     cost, before = estimate.cost, run.rows[-1] if run.rows else None
     usable = estimate.status.usable
     error, referee = error_against_referee(setup.problem, hparams, estimate)
     row = _empty_row(run) | {
         "outer_loss": record.outer_loss,
-        **(setup.problem.metrics(estimate.params, hparams) if usable else {}),
+        **(setup.problem.metrics(estimate.params, hparams, solver) if usable else {}),
         "hypergradient_norm": record.hypergradient_norm,
         "hypergradient_error": error,
         "referee": referee,

@@ -36,6 +36,8 @@ def error_against_referee(problem: BilevelProblem, hparams: Tree, estimate: Esti
         return None, "none: the hypergradient is not usable"
     if not problem.one_solution:
         return None, "none: the inner problem has several solutions"
+    if problem.renewed:
+        return None, "none: each outer step has an inner problem of its own"
     exact, name = problem.exact_hypergradient(hparams), "closed form"
     if exact is None:
         try:

@@ -17,8 +17,8 @@ from bilevel.compare.plan import Plan
 
 JUDGING = ("val_", "test_", "corrupted_")
 """How the names of the figures of merit begin that the summary keeps; those of the training rows judge nothing."""
-SCORES = ("test_accuracy", "test_r2", "test_loss", "val_accuracy", "val_r2")
-"""The figure of merit that the tables show: the first that a problem has."""
+SCORES = ("test_accuracy", "test_r2", "test_loss", "val_accuracy", "val_r2", "val_loss")
+"""How the figure of merit begins that the tables show: the first that a problem has."""
 FURTHER = ("corrupted_in_lower_half",)
 """Figures that the tables show besides where a problem has them."""
 
@@ -82,9 +82,11 @@ def tables(summary: dict[str, Any]) -> str:
     """Return one readable table for each problem of a summary."""
     parts = []
     for problem, by_estimator in summary["problems"].items():
-        present = {key for group in by_estimator.values() for key in group}
-        scores = [score for score in SCORES if f"{score}_final" in present][:1] or ["score"]
-        scores += [score for score in FURTHER if f"{score}_final" in present]
+        present = [
+            key.removesuffix("_final") for group in by_estimator.values() for key in group if key.endswith("_final")
+        ]
+        scores = [name for start in SCORES for name in present if name.startswith(start)][:1] or ["score"]
+        scores += [score for score in FURTHER if score in present]
         rows = [_line(estimator, group, scores) for estimator, group in by_estimator.items()]
         headers = (
             "estimator",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from bilevel import hypergrad, inner, linear, problems
+from bilevel import hypergrad, inner, linear, meta, problems
 from bilevel.base import HypergradEstimator, InnerSolver, LinearSolver
 from bilevel.config.document import ConfigError, listed, shown, suggest
 from bilevel.problem import BilevelProblem
@@ -35,35 +35,37 @@ class Kind:
     Attributes:
         name: in words, with its article.
         base: the base class.
-        module: where the classes are exported.
+        modules: where the classes are exported.
         exclude: classes that do not fit the outer loop.
     """
 
     name: str
     base: type
-    module: types.ModuleType
+    modules: tuple[types.ModuleType, ...]
     exclude: tuple[str, ...] = ()
 
     def classes(self) -> dict[str, type]:
         """Return the exported classes of this kind that can be made."""
         return {
             name: value
-            for name, value in sorted(vars(self.module).items())
+            for module in self.modules
+            for name, value in sorted(vars(module).items())
             if isinstance(value, type) and issubclass(value, self.base) and not _abstract(value, self.base)
             if not name.startswith("_") and name not in self.exclude
         }
 
 
-SOLVER = Kind("an inner solver", InnerSolver, inner)
-ESTIMATOR = Kind("a hypergradient estimator", HypergradEstimator, hypergrad)
-LINEAR_SOLVER = Kind("a linear solver", LinearSolver, linear)
-PROBLEM = Kind("a problem", BilevelProblem, problems)
+SOLVER = Kind("an inner solver", InnerSolver, (inner,))
+ESTIMATOR = Kind("a hypergradient estimator", HypergradEstimator, (hypergrad,))
+LINEAR_SOLVER = Kind("a linear solver", LinearSolver, (linear,))
+# Left out: what takes a module and functions.
+PROBLEM = Kind("a problem", BilevelProblem, (problems, meta), ("MetaProblem",))
 # Left out: those that need a closure, sparse gradients or matrices; and those that need functions, metrics or others.
-OPTIMIZER = Kind("a torch optimizer", torch.optim.Optimizer, torch.optim, ("LBFGS", "SparseAdam", "Muon"))
+OPTIMIZER = Kind("a torch optimizer", torch.optim.Optimizer, (torch.optim,), ("LBFGS", "SparseAdam", "Muon"))
 SCHEDULER = Kind(
     "a torch learning-rate scheduler",
     torch.optim.lr_scheduler.LRScheduler,
-    torch.optim.lr_scheduler,
+    (torch.optim.lr_scheduler,),
     ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau", "SequentialLR"),
 )
 KINDS = (SOLVER, ESTIMATOR, LINEAR_SOLVER, PROBLEM, OPTIMIZER, SCHEDULER)

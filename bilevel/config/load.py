@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributions import constraints as dist_constraints
 
-from bilevel import data
+from bilevel import data, tree
 from bilevel.compare import OuterOptions, Plan, Setup
 from bilevel.config.build import (
     DATA,
@@ -36,6 +36,10 @@ CORRUPTED = "corrupted"
 """An option of those problem classes that are told which training labels the data set made wrong."""
 NOT_IN_DATA = frozenset({"seed", "device", "dtype"})
 """Options of `data.load` that a config states elsewhere."""
+
+
+ELSEWHERE = frozenset({"seed", "device"})
+"""Options by which a problem makes its own data; a config states them elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,29 @@ class DataSetup:
         problem = self.kind(**parts, **self.options)
         labels = problem.labels(found.feature_names)
         return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, found.note)
+
+
+@dataclass(frozen=True)
+class ProblemSetup:
+    """Makes a problem that brings its data, for a seed.
+
+    Attributes:
+        kind: the problem class.
+        options: its options.
+        device: where the data go.
+    """
+
+    kind: type[Any]
+    options: Mapping[str, Any]
+    device: str = field(default="cpu", kw_only=True)
+
+    def __call__(self, seed: int) -> Setup:
+        """Make the problem."""
+        problem = self.kind(**self.options, seed=seed, device=self.device)
+        hparams = problem.initial_hparams()
+        named = zip(tree.names(hparams), tree.leaves(hparams), strict=True)
+        labels = [f"{name}[{index}]" for name, leaf in named for index in range(leaf.numel())]
+        return Setup(problem, hparams, labels, problem.unit)
 
 
 def choose_device(name: str) -> str:
@@ -156,12 +183,15 @@ def _plan(form: ConfigForm) -> Plan:
     )
 
 
-def _problem(spec: Any, path: str, device: str) -> DataSetup:
+def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
     owner, given = split_spec(spec, PROBLEM, path)
+    if set(options_of(owner)) >= ELSEWHERE:
+        return ProblemSetup(owner, check_options(owner, given, path, ELSEWHERE), device=device)
     if not set(options_of(owner)) >= DATA or not issubclass(owner, DataProblem):
         raise ConfigError(
             f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem, "
-            "SoftmaxProblem, SampleWeightProblem and MLPProblem are): use it from Python."
+            "SoftmaxProblem, SampleWeightProblem and MLPProblem are) nor from a seed (as SineProblem is): use it from "
+            "Python."
         )
     source, start = given.pop("data", None), given.pop("start", 0.0)
     if isinstance(source, str):

@@ -58,7 +58,8 @@ class OuterOptimizer:
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
         constraints: a ``torch.distributions.constraints`` object for all hyperparameters, or a dict of them by key for
             dict hyperparameters (missing keys are free): positive, interval(a, b), simplex, ...
-        warm_start: True, False, or a `WarmStart` that switches each part.
+        warm_start: True, False, or a `WarmStart` that switches each part; always off where each outer step has an inner
+            variable of its own (`BilevelProblem.renewed`).
         params: where the inner solver starts; default: the problem's start.
         certify: estimate the error of every hypergradient; costs a refinement round each.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
@@ -112,6 +113,8 @@ class OuterOptimizer:
         check_makers(optimizer, scheduler)
         self.problem, self.solver, self.estimator = problem, solver, estimator
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
+        if problem.renewed:
+            self.warm_start = WarmStart(state=False, adjoint=False)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
         self._transform = ConstraintTransform(hparams, constraints)
@@ -157,7 +160,7 @@ class OuterOptimizer:
         report(verdict, self.on_failure, estimate)
         self._checked = True
         if verdict.status.usable:
-            if estimate.outer_loss < self.best[0]:
+            if self.problem.renewed or estimate.outer_loss < self.best[0]:
                 self.best = (estimate.outer_loss, self._hparams)
             moved = self._move(estimate.hypergradient, estimate.outer_loss)
             estimate = replace(estimate, verdict=verdict.worse(moved))

@@ -160,7 +160,7 @@ class LinearBatch:
         batches.check(self, params, hparams)  # type: ignore[arg-type]
         self.check_range(hparams)
 
-    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Refuse: figures of merit are those of one member.
 
         Raises:

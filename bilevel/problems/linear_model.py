@@ -261,7 +261,7 @@ class LinearModelProblem(DataProblem):
         """Return the inner coefficients at some hyperparameters, and how they depend on them."""
         return tuned_penalties(self, hparams)
 
-    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Return loss and scores on every split, such as ``test_loss`` and ``test_accuracy``."""
         figures = {}
         for name, split in self.splits.items():

@@ -140,7 +140,7 @@ class MLPProblem(DataProblem):
             return {name: torch.full_like(each, value) for name, each in self.params.items()}
         return self.train.X.new_full(() if self.decay == "shared" else (len(self.hidden) + 1,), value)
 
-    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Return loss and accuracy on every split, such as ``test_loss`` and ``test_accuracy``."""
         figures = {}
         with torch.no_grad():

@@ -190,7 +190,7 @@ class SampleWeightProblem(SoftmaxProblem):
         """Return the weight of every training row."""
         return torch.sigmoid(hparams) if self.parametrization == "sigmoid" else hparams
 
-    def metrics(self, params: Tree, hparams: Tree = None) -> dict[str, float]:
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Return loss and scores on every split, and how well the weights tell which labels are wrong.
 
         Where `corrupted` and hparams are known, ``corrupted_in_lower_half`` is the share of the corrupted rows among
@@ -199,6 +199,7 @@ class SampleWeightProblem(SoftmaxProblem):
         Args:
             params: the weights of the model.
             hparams: those of the rows.
+            solver: not needed here.
         """
         figures = super().metrics(params)
         if self.corrupted is None or hparams is None:

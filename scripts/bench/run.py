@@ -11,6 +11,7 @@ import cleaning
 import curves
 import general
 import large_logistic
+import meta
 import networks
 import overhead
 import quadratic
@@ -24,8 +25,7 @@ if __name__ == "__main__":
     torch.set_num_threads(parser.parse_args().threads)
     benchmarks = (
         *(accuracy, unroll, quadratic, large_logistic, structured, general, networks, batches, overhead, curves),
-        certificates,
-        cleaning,
+        *(certificates, cleaning, meta),
     )
     passed = [benchmark.main() for benchmark in benchmarks]
     raise SystemExit(not all(passed))

@@ -1,0 +1,33 @@
+"""The network of the ready-made problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from bilevel.options import is_int
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, seed: int) -> nn.Sequential:
+    """Return a network of linear layers with ReLU between them, whose weights follow from the seed.
+
+    Args:
+        inputs: numbers of an input, whatever its shape.
+        hidden: units of the hidden layers.
+        outputs: numbers of an output.
+        seed: of torch's usual initial weights; the global generator stays as it is.
+
+    Raises:
+        ValueError: for a size that is no positive int.
+    """
+    if not all(is_int(units) for units in hidden):
+        raise ValueError(f"`hidden` must be a list of positive ints, got {hidden!r}.")
+    layers: list[nn.Module] = [nn.Flatten()]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for before, after in pairwise((inputs, *hidden, outputs)):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

@@ -1,0 +1,79 @@
+"""Tasks: pure functions ``index -> (support, query)``, so that a run that resumes sees the same tasks again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from bilevel import members, tree
+from bilevel.options import is_int, require
+from bilevel.samplers import keyed_generator
+from bilevel.tree import Tree
+
+Task: TypeAlias = "tuple[Tree, Tree]"
+"""(support, query), both ``(inputs, targets)``."""
+
+SPLITS = ("train", "val", "test")
+
+
+class Tasks(Protocol):
+    """What `MetaProblem(tasks=...)` takes."""
+
+    def __call__(self, index: int, /) -> Task:
+        """Return a task, the same one whenever it is asked for."""
+
+
+def draw(tasks: Tasks, indices: Iterable[int]) -> Task:
+    """Return some tasks, stacked.
+
+    Args:
+        tasks: where they come from.
+        indices: which of them.
+
+    Returns:
+        (support, query), whose leaves have a leading dimension, one row for each task.
+
+    Raises:
+        ValueError: for what is no pair of trees of tensors, and for tasks of different shapes.
+    """
+    found: list[Any] = []
+    for index in indices:
+        task = tasks(index)
+        if not isinstance(task, tuple) or len(task) != 2 or not _all_tensors(task):
+            raise ValueError(
+                f"`tasks({index})` must return (support, query), each (inputs, targets) of tensors, "
+                f"got {type(task).__name__}."
+            )
+        found.append(task)
+        shapes = [[tuple(leaf.shape) for leaf in tree.leaves(each)] for each in (found[0], task)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"tasks side by side must have equal shapes, but `tasks({index})` has {shapes[1]} and the first task "
+                f"of the meta-batch {shapes[0]}."
+            )
+    stacked: Task = members.stack(found)
+    return stacked
+
+
+def _all_tensors(task: Any) -> bool:
+    return all(tree.leaves(part) and all(isinstance(x, torch.Tensor) for x in tree.leaves(part)) for part in task)
+
+
+class SplitTasks:
+    """Base of the tasks here: the key of the random numbers of a task is (seed, split, index).
+
+    Args:
+        split: "train", "val" or "test".
+        seed: an int that is not negative.
+    """
+
+    def __init__(self, split: str, seed: int) -> None:
+        self.split, self.seed = split, seed
+        require(self, "split", "'train', 'val' or 'test'", split in SPLITS)
+        require(self, "seed", "an int that is not negative", is_int(seed, 0))
+
+    def generator(self, index: int) -> torch.Generator:
+        """Return the generator of a task."""
+        return keyed_generator(self.seed, SPLITS.index(self.split), index)
