@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,61 @@ def test_a_missing_file_suggests_its_neighbour(config: Path) -> None:
 def test_an_unknown_estimator_to_tune_is_named(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no estimator 'implict' in `estimators` \(short tail, implicit\)"):
         load_plan(config, only="implict", tune=True)
+
+
+OWN = """\
+from dataclasses import dataclass
+
+import bilevel as bl
+
+
+@dataclass(frozen=True)
+class Signed(bl.InnerSolver):
+    rate: float = 0.1
+
+    def step(self, inner, state):
+        moved = bl.tree.tree_map(lambda x, g: x - self.rate * g.tanh(), state.params, inner.grad(state.params))
+        return state.moved(moved)
+
+
+class Halved(bl.problems.RidgeProblem):
+    def initial_hparams(self, start=0.0):
+        return super().initial_hparams(start / 2)
+"""
+
+
+def test_a_config_names_classes_of_the_users_own_only_where_that_is_allowed(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (config.parent / "own_classes.py").write_text(OWN + "print('run')\n")
+    changes = ["solver={class: own_classes:Signed, rate: 0.2, steps: 20}", "problems.ridge.class=own_classes:Halved"]
+    expected = (
+        f"{config}: `problems.ridge.class` names code outside the package, 'own_classes:Halved': pass --allow-import "
+        "if you trust this config and what it imports."
+    )
+    with pytest.raises(ConfigError) as error:
+        load_plan(config, changes)
+    assert str(error.value) == expected
+    assert "own_classes" not in sys.modules
+    plan = load_plan(config, changes, allow_import=True)
+    assert (type(plan.solver).__name__, plan.solver.steps, plan.solver.rate) == ("Signed", 20, 0.2)  # type: ignore[attr-defined]
+    assert type(plan.problems["ridge"](0).problem).__name__ == "Halved"
+    # What is allowed once is not allowed ever after.
+    with pytest.raises(ConfigError, match="--allow-import"):
+        load_plan(config, changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("no_such_module:Signed", "'no_such_module' cannot be imported (ModuleNotFoundError: No module named"),
+        ("json:Signed", "'json' has no class 'Signed' that is an inner solver."),
+        ("json:JSONDecoder", "'json' has no class 'JSONDecoder' that is an inner solver."),
+        (":Signed", "'' cannot be imported (ValueError: Empty module name)."),
+    ],
+)
+def test_what_cannot_be_imported_is_one_sentence(config: Path, name: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_plan(config, [f"solver.class='{name}'"], allow_import=True)
+    assert f"{config}: `solver.class`: {sentence}" in str(error.value)

@@ -36,7 +36,8 @@ def run_check(arguments: Namespace) -> int:
     """Run ``bilevel check``.
 
     Args:
-        arguments: `target` (FILE.py, FILE.py:PROBLEM or a config), `hparams` (a name or None), `seed` and `threads`.
+        arguments: `target` (FILE.py, FILE.py:PROBLEM or a config), `hparams` (a name or None), `seed`, `threads` and
+            `allow_import`.
 
     Returns:
         1 where a fault was found, else 0.
@@ -47,7 +48,7 @@ def run_check(arguments: Namespace) -> int:
     path, _, name = arguments.target.partition(":")
     with short_operations(chosen_threads(arguments)):
         if Path(path).suffix in (".yaml", ".yml"):
-            subjects = _of_config(path, name)
+            subjects = _of_config(path, name, arguments.allow_import)
         else:
             subjects = [_of_file(path, name or "problem", arguments.hparams)]
         codes = [_examined(subject, arguments.seed or 0) for subject in subjects]
@@ -65,9 +66,9 @@ def _examined(subject: Subject, seed: int) -> int:
     return 0 if report.ok else 1
 
 
-def _of_config(path: str, name: str) -> list[Subject]:
+def _of_config(path: str, name: str, allow_import: bool) -> list[Subject]:
     """Return the problems of a config, on the split of its first seed, or the one that is named."""
-    plan = load_plan(path, [])
+    plan = load_plan(path, allow_import=allow_import)
     if name and name not in plan.problems:
         raise ConfigError(f"{path} has no problem {name!r}, only {', '.join(plan.problems)}.")
     made = {each: plan.problems[each](plan.seeds[0]) for each in plan.problems if not name or each == name}

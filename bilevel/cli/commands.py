@@ -69,6 +69,7 @@ def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
         seed=arguments.seed,
         only=arguments.estimator if tune else None,
         tune=tune,
+        allow_import=arguments.allow_import,
     )
     default = Path("runs") / (f"{plan.name}-tune" if tune else plan.name)
     folder = RunFolder(arguments.out or default, plan.config)

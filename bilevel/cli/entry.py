@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--hparams", metavar="NAME", help="the hyperparameters in the file (default: hparams)")
     check.add_argument("--seed", metavar="N", type=_count(0), help="of the random points and directions (default: 0)")
     _add_threads(check, THREADS)
+    _add_allow_import(check)
     _refuse(check, REFUSED_BY_CHECK)
     summary = "measure the curse of unrolling: the figures and claims of both papers"
     curse = _add(commands, "curse", summary, CURSE, run_curse)
@@ -180,6 +181,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _add_threads(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--threads", metavar="N", type=_count(1), help=text)
+
+
+def _add_allow_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-import",
+        action="store_true",
+        help="let the config name classes of your own, as in `class: my_module:MySolver`; their code is run",
+    )
 
 
 class _Refused(argparse.Action):
@@ -220,6 +229,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         help="replace the seeds of the data splits by N, N+1, ..., as many as the config has",
     )
     _add_threads(parser, THREADS)
+    _add_allow_import(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew, removing what an earlier run wrote there")
     parser.add_argument(
         "--jobs",

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from bilevel import hypergrad, inner, linear, meta, problems
 from bilevel.base import HypergradEstimator, InnerSolver, LinearSolver
 from bilevel.config.document import ConfigError, listed, shown, suggest
+from bilevel.config.imports import imported
 from bilevel.problem import BilevelProblem
 
 REQUIRED = inspect.Parameter.empty
@@ -77,7 +78,7 @@ def _abstract(value: type, base: type) -> bool:
 
 
 def find_class(name: Any, kind: Kind, path: str) -> type:
-    """Return the exported class of a name.
+    """Return the exported class of a name, or where it is allowed the class that ``module:Class`` names.
 
     Args:
         name: as the config gives it.
@@ -87,6 +88,8 @@ def find_class(name: Any, kind: Kind, path: str) -> type:
     Raises:
         ConfigError: for a name that is no such class; says what it is instead.
     """
+    if isinstance(name, str) and ":" in name:
+        return imported(name, kind.base, kind.name, path)
     classes = kind.classes()
     if isinstance(name, str) and name in classes:
         return classes[name]

@@ -28,6 +28,7 @@ from bilevel.config.build import (
     split_spec,
 )
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
+from bilevel.config.imports import importing
 from bilevel.config.schema import ConfigForm, OuterForm, check_form
 from bilevel.outer import WarmStart
 from bilevel.problems import DataProblem
@@ -118,6 +119,7 @@ def load_plan(
     seed: int | None = None,
     only: str | None = None,
     tune: bool = False,
+    allow_import: bool = False,
 ) -> Plan:
     """Read a config, make everything that it names, and check that the parts fit.
 
@@ -128,6 +130,8 @@ def load_plan(
         seed: the first of the seeds: they become seed, seed + 1, ...
         only: keep this estimator alone.
         tune: keep one estimator (`only`, or the first) and the first seed.
+        allow_import: whether ``class: module:Class`` may name code outside the package, which is then run; modules are
+            looked for beside the config first.
 
     Returns:
         The plan; its config is the checked document with the overrides in it.
@@ -149,9 +153,10 @@ def load_plan(
         form.device = choose_device(device or form.device)
         if seed is not None:
             form.seeds = [seed + offset for offset in range(len(form.seeds))]
-        plan = _plan(form)
-        _check_fit(plan)
-        return _reduced(form, only, tune) if tune or only else plan
+        with importing(allow_import, path.parent):
+            plan = _plan(form)
+            _check_fit(plan)
+            return _reduced(form, only, tune) if tune or only else plan
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
