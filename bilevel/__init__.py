@@ -52,6 +52,7 @@ from bilevel.oracles import InnerProblem as InnerProblem
 from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
 from bilevel.outer import BatchOuterResult as BatchOuterResult
 from bilevel.outer import OuterOptimizer as OuterOptimizer
+from bilevel.outer import ToleranceSchedule as ToleranceSchedule
 from bilevel.outer import WarmStart as WarmStart
 from bilevel.problem import BilevelProblem as BilevelProblem
 from bilevel.problems import QuadraticProblem as QuadraticProblem

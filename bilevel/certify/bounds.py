@@ -41,6 +41,7 @@ class Bound:
         adjoint: W, a bound of ``w - w*``, likewise.
         theorem: "local" or "global": the one that gave `value`.
         rounding: what rounding alone would give, residuals being zero; 0 where not asked for.
+        adjoint_part: the part of `value` that is proportional to the adjoint residual.
     """
 
     value: float
@@ -49,6 +50,7 @@ class Bound:
     adjoint: float
     theorem: str
     rounding: float = 0.0
+    adjoint_part: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,10 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
         growth = torch.expm1((M * moves).clamp_max(t))
         change = float((instance.tuned.weights * (growth * bent).square()).sum().sqrt())
         change = min(change, (math.expm1(t) / t if t > 0 else 1.0) * M * float(spread.max()) * E) * blur
-    W = math.exp(t) * blur * (norms.r + metric.outer_curvature * E + change)
-    return _combine(at, "local", (E, min(E, norms.s_penalty)), W, (moves, metric.row_lengths * W), metric)
+    grown = math.exp(t) * blur
+    W = grown * (norms.r + metric.outer_curvature * E + change)
+    errors = (E, min(E, norms.s_penalty))
+    return _combine(at, "local", errors, (W, grown * norms.r), (moves, metric.row_lengths * W), metric)
 
 
 def _global(at: Evaluation, norms: Residuals) -> Bound:
@@ -139,21 +143,23 @@ def _global(at: Evaluation, norms: Residuals) -> Bound:
     outer = instance.penalty_norm(at.outer) + instance.penalty_norm(at.r_rounding)
     turned = instance.outer_curvature * E
     W = turned + min(norms.r_penalty + change, weights + outer)
-    return _combine(at, "global", (E, E), W, (moves, instance.row_lengths * W), None)
+    own = min(norms.r_penalty, W)
+    return _combine(at, "global", (E, E), (W, own), (moves, instance.row_lengths * W), None)
 
 
 def _combine(
     at: Evaluation,
     theorem: str,
     errors: tuple[float, float],
-    W: float,
+    adjoint_errors: tuple[float, float],
     moves: tuple[Tensor, Tensor],
     metric: Metric | None,
 ) -> Bound:
     """Turn bounds of x - x* (in the Hessian and the penalties) and w - w* into one of the hypergradient."""
+    # `adjoint_errors`: W, and its part from the residual r alone.
     # `moves`: how far each row's predictions of x and w may be from those of x* and w*.
     instance, tuned = at.instance, at.instance.tuned
-    E, E_penalty = errors
+    (E, E_penalty), (W, by_residual) = errors, adjoint_errors
     slope = tuned.penalty_slope.abs()
     components, value = at.p_rounding, float(torch.linalg.vector_norm(at.p_rounding))
     for vector, own, by_penalty in ((slope * at.w, E, E_penalty), (slope * at.x, W, W)):
@@ -164,20 +170,26 @@ def _combine(
             sharper = _scaled(metric.groups(vector), own)
             parts, size = torch.minimum(parts, sharper), min(size, float(torch.linalg.vector_norm(sharper)))
         components, value = components + parts, value + size
+    of_adjoint = size
     products = _scaled(instance.largest_ratios, E_penalty * W)
     if metric is not None:
         products = products.clamp_max(float(slope.max()) * metric.inverse_size * E * W)
     components, value = components + products, value + float(products.max())
     if tuned.weight_slope is not None:
-        by_row = instance.per_row(tuned.weight_slope.abs() * _weight_errors(at, *moves))
+        by_solution, by_adjoint = (
+            instance.per_row(tuned.weight_slope.abs() * errors) for errors in _weight_errors(at, *moves)
+        )
+        by_row = by_solution + by_adjoint
         components, value = components + by_row, value + float(torch.linalg.vector_norm(by_row))
+        of_adjoint += float(torch.linalg.vector_norm(by_adjoint))
+    adjoint_part = of_adjoint * (by_residual / W) if W > 0 else 0.0
     if not math.isfinite(value):
         return _none(at)
-    return Bound(value * SUMS, components * SUMS, E, W, theorem)
+    return Bound(value * SUMS, components * SUMS, E, W, theorem, adjoint_part=adjoint_part)
 
 
-def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> Tensor:
-    """Bound the error of every row's ``loss'(z_i)' (W' a_i)``, whose factor is ``d omega_i / du``."""
+def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> tuple[Tensor, Tensor]:
+    """Bound the error of every row's ``loss'(z_i)' (W' a_i)``, whose factor is ``d omega_i / du``: by x, and by w."""
     instance, constants = at.instance, at.instance.constants
     width = 2.0 if instance.several else 1.0
     M = constants.concordance
@@ -186,7 +198,7 @@ def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> Tens
     growth = torch.expm1((M * moves).clamp_max(FAR)) / M if M else moves
     change = torch.where(M * moves < FAR, torch.minimum(change, instance.model.rate(at.z) * growth), change)
     slopes = instance.dual(at.slopes) + width * constants.curvature * at.blur
-    return change * (instance.extent(at.v) + width * at.blur_adjoint) + (slopes + change) * adjoint_moves
+    return change * (instance.extent(at.v) + width * at.blur_adjoint), (slopes + change) * adjoint_moves
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:

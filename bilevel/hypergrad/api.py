@@ -7,13 +7,15 @@ from typing import overload
 import torch
 
 from bilevel import tree
-from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
+from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Meter
 from bilevel.hypergrad.arguments import check_carry, check_roles
-from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, finite_loss
+from bilevel.hypergrad.attempt import Attempt, attempt
+from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient
+from bilevel.hypergrad.target import Pursuit, check_target
 from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, OnFailure, Status, Verdict, report
+from bilevel.status import OnFailure, report
 from bilevel.tree import Tree
 
 
@@ -28,6 +30,7 @@ def hypergradient(
     batch: None = None,
     carry: Carry | None = None,
     certify: bool = False,
+    target_error: float | None = None,
     check: bool = True,
     on_failure: OnFailure = "raise",
 ) -> Estimate: ...
@@ -42,6 +45,7 @@ def hypergradient(
     batch: int,
     carry: Carry | None = None,
     certify: bool = False,
+    target_error: float | None = None,
     check: bool = True,
     on_failure: OnFailure = "raise",
 ) -> BatchEstimate: ...
@@ -55,6 +59,7 @@ def hypergradient(
     batch: int | None = None,
     carry: Carry | None = None,
     certify: bool = False,
+    target_error: float | None = None,
     check: bool = True,
     on_failure: OnFailure = "raise",
 ) -> Estimate | BatchEstimate:
@@ -74,6 +79,11 @@ def hypergradient(
         carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
         certify: bound the distance to the exact hypergradient where a proof exists, and estimate it elsewhere (see
             `bilevel.certify.certify_error`).
+        target_error: the largest relative error ``|p - dF/du| / |dF/du|`` that is accepted, in (0, 1), such as 1e-3.
+            Tolerances of inner solver and adjoint system follow from the certificate: solve a little, look, continue
+            the same run. A `tol` that was given stays the smallest, `steps` the most in all. The certificate then
+            proves the target (ridge, logistic and softmax regression) or estimates it (elsewhere); where it cannot, the
+            status is TARGET_NOT_REACHED and says why in one sentence.
         check: look at the inputs first; a loop that has done so once may leave it out.
         on_failure: what to do with a result that cannot be used: "raise", "warn" or "return".
 
@@ -96,6 +106,9 @@ def hypergradient(
     """
     if batch is not None:
         problem = as_batch(problem, batch)
+    if target_error is not None:
+        check_roles(problem, solver, estimator)
+        check_target(target_error, problem, solver, estimator, certify)
     hparams, start = prepare(problem, solver, estimator, hparams, params, check)
     carry = Carry() if carry is None else carry
     if check:
@@ -103,27 +116,15 @@ def hypergradient(
     if problem.batch is not None:
         return batch_hypergradient(problem, solver, estimator, hparams, start, carry, certify, on_failure)
     meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
-    solved = estimator.solve(problem, solver, hparams, start, carry, meter)
-    value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
-    if solved.verdict.status.usable:
-        meter.counts["outer"] += 1
-        outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
-        value = float(outer)
-        verdict = verdict.worse(finite_loss(value))
-    if verdict.status.usable:
-        pulled = solved.pullback(by_params)
-        verdict = verdict.worse(pulled.verdict)
-        if pulled.verdict.status.usable:
-            gradient = tree.add(by_hparams, pulled.hparams)
-            verdict = verdict.worse(_finite_gradient(gradient))
+    if target_error is None:
+        found = attempt(problem, solver, estimator, hparams, start, carry, meter)
+        cost, error = meter.read(), _figure(problem, hparams, found, certify)
+    else:
+        found, error = Pursuit(problem, solver, estimator, hparams, start, meter, target_error).run(carry)
+        cost = meter.read()
+    solved, pulled, gradient = found.solved, found.pulled, found.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    cost = meter.read()
-    error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
-    if certify and verdict.status.usable:
-        error = certify_error(problem, hparams, solved.params, gradient, pulled.adjoint)
-    elif pulled.error is not None and verdict.status.ok:
-        error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     certificate = Certificate(
         inner_residual=solved.residual,
         adjoint_residual=pulled.residual,
@@ -132,10 +133,20 @@ def hypergradient(
         **error.fields(),
         measured=dict(solved.state.measured),
     )
-    following = Carry(solved.state, pulled.adjoint, type(solver).__name__) if verdict.status.usable else carry
-    estimate = Estimate(value, gradient, solved.params, certificate, cost, verdict, following)
-    report(verdict, on_failure, estimate)
+    following = found.carry(solver) if found.verdict.status.usable else carry
+    estimate = Estimate(found.outer_loss, gradient, solved.params, certificate, cost, found.verdict, following)
+    report(found.verdict, on_failure, estimate)
     return estimate
+
+
+def _figure(problem: BilevelProblem, hparams: Tree, found: Attempt, certify: bool) -> ErrorEstimate:
+    """Return what can be said of the distance to the exact hypergradient."""
+    pulled, status = found.pulled, found.verdict.status
+    if certify and status.usable:
+        return certify_error(problem, hparams, found.solved.params, found.gradient, pulled.adjoint)
+    if pulled.error is not None and status.ok:
+        return ErrorEstimate(pulled.error, "estimate", pulled.error_note)
+    return ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
 
 
 def prepare(
@@ -169,11 +180,3 @@ def prepare(
         problem.check(start, hparams)
         estimator.check(problem, solver, hparams)
     return tree.detach(hparams), start
-
-
-def _finite_gradient(gradient: Tree) -> Verdict:
-    """Report a hypergradient that is not finite."""
-    for name, leaf in zip(tree.names(gradient), tree.leaves(gradient), strict=True):
-        if not tree.is_finite(leaf):
-            return Verdict(Status.NOT_FINITE, f"the hypergradient of `hparams{name}` is not finite")
-    return GOOD

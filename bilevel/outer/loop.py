@@ -17,9 +17,11 @@ from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, Inner
 from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.arguments import check_roles
+from bilevel.hypergrad.target import check_target
 from bilevel.inputs import check_tensors
 from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_state, check_steps
-from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of, shown_record
+from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record
+from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.state import FORMAT, generators, restore_generators, saved_inner_state
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, report
@@ -61,6 +63,10 @@ class OuterOptimizer:
         warm_start: True, False, or a `WarmStart` that switches each part.
         params: where the inner solver starts; default: the problem's start.
         certify: estimate the error of every hypergradient; costs a refinement round each.
+        target_error: the largest relative error of every hypergradient, see `hypergradient`. A step that misses it is
+            taken only while its certificate still proves descent, ``|p - dF/du| < |p|``; otherwise `run` ends there.
+        schedule: "quadratic", "cubic", "exponential" or a `ToleranceSchedule`: rough hypergradients first, exact ones
+            later; it ends at `target_error` where that is given too.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
         batch: number of members whose hyperparameters are tuned side by side, each with its own history and its own
@@ -100,6 +106,8 @@ class OuterOptimizer:
         warm_start: bool | WarmStart = True,
         params: Tree = None,
         certify: bool = False,
+        target_error: float | None = None,
+        schedule: str | ToleranceSchedule | None = None,
         on_failure: OnFailure = "raise",
         callbacks: Sequence[Callback] = (),
         batch: int | None = None,
@@ -111,6 +119,10 @@ class OuterOptimizer:
         check_roles(problem, solver, estimator)
         check_tensors("hparams", hparams)
         check_makers(optimizer, scheduler)
+        self.target_error, self.schedule = target_error, as_schedule(schedule, target_error)
+        first = target_error if self.schedule is None else self.schedule.at(1)
+        if first is not None:
+            check_target(first, problem, solver, estimator, certify)
         self.problem, self.solver, self.estimator = problem, solver, estimator
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
@@ -156,13 +168,20 @@ class OuterOptimizer:
         verdict = estimate.verdict
         report(verdict, self.on_failure, estimate)
         self._checked = True
+        record = record_of(len(self.history) + 1, estimate)
         if verdict.status.usable:
             if estimate.outer_loss < self.best[0]:
                 self.best = (estimate.outer_loss, self._hparams)
-            self._move(estimate.hypergradient, estimate.outer_loss)
+            if not no_descent(record.status, record.error, record.hypergradient_norm):
+                self._move(estimate.hypergradient, estimate.outer_loss)
             self._follow(estimate.carry)
-        self.history.append(record_of(len(self.history) + 1, estimate))
+        self.history.append(record)
         return estimate
+
+    @property
+    def _target(self) -> float | None:
+        """The relative error for the next step."""
+        return self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
 
     def _estimate(self) -> Any:
         """Return the hypergradient at the present hyperparameters, of a batch those of all members."""
@@ -174,6 +193,7 @@ class OuterOptimizer:
             self.params,
             carry=self.carry,
             certify=self.certify,
+            target_error=self._target,
             check=not self._checked,
             on_failure="return",
         )
