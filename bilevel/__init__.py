@@ -23,6 +23,7 @@ from bilevel.base import Pullback as Pullback
 from bilevel.base import Solution as Solution
 from bilevel.batches import stack as stack
 from bilevel.check import check_hypergradient as check_hypergradient
+from bilevel.hypergrad import Auto as Auto
 from bilevel.hypergrad import ClosedForm as ClosedForm
 from bilevel.hypergrad import FiniteDifference as FiniteDifference
 from bilevel.hypergrad import FullUnroll as FullUnroll

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from bilevel import tree
 from bilevel.base import Estimate, HypergradEstimator, InnerSolver, describe
 from bilevel.hypergrad import FiniteDifference, hypergradient
+from bilevel.hypergrad.auto import as_estimator
 from bilevel.problem import BilevelProblem
 from bilevel.status import Verdict
 from bilevel.tree import Tree
@@ -54,7 +55,7 @@ class CheckReport:
 def check_hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
@@ -90,6 +91,7 @@ def check_hypergradient(
         raise ValueError(
             f"`check_hypergradient` takes one problem, got a batch of {problem.batch}: check batch.member(i)."
         )
+    estimator = as_estimator(estimator)
     dtype = tree.leaves(hparams)[0].dtype
     allowed = rtol if rtol is not None else (1e-4 if dtype == torch.float64 else 1e-2)
     estimate = hypergradient(problem, solver, estimator, hparams, params, on_failure="return")

@@ -142,6 +142,11 @@ class ErrorBound:
         self._instance = None if model is None else Instance(model, hparams)
         self._metrics = None if self._instance is None else Metrics(self._instance, metric)
 
+    @property
+    def sharp(self) -> bool:
+        """Whether the metric is better than that of the penalties alone."""
+        return self._metrics is not None and self._metrics.kind != "diagonal"
+
     def __call__(self, params: Tree, hypergradient: Tree, adjoint: Tree) -> ErrorEstimate:
         """Return the bound for one pair; see `bound_error`."""
         if self._instance is None or self._metrics is None:

@@ -12,6 +12,7 @@ from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Meter
 from bilevel.hypergrad.arguments import check_carry, check_roles
 from bilevel.hypergrad.attempt import Attempt, attempt
+from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient
 from bilevel.hypergrad.target import Pursuit, check_target
 from bilevel.problem import BilevelProblem
@@ -23,7 +24,7 @@ from bilevel.tree import Tree
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
@@ -38,7 +39,7 @@ def hypergradient(
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
@@ -52,7 +53,7 @@ def hypergradient(
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
@@ -70,7 +71,7 @@ def hypergradient(
     Args:
         problem: the two losses.
         solver: the inner solver.
-        estimator: how the solution map is differentiated.
+        estimator: how the solution map is differentiated; "auto" for `Auto()`.
         hparams: where the gradient is taken.
         params: where the inner solver starts; default: the problem's start.
         batch: number of members to run side by side as one problem. Every leaf of `hparams` then has this leading
@@ -104,23 +105,24 @@ def hypergradient(
     >>> torch.allclose(many[0].hypergradient, estimate.hypergradient)
     True
     """
+    rule: HypergradEstimator = as_estimator(estimator)
+    check_roles(problem, solver, rule)
     if batch is not None:
         problem = as_batch(problem, batch)
     if target_error is not None:
-        check_roles(problem, solver, estimator)
-        check_target(target_error, problem, solver, estimator, certify)
-    hparams, start = prepare(problem, solver, estimator, hparams, params, check)
+        check_target(target_error, problem, solver, rule, certify)
+    hparams, start = prepare(problem, solver, rule, hparams, params, check)
     carry = Carry() if carry is None else carry
     if check:
         check_carry(carry, solver, start)
     if problem.batch is not None:
-        return batch_hypergradient(problem, solver, estimator, hparams, start, carry, certify, on_failure)
-    meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
+        return batch_hypergradient(problem, solver, rule, hparams, start, carry, certify, on_failure)
+    meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
-        found = attempt(problem, solver, estimator, hparams, start, carry, meter)
+        found = attempt(problem, solver, rule, hparams, start, carry, meter)
         cost, error = meter.read(), _figure(problem, hparams, found, certify)
     else:
-        found, error = Pursuit(problem, solver, estimator, hparams, start, meter, target_error).run(carry)
+        found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
         cost = meter.read()
     solved, pulled, gradient = found.solved, found.pulled, found.gradient
     if gradient is None:

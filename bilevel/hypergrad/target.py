@@ -154,7 +154,7 @@ class Pursuit:
             allowed = self.target / (1.0 + self.target) * float(tree.norm(found.gradient))
             error = self._figure(found, allowed)
             if error.value is not None and error.value <= allowed:
-                return replace(found, verdict=GOOD), error
+                return (found if found.verdict.status.ok else replace(found, verdict=GOOD)), error
             closer = best is None or _size(error) < _size(best[1])
             stuck = not closer and tolerances.inner <= self.near * self.scale
             best = (found, error) if closer or best is None else best
@@ -217,7 +217,7 @@ class Pursuit:
         )
         if by_inner == by_adjoint == 1.0:
             by_inner = by_adjoint = SMALLER
-        if by_inner < 1 and self.rate is None:
+        if by_inner < 1 and self.rate is None and self.bound is not None and not self.bound.sharp:
             by_inner = max(by_inner, PROBE)
         return Tolerances(
             inner * by_inner if by_inner < 1 else tolerances.inner,
@@ -258,6 +258,8 @@ class Pursuit:
         figure = "no reliable figure" if error.value is None else f"the {error.kind} {error.value:.2e}"
         size = float(tree.norm(found.gradient))
         detail = f"target_error={self.target:g} was not reached ({figure} at |hypergradient| {size:.2e}): {reason}"
+        if found.verdict.status.ok and found.verdict.detail:
+            detail = f"{found.verdict.detail}; {detail}"
         return replace(found, verdict=Verdict(Status.TARGET_NOT_REACHED, detail)), error
 
 

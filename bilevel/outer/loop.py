@@ -17,6 +17,7 @@ from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, Inner
 from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.arguments import check_roles
+from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.target import check_target
 from bilevel.inputs import check_tensors
 from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_state, check_steps
@@ -54,7 +55,7 @@ class OuterOptimizer:
     Args:
         problem: the problem.
         solver: the inner solver.
-        estimator: the hypergradient estimator.
+        estimator: the hypergradient estimator; "auto" for `Auto()`.
         hparams: where to start; must satisfy the constraints.
         optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
@@ -97,7 +98,7 @@ class OuterOptimizer:
         self,
         problem: BilevelProblem,
         solver: InnerSolver,
-        estimator: HypergradEstimator,
+        estimator: HypergradEstimator | str,
         hparams: Tree,
         optimizer: MakeOptimizer | None = None,
         *,
@@ -116,14 +117,15 @@ class OuterOptimizer:
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
         if not isinstance(warm_start, bool | WarmStart):
             raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {warm_start!r}.")
-        check_roles(problem, solver, estimator)
+        rule: HypergradEstimator = as_estimator(estimator)
+        check_roles(problem, solver, rule)
         check_tensors("hparams", hparams)
         check_makers(optimizer, scheduler)
         self.target_error, self.schedule = target_error, as_schedule(schedule, target_error)
         first = target_error if self.schedule is None else self.schedule.at(1)
         if first is not None:
-            check_target(first, problem, solver, estimator, certify)
-        self.problem, self.solver, self.estimator = problem, solver, estimator
+            check_target(first, problem, solver, rule, certify)
+        self.problem, self.solver, self.estimator = problem, solver, rule
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
