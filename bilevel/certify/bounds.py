@@ -102,16 +102,19 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
     """Theorem "local": self-concordance, in the norm of the Hessian at x."""
     instance, M = at.instance, at.instance.constants.concordance
     classes, width = (len(at.z), 2.0) if instance.several else (1, 1.0)
-    far = M * float(instance.row_lengths.max()) * norms.s_penalty
-    near = M * float(metric.row_lengths.max()) * norms.s
-    t = 0.0 if M == 0 else min(far, -math.log1p(-near) if near < 1 else math.inf)
+    t, blur = 0.0, 1.0
+    if M:
+        far = M * float(instance.row_lengths.max()) * norms.s_penalty
+        near = M * float(metric.row_lengths.max()) * norms.s
+        t = min(far, -math.log1p(-near) if near < 1 else math.inf)
+        # Predictions are known up to their rounding, and so are the curvatures at x.
+        blur = math.exp(M * width * float(at.blur.max()))
     if not t <= FAR or not math.isfinite(norms.s + norms.r):
         return _none(at)
     E = norms.s * (t / -math.expm1(-t) if t > 0 else 1.0)
-    moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
-    # Predictions are known up to their rounding, and so are the curvatures at x.
-    blur = math.exp(M * width * float(at.blur.max()))
-    change = 0.0
+    moves, change = at.blur, 0.0
+    if at.by_row:
+        moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
     if M:
         spread = instance.extent(at.v) + width * at.blur_adjoint
         bent = (at.v * instance.model.bend(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
@@ -122,7 +125,8 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
     grown = math.exp(t) * blur
     W = grown * (norms.r + metric.outer_curvature * E + change)
     errors = (E, min(E, norms.s_penalty))
-    return _combine(at, "local", errors, (W, grown * norms.r), (moves, metric.row_lengths * W), metric)
+    adjoint_moves = metric.row_lengths * W if at.by_row else moves
+    return _combine(at, "local", errors, (W, grown * norms.r), (moves, adjoint_moves), metric)
 
 
 def _global(at: Evaluation, norms: Residuals) -> Bound:
@@ -132,8 +136,7 @@ def _global(at: Evaluation, norms: Residuals) -> Bound:
     if not math.isfinite(E + norms.r_penalty) or instance.least_penalty == 0:
         return _none(at)
     classes, width = (len(at.z), 2.0) if instance.several else (1, 1.0)
-    moves = instance.row_lengths * E
-    change = 0.0
+    moves, change = instance.row_lengths * E if at.by_row else at.blur, 0.0
     if constants.third:
         size = torch.linalg.vector_norm(at.v - at.v.mean(0), dim=0) if instance.several else at.v.abs()
         most = constants.curvature * (size + classes**0.5 * at.blur_adjoint)
@@ -144,7 +147,8 @@ def _global(at: Evaluation, norms: Residuals) -> Bound:
     turned = instance.outer_curvature * E
     W = turned + min(norms.r_penalty + change, weights + outer)
     own = min(norms.r_penalty, W)
-    return _combine(at, "global", (E, E), (W, own), (moves, instance.row_lengths * W), None)
+    adjoint_moves = instance.row_lengths * W if at.by_row else moves
+    return _combine(at, "global", (E, E), (W, own), (moves, adjoint_moves), None)
 
 
 def _combine(

@@ -238,17 +238,16 @@ def certify_error(
 
 def _correct(instance: Instance, metrics: Metrics, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Correct x by a damped Newton step, and w at the new x."""
-    train = instance.model.train
-    z = instance.predict(train, x)
+    z = instance.training_predictions(x)
     s = instance.gradient(x, z)
     step = metrics.at(z).solve(z, s, REDUCTION, MAX_STEPS)
-    moved = instance.predict(train, step)
+    moved = instance.training_predictions(step)
     slope, t = float((s * step).sum()), 1.0
     # The loss is convex: half the step as long as it leads beyond the minimum of its line by too much.
     while t > LEAST_STEP and -float((instance.gradient(x - t * step, z - t * moved) * step).sum()) > 0.5 * abs(slope):
         t /= 2
     x = x - t * step
-    z = instance.predict(train, x)
+    z = instance.training_predictions(x)
     r = -instance.outer_gradient(x)
     if bool(w.any()):
         r = r + instance.product(z, w)

@@ -40,8 +40,9 @@ CAP = 1e-4
 """Smallest factor of a tolerance from one look to the next: far from the solution the parts are not proportional."""
 PROBE = 0.5
 """Factor of the first tightened inner tolerance: shows what a digit costs."""
-SHARP = 60.0
-"""Gradient-equivalents that a two-sided certificate takes, about."""
+SHARP = 15.0
+"""Inner steps that the cheap bound asks for, from which on the two-sided one is asked first: about its price where a
+factor of the Hessian is at hand; elsewhere it takes up to four times as much, and saves more."""
 LOOKS = 20
 ROUNDING = 32.0
 """Rounding units of the residual at a cold start below which no inner tolerance goes."""
