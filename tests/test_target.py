@@ -365,3 +365,16 @@ def test_the_bound_of_a_kept_instance_is_that_of_a_new_one() -> None:
     kept = ErrorBound(case.problem, case.hparams)
     kept(*pair)
     assert kept(*pair).value == bound_error(case.problem, case.hparams, *pair).value
+
+
+def test_a_balanced_run_carries_its_own_estimate_and_none_where_its_status_is_not_ok() -> None:
+    case = tree_case()
+    estimator = bl.Implicit(balance="auto")
+    solved = bl.hypergradient(case.problem, bl.GradientDescent(tol=1e-6), estimator, case.hparams, case.start)
+    assert solved.certificate.error_kind == "estimate"
+    distance = float((solved.hypergradient.reshape(-1) - case.hypergradient()).norm())
+    assert 0.1 * distance <= solved.certificate.error
+    cut = bl.GradientDescent(tol=1e-12, steps=3)
+    doubted = bl.hypergradient(case.problem, cut, estimator, case.hparams, case.start, on_failure="return")
+    assert doubted.status is bl.Status.INNER_NOT_CONVERGED
+    assert (doubted.certificate.error, doubted.certificate.error_kind) == (None, "none")
