@@ -26,6 +26,7 @@ from bilevel.batches import stack as stack
 from bilevel.check import check_hypergradient as check_hypergradient
 from bilevel.check import check_problem as check_problem
 from bilevel.decay import weight_decay as weight_decay
+from bilevel.hypergrad import Auto as Auto
 from bilevel.hypergrad import ClosedForm as ClosedForm
 from bilevel.hypergrad import FiniteDifference as FiniteDifference
 from bilevel.hypergrad import FirstOrder as FirstOrder
@@ -63,6 +64,7 @@ from bilevel.oracles import InnerProblem as InnerProblem
 from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
 from bilevel.outer import BatchOuterResult as BatchOuterResult
 from bilevel.outer import OuterOptimizer as OuterOptimizer
+from bilevel.outer import ToleranceSchedule as ToleranceSchedule
 from bilevel.outer import WarmStart as WarmStart
 from bilevel.problem import BilevelProblem as BilevelProblem
 from bilevel.problems import QuadraticProblem as QuadraticProblem

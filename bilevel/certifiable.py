@@ -26,6 +26,8 @@ BLOCK = 16
 """Terms that a product adds in an unknown order; the blocks are then added in pairs."""
 UNIT = 2.0**-53
 """Unit roundoff of float64."""
+CHUNK = 64
+"""Rows that a Gram matrix adds in an unknown order; the chunks are then added in pairs."""
 MAX_DENSE = 1_000
 """Most weights for which a dense matrix is made."""
 
@@ -66,6 +68,28 @@ def blocked_product(A: Tensor, B: Tensor) -> Tensor:
         pairs = parts[:half] + parts[half : 2 * half]
         parts = torch.cat((pairs, parts[2 * half :])) if len(parts) % 2 else pairs
     return parts[0] + A[:, cut:] @ B[cut:] if cut < length else parts[0]
+
+
+def pairwise_product(A: Tensor, B: Tensor) -> Tensor:
+    """Return ``A @ B``, summed pairwise over chunks: ``|error| <= gamma(chunk_roundings(n)) |A| |B|``, for large n.
+
+    Args:
+        A: of shape (rows, n).
+        B: of shape (n, columns).
+
+    >>> pairwise_product(torch.ones(1, 700), torch.ones(700, 2))
+    tensor([[700., 700.]])
+    """
+    length = A.shape[1]
+    if length <= CHUNK:
+        return A @ B
+    cut = CHUNK * max(1, length // CHUNK // 2)
+    return pairwise_product(A[:, :cut], B[:cut]) + pairwise_product(A[:, cut:], B[cut:])
+
+
+def chunk_roundings(length: int) -> int:
+    """Return how many roundings a term of `pairwise_product` meets at most."""
+    return CHUNK + math.ceil(math.log2(max(2, length / CHUNK))) + 2
 
 
 def top_eigenvalue(matrix: Tensor) -> float:
@@ -150,12 +174,52 @@ class Rows:
     @cached_property
     def gram(self) -> Tensor:
         """``X X' / rows``, of shape (features, features)."""
-        return self.X @ self.X.t() / self.count
+        return pairwise_product(self.X, self.X.t()) / self.count
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """``X y / rows``, of shape (features,)."""
+        return pairwise_product(self.X, self.y[:, None].to(self.X.dtype))[:, 0] / self.count
+
+    def on_gram(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``W X X' / rows`` for weights (k, features), and a bound of its rounding, that of `moment` included.
+
+        By Cauchy-Schwarz ``sum_i |a_ij a_il|`` is at most the product of the features' norms.
+        """
+        product = blocked_product(W, self.gram)
+        lengths = self.columns / self.count**0.5
+        size = (W.abs() * lengths).sum(1, keepdim=True) + self.target_length
+        terms = chunk_roundings(self.count) + roundings(len(lengths)) + 6
+        return product, gamma(terms) * size * lengths
+
+    @cached_property
+    def target_length(self) -> float:
+        """``|y| / sqrt(rows)``."""
+        return float(torch.linalg.vector_norm(self.y.to(self.X.dtype))) / self.count**0.5
 
     @cached_property
     def gram_top(self) -> float:
         """Upper bound of the largest eigenvalue of `gram`."""
-        return top_eigenvalue(self.gram) + gamma(self.count + 8) * float(self.gram.diagonal().sum())
+        return self._top(torch.ones_like(self.columns))
+
+    def scaled_gram_top(self, half: Tensor) -> float:
+        """Return an upper bound of the largest eigenvalue of ``diag(half) gram diag(half)``.
+
+        Factors that differ little are taken out of the product, for `gram_top` is there already; that costs at most a
+        factor 2 of the bound. It depends on nothing that was asked before, so that resumed runs stay the same.
+
+        Args:
+            half: positive factors, of shape (features,).
+        """
+        largest = float(half.max())
+        if largest**2 <= 2.0 * float(half.min()) ** 2:
+            return self.gram_top * largest**2 * (1 + 8 * UNIT)
+        return self._top(half)
+
+    def _top(self, half: Tensor) -> float:
+        matrix = half[:, None] * self.gram * half
+        rounding = gamma(chunk_roundings(self.count) + 8) * float(matrix.diagonal().sum())
+        return top_eigenvalue(matrix) + rounding
 
     def weighted_squares(self, inverse: Tensor) -> Tensor:
         """Return ``sum_j inverse_cj a_ij^2`` for every row of `inverse` (k, features): shape (k, rows)."""

@@ -26,6 +26,7 @@ class Status(enum.Enum):
         "the inner solver used all its steps before the residual reached `tol`: "
         "raise `steps`, loosen `tol`, or use a faster inner solver"
     )
+    TARGET_NOT_REACHED = "the certificate does not show the `target_error`: ask for less, raise `steps`, or use float64"
     DIVERGED = (
         "the inner solver diverges: use a smaller step size, an interval that holds the spectrum, or 'auto', "
         "or add a penalty where the inner loss is not convex"
@@ -51,7 +52,7 @@ class Status(enum.Enum):
     @property
     def usable(self) -> bool:
         """True where a number exists and the certificate says how far it can be trusted."""
-        return self in (Status.OK, Status.INNER_NOT_CONVERGED)
+        return self in (Status.OK, Status.INNER_NOT_CONVERGED, Status.TARGET_NOT_REACHED)
 
     @property
     def remedy(self) -> str:
@@ -73,7 +74,7 @@ class Verdict:
         """Return the verdict that matters more: a failure before a doubt, a doubt before `OK`; ties keep the first."""
         if other.status is Status.OK:
             return self
-        rank = {Status.OK: 0, Status.INNER_NOT_CONVERGED: 1}
+        rank = {Status.OK: 0, Status.INNER_NOT_CONVERGED: 1, Status.TARGET_NOT_REACHED: 1}
         return other if rank.get(other.status, 2) > rank.get(self.status, 2) else self
 
 

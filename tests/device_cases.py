@@ -260,6 +260,7 @@ ESTIMATORS = {
     ),
     "implicit": EstimatorRow(bl.Implicit(), 2, 15, "no step is differentiated"),
     "balanced": EstimatorRow(bl.Implicit(balance="auto"), 4, 24, "step two, the step's length two"),
+    "auto": EstimatorRow(bl.Auto(memory_limit=1.0), 2, 16, "implicit with so little memory; one look at the spectrum"),
     "differences": EstimatorRow(
         bl.FiniteDifference(), 14, 24, "two more runs for each of three hyperparameters", runs=7, agreement=1e-6
     ),

@@ -421,6 +421,7 @@ ESTIMATORS: dict[type, bl.HypergradEstimator] = {
     bl.TruncatedUnroll: bl.TruncatedUnroll(tail=0.9),
     bl.Implicit: bl.Implicit(bl.CG(tol=1e-12)),
     bl.FiniteDifference: bl.FiniteDifference(),
+    bl.Auto: bl.Auto(),
 }
 QUADRATIC_ESTIMATORS: dict[type, bl.HypergradEstimator] = {
     bl.Spectral: bl.Spectral(),

@@ -392,7 +392,9 @@ def test_the_proved_effectivity_is_the_one_asked_for() -> None:
         assert found.value / found.lower <= asked * (1 + 1e-6)
     with pytest.raises(ValueError, match=r"`effectivity` must be above 1, got 1\."):
         certify_error(case.problem, case.hparams, x, p, effectivity=1.0)
-    with pytest.raises(ValueError, match="`metric` must be one of 'auto', 'diagonal', 'nystrom', 'cholesky', got 'no'"):
+    with pytest.raises(
+        ValueError, match="`metric` must be one of 'auto', 'cheap', 'diagonal', 'nystrom', 'cholesky', got 'no'"
+    ):
         certify_error(case.problem, case.hparams, x, p, metric="no")
 
 

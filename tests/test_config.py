@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bilevel import CG, SGD, GradientDescent, Implicit, TruncatedUnroll, WarmStart
+from bilevel import CG, SGD, Auto, GradientDescent, Implicit, ToleranceSchedule, TruncatedUnroll, WarmStart
 from bilevel.config import ConfigError, load_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -88,6 +88,19 @@ def test_written_config_is_the_same_plan(config: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(yaml.safe_dump(plan.config, sort_keys=False))
     assert load_plan(copy).config == plan.config
+
+
+def test_targets_schedules_and_the_word_auto_reach_the_plan(config: Path) -> None:
+    auto = ["estimators={best: auto}", "solver={class: GradientDescent}"]
+    plan = load_plan(config, [*auto, "outer={steps: 2, target_error: 1e-3, schedule: cubic}"])
+    assert plan.estimators == {"best": Auto()}
+    assert (plan.outer.target_error, plan.outer.schedule) == (1e-3, "cubic")
+    outer = plan.outer.start(plan.problems["iris"](0), plan.solver, plan.estimators["best"])
+    assert outer.schedule == ToleranceSchedule("cubic", least=1e-3)
+    plan = load_plan(config, [*auto, "outer={schedule: {decrease: exponential, first: 0.5, rate: 0.95}}"])
+    assert plan.outer.schedule == ToleranceSchedule("exponential", first=0.5, rate=0.95)
+    plan = load_plan(config, ["estimators={best: {class: Auto, unroll: true, memory_limit: 1e6}}"])
+    assert plan.estimators == {"best": Auto(unroll=True, memory_limit=1e6)}
 
 
 SENTENCES = {
@@ -179,6 +192,12 @@ SENTENCES = {
     "seeds=[a]": "`seeds.0` must be an int, got 'a'.",
     "outer.steps=2.5": "`outer.steps` must be an int, got 2.5.",
     "outer={steps: 3, certify: 1}": "`outer.certify` must be true or false, got 1.",
+    "outer={target_error: 0}": "`outer.target_error` must be greater than 0, got 0.",
+    "outer={target_error: 1}": "`outer.target_error` must be less than 1, got 1.",
+    "outer={target_error: 0.1}": "`outer`: a tail of 5 steps leaves an error that no tolerance takes away, so that it",
+    "outer={schedule: linear}": "`outer`: `schedule` must be 'quadratic', 'cubic', 'exponential' or a",
+    "outer={schedule: {decrease: slow}}": "`outer.schedule.decrease`: `ToleranceSchedule.decrease` must be 'quadratic'",
+    "outer={schedule: {start: 1}}": "`outer.schedule.start` is not an option of ToleranceSchedule (decrease, first,",
     "outer={steps: 3, tol: x}": "`outer.tol` must be a number, got 'x'.",
     "outer=3": "`outer` must be a mapping (`key: value` lines), got 3.",
     "device=3": "`device` must be a string, got 3.",

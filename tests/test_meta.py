@@ -443,4 +443,4 @@ def test_glyphs_without_matplotlib_say_what_to_install(monkeypatch):
 def test_active_dropout_is_refused() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
     with pytest.raises(ValueError, match=r"random layer '1' \(dropout\) is active, .* call module\.eval\(\) first"):
-        MetaProblem(module, torch.nn.functional.mse_loss, SineTasks())
+        MetaProblem(module, torch.nn.functional.mse_loss, SineTasks(), batch_size=2)

@@ -27,11 +27,13 @@ class Carry:
         state: the inner state.
         adjoint: the adjoint vector, shaped as params.
         solver: the name of the inner solver that left the state, where it is known.
+        ongoing: the hyperparameters are still the same: the inner run goes on as if it had not paused.
     """
 
     state: InnerState | None = None
     adjoint: Tree = None
     solver: str = ""
+    ongoing: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class HypergradEstimator(ABC):
     """Whether peak memory is measured: not worth the time where nothing grows with the number of steps."""
     second_derivatives: ClassVar[bool] = True
     """Whether derivatives of the inner gradient are taken, so that a loss without them is refused before the work."""
+    resumes: ClassVar[bool] = False
+    """Whether a run that goes on from its `carry` gives what one longer run gives."""
 
     @property
     def differentiates_steps(self) -> bool:
@@ -119,6 +123,20 @@ class HypergradEstimator(ABC):
         raise ValueError(
             f"{describe(self)} does not run batches: use FullUnroll(), TruncatedUnroll(tail=N), Implicit(CG()) or "
             "Implicit(Direct())."
+        )
+
+    def at_tolerance(self, tol: float) -> HypergradEstimator:
+        """Return the estimator that a `target_error` asks for next, together with a smaller inner tolerance.
+
+        Args:
+            tol: relative residual of the adjoint system, for an estimator that solves one; its own tolerance, where
+                one is given, stays the smallest.
+
+        Raises:
+            ValueError: for an estimator whose error no tolerance makes as small as one likes.
+        """
+        raise ValueError(
+            f"{describe(self)} has no tolerance that leads to a `target_error`: use Implicit() or FullUnroll()."
         )
 
     @abstractmethod

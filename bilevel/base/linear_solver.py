@@ -200,6 +200,15 @@ class LinearSolver(ABC):
         solution = self.solve_rows(BatchLinearSystem(product, flat / unit, start, tol, dense))
         return replace(solution, x=raveler.unravel(solution.x * unit))
 
+    def at_tolerance(self, tol: float) -> LinearSolver:
+        """Return this solver with the goal `tol`, or its own where that is larger; itself where it has no tolerance.
+
+        Args:
+            tol: relative residual to reach.
+        """
+        own = getattr(self, "tol", None) or 0.0
+        return replace(self, tol=max(tol, own)) if hasattr(self, "tol") else self  # type: ignore[call-arg]
+
     def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
         """Solve the systems of all members, which are rows.
 

@@ -41,6 +41,7 @@ class Bound:
         adjoint: W, a bound of ``w - w*``, likewise.
         theorem: "local" or "global": the one that gave `value`.
         rounding: what rounding alone would give, residuals being zero; 0 where not asked for.
+        adjoint_part: the part of `value` that is proportional to the adjoint residual.
     """
 
     value: float
@@ -49,6 +50,7 @@ class Bound:
     adjoint: float
     theorem: str
     rounding: float = 0.0
+    adjoint_part: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,19 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
     """Theorem "local": self-concordance, in the norm of the Hessian at x."""
     instance, M = at.instance, at.instance.constants.concordance
     classes, width = (len(at.z), 2.0) if instance.several else (1, 1.0)
-    far = M * float(instance.row_lengths.max()) * norms.s_penalty
-    near = M * float(metric.row_lengths.max()) * norms.s
-    t = 0.0 if M == 0 else min(far, -math.log1p(-near) if near < 1 else math.inf)
+    t, blur = 0.0, 1.0
+    if M:
+        far = M * float(instance.row_lengths.max()) * norms.s_penalty
+        near = M * float(metric.row_lengths.max()) * norms.s
+        t = min(far, -math.log1p(-near) if near < 1 else math.inf)
+        # Predictions are known up to their rounding, and so are the curvatures at x.
+        blur = math.exp(M * width * float(at.blur.max()))
     if not t <= FAR or not math.isfinite(norms.s + norms.r):
         return _none(at)
     E = norms.s * (t / -math.expm1(-t) if t > 0 else 1.0)
-    moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
-    # Predictions are known up to their rounding, and so are the curvatures at x.
-    blur = math.exp(M * width * float(at.blur.max()))
-    change = 0.0
+    moves, change = at.blur, 0.0
+    if at.by_row:
+        moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
     if M:
         spread = instance.extent(at.v) + width * at.blur_adjoint
         bent = (at.v * instance.model.bend(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
@@ -117,8 +122,11 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
         growth = torch.expm1((M * moves).clamp_max(t))
         change = float((instance.tuned.weights * (growth * bent).square()).sum().sqrt())
         change = min(change, (math.expm1(t) / t if t > 0 else 1.0) * M * float(spread.max()) * E) * blur
-    W = math.exp(t) * blur * (norms.r + metric.outer_curvature * E + change)
-    return _combine(at, "local", (E, min(E, norms.s_penalty)), W, (moves, metric.row_lengths * W), metric)
+    grown = math.exp(t) * blur
+    W = grown * (norms.r + metric.outer_curvature * E + change)
+    errors = (E, min(E, norms.s_penalty))
+    adjoint_moves = metric.row_lengths * W if at.by_row else moves
+    return _combine(at, "local", errors, (W, grown * norms.r), (moves, adjoint_moves), metric)
 
 
 def _global(at: Evaluation, norms: Residuals) -> Bound:
@@ -128,8 +136,7 @@ def _global(at: Evaluation, norms: Residuals) -> Bound:
     if not math.isfinite(E + norms.r_penalty) or instance.least_penalty == 0:
         return _none(at)
     classes, width = (len(at.z), 2.0) if instance.several else (1, 1.0)
-    moves = instance.row_lengths * E
-    change = 0.0
+    moves, change = instance.row_lengths * E if at.by_row else at.blur, 0.0
     if constants.third:
         size = torch.linalg.vector_norm(at.v - at.v.mean(0), dim=0) if instance.several else at.v.abs()
         most = constants.curvature * (size + classes**0.5 * at.blur_adjoint)
@@ -139,21 +146,24 @@ def _global(at: Evaluation, norms: Residuals) -> Bound:
     outer = instance.penalty_norm(at.outer) + instance.penalty_norm(at.r_rounding)
     turned = instance.outer_curvature * E
     W = turned + min(norms.r_penalty + change, weights + outer)
-    return _combine(at, "global", (E, E), W, (moves, instance.row_lengths * W), None)
+    own = min(norms.r_penalty, W)
+    adjoint_moves = instance.row_lengths * W if at.by_row else moves
+    return _combine(at, "global", (E, E), (W, own), (moves, adjoint_moves), None)
 
 
 def _combine(
     at: Evaluation,
     theorem: str,
     errors: tuple[float, float],
-    W: float,
+    adjoint_errors: tuple[float, float],
     moves: tuple[Tensor, Tensor],
     metric: Metric | None,
 ) -> Bound:
     """Turn bounds of x - x* (in the Hessian and the penalties) and w - w* into one of the hypergradient."""
+    # `adjoint_errors`: W, and its part from the residual r alone.
     # `moves`: how far each row's predictions of x and w may be from those of x* and w*.
     instance, tuned = at.instance, at.instance.tuned
-    E, E_penalty = errors
+    (E, E_penalty), (W, by_residual) = errors, adjoint_errors
     slope = tuned.penalty_slope.abs()
     components, value = at.p_rounding, float(torch.linalg.vector_norm(at.p_rounding))
     for vector, own, by_penalty in ((slope * at.w, E, E_penalty), (slope * at.x, W, W)):
@@ -164,20 +174,26 @@ def _combine(
             sharper = _scaled(metric.groups(vector), own)
             parts, size = torch.minimum(parts, sharper), min(size, float(torch.linalg.vector_norm(sharper)))
         components, value = components + parts, value + size
+    of_adjoint = size
     products = _scaled(instance.largest_ratios, E_penalty * W)
     if metric is not None:
         products = products.clamp_max(float(slope.max()) * metric.inverse_size * E * W)
     components, value = components + products, value + float(products.max())
     if tuned.weight_slope is not None:
-        by_row = instance.per_row(tuned.weight_slope.abs() * _weight_errors(at, *moves))
+        by_solution, by_adjoint = (
+            instance.per_row(tuned.weight_slope.abs() * errors) for errors in _weight_errors(at, *moves)
+        )
+        by_row = by_solution + by_adjoint
         components, value = components + by_row, value + float(torch.linalg.vector_norm(by_row))
+        of_adjoint += float(torch.linalg.vector_norm(by_adjoint))
+    adjoint_part = of_adjoint * (by_residual / W) if W > 0 else 0.0
     if not math.isfinite(value):
         return _none(at)
-    return Bound(value * SUMS, components * SUMS, E, W, theorem)
+    return Bound(value * SUMS, components * SUMS, E, W, theorem, adjoint_part=adjoint_part)
 
 
-def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> Tensor:
-    """Bound the error of every row's ``loss'(z_i)' (W' a_i)``, whose factor is ``d omega_i / du``."""
+def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> tuple[Tensor, Tensor]:
+    """Bound the error of every row's ``loss'(z_i)' (W' a_i)``, whose factor is ``d omega_i / du``: by x, and by w."""
     instance, constants = at.instance, at.instance.constants
     width = 2.0 if instance.several else 1.0
     M = constants.concordance
@@ -186,7 +202,7 @@ def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> Tens
     growth = torch.expm1((M * moves).clamp_max(FAR)) / M if M else moves
     change = torch.where(M * moves < FAR, torch.minimum(change, instance.model.rate(at.z) * growth), change)
     slopes = instance.dual(at.slopes) + width * constants.curvature * at.blur
-    return change * (instance.extent(at.v) + width * at.blur_adjoint) + (slopes + change) * adjoint_moves
+    return change * (instance.extent(at.v) + width * at.blur_adjoint), (slopes + change) * adjoint_moves
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:

@@ -15,6 +15,7 @@ All of it runs in float64, also for float32 problems, whose data and hyperparame
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ LEAST_STEP = 1e-6
 SMALL = 300
 """Up to this many weights a Cholesky factor costs less than the products that it saves."""
 RANK = 20
-METRICS = ("auto", "diagonal", "nystrom", "cholesky")
+METRICS = ("auto", "cheap", "diagonal", "nystrom", "cholesky")
 
 
 class Metrics:
@@ -50,7 +51,8 @@ class Metrics:
 
     Args:
         instance: the problem.
-        kind: "diagonal", "nystrom", "cholesky", or "auto": Cholesky up to 300 weights, else diagonal.
+        kind: "diagonal", "nystrom", "cholesky", or "auto": Cholesky up to 300 weights, else diagonal. "cheap" is
+            "auto" where the Hessian is there already (ridge regression on its Gram matrix), else diagonal.
         sketch: of an earlier run on the same data, for "nystrom".
     """
 
@@ -58,11 +60,14 @@ class Metrics:
         if kind not in METRICS:
             raise ValueError(f"`metric` must be one of {', '.join(map(repr, METRICS))}, got {kind!r}.")
         small = instance.penalty.numel() <= SMALL
-        self.kind = kind if kind != "auto" else "cholesky" if small else "diagonal"
+        small = small and (kind != "cheap" or instance.gram_scale is not None)
+        self.kind = kind if kind not in ("auto", "cheap") else "cholesky" if small else "diagonal"
         if self.kind == "nystrom" and instance.least_penalty == 0:
             raise ValueError("the metric 'nystrom' needs penalties above zero: use 'cholesky' for unpenalised weights.")
         self.instance, self.sketch = instance, sketch
         self._made: Metric | None = None
+        self.factored = 0
+        """Dense Hessians made so far from the rows."""
 
     def at(self, z: Tensor) -> Metric:
         """Return a metric below the Hessian at predictions z."""
@@ -74,6 +79,7 @@ class Metrics:
             made = self._made
             if not isinstance(made, Cholesky) or transport(self.instance, made.z, z) > 1:
                 made = self._made = Cholesky(self.instance, z)
+                self.factored += self.instance.gram_scale is None
             moved = made.at(z)
             if math.isfinite(moved.stretch) or self.instance.least_penalty == 0:
                 return moved
@@ -98,7 +104,7 @@ def bound_error(
         params: the inner iterate.
         hypergradient: p; it need not be ``p(params, adjoint)``, the difference is added.
         adjoint: an approximate ``H^-1 f_x`` at `params`.
-        metric: "diagonal", "nystrom", "cholesky" or "auto"; the later ones are sharper and dearer.
+        metric: "diagonal", "cheap", "nystrom", "cholesky" or "auto"; the later ones are sharper and dearer.
 
     Returns:
         Kind "bound" with value and components; kind "none" where the problem is not certifiable or unpenalised weights
@@ -115,14 +121,43 @@ def bound_error(
     >>> found.kind, true <= found.value <= 10 * true
     ('bound', True)
     """
-    model = problem.certifiable()
-    if model is None:
-        return ErrorEstimate(None, "none", "no bound is known for this problem: use certify=True for an estimate")
-    instance = Instance(model, hparams)
-    at = evaluate(instance, _double(params), _double(adjoint))
-    metrics = Metrics(instance, metric)
-    found = _interval(hparams, _given(hypergradient), at, bound_pair(at, metrics.at(at.z), floor=False))
-    return found or ErrorEstimate(None, "none", _UNBOUNDED)
+    return ErrorBound(problem, hparams, metric)(params, hypergradient, adjoint)
+
+
+class ErrorBound:
+    """`bound_error` for several pairs at the same hyperparameters: what does not depend on the pair is made once.
+
+    Args:
+        problem: see `bound_error`.
+        hparams: see `bound_error`.
+        metric: see `bound_error`.
+        counts: receives the oracle calls that the work is worth.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, hparams: Tree, metric: str = "diagonal", counts: Counter[str] | None = None
+    ) -> None:
+        model = problem.certifiable()
+        self.hparams, self.counts = hparams, Counter() if counts is None else counts
+        self._instance = None if model is None else Instance(model, hparams)
+        self._metrics = None if self._instance is None else Metrics(self._instance, metric)
+
+    @property
+    def sharp(self) -> bool:
+        """Whether the metric is better than that of the penalties alone."""
+        return self._metrics is not None and self._metrics.kind != "diagonal"
+
+    def __call__(self, params: Tree, hypergradient: Tree, adjoint: Tree) -> ErrorEstimate:
+        """Return the bound for one pair; see `bound_error`."""
+        if self._instance is None or self._metrics is None:
+            return ErrorEstimate(None, "none", "no bound is known for this problem: use certify=True for an estimate")
+        at = evaluate(self._instance, _double(params), _double(adjoint))
+        self.counts.update(gradient=1, hvp=1, outer=1)
+        made = self._metrics.factored
+        metric = self._metrics.at(at.z)
+        self.counts["curvature"] += self._metrics.factored - made
+        found = _interval(self.hparams, _given(hypergradient), at, bound_pair(at, metric, floor=False))
+        return found or ErrorEstimate(None, "none", _UNBOUNDED)
 
 
 _UNBOUNDED = "an unpenalised weight or a singular Hessian leaves nothing to bound the error with"
@@ -137,6 +172,8 @@ def certify_error(
     *,
     metric: str = "auto",
     effectivity: float = EFFECTIVITY,
+    goal: float | None = None,
+    counts: Counter[str] | None = None,
 ) -> ErrorEstimate:
     """Bound ``|p - dF/du|`` from both sides for any p, and correct p; estimate it where no bound is known.
 
@@ -150,6 +187,8 @@ def certify_error(
         adjoint: an approximate ``H^-1 f_x``, where the estimator has one; saves CG steps.
         metric: "diagonal", "nystrom", "cholesky" or "auto".
         effectivity: the quotient of bound and true error that is to be proved; above 1.
+        goal: stop as soon as it is proved that the error is at most this, or that it is not.
+        counts: receives the oracle calls that the work is worth.
 
     Returns:
         An `ErrorEstimate` of kind "bound" with the interval ``[lower, value]``, bounds of single components, the
@@ -161,8 +200,9 @@ def certify_error(
     if not effectivity > 1:
         raise ValueError(f"`effectivity` must be above 1, got {effectivity!r}.")
     model = problem.certifiable()
+    counts = Counter() if counts is None else counts
     if model is None:
-        return refine(problem, hparams, params, hypergradient, adjoint)
+        return refine(problem, hparams, params, hypergradient, adjoint, counts)
     instance = Instance(model, hparams)
     metrics = Metrics(instance, metric)
     given = _given(hypergradient)
@@ -180,33 +220,34 @@ def certify_error(
         # No correction takes off what is rounding.
         stuck = 2 * bound.rounding > bound.value
         stuck = stuck or (turn >= 3 and bound.value > 0.9 * last and 10 * bound.rounding > bound.value)
-        if bound.value <= share * float(torch.linalg.vector_norm(given - at.p)):
+        distance = float(torch.linalg.vector_norm(given - at.p))
+        if bound.value <= share * distance or (goal is not None and bound.value <= 0.99 * abs(goal - distance)):
             ending = "sharp"
         elif stuck or instance.products > MOST_PRODUCTS:
             ending = "floor"
         last = min(last, bound.value)
     assert best is not None
+    counts.update(gradient=2 * turn, outer=2 * turn, hvp=instance.products + turn, curvature=metrics.factored)
     work = f"{turn} correction{'s' if turn > 1 else ''}, {instance.products} HVPs, metric {metrics.kind}"
     found = _interval(hparams, given, *best, work=work)
     if found is not None:
         return found
-    estimate = refine(problem, hparams, params, hypergradient, adjoint)
+    estimate = refine(problem, hparams, params, hypergradient, adjoint, counts)
     return ErrorEstimate(estimate.value, estimate.kind, f"{_UNBOUNDED}; {estimate.note}")
 
 
 def _correct(instance: Instance, metrics: Metrics, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Correct x by a damped Newton step, and w at the new x."""
-    train = instance.model.train
-    z = instance.predict(train, x)
+    z = instance.training_predictions(x)
     s = instance.gradient(x, z)
     step = metrics.at(z).solve(z, s, REDUCTION, MAX_STEPS)
-    moved = instance.predict(train, step)
+    moved = instance.training_predictions(step)
     slope, t = float((s * step).sum()), 1.0
     # The loss is convex: half the step as long as it leads beyond the minimum of its line by too much.
     while t > LEAST_STEP and -float((instance.gradient(x - t * step, z - t * moved) * step).sum()) > 0.5 * abs(slope):
         t /= 2
     x = x - t * step
-    z = instance.predict(train, x)
+    z = instance.training_predictions(x)
     r = -instance.outer_gradient(x)
     if bool(w.any()):
         r = r + instance.product(z, w)
@@ -238,6 +279,7 @@ def _interval(hparams: Tree, given: Tensor, at: Evaluation, bound: Bound, work: 
         corrected=ravel.unravel(corrected),
         corrected_error=(bound.value + cast) * SUMS,
         signs=ravel.unravel(signs.to(dtype)),
+        adjoint_part=bound.adjoint_part,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.certifiable import MAX_DENSE, UNIT, Certifiable, Rows, Tuned, gamma, roundings, top_eigenvalue
+from bilevel.certifiable import MAX_DENSE, UNIT, Certifiable, Rows, Tuned, gamma, roundings
 from bilevel.tree import Tree
 
 LIBRARY = 16
@@ -49,12 +49,19 @@ class Instance:
         z = rows.predict(W.reshape(-1, self.features))
         return z if self.several else z[0]
 
+    def training_predictions(self, x: Tensor) -> Tensor:
+        """Return the training predictions of x; none where the Hessian is a Gram matrix, which needs none."""
+        return x.new_zeros(0) if self.gram_scale is not None else self.predict(self.model.train, x)
+
     def collect(self, rows: Rows, S: Tensor) -> Tensor:
         """Return ``sum_i S_i a_i``, shaped as params."""
         return rows.collect(S.reshape(-1, rows.count)).reshape(self.shape)
 
     def gradient(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the inner gradient at x, whose predictions are z."""
+        if self.gram_scale is not None:
+            train = self.model.train
+            return self.gram_scale * (train.gram @ x - train.moment) + self.penalty * x
         slopes = self.model.slope(z, self.model.train.y)
         return self.collect(self.model.train, self.tuned.weights * slopes) + self.penalty * x
 
@@ -69,6 +76,8 @@ class Instance:
     def outer_gradient(self, x: Tensor) -> Tensor:
         """Return the outer gradient at x."""
         val = self.model.val
+        if self.gram_scale is not None:
+            return val.gram @ x - val.moment
         return self.collect(val, self.model.slope(self.predict(val, x), val.y) / val.count)
 
     def extent(self, v: Tensor) -> Tensor:
@@ -105,7 +114,8 @@ class Instance:
         """Largest eigenvalue of the outer Hessian at any point, relative to the penalties: an upper bound."""
         if self.least_penalty == 0:
             return float("inf")
-        return max(self._outer_curvature(row) for row in torch.unique(self.inverse_penalty, dim=0))
+        rows = torch.unique(self.inverse_penalty, dim=0) if self.several else self.inverse_penalty
+        return max(self._outer_curvature(row) for row in rows)
 
     def _outer_curvature(self, inverse: Tensor) -> float:
         """Return the bound for one class, whose inverse penalties are given."""
@@ -115,9 +125,7 @@ class Instance:
             return self.constants.curvature * trace
         if bool((inverse == inverse[0]).all()):
             return self.constants.curvature * float(inverse[0]) * val.gram_top
-        half = inverse.sqrt()
-        top = top_eigenvalue(half[:, None] * val.gram * half) + gamma(val.count + 8) * trace
-        return self.constants.curvature * min(top, trace)
+        return self.constants.curvature * min(val.scaled_gram_top(inverse.sqrt()), trace)
 
     def penalty_groups(self, weights: Tensor) -> Tensor:
         """Return the norm in the inverse penalties of the part that each hyperparameter owns."""
@@ -159,7 +167,6 @@ class Evaluation:
         z: training predictions of x.
         v: training predictions of w.
         slopes: ``loss'(z)``.
-        z_val: validation predictions of x.
         outer: ``f_x``.
         s: inner gradient, and `s_rounding` a bound of ``|computed - exact|``, elementwise.
         r: adjoint residual ``H w - f_x``, likewise.
@@ -174,7 +181,6 @@ class Evaluation:
     z: Tensor
     v: Tensor
     slopes: Tensor
-    z_val: Tensor
     outer: Tensor
     s: Tensor
     s_rounding: Tensor
@@ -184,6 +190,11 @@ class Evaluation:
     p_rounding: Tensor
     blur: Tensor
     blur_adjoint: Tensor
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the bounds ask how far single predictions are off: all but quadratic losses of fixed weights."""
+        return bool(self.instance.constants.concordance) or self.instance.tuned.weight_slope is not None
 
 
 def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
@@ -195,8 +206,11 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
         w: approximate adjoint, likewise.
 
     Returns:
-        The `Evaluation`. Rounding is bounded by Cauchy-Schwarz on scaled features, which takes no further pass.
+        The `Evaluation`. Rounding is bounded by Cauchy-Schwarz on scaled features, which takes no further pass. Where
+        the Hessian is a Gram matrix, no row is read, and nothing is said of rows.
     """
+    if instance.gram_scale is not None:
+        return _evaluate_on_gram(instance, x, w)
     model, tuned = instance.model, instance.tuned
     train, val = model.train, model.val
     both = train.predict(torch.cat((x.reshape(-1, instance.features), w.reshape(-1, instance.features))))
@@ -247,7 +261,6 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
         z=z,
         v=v,
         slopes=slopes,
-        z_val=z_val,
         outer=outer,
         s=s,
         s_rounding=s_rounding.reshape(instance.shape) + small * (instance.penalty * x.abs() + s.abs()),
@@ -257,6 +270,40 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
         p_rounding=p_rounding,
         blur=blur,
         blur_adjoint=blur_adjoint,
+    )
+
+
+def _evaluate_on_gram(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
+    """Evaluate a pair of a quadratic problem in the space of its weights."""
+    train, val, scale = instance.model.train, instance.model.val, instance.gram_scale
+    assert scale is not None
+    products, rounded = train.on_gram(torch.stack((x, w)))
+    turned, rounded_val = val.on_gram(x[None])
+    pull, bent = instance.penalty * x, instance.penalty * w
+    s = scale * (products[0] - train.moment) + pull
+    outer = turned[0] - val.moment
+    product = scale * products[1] + bent
+    r = product - outer
+    none = x.new_zeros(0)
+    p, p_rounding = _hypergradient(instance, x, w, none, none)
+    small = 8 * UNIT
+    return Evaluation(
+        instance=instance,
+        x=x,
+        w=w,
+        z=none,
+        v=none,
+        slopes=none,
+        outer=outer,
+        s=s,
+        s_rounding=(1 + small) * scale * rounded[0] + small * (pull.abs() + s.abs()),
+        r=r,
+        r_rounding=(1 + small) * (scale * rounded[1] + rounded_val[0])
+        + small * (bent.abs() + product.abs() + outer.abs() + r.abs()),
+        p=p,
+        p_rounding=p_rounding,
+        blur=none,
+        blur_adjoint=none,
     )
 
 

@@ -144,6 +144,8 @@ class Cholesky(Metric):
 
     def at(self, z: Tensor) -> Cholesky:
         """Return this metric transported to the predictions z."""
+        if self.instance.constants.concordance == 0:
+            return self
         moved = object.__new__(Cholesky)
         moved.__dict__ = dict(self.__dict__)
         factor = math.exp(0.5 * transport(self.instance, self.z, z))
@@ -206,6 +208,8 @@ def transport(instance: Instance, z0: Tensor, z: Tensor) -> float:
 def _dense(instance: Instance, z: Tensor) -> Tensor:
     """Return the Hessian at predictions z over the flattened weights."""
     X, weights = instance.model.train.X, instance.tuned.weights
+    if instance.gram_scale is not None:
+        return instance.gram_scale * instance.model.train.gram + torch.diag(instance.penalty)
     classes = len(z) if instance.several else 1
     blocks = []
     for c in range(classes):

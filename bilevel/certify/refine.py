@@ -13,6 +13,7 @@ original p. Where no adjoint is given, p may be better than the first p', so tha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ class ErrorEstimate:
         corrected: a hypergradient that is more accurate as a rule.
         corrected_error: a proved bound of its distance to the exact one.
         signs: the signs of the exact hypergradient's components where they are certain, 0 elsewhere.
+        adjoint_part: for a bound: the part of `value` that shrinks with the adjoint residual; the rest shrinks with the
+            inner gradient.
     """
 
     value: float | None
@@ -65,15 +68,22 @@ class ErrorEstimate:
     corrected: Tree = None
     corrected_error: float | None = None
     signs: Tree = None
+    adjoint_part: float | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return what it says as the fields of a `Certificate`."""
         names = {"value": "error", "kind": "error_kind", "note": "error_note", "lower": "error_lower"}
-        return {names.get(name, name): value for name, value in vars(self).items()}
+        shown = {name: value for name, value in vars(self).items() if name != "adjoint_part"}
+        return {names.get(name, name): value for name, value in shown.items()}
 
 
 def refine(
-    problem: BilevelProblem, hparams: Tree, params: Tree, hypergradient: Tree, adjoint: Tree = None
+    problem: BilevelProblem,
+    hparams: Tree,
+    params: Tree,
+    hypergradient: Tree,
+    adjoint: Tree = None,
+    counts: Counter[str] | None = None,
 ) -> ErrorEstimate:
     """Estimate ``|p - dF/du|`` for a hypergradient p obtained at `params`.
 
@@ -85,13 +95,15 @@ def refine(
         params: the inner iterate that p was computed at.
         hypergradient: p.
         adjoint: an approximate ``H^-1 f_x``, where the estimator has one; saves CG steps.
+        counts: receives the oracle calls.
 
     Returns:
         An estimate, or kind "none" with the reason.
     """
     if not problem.symmetric:
         return ErrorEstimate(None, "none", "the refinement needs an inner loss with a symmetric Hessian")
-    inner = problem.bind(hparams)
+    counts = Counter() if counts is None else counts
+    inner = problem.bind(hparams, counts)
     ravel_x, ravel_u = tree.Raveler(params), tree.Raveler(hparams)
     given = ravel_u.ravel(hypergradient)
     x = ravel_x.ravel(params)
@@ -103,6 +115,7 @@ def refine(
             return ErrorEstimate(None, "none", step.reason)
         x = step.vector
         point = inner.linearize(ravel_x.unravel(x))
+        counts["outer"] += 1
         _, by_params, by_hparams = problem.outer_value_and_grads(point.params, hparams)
         product = _flat(point.hvp, ravel_x)
         right = product(w) - ravel_x.ravel(by_params)

@@ -15,6 +15,7 @@ from bilevel.check.report import Finding, findings_table, summary
 from bilevel.check.second import component_labels
 from bilevel.hypergrad import FiniteDifference, hypergradient
 from bilevel.hypergrad.arguments import check_roles
+from bilevel.hypergrad.auto import as_estimator
 from bilevel.problem import BilevelProblem
 from bilevel.status import Verdict
 from bilevel.tree import Tree
@@ -61,7 +62,7 @@ class CheckReport:
 def check_hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
@@ -100,6 +101,7 @@ def check_hypergradient(
         raise ValueError(
             f"`check_hypergradient` takes one problem, got a batch of {problem.batch}: check batch.member(i)."
         )
+    estimator = as_estimator(estimator)
     check_roles(problem, solver, estimator)
     findings = examine(problem, solver, hparams, params, judge_estimators=False)
     if findings[-1].verdict == "not applicable" and findings[0].verdict == "fault":

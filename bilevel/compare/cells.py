@@ -15,7 +15,7 @@ from bilevel.base import Estimate, InnerSolver
 from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
-from bilevel.outer import OuterOptimizer, Record, steps_without_progress
+from bilevel.outer import OuterOptimizer, Record, no_descent, steps_without_progress
 from bilevel.status import Status
 from bilevel.tree import Tree
 
@@ -170,6 +170,9 @@ def stop_reason(plan: Plan, rows: list[Row]) -> str:
     options, last = plan.outer, rows[-1]
     if last["message"]:
         return f"failed: {last['message']}"
+    refused = no_descent(last["status"], last["error_estimate"], last["hypergradient_norm"])
+    if refused:
+        return refused
     if options.tol is not None and last["hypergradient_norm"] <= options.tol:
         return f"the hypergradient norm reached {options.tol:g}"
     waited = steps_without_progress((row["outer_loss"] for row in rows), options.min_progress)

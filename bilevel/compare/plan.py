@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from bilevel.base import HypergradEstimator, InnerSolver
-from bilevel.outer import MakeOptimizer, MakeScheduler, OuterOptimizer, WarmStart
+from bilevel.outer import MakeOptimizer, MakeScheduler, OuterOptimizer, ToleranceSchedule, WarmStart
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
@@ -46,6 +46,8 @@ class OuterOptions:
         constraints: see `OuterOptimizer`.
         warm_start: see `OuterOptimizer`.
         certify: estimate the error of every hypergradient.
+        target_error: see `OuterOptimizer`.
+        schedule: see `OuterOptimizer`.
         tol: stop once the norm of the hypergradient is at most this.
         patience: stop after this many steps without progress.
         min_progress: by how much the outer loss has to fall to count as progress.
@@ -57,6 +59,8 @@ class OuterOptions:
     constraints: Any = None
     warm_start: bool | WarmStart = True
     certify: bool = False
+    target_error: float | None = None
+    schedule: str | ToleranceSchedule | None = None
     tol: float | None = None
     patience: int | None = None
     min_progress: float = 0.0
@@ -73,6 +77,8 @@ class OuterOptions:
             constraints=self.constraints,
             warm_start=self.warm_start,
             certify=self.certify,
+            target_error=self.target_error,
+            schedule=self.schedule,
             on_failure="return",
         )
 

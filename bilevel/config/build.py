@@ -189,7 +189,8 @@ def make(spec: Any, kind: Kind, path: str) -> Any:
 def split_spec(spec: Any, kind: Kind, path: str) -> tuple[type, dict[str, Any]]:
     """Return the class and the options of ``{class: Name, **options}``."""
     if isinstance(spec, str):
-        spec = {"class": spec}
+        # "auto" stands for the class in Python, too.
+        spec = {"class": "Auto" if spec == "auto" and kind is ESTIMATOR else spec}
     if not isinstance(spec, dict) or "class" not in spec:
         example = next(iter(kind.classes()))
         raise ConfigError(f"`{path}` must be {kind.name}, such as {{class: {example}}}, got {shown(spec)}.")

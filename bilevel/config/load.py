@@ -30,7 +30,7 @@ from bilevel.config.build import (
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.config.imports import importing
 from bilevel.config.schema import ConfigForm, OuterForm, check_form
-from bilevel.outer import WarmStart
+from bilevel.outer import ToleranceSchedule, WarmStart
 from bilevel.problems import DataProblem
 
 CORRUPTED = "corrupted"
@@ -247,10 +247,23 @@ def _outer(form: OuterForm) -> OuterOptions:
         constraints=_constraint(form.constraints),
         warm_start=warm_start if isinstance(warm_start, bool) else WarmStart(warm_start.state, warm_start.adjoint),
         certify=form.certify,
+        target_error=form.target_error,
+        schedule=_schedule(form.schedule),
         tol=form.tol,
         patience=form.patience,
         min_progress=form.min_progress,
     )
+
+
+def _schedule(spec: dict[str, Any] | str | None) -> str | ToleranceSchedule | None:
+    """Return a tolerance schedule by its name, or from ``{decrease: name, option: value, ...}``."""
+    if not isinstance(spec, dict):
+        return spec
+    options = check_options(ToleranceSchedule, spec, "outer.schedule")
+    try:
+        return ToleranceSchedule(**options)
+    except ValueError as error:
+        raise ConfigError(located(error, "outer.schedule", ToleranceSchedule)) from None
 
 
 def _constraint(spec: Any) -> Any:

@@ -54,6 +54,8 @@ class OuterForm(BaseModel):
     constraints: Spec | None = None
     warm_start: bool | WarmStartForm = True
     certify: bool = False
+    target_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    schedule: dict[str, Any] | str | None = None
     tol: Annotated[float, Field(gt=0)] | None = None
     patience: Annotated[int, Field(ge=1)] | None = None
     min_progress: Annotated[float, Field(ge=0)] = 0.0

@@ -8,14 +8,16 @@ from typing import overload
 import torch
 
 from bilevel import tree
-from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver, Pullback
+from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver
 from bilevel.certify import ErrorEstimate
 from bilevel.cost import Meter
 from bilevel.explain import DerivativeError, explained
 from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
+from bilevel.hypergrad.attempt import Attempt, attempt
+from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
 from bilevel.hypergrad.moving import with_statistics
-from bilevel.hypergrad.not_finite import finite_gradient, finite_loss, not_finite_part
+from bilevel.hypergrad.target import Pursuit, check_target
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, report
 from bilevel.tree import Tree
@@ -25,13 +27,14 @@ from bilevel.tree import Tree
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
     batch: None = None,
     carry: Carry | None = None,
     certify: bool = False,
+    target_error: float | None = None,
     check: bool = True,
     on_failure: OnFailure = "raise",
 ) -> Estimate: ...
@@ -39,13 +42,14 @@ def hypergradient(
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
     batch: int,
     carry: Carry | None = None,
     certify: bool = False,
+    target_error: float | None = None,
     check: bool = True,
     on_failure: OnFailure = "raise",
 ) -> BatchEstimate: ...
@@ -53,13 +57,14 @@ def hypergradient(
 def hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
     batch: int | None = None,
     carry: Carry | None = None,
     certify: bool = False,
+    target_error: float | None = None,
     check: bool = True,
     on_failure: OnFailure = "raise",
 ) -> Estimate | BatchEstimate:
@@ -70,7 +75,7 @@ def hypergradient(
     Args:
         problem: the two losses.
         solver: the inner solver.
-        estimator: how the solution map is differentiated.
+        estimator: how the solution map is differentiated; "auto" for `Auto()`.
         hparams: where the gradient is taken.
         params: where the inner solver starts; default: the problem's start.
         batch: number of members to run side by side as one problem. Every leaf of `hparams` then has this leading
@@ -79,6 +84,11 @@ def hypergradient(
         carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
         certify: bound the distance to the exact hypergradient where a proof exists, and estimate it elsewhere (see
             `bilevel.certify.certify_error`).
+        target_error: the largest relative error ``|p - dF/du| / |dF/du|`` that is accepted, in (0, 1), such as 1e-3.
+            Tolerances of inner solver and adjoint system follow from the certificate: solve a little, look, continue
+            the same run. A `tol` that was given stays the smallest, `steps` the most in all. The certificate then
+            proves the target (ridge, logistic and softmax regression) or estimates it (elsewhere); where it cannot, the
+            status is TARGET_NOT_REACHED and says why in one sentence.
         check: look at the inputs first; a loop that has done so once may leave it out.
         on_failure: what to do with a result that cannot be used: "raise", "warn" or "return".
 
@@ -99,38 +109,28 @@ def hypergradient(
     >>> torch.allclose(many[0].hypergradient, estimate.hypergradient)
     True
     """
+    rule: HypergradEstimator = as_estimator(estimator)
+    check_roles(problem, solver, rule)
     if batch is not None:
         problem = as_batch(problem, batch)
-    used, hparams, start = prepare(problem, solver, estimator, hparams, params, check)
+    if target_error is not None:
+        check_target(target_error, problem, solver, rule, certify)
+    used, hparams, start = prepare(problem, solver, rule, hparams, params, check)
     carry = Carry() if carry is None else carry
     if check:
         check_carry(carry, solver, start, problem.trainable(start))
     if problem.batch is not None:
-        return batch_hypergradient(problem, solver, estimator, hparams, start, carry, certify, on_failure)
-    meter = Meter(tree.leaves(start)[0].device, memory=estimator.measures_memory)
-    solved = estimator.solve(problem, used, hparams, start, carry, meter)
-    value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
-    if solved.verdict.status.usable:
-        meter.counts["outer"] += 1
-        outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
-        value = float(outer)
-        verdict = verdict.worse(finite_loss(value, lambda: problem.outer_loss(solved.params, hparams)))
-    if verdict.status.usable:
-        pulled = solved.pullback(by_params)
-        verdict = verdict.worse(pulled.verdict)
-        if pulled.verdict.status.usable:
-            gradient = tree.add(by_hparams, pulled.hparams)
-            verdict = verdict.worse(finite_gradient("the hypergradient of `hparams", gradient))
-        if not verdict.status.usable:
-            verdict = not_finite_part(problem, solved.params, hparams, by_params, by_hparams, pulled) or verdict
+        return batch_hypergradient(problem, solver, rule, hparams, start, carry, certify, on_failure)
+    meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
+    if target_error is None:
+        found = attempt(problem, used, rule, hparams, start, carry, meter)
+        cost, error = meter.read(), _figure(problem, solver, hparams, found, certify)
+    else:
+        found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
+        cost = meter.read()
+    solved, pulled, gradient = found.solved, found.pulled, found.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    cost = meter.read()
-    error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
-    if certify and verdict.status.usable:
-        error = certified(solver, problem, hparams, solved.params, gradient, pulled.adjoint)
-    elif pulled.error is not None and verdict.status.ok:
-        error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     certificate = Certificate(
         inner_residual=solved.residual,
         adjoint_residual=pulled.residual,
@@ -139,10 +139,22 @@ def hypergradient(
         **error.fields(),
         measured=dict(solved.state.measured),
     )
-    following = Carry(solved.state, pulled.adjoint, type(solver).__name__) if verdict.status.usable else carry
-    estimate = Estimate(value, gradient, solved.params, certificate, cost, verdict, following)
-    report(verdict, on_failure, estimate)
+    following = found.carry(solver) if found.verdict.status.usable else carry
+    estimate = Estimate(found.outer_loss, gradient, solved.params, certificate, cost, found.verdict, following)
+    report(found.verdict, on_failure, estimate)
     return estimate
+
+
+def _figure(
+    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, found: Attempt, certify: bool
+) -> ErrorEstimate:
+    """Return what can be said of the distance to the exact hypergradient."""
+    pulled, status = found.pulled, found.verdict.status
+    if certify and status.usable:
+        return certified(solver, problem, hparams, found.solved.params, found.gradient, pulled.adjoint)
+    if pulled.error is not None and status.ok:
+        return ErrorEstimate(pulled.error, "estimate", pulled.error_note)
+    return ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
 
 
 def prepare(

@@ -45,6 +45,11 @@ class ClosedForm(HypergradEstimator):
     """
 
     measures_memory = False
+    resumes = True
+
+    def at_tolerance(self, tol: float) -> ClosedForm:
+        """Return itself: its error is that of rounding."""
+        return self
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a problem without a closed form.

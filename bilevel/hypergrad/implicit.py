@@ -9,7 +9,7 @@ and the only work is one linear solve (Bengio 2000; Pedregosa 2016; Lorraine et 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bilevel import tree
 from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
@@ -64,6 +64,8 @@ class Implicit(HypergradEstimator):
     budget: float | None = None
     curvature: str = "hessian"
 
+    resumes = True
+
     def __post_init__(self) -> None:
         require(self, "balance", "'auto' or None", self.balance in (None, "auto"))
         kinds = ("hessian", "gauss-newton")
@@ -103,6 +105,21 @@ class Implicit(HypergradEstimator):
                 f"{type(self.linear_solver).__name__} needs a symmetric matrix, but this problem is stated by an "
                 "optimality map, whose Jacobian need not be symmetric: use Implicit(GMRES())."
             )
+
+    def at_tolerance(self, tol: float) -> Implicit:
+        """Return this estimator with the linear solver's tolerance; a balanced run follows the inner one by itself.
+
+        Raises:
+            ValueError: for a budget, damping, or a linear solver without a tolerance.
+        """
+        if self.budget is not None:
+            raise ValueError("`Implicit.budget` and a `target_error` both say when to stop: give one of them.")
+        if self.damping:
+            raise ValueError(
+                f"`Implicit.damping` {self.damping:g} biases the hypergradient, so that no tolerance leads to a "
+                "`target_error`: use damping=0."
+            )
+        return self if self.balance else replace(self, linear_solver=self.linear_solver.at_tolerance(tol))
 
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter

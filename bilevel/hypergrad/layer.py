@@ -14,6 +14,7 @@ from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
 from bilevel.cost import Meter
 from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
+from bilevel.hypergrad.auto import as_estimator
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, Verdict, check_on_failure, report
 from bilevel.tree import Tree
@@ -22,7 +23,7 @@ from bilevel.tree import Tree
 def solution(
     problem: BilevelProblem,
     solver: InnerSolver,
-    estimator: HypergradEstimator,
+    estimator: HypergradEstimator | str,
     hparams: Tree,
     params: Tree = None,
     *,
@@ -37,7 +38,7 @@ def solution(
     Args:
         problem: the problem; its outer loss is not used.
         solver: the inner solver.
-        estimator: how the solution map is differentiated.
+        estimator: how the solution map is differentiated; "auto" for `Auto()`.
         hparams: hyperparameters; those that require gradients get them.
         params: where the inner solver starts; default: the problem's start.
         check: look at the inputs first.
@@ -64,7 +65,7 @@ def solution(
             f"`solution` takes one problem, got a batch of {problem.batch}: use torch.func.vmap over hparams."
         )
     check_on_failure(on_failure)
-    call = _Call(problem, solver, estimator, problem.start(params), hparams, check, on_failure)
+    call = _Call(problem, solver, as_estimator(estimator), problem.start(params), hparams, check, on_failure)
     _, *leaves = _Solution.apply(call, *tree.leaves(hparams))  # type: ignore[no-untyped-call]
     return tree.rebuild(call.start, leaves)
 

@@ -41,6 +41,8 @@ class InnerRun:
 
 def begin(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: Carry) -> InnerState:
     """Return the first state: warm where the carry holds one, else cold at `params`."""
+    if carry.state is not None and carry.ongoing:
+        return carry.state
     if carry.state is not None:
         state = solver.warm_start(inner, carry.state)
         # Whatever a solver does with its step count, a sampled problem goes on to fresh batches.

@@ -78,6 +78,10 @@ class FullUnroll(HypergradEstimator):
         """Refuse a solver whose steps have no derivative; ValueError says what to use."""
         solver.check_unrolls()
 
+    def at_tolerance(self, tol: float) -> FullUnroll:
+        """Return itself: the inner tolerance is all there is."""
+        return self
+
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
@@ -208,6 +212,21 @@ class TruncatedUnroll(HypergradEstimator):
                 "`TruncatedUnroll.extrapolate` needs an inner loss and a linear multistep solver (GradientDescent, "
                 f"Nesterov, ...), got {type(solver).__name__}: other sweeps have no limit that extrapolation finds."
             )
+
+    def at_tolerance(self, tol: float) -> TruncatedUnroll:
+        """Return itself if the tail grows with the run, as the inner tolerance shrinks.
+
+        Raises:
+            ValueError: for a tail of a fixed length, and for a budget.
+        """
+        if self.budget is not None:
+            raise ValueError("`TruncatedUnroll.budget` and a `target_error` both say when to stop: give one of them.")
+        if isinstance(self.tail, int):
+            raise ValueError(
+                f"a tail of {self.tail} steps leaves an error that no tolerance takes away, so that it leads to no "
+                "`target_error`: give `tail` a fraction or 'auto', or use Implicit()."
+            )
+        return self
 
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter

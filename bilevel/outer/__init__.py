@@ -8,4 +8,6 @@ from bilevel.outer.loop import OuterOptimizer as OuterOptimizer
 from bilevel.outer.loop import WarmStart as WarmStart
 from bilevel.outer.records import OuterResult as OuterResult
 from bilevel.outer.records import Record as Record
+from bilevel.outer.records import no_descent as no_descent
 from bilevel.outer.records import steps_without_progress as steps_without_progress
+from bilevel.outer.schedule import ToleranceSchedule as ToleranceSchedule

@@ -96,7 +96,7 @@ class BatchOuterOptimizer(OuterOptimizer):
         self,
         problem: BilevelProblem,
         solver: InnerSolver,
-        estimator: HypergradEstimator,
+        estimator: HypergradEstimator | str,
         hparams: Tree,
         optimizer: Any = None,
         *,

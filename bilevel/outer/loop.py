@@ -17,9 +17,12 @@ from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, Inner
 from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.arguments import check_roles
+from bilevel.hypergrad.auto import as_estimator
+from bilevel.hypergrad.target import check_target
 from bilevel.inputs import check_tensors
 from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_state, check_steps
-from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of, shown_record
+from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record
+from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.state import FORMAT, generators, restore_generators, saved_inner_state
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
@@ -52,7 +55,7 @@ class OuterOptimizer:
     Args:
         problem: the problem.
         solver: the inner solver.
-        estimator: the hypergradient estimator.
+        estimator: the hypergradient estimator; "auto" for `Auto()`.
         hparams: where to start; must satisfy the constraints.
         optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
@@ -62,6 +65,10 @@ class OuterOptimizer:
             variable of its own (`BilevelProblem.renewed`).
         params: where the inner solver starts; default: the problem's start.
         certify: estimate the error of every hypergradient; costs a refinement round each.
+        target_error: the largest relative error of every hypergradient, see `hypergradient`. A step that misses it is
+            taken only while its certificate still proves descent, ``|p - dF/du| < |p|``; otherwise `run` ends there.
+        schedule: "quadratic", "cubic", "exponential" or a `ToleranceSchedule`: rough hypergradients first, exact ones
+            later; it ends at `target_error` where that is given too.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
         batch: number of members whose hyperparameters are tuned side by side, each with its own history and its own
@@ -92,7 +99,7 @@ class OuterOptimizer:
         self,
         problem: BilevelProblem,
         solver: InnerSolver,
-        estimator: HypergradEstimator,
+        estimator: HypergradEstimator | str,
         hparams: Tree,
         optimizer: MakeOptimizer | None = None,
         *,
@@ -101,6 +108,8 @@ class OuterOptimizer:
         warm_start: bool | WarmStart = True,
         params: Tree = None,
         certify: bool = False,
+        target_error: float | None = None,
+        schedule: str | ToleranceSchedule | None = None,
         on_failure: OnFailure = "raise",
         callbacks: Sequence[Callback] = (),
         batch: int | None = None,
@@ -108,10 +117,15 @@ class OuterOptimizer:
         check_on_failure(on_failure)
         if not isinstance(warm_start, bool | WarmStart):
             raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {warm_start!r}.")
-        check_roles(problem, solver, estimator)
+        rule: HypergradEstimator = as_estimator(estimator)
+        check_roles(problem, solver, rule)
         check_tensors("hparams", hparams)
         check_makers(optimizer, scheduler)
-        self.problem, self.solver, self.estimator = problem, solver, estimator
+        self.target_error, self.schedule = target_error, as_schedule(schedule, target_error)
+        first = target_error if self.schedule is None else self.schedule.at(1)
+        if first is not None:
+            check_target(first, problem, solver, rule, certify)
+        self.problem, self.solver, self.estimator = problem, solver, rule
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
         if problem.renewed:
             self.warm_start = WarmStart(state=False, adjoint=False)
@@ -159,15 +173,23 @@ class OuterOptimizer:
         verdict = estimate.verdict
         report(verdict, self.on_failure, estimate)
         self._checked = True
+        record = record_of(len(self.history) + 1, estimate)
         if verdict.status.usable:
             if self.problem.renewed or estimate.outer_loss < self.best[0]:
                 self.best = (estimate.outer_loss, self._hparams)
-            moved = self._move(estimate.hypergradient, estimate.outer_loss)
-            estimate = replace(estimate, verdict=verdict.worse(moved))
-            report(moved, self.on_failure, estimate)
+            if not no_descent(record.status, record.error, record.hypergradient_norm):
+                moved = self._move(estimate.hypergradient, estimate.outer_loss)
+                estimate = replace(estimate, verdict=verdict.worse(moved))
+                report(moved, self.on_failure, estimate)
+                record = record_of(len(self.history) + 1, estimate)
             self._follow(estimate.carry)
-        self.history.append(record_of(len(self.history) + 1, estimate))
+        self.history.append(record)
         return estimate
+
+    @property
+    def _target(self) -> float | None:
+        """The relative error for the next step."""
+        return self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
 
     def _estimate(self) -> Any:
         """Return the hypergradient at the present hyperparameters, of a batch those of all members."""
@@ -179,6 +201,7 @@ class OuterOptimizer:
             self.params,
             carry=self.carry,
             certify=self.certify,
+            target_error=self._target,
             check=not self._checked,
             on_failure="return",
         )

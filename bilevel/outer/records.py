@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from bilevel import tree
 from bilevel.base import Estimate
+from bilevel.status import Status
 from bilevel.tree import Tree
 
 
@@ -49,6 +50,21 @@ class OuterResult:
     stopped: str
 
 
+def no_descent(status: str, error: float | None, hypergradient_norm: float) -> str:
+    """Return why a hypergradient that missed its target supports no step, or an empty string.
+
+    Where ``|p - dF/du| < |p|``, p has a positive inner product with dF/du, so that -p descends; without such a figure
+    nobody knows.
+
+    >>> no_descent("TARGET_NOT_REACHED", 0.1, 1.0)
+    ''
+    """
+    if status != Status.TARGET_NOT_REACHED.name or (error is not None and error < hypergradient_norm):
+        return ""
+    figure = "no figure" if error is None else f"an error of up to {error:.1e}"
+    return f"no certain descent: {figure} for a hypergradient of norm {hypergradient_norm:.1e}, whose target was missed"
+
+
 def steps_without_progress(losses: Iterable[float], min_progress: float) -> int:
     """Return how many of the last losses came without one below the best before them by more than `min_progress`.
 
@@ -76,6 +92,11 @@ class StoppingRules:
         """Return why a run with this history ends, or an empty string."""
         if self.tol is not None and history and history[-1].hypergradient_norm <= self.tol:
             return f"the hypergradient norm reached {self.tol:g}"
+        if history:
+            last = history[-1]
+            refused = no_descent(last.status, last.error, last.hypergradient_norm)
+            if refused:
+                return refused
         waited = steps_without_progress((record.outer_loss for record in history), self.min_progress)
         if self.patience is not None and waited >= self.patience:
             return f"no progress for {self.patience} steps"

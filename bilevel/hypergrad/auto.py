@@ -1,0 +1,187 @@
+"""`Auto`: the estimator that fits problem, inner solver and memory, and one line that says which and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bilevel import tree
+from bilevel.base import (
+    BatchSolution,
+    Carry,
+    HypergradEstimator,
+    InnerSolver,
+    Pullback,
+    Solution,
+    describe,
+)
+from bilevel.cost import Meter
+from bilevel.hypergrad.balanced import FALLBACK
+from bilevel.hypergrad.closed_form import MAX_DENSE, ClosedForm
+from bilevel.hypergrad.implicit import Implicit
+from bilevel.hypergrad.spectral import Spectral
+from bilevel.hypergrad.unroll import FullUnroll, TruncatedUnroll
+from bilevel.inner.multistep import LinearMultistep
+from bilevel.linear import CG, GMRES
+from bilevel.options import is_positive, require
+from bilevel.problem import BilevelProblem
+from bilevel.status import Verdict
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An estimator and the reason for it.
+
+    Attributes:
+        estimator: the estimator.
+        reason: a clause.
+    """
+
+    estimator: HypergradEstimator
+    reason: str
+
+    def __str__(self) -> str:
+        return f"auto chose {describe(self.estimator)}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Auto(HypergradEstimator):
+    """Choose an estimator by the structure of the problem; the status says in one line which and why.
+
+    For the derivative of the solution, in this order:
+
+    - `ClosedForm` where the inner loss is quadratic and its Hessian fits into memory (or its spectrum is known);
+    - ``Implicit(GMRES())`` for an optimality map, whose Jacobian need not be symmetric;
+    - ``Implicit(CG())`` where a run ends at a tolerance and the inner loss is known to be convex, and where a balanced
+      run is refused: batches, samplers, solvers whose steps have no derivative to fall back on, too little memory;
+    - ``Implicit(balance="auto")`` otherwise, which takes a truncated tail where the Hessian is not positive definite.
+
+    With ``unroll=True``, for the derivative of the iterate itself: `Spectral` where there is a spectrum, else
+    `FullUnroll`: with stored iterates if they fit, forward if there is one hyperparameter, with checkpoints if those
+    fit, and at last `TruncatedUnroll` with as long a tail as fits. ``"auto"`` stands for ``Auto()`` wherever an
+    estimator is asked for.
+
+    Args:
+        memory_limit: bytes that an estimator may keep; default 1 GiB.
+        unroll: differentiate the inner steps that are taken, not the solution.
+        tol: relative residual of the adjoint system, where one is solved; default: the linear solver's.
+
+    >>> from bilevel import GradientDescent, QuadraticProblem
+    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
+    >>> str(Auto().choose(problem, GradientDescent(), problem.start(), problem.start()))
+    'auto chose ClosedForm(): the inner loss is quadratic, and its Hessian fits into memory'
+    """
+
+    memory_limit: float = 2.0**30
+    unroll: bool = False
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self, "memory_limit", "a positive number of bytes", is_positive(self.memory_limit))
+        require(self, "unroll", "True or False", isinstance(self.unroll, bool))
+        require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
+
+    @property
+    def resumes(self) -> bool:  # type: ignore[override]
+        """Whether what it chooses goes on from its carry: all but the unrolls."""
+        return not self.unroll
+
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether what it chooses does."""
+        return self.unroll
+
+    def at_tolerance(self, tol: float) -> Auto:
+        """Return this rule with the tolerance for whatever it chooses."""
+        return replace(self, tol=max(tol, self.tol or 0.0))
+
+    def choose(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
+        """Return the estimator and the reason.
+
+        Args:
+            problem: the problem.
+            solver: the inner solver.
+            hparams: hyperparameters; their number counts.
+            params: the inner variable; its size counts.
+        """
+        chosen = (self._unrolled if self.unroll else self._of_the_solution)(problem, solver, hparams, params)
+        if self.tol is None:
+            return chosen
+        return replace(chosen, estimator=chosen.estimator.at_tolerance(self.tol))
+
+    def _of_the_solution(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
+        """Choose among the estimators of the solution's derivative."""
+        (like, *_), size = tree.leaves(params), tree.size(params)
+        bytes_each = like.element_size()
+        if problem.batch is not None:
+            return Choice(Implicit(CG()), "the members of a batch share the products of one linear solve")
+        if problem.spectrum() is not None:
+            return Choice(ClosedForm(), "the spectrum of the inner Hessian is known")
+        if problem.quadratic and size <= MAX_DENSE and 3 * size**2 * bytes_each <= self.memory_limit:
+            return Choice(ClosedForm(), "the inner loss is quadratic, and its Hessian fits into memory")
+        if not problem.symmetric:
+            return Choice(Implicit(GMRES()), "the Jacobian of an optimality map need not be symmetric")
+        if problem.variation:
+            return Choice(Implicit(CG()), f"with {problem.variation}, a run cannot be balanced or extrapolated")
+        if not solver.unrolls:
+            return Choice(Implicit(CG()), f"the steps of {type(solver).__name__} have no derivative")
+        _, tol = solver.limits(like.dtype)
+        if tol is not None and problem.certifiable() is not None:
+            return Choice(Implicit(CG()), "the run ends at a tolerance, near the minimum of a convex loss")
+        if FALLBACK * size * bytes_each > self.memory_limit:
+            return Choice(Implicit(CG()), f"{FALLBACK} iterates, which a balanced run keeps, do not fit into memory")
+        return Choice(Implicit(balance="auto"), "it shares the work, and takes a tail where the Hessian is indefinite")
+
+    def _unrolled(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
+        """Choose among the estimators of the iterate's derivative."""
+        (like, *_), size, count = tree.leaves(params), tree.size(params), tree.size(hparams)
+        fixed = isinstance(solver, LinearMultistep) and solver.tol is None and solver.steps is not None
+        if fixed and problem.batch is None and problem.spectrum() is not None:
+            return Choice(Spectral(), "the steps of a linear method happen on the spectrum, which is known")
+        steps, _ = solver.limits(like.dtype)
+        state = 3 * size * like.element_size()
+        fits = int(self.memory_limit // state)
+        if steps <= fits:
+            return Choice(FullUnroll(), f"{steps} states fit into memory")
+        if count == 1:
+            return Choice(FullUnroll(mode="forward"), f"{steps} states do not fit, and there is one hyperparameter")
+        if 2 * steps**0.5 <= fits and problem.batch is None:
+            return Choice(FullUnroll(memory="checkpoint"), f"{steps} states do not fit into memory, but checkpoints do")
+        return Choice(TruncatedUnroll(tail=max(1, fits)), f"of {steps} states the last {max(1, fits)} fit into memory")
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Let what it chooses check; ValueError as there."""
+        self.choose(problem, solver, hparams, problem.start()).estimator.check(problem, solver, hparams)
+
+    def solve(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> Solution:
+        """Choose, and let the choice solve."""
+        choice = self.choose(problem, solver, hparams, params)
+        solved = choice.estimator.solve(problem, solver, hparams, params, carry, meter)
+
+        def pullback(cotangent: Tree) -> Pullback:
+            pulled = solved.pullback(cotangent)
+            # A verdict that is fine says nothing, so that the one that names the choice stands.
+            return pulled if pulled.verdict.status.ok else replace(pulled, verdict=_named(choice, pulled.verdict))
+
+        return replace(solved, pullback=pullback, verdict=_named(choice, solved.verdict))
+
+    def solve_batch(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
+    ) -> BatchSolution:
+        """Choose, and let the choice solve all members."""
+        choice = self.choose(problem, solver, hparams, params)
+        solved = choice.estimator.solve_batch(problem, solver, hparams, params, carry, meter)
+        return replace(solved, verdicts=[_named(choice, verdict) for verdict in solved.verdicts])
+
+
+def as_estimator(given: Any) -> Any:
+    """Return `Auto` for "auto", and anything else as it is."""
+    return Auto() if isinstance(given, str) and given == "auto" else given
+
+
+def _named(choice: Choice, verdict: Verdict) -> Verdict:
+    """Put the choice in front of what a verdict says."""
+    return replace(verdict, detail=f"{choice}; {verdict.detail}" if verdict.detail else str(choice))
