@@ -105,7 +105,7 @@ def check_waits(device: str) -> dict[str, Any]:
     placed = cases.quadratic(device)
 
     def solve(make: Callable[[int], bl.LinearSolver], steps: int) -> int:
-        return waits(device, lambda: make(steps).solve(matvec, b, dense=lambda: matrix))
+        return waits(device, lambda: make(steps).solve(matvec, b, dense=lambda: matrix, damping=1e-3))
 
     def differentiate(estimator: bl.HypergradEstimator, steps: int) -> int:
         solver = bl.GradientDescent(0.01, steps=steps)

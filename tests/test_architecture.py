@@ -100,7 +100,8 @@ def test_hot_code_never_calls_item(room: str) -> None:
 def test_importing_the_package_is_quick_and_brings_no_heavy_or_retired_module() -> None:
     code = (
         "import sys, time, torch, torch.distributions, torch.utils._pytree\n"
-        "start = time.perf_counter(); import bilevel; took = time.perf_counter() - start\n"
+        # Of this process: a busy machine makes no import slow.
+        "start = time.process_time(); import bilevel; took = time.process_time() - start\n"
         "heavy = {'matplotlib', 'sklearn', 'scipy', 'pandas', 'functorch', 'pydantic', 'yaml'} & set(sys.modules)\n"
         "print(took, sorted(heavy))"
     )

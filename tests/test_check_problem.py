@@ -217,7 +217,7 @@ def test_check_leaves_with_one_on_a_fault(file: str, tmp_path: Path, capsys: pyt
     noisy = tmp_path / "noisy.py"
     noisy.write_text(FILE.format(noise="noise = lambda: 0.01 * torch.rand(())"))
     assert main(["check", str(noisy)]) == 1
-    assert "1 fault: determinism" in capsys.readouterr().out
+    assert "1 fault: inputs" in capsys.readouterr().out
 
 
 def test_check_takes_the_problems_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

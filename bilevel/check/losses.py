@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from bilevel.check.captured import captured
 from bilevel.check.differences import derivative, largest_jump
 from bilevel.check.report import Finding
 from bilevel.check.subject import DIRECTIONS, Subject
+from bilevel.hypergrad.arguments import read_by_steps
 from bilevel.tree import Tree
 
 UNTRUSTED = 0.1
@@ -23,7 +25,7 @@ JUMP = 1e-6
 
 def inputs(subject: Subject) -> Finding:
     """Look at trees, dtypes, devices and values, as every call of `hypergradient` does."""
-    subject.problem.check(subject.start, subject.hparams)
+    subject.problem.check(subject.start, subject.hparams, partial(read_by_steps, subject.solver))
     if slope := _endless_slope(subject):
         return Finding("inputs", "fault", slope)
     like = tree.leaves(subject.start)[0]

@@ -119,9 +119,18 @@ def influence(subject: Subject, solution: Tree | None) -> Finding:
         products = [raveler.ravel(point.cross(subject.direction(params, 600 + index))).abs() for index in range(2)]
         sizes.append(torch.stack(products).amax(0))
     largest = torch.stack(sizes).nan_to_num().amax(0)
-    silent = [int(index) for index in torch.nonzero(largest == 0)[:, 0]]
+    silent = [int(index) for index in torch.nonzero((largest == 0) & ~subject.read_by_steps)[:, 0]]
     if silent:
         return _silent(subject, silent)
+    if bool((largest == 0).any()):
+        tuned = [int(index) for index in torch.nonzero(largest == 0)[:, 0]]
+        return Finding(
+            "influence",
+            "note",
+            f"{component_names(subject.hparams, tuned)} moves the steps of the inner solver, not the inner gradient: "
+            "only estimators that differentiate the steps see it, such as FullUnroll.",
+            len(tuned),
+        )
     if solution is not None and bool((sizes[-1] == 0).any()):
         idle = [int(index) for index in torch.nonzero(sizes[-1] == 0)[:, 0]]
         return Finding(

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.base import InnerSolver
 from bilevel.check.differences import DoublePrecision, widened
+from bilevel.hypergrad.arguments import read_by_steps
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
@@ -49,6 +50,13 @@ class Subject:
     def eps(self) -> float:
         """The rounding unit of that dtype."""
         return torch.finfo(self.dtype).eps
+
+    @cached_property
+    def read_by_steps(self) -> Tensor:
+        """Of every component of the hyperparameters, whether the inner solver reads it by itself."""
+        found = read_by_steps(self.solver, self.problem, self.problem.trainable(self.start), self.hparams)
+        leaves = tree.leaves(self.hparams)
+        return torch.cat([torch.full((leaf.numel(),), read, device=leaf.device) for leaf, read in zip(leaves, found, strict=True)])
 
     def normal(self, like: Tree, index: int) -> Tree:
         """Return standard normal numbers shaped as a tree: the same ones for the same index."""

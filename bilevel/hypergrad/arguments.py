@@ -60,7 +60,10 @@ def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hp
     inner = _Still(problem, hparams)
     inner.hparams = tree.attach(hparams)
     roots = tree.leaves(inner.hparams)
-    state, found = solver.init(inner, tree.detach(params)), [False] * len(roots)
+    found = [False] * len(roots)
+    if not solver.unrolls:
+        return found
+    state = solver.init(inner, tree.detach(params))
     for _ in range(solver.steps or SHOWN):
         with torch.enable_grad():
             state = solver.step(inner, state)
