@@ -468,7 +468,7 @@ def test_one_problem_is_asked_for_where_a_batch_makes_no_sense() -> None:
             "`check_hypergradient` takes one problem, got a batch of 4: check batch.member(i).",
         ),
         (lambda: batch.metrics(batch.params), "a batch has no metrics of its own"),
-        (lambda: call(problem=bl.GradientDescent(), batch=4), "a batch needs a BilevelProblem in the first place"),
+        (lambda: call(problem=bl.GradientDescent(), batch=4), "got GradientDescent in the place of BilevelProblem."),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             ask()

@@ -43,6 +43,9 @@ KINK = problem(lambda x, u: (2 * (x - 0.3).relu() - x).sum() + 0.05 * u.exp() * 
 STATUSES: dict[bl.Status, Callable[[], bl.Estimate]] = {
     bl.Status.OK: lambda: taken(problem(), bl.Newton(), bl.Implicit()),
     bl.Status.INNER_NOT_CONVERGED: lambda: taken(problem(), bl.GradientDescent(0.1, steps=2, tol=1e-9), bl.Implicit()),
+    bl.Status.TARGET_NOT_REACHED: lambda: taken(
+        problem(), bl.GradientDescent(0.1, steps=2), bl.Implicit(), target_error=1e-6
+    ),
     bl.Status.DIVERGED: lambda: taken(problem(), bl.GradientDescent(5.0, steps=30), bl.FullUnroll()),
     bl.Status.NOT_FINITE: lambda: taken(problem(outer=lambda x, u: (x - 0.5).log().sum()), bl.Newton(), bl.Implicit()),
     bl.Status.NEGATIVE_CURVATURE: lambda: taken(SADDLE, bl.GradientDescent(0.1, steps=2), bl.Implicit()),

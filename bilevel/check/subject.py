@@ -55,8 +55,8 @@ class Subject:
     def read_by_steps(self) -> Tensor:
         """Of every component of the hyperparameters, whether the inner solver reads it by itself."""
         found = read_by_steps(self.solver, self.problem, self.problem.trainable(self.start), self.hparams)
-        leaves = tree.leaves(self.hparams)
-        return torch.cat([torch.full((leaf.numel(),), read, device=leaf.device) for leaf, read in zip(leaves, found, strict=True)])
+        pairs = zip(tree.leaves(self.hparams), found, strict=True)
+        return torch.cat([torch.full((leaf.numel(),), read, device=leaf.device) for leaf, read in pairs])
 
     def normal(self, like: Tree, index: int) -> Tree:
         """Return standard normal numbers shaped as a tree: the same ones for the same index."""
