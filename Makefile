@@ -24,6 +24,7 @@ bench: .venv-bench/.done  ## this library beside its peers, a quarter of an hour
 	$(BENCH)/python scripts/bench/peers/run.py $(ARGS)
 
 bars: .venv/.demo  ## the bars that this library sets itself: one JSON line per measurement
+	$(INSTALL) -e '.[plot,mnist]'
 	$(BIN)/python scripts/bench/run.py
 
 clean:
