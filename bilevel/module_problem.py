@@ -15,6 +15,7 @@ from bilevel.batches import with_last
 from bilevel.draws import Draws, random_layer
 from bilevel.modules import FunctionalModule, ModuleLoss, normalising_layer
 from bilevel.options import require_arguments
+from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
 from bilevel.samplers import Sampler
 from bilevel.sampling import FreshBatch
@@ -102,15 +103,21 @@ class ModuleProblem(BilevelProblem):
         """Return the part of params that inner solvers move: all of it, but for running statistics."""
         return params if self.statistics is None else self.statistics.trainable(params)
 
-    def at_rest(self) -> BilevelProblem:
-        """Return the problem over the trainable part alone, whose running statistics are those at rest there."""
-        if (statistics := self.statistics) is None:
-            return self
+    def at_rest(self) -> ModuleProblem:
+        """Return this problem without `variation`, over the trainable part alone.
 
-        def outer(x: Tree, hparams: Tree) -> Tensor:
-            return self.outer_loss(statistics.at_rest(self, x, hparams), hparams)
+        Random layers have the draws of what is no step. Running statistics are those of the batch at the params.
+        """
+        view = copy.copy(self)
+        view.sampler, view.draws = None, None  # the losses draw by themselves
+        if (statistics := self.statistics) is not None:
 
-        return BilevelProblem(self.inner_loss, outer, self.trainable(self.params))
+            def outer(x: Tree, hparams: Tree) -> Tensor:
+                return self.outer_loss(statistics.at_rest(self, x, hparams), hparams)
+
+            view.params, view.outer_loss, view.statistics = self.trainable(self.params), outer, None
+            view.inner_problem = InnerProblem
+        return view
 
     def start(self, params: Tree = None) -> Tree:
         """Return where the inner solver starts; running statistics that are not given are the module's own."""

@@ -194,8 +194,12 @@ class BilevelProblem:
         return params
 
     def at_rest(self) -> BilevelProblem:
-        """Return the problem over the trainable part alone, at whose solution running statistics do not move."""
-        return self
+        """Return this problem without `variation`: every inner step sees what everything else of it is evaluated on."""
+        if self.sampler is None:
+            return self
+        view = copy.copy(self)
+        view.sampler = None
+        return view
 
     def on_outer_step(self, index: int) -> BilevelProblem:
         """Return the problem of an outer step: this one, unless its data change from step to step.
