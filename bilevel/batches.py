@@ -26,12 +26,12 @@ Function: TypeAlias = Callable[..., Any]
 
 def with_data(function: Function | None, data: Tree) -> Function | None:
     """Return the function of (params, hparams) that a function of (params, hparams, data) is for given data."""
-    return function if function is None or data is None else with_third(function, data)
+    return function if function is None or data is None else with_last(function, data)
 
 
-def with_third(function: Function, value: Tree) -> Function:
-    """Return the function of (params, hparams) that a function of three arguments is at one value of the third."""
-    return lambda params, hparams: function(params, hparams, value)
+def with_last(function: Function, value: Tree) -> Function:
+    """Return the function of all arguments but the last that a function is at one value of it."""
+    return lambda *arguments: function(*arguments, value)
 
 
 def for_members(function: Function | None, data: Tree) -> Function | None:

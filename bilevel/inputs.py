@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.blame import first_not_finite
-from bilevel.explain import explained
+from bilevel.draws import drawing_nothing
+from bilevel.explain import check_second_derivatives, explained
 from bilevel.tree import Tree
+
+if TYPE_CHECKING:
+    from bilevel.problem import BilevelProblem
 
 NO_PARAMS = "`inner_loss` does not depend on `params`: is the computation detached?"
 NO_PARAMS_NOR_HPARAMS = "`outer_loss` does not depend on `params` nor on `hparams`: is the computation detached?"
@@ -178,6 +183,26 @@ def check_influence(
                 f"the gradient of `{what}` does not depend on `hparams{name}`: its hypergradient would be a "
                 "silent zero. Is the hyperparameter detached, or turned into a number, inside the loss?"
             )
+
+
+def check_losses(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
+    """Look at the losses of a single problem; see `BilevelProblem.check`."""
+    check_trees(params, hparams)
+    params, hparams = tree.attach(params), tree.attach(hparams)
+    what = "inner_loss" if problem.optimality is None else "optimality"
+    with torch.enable_grad(), explained(f"`{what}`"):
+        if problem.optimality is None:
+            with drawing_nothing("inner_loss", tree.leaves(params)[0].device):
+                inner = check_scalar("inner_loss", problem.inner_loss, params, hparams)
+            check_second_derivatives("`inner_loss`", inner)
+        outer = check_scalar("outer_loss", problem.outer_loss, params, hparams)
+        # Running statistics are used by whom they concern.
+        x = problem.trainable(params)
+        by_outer, cut = partial_gradients("outer_loss", outer, (x, hparams)), len(tree.leaves(x))
+        if problem.optimality is None:
+            check_use(partial_gradients("inner_loss", inner, x), by_outer[:cut], x)
+        gradient = problem.gradient_graph(x, hparams)
+        check_influence(what, gradient, by_outer[cut:], x, hparams, reads and partial(reads, problem, x, hparams))
 
 
 def check_tensor(name: str, value: Tree, shape: tuple[int, ...], like: Tensor, owner: str, source: str) -> None:

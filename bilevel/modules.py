@@ -149,17 +149,19 @@ class _Recording(Model):
         return self.found[-1]
 
 
-class _Replaying:
-    """Gives the next of some outputs at each call, in whatever mode."""
+class _Replaying(Model):
+    """A model whose calls give the next of some outputs."""
 
-    def __init__(self, outputs: list[Tree]) -> None:
-        self._feed = iter(outputs)
+    def __init__(self, outputs: list[Tree], draws: bool, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._feed, self._draws = iter(outputs), draws
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
+        if self._draws:
+            # The loss may draw further numbers, which follow those of the layers.
+            with torch.no_grad():
+                super().__call__(*inputs, **options)
         return next(self._feed)
-
-    def eval(self) -> _Replaying:
-        return self
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,10 @@ class ModuleLoss:
         return model.found
 
     def at_outputs(self, outputs: list[Tree], params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
-        """Return the loss where each call of the model gives the next of `outputs`; the model is not run."""
-        return self._drawn(_Replaying(outputs), self._parts(params)[0], hparams, *batch)
+        """Return the loss where each call of the model gives the next of `outputs`; it is run for its draws alone."""
+        parts = self._parts(params)
+        model = _Replaying(outputs, self.draws is not None, self.functional, *parts)
+        return self._drawn(model, parts[0], hparams, *batch)
 
     def _parts(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor], Statistics | None]:
         trainable = {name: params[name] for name in self.functional.params}

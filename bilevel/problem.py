@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -18,24 +17,18 @@ from torch.utils.data import DataLoader
 
 from bilevel import batches, members, tree
 from bilevel.certifiable import Certifiable
-from bilevel.draws import Draws, drawing_nothing, random_layer
-from bilevel.explain import check_second_derivatives, explained
 from bilevel.inputs import (
     Reads,
-    check_influence,
-    check_scalar,
+    check_losses,
     check_tensors,
-    check_trees,
-    check_use,
-    partial_gradients,
 )
-from bilevel.modules import FunctionalModule, ModuleLoss, normalising_layer
+from bilevel.modules import ModuleLoss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
 from bilevel.samplers import Sampler
 from bilevel.sampling import FreshBatch, Sampling, sampling
 from bilevel.spectral import Eigenbasis
-from bilevel.statistics import RunningStatistics, StatisticsInner
+from bilevel.statistics import RunningStatistics
 from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
 
@@ -111,8 +104,6 @@ class BilevelProblem:
     _sampling: Sampling | None = None
     statistics: RunningStatistics | None = None
     """The running statistics that params hold besides what inner solvers move; None: nothing besides."""
-    draws: Draws | None = None
-    """The random numbers of the losses; None: they draw none."""
     wrong_third: str | None = None
     """What makes third derivatives of the inner loss by autograd wrong, for a message; None: nothing known."""
     traces: Traces | None = None
@@ -169,14 +160,13 @@ class BilevelProblem:
 
     @property
     def module_loss(self) -> ModuleLoss | None:
-        """The inner loss in two halves, model and loss of its outputs, for a problem of `from_module`; else None."""
-        loss = self.functions[0]
-        return loss if isinstance(loss, ModuleLoss) else None
+        """The inner loss in two halves, model and loss of its outputs; None where it has no such halves."""
+        return None
 
     @property
-    def module_batch(self) -> tuple[Tree, ...]:
-        """What `module_loss` takes besides (params, hparams): the present batch, with a sampler."""
-        return () if self._sampling is None or self._sampling.sampler is None else (self.minibatch,)
+    def variation(self) -> str:
+        """Why inner steps differ in more than params; an empty string where they do not."""
+        return "" if self.sampler is None else "a sampler, whose steps see different batches"
 
     def bind(self, hparams: Tree, counts: Counter[str] | None = None) -> InnerProblem:
         """Return the inner problem at fixed hyperparameters.
@@ -192,40 +182,24 @@ class BilevelProblem:
         if self._sampling is None or self._sampling.sampler is None:
             return self
         view = copy.copy(self)
-        view.minibatch, view.inner_loss = batch, batches.with_third(self._sampling.inner_loss, batch)
+        view.minibatch, view.inner_loss = batch, batches.with_last(self._sampling.inner_loss, batch)
         return view
 
     def on_step(self, index: int) -> BilevelProblem:
-        """Return the view of this problem that inner step `index` sees: with the batch and the draws of the step."""
-        view = self if self.sampler is None else self.on_batch(self.sampler(index))
-        if self.draws is None:
-            return view
-        view = copy.copy(view)
-        view.inner_loss = self.draws.seeded(view.inner_loss, index)
-        return view
-
-    @property
-    def variation(self) -> str:
-        """Why inner steps differ in more than params; an empty string where they do not."""
-        if self.sampler is not None:
-            return "a sampler, whose steps see different batches"
-        if self.draws is not None:
-            return "random layers, whose steps see different draws"
-        return "" if self.statistics is None else "running statistics, which move besides the parameters"
+        """Return the view of this problem that inner step `index` sees: with the batch of the step."""
+        return self if self.sampler is None else self.on_batch(self.sampler(index))
 
     def trainable(self, params: Tree) -> Tree:
-        """Return the part of params that inner solvers move: all of it, but for running statistics."""
-        return params if self.statistics is None else self.statistics.trainable(params)
+        """Return the part of params that inner solvers move: all of it, unless there are running `statistics`."""
+        return params
 
     def at_rest(self) -> BilevelProblem:
-        """Return the problem over the trainable part alone, whose running statistics are those at rest there."""
-        if (statistics := self.statistics) is None:
+        """Return this problem without `variation`: every inner step sees what everything else of it is evaluated on."""
+        if self.sampler is None:
             return self
-
-        def outer(x: Tree, hparams: Tree) -> Tensor:
-            return self.outer_loss(statistics.at_rest(self, x, hparams), hparams)
-
-        return BilevelProblem(self.inner_loss, outer, self.trainable(self.params))
+        view = copy.copy(self)
+        view.sampler = None
+        return view
 
     def on_outer_step(self, index: int) -> BilevelProblem:
         """Return the problem of an outer step: this one, unless its data change from step to step.
@@ -243,9 +217,9 @@ class BilevelProblem:
         """Evaluate the losses on their batches in an outer step."""
         if sampling.sampler is not None:
             self.sampler, self.minibatch = sampling.of_inner_steps, sampling.minibatch(outer_step)
-            self.inner_loss = batches.with_third(sampling.inner_loss, self.minibatch)
+            self.inner_loss = batches.with_last(sampling.inner_loss, self.minibatch)
         if sampling.outer_sampler is not None:
-            self.outer_loss = batches.with_third(sampling.outer_loss, sampling.outer_sampler(outer_step))
+            self.outer_loss = batches.with_last(sampling.outer_loss, sampling.outer_sampler(outer_step))
 
     def traced(self, mode: str = "fx") -> BilevelProblem:
         """Return this problem with its gradient and VJP oracles traced once and replayed; see `bilevel.traced`.
@@ -326,8 +300,6 @@ class BilevelProblem:
         if params is None:
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
         check_tensors("params", params)
-        if self.statistics is not None:
-            params = self.statistics.completed(params)
         return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
@@ -345,22 +317,7 @@ class BilevelProblem:
         """
         if self.batch is not None:
             return batches.check(self, params, hparams, reads)
-        check_trees(params, hparams)
-        params, hparams = tree.attach(params), tree.attach(hparams)
-        what = "inner_loss" if self.optimality is None else "optimality"
-        with torch.enable_grad(), explained(f"`{what}`"):
-            if self.optimality is None:
-                with drawing_nothing("inner_loss", tree.leaves(params)[0].device):
-                    inner = check_scalar("inner_loss", self.inner_loss, params, hparams)
-                check_second_derivatives("`inner_loss`", inner)
-            outer = check_scalar("outer_loss", self.outer_loss, params, hparams)
-            # Running statistics are used by whom they concern.
-            x = self.trainable(params)
-            by_outer, cut = partial_gradients("outer_loss", outer, (x, hparams)), len(tree.leaves(x))
-            if self.optimality is None:
-                check_use(partial_gradients("inner_loss", inner, x), by_outer[:cut], x)
-            gradient = self.gradient_graph(x, hparams)
-            check_influence(what, gradient, by_outer[cut:], x, hparams, reads and partial(reads, self, x, hparams))
+        check_losses(self, params, hparams, reads)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return a problem of `size` members side by side.
@@ -387,11 +344,6 @@ class BilevelProblem:
         tensor([-4., -2.])
         """
         batches.check_single(self, size)
-        if self.draws is not None or self.statistics is not None:
-            raise ValueError(
-                f"a problem with {self.variation} does not run in batches: solve its members one after the other, or "
-                "put the module in evaluation mode before `from_module`."
-            )
         if self._sampling is not None:
             raise ValueError("a problem with a sampler does not run in batches: give its data by `data=` instead.")
         single: list[BilevelProblem]
@@ -503,28 +455,14 @@ class BilevelProblem:
         >>> sorted(problem.params)
         ['bias', 'weight']
         """
-        require_arguments(
-            "inner_loss", inner_loss, "model", "params", "hparams", *([] if sampler is None else ["batch"])
-        )
-        require_arguments(
-            "outer_loss", outer_loss, "model", "params", "hparams", *([] if outer_sampler is None else ["batch"])
-        )
-        functional, random = FunctionalModule(module), random_layer(module)
-        if seed is None and random is not None:
-            raise ValueError(
-                f"the module's random layer {random!r} (dropout) is active, so the inner loss is random and has no "
-                "hypergradient: give `seed=` to fix its draws at each inner step, or call module.eval() first."
-            )
-        draws = None if seed is None else Draws(seed, tree.leaves(functional.params)[0].device)
-        problem = cls(
-            ModuleLoss(inner_loss, functional, False, draws),
-            ModuleLoss(outer_loss, functional, True, draws),
-            functional.params | functional.statistics,
+        from bilevel.module_problem import ModuleProblem  # imported here: it is a subclass
+
+        return ModuleProblem(
+            module,
+            inner_loss,
+            outer_loss,
             sampler=sampler,
             fresh_batch=fresh_batch,
             outer_sampler=outer_sampler,
+            seed=seed,
         )
-        problem.draws, problem.wrong_third = draws, normalising_layer(module)
-        if functional.statistics:
-            problem.statistics, problem.inner_problem = RunningStatistics(functional), StatisticsInner
-        return problem

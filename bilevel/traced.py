@@ -46,7 +46,7 @@ def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
         The traced problem.
 
     Raises:
-        ValueError: for another mode, for a problem with closed-form oracles, and for one that draws random numbers.
+        ValueError: for another mode, and for a problem with closed-form oracles.
 
     >>> from bilevel import BilevelProblem
     >>> problem = BilevelProblem(lambda w, u: (w**2).sum() * u.exp() + w.sum(), lambda w, u: (w**2).sum())
@@ -56,8 +56,6 @@ def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
     """
     if mode not in MODES:
         raise ValueError(f"`traced` takes the mode 'fx' or 'inductor', got {mode!r}.")
-    if problem.draws is not None:
-        raise ValueError("a problem with a `seed` for random layers cannot be traced: leave out `traced`.")
     if (kind := TRACED.get(problem.inner_problem)) is None:
         raise ValueError(
             f"{type(problem).__name__} has closed-form oracles, which are faster than traced ones: use it as it is."

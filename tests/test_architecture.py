@@ -47,7 +47,7 @@ FLOORS = {
         "explain",
         "files",
     ),
-    2: ("linearization", "oracles", "statistics", "certifiable", "traced", "batches", "problem"),
+    2: ("linearization", "oracles", "statistics", "certifiable", "traced", "batches", "problem", "module_problem"),
     3: ("base",),
     4: ("inner", "linear", "problems", "data", "datafiles", "dataprep"),
     5: ("theory", "certify"),

@@ -10,6 +10,7 @@ import torch
 from helpers import F64, normal, tree_case
 from planted_faults import FAULTS, fit, made
 from problem_cases import PROBLEMS, draw
+from torch import Tensor
 
 import bilevel as bl
 from bilevel.check.differences import DoublePrecision, derivative, largest_jump
@@ -271,3 +272,51 @@ def test_check_says_which_line_of_the_file_fails_and_where_hyperparameters_are_m
         path.write_text(text)
         assert main(["check", str(path)]) == 2
         assert sentence in capsys.readouterr().err
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+DATA, TARGETS = normal(1, 20, 3), normal(2, 20, 1)
+STEP = bl.GradientDescent(step_size=0.2, steps=40)
+NETWORKS: dict[str, tuple[list[torch.nn.Module], Any, dict[str, Any]]] = {
+    "running statistics": ([torch.nn.BatchNorm1d(3, affine=False)], STEP, {}),
+    "random layers": ([torch.nn.Dropout(0.2)], STEP, {"seed": 0}),
+    "mini-batches": ([], STEP, {"sampler": bl.MiniBatches((DATA, TARGETS), batch_size=5, seed=0)}),
+    "a batch each outer step": (
+        [],
+        STEP,
+        {"sampler": bl.MiniBatches((DATA, TARGETS), batch_size=10, seed=0), "fresh_batch": "outer step"},
+    ),
+    "a tuned optimizer": ([], bl.SGD(lambda u: u["log_rate"].exp(), momentum=0.5, steps=20), {}),
+    "all of it": (
+        [torch.nn.BatchNorm1d(3, affine=False), torch.nn.Dropout(0.2)],
+        bl.SGD(lambda u: u["log_rate"].exp(), steps=20),
+        {"seed": 0, "sampler": bl.MiniBatches((DATA, TARGETS), batch_size=10, seed=0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_right_network_raises_no_alarm_and_its_unrolls_are_compared_with_its_own_runs(kind: str) -> None:
+    layers, solver, options = NETWORKS[kind]
+
+    def train(model: Any, params: Any, hparams: Any, batch: Any = (DATA, TARGETS)) -> Tensor:
+        penalty = hparams["log_decay"].exp() * sum(p.square().sum() for p in params.values())
+        return (model(batch[0]) - batch[1]).square().mean() + penalty
+
+    def validate(model: Any, params: Any, hparams: Any) -> Tensor:
+        return (model.eval()(DATA + 0.3) - TARGETS).square().mean()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(*layers, torch.nn.Linear(3, 1)).double()
+    problem = bl.BilevelProblem.from_module(module, train, validate, **options)
+    hparams = {"log_decay": torch.tensor(-2.0, dtype=F64)}
+    if isinstance(solver, bl.SGD):
+        hparams["log_rate"] = torch.tensor(-2.0, dtype=F64)
+    report = bl.check_problem(problem, hparams, solver)
+    assert report.ok, str(report)
+    judged = {finding.check: finding for finding in report.findings}
+    assert {"Implicit", "FullUnroll"} <= set(judged), str(report)
+    assert "agrees with differences" in judged["FullUnroll"].sentence, str(report)

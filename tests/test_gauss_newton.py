@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -209,6 +210,98 @@ def test_products_are_those_of_the_batch_on_which_linear_systems_are_evaluated()
             estimate = bl.hypergradient(sampled, solver, estimator, DECAY)
             again = bl.hypergradient(whole, bl.GradientDescent(1e-12, steps=1), estimator, DECAY, estimate.params)
             torch.testing.assert_close(flat(estimate.hypergradient), flat(again.hypergradient), rtol=1e-7, atol=1e-10)
+
+
+# Layers with draws and statistics, and other batches ------------------------------------------------------------------
+
+
+class Residuals:
+    """Least squares whose residual r is kept, so that its dense Gauss-Newton matrix is 2/n dr/dx' dr/dx + penalty."""
+
+    def __init__(self, noise: bool = False) -> None:
+        self.noise = noise
+        self.seen: list[Tensor] = []
+
+    def __call__(self, model: Any, params: Any, decay: Any, batch: Any = (X2, TARGETS)) -> Tensor:
+        data, targets = batch
+        outputs = model(data)
+        self.seen.append((outputs * torch.rand(outputs.shape, dtype=F64) if self.noise else outputs) - targets)
+        return self.seen[-1].square().mean() + penalty(params, decay)
+
+    def dense(self, problem: bl.BilevelProblem, params: Any) -> Tensor:
+        params = tree.attach(problem.trainable(params))
+        problem.inner_loss(params, DECAY)
+        residual = self.seen[-1].reshape(-1)
+        rows = [torch.autograd.grad(r, tree.leaves(params), retain_graph=True) for r in residual]
+        J = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
+        bent = torch.cat([2.0 * DECAY[group(name)].exp().expand(p.numel()) for name, p in params.items()])
+        return 2.0 / len(residual) * J.t() @ J + bent.diag()
+
+
+def group(name: str) -> str:
+    return "hidden" if name.startswith("0") else "rest"
+
+
+def layered(*layers: nn.Module) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        return nn.Sequential(nn.Linear(3, 4), *layers, nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["layers draw", "the loss draws, too"])
+def test_products_of_a_seeded_loss_see_the_draws_of_the_loss_and_of_its_layers(noise: bool) -> None:
+    loss = Residuals(noise)
+    problem = made(layered(nn.Dropout(0.4)), loss, seed=3)
+    expected = loss.dense(problem, problem.params)
+    torch.testing.assert_close(dense_products(problem, problem.params), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_with_batch_norm_the_system_is_of_the_parameters_and_the_outer_loss_reads_statistics_at_rest() -> None:
+    loss = Residuals()
+
+    def evaluated(model: Any, params: Any, decay: Any) -> Tensor:
+        return (model.eval()(X) - 1.0).square().mean() + 0.0 * sum(decay.values())
+
+    problem = bl.BilevelProblem.from_module(layered(nn.BatchNorm1d(4)), loss, evaluated)
+    estimator = implicit(bl.CG(tol=1e-13), damping=0.05)
+    estimate = bl.hypergradient(problem, bl.GradientDescent(0.1, steps=3), estimator, DECAY)
+    x = problem.trainable(estimate.params)
+    G = loss.dense(problem, x) + 0.05 * torch.eye(tree.Raveler(x).size, dtype=F64)
+
+    def outer(x: Any) -> Tensor:
+        hidden, held_out = (data @ x["0.weight"].t() + x["0.bias"] for data in (X2, X))
+        scaled = (held_out - hidden.mean(0)) / (hidden.var(0) + 1e-5).sqrt() * x["1.weight"] + x["1.bias"]
+        return (torch.tanh(scaled) @ x["3.weight"].t() + x["3.bias"] - 1.0).square().mean()
+
+    adjoint = tree.Raveler(x).unravel(torch.linalg.solve(G, flat(torch.func.grad(outer)(x))))
+    for name, u in DECAY.items():
+        cross = sum((2.0 * u.exp() * x[key] * adjoint[key]).sum() for key in x if group(key) == name)
+        torch.testing.assert_close(estimate.hypergradient[name], -cross, rtol=1e-8, atol=1e-12)
+
+
+def test_with_a_batch_for_each_outer_step_products_are_those_of_its_batch_draws_and_statistics() -> None:
+    loss, sampler = Residuals(noise=True), bl.MiniBatches((X2, TARGETS), batch_size=4, seed=0)
+    problem = made(layered(nn.BatchNorm1d(4), nn.Dropout(0.3)), loss, sampler=sampler, fresh_batch="outer step", seed=1)
+    for index in (0, 2):
+        view = problem.on_outer_step(index)
+        x = view.trainable(view.params)
+        torch.testing.assert_close(dense_products(view, x), loss.dense(view, x), rtol=1e-9, atol=1e-11)
+        assert loss.seen[-1].shape == (4, 3)
+        estimator = implicit(bl.CG(tol=1e-13), damping=0.1)
+        estimate = bl.hypergradient(view, bl.GradientDescent(0.1, steps=3), estimator, DECAY)
+        alone = made(
+            layered(nn.BatchNorm1d(4), nn.Dropout(0.3)),
+            partial(loss, batch=sampler(index)),
+            seed=1,
+        )
+        again = bl.hypergradient(alone, bl.GradientDescent(0.1, steps=3), estimator, DECAY)
+        torch.testing.assert_close(flat(estimate.hypergradient), flat(again.hypergradient), rtol=1e-9, atol=1e-12)
+
+
+def test_a_meta_problem_whose_loss_is_not_in_halves_is_refused() -> None:
+    problem = bl.meta.SineProblem(batch_size=2, hidden=[4], proximity=1.0)
+    with pytest.raises(ValueError, match=r"'gauss-newton' needs a single problem of `BilevelProblem.from_module`"):
+        bl.hypergradient(problem, bl.GradientDescent(0.1, steps=1), implicit(bl.CG(steps=2)), problem.initial_hparams())
 
 
 def test_a_problem_whose_model_is_not_known_is_refused_in_one_sentence() -> None:

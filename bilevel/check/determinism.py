@@ -24,12 +24,12 @@ def evaluation(subject: Subject) -> list[Tensor]:
 
 def determinism(subject: Subject) -> Finding:
     """Call both losses twice, with calls elsewhere in between: the bits must be the same, and no state may move."""
-    generators, states = _generators(), versions(subject.problem)
+    generators, states = _generators(), versions(subject.given)
     first = evaluation(subject)
     subject.values(subject.away[0], subject.hparams)
     difference = _apart(first, evaluation(subject))
     moved = [name for name, state in _generators().items() if not _same(state, generators[name])]
-    changed = [name for name, version in versions(subject.problem).items() if version != states.get(name, version)]
+    changed = [name for name, version in versions(subject.given).items() if version != states.get(name, version)]
     if difference > 0:
         return Finding("determinism", "fault", _cause(difference, moved, changed), difference)
     if moved or changed:
@@ -37,7 +37,7 @@ def determinism(subject: Subject) -> Finding:
         return Finding(
             "determinism", "note", f"the losses {what}, although two calls give the same bits: is that meant?"
         )
-    if subject.problem.sampler is not None and (finding := _sampler(subject)):
+    if subject.given.sampler is not None and (finding := _sampler(subject)):
         return finding
     return Finding("determinism", "ok", "two calls with the same arguments give the same bits.", 0.0)
 
@@ -51,7 +51,7 @@ def still_the_same(first: list[Tensor], subject: Subject) -> Finding | None:
 
 
 def _sampler(subject: Subject) -> Finding | None:
-    sampler: Any = subject.problem.sampler
+    sampler: Any = subject.given.sampler
     first = [leaf.clone() for leaf in tree.leaves(sampler(0))]
     sampler(1)
     difference = _apart(first, tree.leaves(sampler(0)))

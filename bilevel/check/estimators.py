@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState
 from bilevel.check.differences import derivative
@@ -14,9 +16,11 @@ from bilevel.check.solution import Solved
 from bilevel.check.subject import Subject
 from bilevel.hypergrad import FullUnroll, Implicit, TruncatedUnroll, hypergradient
 from bilevel.hypergrad.loop import begin, run_inner
+from bilevel.hypergrad.moving import with_statistics
 from bilevel.inner import QuasiNewton
 from bilevel.linear import CG, GMRES
 from bilevel.options import default_tolerance, describe
+from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
 MOST_DIRECTIONS = 4
@@ -45,7 +49,7 @@ def estimators(subject: Subject, solved: Solved, tail: int | None) -> list[Findi
     converged: InnerSolver = subject.solver
     if subject.problem.symmetric:
         converged = QuasiNewton(tol=default_tolerance(subject.dtype), steps=500)
-    truth = [_slope(subject, converged, solved.params, direction) for direction in directions]
+    truth = [_slope(subject, subject.problem, converged, solved.params, direction) for direction in directions]
     findings = [_implicit(subject, converged, solved, directions, truth)]
     if not subject.solver.unrolls:
         return [
@@ -67,14 +71,18 @@ def _directions(subject: Subject) -> list[Tree]:
     return [subject.direction(subject.hparams, 800 + index) for index in range(MOST_DIRECTIONS)]
 
 
-def _slope(subject: Subject, solver: InnerSolver, start: Tree, direction: Tree) -> tuple[float, float]:
+def _slope(
+    subject: Subject, problem: BilevelProblem, solver: InnerSolver, start: Tree, direction: Tree
+) -> tuple[float, float]:
     """Return the derivative of the outer loss after inner solves, along a direction, and its uncertainty."""
-    return derivative(_objective(subject, solver, start, direction), FIRST, LEVELS)
+    return derivative(_objective(subject, problem, solver, start, direction), FIRST, LEVELS)
 
 
-def _objective(subject: Subject, solver: InnerSolver, start: Tree, direction: Tree) -> Callable[[float], float]:
+def _objective(
+    subject: Subject, problem: BilevelProblem, solver: InnerSolver, start: Tree, direction: Tree
+) -> Callable[[float], float]:
     """Return t -> the outer loss after an inner solve at hparams moved by t; measured step sizes are constants."""
-    bind = subject.problem.bind
+    bind, solver = problem.bind, with_statistics(problem, solver)
     measured = begin(bind(subject.hparams), solver, start, Carry()).measured
 
     def function(t: float) -> float:
@@ -82,7 +90,8 @@ def _objective(subject: Subject, solver: InnerSolver, start: Tree, direction: Tr
         inner = bind(hparams)
         state: InnerState = replace(begin(inner, solver, start, Carry()), measured=measured)
         run = run_inner(inner, solver, state, at_least=1)
-        value = subject.values(solver.params(run.state), hparams)[-1]
+        with torch.no_grad():
+            value = problem.outer_loss(solver.params(run.state), hparams)
         return float(value) if run.verdict.status.usable else math.nan
 
     return function
@@ -108,12 +117,10 @@ def _allowed(subject: Subject) -> float:
 
 
 def _taken(
-    subject: Subject, solver: InnerSolver, estimator: HypergradEstimator, start: Tree
+    subject: Subject, problem: BilevelProblem, solver: InnerSolver, estimator: HypergradEstimator, start: Tree
 ) -> tuple[Tree | None, str, object]:
     """Return (hypergradient or None, the sentence about a failure, status)."""
-    estimate = hypergradient(
-        subject.problem, solver, estimator, subject.hparams, start, check=False, on_failure="return"
-    )
+    estimate = hypergradient(problem, solver, estimator, subject.hparams, start, check=False, on_failure="return")
     usable = estimate.status.usable
     return (estimate.hypergradient if usable else None), str(estimate.verdict), estimate.status
 
@@ -127,7 +134,7 @@ def _implicit(
 ) -> Finding:
     name = "Implicit"
     linear_solver = CG() if subject.problem.symmetric else GMRES()
-    found, message, _ = _taken(subject, solver, Implicit(linear_solver), solved.params)
+    found, message, _ = _taken(subject, subject.problem, solver, Implicit(linear_solver), solved.params)
     if found is None:
         return Finding(name, "fault", message)
     if not _trusted(truth):
@@ -141,7 +148,7 @@ def _implicit(
             "inner loss is wrong, or the solution jumps.",
             error,
         )
-    theirs, message, _ = _taken(subject, subject.solver, Implicit(linear_solver), subject.start)
+    theirs, message, _ = _taken(subject, subject.given, subject.solver, Implicit(linear_solver), subject.given_start)
     if theirs is None:
         return Finding(name, "note", f"right at the solution, but after your inner solver: {message}", error)
     off = _error(theirs, directions, truth)
@@ -160,13 +167,13 @@ def _full(
     subject: Subject, solved: Solved, directions: Sequence[Tree], truth: Sequence[tuple[float, float]]
 ) -> Finding:
     name = "FullUnroll"
-    found, message, _ = _taken(subject, subject.solver, FullUnroll(), subject.start)
+    found, message, _ = _taken(subject, subject.given, subject.solver, FullUnroll(), subject.given_start)
     if found is None:
         return Finding(name, "fault", message)
     off = _error(found, directions, truth)
     if _trusted(truth) and off <= _allowed(subject):
         return Finding(name, "ok", "agrees with differences of inner solves.", off)
-    own = [_slope(subject, subject.solver, subject.start, direction) for direction in directions]
+    own = [_slope(subject, subject.given, subject.solver, subject.given_start, direction) for direction in directions]
     if not _trusted(own):
         return Finding(name, "note", "differences of your inner runs are too rough here to judge it.", off)
     error = _error(found, directions, own)
@@ -198,7 +205,7 @@ def _truncated(
     if tail is None or not _trusted(truth):
         return Finding(name, "not applicable", "no tail to recommend, or no truth to compare it with.")
     used = min(tail, max(1, solved.run.steps))
-    found, message, _ = _taken(subject, subject.solver, TruncatedUnroll(tail=used), subject.start)
+    found, message, _ = _taken(subject, subject.given, subject.solver, TruncatedUnroll(tail=used), subject.given_start)
     if found is None:
         return Finding(name, "fault", message)
     off = _error(found, directions, truth)

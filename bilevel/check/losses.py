@@ -25,13 +25,13 @@ JUMP = 1e-6
 
 def inputs(subject: Subject) -> Finding:
     """Look at trees, dtypes, devices and values, as every call of `hypergradient` does."""
-    subject.problem.check(subject.start, subject.hparams, partial(read_by_steps, subject.solver))
+    subject.given.check(subject.given_start, subject.hparams, partial(read_by_steps, subject.solver))
     if slope := _endless_slope(subject):
         return Finding("inputs", "fault", slope)
     like = tree.leaves(subject.start)[0]
     odd = [
         f"`{name}` is {tensor.dtype} on {tensor.device}"
-        for name, tensor in captured(subject.problem)
+        for name, tensor in captured(subject.given)
         if tensor.is_floating_point() and (tensor.dtype, tensor.device) != (like.dtype, like.device)
     ]
     if odd:

@@ -40,6 +40,9 @@ def check_problem(
     the losses allow it), so that it does not share the mistake that it looks for. Checks whose foundation is missing
     are "not applicable". The cost is a few hundred evaluations of the losses and some dozens of inner solves.
 
+    Where inner steps see batches or draws of their own, or move running statistics, so do the runs of `solver`. All
+    else is examined on the full batch, with the draws of what is no step and with the statistics at rest.
+
     Args:
         problem: the problem.
         hparams: where it is examined.

@@ -13,6 +13,7 @@ from bilevel.base import Carry
 from bilevel.check.report import Finding
 from bilevel.check.subject import Subject
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
+from bilevel.hypergrad.moving import with_statistics
 from bilevel.inner import QuasiNewton
 from bilevel.lanczos import lanczos
 from bilevel.options import default_tolerance
@@ -29,6 +30,7 @@ class Solved:
 
     Attributes:
         run: how the user's inner solver ended.
+        reached: its params, without running statistics.
         params: the inner solution, or None where none was found.
         state: the inner state that the user's solver ended with.
         residual: norm of the inner gradient at `params`.
@@ -36,6 +38,7 @@ class Solved:
     """
 
     run: InnerRun
+    reached: Tree
     params: Tree
     residual: float
     finding: Finding
@@ -61,23 +64,25 @@ class Curvature:
 def solve(subject: Subject) -> Solved:
     """Run the inner solver, and go on from its result with a solver that converges where one can."""
     inner = subject.problem.bind(subject.hparams)
-    solver = subject.solver
     first = float(tree.norm(inner.grad(subject.start)))
-    run = run_inner(inner, solver, begin(inner, solver, subject.start, Carry()))
+    given, solver = subject.given.bind(subject.hparams), with_statistics(subject.given, subject.solver)
+    run = run_inner(given, solver, begin(given, solver, subject.given_start, Carry()))
     status = run.verdict.status
-    reached = solver.params(run.state)
+    reached = subject.given.trainable(solver.params(run.state))
     params, residual = _polished(subject, reached if status.usable else subject.start)
     if not status.usable:
         finding = Finding("inner solve", "fault", str(run.verdict), run.residual, status)
     elif not status.ok:
         finding = Finding("inner solve", "note", str(run.verdict), run.residual, status)
     else:
-        sentence = f"{type(solver).__name__} took {run.steps} steps; the inner gradient norm fell from {first:.2g}."
+        sentence = (
+            f"{type(subject.solver).__name__} took {run.steps} steps; the inner gradient norm fell from {first:.2g}."
+        )
         finding = Finding("inner solve", "ok", sentence, run.residual)
     scale = max(first, float(tree.norm(inner.grad(subject.away[0]))))
     if not residual <= max(1e3 * default_tolerance(subject.dtype), 1e-5 * scale):
         params = None
-    return Solved(run, params, residual, finding)
+    return Solved(run, reached, params, residual, finding)
 
 
 def _polished(subject: Subject, params: Tree) -> tuple[Tree, float]:
@@ -173,9 +178,8 @@ def definiteness(subject: Subject, solved: Solved, found: Curvature) -> Finding:
             "directions that the outer loss does not see.",
             low,
         )
-    reached = subject.solver.params(solved.run.state)
     if subject.problem.symmetric and solved.run.verdict.status.usable:
-        there = curvature(subject, reached)
+        there = curvature(subject, solved.reached)
         if there.smallest < -1e-8 * abs(there.largest):
             return Finding(
                 name,
@@ -201,9 +205,8 @@ def definiteness(subject: Subject, solved: Solved, found: Curvature) -> Finding:
 
 def no_solution(subject: Subject, solved: Solved) -> Finding:
     """Say what the curvature is where the search for a solution ended, or at the start."""
-    reached = subject.solver.params(solved.run.state)
     usable = solved.run.verdict.status.usable
-    found = curvature(subject, reached if usable else subject.start)
+    found = curvature(subject, solved.reached if usable else subject.start)
     if found.smallest < -1e-8 * abs(found.largest):
         where = "at the last inner iterate" if usable else "at the start"
         return Finding(

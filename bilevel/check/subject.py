@@ -27,18 +27,28 @@ class Subject:
     """A problem, where it is examined, and the inner solver that is used on it.
 
     Attributes:
-        problem: the problem.
+        given: the problem.
         solver: the inner solver.
         hparams: hyperparameters, detached.
-        start: where the inner solver starts.
+        given_start: where the inner solver starts.
         seed: of the random points and directions.
     """
 
-    problem: BilevelProblem
+    given: BilevelProblem
     solver: InnerSolver
     hparams: Tree
-    start: Tree
+    given_start: Tree
     seed: int = 0
+
+    @cached_property
+    def problem(self) -> BilevelProblem:
+        """The problem with the same inner loss at every step; all but the runs of `solver` is examined on it."""
+        return self.given.at_rest()
+
+    @cached_property
+    def start(self) -> Tree:
+        """Its start."""
+        return self.given.trainable(self.given_start)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,7 +64,7 @@ class Subject:
     @cached_property
     def read_by_steps(self) -> Tensor:
         """Of every component of the hyperparameters, whether the inner solver reads it by itself."""
-        found = read_by_steps(self.solver, self.problem, self.problem.trainable(self.start), self.hparams)
+        found = read_by_steps(self.solver, self.problem, self.start, self.hparams)
         pairs = zip(tree.leaves(self.hparams), found, strict=True)
         return torch.cat([torch.full((leaf.numel(),), read, device=leaf.device) for leaf, read in pairs])
 

@@ -29,20 +29,19 @@ def gauss_newton(point: Linearization, loss: ModuleLoss) -> Callable[[Tree], Tre
     its cotangent.
 
     Args:
-        point: the linearised inner gradient; its params, hparams, batch and counts are used.
-        loss: its loss in two halves.
+        point: the linearised inner gradient; its params, hparams and counts are used.
+        loss: its loss, on its batch, in two halves.
     """
-    hparams, batch = point.inner.hparams, point.inner.problem.module_batch
-    params, own = tree.attach(point.params), tree.attach(point.params)
+    hparams, params, own = point.inner.hparams, tree.attach(point.params), tree.attach(point.params)
     with torch.enable_grad():
-        outputs = loss.outputs(params, hparams, *batch)
+        outputs = loss.outputs(params, hparams)
     moving = [leaf for leaf in tree.leaves(outputs) if _moves(leaf)]
     push = pushforward(moving, tree.leaves(params))
     # The loss with the outputs and params as independent variables.
     free = tree.tree_map(lambda leaf: leaf.detach().requires_grad_() if _moves(leaf) else leaf, outputs)
     variables = [leaf for leaf in tree.leaves(free) if _moves(leaf)] + tree.leaves(own)
     with torch.enable_grad():
-        value = loss.at_outputs(free, own, hparams, *batch)
+        value = loss.at_outputs(free, own, hparams)
         slope = edges(torch.autograd.grad(value, variables, create_graph=True, materialize_grads=True))
 
     def product(v: Tree) -> Tree:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.inputs import Reads, check_tensor, check_trees
+from bilevel.module_problem import ModuleProblem
 from bilevel.options import is_int, require
-from bilevel.problem import BilevelProblem
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.splits import Split, class_labels, training_classes
 from bilevel.tree import Tree
 
 
-class MLPProblem(DataProblem):
+class MLPProblem(DataProblem, ModuleProblem):
     """Classification by a multilayer perceptron with tanh units and tuned weight decay.
 
         inner   1/n sum_i l(net(x_i), y_i) + 1/2 sum_j exp(u_j) w_j^2,   l = cross-entropy
@@ -80,8 +80,7 @@ class MLPProblem(DataProblem):
         for split in self.splits.values():
             split.y = class_labels(split, classes)
         self.module = self._perceptron(self.train.X, [self.train.X.shape[0], *hidden, len(classes)])
-        made = BilevelProblem.from_module(self.module, self._inner, self._outer)
-        super().__init__(made.inner_loss, made.outer_loss, made.params)
+        super().__init__(self.module, self._inner, self._outer)
 
     def _perceptron(self, like: Tensor, sizes: Sequence[int]) -> nn.Sequential:
         """Return the network, of the dtype and on the device of the data, at its start."""
