@@ -76,6 +76,66 @@ def test_each_branch_of_the_rule(
     assert str(found).startswith(f"auto chose {bl.base.describe(expected)}: ")
 
 
+def network(*layers: torch.nn.Module, **options: Any) -> bl.BilevelProblem:
+    X = torch.linspace(-1, 1, 16, dtype=F64).reshape(8, 2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), *layers, torch.nn.Linear(3, 1)).double()
+    return bl.BilevelProblem.from_module(
+        model,
+        lambda net, w, u: (net(X) ** 2).mean() + u.exp().sum() * sum((leaf**2).sum() for leaf in w.values()),
+        lambda net, w, u: ((net.eval()(X) - 1) ** 2).mean(),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "rule", "expected", "why"),
+    [
+        (lambda: network(torch.nn.BatchNorm1d(3)), bl.Auto(), bl.Implicit(bl.CG()), "running statistics, which move"),
+        (lambda: network(torch.nn.Dropout(), seed=0), bl.Auto(), bl.Implicit(bl.CG()), "random layers, whose steps"),
+        (bl.meta.SineProblem, bl.Auto(), bl.Implicit(balance="auto"), "shares the work"),
+        (lambda: network(torch.nn.BatchNorm1d(3)), bl.Auto(unroll=True), bl.FullUnroll(), "200 states fit"),
+        (lambda: network(torch.nn.Dropout(), seed=0), bl.Auto(unroll=True), bl.FullUnroll(), "200 states fit"),
+        (sampled, bl.Auto(unroll=True), bl.FullUnroll(), "200 states fit"),
+    ],
+    ids=["statistics", "draws", "tasks", "statistics, unrolled", "draws, unrolled", "sampler, unrolled"],
+)
+def test_problems_whose_steps_vary(make: Any, rule: bl.Auto, expected: bl.HypergradEstimator, why: str) -> None:
+    problem = make()
+    found = chosen(problem, FIXED, rule)
+    assert found.estimator == expected
+    assert why in found.reason
+    rule.check(problem, FIXED, torch.zeros(2, dtype=F64))
+
+
+DECAYED = bl.AdamW(0.01, steps=20)
+TUNED = bl.SGD(step_size=lambda u: 0.1 * u.reshape(-1)[0].exp(), steps=20)
+
+
+@pytest.mark.parametrize("make", [lambda: ridge_case().problem, lambda: logistic_case().problem, sampled])
+@pytest.mark.parametrize(("solver", "why"), [(DECAYED, "weight_decay"), (TUNED, "step_size")], ids=["decay", "tuned"])
+def test_steps_that_decide_the_result_are_unrolled_or_refused(make: Any, solver: bl.InnerSolver, why: str) -> None:
+    problem = make()
+    u = problem.initial_hparams(0.0) if hasattr(problem, "initial_hparams") else torch.zeros((), dtype=F64)
+    refused = rf"^Auto\(\) rests on the inner solution, but `{type(solver).__name__}\.{why}` .*: use FullUnroll, or"
+    with pytest.raises(ValueError, match=refused):
+        bl.hypergradient(problem, solver, "auto", u)
+    found = bl.hypergradient(problem, solver, bl.Auto(unroll=True), u)
+    same = bl.hypergradient(problem, solver, bl.FullUnroll(), u)
+    assert found.verdict.detail.startswith("auto chose FullUnroll(): 20 states fit into memory")
+    assert torch.equal(found.hypergradient, same.hypergradient)
+
+
+def test_a_decay_of_torch_is_refused_with_its_remedy() -> None:
+    case = logistic_case()
+    solver = bl.TorchOptimizer(lambda params: torch.optim.AdamW(params, lr=0.01), steps=20)
+    with pytest.raises(
+        ValueError, match=r"^Auto\(\) rests on the inner solution, but weight_decay=0.01 of AdamW .* set"
+    ):
+        bl.hypergradient(case.problem, solver, "auto", case.hparams)
+    with pytest.raises(ValueError, match="the steps of TorchOptimizer are not differentiated: use Implicit, or one of"):
+        bl.hypergradient(case.problem, solver, bl.Auto(unroll=True), case.hparams)
+
+
 def test_one_hyperparameter_takes_forward_mode_where_states_do_not_fit() -> None:
     rule = bl.Auto(unroll=True, memory_limit=4 * KIB)
     assert chosen(logistic_case().problem, FIXED, rule, count=1).estimator == bl.FullUnroll(mode="forward")

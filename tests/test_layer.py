@@ -295,3 +295,10 @@ def test_momentum_zero_is_gradient_descent(momentum: float) -> None:
     for cls in (bl.HeavyBall, bl.Nesterov):
         other = bl.hypergradient(case.problem, cls(STEP, momentum, steps=9), bl.FullUnroll(), case.hparams)
         assert torch.allclose(other.hypergradient, plain.hypergradient, rtol=1e-13, atol=0) == (momentum == 0.0)
+
+
+@pytest.mark.parametrize("call", [bl.solution, bl.check_hypergradient])
+def test_arguments_in_the_wrong_order_are_refused(call: Any) -> None:
+    case = ridge_case()
+    with pytest.raises(ValueError, match=r"^expected \(problem, solver, estimator, hparams\), got GradientDescent in"):
+        call(bl.GradientDescent(), case.problem, bl.Implicit(), case.hparams)

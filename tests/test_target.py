@@ -195,7 +195,23 @@ def test_a_failed_solve_keeps_its_own_status() -> None:
         ({"target_error": "1e-3"}, bl.Implicit(), "hypergradient, got '1e-3'."),
         ({"target_error": 0.1, "certify": True}, bl.Implicit(), "brings its own certificate: leave out certify=True."),
         ({"target_error": 0.1}, bl.Implicit(damping=0.1), "`Implicit.damping` 0.1 biases the hypergradient, so that"),
-        ({"target_error": 0.1}, bl.Implicit(bl.Neumann(steps=7)), "Neumann sums 7 terms, whatever a `target_error`"),
+        (
+            {"target_error": 0.1},
+            bl.Implicit(curvature="gauss-newton"),
+            "`Implicit.curvature` 'gauss-newton' biases the hypergradient, so that no tolerance leads to a",
+        ),
+        (
+            {"target_error": 0.1},
+            bl.Implicit(bl.Neumann(steps=7)),
+            "Neumann(steps=7) takes 7 products, whatever a `target_error` asks for: use CG().",
+        ),
+        (
+            {"target_error": 0.1},
+            bl.Implicit(bl.CG(steps=5)),
+            "CG(steps=5) takes 5 products, whatever a `target_error` asks for: use CG().",
+        ),
+        ({"target_error": 0.1}, bl.OneStep(), "OneStep() has no tolerance that leads to a `target_error`: use"),
+        ({"target_error": 0.1}, bl.FirstOrder(), "FirstOrder() has no tolerance that leads to a `target_error`: use"),
         (
             {"target_error": 0.1},
             bl.Implicit(balance="auto", budget=200),
@@ -227,6 +243,104 @@ def test_what_cannot_work_is_refused_in_one_sentence_by_both_calls(
         with pytest.raises(ValueError, match=re.escape(message)) as caught:
             call(*given, **options)
         assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("solver", "estimator", "message"),
+    [
+        (
+            bl.AdamW(0.01),
+            bl.FullUnroll(),
+            "`target_error` asks for the derivative of the inner solution, but `AdamW.weight_decay` leads the steps "
+            "away from the minimiser of the inner loss (a penalty in the inner loss does not): leave it out.",
+        ),
+        (
+            bl.SGD(step_size=lambda u: 0.1 * u[0].exp()),
+            "auto",
+            "`SGD.step_size` is a function of the hyperparameters, on which the solution does not depend: leave it "
+            "out.",
+        ),
+        (
+            bl.TorchOptimizer(lambda params: torch.optim.AdamW(params, lr=0.01)),
+            bl.Implicit(),
+            "weight_decay=0.01 of AdamW leads the steps away from the minimiser of the inner loss: set it to 0 and put",
+        ),
+    ],
+    ids=["decay", "tuned step size", "torch's decay"],
+)
+def test_steps_that_decide_the_result_are_refused(solver: bl.InnerSolver, estimator: Any, message: str) -> None:
+    case = logistic_case()
+    for call in (bl.hypergradient, bl.OuterOptimizer):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            call(case.problem, solver, estimator, case.hparams, target_error=0.1)
+        assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", ["logistic", "no bound known"])
+@pytest.mark.parametrize(
+    ("solver", "estimator"),
+    [
+        # Of its own tolerances LBFGS would stand still before the target.
+        (
+            bl.TorchOptimizer(lambda w: torch.optim.LBFGS(w, tolerance_grad=0, tolerance_change=0), steps=40),
+            bl.Implicit(),
+        ),
+        (bl.QuasiNewton(), bl.Auto()),
+        (bl.QuasiNewton(), bl.Implicit(bl.Nystrom(rank=100))),
+    ],
+    ids=["torch's LBFGS", "QuasiNewton", "Nystrom of full rank"],
+)
+def test_other_solvers_reach_the_target(name: str, solver: bl.InnerSolver, estimator: Any) -> None:
+    case = CASES[name]()
+    found = bl.hypergradient(case.problem, solver, estimator, case.hparams, case.start, target_error=1e-4)
+    assert found.status.ok
+    assert true_error(case, found) <= 1e-4
+
+
+def test_a_low_rank_has_no_target_to_reach() -> None:
+    case = logistic_case()
+    with pytest.raises(ValueError, match="it needs something on the diagonal"):
+        bl.hypergradient(case.problem, bl.QuasiNewton(), bl.Implicit(bl.Nystrom(2)), case.hparams, target_error=0.1)
+
+
+def test_a_tail_that_auto_shortens_to_fit_into_memory_is_refused_a_target() -> None:
+    case = logistic_case()
+    rule = bl.Auto(unroll=True, memory_limit=2.0**10)
+    with pytest.raises(ValueError, match="steps leaves an error that no tolerance takes away"):
+        bl.hypergradient(case.problem, bl.GradientDescent(), rule, case.hparams, target_error=0.1)
+
+
+def with_random_layers() -> bl.BilevelProblem:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.5), torch.nn.Linear(3, 1)).double()
+    return network(model, seed=0)
+
+
+def with_running_statistics() -> bl.BilevelProblem:
+    return network(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).double())
+
+
+def network(model: torch.nn.Module, **options: Any) -> bl.BilevelProblem:
+    X, y = normal(0, 8, 2), normal(1, 8, 1)
+    return bl.BilevelProblem.from_module(
+        model,
+        lambda net, w, u: ((net(X) - y) ** 2).mean() + u.exp() * sum((leaf**2).sum() for leaf in w.values()),
+        lambda net, w, u: ((net.eval()(X) - y) ** 2).mean(),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "has"),
+    [
+        (with_random_layers, "random layers, whose steps see different draws"),
+        (with_running_statistics, "running statistics, which move besides the parameters"),
+    ],
+)
+def test_networks_whose_steps_vary_are_refused(make: Any, has: str) -> None:
+    u = torch.tensor(-3.0, dtype=F64)
+    for estimator in (bl.Implicit(), bl.FullUnroll(), "auto"):
+        with pytest.raises(ValueError, match=f"falls below any tolerance, but this problem has {has}: leave it out."):
+            bl.hypergradient(make(), bl.GradientDescent(0.1), estimator, u, target_error=0.1)
 
 
 def test_batches_samplers_and_optimality_maps_are_refused() -> None:

@@ -204,3 +204,24 @@ def test_the_sketch_is_the_same_whatever_is_drawn_before() -> None:
 
 def test_replacing_steps_keeps_options_apart() -> None:
     assert replace(bl.CG(tol=1e-3), tol=None, steps=4) == bl.CG(steps=4)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        bl.Implicit(bl.CG(steps=1)),
+        bl.Implicit(bl.Neumann(steps=3)),
+        bl.Implicit(damping=0.1),
+        bl.Implicit(bl.Nystrom(rank=2), damping=0.1),
+        bl.OneStep(),
+        bl.TruncatedUnroll(tail=3),
+    ],
+    ids=["CG", "Neumann", "damped", "Nystrom", "one step", "tail"],
+)
+def test_the_bound_of_a_biased_hypergradient_holds_from_both_sides(estimator: bl.HypergradEstimator) -> None:
+    case = logistic_case()
+    found = bl.hypergradient(case.problem, bl.GradientDescent(steps=60), estimator, case.hparams, certify=True)
+    distance = float((found.hypergradient.reshape(-1) - case.hypergradient()).norm())
+    assert found.certificate.error_kind == "bound"
+    assert distance > 1e-3 * float(case.hypergradient().norm())
+    assert found.certificate.error_lower <= distance <= found.certificate.error

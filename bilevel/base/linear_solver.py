@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel import members, tree
-from bilevel.options import default_tolerance
+from bilevel.options import default_tolerance, describe
 from bilevel.status import GOOD, Verdict
 from bilevel.tree import Tree
 
@@ -205,7 +205,13 @@ class LinearSolver(ABC):
 
         Args:
             tol: relative residual to reach.
+
+        Raises:
+            ValueError: for a solver of a fixed number of `steps`, which no tolerance makes more exact.
         """
+        steps = getattr(self, "steps", None)
+        if steps is not None:
+            raise ValueError(f"{describe(self)} takes {steps} products, whatever a `target_error` asks for: use CG().")
         own = getattr(self, "tol", None) or 0.0
         return replace(self, tol=max(tol, own)) if hasattr(self, "tol") else self  # type: ignore[call-arg]
 

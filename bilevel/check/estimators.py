@@ -153,11 +153,12 @@ def _implicit(
         return Finding(name, "note", f"right at the solution, but after your inner solver: {message}", error)
     off = _error(theirs, directions, truth)
     if off > 1e-2:
+        why = subject.solver.off_solution(subject.problem) or "the inner residual is not small: take more inner steps"
         return Finding(
             name,
             "note",
-            f"right at the solution; with {describe(subject.solver)} it is {off:.1e} away from the truth, because the "
-            "inner residual is not small: take more inner steps.",
+            f"right at the solution; with {describe(subject.solver)} it is {off:.1e} away from the truth, "
+            f"because {why}.",
             off,
         )
     return Finding(name, "ok", "agrees with differences of inner solves; the error is after your inner solver.", off)
@@ -189,7 +190,7 @@ def _full(
         name,
         "note" if off > 1e-2 else "ok",
         f"agrees with differences of your own inner runs, whose result is {off:.1e} away from that of the inner "
-        "solution: more inner steps bring them together.",
+        f"solution: {subject.solver.off_solution(subject.problem) or 'more inner steps bring them together'}.",
         off,
     )
 

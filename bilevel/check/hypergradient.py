@@ -97,12 +97,12 @@ def check_hypergradient(
     >>> check_hypergradient(problem, GradientDescent(), Implicit(), torch.zeros(2, dtype=torch.float64)).ok
     True
     """
+    estimator = as_estimator(estimator)
+    check_roles(problem, solver, estimator)
     if problem.batch is not None:
         raise ValueError(
             f"`check_hypergradient` takes one problem, got a batch of {problem.batch}: check batch.member(i)."
         )
-    estimator = as_estimator(estimator)
-    check_roles(problem, solver, estimator)
     findings = examine(problem, solver, hparams, params, judge_estimators=False)
     if findings[-1].verdict == "not applicable" and findings[0].verdict == "fault":
         text = f"{findings_table(findings)}\n\n{summary(findings)}"

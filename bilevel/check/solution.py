@@ -1,4 +1,4 @@
-"""Checks at the inner solution: whether it is reached, how the Hessian is curved there, how fast steps contract."""
+"""Checks at the inner solution: whether it is reached, and how the Hessian is curved there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ class Solved:
         run: how the user's inner solver ended.
         reached: its params, without running statistics.
         params: the inner solution, or None where none was found.
-        state: the inner state that the user's solver ended with.
         residual: norm of the inner gradient at `params`.
         finding: what there is to say about the user's run.
     """

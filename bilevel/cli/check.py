@@ -23,7 +23,7 @@ PARTS = ("problem", "hparams", "solver")
 
 
 @dataclass(frozen=True)
-class Subject:
+class Named:
     """What is examined, and how it is called."""
 
     name: str
@@ -55,7 +55,7 @@ def run_check(arguments: Namespace) -> int:
         return max(codes)
 
 
-def _examined(subject: Subject, seed: int) -> int:
+def _examined(subject: Named, seed: int) -> int:
     solver = "" if subject.solver is None else f" with {describe(subject.solver)}"
     print(f"{subject.name}{solver}\n", flush=True)
     try:
@@ -66,16 +66,16 @@ def _examined(subject: Subject, seed: int) -> int:
     return 0 if report.ok else 1
 
 
-def _of_config(path: str, name: str, allow_import: bool) -> list[Subject]:
+def _of_config(path: str, name: str, allow_import: bool) -> list[Named]:
     """Return the problems of a config, on the split of its first seed, or the one that is named."""
     plan = load_plan(path, allow_import=allow_import)
     if name and name not in plan.problems:
         raise ConfigError(f"{path} has no problem {name!r}, only {', '.join(plan.problems)}.")
     made = {each: plan.problems[each](plan.seeds[0]) for each in plan.problems if not name or each == name}
-    return [Subject(f"{path}:{each}", setup.problem, setup.hparams, plan.solver) for each, setup in made.items()]
+    return [Named(f"{path}:{each}", setup.problem, setup.hparams, plan.solver) for each, setup in made.items()]
 
 
-def _of_file(path: str, name: str, hparams_name: str | None) -> Subject:
+def _of_file(path: str, name: str, hparams_name: str | None) -> Named:
     """Run a user's file and return the problem that it defines under a name."""
     module = _imported(Path(path))
     found = getattr(module, name, None)
@@ -99,7 +99,7 @@ def _of_file(path: str, name: str, hparams_name: str | None) -> Subject:
             f"where should {what} be checked? Define `hparams` in the file, name them by --hparams NAME, or let "
             f"{name} be a function that returns (problem, hparams)."
         )
-    return Subject(what, parts["problem"], parts["hparams"], parts["solver"])
+    return Named(what, parts["problem"], parts["hparams"], parts["solver"])
 
 
 def _imported(path: Path) -> ModuleType:

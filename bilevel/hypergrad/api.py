@@ -179,11 +179,9 @@ def prepare(
         (solver, hparams, start).
 
     Raises:
-        ValueError: for arguments in the wrong order, or a class in the place of its instance; the problem's and the
-            estimator's checks raise their own.
+        ValueError: what the checks of the problem and of the estimator raise.
         DerivativeError: a ValueError, for an inner loss without the second derivatives that the estimator takes.
     """
-    check_roles(problem, solver, estimator)
     start = problem.start(params)
     if check:
         estimator.check(problem, solver, hparams)

@@ -151,7 +151,8 @@ class Auto(HypergradEstimator):
         return Choice(TruncatedUnroll(tail=max(1, fits)), f"of {steps} states the last {max(1, fits)} fit into memory")
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Let what it chooses check; ValueError as there."""
+        """Let what it chooses check, after a look at the solver; ValueError as there."""
+        super().check(problem, solver, hparams)
         self.choose(problem, solver, hparams, problem.start()).estimator.check(problem, solver, hparams)
 
     def solve(

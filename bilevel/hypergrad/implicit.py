@@ -110,7 +110,7 @@ class Implicit(HypergradEstimator):
         """Return this estimator with the linear solver's tolerance; a balanced run follows the inner one by itself.
 
         Raises:
-            ValueError: for a budget, damping, or a linear solver without a tolerance.
+            ValueError: for a budget, damping, Gauss-Newton products, or a linear solver of a fixed number of steps.
         """
         if self.budget is not None:
             raise ValueError("`Implicit.budget` and a `target_error` both say when to stop: give one of them.")
@@ -118,6 +118,11 @@ class Implicit(HypergradEstimator):
             raise ValueError(
                 f"`Implicit.damping` {self.damping:g} biases the hypergradient, so that no tolerance leads to a "
                 "`target_error`: use damping=0."
+            )
+        if self.curvature == "gauss-newton":
+            raise ValueError(
+                "`Implicit.curvature` 'gauss-newton' biases the hypergradient, so that no tolerance leads to a "
+                "`target_error`: use curvature='hessian'."
             )
         return self if self.balance else replace(self, linear_solver=self.linear_solver.at_tolerance(tol))
 

@@ -14,6 +14,7 @@ from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
 from bilevel.cost import Meter
 from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
+from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, Verdict, check_on_failure, report
@@ -60,12 +61,14 @@ def solution(
     >>> u.grad.shape
     torch.Size([2])
     """
+    rule: HypergradEstimator = as_estimator(estimator)
+    check_roles(problem, solver, rule)
     if problem.batch is not None:
         raise ValueError(
             f"`solution` takes one problem, got a batch of {problem.batch}: use torch.func.vmap over hparams."
         )
     check_on_failure(on_failure)
-    call = _Call(problem, solver, as_estimator(estimator), problem.start(params), hparams, check, on_failure)
+    call = _Call(problem, solver, rule, problem.start(params), hparams, check, on_failure)
     _, *leaves = _Solution.apply(call, *tree.leaves(hparams))  # type: ignore[no-untyped-call]
     return tree.rebuild(call.start, leaves)
 

@@ -121,14 +121,6 @@ class Neumann(_Richardson):
         super().__post_init__()
         require(self, "steps", "a positive int", is_int(self.steps))
 
-    def at_tolerance(self, tol: float) -> LinearSolver:
-        """Refuse: a number of terms is no tolerance.
-
-        Raises:
-            ValueError: with the remedy.
-        """
-        raise ValueError(f"Neumann sums {self.steps} terms, whatever a `target_error` asks for: use CG().")
-
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         """Sum the series on vectors."""
         return self._iterate(replace(system, x0=None), self.steps, None)

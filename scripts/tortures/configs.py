@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import random
 import signal
@@ -13,10 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch._dynamo  # noqa: F401  (optimizers load it when first made; an interrupt in between leaves half of it)
 import yaml
 
 from bilevel.cli import main
+
+# Optimizers and figures load these when first made; an interrupt in between leaves half of them.
+for module in ("torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
 
 JUNK: Sequence[Any] = (
     *(None, True, 0, -1, 3, 1e300, -0.5, float("nan"), float("inf"), 10**30, "", "x", "1e-3", "ünïcode \u2028"),
