@@ -545,3 +545,11 @@ def test_what_cannot_be_wrapped_is_refused_in_one_sentence() -> None:
     by_map = bl.BilevelProblem.from_fixed_point(lambda x, u: 0.5 * x + u, lambda x, u: (x**2).sum(), normal(1, 2))
     with pytest.raises(ValueError, match=r"TorchOptimizer needs an inner loss, .*: use FixedPoint\(update\)."):
         bl.hypergradient(by_map, bl.TorchOptimizer(torch.optim.SGD, steps=2), bl.Implicit(bl.GMRES()), normal(2, 2))
+
+
+def test_a_wrapped_optimizer_that_stands_still_ends_the_run_above_its_tolerance() -> None:
+    case = tree_case("dict", "dict")
+    stubborn = bl.TorchOptimizer(lambda params: optim.LBFGS(params, tolerance_grad=1.0, tolerance_change=1.0), tol=1e-9)
+    estimate = bl.hypergradient(case.problem, stubborn, bl.Implicit(), case.hparams)
+    assert estimate.status is bl.Status.INNER_NOT_CONVERGED
+    assert estimate.certificate.inner_steps < 100

@@ -30,6 +30,8 @@ from bilevel.config.build import (
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.config.imports import importing
 from bilevel.config.schema import ConfigForm, OuterForm, check_form
+from bilevel.explain import DerivativeError
+from bilevel.hypergrad.arguments import read_by_steps
 from bilevel.outer import ToleranceSchedule, WarmStart
 from bilevel.problems import DataProblem
 
@@ -294,10 +296,13 @@ def _check_fit(plan: Plan) -> None:
             setup = build(plan.seeds[0])
         except (ValueError, OSError, ModuleNotFoundError) as error:
             raise ConfigError(located(error, path, getattr(build, "kind", None))) from None
+        estimators = plan.estimators.values()
+        reads = partial(read_by_steps, plan.solver) if any(each.differentiates_steps for each in estimators) else None
         try:
-            setup.problem.check(setup.problem.start(), setup.hparams)
+            setup.problem.check(setup.problem.start(), setup.hparams, reads)
         except ValueError as error:
-            raise ConfigError(located(error, path)) from None
+            if not isinstance(error, DerivativeError) or any(each.second_derivatives for each in estimators):
+                raise ConfigError(located(error, path)) from None
         for estimator_name, estimator in plan.estimators.items():
             try:
                 estimator.check(setup.problem, plan.solver, setup.hparams)

@@ -119,7 +119,9 @@ class TorchOptimizer(InnerSolver):
         set_gradients(state.params)
         take: Any = optimizer.step
         take(closure) if _takes_closure(type(optimizer).step) else take()
-        params = tree.rebuild(state.params, [leaf.detach() for leaf in leaves])
+        # The same params say that no further step helps: some optimizers stop at tolerances of their own.
+        still = all(torch.equal(leaf, start) for leaf, start in zip(leaves, before, strict=True))
+        params = state.params if still else tree.rebuild(state.params, [leaf.detach() for leaf in leaves])
         return state.moved(params, _saved(optimizer))
 
     def _made(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
