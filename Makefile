@@ -4,13 +4,16 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint figures bench bars clean
+.PHONY: demo test coverage lint figures bench bars clean
 
 demo: .venv/.demo  ## tune two models with three hypergradient estimators and plot the comparison
 	$(BIN)/bilevel compare configs/quickstart.yaml
 
 test: .venv/.dev  ## the whole test suite, a process for each core
 	$(BIN)/python -m pytest -n auto
+
+coverage: .venv/.dev  ## the whole test suite with the lines of bilevel/ that it runs: fails below 95 %
+	$(BIN)/python -m pytest -n auto --cov=bilevel --cov-report=term:skip-covered --cov-fail-under=95
 
 lint: .venv/.dev  ## style, documentation and types
 	$(BIN)/ruff check .
