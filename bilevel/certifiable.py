@@ -41,32 +41,33 @@ def gamma(count: float) -> float:
     return count * UNIT / (1.0 - count * UNIT)
 
 
-def roundings(length: int) -> int:
+def roundings(length: int, block: int = BLOCK) -> int:
     """Return how many roundings a term of `blocked_product` meets at most."""
-    blocks = length // BLOCK
-    return length if blocks <= 1 else BLOCK + math.ceil(math.log2(blocks)) + 2
+    blocks = length // block
+    return length if blocks <= 1 else block + math.ceil(math.log2(blocks)) + 2
 
 
-def blocked_product(A: Tensor, B: Tensor) -> Tensor:
-    """Return ``A @ B``, summed in blocks: ``|error| <= gamma(roundings(n)) |A| |B|``; one of them is small.
+def blocked_product(A: Tensor, B: Tensor, block: int = BLOCK) -> Tensor:
+    """Return ``A @ B``, summed in blocks: ``|error| <= gamma(roundings(n, block)) |A| |B|``; one of them is small.
 
     Args:
         A: of shape (rows, n).
         B: of shape (n, columns).
+        block: terms that are added in an unknown order.
 
     >>> blocked_product(torch.ones(1, 70), torch.ones(70, 2))
     tensor([[70., 70.]])
     """
     length = A.shape[1]
-    blocks = length // BLOCK
+    blocks = length // block
     if blocks <= 1:
         return A @ B
-    cut = blocks * BLOCK
-    parts = torch.bmm(A[:, :cut].reshape(len(A), blocks, BLOCK).transpose(0, 1), B[:cut].reshape(blocks, BLOCK, -1))
-    while len(parts) > 1:
-        half = len(parts) // 2
-        pairs = parts[:half] + parts[half : 2 * half]
-        parts = torch.cat((pairs, parts[2 * half :])) if len(parts) % 2 else pairs
+    cut = blocks * block
+    parts = torch.bmm(A[:, :cut].reshape(len(A), blocks, block).transpose(0, 1), B[:cut].reshape(blocks, block, -1))
+    while blocks > 1:
+        half = (blocks + 1) // 2
+        parts[: blocks - half] += parts[half:blocks]
+        blocks = half
     return parts[0] + A[:, cut:] @ B[cut:] if cut < length else parts[0]
 
 
@@ -186,16 +187,25 @@ class Rows:
 
         By Cauchy-Schwarz ``sum_i |a_ij a_il|`` is at most the product of the features' norms.
         """
-        product = blocked_product(W, self.gram)
-        lengths = self.columns / self.count**0.5
-        size = (W.abs() * lengths).sum(1, keepdim=True) + self.target_length
-        terms = chunk_roundings(self.count) + roundings(len(lengths)) + 6
-        return product, gamma(terms) * size * lengths
+        product = blocked_product(W, self.gram, CHUNK)
+        size = torch.mv(W.abs(), self.mean_lengths) + self.target_length
+        terms = chunk_roundings(self.count) + roundings(W.shape[1], CHUNK) + 6
+        return product, torch.outer(gamma(terms) * size, self.mean_lengths)
+
+    @cached_property
+    def mean_lengths(self) -> Tensor:
+        """Root mean square of every feature, at least that of `columns`: (features,)."""
+        return self.columns / self.count**0.5
 
     @cached_property
     def target_length(self) -> float:
         """``|y| / sqrt(rows)``."""
         return float(torch.linalg.vector_norm(self.y.to(self.X.dtype))) / self.count**0.5
+
+    @cached_property
+    def mean_squares(self) -> Tensor:
+        """Mean square of every feature: (features,)."""
+        return self.squares.mean(1)
 
     @cached_property
     def gram_top(self) -> float:
