@@ -15,7 +15,7 @@ from helpers import F64, flat, logistic_case, normal, quadratic_case, ridge_case
 
 import bilevel as bl
 from bilevel.certifiable import blocked_product, gamma, roundings, top_eigenvalue
-from bilevel.certify import bound_error, bounds, certify_error
+from bilevel.certify import ErrorEstimate, bound_error, bounds, certify_error
 from bilevel.certify.bounds import bound_pair
 from bilevel.certify.certificate import Metrics
 from bilevel.certify.instance import Instance, evaluate
@@ -425,4 +425,18 @@ def test_a_part_of_the_effectivity_study_meets_its_bars(monkeypatch: pytest.Monk
     assert len(cases) > 20
     assert not any(case.violated for case in cases)
     assert all(study.bars(cases).values())
-    assert study.table(cases).count("\n") == 20
+    assert study.table(cases).count("\n") == 22
+
+
+def test_the_effectivity_study_sees_a_wrong_component_and_a_wrong_sign() -> None:
+    holds, exact = script("effectivity").holds, np.array([1.0, -2.0])
+
+    def found(components: list[float], signs: list[float]) -> Any:
+        tensors = {"components": torch.tensor(components), "signs": torch.tensor(signs)}
+        return ErrorEstimate(1.0, "bound", "", **tensors)
+
+    errors = np.array([0.1, -0.2])
+    assert holds(found([0.11, 0.21], [0.0, -1.0]), errors, exact)
+    assert not holds(found([0.11, 0.19], [0.0, -1.0]), errors, exact)
+    assert not holds(found([0.11, 0.21], [0.0, 1.0]), errors, exact)
+    assert holds(ErrorEstimate(1.0, "estimate", ""), errors, exact)

@@ -81,11 +81,10 @@ def bound_pair(at: Evaluation, metric: Metric, floor: bool = True) -> Bound:
     Returns:
         The smaller of both theorems; infinite where neither holds.
     """
-    by_penalty = at.sizes
-    own = metric.own_norm(at.s), metric.own_norm(at.r)
-    own += metric.own_rounding_norm(at.s_rounding), metric.own_rounding_norm(at.r_rounding)
-    s, r, ds, dr = (min(pair) for pair in zip(own, by_penalty, strict=False))
-    s_penalty, r_penalty, ds_penalty, dr_penalty, _ = by_penalty
+    s_penalty, r_penalty, ds_penalty, dr_penalty, _ = at.sizes
+    s, r = min(metric.own_norm(at.s), s_penalty), min(metric.own_norm(at.r), r_penalty)
+    ds = min(metric.own_rounding_norm(at.s_rounding), ds_penalty)
+    dr = min(metric.own_rounding_norm(at.r_rounding), dr_penalty)
     full = Residuals(s + ds, s_penalty + ds_penalty, r + dr, r_penalty + dr_penalty)
     # Of a quadratic loss "local" says no more than "global" does, unless the metric does.
     plain = metric.plain and not at.instance.constants.concordance

@@ -69,7 +69,7 @@ class Metric(ABC):
         return self.instance.outer_curvature
 
     def groups(self, weights: Tensor) -> Tensor | None:
-        """Return what it says of ``|weights_k|_{H^-1}`` for the part that each hyperparameter owns; None for nothing."""
+        """Return what it says of ``|weights_k|_{H^-1}``, the part of hyperparameter k; None for nothing."""
         return None
 
     @property
