@@ -14,8 +14,8 @@ import torch
 from helpers import F64, flat, logistic_case, normal, quadratic_case, ridge_case, softmax_case, spd, tree_case
 
 import bilevel as bl
-from bilevel.certifiable import blocked_product, gamma, roundings, top_eigenvalue
-from bilevel.certify import bound_error, bounds, certify_error
+from bilevel.certifiable import Rows, blocked_product, gamma, roundings, top_eigenvalue
+from bilevel.certify import ErrorEstimate, bound_error, bounds, certify_error
 from bilevel.certify.bounds import bound_pair
 from bilevel.certify.certificate import Metrics
 from bilevel.certify.instance import Instance, evaluate
@@ -249,6 +249,25 @@ def test_the_top_eigenvalue_is_bounded_from_above_and_closely(condition: float) 
     assert top_eigenvalue(torch.zeros(3, 3, dtype=F64)) == 0.0
 
 
+@pytest.mark.parametrize("features", [300, 301])
+@pytest.mark.parametrize("spread", [1.5, 50.0, 1e4])
+def test_the_scaled_gram_matrix_is_bounded_from_above_and_as_closely_as_stated(features: int, spread: float) -> None:
+    rows = Rows(normal(77, features, 400), normal(78, 400))
+    half = torch.logspace(0, 0.5 * math.log10(spread), features, dtype=F64)
+    top = float(torch.linalg.eigvalsh(half[:, None] * rows.gram * half)[-1])
+    bound = rows.scaled_gram_top(half)
+    assert top <= bound <= 1.31 * top * (spread if spread < (2 if features == 300 else 100) else 1.0)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 300, 500])
+def test_products_on_the_gram_matrix_round_less_than_proved(length: int) -> None:
+    rows, W = Rows(normal(1, length, 90), normal(2, 90)), normal(3, 2, length)
+    X = rows.X.numpy().astype(LONG)
+    product, rounding = rows.on_gram(W)
+    exact = W.numpy().astype(LONG) @ (X @ X.T) / 90
+    assert (np.abs(product.numpy() - exact) <= rounding.numpy()).all()
+
+
 @pytest.mark.parametrize("make", [ridge_case, logistic_case, softmax_case])
 def test_metrics_are_below_the_hessian_where_they_are_made_and_where_they_are_moved_to(make: Any) -> None:
     case = make()
@@ -425,4 +444,18 @@ def test_a_part_of_the_effectivity_study_meets_its_bars(monkeypatch: pytest.Monk
     assert len(cases) > 20
     assert not any(case.violated for case in cases)
     assert all(study.bars(cases).values())
-    assert study.table(cases).count("\n") == 20
+    assert study.table(cases).count("\n") == 22
+
+
+def test_the_effectivity_study_sees_a_wrong_component_and_a_wrong_sign() -> None:
+    holds, exact = script("effectivity").holds, np.array([1.0, -2.0])
+
+    def found(components: list[float], signs: list[float]) -> Any:
+        tensors = {"components": torch.tensor(components), "signs": torch.tensor(signs)}
+        return ErrorEstimate(1.0, "bound", "", **tensors)
+
+    errors = np.array([0.1, -0.2])
+    assert holds(found([0.11, 0.21], [0.0, -1.0]), errors, exact)
+    assert not holds(found([0.11, 0.19], [0.0, -1.0]), errors, exact)
+    assert not holds(found([0.11, 0.21], [0.0, 1.0]), errors, exact)
+    assert holds(ErrorEstimate(1.0, "estimate", ""), errors, exact)

@@ -81,20 +81,18 @@ def bound_pair(at: Evaluation, metric: Metric, floor: bool = True) -> Bound:
     Returns:
         The smaller of both theorems; infinite where neither holds.
     """
-    instance = at.instance
-    s, r = metric.rounding_norm(at.s_rounding), metric.rounding_norm(at.r_rounding)
-    s_penalty, r_penalty = instance.penalty_norm(at.s_rounding), instance.penalty_norm(at.r_rounding)
-    full = Residuals(
-        metric.norm(at.s) + s,
-        instance.penalty_norm(at.s) + s_penalty,
-        metric.norm(at.r) + r,
-        instance.penalty_norm(at.r) + r_penalty,
-    )
-    bounds = [_local(at, metric, full), _global(at, full)]
+    s_penalty, r_penalty, ds_penalty, dr_penalty, _ = at.sizes
+    s, r = min(metric.own_norm(at.s), s_penalty), min(metric.own_norm(at.r), r_penalty)
+    ds = min(metric.own_rounding_norm(at.s_rounding), ds_penalty)
+    dr = min(metric.own_rounding_norm(at.r_rounding), dr_penalty)
+    full = Residuals(s + ds, s_penalty + ds_penalty, r + dr, r_penalty + dr_penalty)
+    # Of a quadratic loss "local" says no more than "global" does, unless the metric does.
+    plain = metric.plain and not at.instance.constants.concordance
+    bounds = [_global(at, full)] if plain else [_local(at, metric, full), _global(at, full)]
     best = min(bounds, key=lambda bound: bound.value)
-    components = torch.minimum(bounds[0].components, bounds[1].components)
+    components = torch.minimum(bounds[0].components, bounds[-1].components)
     value = min(best.value, float(torch.linalg.vector_norm(components)) * SUMS)
-    rounding = _local(at, metric, Residuals(s, s_penalty, r, r_penalty)).value if floor else 0.0
+    rounding = _local(at, metric, Residuals(ds, ds_penalty, dr, dr_penalty)).value if floor else 0.0
     return replace(best, value=value, components=components, rounding=rounding)
 
 
@@ -143,9 +141,9 @@ def _global(at: Evaluation, norms: Residuals) -> Bound:
         changes = torch.minimum(most, constants.third * (instance.extent(at.v) + width * at.blur_adjoint) * moves)
         change = float((instance.tuned.weights * instance.row_squares.amax(0).sqrt() * changes).sum())
     weights = float((instance.penalty * at.w.square()).sum().sqrt())
-    outer = instance.penalty_norm(at.outer) + instance.penalty_norm(at.r_rounding)
+    *_, r_rounding, outer = at.sizes
     turned = instance.outer_curvature * E
-    W = turned + min(norms.r_penalty + change, weights + outer)
+    W = turned + min(norms.r_penalty + change, weights + outer + r_rounding)
     own = min(norms.r_penalty, W)
     adjoint_moves = instance.row_lengths * W if at.by_row else moves
     return _combine(at, "global", (E, E), (W, own), (moves, adjoint_moves), None)
@@ -164,20 +162,20 @@ def _combine(
     # `moves`: how far each row's predictions of x and w may be from those of x* and w*.
     instance, tuned = at.instance, at.instance.tuned
     (E, E_penalty), (W, by_residual) = errors, adjoint_errors
-    slope = tuned.penalty_slope.abs()
     components, value = at.p_rounding, float(torch.linalg.vector_norm(at.p_rounding))
-    for vector, own, by_penalty in ((slope * at.w, E, E_penalty), (slope * at.x, W, W)):
-        parts = _scaled(instance.penalty_groups(vector), by_penalty)
+    for vector, groups, own, by_penalty in zip(at.slopes_at, at.groups, (E, W), (E_penalty, W), strict=True):
+        parts = _scaled(groups, by_penalty)
         # The parts that hyperparameters own are disjoint: in the diagonal norm their errors add up in squares.
         size = float(parts.max())
-        if metric is not None:
-            sharper = _scaled(metric.groups(vector), own)
+        sharp = None if metric is None else metric.groups(vector)
+        if sharp is not None:
+            sharper = _scaled(sharp, own)
             parts, size = torch.minimum(parts, sharper), min(size, float(torch.linalg.vector_norm(sharper)))
         components, value = components + parts, value + size
     of_adjoint = size
     products = _scaled(instance.largest_ratios, E_penalty * W)
     if metric is not None:
-        products = products.clamp_max(float(slope.max()) * metric.inverse_size * E * W)
+        products = products.clamp_max(instance.steepest * metric.inverse_size * E * W)
     components, value = components + products, value + float(products.max())
     if tuned.weight_slope is not None:
         by_solution, by_adjoint = (
@@ -207,7 +205,7 @@ def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> tupl
 
 def _scaled(values: Tensor, factor: float) -> Tensor:
     """Return ``values factor``; what is infinite stays so when the factor is zero."""
-    return torch.where(values.isinf(), values, values * factor)
+    return values * factor if factor > 0 else torch.where(values.isinf(), values, 0.0)
 
 
 def _least(own: Tensor, lengths: Tensor, factor: float) -> Tensor:

@@ -269,7 +269,7 @@ def _interval(hparams: Tree, given: Tensor, at: Evaluation, bound: Bound, work: 
     cast = float(torch.linalg.vector_norm(corrected.double() - at.p))
     what = f"proved: bound at most {value / lower:.3g} times the error" if lower > 0 else "proved"
     if lower == 0 and 2 * bound.rounding > bound.value:
-        what += ", at the rounding floor of float64 for these penalties"
+        what += f", at the rounding floor of float64 for these penalties; estimated at |p - p'| = {distance:.1e}"
     return ErrorEstimate(
         value,
         "bound",

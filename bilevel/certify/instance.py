@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,12 +33,18 @@ class Instance:
         self.shape = self.penalty.shape
         self.features = self.shape[-1]
         self.several = len(self.shape) > 1
+        self.owner = self.tuned.penalty_owner.reshape(-1)
         self.products = 0
 
     @cached_property
     def least_penalty(self) -> float:
         """The smallest penalty; zero where a weight is unpenalised."""
         return float(self.penalty.min())
+
+    @cached_property
+    def steepest(self) -> float:
+        """The largest ``|d pen_j / du|``."""
+        return float(self.tuned.penalty_slope.abs().max())
 
     @cached_property
     def inverse_penalty(self) -> Tensor:
@@ -120,35 +127,37 @@ class Instance:
     def _outer_curvature(self, inverse: Tensor) -> float:
         """Return the bound for one class, whose inverse penalties are given."""
         val = self.model.val
-        trace = float(val.weighted_squares(inverse[None]).sum()) / val.count
+        # At most a row's worth of roundings, in `mean_squares` and here.
+        trace = float(torch.dot(inverse, val.mean_squares)) * (1 + 2 * gamma(val.count + self.features))
         if self.features > MAX_DENSE:
             return self.constants.curvature * trace
-        if bool((inverse == inverse[0]).all()):
-            return self.constants.curvature * float(inverse[0]) * val.gram_top
         return self.constants.curvature * min(val.scaled_gram_top(inverse.sqrt()), trace)
 
-    def penalty_groups(self, weights: Tensor) -> Tensor:
-        """Return the norm in the inverse penalties of the part that each hyperparameter owns."""
-        inverse = self.inverse_penalty.reshape(self.shape)
-        return self.per_hyperparameter(torch.where(weights == 0, 0.0, weights.square() * inverse)).sqrt()
+    def in_penalties(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Return the squares of some params-shaped vectors over the penalties; ``0 / 0`` counts as nothing."""
+        stacked = torch.stack([vector.reshape(-1) for vector in vectors])
+        squares = stacked.square() * self.inverse_penalty.reshape(-1)
+        return squares if self.least_penalty > 0 else torch.where(stacked == 0, 0.0, squares)
 
-    def penalty_norm(self, v: Tensor) -> float:
-        """Return ``|v|`` in the norm of the inverse penalties; infinite where v has an unpenalised part."""
-        v = v.reshape(-1, self.features)
-        return float(torch.where(v == 0, 0.0, v.square() * self.inverse_penalty).sum().sqrt())
+    def penalty_groups(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Return the norms in the inverse penalties of the parts that each hyperparameter owns, row by row."""
+        return self.per_hyperparameter(self.in_penalties(vectors)).sqrt()
+
+    def penalty_norms(self, vectors: Sequence[Tensor]) -> list[float]:
+        """Return norms in the inverse penalties; infinite where a vector has an unpenalised part."""
+        norms: list[float] = self.in_penalties(vectors).sum(1).sqrt().tolist()
+        return norms
 
     def per_hyperparameter(self, values: Tensor) -> Tensor:
-        """Return the sums of params-shaped values over the weights that each hyperparameter owns."""
-        total = values.new_zeros(self.tuned.size)
-        return total.index_add(0, self.tuned.penalty_owner.reshape(-1), values.reshape(-1))
+        """Return the sums of rows of flat values over the weights that each hyperparameter owns."""
+        return values.new_zeros(len(values), self.tuned.size).index_add(1, self.owner, values)
 
     @cached_property
     def largest_ratios(self) -> Tensor:
         """The largest ``|d pen_j/du| / pen_j`` over the weights that each hyperparameter owns."""
         slope = self.tuned.penalty_slope.abs()
         ratios = torch.where(slope == 0, 0.0, slope / self.penalty).reshape(-1)
-        owner = self.tuned.penalty_owner.reshape(-1)
-        return ratios.new_zeros(self.tuned.size).scatter_reduce(0, owner, ratios, "amax")
+        return ratios.new_zeros(self.tuned.size).scatter_reduce(0, self.owner, ratios, "amax")
 
     def per_row(self, values: Tensor) -> Tensor:
         """Return the sums of row values over the rows that each hyperparameter owns."""
@@ -190,6 +199,22 @@ class Evaluation:
     p_rounding: Tensor
     blur: Tensor
     blur_adjoint: Tensor
+
+    @cached_property
+    def sizes(self) -> list[float]:
+        """The norms in the inverse penalties of s, r, `s_rounding`, `r_rounding` and `outer`."""
+        return self.instance.penalty_norms((self.s, self.r, self.s_rounding, self.r_rounding, self.outer))
+
+    @cached_property
+    def slopes_at(self) -> tuple[Tensor, Tensor]:
+        """``|d pen / du|`` times w, and times x."""
+        slope = self.instance.tuned.penalty_slope
+        return slope * self.w, slope * self.x
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """The norms in the inverse penalties of `slopes_at`, of the part that each hyperparameter owns: (2, size)."""
+        return self.instance.penalty_groups(self.slopes_at)
 
     @property
     def by_row(self) -> bool:
@@ -277,16 +302,17 @@ def _evaluate_on_gram(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
     """Evaluate a pair of a quadratic problem in the space of its weights."""
     train, val, scale = instance.model.train, instance.model.val, instance.gram_scale
     assert scale is not None
-    products, rounded = train.on_gram(torch.stack((x, w)))
+    pair = torch.stack((x, w))
+    products, rounded = train.on_gram(pair)
     turned, rounded_val = val.on_gram(x[None])
-    pull, bent = instance.penalty * x, instance.penalty * w
-    s = scale * (products[0] - train.moment) + pull
     outer = turned[0] - val.moment
-    product = scale * products[1] + bent
-    r = product - outer
+    products, pulls = scale * products, instance.penalty * pair
+    rights = torch.stack((scale * train.moment, outer))
+    residuals = products - rights + pulls
+    sizes = products.abs() + rights.abs() + pulls.abs() + residuals.abs()
+    s_rounding, r_rounding = (1 + 8 * UNIT) * scale * rounded + 8 * UNIT * sizes
     none = x.new_zeros(0)
     p, p_rounding = _hypergradient(instance, x, w, none, none)
-    small = 8 * UNIT
     return Evaluation(
         instance=instance,
         x=x,
@@ -295,11 +321,10 @@ def _evaluate_on_gram(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
         v=none,
         slopes=none,
         outer=outer,
-        s=s,
-        s_rounding=(1 + small) * scale * rounded[0] + small * (pull.abs() + s.abs()),
-        r=r,
-        r_rounding=(1 + small) * (scale * rounded[1] + rounded_val[0])
-        + small * (bent.abs() + product.abs() + outer.abs() + r.abs()),
+        s=residuals[0],
+        s_rounding=s_rounding,
+        r=residuals[1],
+        r_rounding=r_rounding + (1 + 8 * UNIT) * rounded_val[0],
         p=p,
         p_rounding=p_rounding,
         blur=none,
@@ -326,13 +351,13 @@ def _largest(v: Tensor) -> Tensor:
 def _hypergradient(instance: Instance, x: Tensor, w: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``-C' w`` and a bound of the rounding of its sums."""
     tuned = instance.tuned
-    terms = tuned.penalty_slope * x * w
-    p = -instance.per_hyperparameter(terms)
-    rounding = gamma(x.numel() + LIBRARY) * instance.per_hyperparameter(terms.abs())
+    terms = (tuned.penalty_slope * x * w).reshape(-1)
+    total, size = instance.per_hyperparameter(torch.stack((terms, terms.abs())))
+    p, rounding = -total, gamma(x.numel() + LIBRARY) * size
     if tuned.weight_slope is not None:
         products = slopes * v
         by_row = tuned.weight_slope * (products.sum(0) if instance.several else products)
-        size = tuned.weight_slope.abs() * (products.abs().sum(0) if instance.several else products.abs())
+        row_size = tuned.weight_slope.abs() * (products.abs().sum(0) if instance.several else products.abs())
         p = p - instance.per_row(by_row)
-        rounding = rounding + gamma(len(by_row) + x.numel() + LIBRARY) * instance.per_row(size)
+        rounding = rounding + gamma(len(by_row) + x.numel() + LIBRARY) * instance.per_row(row_size)
     return p, rounding

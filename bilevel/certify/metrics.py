@@ -35,6 +35,9 @@ class Metric(ABC):
         self.instance = instance
         self.stretch = stretch
 
+    plain = False
+    """Whether it says nothing that the penalties alone do not say."""
+
     @abstractmethod
     def half(self, v: Tensor) -> Tensor:
         """Return ``P v`` with ``P' P`` the inverse of the preconditioner."""
@@ -45,12 +48,15 @@ class Metric(ABC):
 
     def norm(self, v: Tensor) -> float:
         """Return an upper bound of ``|v|_{H^-1}`` for v shaped as params."""
-        own = self.stretch * float(torch.linalg.vector_norm(self.half(v)))
-        return min(own, self.instance.penalty_norm(v))
+        return min(self.own_norm(v), *self.instance.penalty_norms([v]))
 
-    def rounding_norm(self, v: Tensor) -> float:
-        """Return an upper bound of ``|d|_{H^-1}`` over all d with ``|d| <= v`` elementwise."""
-        return self.instance.penalty_norm(v)
+    def own_norm(self, v: Tensor) -> float:
+        """Return what the metric says of ``|v|_{H^-1}`` beyond the penalties; infinite for nothing."""
+        return self.stretch * float(torch.linalg.vector_norm(self.half(v)))
+
+    def own_rounding_norm(self, v: Tensor) -> float:
+        """Return what it says of ``|d|_{H^-1}`` for all d with ``|d| <= v`` elementwise; infinite for nothing."""
+        return math.inf
 
     @cached_property
     def row_lengths(self) -> Tensor:
@@ -62,9 +68,9 @@ class Metric(ABC):
         """Largest eigenvalue of the outer Hessian at any point, relative to H: an upper bound."""
         return self.instance.outer_curvature
 
-    def groups(self, weights: Tensor) -> Tensor:
-        """Return an upper bound of ``|weights_k|_{H^-1}`` for the part that each hyperparameter owns."""
-        return weights.new_full((self.instance.tuned.size,), math.inf)
+    def groups(self, weights: Tensor) -> Tensor | None:
+        """Return what it says of ``|weights_k|_{H^-1}``, the part of hyperparameter k; None for nothing."""
+        return None
 
     @property
     def inverse_size(self) -> float:
@@ -98,11 +104,12 @@ class Metric(ABC):
 class Diagonal(Metric):
     """The penalties: free; preconditions by a bound of the Hessian's diagonal."""
 
-    def __init__(self, instance: Instance) -> None:
-        super().__init__(instance)
-        train = instance.model.train
-        most = instance.constants.curvature * float(instance.tuned.weights.max())
-        self._half = (instance.penalty + most * train.columns.square()).rsqrt()
+    plain = True
+
+    @cached_property
+    def _half(self) -> Tensor:
+        most = self.instance.constants.curvature * float(self.instance.tuned.weights.max())
+        return (self.instance.penalty + most * self.instance.model.train.columns.square()).rsqrt()
 
     def half(self, v: Tensor) -> Tensor:
         """Scale every weight."""
@@ -110,9 +117,9 @@ class Diagonal(Metric):
 
     half_transposed = half
 
-    def norm(self, v: Tensor) -> float:
-        """Return the norm in the inverse penalties."""
-        return self.instance.penalty_norm(v)
+    def own_norm(self, v: Tensor) -> float:
+        """Return infinity: the penalties are all there is."""
+        return math.inf
 
 
 class Cholesky(Metric):
@@ -168,10 +175,9 @@ class Cholesky(Metric):
         """Largest eigenvalue of ``H^-1``: an upper bound, also without penalties."""
         return min(super().inverse_size, self.stretch**2 * self._inverse_top)
 
-    def rounding_norm(self, v: Tensor) -> float:
-        """Return the norm in the inverse penalties, or that of the factor's absolute values."""
-        own = self.stretch * float(torch.linalg.vector_norm(self._inverse.abs() @ v.reshape(-1)))
-        return min(own, self.instance.penalty_norm(v))
+    def own_rounding_norm(self, v: Tensor) -> float:
+        """Return the norm in the factor's absolute values."""
+        return self.stretch * float(torch.linalg.vector_norm(self._inverse.abs() @ v.reshape(-1)))
 
     @cached_property
     def row_lengths(self) -> Tensor:
@@ -191,8 +197,8 @@ class Cholesky(Metric):
     def groups(self, weights: Tensor) -> Tensor:
         """Return the norms in ``M^-1`` of each hyperparameter's part."""
         if not bool(weights.any()):
-            return super().groups(weights).zero_()
-        owner = self.instance.tuned.penalty_owner.reshape(-1)
+            return weights.new_zeros(self.instance.tuned.size)
+        owner = self.instance.owner
         columns = torch.zeros(len(owner), self.instance.tuned.size, dtype=weights.dtype, device=weights.device)
         columns[torch.arange(len(owner), device=owner.device), owner] = weights.reshape(-1)
         return self.stretch * torch.linalg.vector_norm(self._inverse @ columns, dim=0)

@@ -102,10 +102,9 @@ class Nystrom(Metric):
         """Largest eigenvalue of the outer Hessian at any point, relative to H: an upper bound."""
         return min(super().outer_curvature, self.stretch**2 * relative_curvature(self.instance, self.half_columns))
 
-    def groups(self, weights: Tensor) -> Tensor:
+    def groups(self, weights: Tensor) -> Tensor | None:
         """Return the norm of the one group; of several the norms in the inverse penalties serve."""
-        groups = super().groups(weights)
-        return groups.clamp_max(self.norm(weights)) if len(groups) == 1 else groups
+        return weights.new_tensor([self.own_norm(weights)]) if self.instance.tuned.size == 1 else None
 
 
 def _least_ratio(weights: Tensor, before: Tensor) -> float:

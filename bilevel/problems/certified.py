@@ -35,11 +35,10 @@ def tuned_penalties(problem: LinearModelProblem, hparams: Tree) -> Tuned:
     """Return the coefficients of a linear model whose penalties are tuned."""
     shape = problem.params_shape()
     penalty = problem.penalties(hparams).expand(shape)
-    owner = torch.arange(hparams.numel(), device=hparams.device).reshape(hparams.shape)
     return Tuned(
         penalty=penalty,
         penalty_slope=penalty if problem.parametrization == "log" else torch.ones_like(penalty),
-        penalty_owner=problem.spread(owner).expand(shape),
+        penalty_owner=problem.penalty_owner,
         weights=penalty.new_full((problem.train.rows,), problem.scale),
         size=hparams.numel(),
     )

@@ -14,6 +14,7 @@ Data are kept feature-major (a contiguous (features, rows) copy): matrix-vector 
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -256,6 +257,13 @@ class LinearModelProblem(DataProblem):
     @cached_property
     def _certifiable(self) -> Certifiable:
         return certifiable_of(self)
+
+    @cached_property
+    def penalty_owner(self) -> Tensor:
+        """For every weight the index of its hyperparameter, shaped as the weights."""
+        shape = self.hparams_shape()
+        owner = torch.arange(math.prod(shape), device=self.train.X.device).reshape(shape)
+        return self.spread(owner).expand(self.params_shape()).contiguous()
 
     def tuned(self, hparams: Tree) -> Tuned:
         """Return the inner coefficients at some hyperparameters, and how they depend on them."""
