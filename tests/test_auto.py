@@ -136,6 +136,23 @@ def test_a_decay_of_torch_is_refused_with_its_remedy() -> None:
         bl.hypergradient(case.problem, solver, bl.Auto(unroll=True), case.hparams)
 
 
+@pytest.mark.parametrize(
+    ("unroll", "unit", "needed", "fits", "otherwise"),
+    [
+        # Three matrices of 8-byte numbers; 2 sqrt(200) = 28.3 states of three vectors.
+        (False, lambda size: 24 * size**2, 1, bl.ClosedForm(), bl.Implicit(balance="auto")),
+        (True, lambda size: 24 * size, 29, bl.FullUnroll(memory="checkpoint"), bl.TruncatedUnroll(tail=28)),
+    ],
+)
+def test_what_just_fits_into_memory_is_taken_and_what_just_does_not_is_not(
+    unroll: bool, unit: Any, needed: int, fits: bl.HypergradEstimator, otherwise: bl.HypergradEstimator
+) -> None:
+    problem = bl.problems.RidgeProblem(*(torch.ones(60, 40, dtype=F64), torch.ones(60, dtype=F64)) * 2, "per_feature")
+    limit = float(needed * unit(40))
+    assert chosen(problem, FIXED, bl.Auto(unroll=unroll, memory_limit=limit)).estimator == fits
+    assert chosen(problem, FIXED, bl.Auto(unroll=unroll, memory_limit=limit - 1)).estimator == otherwise
+
+
 def test_one_hyperparameter_takes_forward_mode_where_states_do_not_fit() -> None:
     rule = bl.Auto(unroll=True, memory_limit=4 * KIB)
     assert chosen(logistic_case().problem, FIXED, rule, count=1).estimator == bl.FullUnroll(mode="forward")

@@ -171,6 +171,13 @@ def test_products_and_the_residual_are_of_one_evaluation_batch_that_changes_with
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_an_evaluation_batch_is_drawn_apart_from_the_order_of_the_epoch_with_its_number() -> None:
+    sampler = bl.MiniBatches((X, Y), 5, seed=2, evaluation_size=5)
+    for index in (0, 1, 7):
+        first_of_the_epoch = sampler(index * (len(X) // 5))
+        assert not torch.equal(sampler.between_steps(index)[0], first_of_the_epoch[0])
+
+
 def test_all_of_an_outer_step_is_on_its_batch_so_that_methods_for_one_inner_loss_apply() -> None:
     problem = bl.BilevelProblem(
         inner, lambda w, u: outer(w, u), START, sampler=in_order(20), fresh_batch="outer step"
