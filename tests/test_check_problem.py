@@ -274,6 +274,15 @@ def test_check_says_which_line_of_the_file_fails_and_where_hyperparameters_are_m
         assert sentence in capsys.readouterr().err
 
 
+def test_hyperparameters_that_are_no_tensors_are_a_fault_of_the_inputs(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path(file).open("a") as text:
+        text.write('\nhparams = "rate"\n')
+    assert main(["check", file]) == 1
+    assert "`hparams` must be a Tensor, got str." in capsys.readouterr().out
+
+
 # Networks -------------------------------------------------------------------------------------------------------------
 
 

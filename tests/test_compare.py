@@ -350,6 +350,14 @@ def test_figures_are_pngs_with_content(undisturbed: Path, tmp_path: Path) -> Non
         assert path.stat().st_size > 10_000
 
 
+def test_no_figure_of_errors_without_a_referee(undisturbed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = run(plan_of(tmp_path), undisturbed).runs
+    unknown = [replace(each, rows=[{**row, "hypergradient_error": None} for row in each.rows]) for each in runs]
+    names = [path.stem for path in draw_figures(unknown, tmp_path / "figures")]
+    assert names == ["outer_loss_by_cost", "outer_loss_by_seconds", "memory"]
+
+
 def test_without_matplotlib_there_are_no_figures(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

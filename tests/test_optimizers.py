@@ -303,7 +303,14 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda h: bl.tree.tree_map(lambda leaf: 0.1, PER_LEAF),
         "got float: a number has no derivative by the hyperparameters.",
     ),
-    "another tree": (lambda h: {"a": h["rate"]}, r"a tree of Tensors shaped as params, got a tree with \['a'\]."),
+    "another tree": (
+        lambda h: {"a": h["rate"]},
+        r"shaped as params, got a tree that lacks \['b'\]\['c'\], \['b'\]\['d'\]\.",
+    ),
+    "a statistic": (
+        lambda h: {**PER_LEAF, "running_mean": h["rate"]},
+        r"shaped as params, got a tree that has \['running_mean'\], which no step moves\.",
+    ),
     "another shape": (
         lambda h: bl.tree.tree_map(lambda leaf: leaf * h["rate"].exp(), PER_LEAF),
         r"returns a Tensor of shape \(3,\) for `params\['a'\]` of shape \(2,\), to which it does not broadcast.",

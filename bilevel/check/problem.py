@@ -18,6 +18,7 @@ from bilevel.explain import explain
 from bilevel.hypergrad import Implicit
 from bilevel.hypergrad.arguments import check_roles
 from bilevel.inner import GradientDescent
+from bilevel.inputs import check_tensors
 from bilevel.options import default_tolerance
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
@@ -85,6 +86,7 @@ def examine(
 ) -> list[Finding]:
     """Make all checks of `check_problem`, whose arguments these are; those of the estimators may be left out."""
     try:
+        check_tensors("hparams", hparams)
         subject = Subject(problem, solver, tree.detach(hparams), problem.start(params), seed)
     except ValueError as error:
         return [Finding("inputs", "fault", str(error))]

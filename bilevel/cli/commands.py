@@ -80,7 +80,8 @@ def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
 
 def _run(plan: Plan, folder: RunFolder, arguments: Namespace) -> Comparison:
     for name, build in plan.problems.items():
-        print(f"problem {name}: {build(plan.seeds[0]).note}")
+        note = build(plan.seeds[0]).note
+        print(f"problem {name}: {note}" if note else f"problem {name}")
     names = ", ".join(f"{name}: {describe(estimator)}" for name, estimator in plan.estimators.items())
     print(f"inner solver {describe(plan.solver)}; {names}; on {plan.config['device']}", flush=True)
     result = compare(plan, folder, fresh=arguments.fresh, jobs=arguments.jobs, device=plan.config["device"])

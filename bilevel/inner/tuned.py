@@ -110,8 +110,16 @@ def _spread(what: str, found: Any, params: Tree) -> list[Any]:
     try:
         return tree.leaves(pytree.tree_map(lambda _, value: value, params, found))
     except (ValueError, AttributeError, TypeError):
-        got = type(found).__name__ if tree.leaves(found) == [found] else f"a tree with {', '.join(tree.names(found))}"
-        raise ValueError(f"`{what}` must return a Tensor or a tree of Tensors shaped as params, got {got}.") from None
+        got = type(found).__name__
+        if tree.leaves(found) != [found]:
+            given, wanted = tree.names(found), tree.names(params)
+            lacking = ", ".join(name for name in wanted if name not in given)
+            more = ", ".join(name for name in given if name not in wanted)
+            faults = [f"lacks {lacking}"] * bool(lacking) + [f"has {more}, which no step moves,"] * bool(more)
+            got = f"a tree that {' and '.join(faults)}" if faults else "a tree of another order or nesting"
+        raise ValueError(
+            f"`{what}` must return a Tensor or a tree of Tensors shaped as params, got {got.rstrip(',')}."
+        ) from None
 
 
 def _fitted(what: str, name: str, value: Any, leaf: Tensor, batched: bool) -> Tensor:
