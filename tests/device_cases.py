@@ -149,8 +149,8 @@ SOLVERS = {
     "TorchOptimizer": SolverRow(
         bl.TorchOptimizer(partial(torch.optim.SGD, lr=0.01, momentum=0.9)),
         40,
-        "copies, comparisons and the loss besides torch's own kernels",
-        waits=1,
+        "copies, the loss and two comparisons (with the start, for the closure and at the end) besides torch's kernels",
+        waits=2,
         estimator=bl.Implicit(),
     ),
     "FixedPoint": SolverRow(bl.FixedPoint(contraction), 3, "the user's map alone"),

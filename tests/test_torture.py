@@ -1,4 +1,7 @@
-"""A small sample of ``scripts/torture.py``, in a process of its own: it forks, and it interrupts itself."""
+"""A small sample of ``scripts/torture.py``, in a process of its own: it forks, and it interrupts itself.
+
+Kills are in test_compare.py.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        (["--only", "kills", "--kills", "1"], {"kill points": 1}),
         (["--only", "configs", "--configs", "40", "--seed", "5"], {"mutated configs": 40}),
         (["--only", "files"], {"file-system faults": 9}),
     ],
-    ids=["kills", "configs", "files"],
+    ids=["configs", "files"],
 )
 def test_nothing_is_lost(options: list[str], rows: dict[str, int]) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "torture.py"), *options]

@@ -145,7 +145,8 @@ class Instance:
 
     def penalty_norms(self, vectors: Sequence[Tensor]) -> list[float]:
         """Return norms in the inverse penalties; infinite where a vector has an unpenalised part."""
-        norms: list[float] = self.in_penalties(vectors).sum(1).sqrt().tolist()
+        # One transfer for all of them.
+        norms = [float(norm) for norm in self.in_penalties(vectors).sum(1).sqrt().cpu()]
         return norms
 
     def per_hyperparameter(self, values: Tensor) -> Tensor:
