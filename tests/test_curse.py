@@ -7,6 +7,7 @@ import json
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,3 +240,9 @@ def test_the_command_runs_configs_into_one_folder(tmp_path: Path, capsys) -> Non
     assert {"threads", "workers", "versions"} <= set(json.loads((out / "environment.json").read_text()))
     assert json.loads((out / "a.json").read_text())["plan"]["draws"] == 3
     assert "claims hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [curse.Truncation, curse.Contraction, curse.WarmStarts])
+def test_a_seed_beyond_what_generators_take_is_one_sentence(kind: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^`{kind.__name__}\.seed` must be an int in 0\.\.999999, got 1000000\.$"):
+        kind(seed=1_000_000)

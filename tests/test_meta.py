@@ -445,3 +445,8 @@ def test_active_dropout_is_refused() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
     with pytest.raises(ValueError, match=r"random layer '1' \(dropout\) is active, .* call module\.eval\(\) first"):
         MetaProblem(module, torch.nn.functional.mse_loss, SineTasks(), batch_size=2)
+
+
+def test_any_of_several_patterns_chooses_what_adapts() -> None:
+    problem = SineProblem(batch_size=2, adapt=["1.*", "*.bias"])
+    assert set(problem.params) == {"1.weight", "1.bias", "3.bias", "5.bias"}

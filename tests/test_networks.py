@@ -605,3 +605,16 @@ def test_batch_norm_keeps_its_statistics_in_full_precision_under_autocast() -> N
         optimizer.step()
     assert estimate.params["1.running_var"].dtype == torch.float32
     close(estimate.params["1.running_var"], module[1].running_var, 1e-3)
+
+
+def test_one_image_of_several_pixels_has_a_variance() -> None:
+    module = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(18, 1)).double()
+    image = torch.linspace(-1.0, 1.0, 18, dtype=torch.float64).reshape(1, 2, 3, 3)
+    problem = bl.BilevelProblem.from_module(
+        module,
+        lambda model, params, u: (model(image) - 1.0).square().mean() + u.exp() * params["2.weight"].square().sum(),
+        lambda model, params, u: model.eval()(image).square().mean(),
+    )
+    u = torch.tensor(0.0, dtype=torch.float64)
+    estimate = bl.hypergradient(problem, bl.GradientDescent(0.01, steps=2), bl.FullUnroll(), u)
+    assert bool(torch.isfinite(estimate.hypergradient))

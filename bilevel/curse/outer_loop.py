@@ -95,6 +95,7 @@ class WarmStarts:
             require(self, name, "a positive int", is_int(getattr(self, name)))
         ok = bool(self.dropped) and all(is_int(n, 0) and n < self.steps for n in self.dropped)
         require(self, "dropped", f"ints in 0..{self.steps - 1}, below `steps`", ok)
+        require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
         """Run it."""

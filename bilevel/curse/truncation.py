@@ -56,6 +56,7 @@ class Truncation:
         require(self, "indices", f"ints in 0..{self.steps - 1}, truncation indices below `steps`", ok)
         ok = bool(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
         require(self, "columns", "ints in 1..200", ok)
+        require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
         """Run it."""
@@ -236,6 +237,9 @@ class Contraction:
     draws: int = 50
     steps: int = 400
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
         """Run it."""
