@@ -21,7 +21,6 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.first = ""
-        self._watching = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -83,8 +82,8 @@ def first_not_finite_slope(loss: Tensor, inputs: list[Tensor]) -> str:
 
     def hook(name: str) -> Callable[..., None]:
         def look(by_inputs: Any, by_outputs: Any) -> None:
-            finite = all(tree.is_finite(part) for part in by_outputs if part is not None)
-            if finite and not all(tree.is_finite(part) for part in by_inputs if part is not None):
+            # Hooks run in the order of the way back, so that the first to be blamed is the one that made it.
+            if not all(tree.is_finite(part) for part in by_inputs if part is not None):
                 blamed.append(name.split("Backward")[0])
 
         return look

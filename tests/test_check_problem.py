@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,37 @@ def test_a_right_network_raises_no_alarm_and_its_unrolls_are_compared_with_its_o
     judged = {finding.check: finding for finding in report.findings}
     assert {"Implicit", "FullUnroll"} <= set(judged), str(report)
     assert "agrees with differences" in judged["FullUnroll"].sentence, str(report)
+
+
+@dataclass(frozen=True)
+class Plain(bl.InnerSolver):
+    """Gradient descent of a user's own, which says nothing of its stability."""
+
+    rate: float = 0.1
+
+    def step(self, inner: Any, state: bl.InnerState) -> bl.InnerState:
+        return state.moved(state.params - self.rate * inner.grad(state.params))
+
+
+@pytest.mark.parametrize(("rate", "verdict"), [(0.9, "ok"), (1.1, "fault")])
+def test_steps_that_expand_are_a_fault_also_where_the_run_stands_at_the_solution(rate: float, verdict: str) -> None:
+    # Curvature 2 in every direction: steps contract below a rate of 1.
+    problem = bl.BilevelProblem(
+        lambda x, u: (x - u).square().sum(), lambda x, u: (x - 1.0).square().sum(), torch.full((3,), 0.5, dtype=F64)
+    )
+    finding = bl.check_problem(problem, torch.tensor(0.5, dtype=F64), Plain(rate=rate, steps=4))["contraction"]
+    assert finding.verdict == verdict
+    assert finding.measured == pytest.approx(abs(1.0 - 2.0 * rate), rel=0.01)
+    assert ("move away" in finding.sentence) == (verdict == "fault")
+
+
+def test_a_hyperparameter_that_hardly_matters_is_a_note_with_its_name() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, u: (x - u[0]).square().sum() + 1e-10 * u[1] * x.square().sum(),
+        lambda x, u: (x - 1.0).square().sum(),
+        torch.zeros(3, dtype=F64),
+    )
+    finding = bl.check_problem(problem, torch.ones(2, dtype=F64), bl.Newton())["influence"]
+    assert finding.verdict == "note"
+    assert "hparams[1]" in finding.sentence
+    assert "rescale" in finding.sentence

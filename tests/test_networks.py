@@ -17,6 +17,7 @@ from torch.nn.functional import dropout, mse_loss
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.batch_norm import BatchNormLayers
 from bilevel.oracles import InnerProblem
 
 X, Y, V, Z = normal(1, 12, 3), normal(2, 12, 1), normal(3, 5, 3), normal(4, 5, 1)
@@ -618,3 +619,18 @@ def test_one_image_of_several_pixels_has_a_variance() -> None:
     u = torch.tensor(0.0, dtype=torch.float64)
     estimate = bl.hypergradient(problem, bl.GradientDescent(0.01, steps=2), bl.FullUnroll(), u)
     assert bool(torch.isfinite(estimate.hypergradient))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_statistics_at_rest_are_where_repeated_batches_end(momentum: float | None) -> None:
+    layers = BatchNormLayers(torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=momentum).double()))
+    draw = torch.Generator().manual_seed(0)
+    batches = torch.randn(3, 2, 2, generator=draw, dtype=torch.float64).square()
+    tape = [("0", mean, variance) for mean, variance in batches]  # a layer that is called three times
+    statistics = layers.start()
+    # An average over all batches has nothing to forget: it is there after one round.
+    for _ in range(1 if momentum is None else 400):
+        statistics = layers.moved(statistics, tape)
+    rest = layers.at_rest(layers.start(), tape)
+    for name in ("0.running_mean", "0.running_var"):
+        torch.testing.assert_close(rest[name], statistics[name], rtol=1e-12, atol=1e-14)

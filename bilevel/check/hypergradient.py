@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import Estimate, HypergradEstimator, InnerSolver, describe
@@ -28,7 +29,7 @@ class Row:
     component: str
     estimate: float
     differences: float
-    exact: float | None
+    exact: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,32 +118,30 @@ def check_hypergradient(
     exact = problem.exact_hypergradient(hparams)
     if exact is not None:
         referees["exact"] = raveler.ravel(exact)
-    errors, worst, off = {}, "", -1.0
     labels = component_labels(hparams)
+    errors, worst = _errors(ours, referees, labels)
+    agrees = estimate.status.usable and referee.status.usable and min(errors.values()) <= allowed
+    columns = [ours, *referees.values()]
+    rows = [Row(label, *map(float, values)) for label, *values in zip(labels, *columns, strict=True)]
+    title = f"{describe(solver)} with {describe(estimator)}"
+    text = _text(agrees, rows, errors, worst, allowed, title, estimate.verdict)
+    faults = [finding for finding in findings if finding.verdict == "fault"]
+    if faults:
+        text += f"\n\n{findings_table(findings)}\n\n{summary(findings)}"
+    return CheckReport(agrees and not faults, rows, errors, worst, allowed, estimate, text, findings)
+
+
+def _errors(ours: Tensor, referees: dict[str, Tensor], labels: Sequence[str]) -> tuple[dict[str, float], str]:
+    """Return the largest relative error against each referee, and the component that is furthest off."""
+    errors, worst, off = {}, "", -1.0
     for name, values in referees.items():
-        distance = (ours - values).abs() / values.abs().max().clamp(min=torch.finfo(dtype).tiny)
+        distance = (ours - values).abs() / values.abs().max().clamp(min=torch.finfo(ours.dtype).tiny)
         # NaN counts as the largest distance.
         distance = torch.where(distance.isnan(), torch.inf, distance)
         errors[name] = float(distance.max())
         if errors[name] > off:
             off, worst = errors[name], labels[int(distance.argmax())]
-    agrees = estimate.status.usable and referee.status.usable and min(errors.values()) <= allowed
-    rows = [
-        Row(
-            label,
-            float(ours[i]),
-            float(referees["differences"][i]),
-            None if exact is None else float(referees["exact"][i]),
-        )
-        for i, label in enumerate(labels)
-    ]
-    text = _text(
-        agrees, rows, errors, worst, allowed, f"{describe(solver)} with {describe(estimator)}", estimate.verdict
-    )
-    faults = [finding for finding in findings if finding.verdict == "fault"]
-    if faults:
-        text += f"\n\n{findings_table(findings)}\n\n{summary(findings)}"
-    return CheckReport(agrees and not faults, rows, errors, worst, allowed, estimate, text, findings)
+    return errors, worst
 
 
 def _text(

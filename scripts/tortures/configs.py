@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
-import io
 import random
-import re
-import signal
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
 
-from bilevel.cli import main
-
-# Optimizers and figures load these when first made; an interrupt in between leaves half of them.
-for module in ("torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure"):
-    with contextlib.suppress(ImportError):
-        importlib.import_module(module)
+from .runs import Child
 
 JUNK: Sequence[Any] = (
     *(None, True, 0, -1, 3, 1e300, -0.5, float("nan"), float("inf"), 10**30, "", "x", "1e-3", "ünïcode \u2028"),
@@ -44,7 +32,7 @@ def mutated_configs(
         seed: of the mistakes.
         configs: right ones, which the mistakes are made in.
         folder: an empty folder to work in.
-        seconds: after which a config that is right after all is stopped, as by Ctrl-C.
+        seconds: after which a config that is right after all is killed.
 
     Yields:
         For each: its name, whether it ran or was refused by one sentence, and else what was printed.
@@ -65,37 +53,16 @@ def mutated_configs(
 
 def _met(line: list[str], seconds: float) -> str:
     """Run a command; return what is wrong with the way in which it ended, or an empty string."""
-    said = io.StringIO()
-    try:
-        with _time_limit(seconds), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            code = main(line)
-    except KeyboardInterrupt:
+    with Child(line) as child:
+        outcome = child.within(seconds)
+    if outcome is None:
         return ""
-    except (Exception, SystemExit):
-        return traceback.format_exc()
-    # Python reports an interrupt by the time limit inside a callback of its own, and goes on.
-    text = re.sub(r"Exception ignored in.*?KeyboardInterrupt: *\n", "", said.getvalue(), flags=re.DOTALL)
-    errors = [each for each in text.splitlines() if each.startswith("bilevel: ")]
-    if "Traceback" in text:
-        return text
-    if code == 2 and (len(errors) != 1 or not errors[0].rstrip().endswith((".", "?"))):
-        return f"not one sentence: {text!r}"
-    return "" if code in (0, 1, 2, 130) else f"exit code {code}"
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        # Once more a second later, in case the first one only asked the run to stop.
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+    errors = [each for each in outcome.said.splitlines() if each.startswith("bilevel: ")]
+    if "Traceback" in outcome.said or outcome.code not in (0, 1, 2):
+        return f"exit code {outcome.code}: {outcome.said}"
+    if outcome.code == 2 and (len(errors) != 1 or not errors[0].rstrip().endswith((".", "?"))):
+        return f"not one sentence: {outcome.said!r}"
+    return ""
 
 
 # Mistakes in the document -----------------------------------------------------------------------------------------

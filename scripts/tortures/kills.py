@@ -41,7 +41,7 @@ def kill_points(count: int, seed: int, folder: Path) -> Iterator[tuple[str, bool
         while len(hits) < min(AT_ONCE, count - done):
             moment = rng.uniform(0.0, took)
             with Child([*line, str(place / "killed")]) as child:
-                if not child.kill_after(moment, group="--jobs" not in words):
+                if child.within(moment, group="--jobs" not in words) is not None:
                     break
             hits.append(moment)
         last = run([*line, str(place / "killed")])

@@ -96,22 +96,30 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self._said.close()
 
-    def kill_after(self, seconds: float, group: bool = True) -> bool:
-        """Kill the process with SIGKILL after some time, or all of its group; returns whether it was still running."""
+    def within(self, seconds: float, group: bool = True) -> Outcome | None:
+        """Wait for the end, but kill the process with SIGKILL after some time, or all of its group.
+
+        Returns:
+            How it ended; None where it was killed.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if os.waitpid(self.pid, os.WNOHANG)[0]:
-                return False
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return self._outcome(status)
             time.sleep(0.001)
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
-        return os.WIFSIGNALED(os.waitpid(self.pid, 0)[1])
+        status = os.waitpid(self.pid, 0)[1]
+        return None if os.WIFSIGNALED(status) else self._outcome(status)
 
     def wait(self) -> Outcome:
         """Wait for the end."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._outcome(os.waitpid(self.pid, 0)[1])
+
+    def _outcome(self, status: int) -> Outcome:
         self._said.seek(0)
-        return Outcome(code, self._said.read().decode(errors="replace"))
+        return Outcome(os.waitstatus_to_exitcode(status), self._said.read().decode(errors="replace"))
 
 
 def _run_and_exit(arguments: Sequence[str], prepare: Callable[[], object], writes: int) -> None:
