@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        (["--only", "configs", "--configs", "40", "--seed", "5"], {"mutated configs": 40}),
+        (["--only", "configs", "--configs", "20", "--seed", "5"], {"mutated configs": 20}),
         (["--only", "files"], {"file-system faults": 9}),
     ],
     ids=["configs", "files"],

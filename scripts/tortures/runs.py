@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -18,6 +19,11 @@ import yaml
 
 from bilevel.cli import main
 from bilevel.compare import cells
+
+# What commands load late, when they make an optimizer or a figure: once here, and not in every child.
+for module in ("torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
 
 CONFIG: dict[str, Any] = {
     "name": "torture",
