@@ -43,6 +43,15 @@ class Status(enum.Enum):
     )
     LINEAR_DIVERGED = "the linear solver diverges: use a smaller `step_size`, 'auto', or CG"
     FAILED_STEP = "the inner solver could not take its step: the message says why"
+    WRONG_DERIVATIVE = (
+        "a derivative that the loss supplies is not the derivative of its values: look for a custom autograd.Function, "
+        "`.detach()`, `no_grad`, numpy or a structured product that is wrong; `check_problem` shows which"
+    )
+    NOT_SMOOTH = (
+        "the inner gradient jumps where the run ends, so neither steps nor the implicit function theorem describe the "
+        "solution: smooth the kink, solve it by its proximal step (`BilevelProblem.from_fixed_point`), or use "
+        "FiniteDifference"
+    )
 
     @property
     def ok(self) -> bool:
@@ -52,7 +61,7 @@ class Status(enum.Enum):
     @property
     def usable(self) -> bool:
         """True where a number exists and the certificate says how far it can be trusted."""
-        return self in (Status.OK, Status.INNER_NOT_CONVERGED, Status.TARGET_NOT_REACHED)
+        return self in (Status.OK, Status.INNER_NOT_CONVERGED, Status.TARGET_NOT_REACHED, Status.NOT_SMOOTH)
 
     @property
     def remedy(self) -> str:
@@ -74,8 +83,8 @@ class Verdict:
         """Return the verdict that matters more: a failure before a doubt, a doubt before `OK`; ties keep the first."""
         if other.status is Status.OK:
             return self
-        rank = {Status.OK: 0, Status.INNER_NOT_CONVERGED: 1, Status.TARGET_NOT_REACHED: 1}
-        return other if rank.get(other.status, 2) > rank.get(self.status, 2) else self
+        ranks = [0 if status.ok else 1 if status.usable else 2 for status in (self.status, other.status)]
+        return other if ranks[1] > ranks[0] else self
 
 
 GOOD = Verdict()
