@@ -130,7 +130,9 @@ def test_ill_conditioned_systems_are_solved_to_the_residual_or_reported(solver: 
         solution = solve(solver, matrix, b)
         true = float((b - matrix @ solution.x).norm() / b.norm())
         assert solution.residual == pytest.approx(true, rel=1e-3, abs=1e-15)
-        assert solution.verdict.status.ok == (true < 1e-5 if isinstance(solver, bl.Direct) else true <= 4e-10)
+        # The residual that rounding leaves of condition 1e12 differs from CPU to CPU, on either side of Direct's limit.
+        limit = torch.finfo(F64).eps ** (1 / 3) if isinstance(solver, bl.Direct) else 4e-10
+        assert solution.verdict.status.ok == (solution.residual <= limit)
 
 
 def test_cg_iterates_are_the_krylov_minimisers_and_the_last_one_is_returned() -> None:

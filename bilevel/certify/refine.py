@@ -128,7 +128,9 @@ def refine(
         size = float(torch.linalg.vector_norm(better))
         unsolved = max(step.unsolved, correction.unsolved)
         moved = 0.0 if before is None else float(torch.linalg.vector_norm(better - before))
-        unsettled = adjoint is None and (before is None or moved > MOVEMENT * error)
+        # Where both are about as small as rounding, no further round tells them apart: they are added.
+        at_floor = before is not None and max(error, moved) < NEAR_FLOOR * torch.finfo(x.dtype).eps * size
+        unsettled = adjoint is None and not at_floor and (before is None or moved > MOVEMENT * error)
         before = better
         error *= (1 + unsolved) / (1 - min(step.nonlinearity, 0.5))
         if unsolved > ENERGY:
@@ -141,6 +143,8 @@ def refine(
             reason = "the first correction was large"
         else:
             note = f"{turn} refinement round{'s' if turn > 1 else ''}"
+            if at_floor:
+                error += moved
             if error < NEAR_FLOOR * torch.finfo(x.dtype).eps * size:
                 # The refined hypergradient has the same rounding, which a difference cannot see.
                 floor = rounding_floor(problem, hparams, point.params, ravel_x.unravel(w))
