@@ -27,6 +27,9 @@ class Status(enum.Enum):
         "raise `steps`, loosen `tol`, or use a faster inner solver"
     )
     TARGET_NOT_REACHED = "the certificate does not show the `target_error`: ask for less, raise `steps`, or use float64"
+    INACCURATE = (
+        "the number can be wrong by as much as itself: run more inner steps, lower the tolerances, or use float64"
+    )
     DIVERGED = (
         "the inner solver diverges: use a smaller step size, an interval that holds the spectrum, or 'auto', "
         "or add a penalty where the inner loss is not convex"
@@ -61,12 +64,16 @@ class Status(enum.Enum):
     @property
     def usable(self) -> bool:
         """True where a number exists and the certificate says how far it can be trusted."""
-        return self in (Status.OK, Status.INNER_NOT_CONVERGED, Status.TARGET_NOT_REACHED, Status.NOT_SMOOTH)
+        return self is Status.OK or self in DOUBTS
 
     @property
     def remedy(self) -> str:
         """What to do about it."""
         return self.value
+
+
+DOUBTS = (Status.INNER_NOT_CONVERGED, Status.TARGET_NOT_REACHED, Status.INACCURATE, Status.NOT_SMOOTH)
+"""States of a number that exists but should be looked at."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ STATUSES: dict[bl.Status, Callable[[], bl.Estimate]] = {
     bl.Status.TARGET_NOT_REACHED: lambda: taken(
         problem(), bl.GradientDescent(0.1, steps=2), bl.Implicit(), target_error=1e-6
     ),
+    bl.Status.INACCURATE: lambda: taken(STEEP, bl.GradientDescent(steps=2), bl.FullUnroll(), certify=True),
     bl.Status.DIVERGED: lambda: taken(problem(), bl.GradientDescent(5.0, steps=30), bl.FullUnroll()),
     bl.Status.NOT_FINITE: lambda: taken(problem(outer=lambda x, u: (x - 0.5).log().sum()), bl.Newton(), bl.Implicit()),
     bl.Status.NEGATIVE_CURVATURE: lambda: taken(SADDLE, bl.GradientDescent(0.1, steps=2), bl.Implicit()),

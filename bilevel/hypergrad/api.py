@@ -13,7 +13,7 @@ from bilevel.certify import ErrorEstimate
 from bilevel.cost import Meter
 from bilevel.explain import DerivativeError, explained
 from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
-from bilevel.hypergrad.attempt import Attempt, attempt
+from bilevel.hypergrad.attempt import Attempt, attempt, doubted
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
 from bilevel.hypergrad.moving import with_statistics
@@ -125,6 +125,7 @@ def hypergradient(
     if target_error is None:
         found = attempt(problem, used, rule, hparams, start, carry, meter)
         cost, error = meter.read(), _figure(problem, solver, hparams, found, certify)
+        found = doubted(found, error.value, problem, hparams)
     else:
         found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
         cost = meter.read()

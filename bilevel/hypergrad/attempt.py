@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.cost import Meter
 from bilevel.hypergrad.not_finite import finite_gradient, finite_loss, not_finite_part
 from bilevel.problem import BilevelProblem
-from bilevel.status import Verdict
+from bilevel.status import Status, Verdict
 from bilevel.tree import Tree
+
+SHARE = 1e-3
+"""Share of the parts of a hypergradient up to which an error above the hypergradient itself is left: where the parts
+cancel, as they do at the outer optimum, their sum may be as small as one likes."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +82,33 @@ def attempt(
         if not verdict.status.usable:
             verdict = not_finite_part(problem, solved.params, hparams, by_params, by_hparams, pulled) or verdict
     return Attempt(solved, pulled, value, gradient, verdict)
+
+
+def doubted(found: Attempt, error: float | None, problem: BilevelProblem, hparams: Tree) -> Attempt:
+    """Return the attempt with a doubt where its error may be as large as the hypergradient.
+
+    Not where the hypergradient is small because its parts cancel and the error is small beside those: their size is
+    that of ``C' (s a)``, with the adjoint vector a and signs s that let nothing cancel but by chance.
+
+    Args:
+        found: the attempt.
+        error: a bound or an estimate of the distance to the exact hypergradient; None for no figure.
+        problem: the problem.
+        hparams: hyperparameters.
+    """
+    size = float(tree.norm(found.gradient)) if found.gradient is not None else 0.0
+    if error is None or not found.verdict.status.ok or not error > size:
+        return found
+    parts = size
+    if found.pulled.adjoint is not None:
+        adjoint = tree.tree_map(_mixed, found.pulled.adjoint)
+        parts = float(tree.norm(problem.bind(hparams).linearize(found.solved.params).cross(adjoint)))
+    if error <= SHARE * parts:
+        return found
+    detail = f"the error of the hypergradient may be {error:.1e}, and its norm is {size:.1e}"
+    return replace(found, verdict=Verdict(Status.INACCURATE, detail))
+
+
+def _mixed(leaf: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(leaf.numel())
+    return leaf * torch.randint(0, 2, leaf.shape, generator=generator).mul(2).sub(1).to(leaf)
