@@ -41,6 +41,20 @@ def shown_value(value: Any) -> str:
     return f"the class {value.__name__}: write {value.__name__}({'...' if needed else ''})"
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an exception says, in one line of at most 200 characters that ends with a full stop.
+
+    >>> first_line(MemoryError())
+    'MemoryError.'
+    """
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    # A KeyError says nothing but the key.
+    text = f"{kind}: {text}" if text and (isinstance(error, KeyError) or len(text.split()) < 3) else text or kind
+    text = text if len(text) <= 200 else f"{text[:197]}..."
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def require_arguments(what: str, function: Any, *names: str) -> None:
     """Refuse what cannot be called with so many positional arguments.
 

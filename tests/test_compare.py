@@ -18,14 +18,19 @@ import yaml
 
 from bilevel import (
     CG,
+    SGD,
+    Adam,
     BilevelProblem,
     FullUnroll,
     GradientDescent,
+    HeavyBall,
     HypergradEstimator,
     Implicit,
     QuadraticProblem,
     TruncatedUnroll,
+    stack,
 )
+from bilevel.base import describe
 from bilevel.compare import (
     Comparison,
     OuterOptions,
@@ -37,11 +42,11 @@ from bilevel.compare import (
     draw_figures,
     tables,
 )
-from bilevel.compare.batched import run_group
+from bilevel.compare.batched import joined, run_group, separated
 from bilevel.compare.cells import run_cell
 from bilevel.config import load_plan
 from bilevel.outer import OuterOptimizer
-from bilevel.problems import RidgeProblem
+from bilevel.problems import LogisticProblem, RidgeProblem
 
 CONFIG: dict[str, Any] = {
     "name": "tiny",
@@ -393,7 +398,7 @@ import sys, time
 from bilevel.cli import main
 from bilevel.compare import cells
 from bilevel.outer import OuterOptimizer
-from bilevel.problems import RidgeProblem
+from bilevel.problems import LogisticProblem, RidgeProblem
 step, cells.SAVE_EVERY = OuterOptimizer.step, 0.0
 def slow(self):
     time.sleep(0.1)
@@ -454,6 +459,49 @@ def test_a_batched_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Pa
     assert not any(each.done for each in stopped)
     run(plan, half)
     assert results(half) == results(whole)
+
+
+def scalar_setup(seed: int) -> Setup:
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    problem = LogisticProblem(X[:20], (X[:20, 0] > 0).long(), X[20:], (X[20:, 0] > 0).long())
+    return Setup(problem, torch.tensor(-2.0, dtype=torch.float64))
+
+
+SOLVERS_OF_A_BATCH = [
+    Adam(step_size=0.05, steps=20),
+    SGD(step_size=0.1, momentum=0.9, steps=20),
+    HeavyBall(steps=20),
+    GradientDescent(tol=1e-4),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS_OF_A_BATCH, ids=describe)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.NAdam, torch.optim.ASGD], ids=lambda o: o.__name__)
+def test_the_states_of_members_are_those_of_single_runs_and_make_the_batch_again(solver: Any, optimizer: Any) -> None:
+    options = OuterOptions(optimizer=lambda tensors: optimizer(tensors, lr=0.3))
+    setups = [scalar_setup(seed) for seed in (0, 1, 2)]
+
+    def outer() -> OuterOptimizer:
+        hparams = torch.stack([setup.hparams for setup in setups])
+        return options.start(Setup(stack([setup.problem for setup in setups]), hparams), solver, FullUnroll())
+
+    whole, again = outer(), outer()
+    whole.run(3, progress=False)
+    state = whole.state_dict()
+    members = [separated(state, index) for index in range(3)]
+    again.load_state_dict(joined(members))
+    alone = options.start(setups[1], solver, FullUnroll())
+    alone.load_state_dict(members[1])
+    expected = whole.run(2, progress=False)
+    found, single = again.run(2, progress=False), alone.run(2, progress=False)
+    # Bit for bit: the numbers of a warm-started Adam depend on all that the inner state carries.
+    assert torch.equal(found.hparams, expected.hparams)
+    assert [each.hypergradient_norm for each in found.history[1]] == [
+        each.hypergradient_norm for each in expected.history[1]
+    ]
+    torch.testing.assert_close(single.hparams, expected.hparams[1], rtol=1e-9, atol=0)
+    assert single.history[-1].inner_steps == expected.history[1][-1].inner_steps
 
 
 def test_a_cell_of_a_stopped_batch_can_go_on_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import F64, ridge_case
 from torch.distributions import constraints
+from torch.utils import _pytree as pytree
 
 import bilevel as bl
 
@@ -16,8 +17,8 @@ TRY = "try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
 
 
 def make(**options: Any) -> bl.OuterOptimizer:
-    solver = options.pop("solver", bl.Adam(steps=3))
-    return bl.OuterOptimizer(CASE.problem, solver, bl.FullUnroll(), options.pop("hparams", CASE.hparams), **options)
+    parts = {"problem": CASE.problem, "solver": bl.Adam(steps=3), "estimator": bl.FullUnroll(), "hparams": CASE.hparams}
+    return bl.OuterOptimizer(**(parts | options))
 
 
 def said(sentence: str, function: Any, *arguments: Any, **options: Any) -> None:
@@ -84,10 +85,50 @@ STATES: dict[str, Any] = {
     },
     "this state is of the inner solver Newton, whose memory Adam cannot go on with: start with params=estimate.params "
     "instead.": lambda: state(solver=bl.Newton()),
-    "this state is of another outer optimizer, whose options this one does not have.": lambda: state(
-        optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1)
+    "this state is of a run with the outer optimizer SGD, this run has Adam: load it into a run like that one.": (
+        lambda: state(optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1))
+    ),
+    "this state is of a run with the scheduler ExponentialLR, this run has none: load it into a run like that one.": (
+        lambda: state(scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+    ),
+    "this state is of a run with the estimator Implicit, this run has FullUnroll: load it into a run like that one.": (
+        lambda: state(estimator=bl.Implicit())
+    ),
+    "this state is of a run with the problem BilevelProblem, this run has RidgeProblem: load it into a run like that "
+    "one.": lambda: state(problem=bl.BilevelProblem(CASE.problem.inner_loss, CASE.problem.outer_loss, CASE.start)),
+    "this state has hyperparameters of dtype float32, this run has float64.": lambda: changed(
+        "free", [torch.zeros(CASE.hparams.shape, dtype=torch.float32)]
+    ),
+    f"{STATE}, but its 'hparams' is no list of tensors.": lambda: changed("hparams", [1.0]),
+    f"{STATE}, but its 'history' is not that of one run.": lambda: changed("history", [{"step": 1}]),
+    f"{STATE}, but its 'best_loss' is no number.": lambda: changed("best_loss", "small"),
+    f"{STATE}, but its 'rng' is no state of a random generator.": lambda: changed("rng", 3),
+    "an inner state holds params, memory, steps, measured, kept, earlier, got params, colour.": lambda: changed(
+        "inner_state", {"params": 1, "colour": 2}
+    ),
+    "this state cannot be loaded, and nothing of it was: Expected a CPUGeneratorImplState of size 5056 but found the "
+    "input RNG state size to be 3.": lambda: changed("rng", torch.zeros(3, dtype=torch.uint8)),
+    f"this state is of another outer optimizer: its 'exp_avg' has the shape (9,), here {tuple(CASE.hparams.shape)}.": (
+        lambda: moments_of_another_shape()
+    ),
+    "this state is of another outer optimizer, whose options this one does not have.": lambda: without(
+        state(optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1)), "of"
     ),
 }
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    return state() | {key: value}
+
+
+def without(value: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: each for name, each in value.items() if name != key}
+
+
+def moments_of_another_shape() -> dict[str, Any]:
+    saved = state()
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(9, dtype=F64)
+    return saved
 
 
 @pytest.mark.parametrize("sentence", STATES)
@@ -95,10 +136,41 @@ def test_a_state_of_something_else_is_refused_and_nothing_is_loaded(sentence: st
     outer = make()
     outer.run(1, progress=False)
     given = STATES[sentence]
-    before = outer.hparams
-    said(sentence, outer.load_state_dict, given() if callable(given) else given)
-    assert torch.equal(outer.hparams, before)
-    assert len(outer.history) == 1
+    given = given() if callable(given) else given
+    before, carry = outer.state_dict(), outer.carry
+    said(sentence, outer.load_state_dict, given)
+    # Bit for bit, the random generator of torch included.
+    flat, again = pytree.tree_flatten(before), pytree.tree_flatten(outer.state_dict())
+    assert flat[1] == again[1]
+    assert all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(flat[0], again[0], strict=True)
+    )
+    assert outer.carry is carry
+
+
+def test_two_runs_that_load_one_state_do_not_share_it() -> None:
+    saved, steps = state(), []
+    for _ in range(2):
+        outer = make()
+        outer.load_state_dict(saved)
+        outer.run(2, progress=False)
+        steps.append(outer.hparams)
+    assert torch.equal(*steps)
+    assert float(saved["optimizer"]["state"][0]["step"]) == 2
+
+
+def test_a_batch_refuses_the_state_of_one_run_and_the_other_way_round() -> None:
+    alone, together = make(), make(batch=1, hparams=CASE.hparams[None])
+    with pytest.raises(ValueError, match=r"this state has hyperparameters of shapes \[\(1, \d\)\], this run has"):
+        alone.load_state_dict(together.state_dict())
+    # The shapes of the hyperparameters agree here.
+    problem = bl.BilevelProblem(
+        lambda x, u: (x - u.sum()).square().sum(), lambda x, u: x.square().sum(), torch.ones(1, dtype=F64)
+    )
+    one, four = torch.zeros(4, dtype=F64), torch.zeros(4, dtype=F64)
+    alone, together = make(problem=problem, hparams=one), make(problem=problem, hparams=four, batch=4)
+    for saved, run, whose in ((together, alone, "one run"), (alone, together, "4 members")):
+        said(f"{STATE}, but its 'history' is not that of {whose}.", run.load_state_dict, saved.state_dict())
 
 
 def test_a_state_of_another_problem_is_refused() -> None:

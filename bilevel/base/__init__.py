@@ -8,7 +8,6 @@ from bilevel.base.batch import BatchEstimate as BatchEstimate
 from bilevel.base.batch import BatchPullback as BatchPullback
 from bilevel.base.batch import BatchSolution as BatchSolution
 from bilevel.base.batch import member_carry as member_carry
-from bilevel.base.batch import member_state as member_state
 from bilevel.base.batch import verdict_of as verdict_of
 from bilevel.base.estimator import Carry as Carry
 from bilevel.base.estimator import Certificate as Certificate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import overload
 
 from torch import Tensor
@@ -155,24 +155,10 @@ def verdict_of(verdicts: Sequence[Verdict]) -> Verdict:
     return Verdict(verdicts[chosen[0]].status, detail)
 
 
-def member_state(state: InnerState, index: int) -> InnerState:
-    """Return the inner state of one member."""
-    measured = {name: value[index] if isinstance(value, tuple) else value for name, value in state.measured.items()}
-    steps, earlier = (int(n[index]) if isinstance(n, Tensor) else n for n in (state.steps, state.earlier))
-    return replace(
-        state,
-        params=members.row(state.params, index),
-        memory=members.row(state.memory, index),
-        steps=steps,
-        measured=measured,
-        earlier=earlier,
-    )
-
-
 def member_carry(carry: Carry, index: int) -> Carry:
     """Return the warm start of one member."""
     return Carry(
-        None if carry.state is None else member_state(carry.state, index),
+        None if carry.state is None else carry.state.row(index),
         None if carry.adjoint is None else members.row(carry.adjoint, index),
         carry.solver,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
-from bilevel import tree
+from bilevel import members, tree
 from bilevel.lanczos import Spectrum
 from bilevel.linearization import pushforward
 from bilevel.options import default_tolerance, is_int, is_positive, require
@@ -59,6 +60,56 @@ class InnerState:
     def moved(self, params: Tree, memory: Tree = ()) -> InnerState:
         """Return the state after one more step."""
         return InnerState(params, memory, self.steps + 1, self.measured, earlier=self.earlier)
+
+    def row(self, index: int) -> InnerState:
+        """Return the state of one member of a batch."""
+        steps, earlier = (int(n[index]) if isinstance(n, Tensor) else n for n in (self.steps, self.earlier))
+        return InnerState(
+            members.row(self.params, index),
+            members.row(self.memory, index),
+            steps,
+            {name: value[index] if isinstance(value, tuple) else value for name, value in self.measured.items()},
+            None if self.kept is None else members.row(self.kept, index),
+            earlier=earlier,
+        )
+
+    @staticmethod
+    def stack(states: Sequence[InnerState]) -> InnerState:
+        """Return the state of a batch, of which ``row(i)`` is the i-th of `states`."""
+        first = states[0]
+        (like, *_) = tree.leaves(first.params)
+
+        def counts(numbers: list[int]) -> Any:
+            equal = len(set(numbers)) == 1
+            return numbers[0] if equal else torch.tensor(numbers, dtype=torch.float64, device=like.device)
+
+        return InnerState(
+            members.stack([state.params for state in states]),
+            members.stack([state.memory for state in states]),
+            counts([state.steps for state in states]),
+            {name: tuple(state.measured[name] for state in states) for name in first.measured},
+            None if first.kept is None else members.stack([state.kept for state in states]),
+            earlier=counts([state.earlier for state in states]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state in plain containers, from which `from_dict` makes it again."""
+        return {name: getattr(self, name) for name in SAVED} | {"measured": dict(self.measured)}
+
+    @staticmethod
+    def from_dict(saved: Mapping[str, Any]) -> InnerState:
+        """Return the state that `to_dict` saved; what an older version did not save has its default.
+
+        Raises:
+            ValueError: for a dict of something else.
+        """
+        if not {"params"} <= set(saved) <= set(SAVED):
+            raise ValueError(f"an inner state holds {', '.join(SAVED)}, got {', '.join(map(str, saved)) or 'nothing'}.")
+        return InnerState(**saved)
+
+
+SAVED = tuple(each.name for each in fields(InnerState) if each.name != "point")
+"""What a checkpoint holds of an inner state: all but what can be computed again."""
 
 
 @dataclass(frozen=True)

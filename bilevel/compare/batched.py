@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import members, tree
+from bilevel import members
+from bilevel.base import InnerState
 from bilevel.batches import stack
 from bilevel.compare.cells import SAVE_EVERY, CellRun, Row, load_cell, make_row, run_cell, take_row
 from bilevel.compare.folder import RunFolder, RunFolderError
@@ -142,14 +143,7 @@ def separated(state: dict[str, Any], index: int) -> dict[str, Any]:
         "hparams": [leaf[index].clone() for leaf in state["hparams"]],
         "best_hparams": [leaf[index].clone() for leaf in state["best_hparams"]],
         "optimizer": optimizer | {"state": moments},
-        "inner_state": None
-        if inner is None
-        else {
-            "params": members.row(inner["params"], index),
-            "memory": members.row(inner["memory"], index),
-            "steps": int(part(inner["steps"])),
-            "measured": {name: value[index] for name, value in inner["measured"].items()},
-        },
+        "inner_state": None if inner is None else InnerState.from_dict(inner).row(index).to_dict(),
         "adjoint": None if state["adjoint"] is None else members.row(state["adjoint"], index),
         "history": state["history"][index],
         "best_loss": float(state["best_loss"][index]),
@@ -167,7 +161,7 @@ def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     moments = {
         key: {
             name: torch.stack([state["optimizer"]["state"][key][name] for state in states])
-            if isinstance(value, Tensor) and value.shape == first["free"][key].shape and name != "step"
+            if isinstance(value, Tensor) and value.shape == first["free"][key].shape and name not in COUNTERS
             else value
             for name, value in each.items()
         }
@@ -189,14 +183,9 @@ def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 LEAVES = ("free", "hparams", "best_hparams")
+COUNTERS = ("step", "eta", "mu", "mu_product")
+"""Numbers of torch's optimizers that follow from the number of steps alone; scalar hyperparameters have their shape."""
 
 
 def _joined_inner(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    steps = [state["steps"] for state in states]
-    (like, *_) = tree.leaves(states[0]["params"])
-    return {
-        "params": members.stack([state["params"] for state in states]),
-        "memory": members.stack([state["memory"] for state in states]),
-        "steps": steps[0] if len(set(steps)) == 1 else torch.tensor(steps, dtype=torch.float64, device=like.device),
-        "measured": {name: tuple(state["measured"][name] for state in states) for name in states[0]["measured"]},
-    }
+    return InnerState.stack([InnerState.from_dict(state) for state in states]).to_dict()

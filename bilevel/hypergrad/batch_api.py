@@ -18,7 +18,6 @@ from bilevel.base import (
     Certificate,
     HypergradEstimator,
     InnerSolver,
-    member_state,
     verdict_of,
 )
 from bilevel.certify import ErrorEstimate, certify_error
@@ -169,7 +168,7 @@ def _certificate(solved: BatchSolution, pulled: BatchPullback, index: int, error
         inner_steps=solved.steps[index],
         adjoint_steps=pulled.steps[index] if usable else 0,
         **error.fields(),
-        measured=dict(member_state(solved.state, index).measured),
+        measured=dict(solved.state.row(index).measured),
     )
 
 

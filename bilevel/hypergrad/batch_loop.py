@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel import look, members, tree
-from bilevel.base import Carry, InnerSolver, InnerState, member_state
+from bilevel.base import Carry, InnerSolver, InnerState
 from bilevel.hypergrad.loop import GROWTH, LOOK, InnerRun, judge, not_finite
 from bilevel.oracles import InnerProblem
 from bilevel.status import GOOD, Status, StepFailure, Verdict
@@ -176,7 +176,7 @@ class _Loop:
         for index in self._indices(self.moving):
             # Only where a residual has grown does the verdict look at the member's curvature.
             inner = self.inner.member(index) if bool(grown[index]) else self.inner
-            begun = member_state(first, index)
+            begun = first.row(index)
             verdict = judge(
                 inner, self.solver, begun, float(start[index]), float(residual[index]), self.taken, self.tol
             )
@@ -208,7 +208,7 @@ class _Loop:
         self._stand(mask)
 
     def _replayed(self, index: int) -> InnerRun:
-        begun = member_state(self.checkpoint, index)
+        begun = self.checkpoint.row(index)
         try:
             inner = self.inner.member(index)
             # Raises what hinders a member from being measured at all.

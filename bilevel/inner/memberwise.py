@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import members, tree
-from bilevel.base import InnerState, member_state
+from bilevel.base import InnerState
 from bilevel.inner.coefficient_step import CoefficientStep
 from bilevel.members import Weight
 
@@ -79,7 +79,7 @@ class MemberwiseMultistep(CoefficientStep):
         """Make the numbers of further steps, member by member: each method's table is then made once for a member."""
         (like, *_) = tree.leaves(self.state.params)
         steps = range(len(self.numbers), len(self.numbers) + count)
-        states = [member_state(self.state, index) for index in range(len(like))]
+        states = [self.state.row(index) for index in range(len(like))]
         measured = [all(math.isfinite(value) for value in state.measured.values()) for state in states]
         donor = states[measured.index(True)]
         tables = []

@@ -279,8 +279,8 @@ class BatchOuterOptimizer(OuterOptimizer):
     def _saved_history(self) -> list[Any]:
         return [[asdict(record) for record in records] for records in self.history]
 
-    def _load_history(self, saved: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        self.history = [[Record(**record) for record in records] for records in saved]
+    def _read_history(self, saved: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Record]]:
+        return [[Record(**record) for record in records] for records in saved]
 
 
 def _failure(history: Sequence[Record]) -> str:

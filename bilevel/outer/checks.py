@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from bilevel import tree
-from bilevel.hypergrad.arguments import check_origin, shapes
 from bilevel.options import is_int, shown_value
-from bilevel.tree import Tree
-
-KEYS = frozenset({
-    *("format", "free", "optimizer", "scheduler", "hparams", "inner_state", "adjoint"),
-    *("history", "best_loss", "best_hparams", "rng"),
-})
-"""What a state holds in every version."""
 
 
 def check_makers(optimizer: Any, scheduler: Any) -> None:
@@ -82,44 +73,3 @@ def check_steps(steps: Any) -> None:
     """
     if not is_int(steps, 0):
         raise ValueError(f"`steps` must be an int that is not negative, got {steps!r}.")
-
-
-def check_state(
-    state: Any, format_: int, hparams: Tree, start: Tree, trainable: Tree, solver: Any, groups: Any
-) -> None:
-    """Refuse what is not the state of such a run, before any of it is loaded.
-
-    Args:
-        state: should be what `OuterOptimizer.state_dict` returned.
-        format_: the format that is read.
-        hparams: the hyperparameters of this run.
-        start: its params where a cold start begins.
-        trainable: the part of them that inner solvers move.
-        solver: its inner solver.
-        groups: the parameter groups of its optimizer.
-
-    Raises:
-        ValueError: for something else, another format, another problem, another solver or another optimizer.
-    """
-    wanted = "`state` must be what `OuterOptimizer.state_dict` returned"
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{wanted}, got {shown_value(state)}.")
-    if "format" not in state:
-        raise ValueError(f"{wanted}, got a dict with the keys {', '.join(map(str, state)) or '(none)'}.")
-    if state["format"] != format_:
-        raise ValueError(f"this state has the format {state['format']!r}, this version reads {format_}.")
-    if not set(state) >= KEYS:
-        raise ValueError(f"{wanted}, but it lacks {', '.join(sorted(KEYS - set(state)))}.")
-    wanted_shapes = [tuple(leaf.shape) for leaf in tree.leaves(hparams)]
-    saved = [tuple(leaf.shape) for leaf in state["hparams"]]
-    if wanted_shapes != saved:
-        raise ValueError(f"this state has hyperparameters of shapes {saved}, this run has {wanted_shapes}.")
-    check_origin("this state", state.get("solver", ""), solver)
-    inner = state["inner_state"]
-    for part, like in ((None if inner is None else inner["params"], start), (state["adjoint"], trainable)):
-        if part is not None and shapes(part) != shapes(like):
-            sizes = [[shape for _, shape in shapes(each)] for each in (part, like)]
-            raise ValueError(f"this state is of another problem, with params of shapes {sizes[0]}, here {sizes[1]}.")
-    options = [sorted(group) for group in state["optimizer"]["param_groups"]]
-    if options != [sorted(group) for group in groups]:
-        raise ValueError("this state is of another outer optimizer, whose options this one does not have.")

@@ -13,17 +13,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilevel import tree
-from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver, InnerState
+from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver
 from bilevel.constraints import ConstraintTransform
 from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.target import check_target
 from bilevel.inputs import check_tensors
-from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_state, check_steps
+from bilevel.options import first_line
+from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_steps
 from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
-from bilevel.outer.state import FORMAT, generators, restore_generators, saved_inner_state
+from bilevel.outer.state import FORMAT, check_state, generators, loaded, origin, restore_generators, restore_optimizer
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.tree import Tree
@@ -260,9 +261,9 @@ class OuterOptimizer:
         with torch.no_grad():
             for leaf, value in zip(tree.leaves(self._free), state["free"], strict=True):
                 leaf.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
 
     def run(
         self,
@@ -322,9 +323,10 @@ class OuterOptimizer:
             "format": FORMAT,
             **self._movable(),
             "hparams": [leaf.clone() for leaf in tree.leaves(self._hparams)],
-            "inner_state": saved_inner_state(self.carry.state),
+            "inner_state": None if self.carry.state is None else self.carry.state.to_dict(),
             "adjoint": self.carry.adjoint,
             "solver": type(self.solver).__name__,
+            "of": origin(self),
             "history": self._saved_history(),
             "best_loss": self.best[0],
             "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
@@ -335,24 +337,29 @@ class OuterOptimizer:
         """Continue from a `state_dict`.
 
         Args:
-            state: what `state_dict` returned, for the same problem, solver and estimator.
+            state: what `state_dict` returned, for the same problem, solver and estimator; it is not changed.
 
         Raises:
-            ValueError: for something else, another format, problem, inner solver or optimizer; nothing is loaded then.
+            ValueError: for something else, another format, problem, inner solver, estimator, optimizer or scheduler;
+                nothing is loaded then.
         """
-        start, groups = self.problem.start(self.params), self.optimizer.param_groups
-        check_state(state, FORMAT, self._hparams, start, self.problem.trainable(start), self.solver, groups)
-        self._restore(state)
-        self._hparams = tree.rebuild(self._hparams, [value.clone() for value in state["hparams"]])
-        inner = state["inner_state"]
-        self.carry = Carry(None if inner is None else InnerState(**inner), state["adjoint"], type(self.solver).__name__)
-        self._load_history(state["history"])
-        best = tree.rebuild(self._hparams, [value.clone() for value in state["best_hparams"]])
-        self.best = (state["best_loss"], best)
-        restore_generators(state)
+        check_state(state, self)
+        before = {**self._movable(), **generators()}
+        hparams, carry, best = loaded(state, self)
+        history = self._read_history(state["history"])
+        try:
+            self._restore(state)
+            restore_generators(state)
+        except BaseException as error:
+            self._restore(before)
+            restore_generators(before)
+            if not isinstance(error, Exception):
+                raise
+            raise ValueError(f"this state cannot be loaded, and nothing of it was: {first_line(error)}") from error
+        self._hparams, self.carry, self.best, self.history = hparams, carry, best, history
 
     def _saved_history(self) -> list[Any]:
         return [asdict(record) for record in self.history]
 
-    def _load_history(self, saved: Sequence[Any]) -> None:
-        self.history = [Record(**record) for record in saved]
+    def _read_history(self, saved: Sequence[Any]) -> list[Any]:
+        return [Record(**record) for record in saved]

@@ -1,31 +1,196 @@
-"""What a saved outer run holds besides its own tensors: the inner state and the random generators."""
+"""What a saved outer run holds besides its own tensors, and what a run looks at before it loads a state."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerState
+from bilevel import tree
+from bilevel.base import Carry, InnerState
+from bilevel.hypergrad.arguments import check_origin, shapes
+from bilevel.options import shown_value
+from bilevel.outer.records import Record
+from bilevel.tree import Tree
 
 FORMAT = 1
 """The format of a state that this version writes and reads."""
 
 
-def saved_inner_state(state: InnerState | None) -> dict[str, Any] | None:
-    """Return an inner state in plain containers, from which ``InnerState(**saved)`` makes it again; None stays None."""
-    if state is None:
-        return None
+KEYS = frozenset({
+    *("format", "free", "optimizer", "scheduler", "hparams", "inner_state", "adjoint"),
+    *("history", "best_loss", "best_hparams", "rng"),
+})
+"""What a state holds in every version."""
+WANTED = "`state` must be what `OuterOptimizer.state_dict` returned"
+
+
+def origin(outer: Any) -> dict[str, Any]:
+    """Return what a state is of: the classes of the parts of a run, and the names of its hyperparameters."""
+    problem = outer.problem if outer.problem.batch is None else outer.problem.member(0)
     return {
-        "params": state.params,
-        "memory": state.memory,
-        "steps": state.steps,
-        "measured": dict(state.measured),
-        "kept": state.kept,
-        "earlier": state.earlier,
+        "problem": type(problem).__name__,
+        "estimator": type(outer.estimator).__name__,
+        "outer optimizer": type(outer.optimizer).__name__,
+        "scheduler": "none" if outer.scheduler is None else type(outer.scheduler).__name__,
+        "hyperparameters": tree.names(outer.hparams),
     }
+
+
+def check_state(state: Any, outer: Any) -> None:
+    """Refuse what is not the state of such a run, before any of it is loaded.
+
+    Args:
+        state: should be what `OuterOptimizer.state_dict` returned.
+        outer: the run.
+
+    Raises:
+        ValueError: for something else, another format, another problem, solver, estimator or optimizer.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{WANTED}, got {shown_value(state)}.")
+    if "format" not in state:
+        raise ValueError(f"{WANTED}, got a dict with the keys {', '.join(map(str, state)) or '(none)'}.")
+    if state["format"] != FORMAT:
+        raise ValueError(f"this state has the format {state['format']!r}, this version reads {FORMAT}.")
+    if not set(state) >= KEYS:
+        raise ValueError(f"{WANTED}, but it lacks {', '.join(sorted(KEYS - set(state)))}.")
+    _check_leaves(state, outer.hparams)
+    check_origin("this state", state.get("solver", ""), outer.solver)
+    # States of older versions do not say what they are of.
+    saved = state.get("of", {})
+    for what, ours in origin(outer).items():
+        theirs = saved.get(what, ours)
+        if theirs != ours:
+            said = [", ".join(map(str, each)) if isinstance(each, list) else each for each in (theirs, ours)]
+            raise ValueError(
+                f"this state is of a run with the {what} {said[0]}, this run has {said[1]}: load it into a run "
+                "like that one."
+            )
+    _check_inner(state, outer)
+    _check_optimizer(state, outer.optimizer)
+    if (state["scheduler"] is None) != (outer.scheduler is None):
+        one, other = ("no", "a") if state["scheduler"] is None else ("a", "no")
+        raise ValueError(f"this state is of a run with {one} scheduler, this one has {other} scheduler.")
+    _check_history(state, outer)
+
+
+def _check_leaves(state: Mapping[str, Any], hparams: Tree) -> None:
+    """Refuse hyperparameters of other shapes or dtypes."""
+    ours = [leaf.shape for leaf in tree.leaves(hparams)], [leaf.dtype for leaf in tree.leaves(hparams)]
+    for key in ("hparams", "free", "best_hparams"):
+        values = state[key]
+        if not isinstance(values, list | tuple) or not all(isinstance(value, Tensor) for value in values):
+            raise ValueError(f"{WANTED}, but its {key!r} is no list of tensors.")
+        # Free variables of a constraint such as a simplex have another shape than the hyperparameters.
+        shape, dtype = [tuple(value.shape) for value in values], [value.dtype for value in values]
+        if key != "free" and shape != list(map(tuple, ours[0])):
+            raise ValueError(
+                f"this state has hyperparameters of shapes {shape}, this run has {list(map(tuple, ours[0]))}."
+            )
+        if dtype != ours[1]:
+            raise ValueError(
+                f"this state has hyperparameters of dtype {_named(dtype)}, this run has {_named(ours[1])}."
+            )
+
+
+def _named(dtypes: list[torch.dtype]) -> str:
+    return ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _check_inner(state: Mapping[str, Any], outer: Any) -> None:
+    """Refuse an inner state or an adjoint of params of other names, shapes or dtypes."""
+    start, inner = outer.problem.start(outer.params), state["inner_state"]
+    params = None if inner is None else InnerState.from_dict(inner).params
+    for part, like in ((params, start), (state["adjoint"], outer.problem.trainable(start))):
+        if part is None:
+            continue
+        if shapes(part) != shapes(like):
+            theirs, ours = shapes(part), shapes(like)
+            # Names are said where they alone differ.
+            if sorted(shape for _, shape in theirs) != sorted(shape for _, shape in ours):
+                theirs, ours = [shape for _, shape in theirs], [shape for _, shape in ours]  # type: ignore[misc]
+            raise ValueError(f"this state is of another problem, with params of shapes {theirs}, here {ours}.")
+        dtypes = [[leaf.dtype for leaf in tree.leaves(each)] for each in (part, like)]
+        if dtypes[0] != dtypes[1]:
+            raise ValueError(f"this state has params of dtype {_named(dtypes[0])}, this run has {_named(dtypes[1])}.")
+
+
+def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the state of an optimizer with other options, or with moments that do not fit the tensors of this one."""
+    wanted = "this state is of another outer optimizer"
+    saved = state["optimizer"]
+    if not isinstance(saved, Mapping) or set(saved) != {"state", "param_groups"}:
+        raise ValueError(f"{WANTED}, but its 'optimizer' is not the state of a torch optimizer.")
+    if [sorted(group) for group in saved["param_groups"]] != [sorted(group) for group in optimizer.param_groups]:
+        raise ValueError(f"{wanted}, whose options this one does not have.")
+    if saved["param_groups"] and [len(g["params"]) for g in saved["param_groups"]] != [
+        len(g["params"]) for g in optimizer.param_groups
+    ]:
+        raise ValueError(f"{wanted}, which moves other tensors than this one.")
+    # An optimizer of the user's own may keep tensors of any shape.
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    order = [index for group in saved["param_groups"] for index in group["params"]]
+    leaves = dict(zip(order, [leaf for group in optimizer.param_groups for leaf in group["params"]], strict=True))
+    for index, moments in saved["state"].items():
+        for name, value in moments.items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            shape = leaves[index].shape if index in leaves else ()
+            # Adafactor keeps means over rows and columns.
+            if value.dim() != len(shape) or any(
+                size not in (1, ours) for size, ours in zip(value.shape, shape, strict=True)
+            ):
+                raise ValueError(f"{wanted}: its {name!r} has the shape {tuple(value.shape)}, here {tuple(shape)}.")
+
+
+def _check_history(state: Mapping[str, Any], outer: Any) -> None:
+    """Refuse a history that is none, or that of a batch for a single run and the other way round."""
+    names = {each.name for each in fields(Record)}
+    size, history, best = outer.problem.batch, state["history"], state["best_loss"]
+    members = [history] if size is None else history
+    good = isinstance(history, list | tuple) and all(
+        isinstance(records, list | tuple) and all(isinstance(r, Mapping) and set(r) == names for r in records)
+        for records in members
+    )
+    if not good or len(members) != (size or 1):
+        raise ValueError(
+            f"{WANTED}, but its 'history' is not that of {'one run' if size is None else f'{size} members'}."
+        )
+    if not (isinstance(best, float | int) if size is None else isinstance(best, Tensor) and best.shape == (size,)):
+        raise ValueError(
+            f"{WANTED}, but its 'best_loss' is {'no number' if size is None else f'not one of {size} each'}."
+        )
+    if not isinstance(state["rng"], Tensor):
+        raise ValueError(f"{WANTED}, but its 'rng' is no state of a random generator.")
+
+
+def loaded(state: Mapping[str, Any], outer: Any) -> tuple[Tree, Carry, tuple[Any, Tree]]:
+    """Return hyperparameters, warm start and best (loss, hyperparameters) of a state that was accepted."""
+    inner = state["inner_state"]
+    carry = Carry(None if inner is None else InnerState.from_dict(inner), state["adjoint"], type(outer.solver).__name__)
+    hparams, best = (
+        tree.rebuild(outer.hparams, [value.clone() for value in state[name]]) for name in ("hparams", "best_hparams")
+    )
+    return hparams, carry, (state["best_loss"], best)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load the state of an optimizer, of which it takes copies: torch goes on with the tensors that it is given."""
+    saved = copy.deepcopy(saved)
+    numbers = [index for group in saved["param_groups"] for index in group["params"]]
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    optimizer.load_state_dict(saved)
+    for index, leaf in zip(numbers, leaves, strict=True):
+        for name, value in saved["state"].get(index, {}).items():
+            # torch casts single numbers, such as NAdam's product of momenta, to the dtype of the leaf.
+            if isinstance(value, Tensor) and value.dim() == 0:
+                optimizer.state[leaf][name] = value
 
 
 def generators() -> dict[str, Any]:
