@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bilevel.batch_norm import BatchNormLayers, Statistics
 from bilevel.draws import Draws
+from bilevel.module_checks import check_module
 from bilevel.tree import Tree
 
 
@@ -24,7 +25,7 @@ class FunctionalModule:
             BatchNorm are constants at their present values; the modes of its layers are those of now.
 
     Raises:
-        ValueError: for a module without trainable parameters, or with weight norm.
+        ValueError: for a module without trainable parameters, and for what `check_module` refuses.
 
     >>> functional = FunctionalModule(nn.Linear(2, 1, bias=False))
     >>> functional.at({"weight": torch.tensor([[1.0, 2.0]])})(torch.ones(2))
@@ -32,10 +33,10 @@ class FunctionalModule:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        check_module(module)
         self.params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("the module has no parameters that require gradients.")
-        _check_derivatives(module)
         self.batch_norm = BatchNormLayers(module)
         self.statistics = self.batch_norm.start()
         self._module = module
@@ -68,18 +69,6 @@ class FunctionalModule:
         finally:
             for part in changed:
                 part.training = not part.training
-
-
-def _check_derivatives(module: nn.Module) -> None:
-    """Refuse weight norm: the second derivative of torch's kernel takes the norms for constants (torch 2.13)."""
-    for name, part in module.named_modules():
-        hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
-        if type(part).__name__ == "_WeightNorm" or "WeightNorm" in hooks:
-            raise ValueError(
-                f"the module uses torch's weight norm ({name!r}), whose second derivatives are wrong: remove it "
-                "(torch.nn.utils.parametrize.remove_parametrizations), or register a parametrization of your own that "
-                "returns g * v / v.norm(dim=1, keepdim=True)."
-            )
 
 
 def normalising_layer(module: nn.Module) -> str | None:

@@ -442,8 +442,8 @@ class BilevelProblem:
             statistics that move.
 
         Raises:
-            ValueError: for a module without trainable parameters, with random layers and no seed, or losses that do not
-                take three arguments.
+            ValueError: for a module without trainable parameters, with random layers and no seed, with hooks on
+                gradients, weight norm or spectral norm in train mode, or losses that do not take three arguments.
 
         >>> model = nn.Linear(2, 1)
         >>> X, y = torch.ones(3, 2), torch.ones(3, 1)

@@ -93,6 +93,11 @@ def detach(tree: Tree) -> Tree:
     return tree_map(Tensor.detach, tree)
 
 
+def copied(tree: Tree) -> Tree:
+    """Return detached copies of the leaves, which share storage with nothing; leaves that are no tensors stay."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def attach(tree: Tree) -> Tree:
     """Return detached leaves that require gradients: fresh roots of an autograd graph."""
     return tree_map(lambda leaf: leaf.detach().requires_grad_(), tree)

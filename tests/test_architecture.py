@@ -38,6 +38,7 @@ FLOORS = {
         "loaders",
         "sampling",
         "modules",
+        "module_checks",
         "batch_norm",
         "draws",
         "sums",

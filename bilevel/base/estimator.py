@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from bilevel import tree
@@ -34,6 +34,13 @@ class Carry:
     adjoint: Tree = None
     solver: str = ""
     ongoing: bool = False
+
+    def copied(self) -> Carry:
+        """Return the warm start with copies of the tensors that a loss is given."""
+        state = self.state
+        if state is not None:
+            state = replace(state, params=tree.copied(state.params), memory=tree.copied(state.memory))
+        return replace(self, state=state, adjoint=tree.copied(self.adjoint))
 
 
 @dataclass(frozen=True)

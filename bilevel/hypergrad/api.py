@@ -119,6 +119,8 @@ def hypergradient(
     carry = Carry() if carry is None else carry
     if check:
         check_carry(carry, solver, start, problem.trainable(start))
+    # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
+    carry = carry.copied()
     if problem.batch is not None:
         return batch_hypergradient(problem, solver, rule, hparams, start, carry, certify, on_failure)
     meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
@@ -141,7 +143,8 @@ def hypergradient(
         measured=dict(solved.state.measured),
     )
     following = found.carry(solver) if found.verdict.status.usable else carry
-    estimate = Estimate(found.outer_loss, gradient, solved.params, certificate, cost, found.verdict, following)
+    gradient, x = tree.copied(gradient), tree.copied(solved.params)
+    estimate = Estimate(found.outer_loss, gradient, x, certificate, cost, found.verdict, following)
     report(found.verdict, on_failure, estimate)
     return estimate
 
@@ -166,7 +169,7 @@ def prepare(
     params: Tree,
     check: bool,
 ) -> tuple[InnerSolver, Tree, Tree]:
-    """Return the solver that runs the problem, detached hyperparameters and start, after a look at all of them.
+    """Return the solver that runs the problem, copies of hyperparameters and start, after a look at all of them.
 
     Args:
         problem: the problem.
@@ -192,4 +195,4 @@ def prepare(
         except DerivativeError:
             if estimator.second_derivatives:
                 raise
-    return with_statistics(problem, solver), tree.detach(hparams), start
+    return with_statistics(problem, solver), tree.copied(hparams), tree.copied(start)

@@ -95,7 +95,9 @@ def batch_hypergradient(
         for index, error in enumerate(_errors(problem, solver, hparams, solved, gradient, pulled, verdicts, certify))
     ]
     following = _following(solved, pulled, usable, carry, type(solver).__name__)
-    estimate = BatchEstimate(value, gradient, solved.params, certificates, costs, cost, verdicts, following)
+    estimate = BatchEstimate(
+        value, gradient, tree.copied(solved.params), certificates, costs, cost, verdicts, following
+    )
     report(verdict_of(verdicts), on_failure, estimate)
     return estimate
 

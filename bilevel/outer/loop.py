@@ -311,7 +311,7 @@ class OuterOptimizer:
                 if reason:
                     stopped = reason
                     break
-        return OuterResult(self.hparams, self.best[1], self.best[0], tuple(self.history), stopped)
+        return OuterResult(self.hparams, tree.copied(self.best[1]), self.best[0], tuple(self.history), stopped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.
