@@ -16,7 +16,7 @@ from sklearn import datasets
 from torch import Tensor
 
 from bilevel.datafiles import Array, Raw, check_part, read_csv, read_mnist, read_npz
-from bilevel.dataprep import corrupt, encode, split, standardized
+from bilevel.dataprep import TASKS, corrupt, encode, split, standardized
 from bilevel.options import is_int, is_number
 
 BUNDLED = {
@@ -39,9 +39,10 @@ class Dataset:
 
     Attributes:
         name: the name or path it was loaded by.
-        task: "regression" or "classification".
+        task: "regression", "classification" or "raw".
         X_train: training inputs of shape (rows, features), floating.
-        y_train: training targets of shape (rows,): floating for regression, int64 labels from 0 for classification.
+        y_train: training targets of shape (rows,): floating for regression, int64 labels from 0 for classification,
+            and for a raw target whichever of the two they are in the data.
         X_val: validation inputs.
         y_val: validation targets.
         X_test: test inputs; None where there is no test part.
@@ -89,6 +90,7 @@ def load(
     validation: float = 0.25,
     test: float = 0.25,
     standardize: bool = True,
+    task: str | None = None,
     target: str | None = None,
     corrupted: float = 0.0,
     rows: int | None = None,
@@ -99,10 +101,11 @@ def load(
 ) -> Dataset:
     """Load a data set and split it.
 
-    The task is classification where the targets are strings, booleans, or integers (in a `.csv`: all written without a
-    decimal point) with at most 20 distinct values, else regression. Labels become 0, 1, ... in sorted order, and their
-    splits are stratified. The problem classes have no intercept, so X is standardized *and* a regression target is
-    centred, both with statistics of the training rows; a constant feature becomes zero.
+    Labels of a classification become 0, 1, ... in sorted order, and their splits are stratified. The problem classes
+    have no intercept, so X is standardized *and* a regression target is centred, both with statistics of the training
+    rows; a constant feature becomes zero. A raw target stays as it is. Which task it is `task` says; configs take it
+    from the problem class. Where nobody says, it is classification for targets that are strings, booleans, or integers
+    (in a `.csv`: all written without a decimal point) with at most 20 distinct values, else regression.
 
     The synthetic sets have standard Gaussian X, weights w of which a quarter are not zero, Gaussian e, and
     ``y = X w + noise e``, or the class ``X w + noise e > 0``. Centring X adds a small intercept to the latter.
@@ -114,6 +117,8 @@ def load(
         validation: fraction of all rows for the validation part; unused where a file brings its own splits.
         test: fraction of all rows for the test part, 0 for none; likewise.
         standardize: False leaves X and y as they are.
+        task: "regression", "classification" or "raw"; default: see above, with a `BilevelWarning` where a file's
+            integers may be either.
         target: the target column of a `.csv`; default: the last.
         corrupted: share of the training labels that are replaced, each by one of the other classes with equal
             probability; which ones follows from the seed. Validation and test labels stay right.
@@ -141,38 +146,39 @@ def load(
         raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
     synthetic = {"rows": rows, "features": features, "noise": noise}
     _check_options(name, seed, validation, test, target, corrupted, synthetic)
+    if task is not None and task not in TASKS:
+        raise ValueError(f"`task` must be {', '.join(map(repr, TASKS))} or None, got {task!r}.")
     raw = _read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise)
     for part in raw.parts:
         check_part(raw, part)
-    raw, labels = encode(raw)
-    regression = labels is None
+    raw, labels, task = encode(raw, task, warn=not corrupted)
     how = "split as in the file"
     if "" in raw.parts:
         raw = replace(raw, parts=split(raw, labels, seed, validation, test))
-        how = f"{'split' if regression else 'stratified'} with seed {seed}"
+        how = f"{'split' if labels is None else 'stratified'} with seed {seed}"
     wrong = None
     if corrupted:
         raw, wrong = corrupt(raw, labels, corrupted, seed)
         how += f", {wrong.sum()} training labels replaced by another class"
     scaling = "X and y as they came"
     if standardize:
-        raw = standardized(raw, centre=regression)
-        scaling = f"X standardized{' and y centred' if regression else ''} with training statistics"
+        raw = standardized(raw, centre=task == "regression")
+        scaling = f"X standardized{' and y centred' if task == 'regression' else ''} with training statistics"
 
     def tensor(values: Array, kind: torch.dtype = dtype) -> Tensor:
         return torch.as_tensor(values, dtype=kind, device=device)
 
     tensors: dict[str, Any] = {"X_test": None, "y_test": None}
     for part, (X, y) in raw.parts.items():
-        tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if regression else torch.int64)
+        tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if y.dtype.kind == "f" else torch.int64)
     rows_of = ", ".join(f"{len(y)} {part}" for part, (_, y) in raw.parts.items())
     return Dataset(
         name=name,
-        task="regression" if regression else "classification",
+        task=task,
         feature_names=raw.feature_names,
         note=(
             f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, "
-            f"{'regression' if labels is None else _classes(labels)}; {scaling}."
+            f"{_target_words(task) if labels is None else _classes(labels)}; {scaling}{raw.note and '; '}{raw.note}."
         ),
         truth=None if raw.truth is None else tensor(raw.truth),
         corrupted=None if wrong is None else tensor(wrong, torch.bool),
@@ -252,6 +258,10 @@ def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> 
     targets = y if name == "synthetic_regression" else (y > 0).long()
     names = tuple(f"x{index}" for index in range(features))
     return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())
+
+
+def _target_words(task: str) -> str:
+    return "y as it came" if task == "raw" else task
 
 
 def _classes(labels: Array) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
+"""The name of the index of a table that pandas has written, or has written, read and written again."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,16 @@ class Raw:
         parts: (X, y) under the name "", or the parts "train", "val" and perhaps "test" that a file brings.
         feature_names: one for each feature.
         truth: the true weights of a synthetic set.
+        is_file: whether it is a file of the user's.
+        note: what was left out, in words.
     """
 
     source: str
     parts: dict[str, tuple[Array, Array]]
     feature_names: tuple[str, ...]
     truth: Array | None = None
+    is_file: bool = False
+    note: str = ""
 
 
 def read_mnist() -> Raw:
@@ -78,13 +86,22 @@ def read_npz(source: str, path: Path) -> Raw:
             f"{source!r} must hold the arrays X and y, or X_train, y_train, X_val, y_val (and X_test, y_test), "
             f"but lacks {', '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}."
         )
-    parts = {part: (arrays[X], arrays[y]) for part, (X, y) in zip(names, needed, strict=True)}
+    parts = {part: (arrays[X], _one_column(arrays[y])) for part, (X, y) in zip(names, needed, strict=True)}
     first, _ = parts[names[0]]
-    return Raw(source, parts, tuple(f"x{index}" for index in range(first.shape[1] if first.ndim == 2 else 0)))
+    names = [f"x{index}" for index in range(first.shape[1] if first.ndim == 2 else 0)]
+    return Raw(source, parts, tuple(names), is_file=True)
+
+
+def _one_column(y: Array) -> Array:
+    """Return targets of shape (rows, 1) as (rows,), and bytes as strings."""
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    return np.char.decode(y, "utf-8") if y.dtype.kind == "S" else y
 
 
 def read_csv(source: str, path: Path, target: str | None) -> Raw:
     """Read a .csv file with a header row; empty cells are missing values.
+
+    Columns without a name whose values all differ (the index that pandas writes) are left out.
 
     Args:
         source: how messages call the file.
@@ -120,10 +137,18 @@ def read_csv(source: str, path: Path, target: str | None) -> Raw:
         raise ValueError(f"{source!r} has no target column {target!r}: its columns are {', '.join(header)}.")
     columns = dict(zip(header, np.array(body).T, strict=True))
     y = columns.pop(target)
+    left_out = [name for name, column in columns.items() if INDEX.fullmatch(name) and len(set(column)) == len(column)]
+    for name in left_out:
+        del columns[name]
+    if not columns:
+        raise ValueError(f"{source!r} holds no features besides the target {target!r} and the index of its rows.")
+    names = ", ".join(repr(name) if name else "without a name" for name in left_out)
     return Raw(
         source,
         {"": (np.stack([_numeric(source, *column) for column in columns.items()], axis=1), _target(source, y))},
         tuple(columns),
+        is_file=True,
+        note=f"the column {names} is left out, as it numbers the rows" if left_out else "",
     )
 
 

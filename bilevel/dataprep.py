@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -9,32 +10,63 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from bilevel.datafiles import Array, Raw
+from bilevel.status import BilevelWarning
 
 MAX_CLASSES = 20
-"""Integer targets with at most this many distinct values are labels."""
+"""Where nobody says what they are, integer targets with at most this many distinct values are labels."""
+TASKS = ("regression", "classification", "raw")
 
 
-def encode(raw: Raw) -> tuple[Raw, Array | None]:
-    """Return the data in float64, with labels 0, 1, ... and the sorted labels they stand for; None for regression.
+def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | None, str]:
+    """Return the data with X in float64 and targets as a task needs them.
 
     Args:
         raw: data as they were read, in parts or not.
+        task: "regression": targets in float64; "classification": labels 0, 1, ... in sorted order; "raw": numbers as
+            they are; None: whichever of the first two the targets look like.
+        warn: whether to say so where integers may be either.
+
+    Returns:
+        The data, the sorted labels (None without labels), and the task.
 
     Raises:
-        ValueError: for one class alone, and for a label that the training part lacks.
+        ValueError: for targets that the task cannot use, for one class alone, and for a label that training lacks.
     """
     targets = np.concatenate([y for _, y in raw.parts.values()])
-    labels = np.unique(targets)
+    labels, kind = np.unique(targets), targets.dtype.kind
+    words = kind == "U"
     parts = {part: (X.astype(np.float64), y) for part, (X, y) in raw.parts.items()}
-    if targets.dtype.kind == "f" or (targets.dtype.kind in "iu" and len(labels) > MAX_CLASSES):
-        return replace(raw, parts={part: (X, y.astype(np.float64)) for part, (X, y) in parts.items()}), None
+    if task is None:
+        few = kind in "iu" and len(labels) <= MAX_CLASSES
+        task = "classification" if few or words or kind == "b" else "regression"
+        if few and len(labels) > 2 and raw.is_file and warn:
+            warnings.warn(
+                f"the {len(labels)} different integers of the target of {raw.source!r} are taken for class labels: say "
+                "task='classification', or task='regression' where they are numbers.",
+                BilevelWarning,
+                stacklevel=4,
+            )
+    if task != "classification":
+        if words:
+            raise ValueError(
+                f"the target of {raw.source!r} holds strings ({str(labels[0])!r}), but the task is {task!r}: encode "
+                "them as numbers, or take a problem of classes."
+            )
+        parts = {part: (X, y.astype(np.float64) if task == "regression" else y) for part, (X, y) in parts.items()}
+        return replace(raw, parts=parts), None, task
+    if kind == "f" and (labels != np.round(labels)).any():
+        raise ValueError(
+            f"the target of {raw.source!r} holds {labels[labels != np.round(labels)][0]:g}, which is no class label: a "
+            "regression target?"
+        )
     if len(labels) < 2:
         raise ValueError(f"the target of {raw.source!r} holds one class only ({labels[0]}): nothing to separate.")
     if "train" in raw.parts:
         unseen = np.setdiff1d(labels, raw.parts["train"][1])
         if len(unseen):
             raise ValueError(f"y_train of {raw.source!r} lacks the label {unseen[0]} that another part holds.")
-    return replace(raw, parts={part: (X, np.searchsorted(labels, y)) for part, (X, y) in parts.items()}), labels
+    parts = {part: (X, np.searchsorted(labels, y)) for part, (X, y) in parts.items()}
+    return replace(raw, parts=parts), labels, task
 
 
 def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: float) -> dict[str, tuple[Array, Array]]:
@@ -57,18 +89,21 @@ def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: fl
     if test == 0:
         del sizes["test"]
     shown = "/".join(map(str, sizes.values()))
+    many = "" if labels is None or len(labels) <= MAX_CLASSES else " (or is it a regression target?)"
     least = 1 if labels is None else len(labels)
     if min(sizes.values()) < least:
         each = "a row" if labels is None else f"a row of every class, {least} in all"
         raise ValueError(
-            f"{raw.source!r} has too few rows ({count}, split {shown} into {'/'.join(sizes)}): each part needs {each}."
+            f"{raw.source!r} has too few rows ({count}, split {shown} into {'/'.join(sizes)}): each part needs {each}"
+            f"{many}."
         )
     thin = ""
     if labels is not None:
         members = np.bincount(y)
         thin = (
             f"the class {labels[members.argmin()]} of {raw.source!r} has too few rows ({members.min()}) for a "
-            f"stratified split of {count} rows {shown} into {'/'.join(sizes)}: each part needs one of them."
+            f"stratified split of {count} rows {shown} into {'/'.join(sizes)}: each part needs one of them"
+            f"{many}."
         )
         if members.min() < len(sizes):
             raise ValueError(thin)

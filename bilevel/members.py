@@ -88,9 +88,12 @@ def check_rows(what: str, x: Tree, size: int) -> None:
     """
     for name, leaf in zip(tree.names(x), tree.leaves(x), strict=True):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != size):
+            remedy = (
+                f": hparams.expand({size}) gives all members the same" if leaf.dim() == 0 and what == "hparams" else ""
+            )
             raise ValueError(
                 f"`{what}{name}` must have the leading dimension {size} (one row for each member), "
-                f"got shape {tuple(leaf.shape)}."
+                f"got shape {tuple(leaf.shape)}{remedy}."
             )
 
 

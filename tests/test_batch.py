@@ -404,7 +404,7 @@ REFUSED = [
     ),
     (
         {"hparams": torch.zeros((), dtype=F64)},
-        "`hparams` must have the leading dimension 4 (one row for each member), got shape ().",
+        "`hparams` must have the leading dimension 4 (one row for each member), got shape (): hparams.expand(4)",
     ),
     (
         {"params": torch.zeros(2, 3, dtype=F64)},

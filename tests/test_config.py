@@ -163,7 +163,8 @@ SENTENCES = {
     "outer.constraints=positive": "`outer`: `hparams` does not satisfy its constraint",
     "outer.scheduler=StepLR": "`outer.scheduler` lacks `step_size`, which StepLR needs: an int.",
     "problems.iris.data=irsi": "`problems.iris`: unknown data set 'irsi'",
-    "problems.iris.data=diabetes": "`problems.iris`: y_train holds labels that are not whole numbers",
+    "problems.iris.data=diabetes": "`problems.iris`: 'diabetes' has too few rows (442, "
+    "split 222/110/110 into train/val/test): each part needs a row of every class, 214 in all (or is",
     "problems.iris.data=nofile.csv": "`problems.iris`: the data file 'nofile.csv' does not exist.",
     "problems.iris.data={name: iris, validaton: 0.3}": (
         "`problems.iris.data.validaton` is not an option of a data set (name, validation, test, standardize, target, "
@@ -310,3 +311,67 @@ def test_what_cannot_be_imported_is_one_sentence(config: Path, name: str, senten
     with pytest.raises(ConfigError) as error:
         load_plan(config, [f"solver.class='{name}'"], allow_import=True)
     assert f"{config}: `solver.class`: {sentence}" in str(error.value)
+
+
+# The problem class decides the task ---------------------------------------------------------------------------------
+
+
+TASKS = """
+from bilevel.problems import LogisticProblem, RidgeProblem
+
+
+class Counts(RidgeProblem):
+    task = "raw"
+
+
+class Levels(LogisticProblem):
+    pass
+
+
+class Odd(RidgeProblem):
+    task = "ordinal"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "found"),
+    [
+        ("RidgeProblem", "y", set()),
+        ("own_tasks:Counts", "y", {1, 2, 3, 4, 5, 24}),
+        ("own_tasks:Levels", "word", {-1, 1}),
+        ("LogisticProblem", "half", {-1, 1}),
+    ],
+)
+def test_the_problem_class_decides_what_the_target_is(
+    tmp_path: Path, name: str, target: str, found: set[float]
+) -> None:
+    (tmp_path / "own_tasks.py").write_text(TASKS)
+    lines = [f"{row},{'nay' if row % 2 else 'yea'},{row % 2}.0,{(1, 2, 3, 4, 5, 24)[row % 6]}" for row in range(240)]
+    columns = {"x": 0, "word": 1, "half": 2, "y": 3}
+    kept = [0, columns[target]]
+    table = "\n".join(",".join(line.split(",")[i] for i in kept) for line in [",".join(columns), *lines])
+    (tmp_path / "d.csv").write_text(table)
+    spec = {"class": name, "data": {"name": str(tmp_path / "d.csv")}}
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"problems": {"p": spec}, "solver": "QuasiNewton", "estimators": {"implicit": "Implicit"}})
+    )
+    plan = load_plan(tmp_path / "c.yaml", allow_import=True)
+    y = plan.problems["p"](0).problem.train.y
+    if name == "RidgeProblem":
+        assert abs(float(y.mean())) < 1e-12
+        assert len(y.unique()) == 6
+        assert float(y.max() - y.min()) == 23
+    else:
+        assert set(y.tolist()) == found
+
+
+def test_a_task_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "odd_tasks.py").write_text(TASKS)
+    spec = {"problems": {"p": {"class": "odd_tasks:Odd", "data": "diabetes"}}, "solver": "Newton"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(spec | {"estimators": {"implicit": "Implicit"}}))
+    with pytest.raises(
+        ConfigError, match="`task` must be 'regression', 'classification', 'raw' or None, got 'ordinal'"
+    ):
+        load_plan(tmp_path / "c.yaml", allow_import=True)
+    with pytest.raises(ConfigError, match=r"but by the problem class \(Odd.task is 'ordinal'\), got 'raw'"):
+        load_plan(tmp_path / "c.yaml", ["problems.p.data={name: diabetes, task: raw}"], allow_import=True)

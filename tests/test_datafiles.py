@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import ArrayLike
 
+from bilevel import BilevelWarning
 from bilevel.data import load
 
 
@@ -44,7 +46,7 @@ def test_csv_with_string_labels(tmp_path):
 def test_csv_target_is_chosen_by_name(tmp_path):
     lines = [f"{row},{row * 0.5},{row % 5}" for row in range(30)]
     path = write_csv(tmp_path, "\n".join(["number, half ,class", *lines]) + "\n\n")
-    assert load(path).task == "classification"
+    assert load(path, task="classification").task == "classification"
     data = load(path, target="half", standardize=False)
     assert (data.task, data.feature_names) == ("regression", ("number", "class"))
     assert torch.equal(data.y_val, data.X_val[:, 0] * 0.5)
@@ -64,11 +66,71 @@ def test_csv_target_is_chosen_by_name(tmp_path):
 )
 def test_the_rule_for_the_task(tmp_path, y, task):
     X, _ = numbered(120)
-    data = load(write_npz(tmp_path, X=X, y=y))
+    either = y.dtype.kind == "i" and task == "classification"
+    text = r"the \d+ different integers of the target of .* are taken for class labels: say task='classification', or"
+    seen = pytest.warns(BilevelWarning, match=text) if either else nullcontext()
+    with seen:
+        data = load(write_npz(tmp_path, X=X, y=y))
     assert data.task == task
     assert data.y_train.dtype == (torch.int64 if task == "classification" else torch.float64)
     csv = "\n".join(["a,y", *(f"{row},{str(value).lower()}" for row, value in enumerate(y.tolist()))])
-    assert load(write_csv(tmp_path, csv)).task == task
+    with seen:
+        assert load(write_csv(tmp_path, csv)).task == task
+
+
+COUNTS = np.array([1, 2, 3, 4, 5, 24])
+
+
+@pytest.mark.parametrize("form", ["csv", "npz"])
+@pytest.mark.parametrize("dtype", [np.int64, np.float64, np.uint8])
+def test_a_regression_target_of_few_integers_stays_what_it_is_and_is_centred(tmp_path, form, dtype):
+    X, _ = numbered(60)
+    y = COUNTS[np.arange(60) % 6].astype(dtype)
+    table = "\n".join(["a,y", *(f"{row},{value}" for row, value in enumerate(y))])
+    path = write_csv(tmp_path, table) if form == "csv" else write_npz(tmp_path, X=X, y=y[:, None])
+    data = load(path, task="regression")
+    raw = load(path, task="regression", standardize=False)
+    assert data.task == "regression"
+    assert set(raw.y_train.tolist()) <= set(COUNTS.astype(float))
+    torch.testing.assert_close(data.y_val, raw.y_val - raw.y_train.mean())
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float64])
+def test_a_raw_target_is_left_alone(tmp_path, dtype):
+    X, _ = numbered(60)
+    path = write_npz(tmp_path, X=X, y=COUNTS[np.arange(60) % 6].astype(dtype))
+    data = load(path, task="raw")
+    assert data.y_train.dtype == (torch.int64 if dtype is np.int64 else torch.float64)
+    assert set(data.y_train.tolist()) == set(COUNTS.tolist())
+    assert "3 features, y as it came; X standardized with training statistics" in data.note
+    with pytest.raises(
+        ValueError, match=r"holds strings \('a'\), but the task is 'raw': encode them as numbers, or take"
+    ):
+        load(write_npz(tmp_path, X=X, y=np.array(["a", "b"])[np.arange(60) % 2]), task="raw")
+
+
+def test_labels_may_be_whole_numbers_of_any_type_and_number(tmp_path):
+    X, _ = numbered(240)
+    for y in (np.arange(240) % 24, (np.arange(240) % 24).astype(float), np.array([b"x", b"y"])[np.arange(240) % 2]):
+        data = load(write_npz(tmp_path, X=X, y=y), task="classification")
+        assert data.y_train.unique().tolist() == list(range(len(np.unique(y))))
+    with pytest.raises(ValueError, match=r"holds 0\.5, which is no class label: a regression target\?"):
+        load(write_npz(tmp_path, X=X, y=np.arange(240) / 2), task="classification")
+    with pytest.raises(ValueError, match=r"needs a row of every class, 240 in all \(or is it a regression target\?\)"):
+        load(write_npz(tmp_path, X=X, y=np.arange(240)), task="classification")
+
+
+def test_the_index_that_pandas_writes_is_left_out(tmp_path):
+    rows = [(41 * row % 50, row % 7, row * 0.5) for row in range(50)]
+    for name in ("", "Unnamed: 0", "Unnamed: 0.1"):
+        table = "\n".join([f"{name},a,y", *(",".join(map(str, row)) for row in rows)])
+        data = load(write_csv(tmp_path, table), task="regression")
+        assert data.feature_names == ("a",)
+        assert f"the column {repr(name) if name else 'without a name'} is left out, as it numbers the rows" in data.note
+    table = "\n".join([",a,y", *(f"{row % 5},{row % 7},{row * 0.5}" for row in range(50))])
+    assert load(write_csv(tmp_path, table), task="regression").feature_names == ("", "a")
+    with pytest.raises(ValueError, match="holds no features besides the target 'y' and the index of its rows"):
+        load(write_csv(tmp_path, "\n".join([",y", *(f"{row},{row * 0.5}" for row in range(50))])))
 
 
 def test_labels_become_sorted_indices(tmp_path):
@@ -166,7 +228,7 @@ SPLITS = {"X_train": ONES, "y_train": np.arange(8) % 2, "X_val": ONES}
         (SPLITS | {"y_val": np.ones(8), "X_test": ONES}, "but lacks y_test"),
         ({"X": ONES, "y": np.ones(7)}, "X of .* has 8 rows, but y has 7"),
         ({"X": np.ones(8), "y": np.ones(8)}, r"X of .* must have shape \(rows, features\) .* got \(8,\) and \(8,\)"),
-        ({"X": ONES, "y": np.ones((8, 1))}, r"y shape \(rows,\), got \(8, 2\) and \(8, 1\)"),
+        ({"X": ONES, "y": np.ones((8, 2))}, r"y shape \(rows,\), got \(8, 2\) and \(8, 2\)"),
         ({"X": np.ones((0, 2)), "y": np.ones(0)}, r"X of .* is empty, of shape \(0, 2\)"),
         ({"X": np.ones((8, 0)), "y": np.ones(8)}, r"X of .* is empty, of shape \(8, 0\)"),
         ({"X": ONES.astype(str), "y": np.ones(8)}, "X of .* must hold numbers and y numbers or strings, got <U32"),
@@ -174,7 +236,10 @@ SPLITS = {"X_train": ONES, "y_train": np.arange(8) % 2, "X_val": ONES}
         ({"X": ONES * [1, np.inf], "y": np.ones(8)}, r"X of .* \(8 of 16\), the first in row 1, column 'x1'"),
         ({"X": ONES, "y": np.where(np.arange(8) == 4, np.nan, 1)}, r"y of .* \(1 of 8\), the first in row 5"),
         ({"X": ONES, "y": np.ones(8, dtype=int)}, r"holds one class only \(1\)"),
-        (SPLITS | {"y_val": np.arange(8) % 3}, "y_train of .* lacks the label 2 that another part holds"),
+        (
+            SPLITS | {"y_val": np.array([*"abcabcab"]), "y_train": np.array([*"abababab"])},
+            "y_train of .* lacks the label c that another part holds",
+        ),
         (
             SPLITS | {"X_val": np.ones((8, 3)), "y_val": np.arange(8) % 2},
             "X_val of .* has 3 features, but X_train has 2",

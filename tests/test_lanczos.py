@@ -68,12 +68,6 @@ def test_boolean_labels_are_two_classes():
     assert torch.equal(LogisticProblem(X, y.bool(), X, y.bool()).train.y, numbers.train.y)
 
 
-def test_string_labels_are_refused_in_words():
-    X = normal(7, 2, 2)
-    with pytest.raises(ValueError, match="must be arrays of numbers; encode labels as integers"):
-        LogisticProblem(X, ["no", "yes"], X, ["no", "yes"])
-
-
 def test_a_singular_ridge_problem_has_no_solution_to_give():
     X = normal(8, 3, 5)
     problem = RidgeProblem(X, X[:, 0], X, X[:, 0], parametrization="direct")

@@ -135,7 +135,7 @@ def test_every_hyperparameter_has_a_name() -> None:
         ),
         ({"seed": -1}, "`MLPProblem.seed` must be an int that is not negative, got -1"),
         ({"y_train": normal(13, seed=1)}, "y_train holds labels that are not whole numbers: a regression target"),
-        ({"X_val": normal(7, 3, seed=1)}, "X_val has 3 features in torch.float64, but X_train has 4"),
+        ({"X_val": normal(7, 3, seed=1)}, "X_val has 3 features, but X_train has 4"),
         ({"y_test": None}, "give X_test and y_test together, or neither"),
     ],
 )

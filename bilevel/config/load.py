@@ -37,7 +37,7 @@ from bilevel.problems import DataProblem
 
 CORRUPTED = "corrupted"
 """An option of those problem classes that are told which training labels the data set made wrong."""
-NOT_IN_DATA = frozenset({"seed", "device", "dtype"})
+NOT_IN_DATA = frozenset({"seed", "device", "dtype", "task"})
 """Options of `data.load` that a config states elsewhere."""
 
 
@@ -65,7 +65,7 @@ class DataSetup:
 
     def __call__(self, seed: int) -> Setup:
         """Load the data and make the problem."""
-        found = data.load(**self.data, seed=seed, device=self.device)
+        found = data.load(**self.data, task=self.kind.task, seed=seed, device=self.device)
         parts: dict[str, Any] = found.splits()
         if CORRUPTED in options_of(self.kind):
             parts[CORRUPTED] = found.corrupted
@@ -209,7 +209,11 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
             f"{{name: ..., option: value}}, got {shown(source)}."
         )
     for key in NOT_IN_DATA & set(source):
-        where = {"seed": "the top-level `seeds`", "device": "--device"}.get(key, "no option: it is float64")
+        where = {
+            "seed": "the top-level `seeds`",
+            "device": "--device",
+            "task": f"the problem class ({owner.__name__}.task is {owner.task!r})",
+        }.get(key, "no option: it is float64")
         raise ConfigError(f"`{path}.data.{key}` is not given here, but by {where}, got {shown(source[key])}.")
     if not isinstance(start, int | float) or isinstance(start, bool):
         raise ConfigError(f"`{path}.start` must be a number, got {shown(start)}.")

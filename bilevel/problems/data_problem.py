@@ -7,16 +7,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bilevel.problem import BilevelProblem
-from bilevel.problems.splits import Split
+from bilevel.problems.splits import Split, numbered
+from bilevel.problems.tables import check_columns
 from bilevel.tree import Tree
+
+INTERCEPT = "centre X and y, or add a column of ones, which is penalised as the others are"
+WEIGHTS = "state the weighted loss by two functions in a BilevelProblem"
+ABSENT = {
+    **dict.fromkeys(("fit_intercept", "intercept", "bias"), INTERCEPT),
+    **dict.fromkeys(("sample_weight", "sample_weights", "weights", "class_weight"), WEIGHTS),
+}
+"""Options that other libraries have, and what stands for them here."""
 
 
 class DataProblem(BilevelProblem):
     """Base of the problems whose inner loss is over training rows and whose outer loss is over validation rows.
 
     A config can name every exported subclass whose constructor takes X_train, y_train, X_val, y_val, X_test and y_test.
+
+    Attributes:
+        task: what the targets are, and so what a config's data set becomes: "regression" (numbers, which are centred),
+            "classification" (labels, which may be strings and become 0, 1, ... in sorted order) or "raw" (numbers as
+            they are in the data set).
     """
 
+    task: str = "raw"
     train: Split
     val: Split
     test: Split | None
@@ -25,26 +40,32 @@ class DataProblem(BilevelProblem):
         """Keep the parts of the data.
 
         Args:
-            X_train: training inputs of shape (rows, features), floating.
-            y_train: training targets of shape (rows,).
+            X_train: training inputs of shape (rows, features): a tensor, an array, nested lists or a DataFrame. Half
+                precision becomes float32, other numbers that are not floating float64.
+            y_train: training targets of shape (rows,) or (rows, 1); labels of a classification may be strings.
             X_val: validation inputs.
             y_val: validation targets.
             X_test: test inputs, or None.
             y_test: test targets, or None.
 
         Raises:
-            ValueError: in one sentence, for what is no data and for parts that do not fit each other.
+            ValueError: in one sentence, for what is no data and for parts that do not fit each other, such as tables
+                whose columns stand in another order.
         """
         if (X_test is None) != (y_test is None):
             raise ValueError("give X_test and y_test together, or neither.")
-        self.train = Split("train", X_train, y_train)
-        self.val = Split("val", X_val, y_val)
-        self.test = None if X_test is None else Split("test", X_test, y_test)
+        inputs = {"train": X_train, "val": X_val} | ({} if X_test is None else {"test": X_test})
+        y = {"train": y_train, "val": y_val} | ({} if y_test is None else {"test": y_test})
+        if self.task == "classification":
+            y = numbered(y, X_train)
+        self.train = Split("train", X_train, y["train"])
+        self.val = Split("val", X_val, y["val"], self.train.X.dtype)
+        self.test = None if X_test is None else Split("test", X_test, y["test"], self.train.X.dtype)
+        check_columns(inputs)
         for split in self.splits.values():
-            if split.X.shape[0] != self.train.X.shape[0] or split.X.dtype != self.train.X.dtype:
+            if split.X.shape[0] != self.train.X.shape[0]:
                 raise ValueError(
-                    f"X_{split.name} has {split.X.shape[0]} features in {split.X.dtype}, "
-                    f"but X_train has {self.train.X.shape[0]} in {self.train.X.dtype}."
+                    f"X_{split.name} has {split.X.shape[0]} features, but X_train has {self.train.X.shape[0]}."
                 )
             if split.X.device != self.train.X.device:
                 raise ValueError(f"X_{split.name} is on {split.X.device}, but X_train on {self.train.X.device}.")
@@ -54,6 +75,19 @@ class DataProblem(BilevelProblem):
         """The parts of the data by name."""
         parts = {"train": self.train, "val": self.val}
         return parts if self.test is None else parts | {"test": self.test}
+
+    def refuse_options(self, unknown: Mapping[str, Any]) -> None:
+        """Refuse options that this problem does not have.
+
+        Args:
+            unknown: what the constructor was given besides its options.
+
+        Raises:
+            ValueError: with what to do in place of the first.
+        """
+        for name in unknown:
+            remedy = ABSENT.get(name, "its options are in help(bilevel.problems." + type(self).__name__ + ")")
+            raise ValueError(f"`{name}` is no option of {type(self).__name__}: {remedy}.")
 
     @property
     @abstractmethod

@@ -53,6 +53,7 @@ class LinearModelProblem(DataProblem):
         y_test: test targets.
         loss: "mean" or "sum" over the training rows.
         parametrization: "log": penalties are ``exp(hparams)``; "direct": they are the hparams.
+        unknown: nothing: an option of another name is refused, with what to do in its place.
     """
 
     inner_problem: type[InnerProblem] = LinearModelInner
@@ -79,7 +80,9 @@ class LinearModelProblem(DataProblem):
         y_test: Any = None,
         loss: str = "mean",
         parametrization: str = "log",
+        **unknown: Any,
     ) -> None:
+        self.refuse_options(unknown)
         for name, value, allowed in (
             ("loss", loss, ("mean", "sum")),
             ("parametrization", parametrization, self.parametrizations),
@@ -94,9 +97,10 @@ class LinearModelProblem(DataProblem):
         self.scale = 1.0 / self.train.rows if loss == "mean" else 1.0
         self.prepare_targets()
         axes = self.penalty_axes()
-        if penalty not in axes:
+        if not isinstance(penalty, str) or penalty not in axes:
+            remedy = "" if isinstance(penalty, str) else " (values of penalties are hyperparameters)"
             raise ValueError(
-                f"`{type(self).__name__}.penalty` must be one of {', '.join(map(repr, axes))}, got {penalty!r}."
+                f"`{type(self).__name__}.penalty` must be one of {', '.join(map(repr, axes))}{remedy}, got {penalty!r}."
             )
         self.penalty = penalty
         shape = self.params_shape()
@@ -284,6 +288,7 @@ class LinearModelProblem(DataProblem):
         Raises:
             ValueError: in one sentence.
         """
+        self.refuse_no_penalty(hparams)
         check_trees(params, hparams)
         owner = f"{type(self).__name__}(penalty={self.penalty!r})"
         for name, value, shape in (
@@ -292,6 +297,19 @@ class LinearModelProblem(DataProblem):
         ):
             check_tensor(name, value, shape, self.train.X, owner, "X_train")
         self.check_range(hparams)
+
+    def refuse_no_penalty(self, hparams: Tree) -> None:
+        """Refuse the logarithm of a zero penalty, which has no derivative.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        known = isinstance(hparams, Tensor) and not hparams.is_meta
+        if known and self.parametrization == "log" and bool((hparams == -math.inf).any()):
+            raise ValueError(
+                "a log penalty is -inf, which is no penalty at all: use parametrization='direct', where it is 0, or a "
+                "small penalty, such as a log penalty of -20."
+            )
 
     def check_range(self, hparams: Tensor) -> None:
         """Refuse negative penalties (in another family, what its hyperparameters are).

@@ -42,6 +42,7 @@ class LogisticProblem(LinearModelProblem):
     tensor([-0.4167], dtype=torch.float64)
     """
 
+    task = "classification"
     max_loss_curvature = 0.25
     # |sigma''| <= sigma' and |sigma''| <= 1 / (6 sqrt 3) (Bach 2010).
     loss_constants = LossConstants(curvature=0.25, concordance=1.0, third=1.0 / (6.0 * math.sqrt(3.0)), slope=0.25)

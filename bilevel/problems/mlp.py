@@ -42,6 +42,7 @@ class MLPProblem(DataProblem, ModuleProblem):
         X_test: test inputs, for `metrics` alone.
         y_test: test labels.
         seed: of the start.
+        unknown: nothing: an option of another name is refused.
 
     Raises:
         ValueError: for an option out of range, and for data that are none.
@@ -54,6 +55,7 @@ class MLPProblem(DataProblem, ModuleProblem):
     tensor([-2., -2.], dtype=torch.float64)
     """
 
+    task = "classification"
     one_solution = False
 
     def __init__(
@@ -68,7 +70,9 @@ class MLPProblem(DataProblem, ModuleProblem):
         X_test: Any = None,
         y_test: Any = None,
         seed: int = 0,
+        **unknown: Any,
     ) -> None:
+        self.refuse_options(unknown)
         self.hidden, self.decay, self.seed = hidden, decay, seed
         units = isinstance(hidden, Sequence) and bool(hidden) and all(map(is_int, hidden))
         require(self, "hidden", "a list of positive ints, one for each hidden layer", units)

@@ -109,6 +109,7 @@ class RidgeProblem(LinearModelProblem):
     tensor([0.5000, 1.0000, 1.5000], dtype=torch.float64)
     """
 
+    task = "regression"
     inner_problem: type[InnerProblem] = RidgeInner
     max_loss_curvature = 1.0
     quadratic = True

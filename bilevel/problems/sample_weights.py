@@ -136,6 +136,7 @@ class SampleWeightProblem(SoftmaxProblem):
         parametrization: "sigmoid" or "direct".
         corrupted: bool of shape (rows,), true where a training label is known to be wrong, for `metrics` alone: see
             ``bilevel.data.load(corrupted=...)``.
+        unknown: nothing: an option of another name is refused.
 
     >>> X = torch.eye(3, dtype=torch.float64)
     >>> problem = SampleWeightProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty=0.1)
@@ -159,7 +160,9 @@ class SampleWeightProblem(SoftmaxProblem):
         loss: str = "mean",
         parametrization: str = "sigmoid",
         corrupted: Any = None,
+        **unknown: Any,
     ) -> None:
+        self.refuse_options(unknown)
         self.penalty: float = penalty
         require(self, "penalty", "a positive number", is_number(penalty) and penalty > 0)
         super().__init__(

@@ -44,6 +44,7 @@ class SoftmaxProblem(LinearModelProblem):
     (torch.Size([3, 3]), torch.Size([3]))
     """
 
+    task = "classification"
     max_loss_curvature = 0.5
     # The third cumulant of (a, v, d) is at most range(v) sd(a) sd(d); Popoviciu bounds the standard deviations.
     loss_constants = LossConstants(curvature=0.5, concordance=1.0, third=1.0 / (2.0 * math.sqrt(2.0)), slope=0.25)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from bilevel.datafiles import Array
+from bilevel.problems.tables import column_names, features, first_not_finite, targets
 
 
 class Split:
@@ -13,31 +17,36 @@ class Split:
 
     Args:
         name: how messages call it.
-        X: of shape (rows, features).
-        y: of shape (rows,).
+        X: of shape (rows, features): a tensor, an array, nested lists or a table with named columns.
+        y: of shape (rows,) or (rows, 1), numbers.
+        dtype: of X, and of a floating y; default: that of X.
     """
 
-    def __init__(self, name: str, X: Any, y: Any) -> None:
-        try:
-            X, y = torch.as_tensor(X), torch.as_tensor(y)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"X_{name} and y_{name} must be arrays of numbers; encode labels as integers.") from error
-        if y.dtype == torch.bool:
-            y = y.long()
-        if X.dim() != 2 or y.dim() != 1 or len(X) != len(y):
+    def __init__(self, name: str, X: Any, y: Any, dtype: torch.dtype | None = None) -> None:
+        columns = column_names(X)
+        X, y = features(f"X_{name}", X), targets(f"y_{name}", y)
+        if X.dim() != 2 or y.ndim != 1 or len(X) != len(y):
+            several = X.dim() == 2 and y.ndim == 2 and len(X) == len(y)
+            remedy = ": several targets are a problem each, which bilevel.stack runs side by side" if several else ""
             raise ValueError(
                 f"X_{name} must have shape (rows, features) and y_{name} shape (rows,) with as many rows, "
-                f"got {tuple(X.shape)} and {tuple(y.shape)}."
+                f"got {tuple(X.shape)} and {tuple(y.shape)}{remedy}."
             )
         if X.numel() == 0:
             raise ValueError(f"X_{name} is empty, of shape {tuple(X.shape)}.")
-        if not X.is_floating_point():
-            raise ValueError(f"X_{name} must have a floating dtype, got {X.dtype}.")
-        for what, values in ((f"X_{name}", X), (f"y_{name}", y)):
-            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-                raise ValueError(f"{what} holds NaN or infinite values: drop or fill those rows first.")
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"y_{name} holds strings, such as {str(y[0])!r}, but this problem takes numbers: encode them, or take "
+                "a problem of classes."
+            )
         if X.device != y.device:
             raise ValueError(f"X_{name} is on {X.device} but y_{name} on {y.device}: move one of them.")
+        X = X if dtype is None else X.to(dtype)
+        y = y.to(X.dtype) if y.is_floating_point() else y
+        for what, values in ((f"X_{name}", X), (f"y_{name}", y)):
+            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                where = first_not_finite(values, columns)
+                raise ValueError(f"{what} holds NaN or infinite values {where}: drop or fill those rows first.")
         self.name = name
         self.X = X.t().contiguous()
         self.y = y
@@ -46,6 +55,37 @@ class Split:
     def rows(self) -> int:
         """Number of rows."""
         return self.X.shape[1]
+
+
+def numbered(named: dict[str, Any], like: Any) -> dict[str, Any]:
+    """Return the targets of all parts, with labels that are strings as indices of the sorted training labels.
+
+    Args:
+        named: the targets by the name of their part, "train" among them.
+        like: the training inputs, to whose device strings go as indices.
+
+    Raises:
+        ValueError: for one label alone, a label that training has not seen, and strings beside numbers.
+    """
+    found = {part: targets(f"y_{part}", y) for part, y in named.items()}
+    words = [part for part, y in found.items() if not isinstance(y, Tensor)]
+    if not words:
+        return found
+    if len(words) < len(found):
+        numbers = next(part for part in found if part not in words)
+        raise ValueError(f"y_{words[0]} holds strings, but y_{numbers} numbers: give all labels in one form.")
+    labels = np.unique(found["train"])
+    if len(labels) == 1:
+        raise ValueError(f"y_train holds one class only ({str(labels[0])!r}): there is nothing to separate.")
+    device = like.device if isinstance(like, Tensor) else None
+    return {part: _indices(part, y, labels).to(device) for part, y in found.items()}
+
+
+def _indices(part: str, y: Any, labels: Array) -> Tensor:
+    unseen = np.setdiff1d(y, labels)
+    if len(unseen):
+        raise ValueError(f"y_{part} holds the label {str(unseen[0])!r}, which y_train does not.")
+    return torch.as_tensor(np.searchsorted(labels, y))
 
 
 def class_labels(split: Split, classes: Tensor) -> Tensor:
