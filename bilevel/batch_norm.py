@@ -10,7 +10,7 @@ in place. Here s is recorded by hooks, with its graph, while the module runs; th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -66,10 +66,11 @@ class BatchNormLayers:
             _recording.reset(token)
 
     @contextmanager
-    def hooked(self, statistics: Statistics | None) -> Iterator[None]:
-        """Let the layers record inside the block, or, given running statistics, normalise by those."""
+    def hooked(self, layer_of: Callable[[str], nn.Module], statistics: Statistics | None) -> Iterator[None]:
+        """Let the layers record inside the block, or normalise by given statistics; `layer_of` finds those that run."""
         handles = []
-        for name, layer in self._layers.items():
+        for name in self._layers:
+            layer = layer_of(name)
             if statistics is not None and name in self._moving:
                 handles.append(layer.register_forward_hook(_normaliser(name, statistics), with_kwargs=True))
             else:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bilevel.threads import PROCESS_STATE
+
 _active: ContextVar[Draws | None] = ContextVar("active", default=None)
 """Whose numbers are drawn at present."""
 
@@ -60,7 +62,8 @@ class Draws:
         key = (self._seed,) if step is None else (self._seed, step)
         number = int(np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1, np.uint64)[0]) >> 1
         devices = [self._device.index] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        # Threads share the generators: the loss of one draws while those of the others wait.
+        with PROCESS_STATE, torch.random.fork_rng(devices):
             # torch.manual_seed would reach devices whose state is not restored.
             torch.default_generator.manual_seed(number)
             for index in devices:
@@ -84,9 +87,11 @@ def drawing_nothing(what: str, device: torch.device) -> Iterator[None]:
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return [torch.get_rng_state(), *cuda]
 
-    before = states()
-    yield
-    if not all(map(torch.equal, before, states())):
+    with PROCESS_STATE:
+        before = states()
+        yield
+        after = states()
+    if not all(map(torch.equal, before, after)):
         raise ValueError(
             f"`{what}` draws random numbers, so each call is of another function and there is no hypergradient: give "
             "`from_module(..., seed=...)`, draw them once before, or let a sampler hand them over."

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from bilevel import tree
 from bilevel.options import is_int
 from bilevel.samplers import ALL, EVALUATION, EXAMPLES, ORDER, check_options, seed_of
+from bilevel.threads import PROCESS_STATE
 from bilevel.tree import Tree
 
 
@@ -138,12 +139,13 @@ class _Kept:
         self._results: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __call__(self, argument: Hashable) -> Any:
-        if argument not in self._results:
-            self._results[argument] = self._function(argument)
-            if len(self._results) > self._size:
-                self._results.popitem(last=False)
-        self._results.move_to_end(argument)
-        return self._results[argument]
+        with PROCESS_STATE:
+            if argument not in self._results:
+                self._results[argument] = self._function(argument)
+                if len(self._results) > self._size:
+                    self._results.popitem(last=False)
+            self._results.move_to_end(argument)
+            return self._results[argument]
 
 
 def _checked_length(loader: Any) -> int:
@@ -188,17 +190,18 @@ def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
 def _seeded(generators: list[torch.Generator], seed: int) -> Iterator[None]:
     """Seed the CPU's generators of torch, numpy and Python, and the given ones; put all of them back at the end."""
     generators = list({id(each): each for each in (torch.default_generator, *generators)}.values())
-    states = [each.get_state() for each in generators]
-    # Datasets augment by numpy's global generator, too.
-    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        for each in generators:
-            each.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        yield
-    finally:
-        for each, state in zip(generators, states, strict=True):
-            each.set_state(state)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-        random.setstate(of_python)
+    with PROCESS_STATE:
+        states = [each.get_state() for each in generators]
+        # Datasets augment by numpy's global generator, too.
+        of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+        try:
+            for each in generators:
+                each.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            yield
+        finally:
+            for each, state in zip(generators, states, strict=True):
+                each.set_state(state)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+            random.setstate(of_python)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from bilevel.batch_norm import BatchNormLayers, Statistics
 from bilevel.draws import Draws
 from bilevel.module_checks import check_module
+from bilevel.replicas import Replicas, replicable
+from bilevel.threads import PROCESS_STATE
 from bilevel.tree import Tree
 
 
@@ -39,8 +41,11 @@ class FunctionalModule:
             raise ValueError("the module has no parameters that require gradients.")
         self.batch_norm = BatchNormLayers(module)
         self.statistics = self.batch_norm.start()
+        self._replicas = Replicas(module) if replicable(module) else None
+        self._tried = False
         self._module = module
         self._modes = [(part, part.training) for part in module.modules()]
+        self._places = {name: index for index, (name, _) in enumerate(module.named_modules())}
         self._frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
         self._buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
         self._tied = _tied(module)
@@ -53,11 +58,32 @@ class FunctionalModule:
         """Run the module in its own mode, or, given running statistics (maybe none), in evaluation mode."""
         # Buffers are cloned, so that a layer that updates them in place does not change the problem.
         fixed = self._frozen | {name: value.clone() for name, value in self._buffers.items()}
-        with self._mode(statistics is not None), self.batch_norm.hooked(statistics):
-            values = fixed | params
-            values |= {name: values[first] for name, first in self._tied.items()}
-            # Its own tying leaves a submodule that has two names with the values of this call.
-            return torch.func.functional_call(self._module, values, inputs, options, tie_weights=False)
+        values = fixed | params
+        values |= {name: values[first] for name, first in self._tied.items()}
+        if self._replicas is None:
+            parts = [part for part, _ in self._modes]
+            with PROCESS_STATE, self._mode(statistics is not None), self._hooked(parts, statistics):
+                # Its own tying leaves a submodule that has two names with the values of this call.
+                return torch.func.functional_call(self._module, values, inputs, options, tie_weights=False)
+        parts = self._replicas.make()
+        for each, (_, training) in zip(parts, self._modes, strict=True):
+            vars(each)["training"] = training and statistics is None
+        for name, value in values.items():
+            prefix, _, own = name.rpartition(".")
+            part: Any = parts[self._places[prefix]]
+            (part._parameters if own in part._parameters else part._buffers)[own] = value
+        with self._hooked(parts, statistics):
+            result = parts[0](*inputs, **options)
+        if statistics is None and not self._tried:
+            self._tried = True
+            if self._replicas.changed(parts):
+                # The loss may read from the module what its forward has left there.
+                self._replicas = None
+                return self.run(params, statistics, *inputs, **options)
+        return result
+
+    def _hooked(self, parts: list[nn.Module], statistics: Statistics | None) -> AbstractContextManager[None]:
+        return self.batch_norm.hooked(lambda name: parts[self._places[name]], statistics)
 
     @contextmanager
     def _mode(self, evaluate: bool) -> Iterator[None]:

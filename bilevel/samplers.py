@@ -123,9 +123,11 @@ class MiniBatches:
     def __call__(self, step: int) -> Tree:
         """Return the batch of a step."""
         epoch, position = divmod(step, self._rows // self._size)
-        if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = (epoch, self._order(seed_of(ORDER, self._seed, epoch)))
-        return self._at(self._shuffled[1][position * self._size : (position + 1) * self._size])
+        # Another thread may be in another epoch: the attribute is read once.
+        shuffled = self._shuffled
+        if shuffled is None or shuffled[0] != epoch:
+            self._shuffled = shuffled = (epoch, self._order(seed_of(ORDER, self._seed, epoch)))
+        return self._at(shuffled[1][position * self._size : (position + 1) * self._size])
 
     def full(self) -> Tree:
         """Return all rows."""

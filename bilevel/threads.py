@@ -70,6 +70,9 @@ class _InForce:
     choice: Threads | None = None
 
 
+PROCESS_STATE = threading.RLock()
+"""Held while something that all threads share is changed and put back, such as the seeds of the global generators."""
+
 _local = threading.local()
 
 

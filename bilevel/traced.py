@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from bilevel import tree
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.statistics import StatisticsInner
+from bilevel.threads import PROCESS_STATE
 from bilevel.tree import Tree
 
 if TYPE_CHECKING:
@@ -133,9 +134,13 @@ class Traces:
         arguments = (*trees, problem.minibatch)
         key = (oracle, _signature(arguments))
         with torch.no_grad():
-            if key not in self._made:
-                self._made[key] = self._record(oracle, problem, arguments)
-            return self._made[key](*tree.leaves(arguments))
+            recording = self._made.get(key)
+            if recording is None:
+                with PROCESS_STATE:  # torch's tracer patches modules while it records
+                    recording = self._made.get(key) or self._record(oracle, problem, arguments)
+                    self._made[key] = recording
+            # Recorded operations hold for the layout that was recorded.
+            return recording(*[_contiguous(leaf) for leaf in tree.leaves(arguments)])
 
     def _record(self, oracle: Callable[..., list[Tensor]], problem: BilevelProblem, arguments: Tree) -> Replay:
         # Imported here: it takes a second, which only traced problems should pay.
@@ -145,18 +150,55 @@ class Traces:
             *trees, batch = tree.rebuild(arguments, tensors)
             return oracle(problem.on_batch(batch), *trees)
 
+        # One tensor may be two arguments, or one that the loss holds besides: copies keep them apart.
+        apart = [
+            leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in map(_contiguous, tree.leaves(arguments))
+        ]
         try:
-            module = make_fx(flat)(*tree.leaves(arguments))
-        except RuntimeError as error:
+            module = make_fx(flat)(*apart)
+        except Exception as error:
+            flat(*apart)  # an error of the loss itself is raised as it is
             raise ValueError(
                 f"the inner loss cannot be traced: {str(error).splitlines()[0]} (its Python must not depend on the "
                 "values of tensors: use torch.where in place of `if`, tensors in place of float(); or leave out "
                 "`traced`)."
             ) from error
+        check_shapes(module)
         clean(module)
         # The function itself: a call of the module goes through its hooks, which takes as long as ten small operations.
         replay: Replay = module.forward
-        return replay if self._mode == "fx" else _compiled(replay, tree.leaves(arguments)[0].device)
+        if self._mode == "inductor":
+            replay = _compiled(replay, apart[0].device)
+        _verify(flat, replay, apart)
+        return replay
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
+def _verify(oracle: Replay, replay: Replay, recorded_at: list[Any]) -> None:
+    """Refuse a recording that gives other numbers than the oracle at other arguments than those it was made at."""
+    generator = torch.Generator().manual_seed(0)
+    others = [_moved(leaf, generator) for leaf in recorded_at]
+    for expected, got in zip(oracle(*others), replay(*others), strict=True):
+        scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
+        rtol = torch.finfo(expected.dtype).eps ** 0.4
+        if not torch.allclose(got, expected, rtol=rtol, atol=float(rtol * scale), equal_nan=True):
+            raise ValueError(
+                "the inner loss cannot be traced: at other arguments the recorded operations give another gradient "
+                "than the loss (its Python must not compute numbers that change from call to call, such as random "
+                "ones; or leave out `traced`)."
+            )
+
+
+def _moved(leaf: Any, generator: torch.Generator) -> Any:
+    """Return an argument moved by a few per cent, away from zero: a domain such as the positive numbers is kept."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    part = 0.02 + 0.02 * torch.rand(leaf.shape, generator=generator, dtype=torch.float64)
+    part = part.to(leaf)
+    return torch.where(leaf == 0, part, leaf * (1 + part))
 
 
 def _compiled(recording: Replay, device: torch.device) -> Replay:
@@ -183,10 +225,38 @@ def _signature(value: Tree) -> Any:
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
         return tuple((key, _signature(part)) for key, part in value.items())
-    return (type(value), *map(_signature, value))
+    return (type(value), *map(_signature, value)) if isinstance(value, tuple | list) else value
 
 
 aten = torch.ops.aten
+
+
+def check_shapes(module: fx.GraphModule) -> None:
+    """Refuse a recording in which the number of entries of a result depends on the values of the arguments.
+
+    Args:
+        module: a graph of aten operations.
+
+    Raises:
+        ValueError: with the operation.
+    """
+    follow: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or follow.intersection(node.all_input_nodes):
+            follow.add(node)
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            continue
+        sources = node.all_input_nodes
+        if node.target is aten.index.Tensor:
+            # The entries that a mask selects; positions are as many as there are.
+            sources = [each for each in node.args[1] if each is not None and each.meta["val"].dtype is torch.bool]
+        if follow.intersection(sources):
+            raise ValueError(
+                f"the inner loss cannot be traced: the number of entries that {node.target} gives depends on the "
+                "values of tensors (use torch.where in place of a boolean mask, or leave out `traced`)."
+            )
+
+
 _SAME = (aten.detach.default, aten.alias.default)
 _MOVES = (aten.expand.default, aten.view.default, aten.t.default)
 _NEUTRAL = {aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1, aten.add.Tensor: 0}

@@ -41,6 +41,7 @@ FLOORS = {
         "module_checks",
         "batch_norm",
         "draws",
+        "replicas",
         "sums",
         "members",
         "inputs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from typing import Any
 
 import pytest
@@ -199,6 +200,75 @@ def test_the_cleaned_graph_is_shorter_and_computes_no_loss() -> None:
 def test_python_that_depends_on_values_is_refused_with_the_remedy(loss: Any) -> None:
     inner = bl.BilevelProblem(loss, loss).traced().bind(torch.ones(()))
     with pytest.raises(ValueError, match=r"cannot be traced: .*use torch.where in place of `if`.*leave out `traced`"):
+        inner.grad(torch.ones(3))
+
+
+SAME = torch.zeros(5, dtype=F64)
+ALIASES: dict[str, tuple[Any, Tensor, Any]] = {
+    "start and hyperparameters": (ridge_like, SAME, SAME),
+    "views of one number": (ridge_like, torch.zeros(1, dtype=F64).expand(5), SAME[:1].expand(5)),
+    "two leaves": (lambda w, u: ridge_like(w, u["a"] + 2 * u["b"]), SAME, {"a": SAME, "b": SAME}),
+    "a tensor that the loss holds": (lambda w, u: ridge_like(w - SAME, u + SAME), SAME, SAME),
+    "another layout": (
+        lambda w, u: (X @ w).square().mean() + (u.reshape(-1).exp() * (w.reshape(-1) - 1).square()).sum(),
+        torch.zeros(5, 2, dtype=F64),
+        torch.zeros(2, 5, dtype=F64).T,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_arguments_that_are_one_tensor_at_first_stay_two(name: str) -> None:
+    loss, start, u = ALIASES[name]
+    problem = bl.BilevelProblem(loss, lambda w, u: (w - 0.1).square().sum(), start)
+    solver = bl.GradientDescent(0.05, steps=5)
+    ours, eager = (bl.hypergradient(p, solver, bl.FullUnroll(), u) for p in (problem.traced(), problem))
+    agree(ours.hypergradient, eager.hypergradient)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda w, u: torch.where(w > 0, w, 0.2 * w)[w > u].square().sum(), "boolean mask"),
+        (lambda w, u: w.square().masked_select(w > u).sum(), r"aten.masked_select.default gives depends on the values"),
+        (lambda w, u: random.random() * (w * u).square().sum(), "must not compute numbers that change from call to"),
+        (lambda w, u: torch.rand(()) * (w * u).square().sum(), "must not compute numbers that change from call to"),
+    ],
+)
+def test_recordings_that_hold_at_one_point_alone_are_refused(loss: Any, message: str) -> None:
+    inner = bl.BilevelProblem(loss, loss).traced().bind(torch.full((), 0.5))
+    with pytest.raises(ValueError, match=rf"^the inner loss cannot be traced: .*{message}.*leave out `traced`"):
+        inner.grad(torch.ones(3))
+
+
+def test_masks_of_the_data_and_positions_are_traced() -> None:
+    def loss(w: Tensor, u: Tensor) -> Tensor:
+        residual = X @ w - Y
+        return residual[Y > 0].square().mean() + residual[[1, 2]].square().mean() + (u.exp() * w.square()).sum()
+
+    u, v = normal(9, 5), normal(8, 5)
+    one, other = (
+        p.bind(u).linearize(v).vjp(v) for p in (bl.BilevelProblem(loss, loss).traced(), bl.BilevelProblem(loss, loss))
+    )
+    agree(one, other)
+
+
+def test_tasks_of_another_outer_step_are_no_constants() -> None:
+    def task(index: int) -> Any:
+        x = normal(20 + index, 8, 1)
+        return (x[:4], index * x[:4]), (x[4:], index * x[4:])
+
+    problem = bl.meta.MetaProblem(nn.Linear(1, 1, dtype=F64), nn.functional.mse_loss, task, batch_size=2)
+    traced_one, solver, u = problem.traced(), bl.GradientDescent(0.1, steps=2), problem.initial_hparams()
+    for step in (0, 1):
+        views = (each.on_outer_step(step) for each in (traced_one, problem))
+        ours, eager = (bl.hypergradient(view, solver, bl.FullUnroll(), u) for view in views)
+        agree(ours.hypergradient, eager.hypergradient)
+
+
+def test_an_error_of_the_loss_itself_is_raised_as_it_is() -> None:
+    inner = bl.BilevelProblem(lambda w, u: w @ torch.ones(2), lambda w, u: w.sum()).traced().bind(torch.ones(()))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         inner.grad(torch.ones(3))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bilevel.options import is_int
+from bilevel.threads import PROCESS_STATE
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, seed: int) -> nn.Sequential:
@@ -26,7 +27,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, seed: int) -> nn.Seque
     if not all(is_int(units) for units in hidden):
         raise ValueError(f"`hidden` must be a list of positive ints, got {hidden!r}.")
     layers: list[nn.Module] = [nn.Flatten()]
-    with torch.random.fork_rng(devices=[]):
+    with PROCESS_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for before, after in pairwise((inputs, *hidden, outputs)):
             layers += [nn.Linear(before, after), nn.ReLU()]

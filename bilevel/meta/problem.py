@@ -172,6 +172,17 @@ class MetaProblem(BilevelProblem):
         view.support, view.query = self._drawn(tasks, indices)
         return view
 
+    @property
+    def minibatch(self) -> Tree:
+        """What the inner loss is evaluated on."""
+        return self.support
+
+    def on_batch(self, batch: Tree) -> MetaProblem:
+        """Return a view of this problem whose inner loss is that of other support sets."""
+        view = copy.copy(self)
+        view.support = batch
+        return view
+
     def on_outer_step(self, index: int) -> BilevelProblem:
         """Return this problem on the tasks of an outer step."""
         return self.on_tasks(self.tasks, range(index * self.batch_size, (index + 1) * self.batch_size))

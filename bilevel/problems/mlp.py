@@ -148,7 +148,7 @@ class MLPProblem(DataProblem, ModuleProblem):
         figures = {}
         with torch.no_grad():
             for name, split in self.splits.items():
-                z = torch.func.functional_call(self.module, params, (split.X.t(),))
+                z = self.module_loss.functional.at(params)(split.X.t())
                 figures[f"{name}_loss"] = float(nn.functional.cross_entropy(z, split.y))
                 figures[f"{name}_accuracy"] = float((z.argmax(1) == split.y).double().mean())
         return figures
