@@ -75,13 +75,22 @@ class Krylov:
         """Return the ends of the spectrum of CG's Lanczos matrix, inside that of A; (inf, 0) without steps."""
         if not self.lengths:
             return float("inf"), 0.0
+        values = torch.linalg.eigvalsh(self._lanczos_matrix())
+        return float(values[0]), float(values[-1])
+
+    def smallest_pair(self) -> tuple[float, float, float]:
+        """Return (smallest, largest Ritz value, residual of the smallest Ritz pair): an eigenvalue is so near."""
+        values, vectors = torch.linalg.eigh(self._lanczos_matrix())
+        left = self.ratios[-1] ** 0.5 / self.lengths[-1] * abs(float(vectors[-1, 0]))
+        return float(values[0]), float(values[-1]), left
+
+    def _lanczos_matrix(self) -> Tensor:
         a = torch.tensor(self.lengths, dtype=torch.float64)
         b = torch.tensor(self.ratios, dtype=torch.float64)
         diagonal = 1.0 / a
         diagonal[1:] += b[:-1] / a[:-1]
         off = b[:-1].sqrt() / a[:-1]
-        values = torch.linalg.eigvalsh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
-        return float(values[0]), float(values[-1])
+        return torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
 
 
 def conjugate_gradients(

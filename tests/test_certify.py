@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,3 +169,71 @@ def test_no_figure_is_published_unless_asked_for() -> None:
     case = ridge_case()
     found = bl.hypergradient(case.problem, bl.Newton(), bl.Implicit(), case.hparams).certificate
     assert (found.error, found.error_kind, found.error_note) == (None, "none", "ask with certify=True")
+
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.mark.parametrize("seed", [1002, 1022, 1036, 1048, 1052, 1053, 1054, 1059])
+def test_an_estimate_sees_the_error_along_an_eigenvector_of_tiny_curvature(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seeds at which one short CG run of each correction claimed 3 to 1e6 times less than the true error.
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import hidden_eigenvalue
+
+    case, outcome = hidden_eigenvalue.examine(seed)
+    assert outcome.holds, (case.what, outcome)
+    assert outcome.claimed is not None
+
+
+@pytest.mark.parametrize(("size", "gap"), [(20, 1e-6), (400, 1e-4)])
+def test_the_estimate_of_a_planted_error_along_the_smallest_eigenvector(size: int, gap: float) -> None:
+    # 20 weights: the Hessian is factored; 400: its smallest eigenvalue is searched.
+    curvatures = torch.linspace(1.0, 3.0, size, dtype=F64)
+    curvatures[7] = gap
+    target = normal(71, size)
+    problem = bl.BilevelProblem(
+        lambda x, u: 0.5 * (curvatures * x * x).sum() - u * x.sum(),
+        lambda x, u: 0.5 * ((x - target) / size).square().sum(),
+        torch.zeros(size, dtype=F64),
+    )
+    u = torch.tensor(1.0, dtype=F64)
+    x = u / curvatures
+    adjoint = (x - target) / size**2 / curvatures
+    exact = adjoint.sum()
+    off = x.clone()
+    off[7] *= 1 + 1e-3
+    given = (((off - target) / size**2) / curvatures).sum()
+    found = refine(problem, u, off, given, ((off - target) / size**2) / curvatures)
+    assert found.value == pytest.approx(float(abs(given - exact)), rel=0.05)
+
+
+def test_a_large_problem_whose_smallest_curvature_does_not_show_gets_no_figure() -> None:
+    curvatures = torch.logspace(-8, 0, 400, dtype=F64)
+    problem = bl.BilevelProblem(
+        lambda x, u: 0.5 * (curvatures * x * x).sum() - u * x.sum(), lambda x, u: x.sum(), torch.zeros(400, dtype=F64)
+    )
+    u = torch.tensor(1.0, dtype=F64)
+    found = refine(problem, u, torch.ones(400, dtype=F64), u)
+    assert found.value is None
+    assert found.note == "the smallest curvature of the inner Hessian was not found in 100 products"
+
+
+def test_a_balanced_run_is_not_its_own_witness() -> None:
+    # Its own estimate is short where its CG has not seen the smallest eigenvalue.
+    curvatures = torch.linspace(1.0, 3.0, 30, dtype=F64)
+    curvatures[3] = 1e-5
+    problem = bl.BilevelProblem(
+        lambda x, u: 0.5 * (curvatures * x * x).sum() - u * (curvatures.sqrt() * x).sum(),
+        lambda x, u: 0.5 * (x - 2.0).square().sum(),
+        torch.zeros(30, dtype=F64),
+    )
+    u = torch.tensor(1.0, dtype=F64)
+    x = curvatures.rsqrt()
+    exact = float(((x - 2.0) * x).sum())
+    found = bl.hypergradient(
+        problem, bl.GradientDescent(steps=300), bl.Implicit(balance="auto"), u, target_error=1e-3, on_failure="return"
+    )
+    error = abs(float(found.hypergradient) - exact) / abs(exact)
+    assert error <= 1e-3 or found.status is bl.Status.TARGET_NOT_REACHED

@@ -5,4 +5,5 @@ from bilevel.certify.certificate import bound_error as bound_error
 from bilevel.certify.certificate import certify_error as certify_error
 from bilevel.certify.floor import rounding_floor as rounding_floor
 from bilevel.certify.refine import ErrorEstimate as ErrorEstimate
+from bilevel.certify.refine import Refinement as Refinement
 from bilevel.certify.refine import refine as refine

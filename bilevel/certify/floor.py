@@ -12,28 +12,29 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.krylov import conjugate_gradients
+from bilevel.certify.inverse import Inverse
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
 SEEDS = (11, 12)
-REDUCTION = 0.1
-MAX_STEPS = 100
 
 
-def rounding_floor(problem: BilevelProblem, hparams: Tree, params: Tree, adjoint: Tree) -> float:
+def rounding_floor(
+    problem: BilevelProblem, hparams: Tree, params: Tree, adjoint: Tree, inverse: Inverse | None = None
+) -> float:
     """Estimate the smallest error that a hypergradient at `hparams` can have in the dtype of `params`.
 
-    A target below it asks for float64 or for a larger penalty. Cost: four short CG runs and some gradients.
+    A target below it asks for float64 or for a larger penalty. Cost: four linear solves and some gradients.
 
     Args:
         problem: a problem with an inner loss.
         hparams: hyperparameters.
         params: an iterate near the inner solution.
         adjoint: an approximate ``H^-1 f_x`` there.
+        inverse: what is known of the Hessian already.
 
     Returns:
-        The floor: the larger one of two draws of signs.
+        The floor: the larger one of two draws of signs; NaN where the Hessian is not positive definite.
 
     >>> from bilevel.problems import QuadraticProblem
     >>> problem = QuadraticProblem.random(size=5, hyperparameters=2, condition=10.0, seed=0)
@@ -56,14 +57,11 @@ def rounding_floor(problem: BilevelProblem, hparams: Tree, params: Tree, adjoint
     point = inner.linearize(params)
     s, r, outer, p = at(x, w)
 
+    inverse = Inverse() if inverse is None else inverse
+
     def solve(b: Tensor) -> Tensor:
-        goal = REDUCTION**2 * float(torch.dot(b, b))
-        return conjugate_gradients(
-            lambda v: ravel_x.ravel(point.hvp(ravel_x.unravel(v))),
-            torch.zeros_like(b),
-            b,
-            lambda run: run.rr <= goal or run.steps >= MAX_STEPS,
-        ).x
+        solved = inverse.solve(point, ravel_x, b)
+        return torch.full_like(b, torch.nan) if solved.reason else solved.x
 
     floors = []
     for seed in SEEDS:

@@ -14,7 +14,6 @@ original p. Where no adjoint is given, p may be better than the first p', so tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,23 +23,20 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.base import ErrorKind
 from bilevel.certify.floor import rounding_floor
-from bilevel.krylov import Krylov, conjugate_gradients
+from bilevel.certify.inverse import Inverse, flat_product
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 
 ROUNDS = 6
-ENERGY = 0.1
-"""Relative error in the energy norm at which the corrections' CG stops."""
-MAX_STEPS = 100
+UNSOLVED = 0.1
+"""Relative error of the corrections' linear solves from which on no figure is published."""
 NONLINEAR = 0.1
 FIRST_ROUND = 0.3
 NEAR_FLOOR = 1e3
 """Rounding units of p below which the rounding of the refinement itself is measured and added."""
 MOVEMENT = 0.3
 """How much of the error the refined hypergradient may still have moved by, where the adjoint started from nothing."""
-COLD_ENERGY = 1e-3
-"""`ENERGY` of the adjoint's solve where it starts from nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,8 @@ def refine(
 ) -> ErrorEstimate:
     """Estimate ``|p - dF/du|`` for a hypergradient p obtained at `params`.
 
-    Cost: per round two short CG runs, two gradients, two outer gradients and one cross product.
+    Cost: one product for each weight (up to 150 weights), or a CG run that finds the smallest eigenvalue; per round
+    two short CG runs, two gradients, two outer gradients and one cross product.
 
     Args:
         problem: the problem, with an inner loss (a symmetric Hessian).
@@ -100,57 +97,81 @@ def refine(
     Returns:
         An estimate, or kind "none" with the reason.
     """
-    if not problem.symmetric:
-        return ErrorEstimate(None, "none", "the refinement needs an inner loss with a symmetric Hessian")
-    counts = Counter() if counts is None else counts
-    inner = problem.bind(hparams, counts)
-    ravel_x, ravel_u = tree.Raveler(params), tree.Raveler(hparams)
-    given = ravel_u.ravel(hypergradient)
-    x = ravel_x.ravel(params)
-    w = torch.zeros_like(x) if adjoint is None else ravel_x.ravel(adjoint)
-    reason, before = "", None
-    for turn in range(1, ROUNDS + 1):
-        step = _correct_solution(inner, ravel_x, x)
-        if step.reason:
-            return ErrorEstimate(None, "none", step.reason)
-        x = step.vector
-        point = inner.linearize(ravel_x.unravel(x))
-        counts["outer"] += 1
-        _, by_params, by_hparams = problem.outer_value_and_grads(point.params, hparams)
-        product = _flat(point.hvp, ravel_x)
-        right = product(w) - ravel_x.ravel(by_params)
-        correction = _energy_cg(product, right, ENERGY if adjoint is not None else COLD_ENERGY)
-        if correction.reason:
-            return ErrorEstimate(None, "none", correction.reason)
-        w = w - correction.vector
-        better = ravel_u.ravel(by_hparams) - ravel_u.ravel(point.cross(ravel_x.unravel(w)))
-        error = float(torch.linalg.vector_norm(given - better))
-        size = float(torch.linalg.vector_norm(better))
-        unsolved = max(step.unsolved, correction.unsolved)
-        moved = 0.0 if before is None else float(torch.linalg.vector_norm(better - before))
-        # Where both are about as small as rounding, no further round tells them apart: they are added.
-        at_floor = before is not None and max(error, moved) < NEAR_FLOOR * torch.finfo(x.dtype).eps * size
-        unsettled = adjoint is None and not at_floor and (before is None or moved > MOVEMENT * error)
-        before = better
-        error *= (1 + unsolved) / (1 - min(step.nonlinearity, 0.5))
-        if unsolved > ENERGY:
-            reason = "the corrections' linear solves did not converge"
-        elif step.nonlinearity > NONLINEAR:
-            reason = f"the iterate is outside the quadratic regime of Newton's method ({step.nonlinearity:.1e})"
-        elif unsettled:
-            reason = "the refined hypergradient moves by more than what it is to judge: is the error that of rounding?"
-        elif turn == 1 and error > FIRST_ROUND * size:
-            reason = "the first correction was large"
-        else:
-            note = f"{turn} refinement round{'s' if turn > 1 else ''}"
-            if at_floor:
-                error += moved
-            if error < NEAR_FLOOR * torch.finfo(x.dtype).eps * size:
-                # The refined hypergradient has the same rounding, which a difference cannot see.
-                floor = rounding_floor(problem, hparams, point.params, ravel_x.unravel(w))
-                error, note = error + floor, f"{note}, and the measured rounding floor of {floor:.1e}"
-            return ErrorEstimate(error, "estimate", note)
-    return ErrorEstimate(None, "none", f"no reliable figure after {ROUNDS} rounds: {reason}")
+    return Refinement(problem, hparams, counts)(params, hypergradient, adjoint)
+
+
+class Refinement:
+    """`refine` for several hypergradients at the same hyperparameters: what is known of the Hessian is kept.
+
+    Args:
+        problem: see `refine`.
+        hparams: see `refine`.
+        counts: receives the oracle calls.
+    """
+
+    def __init__(self, problem: BilevelProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
+        self.problem, self.hparams = problem, hparams
+        self.counts = Counter() if counts is None else counts
+        self.inverse = Inverse()
+
+    def __call__(self, params: Tree, hypergradient: Tree, adjoint: Tree = None) -> ErrorEstimate:
+        """Return the estimate; see `refine`."""
+        if not self.problem.symmetric:
+            return ErrorEstimate(None, "none", "the refinement needs an inner loss with a symmetric Hessian")
+        inner = self.problem.bind(self.hparams, self.counts)
+        ravel_x, ravel_u = tree.Raveler(params), tree.Raveler(self.hparams)
+        given = ravel_u.ravel(hypergradient)
+        x = ravel_x.ravel(params)
+        w = torch.zeros_like(x) if adjoint is None else ravel_x.ravel(adjoint)
+        unit = torch.finfo(x.dtype).eps
+        reason, before = "", None
+        for turn in range(1, ROUNDS + 1):
+            step = _correct_solution(inner, ravel_x, x, self.inverse)
+            if step.reason:
+                return ErrorEstimate(None, "none", step.reason)
+            x = step.vector
+            point = inner.linearize(ravel_x.unravel(x))
+            self.counts["outer"] += 1
+            _, by_params, by_hparams = self.problem.outer_value_and_grads(point.params, self.hparams)
+            right = -ravel_x.ravel(by_params)
+            if bool(w.any()):
+                right = flat_product(point, ravel_x)(w) + right
+            correction = self.inverse.solve(point, ravel_x, right)
+            if correction.reason:
+                return ErrorEstimate(None, "none", correction.reason)
+            w = w - correction.x
+            better = ravel_u.ravel(by_hparams) - ravel_u.ravel(point.cross(ravel_x.unravel(w)))
+            error = float(torch.linalg.vector_norm(given - better))
+            size = float(torch.linalg.vector_norm(better))
+            unsolved = max(step.unsolved, correction.error)
+            moved = 0.0 if before is None else float(torch.linalg.vector_norm(better - before))
+            # What rounding does to a hypergradient is multiplied by the condition.
+            near_floor = NEAR_FLOOR * unit * max(1.0, self.inverse.condition) * size
+            # Where both are about as small as rounding, no further round tells them apart: they are added.
+            at_floor = before is not None and max(error, moved) < near_floor
+            unsettled = adjoint is None and not at_floor and (before is None or moved > MOVEMENT * error)
+            before = better
+            error *= (1 + unsolved) / (1 - min(step.nonlinearity, 0.5))
+            if unsolved > UNSOLVED:
+                reason = "the corrections' linear solves did not converge"
+            elif step.nonlinearity > NONLINEAR:
+                reason = f"the iterate is outside the quadratic regime of Newton's method ({step.nonlinearity:.1e})"
+            elif unsettled:
+                reason = (
+                    "the refined hypergradient moves by more than what it is to judge: is the error that of rounding?"
+                )
+            elif turn == 1 and error > FIRST_ROUND * size:
+                reason = "the first correction was large"
+            else:
+                note = f"{turn} refinement round{'s' if turn > 1 else ''}"
+                if at_floor:
+                    error += moved
+                if error < near_floor:
+                    # The refined hypergradient has the same rounding, which a difference cannot see.
+                    floor = rounding_floor(self.problem, self.hparams, point.params, ravel_x.unravel(w), self.inverse)
+                    error, note = error + floor, f"{note}, and the measured rounding floor of {floor:.1e}"
+                return ErrorEstimate(error, "estimate", note)
+        return ErrorEstimate(None, "none", f"no reliable figure after {ROUNDS} rounds: {reason}")
 
 
 @dataclass(frozen=True)
@@ -161,20 +182,20 @@ class _Correction:
     reason: str = ""
 
 
-def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor) -> _Correction:
+def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor, inverse: Inverse) -> _Correction:
     """Return the iterate after one damped Newton step, and how far the gradient was from its linearisation."""
     here = raveler.ravel(inner.grad(raveler.unravel(x)))
     length = torch.linalg.vector_norm(here)
     if not bool(length > 0):
         return _Correction(x)
-    product = _flat(inner.linearize(raveler.unravel(x)).hvp, raveler)
-    step = _energy_cg(product, here)
+    point = inner.linearize(raveler.unravel(x))
+    step, product = inverse.solve(point, raveler, here), flat_product(point, raveler)
     if step.reason:
-        return step
-    linear = here - product(step.vector)
+        return _Correction(x, reason=step.reason)
+    linear = here - product(step.x)
     t = 1.0
     while True:
-        moved = x - t * step.vector
+        moved = x - t * step.x
         there = raveler.ravel(inner.grad(raveler.unravel(moved)))
         if t < 1e-3 or bool(torch.linalg.vector_norm(there) <= length):
             break
@@ -183,26 +204,4 @@ def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor) -> 
     floor = 100 * torch.finfo(x.dtype).eps * (torch.linalg.vector_norm(product(x)) + length)
     away = torch.linalg.vector_norm(there - linear)
     nonlinearity = 1.0 if t < 1 and bool(length > floor) else float(away / length) if bool(away > floor) else 0.0
-    return _Correction(moved, step.unsolved, nonlinearity)
-
-
-def _energy_cg(matvec: Callable[[Tensor], Tensor], b: Tensor, goal: float = ENERGY) -> _Correction:
-    """Run CG until four more steps add little energy; report the ratio that was reached."""
-    floor = (10 * torch.finfo(b.dtype).eps) ** 2 * float(torch.dot(b, b))
-
-    def ratio(run: Krylov) -> float:
-        energies = run.energies
-        return (sum(energies[-4:]) / sum(energies)) ** 0.5 if len(energies) > 4 else 1.0
-
-    def enough(run: Krylov) -> bool:
-        return run.rr <= floor or ratio(run) <= goal
-
-    run = conjugate_gradients(matvec, torch.zeros_like(b), b, enough, MAX_STEPS)
-    if run.negative is not None:
-        reason = f"the inner Hessian has the curvature {run.negative:.3g} at the refined iterate"
-        return _Correction(run.x, reason=reason)
-    return _Correction(run.x, unsolved=0.0 if run.rr <= floor else ratio(run))
-
-
-def _flat(hvp: Callable[[Tree], Tree], raveler: tree.Raveler) -> Callable[[Tensor], Tensor]:
-    return lambda v: raveler.ravel(hvp(raveler.unravel(v)))
+    return _Correction(moved, step.error, nonlinearity)

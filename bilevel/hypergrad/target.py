@@ -22,7 +22,7 @@ import torch
 
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver
-from bilevel.certify import ErrorBound, ErrorEstimate, certify_error, rounding_floor
+from bilevel.certify import ErrorBound, ErrorEstimate, Refinement, certify_error, rounding_floor
 from bilevel.cost import Meter
 from bilevel.hypergrad.attempt import Attempt, attempt
 from bilevel.options import default_tolerance, is_number
@@ -131,6 +131,7 @@ class Pursuit:
         self.hparams, self.start, self.meter, self.target = hparams, start, meter, target
         self.inner = problem.bind(hparams, meter.counts)
         self.bound = None if problem.certifiable() is None else ErrorBound(problem, hparams, "cheap", meter.counts)
+        self.refinement = Refinement(problem, hparams, meter.counts)
         dtype = tree.leaves(start)[0].dtype
         self.scale = self._residual(start)
         self.near = default_tolerance(dtype)
@@ -189,9 +190,13 @@ class Pursuit:
 
     def _figure(self, found: Attempt, allowed: float) -> ErrorEstimate:
         """Return what is proved of an attempt, or else estimated."""
-        if self.bound is None and found.pulled.error is not None and found.verdict.status.ok:
-            return ErrorEstimate(found.pulled.error, "estimate", found.pulled.error_note)
         given = (found.solved.params, found.gradient, found.pulled.adjoint)
+        if self.bound is None:
+            own = found.pulled.error if found.verdict.status.ok else None
+            if own is not None and own > allowed:
+                return ErrorEstimate(own, "estimate", found.pulled.error_note)
+            # An estimator that judges itself does so with what its own solves have seen: it is not its own witness.
+            return self.refinement(*given)
         cheap = None
         if self.bound is not None and found.pulled.adjoint is not None:
             cheap = self.bound(*given)
@@ -241,7 +246,8 @@ class Pursuit:
             return f"{type(solver).__name__} has used its {solver.steps} steps"
         if after.inner < self.near * self.scale or after.adjoint < self.near:
             if self.floor is None and adjoint is not None:
-                self.floor = rounding_floor(self.problem, self.hparams, found.solved.params, adjoint)
+                inverse = self.refinement.inverse
+                self.floor = rounding_floor(self.problem, self.hparams, found.solved.params, adjoint, inverse)
             if self.floor is not None and allowed < ABOVE_FLOOR * self.floor:
                 dtype = str(tree.leaves(self.start)[0].dtype).removeprefix("torch.")
                 remedy = "use a larger penalty" if dtype == "float64" else "use float64 or a larger penalty"
