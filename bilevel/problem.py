@@ -85,6 +85,8 @@ class BilevelProblem:
     quadratic: bool = False
     """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
 
+    detached: tuple[str, ...] = ()
+    """Names of data that required gradients where the problem was made, which holds their values as constants."""
     one_solution: bool = True
     """Whether the inner problem is taken to have one solution, so that a tight solve from anywhere is a referee."""
     renewed: bool = False

@@ -50,7 +50,17 @@ FLOORS = {
         "files",
     ),
     2: (
-        *("linearization", "oracles", "statistics", "certifiable", "traced", "batches", "problem", "module_problem"),
+        *(
+            "linearization",
+            "oracles",
+            "statistics",
+            "certifiable",
+            "captured",
+            "traced",
+            "batches",
+            "problem",
+            "module_problem",
+        ),
         *("data", "datafiles", "dataprep"),
     ),
     3: ("base",),

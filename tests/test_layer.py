@@ -96,13 +96,133 @@ def test_a_layer_whose_pullback_fails_raises_in_the_backward_pass() -> None:
         x.sum().backward()
 
 
-def test_a_second_derivative_of_the_layer_is_refused_in_words() -> None:
-    case = quadratic_case()
-    u = case.hparams.clone().requires_grad_()
-    x = bl.solution(case.problem, bl.Newton(tol=1e-12), bl.Implicit(), u)
-    (gradient,) = torch.autograd.grad(x.square().sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
-        gradient.sum().backward()
+def doubled(u: Tensor) -> Tensor:
+    """The solution ``sin u`` of a problem whose cotangent below does not depend on u."""
+    problem = bl.BilevelProblem(
+        lambda w, u: (w - u.sin()).square().sum(), lambda w, u: w.sum(), torch.zeros(2, dtype=F64)
+    )
+    return bl.solution(problem, bl.Newton(), bl.Implicit(), u).sum()
+
+
+def gradient_penalty(u: Tensor) -> None:
+    u = u.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(doubled(u) + u.square().sum(), u, create_graph=True)
+    slope.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode calls it
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (gradient_penalty, "can be differentiated once"),
+        (lambda u: torch.autograd.functional.hessian(doubled, u), "can be differentiated once"),
+        (lambda u: torch.func.jacrev(torch.func.jacrev(doubled))(u), "can be differentiated once"),
+        (lambda u: torch.func.hessian(doubled)(u), "no derivative in forward mode: use torch.func.jacrev"),
+        (lambda u: torch.func.jvp(doubled, (u,), (u,)), "no derivative in forward mode: use torch.func.jacrev"),
+        (
+            lambda u: torch.autograd.functional.jacobian(doubled, u, vectorize=True, strategy="forward-mode"),
+            "no derivative in forward mode: use torch.func.jacrev",
+        ),
+        (
+            lambda u: torch.autograd.functional.jacobian(lambda u: doubled(u) * u, u, vectorize=True),
+            "one cotangent at a time: use torch.func.jacrev",
+        ),
+    ],
+)
+def test_derivatives_that_the_layer_does_not_have_are_refused_with_another_way(call: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^bilevel.solution .*{message}"):
+        call(torch.tensor([0.3, 0.7], dtype=F64))
+
+
+def test_hyperparameters_that_move_before_the_backward_pass_are_seen_by_torch() -> None:
+    leaf = torch.tensor([0.3, 0.7], dtype=F64, requires_grad=True)
+    for u in (leaf, leaf * 1.0):
+        x = doubled(u)
+        with torch.no_grad():
+            u.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            x.backward()
+
+
+def test_a_start_that_moves_before_the_backward_pass_changes_nothing() -> None:
+    problem = bl.BilevelProblem(lambda w, u: (w.sin() - u).square().sum(), lambda w, u: w.sum())
+    found = []
+    for shift in (0.0, 1.0):
+        u, start = torch.ones(2, dtype=F64, requires_grad=True), torch.zeros(2, dtype=F64)
+        x = bl.solution(problem, bl.GradientDescent(0.1, steps=3), bl.FullUnroll(), u, start)
+        start.add_(shift)
+        x.sum().backward()
+        found.append(u.grad)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+ENCODER = nn.Linear(3, 3, dtype=F64)
+FEATURES, RATIO = ENCODER(normal(40, 6, 3)), normal(41, 6)
+
+
+def fit(X: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    return (X @ w - RATIO).square().mean() + u.exp() * w.square().sum()
+
+
+def of_losses(inner: Any, **more: Any) -> bl.BilevelProblem:
+    return bl.BilevelProblem(inner, lambda w, u, *_: w.sum(), torch.zeros(3, dtype=F64), **more)
+
+
+HOLDING: dict[str, tuple[Any, str]] = {
+    "FEATURES": (lambda: of_losses(lambda w, u: fit(FEATURES, w, u)), "`FEATURES`"),
+    "ENCODER": (lambda: of_losses(lambda w, u: fit(ENCODER(FEATURES.detach()), w, u)), "`ENCODER.weight`"),
+    "data": (lambda: of_losses(lambda w, u, d: fit(d["X"], w, u), data={"X": FEATURES}), "`data.X`"),
+    "sampler": (
+        lambda: of_losses(lambda w, u, d: fit(d, w, u), sampler=bl.MiniBatches(FEATURES, 6)),
+        r"a tensor of shape \(3, 3\)",
+    ),
+    "optimality": (
+        lambda: bl.BilevelProblem.from_fixed_point(
+            lambda w, u: 0.1 * FEATURES.T @ (FEATURES @ w) + u, lambda w, u: w.sum(), torch.zeros(3, dtype=F64)
+        ),
+        "`update.FEATURES`",
+    ),
+    "ridge": (lambda: bl.problems.RidgeProblem(FEATURES, RATIO, FEATURES, RATIO), "`X_train`"),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_tensors_that_would_get_no_gradient_are_refused_by_name(name: str) -> None:
+    make, named = HOLDING[name]
+    u = torch.tensor(-1.0, dtype=F64, requires_grad=True)
+    with pytest.raises(ValueError, match=rf"holds {named}, which requires gradients.* as a hyperparameter, or detach"):
+        bl.solution(make(), bl.Newton(), bl.Implicit(bl.Direct()), u)
+    with torch.no_grad():
+        bl.solution(of_losses(lambda w, u: fit(FEATURES, w, u)), bl.Newton(), bl.Implicit(), u)
+
+
+def test_a_start_that_would_get_no_gradient_is_refused() -> None:
+    u = torch.tensor(-1.0, dtype=F64, requires_grad=True)
+    problem, start = of_losses(lambda w, u: fit(FEATURES.detach(), w, u)), torch.zeros(3, dtype=F64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"`params` requires gradients, but .* make the start a hyperparameter"):
+        bl.solution(problem, bl.GradientDescent(steps=2), bl.FullUnroll(), u, start)
+    bl.solution(problem, bl.Newton(), bl.Implicit(), u, start).sum().backward()
+
+
+def test_a_loss_may_make_leaves_of_its_own() -> None:
+    def inner(w: Tensor, u: Tensor) -> Tensor:
+        t = torch.linspace(0.0, 1.0, 5, dtype=F64).requires_grad_()
+        (slope,) = torch.autograd.grad((w[0] * t + w[1] * t**2).sum(), t, create_graph=True)
+        return (slope - u * t).square().mean()
+
+    u = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    problem = bl.BilevelProblem(inner, lambda w, u: w.sum(), torch.zeros(2, dtype=F64))
+    x = bl.solution(problem, bl.Newton(), bl.Implicit(bl.Direct()), u)
+    (by_u,) = torch.autograd.grad(x[1], u)
+    assert float(by_u) == pytest.approx(0.5, rel=1e-9)  # the slope w_0 + 2 w_1 t is u t
+
+
+def test_inference_mode_is_refused_and_its_tensors_are_copied() -> None:
+    with torch.inference_mode():
+        u = torch.tensor([0.3, 0.7], dtype=F64)
+        with pytest.raises(ValueError, match=r"torch.inference_mode\(\) is on.* use torch.no_grad\(\) there"):
+            doubled(u)
+    assert float(doubled(u)) == pytest.approx(float(u.sin().sum()), rel=1e-12)
 
 
 # modules -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.check.captured import versions
+from bilevel.captured import versions
 from bilevel.check.report import Finding
 from bilevel.check.subject import Subject
 

@@ -10,7 +10,7 @@ import torch
 
 from bilevel import tree
 from bilevel.blame import first_not_finite_slope
-from bilevel.check.captured import captured
+from bilevel.captured import captured
 from bilevel.check.differences import derivative, largest_jump
 from bilevel.check.report import Finding
 from bilevel.check.subject import DIRECTIONS, Subject

@@ -186,7 +186,11 @@ def prepare(
         ValueError: what the checks of the problem and of the estimator raise.
         DerivativeError: a ValueError, for an inner loss without the second derivatives that the estimator takes.
     """
-    start = problem.start(params)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "torch.inference_mode() is on, under which nothing has derivatives: use torch.no_grad() there."
+        )
+    hparams, start = tree.copied(hparams), tree.copied(problem.start(params))
     if check:
         estimator.check(problem, solver, hparams)
         reads = partial(read_by_steps, solver) if estimator.differentiates_steps else None
@@ -195,4 +199,4 @@ def prepare(
         except DerivativeError:
             if estimator.second_derivatives:
                 raise
-    return with_statistics(problem, solver), tree.copied(hparams), tree.copied(start)
+    return with_statistics(problem, solver), hparams, start

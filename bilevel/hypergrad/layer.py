@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
+from bilevel.captured import check_captured
 from bilevel.cost import Meter
 from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
@@ -19,6 +20,19 @@ from bilevel.hypergrad.auto import as_estimator
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, Verdict, check_on_failure, report
 from bilevel.tree import Tree
+
+SECOND = (
+    "bilevel.solution can be differentiated once: its pullback has no derivative, so there is no hessian and no "
+    "gradient through create_graph=True: take differences of its gradient instead."
+)
+FORWARD_MODE = (
+    "bilevel.solution has no derivative in forward mode: use torch.func.jacrev or vjp in place of jacfwd and jvp (a "
+    "hessian is not there: it can be differentiated once)."
+)
+BATCHED = (
+    "bilevel.solution takes one cotangent at a time: use torch.func.jacrev in place of is_grads_batched=True, and "
+    "vectorize=False."
+)
 
 
 def solution(
@@ -34,7 +48,8 @@ def solution(
     """Return the inner solution as a differentiable function of `hparams`, for use in any torch graph.
 
     Its backward is the estimator's pullback, run once for each backward pass; a pullback that fails raises there. It is
-    differentiable once. Under ``torch.func.vmap`` over hparams the members are solved one after the other.
+    differentiable once, in reverse mode: a second derivative and forward mode are refused. Under ``torch.func.vmap``
+    over hparams the members are solved one after the other.
 
     Args:
         problem: the problem; its outer loss is not used.
@@ -51,7 +66,8 @@ def solution(
 
     Raises:
         HypergradientError: if the inner solve fails; in the backward pass, if the pullback fails.
-        ValueError: for a batch, and for another word than these three.
+        ValueError: for a batch, for another word than these three, and for an inner problem that holds tensors that
+            require gradients: the solution would have no derivative by them.
 
     >>> from bilevel import CG, GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -69,6 +85,15 @@ def solution(
         )
     check_on_failure(on_failure)
     call = _Call(problem, solver, rule, problem.start(params), hparams, check, on_failure)
+    if check and torch.is_grad_enabled():
+        with explained("`inner_loss`"):
+            check_captured(problem, problem.trainable(call.start), hparams)
+        given = () if params is None else params
+        if rule.differentiates_steps and any(leaf.requires_grad for leaf in tree.leaves(given)):
+            raise ValueError(
+                "`params` requires gradients, but `solution` is differentiated by hparams alone: make the start a "
+                "hyperparameter, or detach it."
+            )
     _, *leaves = _Solution.apply(call, *tree.leaves(hparams))  # type: ignore[no-untyped-call]
     return tree.rebuild(call.start, leaves)
 
@@ -109,11 +134,16 @@ class _Solution(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call = inputs[0]
         ctx.mark_non_differentiable(output[0])
-        ctx.save_for_backward(output[0])
+        # With the hyperparameters, so that torch sees where they are changed in place before the backward pass.
+        ctx.save_for_backward(output[0], *inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, *cotangents: Tensor) -> tuple[Any, ...]:
         return (None, *_Pullback.apply(ctx.call, *ctx.saved_tensors, *cotangents))  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(FORWARD_MODE)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *leaves: Tensor) -> tuple[Any, Any]:
@@ -121,15 +151,24 @@ class _Solution(torch.autograd.Function):
 
 
 class _Pullback(torch.autograd.Function):
-    """The backward pass of `_Solution`, a node of its own because `torch.func.jacrev` maps it over cotangents."""
+    """The backward pass of `_Solution`, a node of its own because `torch.func.jacrev` maps it over cotangents.
+
+    It is given the hyperparameters, too, so that its result is no constant of a second derivative.
+    """
 
     @staticmethod
     @explained()
-    def forward(call: _Call, index: Tensor, *cotangents: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: _Call, index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         solved = call.found[int(index)]
         if not solved.verdict.status.usable:
             return tuple(_unless_failed(solved.verdict, call.like))
-        pulled = solved.pullback(tree.rebuild(solved.params, cotangents))
+        cotangents = tensors[len(tree.leaves(call.like)) :]
+        try:
+            pulled = solved.pullback(tree.rebuild(solved.params, cotangents))
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "Batching rule" not in str(error):
+                raise
+            raise RuntimeError(BATCHED) from error
         report(pulled.verdict, call.on_failure)
         return tuple(_unless_failed(pulled.verdict, pulled.hparams))
 
@@ -139,7 +178,11 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError("bilevel.solution can be differentiated once: its pullback has no derivative.")
+        raise RuntimeError(SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(FORWARD_MODE)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> tuple[Any, Any]:

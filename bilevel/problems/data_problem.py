@@ -58,6 +58,8 @@ class DataProblem(BilevelProblem):
         y = {"train": y_train, "val": y_val} | ({} if y_test is None else {"test": y_test})
         if self.task == "classification":
             y = numbered(y, X_train)
+        given = {"X_train": X_train, "y_train": y_train}
+        self.detached = tuple(name for name, each in given.items() if getattr(each, "requires_grad", False))
         self.train = Split("train", X_train, y["train"])
         self.val = Split("val", X_val, y["val"], self.train.X.dtype)
         self.test = None if X_test is None else Split("test", X_test, y["test"], self.train.X.dtype)
