@@ -1,0 +1,224 @@
+"""Break the library on purpose, one line at a time, and see whether its tests notice.
+
+    python scripts/mutation.py                             every break, about a quarter of an hour on one core
+    python scripts/mutation.py --only cg-judge --jobs 2
+    python scripts/mutation.py --list
+
+The breaks are the rows of scripts/mutations/. Each is made in a copy of the tree, where only the tests run that its row
+names. A break is killed where one of them fails or takes too long. Exit code 1 where fewer than 95 % are killed, and 2
+where a row no longer fits the code or its tests fail without any break.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import importlib
+import os
+import py_compile
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mutations import BREAKS, Break
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+BAR = 0.95
+"""Share of the breaks that the tests must notice."""
+SECONDS = 600.0
+"""After which tests count as hanging, which is noticed as well."""
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "build", "runs")
+HEAVY = ("torch", "torch._dynamo", "sklearn.model_selection", "sklearn.preprocessing", "scipy.optimize")
+"""Loaded once, and not by every child; the library and the plugins of pytest are left to them."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the tests said of a break: "killed", "survived", or "error" where nothing can be said, and why."""
+
+    row: Break
+    outcome: str
+    reason: str
+    seconds: float = 0.0
+
+
+def misfit(row: Break, root: Path) -> str:
+    """Return why a row does not fit the code any more; empty where it does."""
+    path = root / row.file
+    if not path.is_file():
+        return f"there is no {row.file}"
+    count = path.read_text().count(row.old)
+    if count != 1:
+        return f"its text occurs {count} times in {row.file}"
+    missing = [test for test in row.tests.split() if not (root / "tests" / test.partition("::")[0]).is_file()]
+    return f"there is no tests/{missing[0]}" if missing else ""
+
+
+class Tests:
+    """Tests that run in a copy of the tree, in a forked process with a session of its own.
+
+    Args:
+        root: the copy.
+        names: node ids, relative to its folder tests.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `ended`)
+        self._start = time.monotonic()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.setsid()
+            for descriptor in (1, 2):
+                os.dup2(self._said.fileno(), descriptor)
+            _run_and_exit(root, names)
+
+    @property
+    def seconds(self) -> float:
+        """How long they have run."""
+        return time.monotonic() - self._start
+
+    def ended(self, limit: float) -> tuple[int | None, str] | None:
+        """Return (exit code of pytest, what it printed), without the code after the time limit; None before the end."""
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if not pid and self.seconds < limit:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            # With the tests go the processes that they have started.
+            os.killpg(self._pid, signal.SIGKILL)
+        if not pid:
+            os.waitpid(self._pid, 0)
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace")
+        self._said.close()
+        return (os.waitstatus_to_exitcode(status) if pid else None), said
+
+
+def _run_and_exit(root: Path, names: Sequence[str]) -> None:
+    """Run pytest and leave the process without its parent's clean-up."""
+    code = 99
+    try:
+        os.chdir(root)
+        os.environ["PYTHONPATH"] = str(root)
+        sys.path.insert(0, str(root))
+        sys.dont_write_bytecode = True
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        code = int(pytest.main([*options, *(f"tests/{name}" for name in names)]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def verdict(row: Break, ended: tuple[int | None, str], seconds: float) -> Tried:
+    """Return what the end of the tests of a row says of it."""
+    code, said = ended
+    if code == 0:
+        return Tried(row, "survived", "all its tests pass", seconds)
+    if code is None:
+        return Tried(row, "killed", f"no end after {seconds:.0f} s", seconds)
+    lines = said.strip().splitlines() or [""]
+    reason = next((line for line in lines if line.startswith(("FAILED ", "ERROR "))), lines[-1])
+    # 1: a test has failed; 2 and 3: nothing could be collected, or pytest itself broke; below zero: a signal.
+    return Tried(row, "killed" if code in (1, 2, 3) or code < 0 else "error", reason, seconds)
+
+
+def copied(root: Path, place: Path) -> Path:
+    """Return a copy of a tree with compiled code that is known by its text: a break may come within a second."""
+    shutil.copytree(root, place, ignore=LEFT_OUT)
+    by_text = py_compile.PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(place / "bilevel", quiet=1, invalidation_mode=by_text)
+    return place
+
+
+def attempts(rows: Sequence[Break], places: Sequence[Path], limit: float = SECONDS) -> Iterator[Tried]:
+    """Break one line in each copy of the tree, run the tests of the row there, and mend the line again.
+
+    Args:
+        rows: the breaks.
+        places: copies of the tree, each for one break at a time.
+        limit: seconds for the tests of a row.
+
+    Yields:
+        What became of each row, in the order in which they end.
+    """
+    left, free = list(rows), list(places)
+    running: list[tuple[Break, Path, str, Tests]] = []
+    while left or running:
+        while left and free:
+            row, place = left.pop(0), free.pop()
+            if reason := misfit(row, place):
+                free.append(place)
+                yield Tried(row, "error", reason)
+                continue
+            path = place / row.file
+            text = path.read_text()
+            path.write_text(text.replace(row.old, row.new))
+            running.append((row, place, text, Tests(place, row.tests.split())))
+        time.sleep(0.05)
+        for each in list(running):
+            row, place, text, tests = each
+            if (ended := tests.ended(limit)) is not None:
+                (place / row.file).write_text(text)
+                running.remove(each)
+                free.append(place)
+                yield verdict(row, ended, tests.seconds)
+
+
+def broken_without_a_break(rows: Sequence[Break], place: Path) -> str:
+    """Run all tests of some rows on the tree as it is, and return what they print where one fails."""
+    tests = Tests(place, sorted({test for row in rows for test in row.tests.split()}))
+    while (ended := tests.ended(float("inf"))) is None:
+        time.sleep(0.05)
+    return "" if ended[0] == 0 else ended[1] or f"exit code {ended[0]}"
+
+
+def report(found: Sequence[Tried]) -> int:
+    """Print the table and the share, and return the exit code."""
+    table = [(each.outcome, each.row.name, each.row.file, f"{each.seconds:.0f}", each.reason[:110]) for each in found]
+    print(tabulate(table, headers=("outcome", "break", "file", "seconds", "by")))
+    counts = {kind: sum(each.outcome == kind for each in found) for kind in ("killed", "survived", "error")}
+    judged = counts["killed"] + counts["survived"]
+    share = counts["killed"] / judged if judged else 1.0
+    print(f"\n{counts['killed']} of {judged} killed ({share:.1%}), {counts['error']} errors")
+    return 2 if counts["error"] else int(share < BAR)
+
+
+def main() -> int:
+    """Try what was asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="try these breaks alone")
+    parser.add_argument("--list", action="store_true", help="print the rows and try nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="breaks at a time (default 1)")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.only or ()) - {row.name for row in BREAKS})
+    if unknown:
+        parser.error(f"there is no break {unknown[0]!r}: see --list")
+    rows = [row for row in BREAKS if not arguments.only or row.name in arguments.only]
+    if arguments.list:
+        print(tabulate([(row.name, row.file, row.old.strip(), row.new.strip(), row.tests) for row in rows]))
+        return 0
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for module in HEAVY:
+        importlib.import_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        places = [copied(ROOT, Path(folder) / str(job)) for job in range(arguments.jobs)]
+        if said := broken_without_a_break(rows, places[0]):
+            print(f"tests fail without any break, so that nothing can be said of breaks:\n{said}")
+            return 2
+        tried = tqdm(attempts(rows, places), total=len(rows), disable=not sys.stderr.isatty())
+        return report(list(tried))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

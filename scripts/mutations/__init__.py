@@ -1,0 +1,13 @@
+"""The breaks that scripts/mutation.py makes, by the rooms of the library."""
+
+from __future__ import annotations
+
+from .estimators import ESTIMATORS
+from .evidence import EVIDENCE
+from .inputs import INPUTS
+from .loops import LOOPS
+from .row import Break
+from .solvers import SOLVERS
+
+BREAKS: tuple[Break, ...] = (*SOLVERS, *ESTIMATORS, *EVIDENCE, *LOOPS, *INPUTS)
+"""All rows, each with a name of its own."""

@@ -1,0 +1,302 @@
+"""Breaks of certificates, targets, the checker and the theory."""
+
+from __future__ import annotations
+
+from .row import Break
+
+CERTIFY = "test_certify.py"
+BOUNDS = "test_bounds.py"
+TARGET = "test_target.py"
+CHECK = "test_check_problem.py"
+THEORY = "test_theory.py"
+
+EVIDENCE = (
+    # The estimate for any problem
+    Break("refine-energy", "bilevel/certify/refine.py", "\nENERGY = 0.1\n", "\nENERGY = 0.9\n", CERTIFY),
+    Break("refine-cold-energy", "bilevel/certify/refine.py", "COLD_ENERGY = 1e-3", "COLD_ENERGY = 0.9", CERTIFY),
+    Break(
+        "refine-not-widened",
+        "bilevel/certify/refine.py",
+        "error *= (1 + unsolved) / (1 - min(step.nonlinearity, 0.5))",
+        "error *= 1.0",
+        CERTIFY,
+    ),
+    Break(
+        "refine-outside-the-quadratic-regime",
+        "bilevel/certify/refine.py",
+        "elif step.nonlinearity > NONLINEAR:",
+        "elif step.nonlinearity != step.nonlinearity:",
+        CERTIFY,
+    ),
+    Break(
+        "refine-large-first-correction",
+        "bilevel/certify/refine.py",
+        "elif turn == 1 and error > FIRST_ROUND * size:",
+        "elif turn == 1 and error != error:",
+        CERTIFY,
+    ),
+    Break(
+        "refine-unsettled",
+        "bilevel/certify/refine.py",
+        "unsettled = adjoint is None and (before is None or moved > MOVEMENT * error)",
+        "unsettled = False",
+        CERTIFY,
+    ),
+    Break(
+        "refine-rounding-left-out",
+        "bilevel/certify/refine.py",
+        "error, note = error + floor, f",
+        "error, note = error, f",
+        CERTIFY,
+    ),
+    Break(
+        "refine-negative-curvature",
+        "bilevel/certify/refine.py",
+        "if run.negative is not None:",
+        "if run.negative != run.negative:",
+        CERTIFY,
+    ),
+    Break(
+        "rounding-floor-direct-part",
+        "bilevel/certify/floor.py",
+        " + torch.linalg.vector_norm(p_1 - p)))",
+        "))",
+        f"{CERTIFY} {TARGET}",
+    ),
+    # Proved bounds
+    Break(
+        "bound-lower-end",
+        "bilevel/certify/certificate.py",
+        "(1 - 2 * gamma(len(given) + 4)) - bound.value)",
+        "(1 - 2 * gamma(len(given) + 4)))",
+        BOUNDS,
+    ),
+    Break(
+        "bound-signs",
+        "bilevel/certify/certificate.py",
+        "torch.where(at.p.abs() > bound.components, at.p.sign(), 0.0)",
+        "at.p.sign()",
+        BOUNDS,
+    ),
+    Break(
+        "bound-effectivity",
+        "bilevel/certify/certificate.py",
+        "share = (effectivity - 1.0) / (effectivity + 1.0)",
+        "share = effectivity - 1.0",
+        BOUNDS,
+    ),
+    Break(
+        "bound-upper-end",
+        "bilevel/certify/certificate.py",
+        "value = (distance + bound.value) * SUMS",
+        "value = distance * SUMS",
+        BOUNDS,
+    ),
+    Break(
+        "bound-logistic-curvature",
+        "bilevel/problems/logistic.py",
+        "LossConstants(curvature=0.25,",
+        "LossConstants(curvature=0.125,",
+        BOUNDS,
+    ),
+    Break(
+        "bound-logistic-third",
+        "bilevel/problems/logistic.py",
+        "third=1.0 / (6.0 * math.sqrt(3.0))",
+        "third=1.0 / (60.0 * math.sqrt(3.0))",
+        BOUNDS,
+    ),
+    Break(
+        "bound-softmax-third",
+        "bilevel/problems/softmax.py",
+        "third=1.0 / (2.0 * math.sqrt(2.0))",
+        "third=1.0 / (4.0 * math.sqrt(2.0))",
+        BOUNDS,
+    ),
+    Break(
+        "bound-global-turned",
+        "bilevel/certify/bounds.py",
+        "turned = instance.outer_curvature * E",
+        "turned = 0.0",
+        BOUNDS,
+    ),
+    Break(
+        "bound-local-change",
+        "bilevel/certify/bounds.py",
+        "W = grown * (norms.r + metric.outer_curvature * E + change)",
+        "W = grown * (norms.r + metric.outer_curvature * E)",
+        BOUNDS,
+    ),
+    Break(
+        "bound-moved-metric",
+        "bilevel/certify/metrics.py",
+        "factor = math.exp(0.5 * transport(self.instance, self.z, z))",
+        "factor = 1.0",
+        BOUNDS,
+    ),
+    Break(
+        "bound-sketch-slack",
+        "bilevel/certify/nystrom.py",
+        "super().__init__(instance, (1.0 + sketch.slack / instance.least_penalty) ** 0.5)",
+        "super().__init__(instance, 1.0)",
+        BOUNDS,
+    ),
+    Break(
+        "bound-sketch-weights",
+        "bilevel/certify/nystrom.py",
+        "* _least_ratio(instance.tuned.weights, sketch.weights)",
+        "",
+        BOUNDS,
+    ),
+    Break(
+        "bound-rounding-of-blocks",
+        "bilevel/certifiable.py",
+        "block + math.ceil(math.log2(blocks)) + 2",
+        "2",
+        BOUNDS,
+    ),
+    Break(
+        "bound-top-eigenvalue",
+        "bilevel/certifiable.py",
+        "for factor in (1.05, 1.3, 2.0):",
+        "for factor in (2.0,):",
+        BOUNDS,
+    ),
+    # Targets
+    Break(
+        "target-of-the-truth",
+        "bilevel/hypergrad/target.py",
+        "allowed = self.target / (1.0 + self.target) * ",
+        "allowed = self.target * ",
+        TARGET,
+    ),
+    Break(
+        "target-not-reached",
+        "bilevel/hypergrad/target.py",
+        "if error.value is not None and error.value <= allowed:",
+        "if error.value is not None and error.value <= 10 * allowed:",
+        TARGET,
+    ),
+    Break(
+        "target-steps-add-up",
+        "bilevel/hypergrad/target.py",
+        "self.steps = found.solved.steps + (self.steps if self.estimator.resumes else 0)",
+        "self.steps = found.solved.steps",
+        TARGET,
+    ),
+    # The checker
+    Break(
+        "check-wrong-second-derivative",
+        "bilevel/check/second.py",
+        "if worst <= 10 * subject.tolerance():",
+        "if worst <= 1e6:",
+        CHECK,
+    ),
+    Break(
+        "check-symmetry",
+        "bilevel/check/second.py",
+        "if worst <= max(1e-9, 1e3 * subject.eps):",
+        "if worst <= 1.0:",
+        CHECK,
+    ),
+    Break(
+        "check-determinism",
+        "bilevel/check/determinism.py",
+        "    if difference > 0:\n",
+        "    if difference > 1e9:\n",
+        CHECK,
+    ),
+    Break("check-jump", "bilevel/check/losses.py", "if jump > JUMP * size:", "if jump > 1e3 * size:", CHECK),
+    Break(
+        "check-differences",
+        "bilevel/check/differences.py",
+        "power = SHRINK ** (2 * order)",
+        "power = SHRINK**order",
+        f"test_check.py {CHECK}",
+    ),
+    Break(
+        "check-implicit",
+        "bilevel/check/estimators.py",
+        "    error = _error(found, directions, truth)\n    if error > _allowed(subject):",
+        "    error = _error(found, directions, truth)\n    if error > 1e9:",
+        CHECK,
+    ),
+    Break(
+        "check-contraction",
+        "bilevel/check/contraction.py",
+        "step_size > limit * (1 + 1e-6):",
+        "step_size > 1e3 * limit:",
+        CHECK,
+    ),
+    # Formulas of the papers
+    Break(
+        "theory-unroll-bound",
+        "bilevel/theory/bounds.py",
+        "rho**steps * d0 + C * steps * rho ** _previous(steps) * e0",
+        "rho**steps * d0 + C * steps * rho**steps * e0",
+        THEORY,
+    ),
+    Break(
+        "theory-late-start-bound",
+        "bilevel/theory/bounds.py",
+        "C * tail * rho ** (steps - 1) * e0",
+        "C * steps * rho ** (steps - 1) * e0",
+        THEORY,
+    ),
+    Break(
+        "theory-contraction",
+        "bilevel/theory/constants.py",
+        "rho = max(abs(1.0 - h * l), abs(1.0 - h * L))",
+        "rho = abs(1.0 - h * l)",
+        THEORY,
+    ),
+    Break(
+        "theory-cross-lipschitz",
+        "bilevel/theory/constants.py",
+        "largest = h * (float(cross.norm()) + lipschitz * e0)",
+        "largest = h * float(cross.norm())",
+        THEORY,
+    ),
+    Break(
+        "theory-budget",
+        "bilevel/theory/budget.py",
+        "steps + math.floor(weight * dropped + ROUNDING), steps - dropped",
+        "steps + math.ceil(weight * dropped + ROUNDING), steps - dropped",
+        THEORY,
+    ),
+    Break(
+        "theory-optimal-truncation",
+        "bilevel/theory/budget.py",
+        "math.log(curse) + np.log(tail) - s * (total - 1)",
+        "math.log(curse) + np.log(tail) - s * total",
+        THEORY,
+    ),
+    Break(
+        "theory-chebyshev-rate",
+        "bilevel/theory/rates.py",
+        "bracket = (2.0 * t**2 * (L / (L - l)) - 1.0) * d0",
+        "bracket = (2.0 * t**2 * (L / (L - l)) + 1.0) * d0",
+        THEORY,
+    ),
+    Break(
+        "theory-gd-rate",
+        "bilevel/theory/rates.py",
+        "(1.0 + (t - 1) * (h * lam)) * d0",
+        "(1.0 + t * (h * lam)) * d0",
+        THEORY,
+    ),
+    Break(
+        "theory-gd-peak",
+        "bilevel/theory/peaks.py",
+        "index = max(math.ceil(2.0 * (u - 1.0) / (u * gap) - 1e-9), 0)",
+        "index = max(math.ceil(2.0 * (u - 1.0) / (u * gap) - 1e-9) + 1, 0)",
+        THEORY,
+    ),
+    Break(
+        "theory-reverse-bound",
+        "bilevel/theory/curves.py",
+        "reverse_bound=unrolled(n, torch.full_like(n, curves.steps - 1), start)",
+        "reverse_bound=unrolled(n, n - 1, start)",
+        "test_curves.py test_theory.py",
+    ),
+)
