@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import os
 import py_compile
+import re
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ BAR = 0.95
 """Share of the breaks that the tests must notice."""
 SECONDS = 600.0
 """After which tests count as hanging, which is noticed as well."""
+KILLER = re.compile(r"^FAILED tests/(\S.*?)(?: - |$)")
+"""The first test that failed, in pytest's summary."""
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "build", "runs")
 HEAVY = ("torch", "torch._dynamo", "sklearn.model_selection", "sklearn.preprocessing", "scipy.optimize")
 """Loaded once, and not by every child; the library and the plugins of pytest are left to them."""
@@ -70,9 +73,10 @@ class Tests:
     Args:
         root: the copy.
         names: node ids, relative to its folder tests.
+        stop: at the first that fails.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, root: Path, names: Sequence[str], *, stop: bool = True) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `ended`)
         self._start = time.monotonic()
         self._pid = os.fork()
@@ -80,7 +84,7 @@ class Tests:
             os.setsid()
             for descriptor in (1, 2):
                 os.dup2(self._said.fileno(), descriptor)
-            _run_and_exit(root, names)
+            _run_and_exit(root, names, stop)
 
     @property
     def seconds(self) -> float:
@@ -103,7 +107,7 @@ class Tests:
         return (os.waitstatus_to_exitcode(status) if pid else None), said
 
 
-def _run_and_exit(root: Path, names: Sequence[str]) -> None:
+def _run_and_exit(root: Path, names: Sequence[str], stop: bool) -> None:
     """Run pytest and leave the process without its parent's clean-up."""
     code = 99
     try:
@@ -111,7 +115,7 @@ def _run_and_exit(root: Path, names: Sequence[str]) -> None:
         os.environ["PYTHONPATH"] = str(root)
         sys.path.insert(0, str(root))
         sys.dont_write_bytecode = True
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        options = [*["-x"] * stop, "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
         code = int(pytest.main([*options, *(f"tests/{name}" for name in names)]))
     except BaseException:
         traceback.print_exc()
@@ -175,22 +179,32 @@ def attempts(rows: Sequence[Break], places: Sequence[Path], limit: float = SECON
                 yield verdict(row, ended, tests.seconds)
 
 
-def broken_without_a_break(rows: Sequence[Break], place: Path) -> str:
-    """Run all tests of some rows on the tree as it is, and return what they print where one fails."""
-    tests = Tests(place, sorted({test for row in rows for test in row.tests.split()}))
+def failing_without_a_break(found: Sequence[Tried], place: Path) -> Iterator[Tried]:
+    """Run the tests that killed on the tree as it is: one that fails there says nothing of a break."""
+    named = {each: match[1] for each in found if (match := KILLER.search(each.reason)) is not None}
+    if not named:
+        return
+    tests = Tests(place, sorted(set(named.values())), stop=False)
     while (ended := tests.ended(float("inf"))) is None:
         time.sleep(0.05)
-    return "" if ended[0] == 0 else ended[1] or f"exit code {ended[0]}"
+    _, said = ended
+    for each, name in named.items():
+        if f"FAILED tests/{name}" in said or f"ERROR tests/{name.partition('::')[0]}" in said:
+            yield replace(each, outcome="error", reason=f"fails without the break as well: {name}")
+
+
+def line(each: Tried) -> str:
+    """Return a row of the table."""
+    return f"{each.outcome:<9} {each.row.name:<36} {each.seconds:5.0f} s  {each.reason[:140]}"
 
 
 def report(found: Sequence[Tried]) -> int:
-    """Print the table and the share, and return the exit code."""
-    table = [(each.outcome, each.row.name, each.row.file, f"{each.seconds:.0f}", each.reason[:110]) for each in found]
-    print(tabulate(table, headers=("outcome", "break", "file", "seconds", "by")))
+    """Print what was not killed, and the share; return the exit code."""
     counts = {kind: sum(each.outcome == kind for each in found) for kind in ("killed", "survived", "error")}
+    print("", *(line(each) for each in found if each.outcome != "killed"), sep="\n")
     judged = counts["killed"] + counts["survived"]
     share = counts["killed"] / judged if judged else 1.0
-    print(f"\n{counts['killed']} of {judged} killed ({share:.1%}), {counts['error']} errors")
+    print(f"\n{counts['killed']} of {judged} breaks killed ({share:.1%}), {counts['error']} errors")
     return 2 if counts["error"] else int(share < BAR)
 
 
@@ -213,11 +227,13 @@ def main() -> int:
         importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         places = [copied(ROOT, Path(folder) / str(job)) for job in range(arguments.jobs)]
-        if said := broken_without_a_break(rows, places[0]):
-            print(f"tests fail without any break, so that nothing can be said of breaks:\n{said}")
-            return 2
-        tried = tqdm(attempts(rows, places), total=len(rows), disable=not sys.stderr.isatty())
-        return report(list(tried))
+        found: dict[str, Tried] = {}
+        for each in tqdm(attempts(rows, places), total=len(rows), disable=not sys.stderr.isatty()):
+            tqdm.write(line(each))
+            sys.stdout.flush()
+            found[each.row.name] = each
+        found |= {each.row.name: each for each in failing_without_a_break([*found.values()], places[0])}
+        return report([*found.values()])
 
 
 if __name__ == "__main__":
