@@ -221,6 +221,24 @@ def test_a_solver_out_of_steps_says_its_steps_and_its_true_residual(solver: bl.L
     assert (solution.steps, solution.residual) == (3, pytest.approx(true, rel=1e-6))
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bl.CG(tol=1e-30, max_steps=4),
+        bl.GMRES(tol=1e-30, max_steps=4),
+        bl.FixedPointIteration(tol=1e-30, max_steps=20),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_a_residual_fifty_times_above_the_tolerance_has_not_converged(solver: Any) -> None:
+    matrix, b = spd(15, 20), normal(16, 20)
+    left = solve(solver, matrix, b).residual
+    assert 1e-8 < left < 1
+    short = solve(replace(solver, tol=left / 50), matrix, b)
+    assert (short.residual, short.verdict.status) == (left, Status.LINEAR_NOT_CONVERGED)
+    assert solve(replace(solver, tol=2 * left), matrix, b).verdict.status is Status.OK
+
+
 @every_solver
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_product_that_is_not_finite_is_reported_as_such(solver: bl.LinearSolver, value: float) -> None:
