@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import quadratic_case
 
 import bilevel as bl
 from bilevel.hypergrad.extrapolation import OMEGA, reduced_rank
@@ -228,6 +229,26 @@ def test_extrapolation_says_why_it_did_not_happen() -> None:
         well_problem(), bl.GradientDescent(0.01, steps=2), bl.TruncatedUnroll(1, extrapolate=True), U
     )
     assert "no extrapolation: the run is too short" in short.certificate.error_note
+
+
+@pytest.mark.parametrize(
+    ("far", "steps", "reason"),
+    [(1.0, 2000, "the inner gradient"), (1e10, 300, "it would raise the adjoint residual")],
+    ids=["iterate", "adjoint"],
+)
+def test_what_extrapolation_does_not_improve_stays_the_plain_tail(far: float, steps: int, reason: str) -> None:
+    case = quadratic_case()
+    taken = (case.problem, bl.GradientDescent(steps=steps))
+    start = far * torch.ones(6, dtype=F64)
+    found, plain = (
+        bl.hypergradient(*taken, bl.TruncatedUnroll(steps, extrapolate=extrapolate), case.hparams, start)
+        for extrapolate in (True, False)
+    )
+    assert found.certificate.error_note.startswith(f"no extrapolation: {reason}")
+    assert found.certificate.inner_residual <= plain.certificate.inner_residual
+    assert found.certificate.adjoint_residual is None
+    if far == 1.0:
+        assert torch.equal(found.hypergradient, plain.hypergradient)
 
 
 @pytest.mark.parametrize(

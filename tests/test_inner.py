@@ -286,6 +286,24 @@ def test_automatic_options_are_stable_and_shown_in_the_certificate(solver: Any, 
     assert estimate.status.ok
 
 
+def test_automatic_momenta_are_the_formulas_of_nesterov_and_polyak() -> None:
+    curvatures = torch.tensor([0.2, 1.0, 5.0], dtype=F64)
+    problem = bl.BilevelProblem(
+        lambda x, u: 0.5 * (curvatures * x * x).sum() - u * x.sum(), lambda x, u: x.sum(), torch.zeros(3, dtype=F64)
+    )
+    smallest, largest = 0.2, 1.02 * 5.0
+    low, high = smallest**0.5, largest**0.5
+    expected = {
+        bl.Nesterov: (1 / largest, (high - low) / (high + low)),
+        bl.HeavyBall: (4 / (low + high) ** 2, ((high - low) / (high + low)) ** 2),
+    }
+    for cls, (step_size, momentum) in expected.items():
+        solver = cls(momentum="auto", steps=5)
+        estimate = bl.hypergradient(problem, solver, bl.FullUnroll(), torch.ones((), dtype=F64))
+        measured = estimate.certificate.measured
+        assert (measured["step_size"], measured["momentum"]) == pytest.approx((step_size, momentum), rel=1e-6)
+
+
 @pytest.mark.parametrize("cls", [bl.HeavyBall, bl.Nesterov])
 def test_automatic_momentum_needs_fewer_steps_than_gradient_descent_when_ill_conditioned(cls: type) -> None:
     problem = bl.QuadraticProblem.random(20, 1, condition=1000.0, seed=1)

@@ -74,18 +74,21 @@ def test_a_zero_right_hand_side_gives_zero_whatever_the_start(solver: bl.LinearS
 def test_a_warm_start_does_not_change_the_limit(solver: bl.LinearSolver) -> None:
     matrix, b = spd(6, 8), normal(7, 8)
     for x0 in (normal(8, 8), 1e3 * normal(8, 8), torch.linalg.solve(matrix, b)):
+        given = x0.clone()
         solution = solve(solver, matrix, b, x0)
         torch.testing.assert_close(solution.x, torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-10)
         assert solution.verdict.status.ok
+        assert torch.equal(x0, given)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e150])
 @pytest.mark.parametrize("cls", [bl.CG, bl.GMRES, bl.FixedPointIteration])
-def test_a_warm_start_at_the_solution_takes_no_step_and_near_it_fewer(cls: type) -> None:
-    matrix, b = spd(6, 20), normal(7, 20)
+def test_a_warm_start_at_the_solution_takes_no_step_and_near_it_fewer(cls: type, scale: float) -> None:
+    matrix, b = spd(6, 20), scale * normal(7, 20)
     exact = torch.linalg.solve(matrix, b)
     solver = cls(tol=1e-8)
     assert solve(solver, matrix, b, exact).steps == 0
-    assert solve(solver, matrix, b, exact + 1e-6 * normal(8, 20)).steps < solve(solver, matrix, b).steps
+    assert solve(solver, matrix, b, exact + 1e-6 * scale * normal(8, 20)).steps < solve(solver, matrix, b).steps
 
 
 @every_solver
@@ -260,6 +263,19 @@ def test_direct_gives_the_same_with_a_dense_matrix_at_hand_and_from_products() -
     dense = solve(bl.Direct(), matrix, b, dense=lambda: matrix)
     torch.testing.assert_close(dense.x, products.x, rtol=0, atol=1e-15)
     torch.testing.assert_close(dense.x, torch.linalg.solve(matrix, b), rtol=1e-13, atol=1e-14)
+
+
+def test_direct_refines_what_rounding_of_its_matrix_leaves() -> None:
+    matrix, b = spd(20, 6), normal(21, 6)
+    solution = solve(bl.Direct(), matrix, b, dense=lambda: matrix + 1e-6 * spd(22, 6))
+    assert 1e-16 < solution.residual < 1e-10
+
+
+def test_gmres_keeps_its_space_orthogonal_where_the_matrix_is_ill_conditioned() -> None:
+    left, _ = torch.linalg.qr(normal(1, 30, 30))
+    right, _ = torch.linalg.qr(normal(2, 30, 30))
+    matrix = left @ torch.diag(torch.logspace(0, -10, 30, dtype=F64)) @ right
+    assert solve(bl.GMRES(tol=1e-14, restart=30), matrix, normal(3, 30)).residual < 1e-5
 
 
 def test_direct_refuses_a_system_above_its_size() -> None:

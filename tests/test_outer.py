@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import pytest
@@ -435,6 +436,23 @@ def test_a_failed_hypergradient_moves_nothing_and_is_recorded_when_it_does_not_r
     assert result.stopped.startswith("a hypergradient failed: CG stopped after 1 steps")
     with pytest.warns(bl.BilevelWarning, match="CG stopped after 1 steps"):
         make(estimator=bl.Implicit(bl.CG(max_steps=1)), on_failure="warn").step()
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "momentum"])
+def test_a_step_to_nan_leaves_no_trace_in_what_follows(optimizer: str) -> None:
+    spoiled, plain = make(optimizer, on_failure="return"), make(optimizer, on_failure="return")
+    for outer in (spoiled, plain):
+        outer.step()
+    (group,) = spoiled.optimizer.param_groups
+    usual, group["lr"] = group["lr"], math.nan
+    assert spoiled.step().status is bl.Status.NOT_FINITE
+    assert torch.equal(spoiled.hparams, plain.hparams)
+    (group,) = spoiled.optimizer.param_groups
+    group["lr"] = usual
+    for outer in (spoiled, plain):
+        outer.step()
+    assert torch.equal(spoiled.hparams, plain.hparams)
+    assert bool(torch.isfinite(plain.hparams).all())
 
 
 def test_the_history_holds_what_the_estimates_said() -> None:
