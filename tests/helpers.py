@@ -91,7 +91,10 @@ class Case:
         """The inner solution, by Newton's method on dense matrices."""
         x, u = flat(self.start).clone(), flat(self.hparams)
         for _ in range(50):
-            x = x - torch.linalg.solve(self.hessian(x, u), self.grad(x, u))
+            step = torch.linalg.solve(self.hessian(x, u), self.grad(x, u))
+            x = x - step
+            if float(step.norm()) <= 1e-15 * float(x.norm()):
+                break
         return x
 
     def hypergradient(self) -> Tensor:

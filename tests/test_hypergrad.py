@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -273,9 +274,15 @@ def test_unrolled_adam_reverse_graph_forward_and_finite_differences_agree(tree: 
     torch.testing.assert_close(differences, graph, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("cls", UNROLLED, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("hparams", HPARAMS)
+@pytest.mark.parametrize(
+    ("cls", "params", "hparams"),
+    [
+        *((cls, "dict", "dict") for cls in UNROLLED),
+        *((bl.GradientDescent, params, hparams) for params in PARAMS for hparams in HPARAMS),
+        *((cls, params, "tensor") for cls, params in zip(UNROLLED, itertools.cycle(PARAMS), strict=False)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_every_solver_unrolls_on_every_tree_as_finite_differences_say(cls: type, params: str, hparams: str) -> None:
     case = tree_case(params, hparams)
     solver = SOLVERS[cls].make(case.problem, steps=2 if cls is bl.Newton else 6)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -179,8 +180,9 @@ def test_it_converges_to_the_minimum_found_by_dense_newton(cls: type, problem: t
     solver = row.make(case.problem, tol=tol, steps=5000)
     run = run_inner(case.problem.bind(case.hparams), solver, solver.init(case.problem.bind(case.hparams), case.start))
     assert run.verdict.status.ok, run.verdict
-    smallest = float(torch.linalg.eigvalsh(case.hessian(case.solution(), flat(case.hparams)))[0])
-    distance = float((flat(solver.params(run.state)) - case.solution()).norm())
+    solution = case.solution()
+    smallest = float(torch.linalg.eigvalsh(case.hessian(solution, flat(case.hparams)))[0])
+    distance = float((flat(solver.params(run.state)) - solution).norm())
     assert distance <= 1.5 * tol / smallest + 1e-13
 
 
@@ -284,6 +286,20 @@ def test_automatic_options_are_stable_and_shown_in_the_certificate(solver: Any, 
     limit = {bl.GradientDescent: 2.0, bl.HeavyBall: 2 * (1 + m), bl.Nesterov: 2 * (1 + m) / (1 + 2 * m)}[type(solver)]
     assert 0.05 < measured["step_size"] * largest < limit
     assert estimate.status.ok
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("cls", [bl.GradientDescent, bl.HeavyBall, bl.Nesterov])
+def test_steps_contract_up_to_the_stability_limit_and_not_beyond(cls: Any, momentum: float) -> None:
+    if cls is bl.GradientDescent:
+        solver, radius = cls(0.1), lambda q: abs(1 - q)
+    elif cls is bl.HeavyBall:
+        solver, radius = cls(0.1, momentum), lambda q: max(abs(np.roots([1, -(1 + momentum - q), momentum])))
+    else:
+        along = lambda q: [1, -(1 + momentum) * (1 - q), momentum * (1 - q)]  # noqa: E731
+        solver, radius = cls(0.1, momentum), lambda q: max(abs(np.roots(along(q))))
+    limit = 4.0 * solver.max_step_size(bl.base.InnerState(None), 4.0)
+    assert radius(0.999 * limit) < 1 < radius(1.001 * limit)
 
 
 def test_automatic_momenta_are_the_formulas_of_nesterov_and_polyak() -> None:

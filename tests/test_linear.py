@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import bilevel as bl
 import bilevel.linear
+from bilevel.krylov import conjugate_gradients_of_rows
 
 every_solver = pytest.mark.parametrize("solver", LINEAR_SOLVERS.values(), ids=lambda solver: type(solver).__name__)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -175,6 +177,16 @@ def test_looking_every_eight_iterations_returns_the_same_x_as_looking_every_one(
     one, eight = (solve(bl.CG(check_every=k), negative, b) for k in (1, 8))
     assert torch.equal(one.x, eight.x)
     assert one.verdict == eight.verdict
+
+
+def test_a_row_of_nan_stays_at_its_start_while_the_others_are_solved() -> None:
+    matrices = torch.stack([spd(23, 4), spd(24, 4)])
+    b = torch.stack([normal(25, 4), torch.full((4,), math.nan, dtype=F64)])
+    goals = torch.full((2,), 1e-24, dtype=F64)
+    start = torch.zeros_like(b)
+    x, _, _ = conjugate_gradients_of_rows(lambda v: (matrices @ v[..., None])[..., 0], start, b, goals, 50, 1)
+    torch.testing.assert_close(x[0], torch.linalg.solve(matrices[0], b[0]), rtol=1e-10, atol=1e-12)
+    assert not x[1].any()
 
 
 def test_cg_reports_negative_curvature_with_its_value_and_a_damping_that_lifts_it() -> None:

@@ -210,14 +210,23 @@ def scaled(outer: Callable[..., Tensor] = evaluated, **options: Any) -> bl.Bilev
 PAIR = torch.tensor([3.0, 0.7], dtype=F64)
 
 
+@pytest.fixture(scope="module")
+def long_runs() -> list[Tensor]:
+    """Hypergradients of a run so long that the running statistics have come to rest, unrolled and by differences."""
+    solver = bl.GradientDescent("auto", steps=150)
+    return [hypergradient(scaled(), solver, estimator, PAIR) for estimator in (bl.FullUnroll(), bl.FiniteDifference())]
+
+
 @pytest.mark.parametrize("linear", [bl.CG(tol=1e-13), bl.Direct(), bl.GMRES(tol=1e-13)], ids=lambda x: type(x).__name__)
-def test_implicit_differentiation_takes_the_statistics_for_a_function_of_the_solution(linear: Any) -> None:
+def test_implicit_differentiation_takes_the_statistics_for_a_function_of_the_solution(
+    linear: Any, long_runs: list[Tensor]
+) -> None:
     problem, solver = scaled(), bl.GradientDescent("auto", tol=1e-12)
     estimate = bl.hypergradient(problem, solver, bl.Implicit(linear), PAIR, certify=True)
     # The running statistics of a long run end where Implicit says they are.
-    long = bl.GradientDescent("auto", steps=150)
-    close(value(estimate), hypergradient(problem, long, bl.FullUnroll(), PAIR), 1e-8)
-    close(value(estimate), hypergradient(problem, long, bl.FiniteDifference(), PAIR), 1e-6)
+    unrolled, differences = long_runs
+    close(value(estimate), unrolled, 1e-8)
+    close(value(estimate), differences, 1e-6)
     hidden = X * PAIR[1] @ estimate.params["0.weight"].t() + estimate.params["0.bias"]
     close(estimate.params["1.running_mean"], hidden.mean(0))
     close(estimate.params["1.running_var"], hidden.var(0))

@@ -55,7 +55,7 @@ def test_every_combination_of_options_equals_torchs_optimizer_for_sixty_steps(cl
         x.grad = flat(inner.grad(state.params))
         optimizer.step()
         state = solver.step(inner, state)
-        torch.testing.assert_close(flat(state.params), x.detach(), rtol=0, atol=1e-12)
+        assert float((flat(state.params) - x.detach()).abs().max()) <= 1e-12
 
 
 @every_optimizer
@@ -180,19 +180,26 @@ def test_a_short_tail_differentiates_its_own_steps_alone(name: str) -> None:
         assert torch.equal(estimate.hypergradient["each"] != 0, torch.arange(STEPS) >= STEPS - 3)
 
 
-@pytest.mark.parametrize("name", ["SGD per leaf", "Adam per step", "RMSprop"])
-def test_tuned_options_run_in_batches_and_over_warm_starts(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("SGD per leaf", bl.TruncatedUnroll(tail=4)),
+        ("Adam per step", bl.FullUnroll()),
+        ("RMSprop", bl.TruncatedUnroll(tail=4)),
+    ],
+    ids=str,
+)
+def test_tuned_options_run_in_batches_and_over_warm_starts(name: str, estimator: Any) -> None:
     problem, solver, u = tuned(name)
     many = bl.tree.tree_map(lambda leaf: torch.stack([leaf, leaf - 0.2]), u)
-    for estimator in (bl.FullUnroll(), bl.TruncatedUnroll(tail=4)):
-        first = bl.hypergradient(problem, solver, estimator, many, batch=2)
-        second = bl.hypergradient(problem, solver, estimator, many, batch=2, carry=first.carry)
-        for index in range(2):
-            own = bl.tree.tree_map(lambda leaf, i=index: leaf[i], many)
-            alone = bl.hypergradient(problem, solver, estimator, own)
-            again = bl.hypergradient(problem, solver, estimator, own, carry=alone.carry)
-            torch.testing.assert_close(gradient_of(first[index]), gradient_of(alone), rtol=1e-10, atol=1e-12)
-            torch.testing.assert_close(gradient_of(second[index]), gradient_of(again), rtol=1e-10, atol=1e-12)
+    first = bl.hypergradient(problem, solver, estimator, many, batch=2)
+    second = bl.hypergradient(problem, solver, estimator, many, batch=2, carry=first.carry)
+    for index in range(2):
+        own = bl.tree.tree_map(lambda leaf, i=index: leaf[i], many)
+        alone = bl.hypergradient(problem, solver, estimator, own)
+        again = bl.hypergradient(problem, solver, estimator, own, carry=alone.carry)
+        torch.testing.assert_close(gradient_of(first[index]), gradient_of(alone), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(gradient_of(second[index]), gradient_of(again), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(

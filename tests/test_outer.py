@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from typing import Any
 
@@ -284,8 +285,14 @@ def same(a: Any, b: Any) -> None:
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-@pytest.mark.parametrize("cls", SOLVERS, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("optimizer", ["momentum", "Adam"])
+@pytest.mark.parametrize(
+    ("cls", "optimizer"),
+    [
+        *zip(SOLVERS, itertools.cycle(["momentum", "Adam"]), strict=False),
+        *((bl.GradientDescent, optimizer) for optimizer in OPTIMIZERS),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_run_resumed_from_a_file_continues_bit_for_bit(cls: type, optimizer: str) -> None:
     case = tree_case("dict", "dict")
 

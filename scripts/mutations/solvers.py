@@ -45,14 +45,14 @@ SOLVERS = (
         "bilevel/krylov.py",
         "moving = moving & (curvature > 0)\n",
         "moving = moving & (curvature == curvature)\n",
-        "test_batch.py",
+        "test_batch.py::test_negative_curvature_of_one_member_is_its_own",
     ),
     Break(
         "cg-rows-broken-row",
         "bilevel/krylov.py",
-        "p = torch.where(still, p, torch.addcmul(r, (rr / before)[:, None], p))",
-        "p = torch.addcmul(r, (rr / before)[:, None], p)",
-        "test_batch.py",
+        "x = torch.where(still, x, torch.addcmul(x, length, p))",
+        "x = torch.addcmul(x, length, p)",
+        LINEAR,
     ),
     Break("gmres-judge", "bilevel/linear/gmres.py", "elif residual > 10 * tol:", "elif residual > 1e6 * tol:", LINEAR),
     Break(
@@ -155,7 +155,7 @@ SOLVERS = (
         "bilevel/inner/nesterov.py",
         "return 2.0 * (1.0 + m) / ((1.0 + 2.0 * m) * curvature)",
         "return 2.0 * (1.0 + m) / curvature",
-        f"{INNER} test_on_failure.py test_explain.py test_check_problem.py",
+        f"{INNER}::test_steps_contract_up_to_the_stability_limit_and_not_beyond",
     ),
     Break(
         "heavy-ball-memory",
@@ -299,7 +299,7 @@ SOLVERS = (
         "bilevel/inner/newton.py",
         "(1.0 if close else 1.0 - 1e-4 * t) * length:",
         "1e6 * length:",
-        f"{INNER} test_quasi_newton.py test_hypergrad.py",
+        f"{INNER} test_quasi_newton.py",
     ),
     Break(
         "newton-third-derivative",
