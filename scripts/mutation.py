@@ -111,6 +111,8 @@ def _run_and_exit(root: Path, names: Sequence[str], stop: bool) -> None:
     """Run pytest and leave the process without its parent's clean-up."""
     code = 99
     try:
+        # Not what the parent has put in their place.
+        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
         os.chdir(root)
         os.environ["PYTHONPATH"] = str(root)
         sys.path.insert(0, str(root))

@@ -38,7 +38,7 @@ EVIDENCE = (
     Break(
         "refine-unsettled",
         "bilevel/certify/refine.py",
-        "unsettled = adjoint is None and (before is None or moved > MOVEMENT * error)",
+        "unsettled = adjoint is None and not at_floor and (before is None or moved > MOVEMENT * error)",
         "unsettled = False",
         CERTIFY,
     ),

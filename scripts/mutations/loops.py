@@ -109,13 +109,6 @@ LOOPS = (
         OUTER,
     ),
     Break(
-        "outer-steps-saved",
-        "bilevel/outer/state.py",
-        '"earlier": state.earlier,',
-        '"earlier": 0,',
-        f"{OUTER} test_samplers.py",
-    ),
-    Break(
         "constraint-chain-rule",
         "bilevel/constraints.py",
         "return list(torch.autograd.grad(hparams, tree.leaves(free), tree.leaves(gradient)))",
