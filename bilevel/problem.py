@@ -29,6 +29,7 @@ from bilevel.samplers import Sampler
 from bilevel.sampling import FreshBatch, Sampling, sampling
 from bilevel.spectral import Eigenbasis
 from bilevel.statistics import RunningStatistics
+from bilevel.status import Verdict
 from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
 
@@ -138,6 +139,8 @@ class BilevelProblem:
                 require_arguments(what, function, "params", "hparams", *more)
         if params is not None:
             check_tensors("params", params)
+        self.derivatives_seen: dict[str, Verdict] = {}
+        """What has been found of the derivatives of the losses; views of this problem share it."""
         # Structured problems define the losses as methods and pass none.
         self.functions = (inner_loss, outer_loss, optimality)
         self.data = data

@@ -62,7 +62,7 @@ def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
             f"{type(problem).__name__} has closed-form oracles, which are faster than traced ones: use it as it is."
         )
     view = copy.copy(problem)
-    view.inner_problem, view.traces = kind, Traces(mode)
+    view.inner_problem, view.traces, view.derivatives_seen = kind, Traces(mode), {}
     return view
 
 

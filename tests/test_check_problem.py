@@ -14,8 +14,9 @@ from problem_cases import PROBLEMS, draw
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.check.differences import DoublePrecision, derivative, largest_jump
+from bilevel.check.differences import derivative, largest_jump
 from bilevel.cli import main
+from bilevel.precision import DoublePrecision
 
 
 def words_of(findings: Any) -> str:

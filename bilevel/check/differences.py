@@ -1,4 +1,4 @@
-"""Derivatives from values alone: extrapolated central differences, and a search for jumps; in float64 where possible.
+"""Derivatives from values alone: extrapolated central differences, and a search for jumps.
 
 Central differences at steps h, h/4, h/16, ... are extrapolated to h = 0 (Ridders 1982); how much two extrapolations
 differ says how far the result can be trusted.
@@ -10,38 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-
 LEVELS = 8
 SHRINK = 4.0
 FIRST = 0.05
 """The largest step of a difference, for a direction of length one."""
 PIECES = 16
 HALVINGS = 30
-
-
-class DoublePrecision(TorchFunctionMode):
-    """Within it every operation on floating tensors runs in float64, whatever the dtype of the data that a loss holds.
-
-    >>> data = torch.ones(3)
-    >>> with DoublePrecision():
-    ...     (data / 3).sum().dtype
-    torch.float64
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Widen what goes in and what comes out."""
-        with torch._C.DisableTorchFunction():
-            given, options = pytree.tree_map(widened, (args, kwargs or {}))
-            return pytree.tree_map(widened, func(*given, **options))
-
-
-def widened(value: Any) -> Any:
-    """Return a floating tensor in float64; anything else as it is."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def derivative(function: Callable[[float], float], first: float = FIRST, levels: int = LEVELS) -> tuple[float, float]:

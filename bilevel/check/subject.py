@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import InnerSolver
-from bilevel.check.differences import DoublePrecision, widened
 from bilevel.hypergrad.arguments import read_by_steps
+from bilevel.precision import DoublePrecision, widened
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import overload
 
@@ -16,6 +17,7 @@ from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
 from bilevel.hypergrad.attempt import Attempt, attempt, doubted
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
+from bilevel.hypergrad.derivatives import check_derivatives
 from bilevel.hypergrad.moving import with_statistics
 from bilevel.hypergrad.target import Pursuit, check_target
 from bilevel.problem import BilevelProblem
@@ -126,11 +128,14 @@ def hypergradient(
     meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
         found = attempt(problem, used, rule, hparams, start, carry, meter)
-        cost, error = meter.read(), _figure(problem, solver, hparams, found, certify)
+        cost = meter.read()
+        found = _confirmed(problem, rule, hparams, found, again=certify)
+        error = _figure(problem, solver, hparams, found, certify)
         found = doubted(found, error.value, problem, hparams)
     else:
         found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
         cost = meter.read()
+        found = _confirmed(problem, rule, hparams, found, again=True)
     solved, pulled, gradient = found.solved, found.pulled, found.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
@@ -147,6 +152,16 @@ def hypergradient(
     estimate = Estimate(found.outer_loss, gradient, x, certificate, cost, found.verdict, following)
     report(found.verdict, on_failure, estimate)
     return estimate
+
+
+def _confirmed(
+    problem: BilevelProblem, estimator: HypergradEstimator, hparams: Tree, found: Attempt, again: bool
+) -> Attempt:
+    """Return the attempt, as failed where the derivatives that it is made of are not those of the losses."""
+    if not estimator.second_derivatives or not found.verdict.status.usable:
+        return found
+    wrong = check_derivatives(problem, hparams, found.solved.params, again=again)
+    return found if wrong.status.ok else replace(found, gradient=None, verdict=found.verdict.worse(wrong))
 
 
 def _figure(

@@ -22,6 +22,7 @@ from bilevel.base import (
 )
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
+from bilevel.hypergrad.derivatives import check_members
 from bilevel.hypergrad.not_finite import finite_loss
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, Status, Verdict, report
@@ -84,6 +85,11 @@ def batch_hypergradient(
     pulled = solved.pullback(by_params)
     gradient = tree.add(by_hparams, pulled.hparams)
     verdicts = _with_gradient(verdicts, pulled, gradient)
+    if estimator.second_derivatives:
+        good = [verdict.status.usable for verdict in verdicts]
+        # Members share their losses, and so a mistake in them.
+        wrong = check_members(problem, hparams, solved.params, good, certify)
+        verdicts = [verdict.worse(wrong) for verdict in verdicts]
     usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
     gradient = members.where(usable, gradient, float("nan"))
     costs, cost = _costs(solved, pulled, reached, meter)

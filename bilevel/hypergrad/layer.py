@@ -17,6 +17,7 @@ from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
 from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
+from bilevel.hypergrad.derivatives import confirmed
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, Verdict, check_on_failure, report
 from bilevel.tree import Tree
@@ -126,6 +127,8 @@ class _Solution(torch.autograd.Function):
         solver, hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
         meter = Meter(leaves[0].device, memory=False)
         solved = call.estimator.solve(call.problem, solver, hparams, start, Carry(), meter)
+        if call.estimator.second_derivatives:
+            solved = confirmed(call.problem, hparams, solved)
         report(solved.verdict, call.on_failure)
         call.found.append(solved)
         return torch.tensor(len(call.found) - 1), *_unless_failed(solved.verdict, solved.params)
