@@ -13,8 +13,9 @@ ones. At a kink they do not, so that it is no wrong derivative.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ AGREED = 3
 """Steps that have to agree with each other before a derivative is called wrong."""
 SHARE = 0.1
 """How far these may be apart, and how large rounding may be, as a share of the error."""
-LEAST = 1e-3
+AGREES = 0.35
+"""Power of the rounding unit: a smaller relative error is none (3e-6 in float64, 4e-3 in float32)."""
+LEAST = 1e-4
 """The smallest relative error that is called wrong."""
 FAILURES = (ValueError, RuntimeError, ArithmeticError, AssertionError, TypeError, LookupError)
 """What a loss may raise at hyperparameters that it does not allow: nothing is concluded from those."""
@@ -72,7 +75,7 @@ class _Line:
     """Values along a line through the point, and the derivatives that are claimed there."""
 
     values: Callable[[float], Sequence[Tensor]]
-    claims: Sequence[_Claim]
+    claims: Callable[[float], Iterable[_Claim]]
     longest: float = LONGEST
 
     def at(self, t: float) -> Sequence[Tensor] | None:
@@ -180,6 +183,31 @@ class _Point:
         with self.wide():
             return self.problem.bind(hparams).grad(params)
 
+    def value(self, loss: Callable[[Tree, Tree], Tensor], params: Tree, hparams: Tree) -> Tensor:
+        """Return a loss."""
+        with torch.no_grad(), self.wide():
+            return loss(params, hparams)
+
+    def products(self, params: Tree, hparams: Tree) -> _Products:
+        """Return the products with d and e there, by each oracle that has a code of its own."""
+        with self.wide():
+            there = self.problem.bind(hparams).linearize(params)
+            kind, pulled, pushed = type(there), [there.vjp(self.d)], []
+            if kind._vjp is not Linearization._vjp:
+                pulled.append((there.hvp(self.d), there.cross(self.d)))
+            if kind._jvp is not Linearization._jvp or kind._cross_jvp is not Linearization._cross_jvp:
+                still = tree.zeros_like(params), tree.zeros_like(hparams)
+                pushed = [(there.jvp(self.d, still[1]), there.jvp(still[0], self.e))]
+        return _Products(pulled, pushed)
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Products of second derivatives: pairs (H' d, C' d), and pairs (H d, C e)."""
+
+    pulled: Sequence[tuple[Tree, Tree]]
+    pushed: Sequence[tuple[Tree, Tree]]
+
 
 def _direction(values: Tree, seed: int) -> Tree:
     """Return normal numbers, in every leaf of the size of its numbers; of all where they are zero, or else one."""
@@ -218,82 +246,85 @@ _Lines = Iterator[tuple[Callable[[Sequence[int]], _Line], Sequence[Sequence[int]
 def _inner_lines(point: _Point) -> _Lines:
     """Yield the lines of the inner gradient in params and in hparams, and of the inner loss."""
     problem, x, u, d, e = point.problem, point.params, point.hparams, point.d, point.e
-    with point.wide():
-        here = problem.bind(u).linearize(x)
-        products = _products(here, d)
-        pushed = None
-        if type(here)._jvp is not Linearization._jvp or type(here)._cross_jvp is not Linearization._cross_jvp:
-            pushed = here.jvp(d, tree.zeros_like(u)), here.jvp(tree.zeros_like(x), e)
-    every = range(len(tree.leaves(x)))
+    here = point.products(x, u)
     what, values = "the derivative of the inner gradient by", "that gradient"
 
     def in_params(positions: Sequence[int]) -> _Line:
-        claims = []
-        if problem.symmetric:
-            by_params = [product for product, _ in products] + ([] if pushed is None else [pushed[0]])
-            names = tree.names(x)
-            for product in by_params:
-                whole = torch.finfo(torch.float64).eps ** 0.5 * float(tree.norm(tree.tree_map(widened, product)))
-                for i, leaf in enumerate(tree.leaves(product)):
-                    claims.append(_Claim(f"{what} `params{names[i]}`", values, i, _flat(leaf), whole))
-            return _Line(lambda t: tree.leaves(point.gradient(tree.add(x, d, t), u)), claims)
-        along = _only(d, positions)
-        for product, _ in products:
-            claims.append(_claim(f"{what} {_named('params', x, positions)}", values, product, along))
-        return _Line(lambda t: [_dot(d, point.gradient(tree.add(x, along, t), u))], claims)
+        along = d if problem.symmetric else _only(d, positions)
+
+        def claims(t: float) -> Iterator[_Claim]:
+            products = here if t == 0 else point.products(tree.add(x, along, t), u)
+            if not problem.symmetric:
+                for product, _ in products.pulled:
+                    yield _claim(f"{what} {_named('params', x, positions)}", values, product, along)
+                return
+            # A symmetric Hessian gives the whole derivative along a direction, and so names the leaf that is wrong.
+            for product in [by_params for by_params, _ in products.pulled] + [
+                by_params for by_params, _ in products.pushed
+            ]:
+                least = torch.finfo(torch.float64).eps ** 0.5 * float(tree.norm(tree.tree_map(widened, product)))
+                for i, (name, leaf) in enumerate(zip(tree.names(x), tree.leaves(product), strict=True)):
+                    yield _Claim(f"{what} `params{name}`", values, i, _flat(leaf), least)
+
+        def value(t: float) -> list[Tensor]:
+            gradient = point.gradient(tree.add(x, along, t), u)
+            return tree.leaves(gradient) if problem.symmetric else [_dot(d, gradient)]
+
+        return _Line(value, claims)
 
     def in_hparams(positions: Sequence[int]) -> _Line:
         along, name = _only(e, positions), f"{what} {_named('hparams', u, positions)}"
-        claims = [_claim(name, values, product, along) for _, product in products]
-        if pushed is not None and len(positions) == len(tree.leaves(u)):
-            claims.append(_Claim(name, values, 0, _dot(d, pushed[1]).reshape(1), claims[0].size))
-        largest = LONGEST * max(1.0, 1.0 / (_size(along) or 1.0))
-        return _Line(lambda t: [_dot(d, point.gradient(x, tree.add(u, along, t)))], claims, largest)
 
-    yield in_params, [every]
-    count = len(tree.leaves(u))
-    yield in_hparams, [range(i, count, GROUPS) for i in range(min(count, GROUPS))]
-    if problem.optimality is not None:
-        return
-    gradient = point.gradient(x, u)
-    bend = abs(float(_dot(d, products[0][0])))
+        def claims(t: float) -> Iterator[_Claim]:
+            products = here if t == 0 else point.products(x, tree.add(u, along, t))
+            for _, product in products.pulled:
+                yield _claim(name, values, product, along)
+            for _, product in products.pushed if len(positions) == len(tree.leaves(u)) else ():
+                yield _Claim(name, values, 0, _dot(d, product).reshape(1), 0.0)
+
+        return _Line(
+            lambda t: [_dot(d, point.gradient(x, tree.add(u, along, t)))],
+            claims,
+            LONGEST * max(1.0, 1.0 / (_size(along) or 1.0)),
+        )
 
     def loss(positions: Sequence[int]) -> _Line:
-        along = _only(d, positions)
-        name = f"the gradient of the inner loss by {_named('params', x, positions)}"
-        claim = _claim(name, "that loss", gradient, along, bend)
-        return _Line(lambda t: [_value(point, problem.inner_loss, tree.add(x, along, t), u)], [claim])
+        along, name = _only(d, positions), f"the gradient of the inner loss by {_named('params', x, positions)}"
+        # At a solution the gradient is zero: what counts is how far an error moves the solution.
+        bend = abs(float(_dot(d, here.pulled[0][0])))
+        return _Line(
+            lambda t: [point.value(problem.inner_loss, tree.add(x, along, t), u)],
+            lambda t: [_claim(name, "that loss", point.gradient(tree.add(x, along, t), u), along, bend)],
+        )
 
-    yield loss, [every]
+    yield in_params, [[0]] if problem.symmetric else [range(len(tree.leaves(x)))]
+    count = len(tree.leaves(u))
+    yield in_hparams, [range(i, count, GROUPS) for i in range(min(count, GROUPS))]
+    if problem.optimality is None:
+        yield loss, [range(len(tree.leaves(x)))]
 
 
 def _outer_lines(point: _Point) -> _Lines:
     """Yield the lines of the outer loss."""
-    problem, x, u = point.problem, point.params, point.hparams
-    with point.wide():
-        _, by_params, by_hparams = problem.outer_value_and_grads(x, u)
+    loss, gradients = point.problem.outer_loss, point.problem.outer_value_and_grads
 
-    def loss(what: str, values: Tree, direction: Tree, gradient: Tree) -> Callable[[Sequence[int]], _Line]:
-        def line(positions: Sequence[int]) -> _Line:
-            along = _only(direction, positions)
-            name = f"the gradient of the outer loss by {_named(what, values, positions)}"
+    def line(which: int, positions: Sequence[int]) -> _Line:
+        what, base = ("params", "hparams")[which], (point.params, point.hparams)
+        along = _only((point.d, point.e)[which], positions)
+        name = f"the gradient of the outer loss by {_named(what, base[which], positions)}"
 
-            def value(t: float) -> list[Tensor]:
-                moved = tree.add(values, along, t)
-                return [_value(point, problem.outer_loss, *((moved, u) if what == "params" else (x, moved)))]
+        def moved(t: float) -> tuple[Tree, Tree]:
+            there = tree.add(base[which], along, t)
+            return (there, base[1]) if which == 0 else (base[0], there)
 
-            return _Line(value, [_claim(name, "that loss", gradient, along)])
+        def claims(t: float) -> list[_Claim]:
+            with point.wide():
+                return [_claim(name, "that loss", gradients(*moved(t))[1 + which], along)]
 
-        return line
+        return _Line(lambda t: [point.value(loss, *moved(t))], claims)
 
-    yield loss("params", x, point.d, by_params), [range(len(tree.leaves(x)))]
-    yield loss("hparams", u, point.e, by_hparams), [range(len(tree.leaves(u)))]
-
-
-def _products(point: Linearization, d: Tree) -> list[tuple[Tree, Tree]]:
-    """Return (H' d, C' d), by each oracle that has a code of its own."""
-    own = type(point)._vjp is not Linearization._vjp
-    return [point.vjp(d), (point.hvp(d), point.cross(d))] if own else [point.vjp(d)]
+    for which, values in enumerate((point.params, point.hparams)):
+        yield partial(line, which), [range(len(tree.leaves(values)))]
 
 
 def _claim(what: str, values: str, gradient: Tree, along: Tree, size: float = 0.0) -> _Claim:
@@ -311,11 +342,6 @@ def _dot(a: Tree, b: Tree) -> Tensor:
     return torch.stack([torch.dot(_flat(x), _flat(y)) for x, y in pairs]).sum()
 
 
-def _value(point: _Point, loss: Callable[[Tree, Tree], Tensor], params: Tree, hparams: Tree) -> Tensor:
-    with torch.no_grad(), point.wide():
-        return loss(params, hparams)
-
-
 # Judgement -----------------------------------------------------------------------------------------------------------
 
 
@@ -325,9 +351,9 @@ def _agrees(line: _Line, eps: float) -> bool:
     ends = line.at(h), line.at(-h)
     if ends[0] is None or ends[1] is None:
         return False
-    for claim in line.claims:
+    for claim in line.claims(0.0):
         gap, size = claim.error((ends[0][claim.part] - ends[1][claim.part]) / (2 * h))
-        if not gap <= eps**0.25 * size:
+        if not gap <= eps**AGREES * size:
             return False
     return True
 
@@ -339,20 +365,29 @@ def _wrong(line: _Line, eps: float) -> tuple[float, _Claim] | None:
     middle = line.at(0.0)
     if middle is None:
         return None
-    pending: dict[int, list[_Seen]] = {index: [] for index in range(len(line.claims))}
+    claims = list(line.claims(0.0))
+    pending: dict[int, list[_Seen]] = {index: [] for index in range(len(claims))}
     h, last = line.longest, LONGEST * 0.1 ** (STEPS - 1)
     while h > 0.5 * last and pending:
         up, down = line.at(h), line.at(-h)
         for index in list(pending) if up is not None and down is not None else ():
-            claim = line.claims[index]
+            claim = claims[index]
             seen = _Seen.of(claim, up[claim.part], middle[claim.part], down[claim.part], h, eps)  # type: ignore[index]
-            if seen is not None and seen.gap <= eps**0.25 * seen.size:
+            if seen is not None and seen.gap <= eps**AGREES * seen.size:
                 del pending[index]
             elif seen is not None and seen.gap > seen.noise / SHARE:
                 pending[index].append(seen)
         h *= 0.1
-    found = [(_certain(seen), line.claims[index]) for index, seen in pending.items()]
-    return max(((error, claim) for error, claim in found if error >= LEAST), key=lambda each: each[0], default=None)
+    errors = {index: _certain(seen) for index, seen in pending.items()}
+    wrong = max(errors, key=lambda index: errors[index], default=None)
+    if wrong is None or errors[wrong] < LEAST:
+        return None
+    # What is claimed at the ends of the smallest step is the same, unless the loss has a feature narrower than that.
+    last_seen = pending[wrong][-1]
+    for t in (last_seen.step, -last_seen.step):
+        if not float((list(line.claims(t))[wrong].slope - claims[wrong].slope).norm()) <= SHARE * last_seen.gap:
+            return None
+    return errors[wrong], claims[wrong]
 
 
 @dataclass(frozen=True)
@@ -360,6 +395,7 @@ class _Seen:
     """The differences at one step length.
 
     Attributes:
+        step: the step length.
         slope: the central difference.
         gap: its distance to the claim.
         size: what that is relative to.
@@ -367,6 +403,7 @@ class _Seen:
         noise: what rounding makes of the difference.
     """
 
+    step: float
     slope: Tensor
     gap: float
     size: float
@@ -381,7 +418,7 @@ class _Seen:
         bend = float((up - 2 * middle + down).norm()) / h
         # Sums that cancel have more rounding than their result shows: a thousand units of it.
         noise = 1e3 * eps * max(float(up.norm()), float(down.norm()), float(claim.slope.norm()), claim.size) / h
-        return cls(slope, gap, size, bend, noise) if gap < float("inf") else None
+        return cls(h, slope, gap, size, bend, noise) if gap < float("inf") else None
 
 
 def _certain(seen: Sequence[_Seen]) -> float:

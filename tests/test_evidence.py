@@ -1,0 +1,276 @@
+"""Evidence does not rest on the operator that it judges: derivatives against differences, kinks, NaN by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import F64, normal
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.hypergrad.derivatives import check_derivatives
+
+F32 = torch.float32
+DESCENT = bl.GradientDescent(step_size=0.05, steps=120)
+
+
+def function(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Any:
+    """A custom autograd.Function with a given slope."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return forward(x.detach())
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            return cotangent * backward(ctx.saved_tensors[0])
+
+    return Custom.apply
+
+
+CUBE = function(lambda x: x**3, lambda x: 3 * x**2)
+CONSTANT = function(lambda x: x**3, lambda x: 3 * x.detach() ** 2)
+NUMPY = function(lambda x: torch.as_tensor(x.numpy() ** 3), lambda x: torch.as_tensor(3 * x.detach().numpy() ** 2))
+HALF = function(lambda x: x**2, lambda x: x)
+ROUNDED = function(lambda x: (4 * x).round() / 4, lambda x: torch.ones_like(x))
+
+
+def no_grad(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        size = w.abs()
+    return (size * w.abs()).sum()
+
+
+def square(w: Any, u: Any) -> Tensor:
+    return w.square().sum()  # type: ignore[no-any-return]
+
+
+PENALTIES: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "a constant on ctx": (lambda w, u: u.exp() * (CONSTANT(w) * w).sum() / 4, "by `params`"),
+    "numpy in a backward": (lambda w, u: u.exp() * (NUMPY(w) * w).sum() / 4, "by `params`"),
+    "a detached weight": (lambda w, u: u.exp() * (w.detach().abs() * w.abs()).sum(), "by `params`"),
+    "a weight under no_grad": (lambda w, u: u.exp() * no_grad(w), "by `params`"),
+    "straight through": (lambda w, u: u.exp() * (w + (w.tanh() - w).detach()).square().sum(), "by `params`"),
+    "a wrong backward": (lambda w, u: u.exp() * HALF(w).sum(), "the gradient of the inner loss by `params`"),
+    "half detached hparams": (lambda w, u: (u.exp() * u.detach().exp()) * square(w, u), "by `hparams`"),
+    "hparams as a number": (lambda w, u: u.exp() * (1 + float(u.detach()) ** 2) * square(w, u), "by `hparams`"),
+    "rounded hparams": (lambda w, u: ROUNDED(u + 0.07).exp() * square(w, u), "by `hparams`"),
+}
+
+
+def problem_of(
+    penalty: Callable[..., Tensor], dtype: torch.dtype = F64, outer: Callable[..., Tensor] = square
+) -> tuple[bl.BilevelProblem, Tensor]:
+    target = torch.tensor([1.0, 2.0, -1.5], dtype=dtype)
+    problem = bl.BilevelProblem(
+        lambda w, u: (w - target).square().sum() + penalty(w, u), outer, torch.full((3,), 0.1, dtype=dtype)
+    )
+    return problem, torch.tensor(-0.5, dtype=dtype)
+
+
+def status_of(problem: bl.BilevelProblem, u: Any, estimator: Any, solver: Any = DESCENT, **options: Any) -> bl.Estimate:
+    return bl.hypergradient(problem, solver, estimator, u, on_failure="return", **options)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_a_derivative_that_is_not_that_of_the_values_is_named(kind: str, dtype: torch.dtype) -> None:
+    penalty, leaf = PENALTIES[kind]
+    problem, u = problem_of(penalty, dtype)
+    estimate = status_of(problem, u, bl.Implicit())
+    assert estimate.status is bl.Status.WRONG_DERIVATIVE
+    assert leaf in estimate.verdict.detail
+    assert "differs from differences of" in estimate.verdict.detail
+    assert bool(estimate.hypergradient.isnan())
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
+def test_the_same_loss_in_torch_operations_is_right(dtype: torch.dtype) -> None:
+    for cube in (CUBE, lambda w: w**3):
+        problem, u = problem_of(lambda w, u, c=cube: u.exp() * (c(w) * w).sum() / 4, dtype)
+        estimate = status_of(problem, u, bl.Implicit(), bl.Newton())
+        # At the solution 2 (w - a) + e^u w^3 = 0, so dw/du = -e^u w^3 / (2 + 3 e^u w^2).
+        w, weight = estimate.params.double(), float(u.exp())
+        exact = (2 * w * -weight * w**3 / (2 + 3 * weight * w**2)).sum()
+        assert estimate.status.ok
+        assert float(estimate.hypergradient) == pytest.approx(float(exact), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [bl.FullUnroll(), bl.FullUnroll(mode="forward"), bl.FullUnroll(memory="graph"), bl.TruncatedUnroll(tail=5), "auto"],
+    ids=str,
+)
+def test_every_estimator_of_second_derivatives_fails_and_the_others_are_not_judged(estimator: Any) -> None:
+    problem, u = problem_of(PENALTIES["a constant on ctx"][0])
+    assert status_of(problem, u, estimator).status is bl.Status.WRONG_DERIVATIVE
+    assert status_of(problem, u, bl.FiniteDifference(), certify=True).status.ok
+
+
+def test_the_leaf_is_named_also_where_its_part_is_small() -> None:
+    def inner(w: Any, u: Any) -> Tensor:
+        small = 1e-4 * u["q"].exp() * u["q"].detach() * w["b"].square()
+        return (w["a"] - 1).square().sum() + (w["b"] - 2).square() + u["p"].exp() * w["a"].square().sum() + small  # type: ignore[no-any-return]
+
+    params = {"a": torch.zeros(3, dtype=F64), "b": torch.zeros((), dtype=F64)}
+    u = {name: torch.tensor(-0.5, dtype=F64) for name in "pq"}
+    estimate = status_of(bl.BilevelProblem(inner, lambda w, u: w["a"].sum() * w["b"], params), u, bl.Implicit())
+    assert "`hparams['q']`" in estimate.verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("outer", "words"),
+    [
+        (lambda w, u: HALF(w - 1.0).sum(), "the gradient of the outer loss by `params`"),
+        (lambda w, u: (w - 1.0).square().sum() + HALF(u), "the gradient of the outer loss by `hparams`"),
+        (lambda w, u: ((w - 1.0) * (w - 1.0).detach()).sum(), "the gradient of the outer loss by `params`"),
+    ],
+)
+def test_a_wrong_outer_gradient_is_named(outer: Any, words: str) -> None:
+    problem, u = problem_of(lambda w, u: u.exp() * square(w, u), outer=outer)
+    assert words in status_of(problem, u, bl.Implicit()).verdict.detail
+
+
+class WrongProduct(bl.oracles.Linearization):
+    """Closed forms of (x - u)^2 + c x^2, one of which is off by a factor."""
+
+    wrong = ""
+
+    def _hvp(self, v: Tensor) -> Tensor:
+        return (2.5 if self.wrong == "hvp" else 3.0) * v
+
+    def _cross(self, v: Tensor) -> Tensor:
+        return (-1.0 if self.wrong == "cross" else -2.0) * v
+
+    def _cross_jvp(self, v: Tensor) -> Tensor:
+        return (-1.0 if self.wrong == "jvp" else -2.0) * v
+
+
+@pytest.mark.parametrize(("wrong", "leaf"), [("hvp", "params"), ("cross", "hparams"), ("jvp", "hparams"), ("", "")])
+def test_wrong_products_of_a_structured_problem_are_named(wrong: str, leaf: str) -> None:
+    kind = type("Kind", (WrongProduct,), {"wrong": wrong})
+
+    class Inner(bl.oracles.InnerProblem):
+        linearization = kind
+
+    class Problem(bl.BilevelProblem):
+        inner_problem = Inner
+
+    problem = Problem(lambda x, u: (x - u).square().sum() + 0.5 * square(x, u), square, torch.zeros(3, dtype=F64))
+    estimate = status_of(problem, torch.ones(3, dtype=F64), bl.Implicit())
+    assert (estimate.status is bl.Status.WRONG_DERIVATIVE) == bool(wrong)
+    assert f"`{leaf}`" in estimate.verdict.detail or not wrong
+
+
+def test_optimality_maps_are_judged_by_their_own_jacobian() -> None:
+    target, u = normal(1, 3), torch.tensor(-0.5, dtype=F64)
+    turn = torch.tensor([[2.0, 1.0, 0.0], [-1.0, 2.0, 0.5], [0.3, 0.0, 2.0]], dtype=F64)
+    for detach, leaf in (("", ""), ("w", "params"), ("u", "hparams")):
+
+        def zero(w: Tensor, u: Tensor, which: str = detach) -> Tensor:
+            cubed = (w.detach() if which == "w" else w) ** 3
+            return turn @ w + cubed - u.exp() * (u.detach() if which == "u" else u) * target
+
+        problem = bl.BilevelProblem(optimality=zero, outer_loss=square, params=torch.zeros(3, dtype=F64))
+        estimate = status_of(problem, u, bl.Implicit(bl.GMRES()))
+        assert (estimate.status is bl.Status.WRONG_DERIVATIVE) == bool(detach), estimate.verdict
+        assert f"`{leaf}`" in estimate.verdict.detail or not detach
+
+
+def test_solution_batches_and_the_outer_loop_refuse_it_too() -> None:
+    problem, u = problem_of(PENALTIES["half detached hparams"][0])
+    leaf = u.clone().requires_grad_()
+    solved = bl.solution(problem, DESCENT, bl.Implicit(), leaf)
+    with pytest.raises(bl.HypergradientError, match="by `hparams` differs from differences of that"):
+        square(solved, leaf).backward()
+    batch = bl.hypergradient(problem, DESCENT, bl.Implicit(), u.expand(2), batch=2, on_failure="return")
+    assert [member.status for member in batch] == [bl.Status.WRONG_DERIVATIVE] * 2
+    outer = bl.OuterOptimizer(problem, DESCENT, bl.Implicit(), u)
+    with pytest.raises(bl.HypergradientError, match="WRONG_DERIVATIVE"):
+        outer.run(2, progress=False)
+    assert float(outer.hparams) == float(u)
+
+
+def test_a_problem_is_looked_at_once_and_again_under_certify() -> None:
+    calls = 0
+
+    def penalty(w: Tensor, u: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return u.exp() * square(w, u)
+
+    problem, u = problem_of(penalty)
+
+    def taken(**options: Any) -> int:
+        nonlocal calls
+        calls = 0
+        assert status_of(
+            problem, u, bl.OneStep(), bl.GradientDescent(0.1, steps=3), check=False, **options
+        ).status.usable
+        return calls
+
+    first, second = taken(), taken()
+    assert first - second == 8  # A product, two ends of each of three lines, and the gradient for the third.
+    assert taken(certify=True) > second + 8
+
+
+# No false alarm ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
+@pytest.mark.parametrize("unit", [1e-15, 1e-5, 1.0, 1e5, 1e15])
+def test_units_of_losses_targets_and_inputs_raise_no_alarm(unit: float, dtype: torch.dtype) -> None:
+    X, y = normal(1, 30, 4).to(dtype), normal(2, 30).to(dtype)
+    start, u = torch.zeros(4, dtype=dtype), torch.tensor(-2.0, dtype=dtype)
+    for scale, y_unit, x_unit in ((unit, 1.0, 1.0), (1.0, unit, 1.0), (1.0, 1.0, unit)):
+        A, t = X * x_unit, y * y_unit
+
+        def inner(w: Tensor, u: Tensor, A: Tensor = A, t: Tensor = t, c: float = scale, x: float = x_unit) -> Tensor:
+            return c * ((A @ w - t).square().mean() + u.exp() * (x * w).square().sum())
+
+        problem = bl.BilevelProblem(inner, lambda w, u, A=A, t=t: (A @ w - 1.1 * t).square().mean(), start)
+        solved = torch.linalg.lstsq(A.double(), t.double()[:, None]).solution[:, 0].to(dtype)
+        for params in (start, 0.9 * solved):
+            assert check_derivatives(problem, u, params, again=True).status.ok
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1": lambda w: w.abs().sum(),
+    "one-sided square": lambda w: w.relu().square().sum(),
+    "clamp": lambda w: w.clamp(-0.1, 0.1).square().sum(),
+    "maximum": lambda w: w.max(),
+    "hinge": lambda w: (1 - 3 * w).relu().square().sum(),
+    "median": lambda w: w.median(),
+    "power": lambda w: w.abs().pow(1.5).sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
+@pytest.mark.parametrize("kind", KINKS)
+def test_a_kink_near_or_at_the_point_is_no_wrong_derivative(kind: str, dtype: torch.dtype) -> None:
+    problem, u = problem_of(lambda w, u: u.exp() * KINKS[kind](w), dtype)
+    for point in ([0.0, 0.0, 0.0], [2.0, 1e-9, -1e-13], [0.1, 1 / 3, 3e-3], [0.5, 0.5, -0.5]):
+        verdict = check_derivatives(problem, u, torch.tensor(point, dtype=dtype), again=True)
+        assert verdict.status.ok, verdict
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
+def test_networks_of_relus_with_very_many_kinks_raise_no_alarm(dtype: torch.dtype) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(5, 40), torch.nn.BatchNorm1d(40), torch.nn.ReLU(), torch.nn.Dropout(0.2)]
+        module = torch.nn.Sequential(*layers, torch.nn.Linear(40, 1)).to(dtype)
+    X, y = normal(1, 2000, 5).to(dtype), normal(2, 2000, 1).to(dtype)
+    problem = bl.BilevelProblem.from_module(
+        module,
+        lambda net, p, u: (net(X) - y).square().mean() + sum(u[k].exp() * v.square().sum() for k, v in p.items()),
+        lambda net, p, u: (net.eval()(X) - 1.1 * y).square().mean(),
+        seed=0,
+    )
+    u = {name: torch.tensor(-3.0, dtype=dtype) for name in problem.trainable(problem.params)}
+    assert check_derivatives(problem, u, problem.params).status.ok
