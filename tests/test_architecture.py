@@ -49,6 +49,7 @@ FLOORS = {
         "explain",
         "files",
         "precision",
+        "tracebacks",
     ),
     2: (
         *(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from bilevel.base import InnerSolver, describe
 from bilevel.check import check_problem
 from bilevel.cli.threads import chosen_threads
 from bilevel.config import ConfigError, load_plan
+from bilevel.options import first_line
 from bilevel.problem import BilevelProblem
 from bilevel.threads import short_operations
+from bilevel.tracebacks import told
 from bilevel.tree import Tree
 
 PARTS = ("problem", "hparams", "solver")
@@ -60,8 +61,8 @@ def _examined(subject: Named, seed: int) -> int:
     print(f"{subject.name}{solver}\n", flush=True)
     try:
         report = check_problem(subject.problem, subject.hparams, subject.solver, seed=seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    except Exception as error:  # whatever the user's own code raises
+        raise ConfigError(str(error) if told(error) == first_line(error) else told(error)) from error
     print(f"{report}\n")
     return 0 if report.ok else 1
 
@@ -113,7 +114,7 @@ def _imported(path: Path) -> ModuleType:
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except Exception as error:
-        raise ConfigError(f"{path} cannot be run: {_where(error, str(path))}.") from None
+        raise ConfigError(f"{path} cannot be run: {_where(error)}") from error
     return module
 
 
@@ -121,16 +122,12 @@ def _called(what: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        raise ConfigError(f"{what}() fails: {_where(error, what.partition(':')[0])}.") from None
+        raise ConfigError(f"{what}() fails: {_where(error)}") from error
 
 
-def _where(error: Exception, path: str) -> str:
+def _where(error: Exception) -> str:
     """Return an exception in words, with the line of the user's file."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} (line {error.lineno})"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    place = f" (line {lines[-1]})" if lines else ""
-    return f"{type(error).__name__}: {str(error).rstrip('.')}{place}"
+    return f"SyntaxError: {error.msg} (line {error.lineno})." if isinstance(error, SyntaxError) else told(error)
 
 
 def _parts(what: str, found: Any) -> dict[str, Any]:

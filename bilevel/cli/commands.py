@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from bilevel import tree
 from bilevel.base import describe
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import JUDGING, Comparison, Plan, RunFolder, compare, draw_figures, tables
-from bilevel.compare.folder import LOCK
+from bilevel.compare.ownership import FILES
 from bilevel.config import choose_device, load_plan
 from bilevel.threads import short_operations
 
@@ -32,10 +33,10 @@ def run_compare(arguments: Namespace) -> int:
 def _compared(plan: Plan, folder: RunFolder, arguments: Namespace) -> int:
     result = _run(plan, folder, arguments)
     if result.interrupted:
-        return _interrupted()
+        return _interrupted(result)
     print(f"\n{tables(result.summary)}\n")
     _finish(result, folder)
-    return _report_failures(result)
+    return _report_failures(result, folder)
 
 
 def run_tune(arguments: Namespace) -> int:
@@ -48,14 +49,14 @@ def run_tune(arguments: Namespace) -> int:
 def _tuned_all(plan: Plan, folder: RunFolder, arguments: Namespace) -> int:
     result = _run(plan, folder, arguments)
     if result.interrupted:
-        return _interrupted()
+        return _interrupted(result)
     tuned = {run.cell.problem: _tuned(plan, run) for run in result.runs if run.best is not None}
     folder.write_json("tuned.json", tuned)
     for problem, found in tuned.items():
         print(f"\n{_tuned_text(problem, found)}")
     print()
     _finish(result, folder)
-    return _report_failures(result)
+    return _report_failures(result, folder)
 
 
 def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
@@ -72,10 +73,9 @@ def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
         allow_import=arguments.allow_import,
     )
     default = Path("runs") / (f"{plan.name}-tune" if tune else plan.name)
-    folder = RunFolder(arguments.out or default, plan.config)
-    if not arguments.fresh:
-        folder.check()
-    return plan, folder
+    folder = RunFolder(arguments.out or default, plan.config).of(plan)
+    folder.check(arguments.fresh)
+    return replace(plan, debug=arguments.debug), folder
 
 
 def _run(plan: Plan, folder: RunFolder, arguments: Namespace) -> Comparison:
@@ -90,9 +90,12 @@ def _run(plan: Plan, folder: RunFolder, arguments: Namespace) -> Comparison:
     return result
 
 
-def _interrupted() -> int:
+def _interrupted(result: Comparison) -> int:
+    """Say why a run is not complete; 130 after Ctrl-C, else 1."""
+    for sentence in result.kept_from:
+        print(f"bilevel: {sentence}", file=sys.stderr)
     print("interrupted: run the same command to continue", file=sys.stderr)
-    return 130
+    return 1 if result.kept_from else 130
 
 
 def _finish(result: Comparison, folder: RunFolder) -> None:
@@ -105,17 +108,21 @@ def _finish(result: Comparison, folder: RunFolder) -> None:
             if succeeded
             else "no figures: no run succeeded."
         )
-    names = ", ".join(sorted(path.name for path in folder.path.iterdir() if path.name not in ("checkpoints", LOCK)))
+    written = (path.name for path in folder.path.iterdir() if path.name in (*FILES, "figures"))
+    names = ", ".join(sorted(written))
     print(f"written to {folder.path}: {names}")
 
 
-def _report_failures(result: Comparison) -> int:
+def _report_failures(result: Comparison, folder: RunFolder) -> int:
     """Name the failed runs on stderr; the command has failed where no run succeeded."""
     failed = [run for run in result.runs if run.failed]
     for run in failed:
         cell = run.cell
         message = run.rows[-1]["message"]
         print(f"failed: {cell.problem}, {cell.estimator}, seed {cell.seed}: {message}", file=sys.stderr)
+        whole = folder.traceback_of(cell)
+        if whole.is_file():
+            print(f"the whole traceback is in {whole}; --debug raises it where it happens", file=sys.stderr)
     return 1 if len(failed) == len(result.runs) else 0
 
 

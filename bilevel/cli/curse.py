@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bilevel.cli.threads import chosen_threads
-from bilevel.compare import describe_environment, locked
+from bilevel.compare import RunFolderError, describe_environment, locked
+from bilevel.compare.folder import ELSEWHERE
+from bilevel.compare.ownership import earlier_names
 from bilevel.config.curse import load_experiment
 from bilevel.config.document import ConfigError
 from bilevel.curse import Experiment, write_outcome
-from bilevel.files import remove_unfinished, write_whole
+from bilevel.curse.folder import names as written_names
+from bilevel.curse.folder import owned_names
+from bilevel.files import misplaced, read_mark, remove_unfinished, write_mark, write_whole
 from bilevel.threads import short_operations
 
 
@@ -37,13 +43,43 @@ def run_curse(arguments: Namespace) -> int:
     if repeated:
         raise ConfigError(f"two configs have the name {repeated[0]!r}, so one would write over the other.")
     folder = Path(arguments.out or Path("runs") / "curse")
+    folder = _checked(folder, names)
     with short_operations(chosen_threads(arguments)), locked(folder):
         remove_unfinished(folder)
+        held = read_mark(folder) or {"writes": owned_names(folder)}
+        write_mark(folder, "curse", {*held["writes"], *written_names(names)})
         write_whole(folder / "environment.json", json.dumps(describe_environment("cpu"), indent=2) + "\n")
         for name, plan in plans:
             _run(name, plan, folder)
     print(f"written to {folder}; claims.md holds every claim with its number.")
     return 0
+
+
+def _checked(folder: Path, names: Sequence[str]) -> Path:
+    """Return a folder that is new, or holds outcomes of earlier experiments and nothing that these would write over.
+
+    Raises:
+        RunFolderError: in one sentence.
+    """
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        raise RunFolderError(f"cannot write to the output folder {folder} ({error}): {ELSEWHERE}.") from None
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file: {ELSEWHERE}.")
+    mark = read_mark(folder)
+    if (mark is not None and mark["kind"] != "curse") or (mark is None and earlier_names(folder)):
+        raise RunFolderError(f"{folder} holds a run of `bilevel compare` or `bilevel tune`: {ELSEWHERE}.")
+    owned = owned_names(folder) if mark is None else mark["writes"]
+    foreign = [name for name in written_names(names) if name not in owned and os.path.lexists(folder / name)]
+    if foreign:
+        raise RunFolderError(
+            f"{folder} holds {foreign[0]}, but nothing says that `bilevel curse` wrote it: {ELSEWHERE}."
+        )
+    hindrance = misplaced(folder, written_names(names))
+    if hindrance:
+        raise RunFolderError(f"{hindrance}, where this command writes: move it away, or {ELSEWHERE}.")
+    return folder
 
 
 def _run(name: str, plan: Experiment, folder: Path) -> None:

@@ -15,7 +15,10 @@ from bilevel.cli.doctor import run_doctor
 from bilevel.compare import RunFolderError
 from bilevel.compare.folder import unwritten
 from bilevel.config import ConfigError
+from bilevel.config.document import shortened
+from bilevel.options import first_line
 from bilevel.starting import INTERRUPTED, loaded
+from bilevel.tracebacks import outside, told
 
 COMPARE = """\
 Run every estimator of a config on every problem and seed, from the same start, and compare them.
@@ -104,19 +107,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 1 for a run that failed, 2 for input that cannot be used, 130 after Ctrl-C.
     """
     loaded()
+    debug = False
     try:
         arguments = _parser().parse_args(argv)
+        debug = getattr(arguments, "debug", False)
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
-    except (ConfigError, RunFolderError) as error:
-        print(f"bilevel: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command to continue", file=sys.stderr)
         return INTERRUPTED
-    except OSError as error:
-        print(f"bilevel: {unwritten(error)}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if debug:
+            # What the user's own code raised stands behind the sentence about it.
+            raise (error.__cause__ or error) from None
+        sentence, code = _said(error)
+        print(f"bilevel: {sentence}", file=sys.stderr)
+        return code
+
+
+def _said(error: Exception) -> tuple[str, int]:
+    """Return the sentence about an exception that ended a command, and the exit code."""
+    if isinstance(error, ConfigError | RunFolderError):
+        cause = error.__cause__ if isinstance(error, ConfigError) else None
+        raw = cause is not None and told(cause) != first_line(cause)
+        return f"{error} --debug raises it." if raw else _short(error), 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return unwritten(error), 2
+    why = outside(error)
+    if why:
+        return f"{why} What was computed before is kept: run the same command again.", 1
+    return f"{told(error)} --debug shows the whole traceback.", 1
+
+
+def _short(error: Exception) -> str:
+    return shortened(str(error)) if isinstance(error, ConfigError) else str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (compare, tune):
         command.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/ for examples")
         _add_run_options(command)
+        _add_debug(command)
     tune.add_argument(
         "--estimator", metavar="NAME", help="a name under `estimators` in the config (default: the first)"
     )
@@ -147,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", metavar="N", type=_count(0), help="of the random points and directions (default: 0)")
     _add_threads(check, THREADS)
     _add_allow_import(check)
+    _add_debug(check)
     _refuse(check, REFUSED_BY_CHECK)
     summary = "measure the curse of unrolling: the figures and claims of both papers"
     curse = _add(commands, "curse", summary, CURSE, run_curse)
@@ -154,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     curse.add_argument("--set", metavar="a.b=value", action="append", default=[], help="change a value in all configs")
     curse.add_argument("--out", metavar="DIR", help="where to write (default: runs/curse)")
     _add_threads(curse, THREADS)
+    _add_debug(curse)
     _refuse(curse, REFUSED_BY_CURSE)
     _refuse(doctor, REFUSED_BY_DOCTOR)
     return parser
@@ -188,6 +215,12 @@ def _add_allow_import(parser: argparse.ArgumentParser) -> None:
         "--allow-import",
         action="store_true",
         help="let the config name classes of your own, as in `class: my_module:MySolver`; their code is run",
+    )
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", help="raise what goes wrong, with its traceback, in place of one sentence"
     )
 
 

@@ -19,6 +19,7 @@ from bilevel.batches import stack
 from bilevel.compare.cells import SAVE_EVERY, CellRun, Row, load_cell, make_row, run_cell, take_row
 from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
+from bilevel.options import first_line
 from bilevel.outer import BatchOuterOptimizer
 
 OnRow = Callable[[Row], None]
@@ -59,14 +60,13 @@ def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRo
         # Other shapes, a part that runs no batches, too little memory: what cannot be run together is run alone, from
         # its last checkpoint, and says there what is wrong with it.
         except Exception as error:
+            if plan.debug:
+                raise
             first = going[0][0].cell
-            tqdm.write(f"{first.problem}, {first.estimator}: not one batch but {len(going)} runs, as {_reason(error)}")
+            tqdm.write(
+                f"{first.problem}, {first.estimator}: not one batch but {len(going)} runs, as {first_line(error)}"
+            )
     return [load_cell(folder, cell)[0] if folder.stopping else run_cell(plan, cell, folder, on_row) for cell in cells]
-
-
-def _reason(error: Exception) -> str:
-    """Return what an exception says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class _Batch:

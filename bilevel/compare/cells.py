@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
 from bilevel.outer import OuterOptimizer, Record, no_descent, steps_without_progress
 from bilevel.status import Status
+from bilevel.tracebacks import memory_ran_out, outside, told
 from bilevel.tree import Tree
 
 FORMAT = 1
@@ -37,6 +39,7 @@ class CellRun:
         stopped: why it ended, in words.
         best: the hyperparameters with the smallest outer loss (the last, where outer losses do not compare), flat,
             before the step that followed.
+        kept_from: what kept it from ending, such as a full memory, in words: no result, and never saved.
     """
 
     cell: Cell
@@ -44,6 +47,7 @@ class CellRun:
     done: bool = False
     stopped: str = ""
     best: list[float] | None = None
+    kept_from: str = ""
 
     @property
     def failed(self) -> bool:
@@ -67,7 +71,17 @@ def load_cell(folder: RunFolder, cell: Cell) -> tuple[CellRun, dict[str, Any] | 
     saved = folder.load(cell)
     if saved is None or saved.get("format") != FORMAT:
         return CellRun(cell, []), None
-    return CellRun(cell, saved["rows"], saved["done"], saved["stopped"], saved["best"]), saved["outer"]
+    try:
+        rows, done, stopped, best = (saved[key] for key in ("rows", "done", "stopped", "best"))
+        for row in rows:
+            if any(row[key] != getattr(cell, key) for key in ("problem", "estimator", "seed")):
+                raise KeyError(cell)
+    except (KeyError, TypeError):
+        raise RunFolderError(
+            f"the checkpoint {folder.checkpoint(cell)} is not that of {cell.problem}, {cell.estimator}, seed "
+            f"{cell.seed}: delete it to run that part again, or start anew with --fresh."
+        ) from None
+    return CellRun(cell, rows, done, stopped, best), saved.get("outer")
 
 
 def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], None] | None = None) -> CellRun:
@@ -84,6 +98,7 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], 
 
     Raises:
         RunFolderError: where a checkpoint cannot be written; no fault of the run, which continues from the one before.
+        Exception: what ends the cell, with ``plan.debug``.
     """
     run, state = load_cell(folder, cell)
     if run.done:
@@ -98,12 +113,21 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], 
     except RunFolderError:
         # No fault of the cell: it continues from its checkpoint once the folder can be written to.
         raise
-    # Whatever breaks one cell, out of memory included, the others still run.
     except Exception as error:
-        run.rows.append(_empty_row(run) | {"status": type(error).__name__, "message": str(error)})
-        run.done, run.stopped = True, f"failed: {error}"
+        if plan.debug:
+            raise
+        why = outside(error)
+        if why:
+            # No result: the cell is where its checkpoint is, and the others still run.
+            return replace(load_cell(folder, cell)[0], kept_from=why)
+        message = told(error)
+        run.rows.append(_empty_row(run) | {"status": type(error).__name__, "message": message})
+        run.done, run.stopped = True, f"failed: {message}"
+        folder.save_traceback(cell, "".join(traceback.format_exception(error)))
         if on_row is not None:
             on_row(run.rows[-1])
+    else:
+        folder.save_traceback(cell, "")
     folder.save(cell, run.state(outer))
     return run
 
@@ -187,6 +211,9 @@ def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, sol
     """Return what one outer step shows, as plain values."""
     cost, before = estimate.cost, run.rows[-1] if run.rows else None
     usable = estimate.status.usable
+    if not usable and memory_ran_out(str(estimate.verdict)):
+        # No result, as where it is raised.
+        raise MemoryError(str(estimate.verdict))
     error, referee = error_against_referee(setup.problem, hparams, estimate)
     row = _empty_row(run) | {
         "outer_loss": record.outer_loss,

@@ -24,6 +24,15 @@ def package_version(name: str) -> str | None:
         return None
 
 
+COMPARED = ("bilevel", "torch", "numpy", "scikit-learn")
+"""With Python, what computes the numbers of a run."""
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that a run can be continued with."""
+    return {"python": platform.python_version()} | {name: package_version(name) for name in COMPARED}
+
+
 def processor() -> str:
     """Return the name of the processor."""
     try:

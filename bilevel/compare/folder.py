@@ -1,18 +1,18 @@
 """The folder of a run: what is written where, how it survives an interruption, and when it is refused.
 
-    config.yaml  environment.json  results.jsonl  summary.json  figures/*.png  checkpoints/CELL.pt
+    config.yaml  environment.json  results.jsonl  summary.json  figures/*.png  checkpoints/CELL.pt  .bilevel.json
 
 Every file is written in one piece, so that a run killed at any moment leaves whole files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import re
-import shutil
+import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,30 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from bilevel.compare.plan import Cell
-from bilevel.files import remove_unfinished, write_whole
-
-OWN = (
-    "config.yaml",
-    "environment.json",
-    "results.jsonl",
-    "summary.json",
-    "tuned.json",
-    "figures",
-    "checkpoints",
+from bilevel.compare.environment import versions
+from bilevel.compare.ownership import (
+    CHANGED,
+    EARLY,
+    brief,
+    cell_name,
+    earlier_names,
+    first_difference,
+    held_config,
+    names,
+    of_numbers,
 )
-"""The names that a run writes; `fresh` removes these and nothing else."""
+from bilevel.compare.plan import Cell, Plan
+from bilevel.files import misplaced, read_json, read_mark, remove_files, remove_unfinished, write_mark, write_whole
+
+ELSEWHERE = "give another place with --out DIR"
 
 
 class RunFolderError(ValueError):
     """A folder that this run cannot write to, in one sentence."""
+
+
+class RunStopped(Exception):
+    """What stopped a run from outside, in one sentence: no result, so that the same command tries again."""
 
 
 LOCK = ".lock"
@@ -59,6 +66,10 @@ def locked(path: Path) -> Iterator[None]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        held = path / LOCK
+        # Locking empties the file.
+        if held.is_symlink() or (held.is_file() and held.stat().st_size):
+            raise RunFolderError(f"{held} is a file of another program: {ELSEWHERE}.")
         lock = FileLock(path / LOCK, is_singleton=True)
         lock.acquire(blocking=False)
     except Timeout:
@@ -94,9 +105,19 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
-        self.path = Path(path)
+        try:
+            self.path = Path(path).expanduser()
+        except RuntimeError as error:
+            raise RunFolderError(f"cannot write to the output folder {path} ({error}): {ELSEWHERE}.") from None
         self.config = config
+        self.cells: Sequence[Cell] = ()
+        self.identity: Mapping[str, Mapping[str, str]] = {}
         self.owner = ""
+
+    def of(self, plan: Plan) -> RunFolder:
+        """Say which plan the folder is for, and return the folder."""
+        self.cells, self.identity = plan.cells, plan.identity
+        return self
 
     @property
     def stop_file(self) -> Path:
@@ -133,16 +154,20 @@ class RunFolder:
             fresh: remove what an earlier run wrote.
 
         Raises:
-            RunFolderError: for the results of another configuration, or a place that cannot be written to.
+            RunFolderError: for the results of another configuration or of another program, or a place that cannot be
+                written to.
         """
         try:
-            if fresh:
-                self._clear()
-            else:
-                self.check()
+            self.check(fresh)
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.path)
-            # First of all: `check`, which another process may call meanwhile, takes files without it for a stranger's.
+            earlier, mark = earlier_names(self.path), read_mark(self.path) or {}
+            identity = self.identity if fresh else mark.get("identity", self.identity)
+            # First of all: without it nothing here proves to be ours.
+            write_mark(self.path, "run", {*names(self.cells), *earlier}, {"identity": identity})
+            if fresh:
+                remove_files(self.path, earlier)
+                (self.path / "checkpoints").mkdir(exist_ok=True)
+            remove_unfinished(self.path, self.path / "checkpoints", self.path / "figures")
             self.write("config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True))
             self.owner = uuid.uuid4().hex
             write_whole(self._owner_file, self.owner)
@@ -150,38 +175,77 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(_unusable(self.path, error)) from error
 
-    def _clear(self) -> None:
-        for name in OWN:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
-
-    def check(self) -> None:
+    def check(self, fresh: bool = False) -> None:
         """Accept a folder that is new or holds an earlier part of this run; writes nothing.
 
+        Args:
+            fresh: accept another configuration of the same name, too.
+
         Raises:
-            RunFolderError: for a file in its place, or for the results of another configuration.
+            RunFolderError: for a file in its place, for files that no run of this program wrote, and for the results of
+                another configuration, other data or other classes.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
         if not self.path.is_dir():
-            raise RunFolderError(f"{self.path} is a file: give another place with --out DIR.")
-        remedy = "--fresh starts anew there, --out DIR writes elsewhere."
-        try:
-            held = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            # A run killed before it wrote its configuration leaves an empty folder of checkpoints.
-            found = [name for name in OWN if (self.path / name).is_file() or any((self.path / name).glob("*"))]
+            raise RunFolderError(f"{self.path} is a file: {ELSEWHERE}.")
+        mark, earlier = read_mark(self.path), earlier_names(self.path)
+        if mark is not None and mark["kind"] != "run":
+            raise RunFolderError(f"{self.path} holds the results of `bilevel {mark['kind']}`: {ELSEWHERE}.")
+        if not earlier:
+            found = [name for name in names(self.cells) if os.path.lexists(self.path / name)]
             if found:
-                raise RunFolderError(f"{self.path} holds {found[0]} without a config.yaml: {remedy}") from None
+                raise RunFolderError(
+                    f"{self.path} holds {found[0]}, but nothing says that a run of this program wrote it: {ELSEWHERE}."
+                )
+        hindrance = misplaced(self.path, {*names(self.cells), *earlier})
+        if hindrance:
+            raise RunFolderError(f"{hindrance}, where this run writes: move it away, or {ELSEWHERE}.")
+        if earlier:
+            self._check_earlier(fresh, mark or {})
+
+    def _check_earlier(self, fresh: bool, mark: Mapping[str, Any]) -> None:
+        """Refuse to continue a run of another configuration, other data or other classes."""
+        remedy = "--fresh starts anew there, --out DIR writes elsewhere."
+        held = held_config(self.path)
+        if fresh:
+            theirs, ours = (c.get("name") if isinstance(c, Mapping) else None for c in (held, self.config))
+            if theirs is not None and theirs != ours:
+                raise RunFolderError(f"{self.path} holds the run {brief(theirs)}, this is {ours!r}: {ELSEWHERE}.")
             return
-        except yaml.YAMLError:
-            raise RunFolderError(f"{self.path}/config.yaml cannot be read: {remedy}") from None
-        difference = _first_difference(held, dict(self.config))
+        if held is None:
+            # A run killed before it wrote its configuration leaves nothing else.
+            found = [name for name in names(self.cells) if (self.path / name).exists() and name not in EARLY]
+            if found:
+                raise RunFolderError(f"{self.path} holds {found[0]} without a config.yaml: {remedy}")
+            return
+        if not isinstance(held, dict):
+            raise RunFolderError(f"{self.path}/config.yaml cannot be read: {remedy}")
+        difference = first_difference(held, dict(self.config))
         if difference:
             raise RunFolderError(f"{self.path} holds the results of another configuration, {difference}: {remedy}")
+        identity = mark.get("identity")
+        for kind, words in CHANGED.items():
+            before = identity.get(kind) if isinstance(identity, dict) else None
+            for name, now in self.identity.get(kind, {}).items():
+                if isinstance(before, dict) and before.get(name, now) != now:
+                    raise RunFolderError(f"{self.path} holds a run with {words.format(name=name)}: {remedy}")
+
+    def check_versions(self) -> None:
+        """Refuse to go on with a run that other versions of what computes the numbers have begun.
+
+        Raises:
+            RunFolderError: with the first version that differs.
+        """
+        environment = read_json(self.path / "environment.json")
+        before = environment.get("versions") if isinstance(environment, dict) else None
+        for name, now in versions().items():
+            held = before.get(name, now) if isinstance(before, dict) else now
+            if held != now and of_numbers(name, held) != of_numbers(name, now):
+                raise RunFolderError(
+                    f"{self.path} holds a run that was begun with {name} {brief(held)}, this is {name} {now}: install "
+                    "that version, start anew with --fresh, or write elsewhere with --out DIR."
+                )
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file in one piece.
@@ -209,15 +273,32 @@ class RunFolder:
 
     def checkpoint(self, cell: Cell) -> Path:
         """Return the checkpoint file of a cell."""
-        words = re.sub(r"[^A-Za-z0-9]+", "-", f"{cell.problem}-{cell.estimator}").strip("-")[:80]
-        return self.path / "checkpoints" / f"{cell.index:03d}-{words}-{cell.seed}.pt"
+        return self.path / "checkpoints" / f"{cell_name(cell)}.pt"
+
+    def identity_of(self, cell: Cell) -> dict[str, Any]:
+        """Return what a checkpoint says it is of."""
+        config = json.dumps(dict(self.config), sort_keys=True, default=str)
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        return {"problem": cell.problem, "estimator": cell.estimator, "seed": cell.seed, "config": digest}
+
+    def traceback_of(self, cell: Cell) -> Path:
+        """Return the file with the traceback of the exception that ended a cell."""
+        return self.checkpoint(cell).with_suffix(".txt")
+
+    def save_traceback(self, cell: Cell, text: str) -> None:
+        """Keep the traceback of the exception that ended a cell, beside its checkpoint; an empty one removes it."""
+        file = self.traceback_of(cell)
+        if text:
+            self.write(f"checkpoints/{file.name}", text)
+        elif file.is_file():
+            file.unlink(missing_ok=True)
 
     def save(self, cell: Cell, state: Mapping[str, Any]) -> None:
         """Save a checkpoint in one piece; a folder that another command has taken over is left to that."""
         if self.lost:
             return
         content = io.BytesIO()
-        torch.save(dict(state), content)
+        torch.save(dict(state) | {"cell": self.identity_of(cell)}, content)
         self.write(f"checkpoints/{self.checkpoint(cell).name}", content.getvalue())
 
     def load(self, cell: Cell) -> dict[str, Any] | None:
@@ -232,29 +313,23 @@ class RunFolder:
         path = self.checkpoint(cell)
         if not path.exists():
             return None
+        remedy = "delete it to run that part again, or start anew with --fresh."
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception as error:  # torch.load raises half a dozen kinds, by the way in which the file is broken
+            state = torch.load(path, weights_only=True)
+        except OSError as error:
             raise RunFolderError(
-                f"the checkpoint {path} cannot be read: delete it to run that part again, or start anew with --fresh."
+                f"the checkpoint {path} cannot be read now ({error.strerror}): mend that and run the same command to "
+                "continue."
             ) from error
+        except Exception as error:  # torch.load raises half a dozen kinds, by the way in which the file is broken
+            raise RunFolderError(f"the checkpoint {path} cannot be read: {remedy}") from error
+        if not isinstance(state, dict) or "format" not in state:
+            raise RunFolderError(f"the file {path} is no checkpoint of this program: {remedy}")
+        wanted = self.identity_of(cell)
+        # Versions that did not save it.
+        held = state.get("cell", wanted)
+        if held != wanted:
+            what = next(key for key in wanted if not isinstance(held, dict) or held.get(key) != wanted[key])
+            whose = "another configuration" if what == "config" else f"another {what}"
+            raise RunFolderError(f"the checkpoint {path} is of {whose}: {remedy}")
         return state
-
-
-def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
-    """Return the first place where two configurations differ, in words; empty where they are equal."""
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(key for key in held if key not in wanted)]:
-            inside = f"{path}.{key}" if path else str(key)
-            if key not in held or key not in wanted:
-                where = ("only in this one", "only there")[key in held]
-                return f"where `{inside}` is {where}"
-            found = _first_difference(held[key], wanted[key], inside)
-            if found:
-                return found
-        # The order of problems and estimators is the order of the results.
-        return f"where `{path}` has another order" if list(held) != list(wanted) and path in _ORDERED else ""
-    return "" if held == wanted else f"where `{path}` is {held!r} there and {wanted!r} here"
-
-
-_ORDERED = ("problems", "estimators")

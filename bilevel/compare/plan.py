@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from bilevel.base import HypergradEstimator, InnerSolver
@@ -115,6 +115,8 @@ class Plan:
         config: plain containers that say all of the above; two plans are the same run where these are equal.
         batch: run the cells that differ in the seed alone as one batch, where their shapes agree and solver and
             estimator run batches: the same results up to rounding. The seconds of a cell are then its share.
+        identity: what the numbers depend on besides `config`: under "data" and "classes", names and digests.
+        debug: raise what ends a cell, instead of keeping it as the cell's result.
     """
 
     name: str
@@ -126,6 +128,8 @@ class Plan:
     budget: float | None
     config: Mapping[str, Any]
     batch: bool = False
+    identity: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    debug: bool = False
 
     @property
     def cells(self) -> list[Cell]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,15 +13,18 @@ from types import FrameType
 from typing import Any
 
 from joblib import Parallel, delayed
+from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 from bilevel import threads
 from bilevel.compare.batched import groups, run_group
 from bilevel.compare.cells import CellRun, Row, load_cell
 from bilevel.compare.environment import describe_environment
-from bilevel.compare.folder import RunFolder
+from bilevel.compare.folder import RunFolder, RunFolderError, RunStopped
 from bilevel.compare.plan import Cell, Plan
 from bilevel.compare.summary import summarize
+from bilevel.files import read_json
+from bilevel.tracebacks import outside, told
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class Comparison:
         summary: what summary.json holds; empty where the comparison was interrupted.
         interrupted: whether cells are left to do: the same call continues.
         found_complete: whether there was nothing to do.
+        kept_from: what kept runs from ending, in sentences: a full memory, a file that was away, a worker that died.
     """
 
     runs: list[CellRun]
     summary: dict[str, Any]
     interrupted: bool
     found_complete: bool
+    kept_from: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
@@ -67,7 +74,7 @@ def compare(
     Raises:
         RunFolderError: for a folder that holds another run, or that another process is writing to.
     """
-    with folder.lock():
+    with folder.of(plan).lock():
         return _compare(plan, folder, fresh, jobs, device, progress)
 
 
@@ -76,22 +83,31 @@ def _compare(plan: Plan, folder: RunFolder, fresh: bool, jobs: int, device: str,
     folder.prepare(fresh)
     runs = [load_cell(folder, cell)[0] for cell in plan.cells]
     found_complete = all(run.done for run in runs)
-    if not (folder.path / "environment.json").exists():
+    if not found_complete:
+        folder.check_versions()
+    if read_json(folder.path / "environment.json") is None:
         folder.write_json("environment.json", describe_environment(device, threads.current().shared_by(jobs)))
+    kept_from: list[str] = []
     if not found_complete:
         try:
             with _stop_on_interrupt(folder):
                 _run_all(plan, folder, runs, jobs, progress)
-        except KeyboardInterrupt:
-            # The second Ctrl-C: what the disk holds is whole, though up to a second old.
+        except (KeyboardInterrupt, RunStopped) as error:
+            # The second Ctrl-C, or dead workers: what the disk holds is whole, though up to a second old.
             runs = [load_cell(folder, cell)[0] for cell in plan.cells]
+            kept_from += [str(error)] if isinstance(error, RunStopped) else []
     folder.stop_file.unlink(missing_ok=True)
     done = all(run.done for run in runs)
+    kept_from += [
+        f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed} did not end: {run.kept_from}"
+        for run in runs
+        if run.kept_from
+    ]
     folder.write_rows(row for run in runs for row in run.rows)
     summary = summarize(plan, runs) if done else {}
     if done:
         folder.write_json("summary.json", summary)
-    return Comparison(runs, summary, not done, found_complete)
+    return Comparison(runs, summary, not done, found_complete, tuple(kept_from))
 
 
 def _run_all(plan: Plan, folder: RunFolder, runs: list[CellRun], jobs: int, progress: bool) -> None:
@@ -128,25 +144,54 @@ def _in_turn(plan: Plan, cells: list[Cell], folder: RunFolder, bar: Any) -> Iter
 def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, bar: Any) -> Iterator[CellRun]:
     share = threads.current().shared_by(jobs)
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
+    # Processes on this machine end with this one; how a cluster ends its workers is its own affair.
+    parent = os.getpid() if type(get_active_backend()[0]).__name__ in CHILDREN else None
     try:
-        for runs in parallel(delayed(_worker)(plan, group, folder, share) for group in groups(plan, cells)):
+        tasks = (delayed(_worker)(plan, group, folder, share, parent) for group in groups(plan, cells))
+        for runs in parallel(tasks):
             for run in runs:
                 bar.set_postfix_str(f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}", refresh=False)
                 yield run
-    except Exception:
+    except Exception as error:
         # Ctrl-C reaches the workers as well; one that was still starting dies of it, and its pool with it.
-        if not folder.stopping:
+        if folder.stopping:
+            return
+        if plan.debug or isinstance(error, RunFolderError):
             raise
+        raise RunStopped(outside(error) or f"the workers failed: {told(error)}") from error
 
 
-def _worker(plan: Plan, group: list[Cell], folder: RunFolder, share: threads.Threads) -> list[CellRun]:
+CHILDREN = ("LokyBackend", "MultiprocessingBackend")
+
+
+def _worker(
+    plan: Plan, group: list[Cell], folder: RunFolder, share: threads.Threads, parent: int | None
+) -> list[CellRun]:
     """Run a group of cells in a process of its own, which the stop file ends, not the signal that reaches all."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent is not None:
+        _end_with(parent)
     if folder.stopping:
         return [load_cell(folder, cell)[0] for cell in group]
     with threads.short_operations(share):
         return run_group(plan, group, folder)
+
+
+def _end_with(parent: int) -> None:
+    """End this process as soon as its parent has ended, however that ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_EVERY)
+        os._exit(1)
+
+    if f"watch {parent}" not in {thread.name for thread in threading.enumerate()}:
+        threading.Thread(target=watch, name=f"watch {parent}", daemon=True).start()
+
+
+WATCH_EVERY = 0.2
+"""Seconds between two looks of a worker at whether its parent lives."""
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from bilevel import hypergrad, inner, linear, meta, problems
 from bilevel.base import HypergradEstimator, InnerSolver, LinearSolver
 from bilevel.config.document import ConfigError, listed, shown, suggest
 from bilevel.config.imports import imported
+from bilevel.options import first_line
 from bilevel.problem import BilevelProblem
+from bilevel.tracebacks import told
 
 REQUIRED = inspect.Parameter.empty
 DATA = frozenset({"X_train", "y_train", "X_val", "y_val", "X_test", "y_test"})
@@ -182,8 +184,8 @@ def make(spec: Any, kind: Kind, path: str) -> Any:
     options = check_options(owner, given, path)
     try:
         return owner(**options)
-    except ValueError as error:
-        raise ConfigError(located(error, path, owner)) from None
+    except Exception as error:  # whatever a class of the user's own raises
+        raise ConfigError(located(error, path, owner)) from error
 
 
 def split_spec(spec: Any, kind: Kind, path: str) -> tuple[type, dict[str, Any]]:
@@ -200,7 +202,9 @@ def split_spec(spec: Any, kind: Kind, path: str) -> tuple[type, dict[str, Any]]:
 
 def located(error: Exception, path: str, owner: Any = None) -> str:
     """Return the library's own sentence behind the path of the option that it is about."""
-    text = " ".join(str(error).split())
+    own = told(error)
+    sentence = isinstance(error, ValueError | ImportError | NotImplementedError) and own == first_line(error)
+    text = " ".join(str(error).split()) if sentence else own
     named = re.match(r"`(\w+)\.(\w+)`", text)
     if named and owner is not None and named[1] == owner.__name__:
         path = f"{path}.{named[2]}"

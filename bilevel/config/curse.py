@@ -17,6 +17,9 @@ from bilevel.config.build import allowed_words
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.curse import Experiment
 
+RESERVED = ("environment", "claims")
+"""Names of files that hold something else."""
+
 
 def experiments() -> dict[str, type]:
     """Return the plan classes by name: what `bilevel.curse` exports that can be run.
@@ -65,6 +68,8 @@ def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
         raise ConfigError(
             f"`name` must be a string of letters, digits and . _ -, as it names the files, got {shown(name)}."
         )
+    if name in RESERVED:
+        raise ConfigError(f"`name` must not be {listed(RESERVED)}, as these files hold something else, got {name!r}.")
     known = experiments()
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
@@ -10,25 +11,108 @@ from typing import Any
 
 import yaml
 
+from bilevel.options import first_line
+
 
 class ConfigError(ValueError):
     """A config that cannot be used: one sentence with the file, the path in it, what is allowed and what was given."""
 
 
+MOST_BYTES, MOST_NODES, MOST_LEVELS, MOST_OF_A_KEY = 100_000, 50_000, 40, 100
+"""No config is longer, holds more values (each as often as aliases name it), nests deeper or has longer keys."""
+DEEP = f"values are nested more than {MOST_LEVELS} deep"
+KINDS = {"map": yaml.MappingNode, "seq": yaml.SequenceNode}
+PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "merge")
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with ``1e-6`` as a number and without silently overwritten keys."""
+    """The safe loader, with ``1e-6`` as a number, for plain values alone and without silently overwritten keys."""
+
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        """Scan a bracket; each level would make all later ones slower."""
+        self._check_level(self.flow_level)
+        super().fetch_flow_collection_start(kind)
+
+    def add_indent(self, column: int) -> bool:
+        """Scan a deeper line."""
+        self._check_level(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def _check_level(self, level: int) -> None:
+        if level >= MOST_LEVELS:
+            raise yaml.scanner.ScannerError(None, None, DEEP, self.get_mark())
+
+    def get_single_node(self) -> Any:
+        """Return the document, whose size is known before anything is made of it."""
+        node = super().get_single_node()
+        if node is not None:
+            _check_size(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return a mapping whose keys are unique."""
+        """Return a mapping whose keys are unique strings."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key, str) or not key.isprintable() or len(key) > MOST_OF_A_KEY:
+                wanted = f"no string of at most {MOST_OF_A_KEY} printable characters"
+                raise _refused(f"the key {shown(key)} is {wanted}", key_node)
+            if key in seen:
+                raise _refused(f"the key {shown(key)} stands twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return what a node stands for, if that is a plain value."""
+        try:
+            value = super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+            kind = node.tag.rpartition(":")[2]
+            raise _refused(f"the value {shown(node.value)} cannot be read as {kind}", node) from None
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise _refused("a whole number has more than 64 bits", node)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _refused(f"the value {shown(node.value)} is not finite", node)
+        if isinstance(value, str) and not _is_text(value):
+            raise _refused(f"the text {shown(value)} holds what is no character", node)
+        return value
+
+
+def _check_size(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return how many values a node stands for, aliases followed, and its levels; refuse what is too large."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if not isinstance(node, KINDS.get(kind, yaml.ScalarNode)) or kind not in PLAIN:
+        raise _refused(f"{shown(node.tag)} is no tag of a plain value", node)
+    sizes[id(node)] = (MOST_NODES, 0)  # Until it is known: a node inside itself is too large.
+    children = node.value if isinstance(node.value, list) else []
+    flat = [each for child in children for each in (child if isinstance(child, tuple) else (child,))]
+    parts = [_check_size(each, sizes) for each in flat]
+    size, levels = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
+    if levels > MOST_LEVELS:
+        raise _refused(DEEP, node)
+    if size > MOST_NODES:
+        raise _refused(f"there are more than {MOST_NODES:,} values, those that aliases repeat included", node)
+    sizes[id(node)] = (size, levels)
+    return size, levels
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written to a file and holds no control characters but white space."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return all(ord(each) >= 32 or each in "\t\n\r" for each in value)
+
+
+def _refused(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 # YAML 1.1 takes 1e-6 for a string, because it has no decimal point; YAML 1.2 and everybody else take it for a number.
@@ -37,9 +121,37 @@ _Loader.add_implicit_resolver(
 )
 
 
+# A date is a word here, as no option takes one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
 def parse_yaml(text: str) -> Any:
-    """Return the plain containers that a YAML text stands for."""
-    return yaml.load(text, Loader=_Loader)
+    """Return the plain containers that a YAML text stands for.
+
+    Raises:
+        yaml.YAMLError: for a text that is no YAML, too large, or holds anything but plain values.
+    """
+    if len(text) > MOST_BYTES:
+        raise yaml.YAMLError(f"it is longer than {MOST_BYTES:,} characters")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError(DEEP) from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # PyYAML's scanner lets some of Python's own exceptions through.
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _text_of(path: Path) -> str:
+    """Return the text of a file, and no more of a longer one than shows that it is too long."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise yaml.YAMLError(f"it is longer than {MOST_BYTES:,} bytes")
+    return content.decode("utf-8-sig")
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -52,12 +164,14 @@ def read_document(path: Path) -> dict[str, Any]:
         ConfigError: for a file that cannot be read, is not YAML, or holds no mapping.
     """
     try:
-        document = parse_yaml(path.read_text(encoding="utf-8"))
+        document = parse_yaml(_text_of(path))
     except FileNotFoundError:
         near = sorted(str(file) for file in path.parent.glob("*.yaml"))
         raise ConfigError(f"{path}: there is no such file{suggest(str(path), near)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+    except (OSError, ValueError) as error:
+        undecoded = isinstance(error, UnicodeDecodeError)
+        reason = "it is not text in UTF-8" if undecoded else first_line(error).rstrip(".")
+        reason = (error.strerror or reason) if isinstance(error, OSError) else reason
         raise ConfigError(f"{path}: the file cannot be read: {reason}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML{_yaml_reason(error)}.") from None
@@ -71,8 +185,8 @@ def read_document(path: Path) -> dict[str, Any]:
 def _yaml_reason(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f", line {mark.line + 1}"
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{where}: {problem}"
+    problem = " ".join((getattr(error, "problem", None) or str(error) or "it cannot be read").split())
+    return f"{where}: {problem if len(problem) <= 120 else f'{problem[:117]}...'}".rstrip(".")
 
 
 def override(document: dict[str, Any], assignment: str) -> None:
@@ -88,11 +202,11 @@ def override(document: dict[str, Any], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set must look like `a.b=value`, got {assignment!r}.")
+        raise ConfigError(f"--set must look like `a.b=value`, got {shown(assignment)}.")
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {path}: the value {text!r} is not valid YAML{_yaml_reason(error)}.") from None
+        raise ConfigError(f"--set {path}: the value {shown(text)} is not valid YAML{_yaml_reason(error)}.") from None
     place: Any = document
     for depth in range(1, len(keys)):
         place = place[_index(place, keys[:depth], missing_ok=False)]
@@ -115,6 +229,22 @@ def _index(place: Any, keys: Sequence[str], *, missing_ok: bool) -> Any:
         return key
     owner = f"`{parent}`" if parent else "the config"
     raise ConfigError(f"--set {path}: {owner} has no key {key!r} ({listed(place)}){suggest(key, place)}")
+
+
+def shortened(sentence: str) -> str:
+    """Return a sentence of at most 290 characters: its longest list in parentheses is cut, then its end.
+
+    >>> len(shortened(f"`x` must be one of those ({'name, ' * 100}name), got 3."))
+    290
+    """
+    lists = sorted(re.findall(r"\([^()]+\)", sentence), key=len)
+    over = len(sentence) - MOST_OF_A_SENTENCE
+    if over > 0 and lists and len(lists[-1]) > over + 40:
+        sentence = sentence.replace(lists[-1], f"{lists[-1][: -over - 6]} ...)")
+    return sentence if len(sentence) <= MOST_OF_A_SENTENCE else f"{sentence[: MOST_OF_A_SENTENCE - 4]} ..."
+
+
+MOST_OF_A_SENTENCE = 290
 
 
 def suggest(word: str, allowed: Iterable[Any]) -> str:

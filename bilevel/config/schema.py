@@ -37,7 +37,7 @@ def _unique(seeds: list[int]) -> list[int]:
 class WarmStartForm(BaseModel):
     """The form of ``outer.warm_start`` when its parts are switched one by one."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     state: bool = True
     adjoint: bool = True
@@ -46,7 +46,7 @@ class WarmStartForm(BaseModel):
 class OuterForm(BaseModel):
     """The form of ``outer``; further keys are options of the torch optimizer."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     optimizer: str = "Adam"
     steps: Annotated[int, Field(ge=1)] = 30
@@ -64,7 +64,7 @@ class OuterForm(BaseModel):
 class ConfigForm(BaseModel):
     """The form of a config file."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
     problems: Named

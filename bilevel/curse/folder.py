@@ -8,14 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bilevel.curse.figures import draw
 from bilevel.curse.outcome import Line, Outcome, Table, claim_table, markdown
-from bilevel.files import write_whole
+from bilevel.files import read_json, write_whole
 
 POINTS = 600
 """Of a longer curve about this many points are written, evenly in the logarithm of the iteration."""
@@ -91,12 +91,39 @@ def _kept(line: Line) -> list[int]:
     return sorted(spread | {0, count - 1, int(line.y.nan_to_num().argmax())})
 
 
+ENDINGS = ("png", "csv", "json", "draws.csv")
+HEAD = "# Claims of both papers, measured"
+
+
+def owned_names(folder: Path) -> list[str]:
+    """Return the files of a folder without a mark that earlier versions of `bilevel curse` prove to have written."""
+    try:
+        proven = (folder / "claims.md").read_text(encoding="utf-8").startswith(HEAD)
+    except (OSError, UnicodeDecodeError):
+        return []
+    if not proven:
+        return []
+    return names(file.stem for file in folder.glob("*.json") if _record(file) is not None)
+
+
+def names(experiments: Iterable[str]) -> list[str]:
+    """Return every file that some experiments write."""
+    return ["environment.json", "claims.md", *(f"{name}.{end}" for name in experiments for end in ENDINGS)]
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """Return the record of an outcome, None for a file that holds something else."""
+    record = read_json(file)
+    whole = isinstance(record, dict) and {"claims", "notes", "title"} <= set(record)
+    return record if whole else None
+
+
 def claims(folder: Path) -> str:
     """Return claims.md over every outcome that a folder holds."""
-    parts = ["# Claims of both papers, measured\n"]
+    parts = [f"{HEAD}\n"]
     for file in sorted(folder.glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not {"claims", "notes", "title"} <= set(record):
+        record = _record(file)
+        if record is None:
             continue
         parts.append(f"## {file.stem}: {record['title']}\n")
         parts += [f"{note}\n" for note in record["notes"]]
