@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 TEMPORARY = ".{name}.bilevel-{process}.tmp"
 UNFINISHED = re.compile(r"\..+\.bilevel-(\d+)\.tmp")
 MARK = ".bilevel.json"
@@ -128,6 +130,28 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+MOST_LEVELS = 40
+DEEP = f"values are nested more than {MOST_LEVELS} deep"
+
+
+class GuardedLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses values that nest too deep: each level makes all later ones slower."""
+
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        """Scan a bracket."""
+        self._check_level(self.flow_level)
+        super().fetch_flow_collection_start(kind)
+
+    def add_indent(self, column: int) -> bool:
+        """Scan a deeper line."""
+        self._check_level(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def _check_level(self, level: int) -> None:
+        if level >= MOST_LEVELS:
+            raise yaml.scanner.ScannerError(None, None, DEEP, self.get_mark())
 
 
 def misplaced(folder: Path, names: Iterable[str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,8 +42,10 @@ from bilevel.compare import (
     Setup,
     compare,
     draw_figures,
+    environment,
     tables,
 )
+from bilevel.compare import folder as folder_module
 from bilevel.compare.batched import joined, run_group, separated
 from bilevel.compare.cells import run_cell
 from bilevel.config import load_plan
@@ -264,14 +268,151 @@ def test_another_configuration_is_refused_and_nothing_is_touched(undisturbed: Pa
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+FOREIGN = (
+    *("notes.txt", ".vim.swap.tmp", ".config.yaml.123.tmp", "figures/paper.png", "checkpoints/model.pt", "mine/x.csv"),
+    *(".git/HEAD", "figures/deep/memory.png", "errors.txt"),
+)
+
+
 def test_fresh_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(plain_plan(implicit=Implicit()), out)
-    (out / "notes.txt").write_text("mine")
+    plan = replace(plain_plan(implicit=Implicit(), tail=TruncatedUnroll(2)), seeds=(0, 1))
+    run(plan, out)
+    written = set(everything(out))
+    # All that is written is on the list that the folder keeps, which is what is removed.
+    assert written - {".lock", ".bilevel.json"} <= set(json.loads((out / ".bilevel.json").read_text())["writes"])
+    for name in FOREIGN:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
     other = replace(plain_plan(implicit=Implicit()), config={"a": 2})
     run(other, out, fresh=True)
-    assert (out / "notes.txt").read_text() == "mine"
+    assert all((out / name).read_text() == "mine" for name in FOREIGN)
     assert yaml.safe_load((out / "config.yaml").read_text()) == {"a": 2}
+    assert [path.name for path in (out / "checkpoints").glob("0*.pt")] == ["000-quadratic-implicit-0.pt"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "results.jsonl",
+        "figures/memory.png",
+        "checkpoints/000-quadratic-implicit-0.pt",
+        "checkpoints/owner",
+    ],
+)
+def test_files_that_no_run_proves_to_have_written_are_left_alone(tmp_path: Path, name: str, fresh: bool) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("a: 1\n")
+    sentence = f"{tmp_path} holds {name}, but nothing says that a run of this program wrote it: give another place with"
+    with pytest.raises(RunFolderError, match=re.escape(sentence)):
+        run(plain_plan(implicit=Implicit()), tmp_path, fresh=fresh)
+    assert everything(tmp_path) == {name: b"a: 1\n"}
+
+
+def test_links_and_folders_in_the_place_of_files_are_left_alone(tmp_path: Path) -> None:
+    plan, out, far = plain_plan(implicit=Implicit()), tmp_path / "out", tmp_path / "far"
+    run(plan, out)
+    far.mkdir()
+    (far / "memory.png").write_text("mine")
+    (out / "figures").symlink_to(far)
+    for fresh in (False, True):
+        with pytest.raises(RunFolderError, match=r"figures is a link, where this run writes: move it away, or give"):
+            run(plan, out, fresh=fresh)
+    (out / "figures").unlink()
+    (out / "summary.json").unlink()
+    (out / "summary.json").mkdir()
+    with pytest.raises(RunFolderError, match=r"summary\.json is a folder, where this run writes"):
+        run(plan, out)
+    assert (far / "memory.png").read_text() == "mine"
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunFolderError, match=r"nowhere is a link to nothing"):
+        run(plan, tmp_path / "nowhere")
+
+
+def test_a_folder_of_the_version_without_marks_continues_and_starts_anew(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path, estimators={"implicit": {"class": "Implicit"}}), tmp_path / "out"
+    run(plan, out)
+    expected = results(out)
+    for fresh in (False, True):
+        (out / ".bilevel.json").unlink()
+        (out / "summary.json").unlink()
+        next((out / "checkpoints").glob("000*.pt")).unlink()
+        (out / "checkpoints" / "model.pt").write_text("mine")
+        done = run(plan, out, fresh=fresh)
+        assert results(out) == expected
+        assert not done.found_complete
+        assert (out / "checkpoints" / "model.pt").read_text() == "mine"
+
+
+def test_fresh_leaves_a_run_of_another_name(tmp_path: Path) -> None:
+    one = replace(plain_plan(implicit=Implicit()), config={"name": "one"})
+    run(one, tmp_path)
+    before = everything(tmp_path)
+    with pytest.raises(RunFolderError, match=r"holds the run 'one', this is 'two': give another place with --out DIR"):
+        run(replace(one, config={"name": "two"}), tmp_path, fresh=True)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("config.yaml", text) for text in ("", "[", "null", "\0", "a: !!int x", "[" * 5000, "3")),
+        *((name, text) for name in ("environment.json", ".bilevel.json") for text in ("", "3", "[" * 5000)),
+        ("summary.json", "[]"),
+        ("results.jsonl", ""),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_sentence_or_written_again(tmp_path: Path, name: str, content: str) -> None:
+    plan = plain_plan(implicit=Implicit())
+    whole = run(plan, tmp_path).rows
+    (tmp_path / name).write_text(content)
+    if name == "config.yaml":
+        with pytest.raises(RunFolderError, match=r"config.yaml cannot be read: --fresh starts anew there"):
+            run(plan, tmp_path)
+        run(plan, tmp_path, fresh=True)
+    else:
+        assert run(plan, tmp_path).rows == whole
+    assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_goes_on_with_its_own_versions_data_and_classes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(plain_plan(implicit=Implicit()), seeds=(0, 1))
+    plan = replace(plan, identity={"data": {"quadratic": "1" * 64}, "classes": {"own.py": "2" * 64}})
+    run(plan, tmp_path)
+    for kind, name, words in (
+        (
+            "data",
+            "quadratic",
+            "holds a run with other data of the problem 'quadratic', whose file has changed since:",
+        ),
+        (
+            "classes",
+            "own.py",
+            "holds a run with another source of own.py, which has changed since: --fresh starts anew",
+        ),
+    ):
+        other = replace(plan, identity={**plan.identity, kind: {name: "3" * 64}})
+        with pytest.raises(RunFolderError, match=words):
+            run(other, tmp_path)
+    versions = dict(environment.versions())
+    for name in versions:
+        monkeypatch.setattr(folder_module, "versions", lambda name=name: versions | {name: "99.1.2"})
+        # What is complete is shown, whatever the versions.
+        assert run(plan, tmp_path).found_complete
+        checkpoint = next((tmp_path / "checkpoints").glob("001*.pt"))
+        content = checkpoint.read_bytes()
+        checkpoint.unlink()
+        with pytest.raises(RunFolderError, match=rf"begun with {name} '.*', this is {name} 99\.1\.2: install"):
+            run(plan, tmp_path)
+        checkpoint.write_bytes(content)
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
@@ -308,7 +449,107 @@ def test_a_problem_that_cannot_be_made_is_a_row(tmp_path: Path) -> None:
         ("quadratic", "OK"),
         ("quadratic", "OK"),
     ]
-    assert rows[0]["message"] == "the data of this seed cannot be used."
+    # What the user's own code raises names type, file and line; the whole traceback is kept.
+    assert re.fullmatch(r"ValueError: the data .* cannot be used \(test_compare.py, line \d+\)\.", rows[0]["message"])
+    (whole,) = (tmp_path / "out" / "checkpoints").glob("*.txt")
+    assert 'raise ValueError("the data of this seed cannot be used.")' in whole.read_text()
+    with pytest.raises(ValueError, match=r"^the data of this seed cannot be used\.$"):
+        run(replace(plan, debug=True), tmp_path / "debug")
+
+
+FROM_OUTSIDE: list[tuple[Exception, str]] = [
+    (MemoryError(), "out of memory: MemoryError."),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), "can't allocate"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: CUDA out of memory"),
+    (OSError(24, "Too many open files"), "Too many open files"),
+    (FileNotFoundError(2, "No such file or directory", "d.npz"), "No such file or directory: 'd.npz'"),
+    (EOFError("no more bytes"), "no more bytes"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "batch"),
+    [*((*case, False) for case in FROM_OUTSIDE), (*FROM_OUTSIDE[0], True)],
+    ids=lambda value: value if isinstance(value, bool) else type(value).__name__,
+)
+def test_what_happens_outside_is_no_result_and_the_same_call_tries_again(
+    tmp_path: Path, error: Exception, words: str, batch: bool
+) -> None:
+    plan = replace(plain_plan(implicit=Implicit()), seeds=(0, 1), batch=batch)
+    left, wrapped = [1], isinstance(error, EOFError)
+
+    def shaky(seed: int) -> Setup:
+        if seed == 1 and left:
+            if wrapped:
+                raise ValueError("a file cannot be read.") from error
+            raise error
+        return quadratic(seed)
+
+    plan = replace(plan, problems={"quadratic": shaky})
+    first = run(plan, tmp_path / "out")
+    assert first.interrupted
+    assert [each.done for each in first.runs] == [True, False]
+    (sentence,) = first.kept_from
+    assert sentence.startswith("quadratic, implicit, seed 1 did not end: ")
+    assert words in sentence
+    assert not (tmp_path / "out" / "summary.json").exists()
+    left.clear()
+    assert not run(plan, tmp_path / "out").interrupted
+    expected = run(replace(plan, problems={"quadratic": quadratic}, batch=False), tmp_path / "other")
+    assert results(tmp_path / "out") == results(tmp_path / "other")
+    assert expected.summary["problems"]["quadratic"]["implicit"]["failures"] == 0
+
+
+def test_an_error_in_the_middle_of_a_cell_keeps_the_steps_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, step, count = plain_plan(implicit=Implicit()), OuterOptimizer.step, [0]
+
+    def failing(self: OuterOptimizer) -> Any:
+        count[0] += 1
+        if count[0] == 2:
+            raise OSError(28, "No space left on device")
+        return step(self)
+
+    monkeypatch.setattr(OuterOptimizer, "step", failing)
+    monkeypatch.setattr("bilevel.compare.cells.SAVE_EVERY", 0.0)
+    first = run(plan, tmp_path / "out")
+    assert [len(each.rows) for each in first.runs] == [1]
+    assert "No space left on device" in first.kept_from[0]
+    assert [row["step"] for row in run(plan, tmp_path / "out").rows] == [1, 2]
+    assert count[0] == 3
+
+
+def test_a_checkpoint_of_another_cell_or_configuration_is_refused(tmp_path: Path) -> None:
+    plan = replace(plain_plan(implicit=Implicit()), seeds=(0, 1))
+    run(plan, tmp_path / "out")
+    run(replace(plan, config={"a": 2}), tmp_path / "other")
+    one, two = sorted((tmp_path / "out" / "checkpoints").glob("*.pt"))
+    whole = two.read_bytes()
+    for content, words in (
+        (one.read_bytes(), "is of another seed"),
+        ((tmp_path / "other" / "checkpoints" / two.name).read_bytes(), "is of another configuration"),
+        (saved({"weight": torch.zeros(2)}), "is no checkpoint of this program"),
+        (saved([1, 2]), "is no checkpoint of this program"),
+        (saved(torch.load(one, weights_only=True), without="cell"), "is not that of quadratic, implicit, seed 1"),
+        (saved(torch.load(two, weights_only=True), without="rows"), "is not that of quadratic, implicit, seed 1"),
+        (whole[: len(whole) // 2], "cannot be read"),
+    ):
+        two.write_bytes(content)
+        with pytest.raises(RunFolderError, match=words) as caught:
+            run(plan, tmp_path / "out")
+        assert str(caught.value).endswith("delete it to run that part again, or start anew with --fresh.")
+    # Those of versions that did not say what they are of.
+    two.write_bytes(saved(torch.load(io.BytesIO(whole), weights_only=True), without="cell"))
+    assert run(plan, tmp_path / "out").found_complete
+
+
+def saved(value: Any, without: str = "") -> bytes:
+    if without:
+        del value[without]
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def test_a_budget_is_never_exceeded(tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from bilevel import CG, SGD, Auto, GradientDescent, Implicit, ToleranceSchedule, TruncatedUnroll, WarmStart
+from bilevel.compare import RunFolderError
 from bilevel.config import ConfigError, load_plan
+from bilevel.config.document import parse_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = """\
@@ -226,6 +232,76 @@ def test_a_mistake_is_one_sentence(config: Path, assignment: str) -> None:
     assert text.endswith((".", "?"))
 
 
+LAUGHS = "&a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"
+for letter in "bcdefgh":
+    LAUGHS = f"&{letter} [{LAUGHS}" + f", *{chr(ord(letter) - 1)}" * 9 + "]"
+MERGES = "a: &a {k: 1}\n" + "".join(
+    f"{letter}: &{letter} {{<<: [{', '.join([f'*{chr(ord(letter) - 1)}'] * 9)}]}}\n" for letter in "bcdefgh"
+)
+TEXTS = {
+    "seeds: 2020-13-45": "`seeds` must be a list, got '2020-13-45'.",
+    "budget: 0b_": "the value '0b_' cannot be read as int.",
+    "budget: !!int x": "the value 'x' cannot be read as int.",
+    "budget: !!bool x": "the value 'x' cannot be read as bool.",
+    "budget: !!float [1]": "'tag:yaml.org,2002:float' is no tag of a plain value.",
+    "budget: !!timestamp 2020-01-01": "'tag:yaml.org,2002:timestamp' is no tag of a plain value.",
+    "budget: !!binary aGFsbG8=": "'tag:yaml.org,2002:binary' is no tag of a plain value.",
+    "budget: !!python/object/apply:os.getcwd []": "is no tag of a plain value.",
+    "budget: !!set {a, b}": "'tag:yaml.org,2002:set' is no tag of a plain value.",
+    f"budget: {'1' * 5000}": "cannot be read as int.",
+    f"budget: 0x{'f' * 5000}": "a whole number has more than 64 bits.",
+    "budget: .nan": "the value '.nan' is not finite.",
+    "budget: 1e999": "the value '1e999' is not finite.",
+    "seeds: " + "[" * 1200: "values are nested more than 40 deep.",
+    "budget:" + "".join("\n" + " " * level + "-" for level in range(1, 100)): "values are nested more than 40 deep.",
+    "seeds: &a [*a]": "there are more than 50,000 values, those that aliases repeat included.",
+    f"budget: {LAUGHS}": "there are more than 50,000 values, those that aliases repeat included.",
+    MERGES: "there are more than 50,000 values, those that aliases repeat included.",
+    "3: 1": "the key 3 is no string of at most 100 printable characters.",
+    "? [1, 2]\n: 3": "the key [1, 2] is no string of at most 100 printable characters.",
+    f"? {'k' * 5000}\n: 3": "is no string of at most 100 printable characters.",
+    'name: "a\\0b"': "the text 'a\\x00b' holds what is no character.",
+    'name: "\\ud800"': "the text '\\ud800' holds what is no character.",
+    'name: "\\U00110000"': "is not valid YAML",
+    "name: a\0b": "unacceptable character #x0000",
+    "# " + "x" * 3_000_000: "it is longer than 100,000 bytes.",
+    "name: a\tb\n\tc: 1": "is not valid YAML",
+    "<<: 3": "is not valid YAML",
+    "budget: *nobody": "found undefined alias 'nobody'.",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])
+def test_a_value_that_is_no_plain_one_is_one_short_sentence(config: Path, text: str) -> None:
+    key = text.partition(":")[0].strip()
+    lines = [line for line in config.read_text().splitlines() if not line.startswith(f"{key}:")]
+    config.write_text("\n".join([*lines, text]))
+    start = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        load_plan(config)
+    assert time.process_time() - start < 2
+    sentence = str(caught.value).removeprefix(str(config))
+    assert TEXTS[text] in sentence
+    assert len(sentence) < 260
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_a_file_in_another_encoding_is_one_sentence(config: Path, encoding: str) -> None:
+    config.write_bytes((config.read_text() + "# ä\n").encode(encoding))
+    with pytest.raises(ConfigError, match="the file cannot be read: it is not text in UTF-8"):
+        load_plan(config)
+
+
+def test_aliases_merges_and_a_byte_order_mark_are_fine(config: Path) -> None:
+    text = config.read_text().replace("\nsolver: {", "\nsolver: &it {")
+    config.write_bytes(text.encode("utf-8-sig"))
+    plan = load_plan(config)
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: *a") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1}}
+    assert load_plan(config, ["solver.steps=7"]).solver == GradientDescent(steps=7)
+    assert plan.solver == GradientDescent(steps=20)
+
+
 FILES = {
     "": "the file is empty",
     "- 1\n": "the file must hold a mapping (`key: value` lines), got [1].",
@@ -375,3 +451,58 @@ def test_a_task_that_is_none_is_named(tmp_path: Path) -> None:
         load_plan(tmp_path / "c.yaml", allow_import=True)
     with pytest.raises(ConfigError, match=r"but by the problem class \(Odd.task is 'ordinal'\), got 'raw'"):
         load_plan(tmp_path / "c.yaml", ["problems.p.data={name: diabetes, task: raw}"], allow_import=True)
+
+
+FAULTY = """\
+from helper_of_own import number
+import bilevel as bl
+
+class Broken(bl.GradientDescent):
+    def __post_init__(self):
+        return {}["lost"]
+"""
+
+
+def test_an_exception_of_the_users_own_class_names_type_file_and_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (config.parent / "helper_of_own.py").write_text("number = 1\n")
+    (config.parent / "faulty_classes.py").write_text(FAULTY)
+    with pytest.raises(ConfigError) as error:
+        load_plan(config, ["solver={class: faulty_classes:Broken, steps: 3}"], allow_import=True)
+    assert str(error.value) == f"{config}: `solver`: KeyError: 'lost' (faulty_classes.py, line 6)."
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_plan_knows_its_data_and_the_sources_of_its_classes(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = config.parent
+    (folder / "named_classes.py").write_text("import beside_them, json\nfrom inside.deep import x\n" + OWN)
+    (folder / "beside_them.py").write_text("from inside import deep\n")
+    (folder / "unrelated.py").write_text("")
+    (folder / "inside").mkdir()
+    (folder / "inside" / "__init__.py").write_text("")
+    (folder / "inside" / "deep.py").write_text("x = 1\n")
+    np.savez(folder / "d.npz", X=np.arange(24.0).reshape(12, 2), y=np.arange(12.0))
+    monkeypatch.chdir(folder)
+    changes = ["solver={class: named_classes:Signed, steps: 20}", "problems.ridge.data=d.npz"]
+
+    def identity() -> Any:
+        return load_plan(config, changes, allow_import=True).identity
+
+    first = identity()
+    assert set(first["classes"]) == {"named_classes.py", "beside_them.py", "inside/__init__.py", "inside/deep.py"}
+    assert first["data"]["iris"] == "iris"
+    digest = hashlib.sha256((folder / "d.npz").read_bytes()).hexdigest()
+    assert first["data"]["ridge"] == digest
+    (folder / "inside" / "deep.py").write_text("x = 2\n")
+    np.savez(folder / "d.npz", X=np.arange(24.0).reshape(12, 2), y=3 * np.arange(12.0))
+    second = identity()
+    changed = [name for kind in ("classes", "data") for name in first[kind] if first[kind][name] != second[kind][name]]
+    assert changed == ["inside/deep.py", "ridge"]
+    # A file that changes while the command runs.
+    build = load_plan(config, changes, allow_import=True).problems["ridge"]
+    (folder / "d.npz").write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"the data file d\.npz has changed since this command began"):
+        build(0)

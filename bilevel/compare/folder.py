@@ -188,7 +188,8 @@ class RunFolder:
         if not os.path.lexists(self.path):
             return
         if not self.path.is_dir():
-            raise RunFolderError(f"{self.path} is a file: {ELSEWHERE}.")
+            what = "a file" if self.path.exists() else "a link to nothing"
+            raise RunFolderError(f"{self.path} is {what}: {ELSEWHERE}.")
         mark, earlier = read_mark(self.path), earlier_names(self.path)
         if mark is not None and mark["kind"] != "run":
             raise RunFolderError(f"{self.path} holds the results of `bilevel {mark['kind']}`: {ELSEWHERE}.")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bilevel.compare.plan import Cell
-from bilevel.files import read_json, read_mark
+from bilevel.files import GuardedLoader, read_json, read_mark
 
 FILES = ("config.yaml", "environment.json", "results.jsonl", "summary.json", "tuned.json")
 FIGURES = ("outer_loss_by_cost", "outer_loss_by_seconds", "hypergradient_error", "memory")
@@ -69,7 +69,7 @@ def held_owner(folder: Path) -> str:
 def held_config(folder: Path) -> Any:
     """Return the configuration that a folder holds, None where it holds none, "" for one that cannot be read."""
     try:
-        return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or ""
+        return yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), GuardedLoader) or ""
     except FileNotFoundError:
         return None
     except Exception:  # yaml raises many kinds for a file that is not what it should be

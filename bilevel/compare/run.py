@@ -74,7 +74,9 @@ def compare(
     Raises:
         RunFolderError: for a folder that holds another run, or that another process is writing to.
     """
-    with folder.of(plan).lock():
+    # Before anything is written, the lock included.
+    folder.of(plan).check(fresh)
+    with folder.lock():
         return _compare(plan, folder, fresh, jobs, device, progress)
 
 
@@ -85,7 +87,7 @@ def _compare(plan: Plan, folder: RunFolder, fresh: bool, jobs: int, device: str,
     found_complete = all(run.done for run in runs)
     if not found_complete:
         folder.check_versions()
-    if read_json(folder.path / "environment.json") is None:
+    if not isinstance(read_json(folder.path / "environment.json"), dict):
         folder.write_json("environment.json", describe_environment(device, threads.current().shared_by(jobs)))
     kept_from: list[str] = []
     if not found_complete:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from bilevel.files import DEEP, MOST_LEVELS, GuardedLoader
 from bilevel.options import first_line
 
 
@@ -18,29 +19,14 @@ class ConfigError(ValueError):
     """A config that cannot be used: one sentence with the file, the path in it, what is allowed and what was given."""
 
 
-MOST_BYTES, MOST_NODES, MOST_LEVELS, MOST_OF_A_KEY = 100_000, 50_000, 40, 100
-"""No config is longer, holds more values (each as often as aliases name it), nests deeper or has longer keys."""
-DEEP = f"values are nested more than {MOST_LEVELS} deep"
+MOST_BYTES, MOST_NODES, MOST_OF_A_KEY = 100_000, 50_000, 100
+"""No config is longer, holds more values (each as often as aliases name it) or has longer keys."""
 KINDS = {"map": yaml.MappingNode, "seq": yaml.SequenceNode}
 PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "merge")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(GuardedLoader):
     """The safe loader, with ``1e-6`` as a number, for plain values alone and without silently overwritten keys."""
-
-    def fetch_flow_collection_start(self, kind: Any) -> None:
-        """Scan a bracket; each level would make all later ones slower."""
-        self._check_level(self.flow_level)
-        super().fetch_flow_collection_start(kind)
-
-    def add_indent(self, column: int) -> bool:
-        """Scan a deeper line."""
-        self._check_level(len(self.indents))
-        return bool(super().add_indent(column))
-
-    def _check_level(self, level: int) -> None:
-        if level >= MOST_LEVELS:
-            raise yaml.scanner.ScannerError(None, None, DEEP, self.get_mark())
 
     def get_single_node(self) -> Any:
         """Return the document, whose size is known before anything is made of it."""
@@ -53,9 +39,9 @@ class _Loader(yaml.SafeLoader):
         """Return a mapping whose keys are unique strings."""
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or not key.isprintable() or len(key) > MOST_OF_A_KEY:
                 wanted = f"no string of at most {MOST_OF_A_KEY} printable characters"
                 raise _refused(f"the key {shown(key)} is {wanted}", key_node)
@@ -186,7 +172,7 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f", line {mark.line + 1}"
     problem = " ".join((getattr(error, "problem", None) or str(error) or "it cannot be read").split())
-    return f"{where}: {problem if len(problem) <= 120 else f'{problem[:117]}...'}".rstrip(".")
+    return f"{where}: {problem if len(problem) <= 170 else f'{problem[:167]}...'}".rstrip(".")
 
 
 def override(document: dict[str, Any], assignment: str) -> None:
@@ -234,8 +220,9 @@ def _index(place: Any, keys: Sequence[str], *, missing_ok: bool) -> Any:
 def shortened(sentence: str) -> str:
     """Return a sentence of at most 290 characters: its longest list in parentheses is cut, then its end.
 
-    >>> len(shortened(f"`x` must be one of those ({'name, ' * 100}name), got 3."))
-    290
+    >>> long = shortened(f"`x` must be one of those ({'name, ' * 100}name), got 3.")
+    >>> len(long), long[-20:]
+    (289, 'name, n ...), got 3.')
     """
     lists = sorted(re.findall(r"\([^()]+\)", sentence), key=len)
     over = len(sentence) - MOST_OF_A_SENTENCE
