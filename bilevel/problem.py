@@ -295,6 +295,15 @@ class BilevelProblem:
         """
         return {}
 
+    def remark(self, params: Tree, hparams: Tree) -> str:
+        """Return what is odd about the outer loss where a run ends, in words; an empty string by default.
+
+        Args:
+            params: the inner solution.
+            hparams: its hyperparameters.
+        """
+        return ""
+
     def start(self, params: Tree = None) -> Tree:
         """Return where the inner solver starts: `params`, or else the problem's own start.
 

@@ -42,8 +42,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_compare_prints_a_table_and_writes_everything(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", config]) == 0
     out, err = capsys.readouterr()
-    assert "iris (medians over 2 seeds)" in out
-    assert "hypergradient error" in out
+    assert "iris (medians over 2 seeds; the hypergradient at the end)" in out
+    assert "hypergradient off by" in out
     assert "written to runs/tiny" in out
     assert "12/24" in err or "24/24" in err
     written = {path.name for path in Path("runs/tiny").iterdir()}
@@ -57,7 +57,7 @@ def test_compare_prints_a_table_and_writes_everything(config: str, capsys: pytes
     assert main(["compare", config]) == 0
     again = capsys.readouterr().out
     assert "this run was complete already; --fresh runs it again." in again
-    assert "iris (medians over 2 seeds)" in again
+    assert "iris (medians over 2 seeds; the hypergradient at the end)" in again
 
     # What was written is a config of the same run.
     assert main(["compare", "runs/tiny/config.yaml"]) == 0
@@ -75,7 +75,8 @@ def test_compare_prints_a_table_and_writes_everything(config: str, capsys: pytes
 def test_tune_prints_hyperparameters_and_scores(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", config, "--estimator", "implicit", "--set", "outer.steps=8", "--out", "tuned"]) == 0
     out = capsys.readouterr().out
-    assert "iris, implicit, seed 0: took 8 steps, best at step" in out
+    assert "iris, implicit, seed 0: best at step" in out
+    assert "ended: took 8 steps, not converged: |hypergradient| = " in out
     assert "untuned start" in out
     assert "class 2" in out
     assert "the 6 largest and the 6 smallest of 15; tuned.json holds all" in out

@@ -47,7 +47,8 @@ from bilevel.compare import (
 )
 from bilevel.compare import folder as folder_module
 from bilevel.compare.batched import joined, run_group, separated
-from bilevel.compare.cells import run_cell
+from bilevel.compare.cells import CellRun, run_cell
+from bilevel.compare.summary import summarize
 from bilevel.config import load_plan
 from bilevel.outer import OuterOptimizer
 from bilevel.problems import LogisticProblem, RidgeProblem
@@ -556,7 +557,9 @@ def test_a_budget_is_never_exceeded(tmp_path: Path) -> None:
     plan = replace(plain_plan(implicit=Implicit(), full=FullUnroll()), budget=3000.0)
     outcome = run(plan, tmp_path / "out")
     for each in outcome.runs:
-        assert each.stopped == "used the budget of 3000 gradient-equivalents"
+        assert each.stopped.startswith(
+            "used the budget of 3000 gradient-equivalents, not converged: |hypergradient| = "
+        )
         total, last = each.rows[-1]["gradient_equivalents_total"], each.rows[-1]["gradient_equivalents"]
         assert total <= 3000 < total + 2 * last
     steps = [len(each.rows) for each in outcome.runs]
@@ -783,3 +786,69 @@ def test_one_failing_seed_of_a_batch_is_its_own_failure(tmp_path: Path) -> None:
     alone = run(replace(plan, batch=False), tmp_path / "alone")
     for row, other in zip(done.rows, alone.rows, strict=True):
         assert close_to(without_measurements(row), without_measurements(other))
+
+
+# Statuses of the table ----------------------------------------------------------------------------------------------
+
+
+def table_of(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
+    """The table of one estimator whose rows differ from good ones by what is given."""
+    plan = plan_of(
+        tmp_path, seeds=[0], problems={"ridge": CONFIG["problems"]["ridge"]}, estimators={"tail": "Implicit"}
+    )
+    good = {
+        **dict.fromkeys(("outer_loss", "hypergradient_norm", "gradient_equivalents_total", "seconds_total"), 1.0),
+        "hypergradient_error": 1e-3,
+        "error_estimate": None,
+        "referee": "closed form",
+        "seconds_shared_by": 1,
+        "memory_peak_bytes": 1,
+        "memory_kind": "",
+        "status": "OK",
+        "message": "",
+    }
+    return tables(summarize(plan, [CellRun(plan.cells[0], [good | row for row in rows], True, "took 2 steps")]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "off", "status"),
+    [
+        ([{}, {}], "0.1 %", "ok"),
+        ([{"hypergradient_error": 0.9}, {}], "0.1 %", "ok"),
+        ([{}, {"hypergradient_error": 0.854}], "85 %", "biased: off by 85 %"),
+        ([{}, {"hypergradient_error": 2.5}], "250 %", "biased: off by 250 %"),
+        (
+            [{}, {"hypergradient_error": None, "error_estimate": 0.4, "hypergradient_norm": 0.8}],
+            "50 %",
+            "biased: off by",
+        ),
+        ([{}, {"hypergradient_error": None}], "-", "ok"),
+        ([{"status": "INNER_NOT_CONVERGED"}, {}], "0.1 %", "inner not converged in 1 steps"),
+        # A run that has converged to rounding has a hypergradient of which nothing is right.
+        ([{}, {"hypergradient_error": 0.8, "hypergradient_norm": 1e-9}], "-", "ok"),
+    ],
+)
+def test_the_table_says_ok_only_where_the_last_hypergradient_is_right(
+    tmp_path: Path, rows: list[dict[str, Any]], off: str, status: str
+) -> None:
+    cells = re.split(r"\s{2,}", table_of(tmp_path, rows).splitlines()[3])
+    assert cells[3] == off
+    assert cells[-1].startswith(status)
+
+
+def test_a_truncated_tail_of_the_shipped_kind_is_called_biased(tmp_path: Path) -> None:
+    changes = {
+        "problems": {"ridge": {"class": "RidgeProblem", "data": "diabetes", "penalty": "per_feature", "start": -4.0}},
+        "solver": {"class": "GradientDescent", "steps": 20},
+        "estimators": {"full unroll": "FullUnroll", "closed form": "ClosedForm"},
+        "outer": {"optimizer": "Adam", "lr": 0.3, "steps": 3},
+        "seeds": [0],
+    }
+    found = run(plan_of(tmp_path, **changes), tmp_path / "out")
+    lines = tables(found.summary).splitlines()
+    group = found.summary["problems"]["ridge"]["full unroll"]
+    off = found.runs[0].rows[-1]["hypergradient_error"]
+    assert group["hypergradient_error_final"] == group["hypergradient_error_final_max"] == off > 0.1
+    assert lines[3].endswith(f"biased: off by {100 * off:.0f} %")
+    assert lines[4].endswith("ok")
+    assert lines[6].startswith("  full unroll: took 3 steps, not converged: |hypergradient| = ")

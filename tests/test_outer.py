@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from helpers import F64, SOLVERS, flat, normal, quadratic_case, ridge_case, tree_case
+from sklearn.metrics import log_loss
 from torch.distributions import constraints
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.outer import not_converged
+from bilevel.problems import LogisticProblem, MLPProblem, RidgeProblem, SoftmaxProblem
 
 OPTIMIZERS = {
     "SGD": lambda tensors: torch.optim.SGD(tensors, lr=0.2),
@@ -219,7 +223,13 @@ def test_each_part_of_the_warm_start_saves_its_own_steps() -> None:
 
 def test_the_run_stops_for_the_reason_that_it_names() -> None:
     steps = make().run(3, progress=False)
-    assert (steps.stopped, len(steps.history)) == ("took 3 steps", 3)
+    first, last = steps.history[0], steps.history[-1]
+    assert len(steps.history) == 3
+    assert steps.stopped == (
+        f"took 3 steps, not converged: |hypergradient| = {last.hypergradient_norm:.1e}, "
+        f"was {first.hypergradient_norm:.1e}, outer loss still falling by "
+        f"{(first.outer_loss - last.outer_loss) / 2:.1e} a step"
+    )
     tol = make("Adam").run(300, tol=1e-2, progress=False)
     assert tol.stopped == "the hypergradient norm reached 0.01"
     assert tol.history[-1].hypergradient_norm <= 1e-2 < tol.history[-2].hypergradient_norm
@@ -228,8 +238,71 @@ def test_the_run_stops_for_the_reason_that_it_names() -> None:
     assert len(patience.history) == 5
     budget = make().run(50, budget=900.0, progress=False)
     spent = [record.gradient_equivalents for record in budget.history]
-    assert budget.stopped == "the budget of 900 gradient-equivalents is used"
+    assert budget.stopped.startswith("the budget of 900 gradient-equivalents is used, not converged: |hypergradient| =")
     assert sum(spent) >= 900 > sum(spent[:-1])
+
+
+@pytest.mark.parametrize(
+    ("norms", "losses", "tol", "end"),
+    [
+        (
+            [4.0, 2.0],
+            [3.0, 2.5],
+            None,
+            ", not converged: |hypergradient| = 2.0e+00, was 4.0e+00, outer loss still falling",
+        ),
+        ([4.0, 2.0], [2.5, 3.0], None, ", not converged: |hypergradient| = 2.0e+00, was 4.0e+00, outer loss no longer"),
+        ([4.0, 1e-3], [3.0, 2.5], None, ": |hypergradient| = 1.0e-03, was 4.0e+00"),
+        (
+            [4.0, 1e-3],
+            [3.0, 2.5],
+            1e-4,
+            ", not converged: |hypergradient| = 1.0e-03, was 4.0e+00, outer loss still falling",
+        ),
+        ([1.0, 4.0], [3.0, 9.0], None, ", not converged: |hypergradient| = 4.0e+00, was 1.0e+00, outer loss no longer"),
+        ([4.0], [3.0], None, ", not converged: |hypergradient| = 4.0e+00, was 4.0e+00"),
+        ([4.0, math.nan], [3.0, 2.5], None, ""),
+        ([], [], None, ""),
+    ],
+)
+def test_a_run_that_took_all_its_steps_says_how_far_it_is(norms, losses, tol, end) -> None:
+    text = not_converged("took 2 steps", norms, losses, tol)
+    assert text.startswith("took 2 steps" + end)
+    assert end or text == "took 2 steps"
+
+
+def regression(y_val: torch.Tensor) -> RidgeProblem:
+    X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return RidgeProblem(X, X @ torch.tensor([1.0, -2.0], dtype=torch.float64), X, y_val)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_run_says_where_a_constant_predicts_better_and_where_one_row_makes_the_loss(batch: int | None) -> None:
+    X = regression(torch.zeros(40, dtype=torch.float64)).train.X.t()
+    right = X @ torch.tensor([1.0, -2.0], dtype=torch.float64)
+    outlier = right.clone()
+    outlier[6] = 100.0
+    opposite = "; the outer loss .* is above .*, that of a constant prediction"
+    alone = "; row 7 of X_val alone makes 100% of the outer loss"
+    for y_val, remark in ((-right, opposite), (outlier, alone), (right, "a step$")):
+        hparams = torch.full(() if batch is None else (batch,), -3.0, dtype=torch.float64)
+        outer = bl.OuterOptimizer(regression(y_val), bl.GradientDescent(), bl.Implicit(), hparams, batch=batch)
+        stopped = outer.run(2, progress=False).stopped
+        for text in [stopped] if batch is None else stopped:
+            assert re.search(remark, text), text
+            assert (";" in text) == (y_val is not right)
+
+
+@pytest.mark.parametrize("family", [LogisticProblem, SoftmaxProblem, MLPProblem])
+def test_the_losses_of_rows_and_of_a_constant_are_those_of_scikit_learn(family: Any) -> None:
+    X = torch.randn(30, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y, y_val = torch.arange(30) % 2 * (torch.arange(30) % 3 > 0), torch.arange(30) % 2
+    problem = family(X, y, X, y_val)
+    hparams = problem.initial_hparams(-1.0)
+    losses = problem.row_losses(problem.params, problem.val)
+    assert float(losses.mean()) == pytest.approx(float(problem.outer_loss(problem.params, hparams)))
+    share = float(y.double().mean())
+    assert problem.constant_loss(problem.val) == pytest.approx(log_loss(y_val, [share] * 30, labels=[0, 1]))
 
 
 def test_every_callback_is_called_and_any_of_them_can_stop_the_run() -> None:

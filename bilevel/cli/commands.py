@@ -170,6 +170,7 @@ def _tuned_text(problem: str, found: dict[str, Any]) -> str:
     headers = ("hyperparameter", f"{unit}, start", "tuned", *([unit.removeprefix("log ")] if log else []))
     table = tabulate(lines, headers=headers, floatfmt=".4g")
     title = (
-        f"{problem}, {found['estimator']}, seed {found['seed']}: {found['stopped']}, best at step {found['best_step']}"
+        f"{problem}, {found['estimator']}, seed {found['seed']}: best at step {found['best_step']}\n"
+        f"ended: {found['stopped']}"
     )
     return f"{title}\n\n{scores}\n\n{table}{note}"

@@ -108,7 +108,7 @@ class _Batch:
                 setup = self.setups[index]
                 row = make_row(run, record, one, setup, self.plan.solver, here)
                 row["seconds_shared_by"] = len(self.runs)
-                if take_row(self.plan, run, row, setup, here, one.status.usable) and on_row is not None:
+                if take_row(self.plan, run, row, setup, here, one) and on_row is not None:
                     on_row(row)
                 if run.done:
                     self.outer.hold(index)

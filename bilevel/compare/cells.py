@@ -16,7 +16,14 @@ from bilevel.base import Estimate, InnerSolver
 from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
-from bilevel.outer import OuterOptimizer, Record, no_descent, steps_without_progress
+from bilevel.outer import (
+    OuterOptimizer,
+    Record,
+    no_descent,
+    not_converged,
+    steps_without_progress,
+    with_remark,
+)
 from bilevel.status import Status
 from bilevel.tracebacks import memory_ran_out, outside, told
 from bilevel.tree import Tree
@@ -146,7 +153,7 @@ def _steps(
         hparams = outer.hparams
         estimate = outer.step()
         row = make_row(run, outer.history[-1], estimate, setup, plan.solver, hparams)
-        if take_row(plan, run, row, setup, hparams, estimate.status.usable) and on_row is not None:
+        if take_row(plan, run, row, setup, hparams, estimate) and on_row is not None:
             on_row(row)
         if run.done:
             return
@@ -155,7 +162,7 @@ def _steps(
             saved = time.monotonic()
 
 
-def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, usable: bool) -> bool:
+def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, estimate: Estimate) -> bool:
     """Add a row to a run, and end the run where the row says so.
 
     Args:
@@ -164,32 +171,39 @@ def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, us
         row: what the outer step showed.
         setup: the problem.
         hparams: where the hypergradient was taken.
-        usable: whether it can be used.
+        estimate: the step's hypergradient.
 
     Returns:
         Whether the row is part of the run.
     """
     if plan.budget is not None and row["gradient_equivalents_total"] > plan.budget:
         # The step that does not fit is not part of the run, so that no run uses more than the budget.
-        _end_of_budget(run, row, plan.budget)
+        _end_of_budget(run, row, plan, setup)
         return False
-    if usable and (setup.problem.renewed or not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows)):
+    if estimate.status.usable and (
+        setup.problem.renewed or not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows)
+    ):
         run.best = tree.Raveler(hparams).ravel(hparams).tolist()
     run.rows.append(row)
-    run.stopped = stop_reason(plan, run.rows)
+    run.stopped = stop_reason(plan, run.rows, not setup.problem.renewed)
     run.done = bool(run.stopped)
+    if run.done and not run.failed:
+        run.stopped = with_remark(run.stopped, setup.problem, estimate.params, hparams)
     return True
 
 
-def _end_of_budget(run: CellRun, row: Row, budget: float) -> None:
+def _end_of_budget(run: CellRun, row: Row, plan: Plan, setup: Setup) -> None:
+    budget = plan.budget
     run.done, run.stopped = True, f"used the budget of {budget:g} gradient-equivalents"
+    if run.rows and not setup.problem.renewed:
+        run.stopped = _not_converged(run.stopped, plan, run.rows)
     if not run.rows:
         cost = row["gradient_equivalents"]
         run.stopped = f"failed: the first step costs {cost:g} gradient-equivalents, above the budget of {budget:g}"
         run.rows.append(_empty_row(run) | {"status": "OVER_BUDGET", "message": run.stopped.removeprefix("failed: ")})
 
 
-def stop_reason(plan: Plan, rows: list[Row]) -> str:
+def stop_reason(plan: Plan, rows: list[Row], comparable: bool = True) -> str:
     """Return why a run with these rows ends, or an empty string; a function of the rows alone, so that it resumes."""
     options, last = plan.outer, rows[-1]
     if last["message"]:
@@ -203,8 +217,14 @@ def stop_reason(plan: Plan, rows: list[Row]) -> str:
     if options.patience is not None and waited >= options.patience:
         return f"no progress for {options.patience} steps"
     if plan.budget is None and len(rows) >= options.steps:
-        return f"took {options.steps} steps"
+        taken = f"took {options.steps} steps"
+        return _not_converged(taken, plan, rows) if comparable else taken
     return ""
+
+
+def _not_converged(taken: str, plan: Plan, rows: list[Row]) -> str:
+    norms, losses = ([row[key] for row in rows] for key in ("hypergradient_norm", "outer_loss"))
+    return taken if None in norms + losses else not_converged(taken, norms, losses, plan.outer.tol)
 
 
 def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, solver: InnerSolver, hparams: Tree) -> Row:

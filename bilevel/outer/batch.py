@@ -16,7 +16,7 @@ from bilevel.base import BatchEstimate, HypergradEstimator, InnerSolver, verdict
 from bilevel.hypergrad.batch_api import as_batch
 from bilevel.outer.checks import check_steps
 from bilevel.outer.loop import OuterOptimizer
-from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of
+from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of, with_remark
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, Status, Verdict, report
 from bilevel.tree import Tree
@@ -239,7 +239,7 @@ class BatchOuterOptimizer(OuterOptimizer):
         check_steps(steps)
         rules = StoppingRules(budget, tol, patience, min_progress)
         stopped = self._ended(rules)
-        asked_to_stop = False
+        asked_to_stop, estimate = False, None
         with tqdm(total=steps, disable=not progress, unit="step") as line:
             for _ in range(steps):
                 if all(stopped) or asked_to_stop:
@@ -250,15 +250,30 @@ class BatchOuterOptimizer(OuterOptimizer):
                 asked = [callback(self, estimate) for callback in self.callbacks]
                 asked_to_stop = any(answer is True for answer in asked)
                 stopped = self._ended(rules)
-        last = "a callback asked to stop" if asked_to_stop else f"took {steps} steps"
+        ends = [
+            reason or ("a callback asked to stop" if asked_to_stop else self._end(rules, f"took {steps} steps", index))
+            for index, reason in enumerate(stopped)
+        ]
+        if estimate is not None:
+            ends = [self._remarked(end, estimate, index) for index, end in enumerate(ends)]
         self._going = torch.ones_like(self._going)
         return BatchOuterResult(
             self.hparams,
             self.best[1],
             self.best[0],
             tuple(tuple(records) for records in self.history),
-            tuple(reason or last for reason in stopped),
+            tuple(ends),
         )
+
+    def _end(self, rules: StoppingRules, taken: str, index: int) -> str:
+        return rules.end(taken, self.history[index], not self.problem.renewed)
+
+    def _remarked(self, end: str, estimate: BatchEstimate, index: int) -> str:
+        """Return why a member ended, with what is odd about its outer loss."""
+        if _failure(self.history[index]):
+            return end
+        problem = self.problem.member(index)
+        return with_remark(end, problem, members.row(estimate.params, index), members.row(self._hparams, index))
 
     def _ended(self, rules: StoppingRules) -> list[str]:
         """Return why each member has ended, empty for those that go on, which alone move from now on."""

@@ -22,7 +22,7 @@ from bilevel.hypergrad.target import check_target
 from bilevel.inputs import check_tensors
 from bilevel.options import first_line
 from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_steps
-from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record
+from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record, with_remark
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.state import FORMAT, check_state, generators, loaded, origin, restore_generators, restore_optimizer
 from bilevel.problem import BilevelProblem
@@ -295,7 +295,7 @@ class OuterOptimizer:
             ValueError: for `steps` that are not an int, or negative.
         """
         check_steps(steps)
-        stopped = f"took {steps} steps"
+        stopped, ended_well, estimate = "", True, None
         rules = StoppingRules(budget, tol, patience, min_progress)
         with tqdm(total=steps, disable=not progress, unit="step") as line:
             for _ in range(steps):
@@ -309,8 +309,11 @@ class OuterOptimizer:
                 if any(answer is True for answer in asked):
                     reason = "a callback asked to stop"
                 if reason:
-                    stopped = reason
+                    stopped, ended_well = reason, not failed
                     break
+        stopped = stopped or rules.end(f"took {steps} steps", self.history, not self.problem.renewed)
+        if estimate is not None and ended_well:
+            stopped = with_remark(stopped, self.problem, estimate.params, self._hparams)
         return OuterResult(self.hparams, tree.copied(self.best[1]), self.best[0], tuple(self.history), stopped)
 
     def state_dict(self) -> dict[str, Any]:

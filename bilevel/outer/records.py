@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from bilevel import tree
 from bilevel.base import Estimate
+from bilevel.problem import BilevelProblem
 from bilevel.status import Status
 from bilevel.tree import Tree
 
@@ -79,6 +80,36 @@ def steps_without_progress(losses: Iterable[float], min_progress: float) -> int:
     return waited
 
 
+LAST = 5
+"""Steps over which the fall of the outer loss is measured."""
+SMALL = 1e-3
+"""A hypergradient this much smaller than the largest one counts as converged where no tolerance was asked for."""
+
+
+def not_converged(taken: str, norms: Sequence[float], losses: Sequence[float], tol: float | None = None) -> str:
+    """Return how far a run is that ended by its number of steps, or by its budget.
+
+    Args:
+        taken: that end in words.
+        norms: the norm of the hypergradient at every step.
+        losses: the outer loss at every step.
+        tol: the norm that was asked for.
+
+    >>> not_converged("took 3 steps", [2.0, 1.5, 1.0], [5.0, 4.0, 3.5])
+    'took 3 steps, not converged: |hypergradient| = 1.0e+00, was 2.0e+00, outer loss still falling by 7.5e-01 a step'
+    """
+    if not norms or not math.isfinite(norms[-1] + losses[-1]):
+        return taken
+    reached = f"|hypergradient| = {norms[-1]:.1e}, was {norms[0]:.1e}"
+    if tol is None and norms[-1] <= SMALL * max(norms):
+        return f"{taken}: {reached}"
+    count = min(LAST, len(losses) - 1)
+    fall = (losses[-1 - count] - losses[-1]) / count if count else 0.0
+    falling = fall > 1e-9 * abs(losses[-1])
+    trend = f", outer loss still falling by {fall:.1e} a step" if falling else ", outer loss no longer falling"
+    return f"{taken}, not converged: {reached}{trend if count else ''}"
+
+
 @dataclass(frozen=True)
 class StoppingRules:
     """When a run ends; a function of its history alone. The attributes are the options of `OuterOptimizer.run`."""
@@ -87,6 +118,17 @@ class StoppingRules:
     tol: float | None
     patience: int | None
     min_progress: float
+
+    def end(self, taken: str, history: Sequence[Record], comparable: bool) -> str:
+        """Return how a run ended that took all its steps; losses of changing problems do not compare."""
+        if not comparable:
+            return taken
+        return not_converged(
+            taken,
+            [record.hypergradient_norm for record in history],
+            [record.outer_loss for record in history],
+            self.tol,
+        )
 
     def reason(self, history: Sequence[Record]) -> str:
         """Return why a run with this history ends, or an empty string."""
@@ -101,8 +143,14 @@ class StoppingRules:
         if self.patience is not None and waited >= self.patience:
             return f"no progress for {self.patience} steps"
         if self.budget is not None and sum(record.gradient_equivalents for record in history) >= self.budget:
-            return f"the budget of {self.budget:g} gradient-equivalents is used"
+            return self.end(f"the budget of {self.budget:g} gradient-equivalents is used", history, True)
         return ""
+
+
+def with_remark(stopped: str, problem: BilevelProblem, params: Tree, hparams: Tree) -> str:
+    """Return why a run ended, with what is odd about the outer loss there."""
+    remark = problem.remark(params, hparams)
+    return f"{stopped}; {remark}" if remark else stopped
 
 
 def record_of(step: int, estimate: Estimate) -> Record:

@@ -6,11 +6,16 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bilevel.problem import BilevelProblem
 from bilevel.problems.splits import Split, numbered
 from bilevel.problems.tables import check_columns
 from bilevel.tree import Tree
 
+ROWS = 10
+"""Of fewer validation rows, one may well make half of the loss."""
 INTERCEPT = "centre X and y, or add a column of ones, which is penalised as the others are"
 WEIGHTS = "state the weighted loss by two functions in a BilevelProblem"
 ABSENT = {
@@ -90,6 +95,36 @@ class DataProblem(BilevelProblem):
         for name in unknown:
             remedy = ABSENT.get(name, "its options are in help(bilevel.problems." + type(self).__name__ + ")")
             raise ValueError(f"`{name}` is no option of {type(self).__name__}: {remedy}.")
+
+    def row_losses(self, params: Tree, split: Split) -> Tensor | None:
+        """Return the loss of every row of a split, whose mean is the outer loss; None where a problem does not say.
+
+        Args:
+            params: the inner solution.
+            split: the part of the data.
+        """
+        return None
+
+    def constant_loss(self, split: Split) -> float | None:
+        """Return the mean loss of a split under the best constant prediction of the training rows; None if not known.
+
+        Args:
+            split: the part of the data.
+        """
+        return None
+
+    def remark(self, params: Tree, hparams: Tree) -> str:
+        """Say whether a constant predicts better than the model, or one row makes more than half of the outer loss."""
+        rows, constant = self.row_losses(params, self.val), self.constant_loss(self.val)
+        if rows is None or not bool(torch.isfinite(rows).all()):
+            return ""
+        found, loss, total = [], float(rows.mean()), float(rows.sum())
+        if constant is not None and loss > constant * (1.0 + 1e-6):
+            found.append(f"the outer loss {loss:.4g} is above {constant:.4g}, that of a constant prediction")
+        if len(rows) >= ROWS and float(rows.max()) > 0.5 * total:
+            share = float(rows.max()) / total
+            found.append(f"row {int(rows.argmax()) + 1} of X_val alone makes {share:.0%} of the outer loss")
+        return "; ".join(found)
 
     @property
     @abstractmethod

@@ -35,6 +35,7 @@ from bilevel.problems.design import Design
 from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
 from bilevel.problems.linear_oracles import LinearModelPoint as LinearModelPoint
+from bilevel.problems.splits import Split
 from bilevel.tree import Tree
 
 
@@ -272,6 +273,21 @@ class LinearModelProblem(DataProblem):
     def tuned(self, hparams: Tree) -> Tuned:
         """Return the inner coefficients at some hyperparameters, and how they depend on them."""
         return tuned_penalties(self, hparams)
+
+    def constant_prediction(self) -> Tensor | None:
+        """Return the prediction, 0-d or of shape (classes,), with the least training loss of all constants.
+
+        Returns:
+            None where a family does not say.
+        """
+        return None
+
+    def constant_loss(self, split: Split) -> float | None:
+        """Return the mean loss of a split under `constant_prediction`."""
+        z = self.constant_prediction()
+        if z is None:
+            return None
+        return float(self.loss_at(z[..., None].expand(*z.shape, split.rows), split.y)) / split.rows
 
     def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Return loss and scores on every split, such as ``test_loss`` and ``test_accuracy``."""

@@ -12,7 +12,8 @@ from torch.nn.functional import softplus
 from bilevel.certifiable import LossConstants
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
-from bilevel.problems.splits import class_labels, training_classes
+from bilevel.problems.splits import Split, class_labels, training_classes
+from bilevel.tree import Tree
 
 
 class LogisticProblem(LinearModelProblem):
@@ -92,6 +93,14 @@ class LogisticProblem(LinearModelProblem):
     def rate_at(self, z: Tensor) -> Tensor:
         """The curvature."""
         return self.curvature_at(z)
+
+    def row_losses(self, params: Tree, split: Split) -> Tensor:
+        """Return the loss of every row of a split."""
+        return softplus(-split.y * self.predict(split.X, params))
+
+    def constant_prediction(self) -> Tensor:
+        """The logit of the share of +1 among the training labels."""
+        return torch.logit((self.train.y > 0).to(self.train.X.dtype).mean())
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The accuracy."""

@@ -143,6 +143,17 @@ class MLPProblem(DataProblem, ModuleProblem):
             return {name: torch.full_like(each, value) for name, each in self.params.items()}
         return self.train.X.new_full(() if self.decay == "shared" else (len(self.hidden) + 1,), value)
 
+    def row_losses(self, params: Tree, split: Split) -> Tensor | None:
+        """Return the loss of every row of a split."""
+        with torch.no_grad():
+            z = torch.func.functional_call(self.module, params, (split.X.t(),))
+            return nn.functional.cross_entropy(z, split.y, reduction="none")
+
+    def constant_loss(self, split: Split) -> float | None:
+        """Return the mean loss of a split under the shares of the training labels."""
+        shares = torch.bincount(self.train.y).to(self.train.X.dtype) / self.train.rows
+        return float(nn.functional.nll_loss(shares.log().expand(split.rows, -1), split.y))
+
     def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Return loss and accuracy on every split, such as ``test_loss`` and ``test_accuracy``."""
         figures = {}

@@ -17,6 +17,7 @@ from bilevel.lanczos import Spectrum, lanczos
 from bilevel.oracles import InnerProblem
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
 from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
+from bilevel.problems.splits import Split
 from bilevel.spectral import Eigenbasis, diagonalise
 from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
@@ -146,6 +147,14 @@ class RidgeProblem(LinearModelProblem):
     def rate_at(self, z: Tensor) -> Tensor:
         """The curvature, one."""
         return torch.ones_like(z)
+
+    def row_losses(self, params: Tree, split: Split) -> Tensor:
+        """Return the loss of every row of a split."""
+        return 0.5 * (self.predict(split.X, params) - split.y).square()
+
+    def constant_prediction(self) -> Tensor:
+        """The mean of the training targets."""
+        return self.train.y.mean()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The coefficient of determination R^2; NaN for constant targets."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from bilevel.certifiable import LossConstants
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
-from bilevel.problems.splits import class_labels, training_classes
+from bilevel.problems.splits import Split, class_labels, training_classes
+from bilevel.tree import Tree
 
 
 class SoftmaxProblem(LinearModelProblem):
@@ -115,6 +116,15 @@ class SoftmaxProblem(LinearModelProblem):
                 gram[i, :, j, :] = block
                 gram[j, :, i, :] = block
         return gram.reshape(count * features, count * features)
+
+    def row_losses(self, params: Tree, split: Split) -> Tensor:
+        """Return the loss of every row of a split."""
+        return self.losses_at(self.predict(split.X, params), split.y)
+
+    def constant_prediction(self) -> Tensor:
+        """The logarithms of the shares of the training labels."""
+        counts = torch.bincount(self.train.y, minlength=self.classes)
+        return (counts.to(self.train.X.dtype) / self.train.rows).log()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """The accuracy."""
