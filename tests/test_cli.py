@@ -292,7 +292,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_process_i
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr("bilevel.cli.commands.draw_figures", lambda *_: True)
-    Path("curse.yaml").write_text("experiment: Truncation\ncolumns: [20]\ndraws: 2\nsteps: 20\nindices: [0, 5]\n")
+    Path("curse.yaml").write_text(CURSE)
     arguments = [command, "curse.yaml" if command == "curse" else config, "--out", "out"]
     if command != "curse":
         arguments += ["--set", "outer.steps=1", "--set", "seeds=[0]"]
@@ -310,6 +310,81 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_process_i
             holder.kill()
     assert main(arguments) == 0
     assert ".lock" not in capsys.readouterr().out
+
+
+CURSE = "experiment: Truncation\ncolumns: [20]\ndraws: 2\nsteps: 20\nindices: [0, 5]\n"
+
+
+def test_curse_and_compare_leave_each_others_folders_and_foreign_files_alone(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bilevel.cli.commands.draw_figures", lambda *_: True)
+    monkeypatch.setattr("bilevel.curse.folder.draw", lambda *_: False)
+    Path("small.yaml").write_text(CURSE)
+    Path("taken").mkdir()
+    Path("taken/small.csv").write_text("mine")
+    assert main(["curse", "small.yaml", "--out", "taken"]) == 2
+    assert os.listdir("taken") == ["small.csv"]
+    assert "taken holds small.csv, but nothing says that `bilevel curse` wrote it" in capsys.readouterr().err
+    (Path("cursed") / "mine").mkdir(parents=True)
+    for name in ("notes.json", ".small.csv.tmp", "mine/.a.9.tmp"):
+        (Path("cursed") / name).write_text("{")
+    # Once, again, and again as the version without marks left it.
+    for _ in range(2):
+        assert main(["curse", "small.yaml", "--out", "cursed"]) == 0
+    (Path("cursed") / ".bilevel.json").unlink()
+    assert main(["curse", "small.yaml", "--out", "cursed"]) == 0
+    assert all((Path("cursed") / name).read_text() == "{" for name in ("notes.json", ".small.csv.tmp", "mine/.a.9.tmp"))
+    one = ["compare", config, "--set", "outer.steps=1", "--set", "seeds=[0]", "--out"]
+    capsys.readouterr()
+    for fresh in ([], ["--fresh"]):
+        assert main([*one, "cursed", *fresh]) == 2
+        assert "cursed holds the results of `bilevel curse`: give another place" in capsys.readouterr().err
+    assert main([*one, "compared"]) == 0
+    capsys.readouterr()
+    assert main(["curse", "small.yaml", "--out", "compared"]) == 2
+    assert "compared holds a run of `bilevel compare` or `bilevel tune`: give" in capsys.readouterr().err
+    Path("small.yaml").write_text(CURSE + "name: environment\n")
+    assert main(["curse", "small.yaml", "--out", "cursed"]) == 2
+    assert "`name` must not be environment, claims" in capsys.readouterr().err
+    assert main([*one, "~nobody-of-this-name/x"]) == 2
+    assert "cannot write to the output folder '~nobody-of-this-name/x'" in capsys.readouterr().err
+
+
+OWN_SOLVER = """\
+import bilevel as bl
+
+class Faulty(bl.GradientDescent):
+    def step(self, inner, state):
+        return {}["lost"]
+"""
+
+
+def test_an_exception_of_the_users_own_class_is_told_kept_and_raised_on_demand(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    Path("faulty_solver.py").write_text(OWN_SOLVER)
+    changes = ("solver={class: faulty_solver:Faulty, steps: 3}", "seeds=[0]", "estimators={one: {class: Implicit}}")
+    line = [
+        "compare",
+        config,
+        "--allow-import",
+        *(word for each in changes for word in ("--set", each)),
+        "--out",
+        "out",
+    ]
+    assert main(line) == 1
+    err = capsys.readouterr().err
+    assert "failed: ridge, one, seed 0: KeyError: 'lost' (faulty_solver.py, line 5)." in err
+    (ridge,) = Path("out/checkpoints").glob("*ridge*.txt")
+    assert f"the whole traceback is in {ridge}; --debug raises it where it happens" in err
+    assert 'return {}["lost"]' in ridge.read_text()
+    with pytest.raises(KeyError, match="lost"):
+        main([*line[:-1], "debugged", "--debug"])
+    Path("faulty_solver.py").write_text(OWN_SOLVER + "# mended\n")
+    assert main(line) == 2
+    assert "out holds a run with another source of faulty_solver.py, which has changed since" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["torch", "sklearn"])

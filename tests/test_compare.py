@@ -9,11 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 import torch
 import yaml
@@ -46,6 +49,7 @@ from bilevel.compare import (
     tables,
 )
 from bilevel.compare import folder as folder_module
+from bilevel.compare import run as run_module
 from bilevel.compare.batched import joined, run_group, separated
 from bilevel.compare.cells import CellRun, run_cell
 from bilevel.compare.summary import summarize
@@ -499,6 +503,40 @@ def test_what_happens_outside_is_no_result_and_the_same_call_tries_again(
     expected = run(replace(plan, problems={"quadratic": quadratic}, batch=False), tmp_path / "other")
     assert results(tmp_path / "out") == results(tmp_path / "other")
     assert expected.summary["problems"]["quadratic"]["implicit"]["failures"] == 0
+
+
+def test_a_worker_that_dies_is_a_sentence_and_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(plain_plan(implicit=Implicit()), seeds=(0, 1))
+
+    def killed(plan: Plan, group: Any, folder: RunFolder) -> Any:
+        if group[0].seed == 1:
+            raise BrokenProcessPool("A worker process managed by the executor was unexpectedly terminated.")
+        return run_group(plan, group, folder)
+
+    monkeypatch.setattr("bilevel.compare.run.run_group", killed)
+    # Threads in the place of processes: starting those takes longer than all that they do.
+    with joblib.parallel_config("threading"):
+        first = run(plan, tmp_path, jobs=2)
+        assert first.interrupted
+        assert first.kept_from == ("a worker process was killed or crashed, perhaps out of memory.",)
+        monkeypatch.undo()
+        assert not run(plan, tmp_path, jobs=2).interrupted
+
+
+def test_a_worker_ends_as_soon_as_its_parent_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, ended = [7], []
+    monkeypatch.setattr(run_module, "WATCH_EVERY", 0.001)
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for _ in range(2):
+        run_module._end_with(7)
+    watching = [thread for thread in threading.enumerate() if thread.name == "watch 7"]
+    assert len(watching) == 1
+    time.sleep(0.02)
+    assert ended == []
+    parent[0] = 1
+    watching[0].join(5)
+    assert ended == [1]
 
 
 def test_an_error_in_the_middle_of_a_cell_keeps_the_steps_before(

@@ -107,8 +107,9 @@ class RunFolder:
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
         try:
             self.path = Path(path).expanduser()
-        except RuntimeError as error:
-            raise RunFolderError(f"cannot write to the output folder {path} ({error}): {ELSEWHERE}.") from None
+            os.path.lexists(self.path)
+        except (RuntimeError, ValueError) as error:
+            raise RunFolderError(f"cannot write to the output folder {str(path)!r} ({error}): {ELSEWHERE}.") from None
         self.config = config
         self.cells: Sequence[Cell] = ()
         self.identity: Mapping[str, Mapping[str, str]] = {}

@@ -48,7 +48,8 @@ def earlier_names(folder: Path) -> list[str]:
     if mark is not None:
         return mark["writes"] if mark["kind"] == "run" else []
     environment, config = read_json(folder / "environment.json"), held_config(folder)
-    proven = isinstance(environment, dict) and "bilevel" in (environment.get("versions") or ())
+    versions = environment.get("versions") if isinstance(environment, dict) else None
+    proven = isinstance(versions, dict) and "bilevel" in versions
     if not isinstance(config, dict) or not (proven or re.fullmatch("[0-9a-f]{32}", held_owner(folder))):
         return []
     try:
