@@ -8,7 +8,7 @@ batched outer loss is a tensor of shape (members,).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from bilevel.problem import BilevelProblem
 
 Function: TypeAlias = Callable[..., Any]
+Rows: TypeAlias = Literal["auto", "loop"]
+"""How the members of a batch run: side by side where torch can do that, or one after the other."""
 
 
 def with_data(function: Function | None, data: Tree) -> Function | None:
@@ -43,17 +45,28 @@ def for_members(function: Function | None, data: Tree) -> Function | None:
     return lambda params, hparams: each(params, hparams, *further)
 
 
+class NotSideBySide(ValueError):
+    """A function of one member that works, but not vectorised over members."""
+
+
 def vectorised(function: Function) -> Function:
-    """Return ``torch.func.vmap(function)``, which says in one sentence what it cannot vectorise."""
+    """Return ``torch.func.vmap(function)``.
+
+    It raises `NotSideBySide` where torch cannot vectorise the function, and the function's own error where it fails for
+    one member alone.
+    """
     each = torch.func.vmap(function)
 
     def batched(*trees: Tree) -> Any:
         try:
             return each(*trees)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-            raise ValueError(f"a loss cannot be vectorised over members by torch.func.vmap: {error}") from error
+        except Exception as error:
+            function(*[members.row(tree, 0) for tree in trees])
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise NotSideBySide(
+                f"a loss cannot be vectorised over members by torch.func.vmap: {reason} (members can run one after the "
+                "other: rows='loop')."
+            ) from error
 
     return batched
 
@@ -61,6 +74,14 @@ def vectorised(function: Function) -> Function:
 def summed(function: Function | None) -> Function | None:
     """Return the sum over members of a function for members."""
     return None if function is None else lambda params, hparams: function(params, hparams).sum()
+
+
+def check_rows_option(rows: Any) -> Rows:
+    """Return the option, or refuse another word than "auto" and "loop" by a ValueError."""
+    if rows not in ("auto", "loop"):
+        raise ValueError(f"`rows` must be 'auto' or 'loop', got {rows!r}.")
+    chosen: Rows = rows
+    return chosen
 
 
 def check_size(size: Any) -> None:
@@ -163,7 +184,7 @@ def exact_hypergradient(problem: BilevelProblem, hparams: Tree) -> Tree | None:
     return None if any(row is None for row in rows) else members.stack(rows)
 
 
-def stack(problems: Sequence[BilevelProblem]) -> BilevelProblem:
+def stack(problems: Sequence[BilevelProblem], rows: Rows = "auto") -> BilevelProblem:
     """Return problems of one kind with equal shapes and options as one batch, such as 50 seeds of a split.
 
     Problems with closed forms (`RidgeProblem`, ...) stack their data. A general `BilevelProblem` must have been given
@@ -171,6 +192,7 @@ def stack(problems: Sequence[BilevelProblem]) -> BilevelProblem:
 
     Args:
         problems: at least one.
+        rows: "auto" for members side by side; "loop" for members one after the other, whose data and kinds may differ.
 
     Returns:
         A problem of ``len(problems)`` members; ``member(i)`` is ``problems[i]``.
@@ -189,6 +211,10 @@ def stack(problems: Sequence[BilevelProblem]) -> BilevelProblem:
     if not problems:
         raise ValueError("`stack` needs at least one problem.")
     first = problems[0]
+    if check_rows_option(rows) == "loop":
+        from bilevel.rows import RowsProblem  # imported here: it is a problem, and problems are made of batches
+
+        return RowsProblem(problems)
     for index, problem in enumerate(problems):
         if type(problem) is not type(first):
             raise ValueError(

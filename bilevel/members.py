@@ -50,8 +50,8 @@ def where(mask: Tensor, x: Tree, y: Tree | float) -> Tree:
 
 
 def row(x: Tree, index: int) -> Tree:
-    """Return one member."""
-    return tree.tree_map(lambda leaf: leaf[index], x)
+    """Return one member; leaves that are no tensors are those of all members."""
+    return tree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, x)
 
 
 def with_row(x: Tree, index: int, value: Tree) -> Tree:
@@ -66,8 +66,16 @@ def with_row(x: Tree, index: int, value: Tree) -> Tree:
 
 
 def stack(members: Sequence[Tree]) -> Tree:
-    """Return the batch of some members."""
-    return tree.tree_map(lambda *leaves: torch.stack(leaves), *members)
+    """Return the batch of some members; leaves that are no tensors must be equal (ValueError)."""
+
+    def stacked(*leaves: Any) -> Any:
+        if isinstance(leaves[0], Tensor):
+            return torch.stack(leaves)
+        if any(leaf != leaves[0] for leaf in leaves):
+            raise ValueError(f"members must share what is no tensor, got {leaves[0]!r} and another.")
+        return leaves[0]
+
+    return tree.tree_map(stacked, *members)
 
 
 def expand(x: Tree, size: int) -> Tree:

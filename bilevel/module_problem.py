@@ -142,7 +142,7 @@ class ModuleProblem(BilevelProblem):
         """
         if self.draws is not None or self.statistics is not None:
             raise ValueError(
-                f"a problem with {self.variation} does not run in batches: solve its members one after the other, or "
-                "put the module in evaluation mode before `from_module`."
+                f"a problem with {self.variation} does not run in batches: run its members one after the other "
+                "by rows='loop', or put the module in evaluation mode before `from_module`."
             )
         return super().batched(size, data)

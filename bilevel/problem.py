@@ -113,6 +113,10 @@ class BilevelProblem:
     """The traced oracles of a problem that `traced` made."""
     batch: int | None = None
     """Number of members where this is a batch (see `batched`), else None."""
+    one_by_one: bool = False
+    """Whether the members of this batch run one after the other."""
+    why: str = ""
+    """Why they do, where nobody asked for it."""
     data: Tree = None
 
     def __init__(
@@ -359,7 +363,9 @@ class BilevelProblem:
         """
         batches.check_single(self, size)
         if self._sampling is not None:
-            raise ValueError("a problem with a sampler does not run in batches: give its data by `data=` instead.")
+            raise ValueError(
+                "a problem with a sampler does not run in batches: give its data by `data=` instead, or take rows='loop'."
+            )
         single: list[BilevelProblem]
         if data is None:
             single = [self] * size

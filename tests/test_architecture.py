@@ -61,6 +61,7 @@ FLOORS = {
             "traced",
             "batches",
             "problem",
+            "rows",
             "module_problem",
         ),
         *("data", "datafiles", "dataprep"),

@@ -411,7 +411,7 @@ REFUSED = [
         "`params` must have the leading dimension 4 (one row for each member), got shape (2, 3).",
     ),
     ({"solver": bl.Newton()}, "Newton does not run batches: use GradientDescent or another linear multistep method"),
-    ({"estimator": bl.Implicit(bl.GMRES())}, "GMRES does not run batches: use CG or Direct."),
+    ({"estimator": bl.Implicit(bl.GMRES())}, "GMRES does not run batches: use CG or Direct, or take rows='loop'."),
     ({"estimator": bl.FiniteDifference()}, "FiniteDifference() does not run batches: use FullUnroll()"),
     ({"estimator": bl.TruncatedUnroll(tail="auto")}, "TruncatedUnroll(tail='auto') does not run batches"),
     ({"estimator": bl.Implicit(balance="auto")}, "Implicit(linear_solver=CG(), balance='auto') does not run batches"),
@@ -472,14 +472,6 @@ def test_one_problem_is_asked_for_where_a_batch_makes_no_sense() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             ask()
-
-
-def test_a_loss_that_branches_on_values_gets_a_sentence() -> None:
-    problem = bl.BilevelProblem(
-        lambda x, u: (x - u) ** 2 if x > 0 else (x + u) ** 2, lambda x, u: x * u, torch.ones((), dtype=F64)
-    )
-    with pytest.raises(ValueError, match=r"^a loss cannot be vectorised over members by torch\.func\.vmap: "):
-        bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), normal(1, 3), batch=3)
 
 
 def test_a_negative_penalty_of_any_member_is_refused() -> None:

@@ -476,7 +476,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "give `data` or a `sampler`, not both": (
         lambda: bl.BilevelProblem(inner, outer, START, outer_sampler=in_order(20), data=X)
     ),
-    "a problem with a sampler does not run in batches: give its data by `data=` instead.": (
+    "a problem with a sampler does not run in batches: give its data by `data=` instead, or take rows='loop'.": (
         lambda: bl.BilevelProblem(inner, outer, START, sampler=in_order(20), fresh_batch="outer step").batched(2)
     ),
 }

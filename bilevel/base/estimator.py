@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from bilevel import tree
 from bilevel.base.inner_solver import InnerSolver, InnerState
@@ -129,7 +129,7 @@ class HypergradEstimator(ABC):
         """
         raise ValueError(
             f"{describe(self)} does not run batches: use FullUnroll(), TruncatedUnroll(tail=N), Implicit(CG()) or "
-            "Implicit(Direct())."
+            "Implicit(Direct()), or take rows='loop'."
         )
 
     def at_tolerance(self, tol: float) -> HypergradEstimator:
@@ -182,7 +182,8 @@ class Certificate:
         corrected: for a bound: a hypergradient that is more accurate as a rule, from the work that the bound took.
         corrected_error: for a bound: the distance of `corrected` to the exact hypergradient is at most this.
         signs: for a bound: signs of the exact hypergradient's components, 0 where they are not certain.
-        measured: numbers that the inner solver measured, such as its step size.
+        measured: numbers that the inner solver measured, such as its step size; of a batch under "rows" why its members
+            ran one after the other, where nobody asked for it.
     """
 
     inner_residual: float
@@ -197,7 +198,7 @@ class Certificate:
     corrected: Tree = None
     corrected_error: float | None = None
     signs: Tree = None
-    measured: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

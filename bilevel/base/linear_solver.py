@@ -221,7 +221,7 @@ class LinearSolver(ABC):
         Raises:
             ValueError: for a linear solver that does not run batches.
         """
-        raise ValueError(f"{type(self).__name__} does not run batches: use CG or Direct.")
+        raise ValueError(f"{type(self).__name__} does not run batches: use CG or Direct, or take rows='loop'.")
 
     @abstractmethod
     def solve_flat(self, system: LinearSystem) -> LinearSolution:

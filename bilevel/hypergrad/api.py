@@ -10,6 +10,7 @@ import torch
 
 from bilevel import tree
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver
+from bilevel.batches import NotSideBySide, Rows
 from bilevel.certify import ErrorEstimate
 from bilevel.cost import Meter
 from bilevel.explain import DerivativeError, explained
@@ -19,6 +20,7 @@ from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
 from bilevel.hypergrad.derivatives import check_derivatives
 from bilevel.hypergrad.moving import with_statistics
+from bilevel.hypergrad.rows import loop_hypergradient, one_by_one
 from bilevel.hypergrad.target import Pursuit, check_target
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, report
@@ -34,6 +36,7 @@ def hypergradient(
     params: Tree = None,
     *,
     batch: None = None,
+    rows: Rows = "auto",
     carry: Carry | None = None,
     certify: bool = False,
     target_error: float | None = None,
@@ -49,6 +52,7 @@ def hypergradient(
     params: Tree = None,
     *,
     batch: int,
+    rows: Rows = "auto",
     carry: Carry | None = None,
     certify: bool = False,
     target_error: float | None = None,
@@ -64,6 +68,7 @@ def hypergradient(
     params: Tree = None,
     *,
     batch: int | None = None,
+    rows: Rows = "auto",
     carry: Carry | None = None,
     certify: bool = False,
     target_error: float | None = None,
@@ -83,6 +88,9 @@ def hypergradient(
         batch: number of members to run side by side as one problem. Every leaf of `hparams` then has this leading
             dimension; `params` may have it too, and is the same for all members otherwise. A problem that is a batch
             already (`BilevelProblem.batched`, `bilevel.stack`) needs none.
+        rows: how the members of a batch run: "auto" side by side, or where torch cannot vectorise a loss over them
+            (recurrent layers, values that decide) one after the other, with a note in `certificate.measured`; "loop"
+            one after the other: any solver, estimator and problem, each result that of a single call bit for bit.
         carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
         certify: bound the distance to the exact hypergradient where a proof exists, and estimate it elsewhere (see
             `bilevel.certify.certify_error`).
@@ -113,18 +121,28 @@ def hypergradient(
     """
     rule: HypergradEstimator = as_estimator(estimator)
     check_roles(problem, solver, rule)
-    if batch is not None:
-        problem = as_batch(problem, batch)
+    if batch is not None or rows != "auto":
+        problem = as_batch(problem, batch, rows)
+    if problem.one_by_one:
+        options = {"certify": certify, "target_error": target_error, "on_failure": "return"}
+        single = partial(hypergradient, solver=solver, estimator=rule, **options)
+        return loop_hypergradient(problem, single, solver, hparams, params, carry, check, on_failure)
     if target_error is not None:
         check_target(target_error, problem, solver, rule, certify)
-    used, hparams, start = prepare(problem, solver, rule, hparams, params, check)
-    carry = Carry() if carry is None else carry
-    if check:
+    used, given, start = prepare(problem, solver, rule, hparams, params, check)
+    if check and carry is not None:
         check_carry(carry, solver, start, problem.trainable(start))
     # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
-    carry = carry.copied()
+    warm = Carry() if carry is None else carry.copied()
     if problem.batch is not None:
-        return batch_hypergradient(problem, solver, rule, hparams, start, carry, certify, on_failure)
+        try:
+            return batch_hypergradient(problem, solver, rule, given, start, warm, certify, on_failure)
+        except NotSideBySide as reason:
+            looped = one_by_one(problem, str(reason))
+            return hypergradient(
+                looped, solver, rule, hparams, params, carry=carry, certify=certify, check=False, on_failure=on_failure
+            )
+    hparams, carry = given, warm
     meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
         found = attempt(problem, used, rule, hparams, start, carry, meter)

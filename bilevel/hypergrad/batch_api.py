@@ -20,34 +20,43 @@ from bilevel.base import (
     InnerSolver,
     verdict_of,
 )
+from bilevel.batches import Rows
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
 from bilevel.hypergrad.derivatives import check_members
 from bilevel.hypergrad.not_finite import finite_loss
+from bilevel.hypergrad.rows import one_by_one
 from bilevel.problem import BilevelProblem
+from bilevel.rows import RowsProblem
 from bilevel.status import OnFailure, Status, Verdict, report
 from bilevel.tree import Tree
 
 
-def as_batch(problem: BilevelProblem, batch: int | None) -> BilevelProblem:
+def as_batch(problem: BilevelProblem, batch: int | None, rows: Rows = "auto") -> BilevelProblem:
     """Return the problem as a batch of the size that was asked for.
 
     Args:
         problem: one problem, or a batch already.
         batch: number of members; None for a batch.
+        rows: "loop" for members that run one after the other.
 
     Raises:
         ValueError: for a size that is no positive int, or another than the problem's own; for what is no problem.
     """
+    batches.check_rows_option(rows)
     if not isinstance(problem, BilevelProblem):
         raise ValueError(f"a batch needs a BilevelProblem in the first place, got {type(problem).__name__}.")
     if batch is not None:
         batches.check_size(batch)
-    if problem.batch is None:
-        return problem if batch is None else problem.batched(batch)
-    if batch not in (None, problem.batch):
+    if problem.batch is not None and batch not in (None, problem.batch):
         raise ValueError(f"`batch` is {batch}, but the problem holds {problem.batch} members.")
-    return problem
+    if rows == "loop" and not problem.one_by_one:
+        if problem.batch is not None:
+            return one_by_one(problem)
+        if batch is None:
+            raise ValueError("rows='loop' is for a batch: give `batch=`, the number of members, too.")
+        return RowsProblem([problem] * batch)
+    return problem if batch is None or problem.batch is not None else problem.batched(batch)
 
 
 def batch_hypergradient(

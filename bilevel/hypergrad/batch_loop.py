@@ -76,7 +76,8 @@ def begin_batch(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: C
     if not solver.memberwise:
         raise ValueError(
             f"{type(solver).__name__} does not run batches: use GradientDescent or another linear multistep method, or "
-            "SGD, Adam, AdamW or RMSprop (a solver of your own says `memberwise = True` where its step mixes no rows)."
+            "SGD, Adam, AdamW or RMSprop (a solver of your own says `memberwise = True` where its step mixes no rows), "
+            "or take rows='loop'."
         )
     return solver.init(inner, params) if carry.state is None else solver.warm_start(inner, carry.state)
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import tree
+from bilevel import members, tree
 from bilevel.base import InnerSolver
-from bilevel.batches import vectorised
+from bilevel.batches import NotSideBySide, vectorised
 from bilevel.draws import random_layer
 from bilevel.meta.evaluation import evaluate
 from bilevel.meta.tasks import Tasks, draw
@@ -49,7 +49,9 @@ class MetaProblem(BilevelProblem):
     Args:
         module: the model; its trainable parameters are the initial weights, all else is constant. It is not modified.
         loss: ``(outputs, targets) -> scalar``, such as ``torch.nn.functional.mse_loss``.
-        tasks: ``index -> (support, query)``, both ``(inputs, targets)``; equal for equal indices, and of equal shapes.
+        tasks: ``index -> (support, query)``, both ``(inputs, targets)``; equal for equal indices. Tasks of equal shapes
+            run side by side; those of different shapes, and those of a model that torch cannot vectorise (recurrent
+            layers), one after the other.
         batch_size: tasks in a meta-batch.
         adapt: patterns of the names of the parameters that tasks adapt, such as ``["head.*"]``; the others are shared.
         proximity: c, the weight of ``|d|^2 / 2`` in the inner loss.
@@ -100,7 +102,8 @@ class MetaProblem(BilevelProblem):
         self._init, self.model_at = functional.params, functional.at
         self.adapt = _chosen(self._init, adapt)
         super().__init__(params=self._offsets(batch_size))
-        self.support, self.query = self._drawn(tasks, range(batch_size))
+        self._vectorises = [True]  # in a list, which views share
+        self.support, self.query, self._alike = self._drawn(tasks, range(batch_size))
 
     def initial_hparams(self, **further: Tree) -> dict[str, Tree]:
         """Return the module's weights as ``{"init": {name: tensor}}``, and further hyperparameters by name."""
@@ -147,15 +150,29 @@ class MetaProblem(BilevelProblem):
 
     def task_scores(self, params: Tree, hparams: Tree) -> dict[str, Tensor]:
         """Return the figures of merit of every task, each of shape (tasks,)."""
-        return vectorised(lambda offset, query: self.scores(offset, hparams, query))(params, self.query)
+        found: dict[str, Tensor] = self._for_tasks(
+            lambda offset, query: self.scores(offset, hparams, query), params, self.query
+        )
+        return found
 
     def _losses(self, loss: Callable[..., Tensor], params: Tree, hparams: Tree, data: Tree) -> Tensor:
-        losses: Tensor = vectorised(lambda offset, each: loss(offset, hparams, each))(params, data)
+        losses: Tensor = self._for_tasks(lambda offset, each: loss(offset, hparams, each), params, data)
         if losses.dim() != 1:
             raise ValueError(
                 f"`loss` must return a scalar Tensor for a task, got one of shape {tuple(losses.shape[1:])}."
             )
         return losses
+
+    def _for_tasks(self, function: Callable[[Tree, Tree], Tree], params: Tree, data: Tree) -> Tree:
+        """Apply a function of one task's offset and data to all tasks: side by side, or else one after the other."""
+        if self._alike and self._vectorises[0]:
+            try:
+                return vectorised(function)(params, data)
+            except NotSideBySide:
+                self._vectorises[0] = False
+        count = len(tree.leaves(params)[0])
+        each = [members.row(data, index) for index in range(count)] if self._alike else data
+        return members.stack([function(members.row(params, index), each[index]) for index in range(count)])
 
     # Which tasks ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +186,7 @@ class MetaProblem(BilevelProblem):
         view = copy.copy(self)
         indices = list(indices)
         view.params = self._offsets(len(indices))
-        view.support, view.query = self._drawn(tasks, indices)
+        view.support, view.query, view._alike = self._drawn(tasks, indices)
         return view
 
     @property
@@ -218,14 +235,14 @@ class MetaProblem(BilevelProblem):
             for name in self.adapt
         }
 
-    def _drawn(self, tasks: Tasks, indices: Iterable[int]) -> tuple[Tree, Tree]:
+    def _drawn(self, tasks: Tasks, indices: Iterable[int]) -> tuple[Tree, Tree, bool]:
         like = next(iter(self._init.values()))
 
         def moved(leaf: Tensor) -> Tensor:
             return leaf.to(like) if leaf.is_floating_point() else leaf.to(like.device)
 
-        support, query = tree.tree_map(moved, draw(tasks, indices))
-        return support, query
+        support, query, alike = draw(tasks, indices)
+        return tree.tree_map(moved, support), tree.tree_map(moved, query), alike
 
 
 def squared_norm(offset: Tree) -> Tensor:

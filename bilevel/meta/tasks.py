@@ -25,18 +25,19 @@ class Tasks(Protocol):
         """Return a task, the same one whenever it is asked for."""
 
 
-def draw(tasks: Tasks, indices: Iterable[int]) -> Task:
-    """Return some tasks, stacked.
+def draw(tasks: Tasks, indices: Iterable[int]) -> tuple[Tree, Tree, bool]:
+    """Return some tasks.
 
     Args:
         tasks: where they come from.
         indices: which of them.
 
     Returns:
-        (support, query), whose leaves have a leading dimension, one row for each task.
+        (support, query, True) for tasks of equal shapes: their leaves have a leading dimension, one row for each task.
+        Otherwise (list of supports, list of queries, False).
 
     Raises:
-        ValueError: for what is no pair of trees of tensors, and for tasks of different shapes.
+        ValueError: for what is no pair of trees of tensors.
     """
     found: list[Any] = []
     for index in indices:
@@ -47,14 +48,10 @@ def draw(tasks: Tasks, indices: Iterable[int]) -> Task:
                 f"got {type(task).__name__}."
             )
         found.append(task)
-        shapes = [[tuple(leaf.shape) for leaf in tree.leaves(each)] for each in (found[0], task)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"tasks side by side must have equal shapes, but `tasks({index})` has {shapes[1]} and the first task "
-                f"of the meta-batch {shapes[0]}."
-            )
-    stacked: Task = members.stack(found)
-    return stacked
+    shapes = [[(name, leaf.shape) for name, leaf in zip(tree.names(t), tree.leaves(t), strict=True)] for t in found]
+    if any(each != shapes[0] for each in shapes):
+        return [support for support, _ in found], [query for _, query in found], False
+    return *members.stack(found), True
 
 
 def _all_tensors(task: Any) -> bool:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from bilevel import members, tree
 from bilevel.base import BatchEstimate, HypergradEstimator, InnerSolver, verdict_of
+from bilevel.batches import Rows
 from bilevel.hypergrad.batch_api import as_batch
 from bilevel.outer.checks import check_steps
 from bilevel.outer.loop import OuterOptimizer
@@ -78,6 +79,7 @@ class BatchOuterOptimizer(OuterOptimizer):
         hparams: where to start: a row for each member in every leaf.
         optimizer: see `OuterOptimizer`.
         batch: number of members; None where the problem is a batch.
+        rows: how they run; see `hypergradient`.
         options: the other options of `OuterOptimizer`; constraints hold for each member.
 
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
@@ -101,9 +103,10 @@ class BatchOuterOptimizer(OuterOptimizer):
         optimizer: Any = None,
         *,
         batch: int | None = None,
+        rows: Rows = "auto",
         **options: Any,
     ) -> None:
-        problem = as_batch(problem, batch)
+        problem = as_batch(problem, batch, rows)
         assert problem.batch is not None
         members.check_rows("hparams", hparams, problem.batch)
         super().__init__(problem, solver, estimator, hparams, optimizer, **options)

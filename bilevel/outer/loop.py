@@ -73,7 +73,8 @@ class OuterOptimizer:
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
         batch: number of members whose hyperparameters are tuned side by side, each with its own history and its own
-            end: the object is then a `BatchOuterOptimizer`. A problem that is a batch already needs none.
+            end: the object is then a `BatchOuterOptimizer`. A problem that is a batch already needs none. With
+            ``rows="loop"`` they run one after the other, see `hypergradient`.
 
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -90,7 +91,8 @@ class OuterOptimizer:
         cls, problem: BilevelProblem | None = None, *args: Any, batch: int | None = None, **options: Any
     ) -> OuterOptimizer:
         """Choose the class of the loop: one problem, or a batch."""
-        if cls is OuterOptimizer and (batch is not None or getattr(problem, "batch", None) is not None):
+        many = batch is not None or "rows" in options or getattr(problem, "batch", None) is not None
+        if cls is OuterOptimizer and many:
             from bilevel.outer.batch import BatchOuterOptimizer
 
             cls = BatchOuterOptimizer
