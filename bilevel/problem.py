@@ -364,7 +364,8 @@ class BilevelProblem:
         batches.check_single(self, size)
         if self._sampling is not None:
             raise ValueError(
-                "a problem with a sampler does not run in batches: give its data by `data=` instead, or take rows='loop'."
+                "a problem with a sampler does not run in batches: give its data by `data=` instead, or take "
+                "rows='loop'."
             )
         single: list[BilevelProblem]
         if data is None:
