@@ -212,7 +212,7 @@ def _in_blocks(
 
 def conjugate_gradients_of_rows(
     matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, goals: Tensor, limit: int, every: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run CG on independent systems side by side; a row that has reached its goal stands still.
 
     Args:
@@ -224,7 +224,8 @@ def conjugate_gradients_of_rows(
         every: steps between two looks at whether any row still moves.
 
     Returns:
-        (last iterates, steps of each row, the last curvature of each row; one that is not positive ended it).
+        (last iterates, steps, the last curvature, the smallest and the largest one of each row); a last curvature that
+        is not positive ended its row.
 
     >>> A, b = torch.tensor([[[2.0]], [[4.0]]]), torch.tensor([[2.0], [2.0]])
     >>> conjugate_gradients_of_rows(lambda v: (A @ v[..., None])[..., 0], 0 * b, b, torch.zeros(2), 5, 1)[0]
@@ -233,6 +234,7 @@ def conjugate_gradients_of_rows(
     """
     p, rr = r, torch.linalg.vecdot(r, r)
     curvature, steps = torch.ones_like(rr), torch.zeros_like(rr, dtype=torch.int64)
+    smallest, largest = torch.full_like(rr, torch.inf), torch.zeros_like(rr)
     for step in range(limit):
         moving = (rr > goals) & (curvature > 0)
         if step % every == 0 and not bool(moving.any()):
@@ -240,6 +242,8 @@ def conjugate_gradients_of_rows(
         product = matvec(p)
         energy = torch.linalg.vecdot(p, product)
         curvature = torch.where(moving, energy / torch.linalg.vecdot(p, p), curvature)
+        smallest = torch.where(moving, torch.minimum(smallest, curvature), smallest)
+        largest = torch.where(moving, torch.maximum(largest, curvature), largest)
         moving = moving & (curvature > 0)
         length = torch.where(moving, rr / energy, 0.0)[:, None]
         still = ~moving[:, None]
@@ -249,4 +253,4 @@ def conjugate_gradients_of_rows(
         before, rr = rr, torch.linalg.vecdot(r, r)
         p = torch.where(still, p, torch.addcmul(r, (rr / before)[:, None], p))
         steps = steps + moving
-    return x, steps, curvature
+    return x, steps, curvature, smallest, largest

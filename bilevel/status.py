@@ -87,9 +87,9 @@ class Verdict:
         return f"{self.detail} [{self.status.name}] {self.status.remedy}." if self.detail else self.status.remedy
 
     def worse(self, other: Verdict) -> Verdict:
-        """Return the verdict that matters more: a failure before a doubt, a doubt before `OK`; ties keep the first."""
+        """Return the verdict that matters more: a failure, a doubt, `OK` with a note, `OK`; ties keep the first."""
         if other.status is Status.OK:
-            return self
+            return other if self == Verdict() else self
         ranks = [0 if status.ok else 1 if status.usable else 2 for status in (self.status, other.status)]
         return other if ranks[1] > ranks[0] else self
 

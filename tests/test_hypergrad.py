@@ -359,3 +359,39 @@ def test_hypergradients_on_the_gpu_equal_those_on_the_cpu(estimator: Any) -> Non
         results.append(bl.hypergradient(problem, bl.GradientDescent(tol=1e-10), estimator, u).hypergradient)
     assert results[1].is_cuda
     torch.testing.assert_close(results[1].cpu(), results[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("linear_solver", [bl.GMRES(), bl.CG(), bl.Direct()], ids=lambda s: type(s).__name__)
+def test_a_maximum_or_a_saddle_of_an_inner_loss_is_no_solution(linear_solver: bl.LinearSolver) -> None:
+    for curvatures in ([-1.0, -2.0], [1.0, -2.0]):
+        c = torch.tensor(curvatures, dtype=F64)
+
+        def inner(x: Any, u: Any, c: Any = c) -> Any:
+            return (0.5 * c * x * x).sum() - u * x.sum()
+
+        problem = bl.BilevelProblem(inner, lambda x, u: (x - 1).square().sum(), torch.zeros(2, dtype=F64))
+        # A step towards any stationary point, minimum or not.
+        solver = bl.FixedPoint(lambda x, u, c=c: x - 0.4 * c * (c * x - u), steps=300)
+        found = bl.hypergradient(
+            problem, solver, bl.Implicit(linear_solver), torch.tensor(0.5, dtype=F64), on_failure="return"
+        )
+        assert found.status is bl.Status.NEGATIVE_CURVATURE
+
+
+@pytest.mark.parametrize("linear_solver", [bl.GMRES(), bl.CG(), bl.Direct()], ids=lambda s: type(s).__name__)
+def test_singular_directions_of_the_hessian_matter_only_where_the_outer_loss_sees_them(
+    linear_solver: bl.LinearSolver,
+) -> None:
+    rows, y, u = normal(101, 3, 5), normal(102, 3), torch.tensor(1.3, dtype=F64)
+    inner = lambda w, u: (rows @ w - u * y).square().sum()  # noqa: E731
+    given = (bl.GradientDescent(tol=1e-10), bl.Implicit(linear_solver), u)
+    blind = bl.BilevelProblem(inner, lambda w, u: (rows @ w).square().sum(), torch.zeros(5, dtype=F64))
+    found = bl.hypergradient(blind, *given)
+    assert found.status.ok
+    assert float(found.hypergradient) == pytest.approx(float(2 * u * y @ y), rel=1e-7)
+    if isinstance(linear_solver, bl.Direct):
+        assert "2 singular direction(s), which the outer loss does not see" in found.verdict.detail
+    seeing = bl.BilevelProblem(inner, lambda w, u: (w - 1).square().sum(), torch.zeros(5, dtype=F64))
+    found = bl.hypergradient(seeing, *given, on_failure="return")
+    assert found.status is bl.Status.SINGULAR
+    assert "damping above" not in str(found.verdict)

@@ -262,11 +262,63 @@ def test_a_product_that_is_not_finite_is_reported_as_such(solver: bl.LinearSolve
     assert solve(solver, matrix, normal(27, 4)).verdict.status is Status.NOT_FINITE
 
 
-def test_direct_reports_a_matrix_that_is_not_symmetric() -> None:
+def test_direct_solves_a_matrix_that_is_not_symmetric_unless_it_should_be_a_hessian() -> None:
     matrix = spd(28, 4) + torch.triu(normal(29, 4, 4), 1)
-    solution = solve(bl.Direct(), matrix, normal(30, 4))
-    assert solution.verdict.status is Status.LINEAR_NOT_CONVERGED
-    assert "the matrix is not symmetric" in str(solution.verdict)
+    b = normal(30, 4)
+    solution = solve(bl.Direct(), matrix, b)
+    assert solution.verdict.status.ok
+    torch.testing.assert_close(solution.x, torch.linalg.solve(matrix, b))
+    refused = bl.Direct().solve(lambda v: matrix @ v, b, definite=True)
+    assert refused.verdict.status is Status.LINEAR_NOT_CONVERGED
+    assert "not symmetric" in str(refused.verdict)
+
+
+def test_direct_takes_an_indefinite_matrix_where_no_minimum_is_promised() -> None:
+    matrix, b = torch.diag(torch.tensor([3.0, -0.25], dtype=F64)), torch.ones(2, dtype=F64)
+    solution = bl.Direct().solve(lambda v: matrix @ v, b, definite=False)
+    assert solution.verdict.status.ok
+    torch.testing.assert_close(solution.x, b / matrix.diagonal())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("solver", [bl.Direct(), bl.CG(), bl.GMRES()], ids=lambda s: type(s).__name__)
+def test_singular_directions_matter_only_where_the_right_hand_side_sees_them(
+    solver: bl.LinearSolver, dtype: torch.dtype
+) -> None:
+    rows = normal(81, 5, 8).to(dtype)
+    matrix, seen = rows.t() @ rows, rows.t() @ normal(82, 5).to(dtype)
+    unseen = bl.base.LinearSolver.solve(solver, lambda v: matrix @ v, seen, dense=lambda: matrix, definite=True)
+    assert unseen.verdict.status.ok
+    # The component along the singular directions is left alone.
+    expected = (torch.linalg.pinv(matrix.double(), rtol=1e-5) @ seen.double()).to(dtype)
+    torch.testing.assert_close(unseen.x, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-9)
+    if isinstance(solver, bl.Direct):
+        assert "3 singular direction(s), which the outer loss does not see" in unseen.verdict.detail
+    failed = solver.solve(lambda v: matrix @ v, normal(83, 8).to(dtype), definite=True)
+    assert failed.verdict.status is Status.SINGULAR
+    assert "damping above" not in str(failed.verdict)
+
+
+@pytest.mark.parametrize("solver", [bl.CG(), bl.Direct()], ids=lambda s: type(s).__name__)
+def test_singular_members_of_a_batch_are_judged_as_single_systems_are(solver: bl.LinearSolver) -> None:
+    rows = normal(81, 5, 8)
+    matrix, regular = rows.t() @ rows, spd(84, 8)
+    matrices = torch.stack([matrix, matrix, regular, -regular])
+    b = torch.stack([rows.t() @ normal(82, 5), normal(83, 8), normal(83, 8), normal(83, 8)])
+    solution = solver.solve_batch(lambda v: (matrices @ v[..., None])[..., 0], b, dense=lambda: matrices, definite=True)
+    assert [v.status for v in solution.verdicts] == [
+        Status.OK, Status.SINGULAR, Status.OK, Status.NEGATIVE_CURVATURE
+    ]  # fmt: skip
+    torch.testing.assert_close(solution.x[0], torch.linalg.pinv(matrix) @ b[0])
+    torch.testing.assert_close(solution.x[2], torch.linalg.solve(regular, b[2]))
+
+
+def test_gmres_reports_negative_curvature_of_what_should_be_a_hessian() -> None:
+    matrix, b = torch.diag(torch.tensor([3.0, 1.0, -0.25], dtype=F64)), torch.ones(3, dtype=F64)
+    assert bl.GMRES().solve(lambda v: matrix @ v, b).verdict.status.ok
+    found = bl.GMRES().solve(lambda v: matrix @ v, b, definite=True).verdict
+    assert found.status is Status.NEGATIVE_CURVATURE
+    assert "GMRES met the curvature -0.25 within 3 steps" in found.detail
 
 
 def test_direct_gives_the_same_with_a_dense_matrix_at_hand_and_from_products() -> None:

@@ -51,6 +51,8 @@ class LinearSystem:
         dense: returns A as a matrix, where that is cheaper than `size` products.
         precondition: v -> an approximation of ``A^-1 v``, symmetric positive definite; None for none.
         damping: the multiple of the identity that A is known to hold.
+        definite: whether A has to be positive definite, as a Hessian at a minimum is, so that a negative curvature is a
+            failure; None where nothing is known.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -60,6 +62,7 @@ class LinearSystem:
     dense: Callable[[], Tensor] | None = None
     precondition: Callable[[Tensor], Tensor] | None = None
     damping: float = 0.0
+    definite: bool | None = None
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return (x0, b - A x0), not to be written to; a zero start costs no product, and no memory."""
@@ -95,6 +98,7 @@ class BatchLinearSystem:
         x0: where to start.
         tol: relative residual to reach.
         dense: returns all matrices, of shape (members, size, size).
+        definite: see `LinearSystem`.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -102,6 +106,7 @@ class BatchLinearSystem:
     x0: Tensor | None
     tol: float
     dense: Callable[[], Tensor]
+    definite: bool | None = None
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return (x0, b - A x0); a zero start costs no product."""
@@ -138,6 +143,7 @@ class LinearSolver(ABC):
         dense: Callable[[], Tensor] | None = None,
         precondition: Callable[[Tensor], Tensor] | None = None,
         damping: float = 0.0,
+        definite: bool | None = None,
     ) -> LinearSolution:
         """Solve ``A x = b``.
 
@@ -150,6 +156,7 @@ class LinearSolver(ABC):
             precondition: an approximate inverse of A on flat vectors, symmetric positive definite (used by `CG`); it
                 changes the number of steps, never the residual that is reached.
             damping: the multiple of the identity that `matvec` is known to hold (used by `Nystrom`).
+            definite: whether A has to be positive definite (used by `Direct` and `GMRES`); None: not known.
 
         Returns:
             The last iterate with its true residual and a verdict; failure is never hidden and never raised.
@@ -170,11 +177,17 @@ class LinearSolver(ABC):
         if unit != 1.0:
             flat, start = flat / unit, None if start is None else start / unit
         tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_flat(LinearSystem(product, flat, start, tol, dense, precondition, damping))
+        solution = self.solve_flat(LinearSystem(product, flat, start, tol, dense, precondition, damping, definite))
         return replace(solution, x=raveler.unravel(solution.x if unit == 1.0 else solution.x * unit))
 
     def solve_batch(
-        self, matvec: Matvec, b: Tree, x0: Tree = None, *, dense: Callable[[], Tensor]
+        self,
+        matvec: Matvec,
+        b: Tree,
+        x0: Tree = None,
+        *,
+        dense: Callable[[], Tensor],
+        definite: bool | None = None,
     ) -> BatchLinearSolution:
         """Solve the systems of all members of a batch.
 
@@ -183,6 +196,7 @@ class LinearSolver(ABC):
             b: right-hand sides, stacked.
             x0: where to start; zero by default.
             dense: returns the matrices, of shape (members, size, size).
+            definite: see `solve`.
 
         Returns:
             The last iterates, with a residual and a verdict for each member.
@@ -197,7 +211,7 @@ class LinearSolver(ABC):
 
         start = None if x0 is None else raveler.ravel(x0) / unit
         tol = getattr(self, "tol", None) or default_tolerance(flat.dtype)
-        solution = self.solve_rows(BatchLinearSystem(product, flat / unit, start, tol, dense))
+        solution = self.solve_rows(BatchLinearSystem(product, flat / unit, start, tol, dense, definite))
         return replace(solution, x=raveler.unravel(solution.x * unit))
 
     def at_tolerance(self, tol: float) -> LinearSolver:

@@ -27,7 +27,7 @@ def rounding_floor(
     A target below it asks for float64 or for a larger penalty. Cost: four linear solves and some gradients.
 
     Args:
-        problem: a problem with an inner loss.
+        problem: the problem.
         hparams: hyperparameters.
         params: an iterate near the inner solution.
         adjoint: an approximate ``H^-1 f_x`` there.
@@ -59,8 +59,8 @@ def rounding_floor(
 
     inverse = Inverse() if inverse is None else inverse
 
-    def solve(b: Tensor) -> Tensor:
-        solved = inverse.solve(point, ravel_x, b)
+    def solve(b: Tensor, transposed: bool) -> Tensor:
+        solved = inverse.solve(point, ravel_x, b, transposed)
         return torch.full_like(b, torch.nan) if solved.reason else solved.x
 
     floors = []
@@ -70,9 +70,9 @@ def rounding_floor(
         signs = torch.randint(0, 2, (2, len(x)), generator=generator).to(x) * 2 - 1
         unit = torch.finfo(x.dtype).eps
         s_1, r_1, _, p_1 = at(x * (1 + unit * signs[0]), w * (1 + unit * signs[1]))
-        n_x = solve(s_1 - s)
+        n_x = solve(s_1 - s, False)
         _, _, outer_x, p_x = at(x + n_x, w)
-        n_w = solve(r_1 - r + outer_x - outer)
+        n_w = solve(r_1 - r + outer_x - outer, True)
         along = p_x - p - ravel_u.ravel(point.cross(ravel_x.unravel(n_w)))
         floors.append(float(torch.linalg.vector_norm(along) + torch.linalg.vector_norm(p_1 - p)))
     return max(floors)

@@ -43,13 +43,20 @@ class Solved:
 
     Attributes:
         x: the solution.
-        error: its relative Euclidean error: an estimate.
+        left: ``b - H x``.
+        error: the relative Euclidean error of x: an estimate.
         reason: why H has no inverse to speak of; empty where it has.
     """
 
     x: Tensor
+    left: Tensor
     error: float = 0.0
     reason: str = ""
+
+    @classmethod
+    def failed(cls, b: Tensor, reason: str) -> Solved:
+        """Return that there is no solution."""
+        return cls(torch.zeros_like(b), b, math.inf, reason)
 
 
 class Inverse:
@@ -58,22 +65,26 @@ class Inverse:
     def __init__(self) -> None:
         self._factor: Tensor | None = None
         self._smallest: float | None = None
+        self._jacobian: tuple[Linearization, Tensor] | None = None
         self.condition = 1.0
         """Largest over smallest eigenvalue, as far as they are known."""
 
-    def solve(self, point: Linearization, raveler: tree.Raveler, b: Tensor) -> Solved:
-        """Solve ``H x = b`` with the Hessian at `point`.
+    def solve(self, point: Linearization, raveler: tree.Raveler, b: Tensor, transposed: bool = False) -> Solved:
+        """Solve ``H x = b`` with the Hessian at `point`, or with the Jacobian of an optimality map.
 
         Args:
             point: the linearised inner gradient.
             raveler: of params.
             b: right-hand side.
+            transposed: solve with the transposed Jacobian, as the adjoint does.
 
         Returns:
             The solution with its error; with a reason where the Hessian is not positive definite.
         """
         if not bool(torch.linalg.vector_norm(b) > 0):
-            return Solved(torch.zeros_like(b))
+            return Solved(torch.zeros_like(b), b)
+        if not point.inner.problem.symmetric:
+            return self._by_elimination(point, raveler.size, b, transposed)
         product = flat_product(point, raveler)
         if raveler.size > DENSE:
             return self._by_smallest(product, b)
@@ -81,12 +92,12 @@ class Inverse:
         if fresh:
             reason = self._factorise(point)
             if reason:
-                return Solved(b, math.inf, reason)
+                return Solved.failed(b, reason)
         solved = self._by_factor(product, b)
         if solved is None and not fresh:
             self._factor = None
             return self.solve(point, raveler, b)
-        return solved or Solved(b, math.inf, "the Hessian's products and its matrix differ")
+        return solved or Solved.failed(b, "the Hessian's products and its matrix differ")
 
     def _factorise(self, point: Linearization) -> str:
         """Factor the Hessian; return why that is not possible, or an empty string."""
@@ -121,8 +132,28 @@ class Inverse:
         smallest, largest = run.spectrum()
         if smallest < 1 / NEAR or largest > NEAR:
             return None
-        left = torch.linalg.vector_norm(apply(b - product(run.x)))
-        return Solved(run.x, float(left / torch.linalg.vector_norm(run.x)))
+        left = b - product(run.x)
+        error = torch.linalg.vector_norm(apply(left)) / torch.linalg.vector_norm(run.x)
+        return Solved(run.x, left, float(error))
+
+    def _by_elimination(self, point: Linearization, size: int, b: Tensor, transposed: bool) -> Solved:
+        """Solve with the Jacobian of an optimality map as a matrix, made anew at every point."""
+        if size > DENSE:
+            reason = f"errors of an optimality map are estimated up to {DENSE} unknowns, and here are {size:,}"
+            return Solved.failed(b, reason)
+        if self._jacobian is None or self._jacobian[0] is not point:
+            self._jacobian = point, point.dense_hessian()
+        matrix = self._jacobian[1].mT if transposed else self._jacobian[1]
+        if not bool(torch.isfinite(matrix).all()):
+            return Solved.failed(b, "the Jacobian of the optimality map is not finite")
+        values = torch.linalg.svdvals(matrix)
+        smallest, largest = float(values[-1]), float(values[0])
+        if smallest <= size * torch.finfo(b.dtype).eps * largest:
+            reason = f"the Jacobian of the optimality map is singular: singular values from {smallest:.3g}"
+            return Solved.failed(b, f"{reason} to {largest:.3g}")
+        self.condition = largest / smallest
+        x = torch.linalg.solve(matrix, b)
+        return Solved(x, b - matrix @ x)
 
     def _by_smallest(self, product: Callable[[Tensor], Tensor], b: Tensor) -> Solved:
         """Run CG until its residual over the smallest eigenvalue is small."""
@@ -131,9 +162,9 @@ class Inverse:
         smallest = self._smallest
         if math.isnan(smallest):
             reason = f"the smallest curvature of the inner Hessian was not found in {MAX_STEPS} products"
-            return Solved(b, math.inf, reason)
+            return Solved.failed(b, reason)
         if not smallest > 0:
-            return Solved(b, math.inf, _not_definite(smallest, math.inf, b.dtype))
+            return Solved.failed(b, _not_definite(smallest, math.inf, b.dtype))
         floor = (10 * torch.finfo(b.dtype).eps) ** 2 * float(torch.dot(b, b))
 
         def enough(run: Krylov) -> bool:
@@ -141,8 +172,8 @@ class Inverse:
 
         run = conjugate_gradients(product, torch.zeros_like(b), b, enough, MAX_STEPS)
         if run.negative is not None:
-            return Solved(run.x, math.inf, _not_definite(run.negative, math.inf, b.dtype))
-        return Solved(run.x, run.residual / (smallest * run.size))
+            return Solved.failed(b, _not_definite(run.negative, math.inf, b.dtype))
+        return Solved(run.x, b - product(run.x), run.residual / (smallest * run.size))
 
 
 def smallest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[float, float]:

@@ -87,7 +87,7 @@ def refine(
     two short CG runs, two gradients, two outer gradients and one cross product.
 
     Args:
-        problem: the problem, with an inner loss (a symmetric Hessian).
+        problem: the problem.
         hparams: where p was taken.
         params: the inner iterate that p was computed at.
         hypergradient: p.
@@ -116,8 +116,6 @@ class Refinement:
 
     def __call__(self, params: Tree, hypergradient: Tree, adjoint: Tree = None) -> ErrorEstimate:
         """Return the estimate; see `refine`."""
-        if not self.problem.symmetric:
-            return ErrorEstimate(None, "none", "the refinement needs an inner loss with a symmetric Hessian")
         inner = self.problem.bind(self.hparams, self.counts)
         ravel_x, ravel_u = tree.Raveler(params), tree.Raveler(self.hparams)
         given = ravel_u.ravel(hypergradient)
@@ -136,7 +134,7 @@ class Refinement:
             right = -ravel_x.ravel(by_params)
             if bool(w.any()):
                 right = flat_product(point, ravel_x)(w) + right
-            correction = self.inverse.solve(point, ravel_x, right)
+            correction = self.inverse.solve(point, ravel_x, right, transposed=True)
             if correction.reason:
                 return ErrorEstimate(None, "none", correction.reason)
             w = w - correction.x
@@ -192,7 +190,6 @@ def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor, inv
     step, product = inverse.solve(point, raveler, here), flat_product(point, raveler)
     if step.reason:
         return _Correction(x, reason=step.reason)
-    linear = here - product(step.x)
     t = 1.0
     while True:
         moved = x - t * step.x
@@ -202,6 +199,6 @@ def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor, inv
         t /= 2
     # At the rounding floor the gradient cannot follow its linearisation; that says nothing about curvature.
     floor = 100 * torch.finfo(x.dtype).eps * (torch.linalg.vector_norm(product(x)) + length)
-    away = torch.linalg.vector_norm(there - linear)
+    away = torch.linalg.vector_norm(there - step.left)
     nonlinearity = 1.0 if t < 1 and bool(length > floor) else float(away / length) if bool(away > floor) else 0.0
     return _Correction(moved, step.error, nonlinearity)

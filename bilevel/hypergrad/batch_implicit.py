@@ -50,7 +50,11 @@ def solve(
         before = Counter(meter.counts)
         point = inner.linearize(solved)
         solution = linear_solver.solve_batch(
-            damped(point.hvp, damping), cotangent, carry.adjoint, dense=damped_matrix(point, damping)
+            damped(point.hvp, damping),
+            cotangent,
+            carry.adjoint,
+            dense=damped_matrix(point, damping),
+            definite=problem.symmetric,
         )
         by_hparams = tree.scale(-1.0, point.cross(solution.x))
         meter.sample()

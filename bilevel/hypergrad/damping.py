@@ -20,7 +20,7 @@ def damped(product: Callable[[Tree], Tree], damping: float) -> Callable[[Tree], 
 
 
 def damped_matrix(point: Linearization, damping: float) -> Callable[[], Tensor]:
-    """Return what makes ``H + damping I`` as a matrix; of a batch, those of all members.
+    """Return what makes ``H' + damping I`` as a matrix, as `damped` has its products; of a batch, those of all members.
 
     Args:
         point: the linearised inner gradient.
@@ -28,7 +28,7 @@ def damped_matrix(point: Linearization, damping: float) -> Callable[[], Tensor]:
     """
 
     def dense() -> Tensor:
-        matrix = point.dense_hessian()
+        matrix = point.dense_hessian().mT
         return matrix + damping * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
     return dense

@@ -103,7 +103,7 @@ class Implicit(HypergradEstimator):
         if self.linear_solver.needs_symmetry and not problem.symmetric:
             raise ValueError(
                 f"{type(self.linear_solver).__name__} needs a symmetric matrix, but this problem is stated by an "
-                "optimality map, whose Jacobian need not be symmetric: use Implicit(GMRES())."
+                "optimality map, whose Jacobian need not be symmetric: use Implicit(GMRES()) or Implicit(Direct())."
             )
 
     def at_tolerance(self, tol: float) -> Implicit:
@@ -161,6 +161,7 @@ class Implicit(HypergradEstimator):
                 dense=damped_matrix(point, self.damping) if loss is None else None,
                 precondition=precondition,
                 damping=self.damping,
+                definite=problem.symmetric,
             )
             meter.sample()
             total = tree.scale(-1.0, point.cross(solution.x))

@@ -14,6 +14,11 @@ from bilevel.krylov import conjugate_gradients, conjugate_gradients_of_rows
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
+ROUNDING = 1e3
+"""Rounding units of the largest curvature below which a negative one says nothing."""
+MOST = 2_000
+"""Steps up to which the smallest curvature of a failed run is computed."""
+
 
 @dataclass(frozen=True)
 class CG(LinearSolver):
@@ -62,20 +67,32 @@ class CG(LinearSolver):
         # The recursive residual drifts from the true one; the evidence is the true one.
         residual = float(torch.linalg.vector_norm(b - matvec(run.x)) / torch.linalg.vector_norm(b))
         curvature = 1.0 if run.negative is None else run.negative
-        return LinearSolution(run.x, residual, run.steps, self._judge(residual, tol, run.steps, curvature))
+        smallest = floor = 0.0
+        if curvature <= 0 or (self.steps is None and residual > 10 * tol):
+            # What is rounding beside the other curvatures is no curvature.
+            largest = float(torch.linalg.vector_norm(matvec(b)) / torch.linalg.vector_norm(b))
+            floor = ROUNDING * torch.finfo(b.dtype).eps * largest
+            known = system.precondition is None and run.steps <= MOST
+            smallest = run.spectrum()[0] if known else math.inf
+        verdict = self._judge(residual, tol, run.steps, curvature, smallest, floor)
+        return LinearSolution(run.x, residual, run.steps, verdict)
 
     def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
         """Run CG on rows; a finished row stands still."""
         every = self.check_every or look.steps_between(system.b.device)
         tol, limit = self._goal(system.tol, system.b[0])
         goals = tol**2 * torch.linalg.vecdot(system.b, system.b)
-        x, steps, curvatures = conjugate_gradients_of_rows(system.matvec, *system.start(), goals, limit, every)
+        run = conjugate_gradients_of_rows(system.matvec, *system.start(), goals, limit, every)
+        x, steps, *curvatures = run
         # One transfer each, not one for every member.
         residuals = [float(value) for value in system.residuals(x).cpu()]
         taken = [int(count) for count in steps.cpu()]
+        floors = ROUNDING * torch.finfo(system.b.dtype).eps * curvatures[2]
+        # One transfer for all of them.
+        found = torch.stack((*curvatures[:2], floors), dim=1).cpu().unbind()
         verdicts = [
-            self._judge(residual, tol, count, float(curvature))
-            for residual, count, curvature in zip(residuals, taken, curvatures.cpu(), strict=True)
+            self._judge(residual, tol, count, *(float(number) for number in numbers))
+            for residual, count, numbers in zip(residuals, taken, found, strict=True)
         ]
         return BatchLinearSolution(x, residuals, taken, verdicts)
 
@@ -85,15 +102,26 @@ class CG(LinearSolver):
             return tol, self.max_steps or max(100, 10 * b.numel())
         return float(torch.finfo(b.dtype).eps), self.steps
 
-    def _judge(self, residual: float, tol: float, steps: int, curvature: float) -> Verdict:
+    def _judge(
+        self, residual: float, tol: float, steps: int, curvature: float, smallest: float, floor: float
+    ) -> Verdict:
+        """Judge a run by its residual, its last and its smallest curvature; what is below `floor` is rounding."""
         if curvature <= 0 and math.isfinite(curvature):
             detail = f"CG met the curvature {curvature:.3g} after {steps} steps (relative residual {residual:.2e})"
-            if curvature == 0.0:
+            # Rounding alone makes a singular direction look negative: no damping of that size would help.
+            if -curvature <= floor:
+                if math.isfinite(residual) and residual <= 10 * tol:
+                    return Verdict(detail=f"{detail}: a singular direction, which the outer loss does not see")
                 return Verdict(Status.SINGULAR, detail)
             return Verdict(Status.NEGATIVE_CURVATURE, f"{detail}; a damping above {-curvature:.3g} would lift it")
         if not math.isfinite(residual) or not math.isfinite(curvature):
             return Verdict(Status.NOT_FINITE, f"CG met a NaN or infinite product after {steps} steps")
         # Rounding may leave the true residual a little above the recursive one.
+        if self.steps is None and residual > 10 * tol and smallest <= floor:
+            detail = f"CG stopped after {steps} steps at the relative residual {residual:.2e}"
+            return Verdict(
+                Status.SINGULAR, f"{detail}: the smallest curvature that it met, {smallest:.3g}, is rounding"
+            )
         if self.steps is None and residual > 10 * tol:
             return Verdict(
                 Status.LINEAR_NOT_CONVERGED,

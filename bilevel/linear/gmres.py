@@ -14,13 +14,16 @@ from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
 
+ROUNDING = 1e3
+"""Rounding units of the largest curvature below which a negative one says nothing."""
+
 
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
     """Minimises ``|b - A x|`` over a growing Krylov space, restarted when the space is full.
 
-    Works for any invertible A, symmetric or not, definite or not: it does not notice negative curvature, so for an
-    inner minimisation prefer CG. Memory: ``restart`` vectors.
+    Works for any invertible A, symmetric or not, definite or not. Of a Hessian, which should be positive definite, it
+    reports negative curvature where its Krylov space holds some. Memory: ``restart`` vectors.
 
     Args:
         tol: relative residual to reach; default ``eps ** (2/3)`` (3.7e-11 in float64).
@@ -49,10 +52,14 @@ class GMRES(LinearSolver):
         scale = torch.linalg.vector_norm(b)
         x, r = system.start()
         residual, steps = float(torch.linalg.vector_norm(r) / scale), 0
+        smallest, largest = math.inf, 0.0
         while residual > tol and steps < limit:
             before = residual
-            update, used = self._cycle(matvec, r, tol * scale, min(self.restart, limit - steps, b.numel()))
-            steps += used
+            update, small = self._cycle(matvec, r, tol * scale, min(self.restart, limit - steps, b.numel()))
+            steps += len(small)
+            if system.definite and bool(torch.isfinite(small).all()):
+                ends = torch.linalg.eigvalsh((small + small.t()) / 2)
+                smallest, largest = min(smallest, float(ends[0])), max(largest, float(ends.abs().max()))
             x = x + update
             r = b - matvec(x)
             residual = float(torch.linalg.vector_norm(r) / scale)
@@ -60,6 +67,13 @@ class GMRES(LinearSolver):
                 break
         if residual != residual:
             verdict = Verdict(Status.NOT_FINITE, f"GMRES met a NaN or infinite product after {steps} steps")
+        elif smallest < -ROUNDING * torch.finfo(b.dtype).eps * largest:
+            detail = f"GMRES met the curvature {smallest:.3g} within {steps} steps (relative residual {residual:.2e})"
+            lift = f"a damping above {-smallest:.3g} would lift it"
+            verdict = Verdict(Status.NEGATIVE_CURVATURE, f"{detail}; {lift}")
+        elif residual > 10 * tol and smallest <= ROUNDING * torch.finfo(b.dtype).eps * largest:
+            detail = f"GMRES met the curvature {smallest:.3g} (the largest is {largest:.3g})"
+            verdict = Verdict(Status.SINGULAR, f"{detail} and ends at the relative residual {residual:.2e}")
         elif residual > 10 * tol:
             verdict = Verdict(
                 Status.LINEAR_NOT_CONVERGED,
@@ -69,8 +83,8 @@ class GMRES(LinearSolver):
             verdict = GOOD
         return LinearSolution(x, residual, steps, verdict)
 
-    def _cycle(self, matvec: Callable[[Tensor], Tensor], r: Tensor, goal: Tensor, size: int) -> tuple[Tensor, int]:
-        """Return (update, products) of one Arnoldi cycle that starts from the residual r."""
+    def _cycle(self, matvec: Callable[[Tensor], Tensor], r: Tensor, goal: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return (update, A in the Krylov basis, on the CPU) of one Arnoldi cycle that starts from the residual r."""
         length = torch.linalg.vector_norm(r)
         basis = [r / length]
         hessenberg = r.new_zeros(size + 1, size)
@@ -99,7 +113,7 @@ class GMRES(LinearSolver):
             if weights is not None:
                 break
         assert weights is not None
-        return torch.stack(basis[:seen]).t() @ weights.to(r.device), seen
+        return torch.stack(basis[:seen]).t() @ weights.to(r.device), host[:seen, :seen]
 
 
 def _least_squares(hessenberg: Tensor, target: Tensor, goal: float, last: bool) -> Tensor | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def certifiable_of(problem: LinearModelProblem) -> Certifiable:
     """Return a linear model as the error bounds see it, in float64."""
+    assert problem.loss_constants is not None
     train, val = (
         Rows(split.X.double(), split.y.double() if split.y.is_floating_point() else split.y)
         for split in (problem.train, problem.val)

@@ -60,8 +60,8 @@ class LinearModelProblem(DataProblem):
     inner_problem: type[InnerProblem] = LinearModelInner
     max_loss_curvature: float
     """Largest second derivative of the loss with respect to a prediction."""
-    loss_constants: LossConstants
-    """What the error bounds use of the loss."""
+    loss_constants: LossConstants | None = None
+    """What the error bounds use of the loss; None where nothing is known: errors are estimated then."""
     parametrizations: tuple[str, ...] = ("log", "direct")
     penalty: Any
     class_curvature_at_zero: float | None = None
@@ -256,8 +256,8 @@ class LinearModelProblem(DataProblem):
         return loss / self.val.rows, gradient / self.val.rows, torch.zeros_like(hparams)
 
     def certifiable(self) -> Certifiable | None:
-        """Return the model as the error bounds see it, in float64; its data caches are kept."""
-        return self._certifiable
+        """Return the model as the error bounds see it, in float64; its data caches are kept. None without constants."""
+        return None if self.loss_constants is None else self._certifiable
 
     @cached_property
     def _certifiable(self) -> Certifiable:
