@@ -172,6 +172,23 @@ class InnerSolver(ABC):
         """
         return replace(state, measured=self.init(inner, state.params).measured)
 
+    def own_problem(self, inner: InnerProblem) -> InnerProblem:
+        """Return the problem whose residual ends a run: `inner`, unless the steps have a residual of their own.
+
+        It serves for the steps as well, with the hyperparameters of `inner`.
+        """
+        return inner
+
+    def misses(self, inner: InnerProblem, state: InnerState, residual: float) -> str:
+        """Return why the end of a run is no inner solution although its residual is small; empty where nothing says so.
+
+        Args:
+            inner: the bound problem.
+            state: the last state.
+            residual: that of the last state.
+        """
+        return ""
+
     def for_members(self, state: InnerState) -> InnerSolver:
         """Return the solver that takes the steps of a batch; itself, unless measured numbers differ by member."""
         return self

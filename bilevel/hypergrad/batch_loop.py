@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bilevel import look, members, tree
 from bilevel.base import Carry, InnerSolver, InnerState
+from bilevel.hypergrad.expansion import watched
 from bilevel.hypergrad.loop import GROWTH, LOOK, InnerRun, judge, not_finite
 from bilevel.oracles import InnerProblem
 from bilevel.status import GOOD, Status, StepFailure, Verdict
@@ -173,14 +174,17 @@ class _Loop:
         start = self._residual(first)
         floor = torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5
         grown = (residual > GROWTH * start) & (residual > floor)
-        start, residual, grown = start.cpu(), residual.cpu(), grown.cpu()
+        start, residual, grown, larger = start.cpu(), residual.cpu(), grown.cpu(), (residual > start).cpu()
         for index in self._indices(self.moving):
             # Only where a residual has grown does the verdict look at the member's curvature.
-            inner = self.inner.member(index) if bool(grown[index]) else self.inner
+            inner = self.inner.member(index) if bool(larger[index]) else self.inner
             begun = first.row(index)
             verdict = judge(
                 inner, self.solver, begun, float(start[index]), float(residual[index]), self.taken, self.tol
             )
+            if bool(larger[index]):
+                ends = float(start[index]), float(residual[index])
+                verdict = watched(verdict, inner, self.solver, self.state.row(index), ends, self.taken)
             self._record(index, float(residual[index]), self.taken, verdict)
         self._stand(self.moving)
 

@@ -21,6 +21,7 @@ from bilevel.hypergrad.loop import begin, run_inner
 from bilevel.linear import CG
 from bilevel.options import is_number, is_positive, require
 from bilevel.problem import BilevelProblem
+from bilevel.status import Status, Verdict
 from bilevel.tree import Tree
 
 
@@ -145,6 +146,9 @@ class Implicit(HypergradEstimator):
         inner = problem.bind(hparams, meter.counts)
         run = run_inner(inner, solver, begin(inner, solver, params, carry))
         solved = inner.at_rest(solver.params(run.state))
+        verdict, missed = run.verdict, solver.misses(inner, run.state, run.residual)
+        if missed:
+            verdict = verdict.worse(Verdict(Status.INACCURATE, missed))
 
         def pullback(cotangent: Tree) -> Pullback:
             point = inner.linearize(solved)
@@ -173,7 +177,7 @@ class Implicit(HypergradEstimator):
                 solution.verdict,
             )
 
-        return Solution(solved, run.state, pullback, run.residual, run.steps, run.verdict)
+        return Solution(solved, run.state, pullback, run.residual, run.steps, verdict)
 
     def solve_batch(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter

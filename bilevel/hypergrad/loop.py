@@ -10,6 +10,7 @@ import torch
 
 from bilevel import look, tree
 from bilevel.base import Carry, InnerSolver, InnerState
+from bilevel.hypergrad.expansion import watched
 from bilevel.oracles import InnerProblem
 from bilevel.status import GOOD, Status, StepFailure, Verdict
 from bilevel.tree import Tree
@@ -73,7 +74,7 @@ def run_inner(
         The last state, its own residual (never that of an iterate before it), and a verdict.
     """
     with torch.set_grad_enabled(record):
-        return _run(inner, solver, state, visit, at_least)
+        return _run(solver.own_problem(inner), solver, state, visit, at_least)
 
 
 def _run(
@@ -116,8 +117,9 @@ def _run(
         return not_finite(inner, solver, checkpoint, marked, taken)
     if tol is not None and residual <= tol:
         return InnerRun(state, residual, taken)
-    verdict = judge(inner, solver, first, _residual(inner, solver, first), residual, taken, tol)
-    return InnerRun(state, residual, taken, verdict)
+    start = _residual(inner, solver, first)
+    verdict = judge(inner, solver, first, start, residual, taken, tol)
+    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (start, residual), taken))
 
 
 def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
@@ -133,12 +135,13 @@ def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state:
     Returns:
         The state with its residual and a verdict, as `run_inner` gives them.
     """
+    inner = solver.own_problem(inner)
     residual = _residual(inner, solver, state)
     if not math.isfinite(residual):
         return not_finite(inner, solver, first, 0, taken)
-    return InnerRun(
-        state, residual, taken, judge(inner, solver, first, _residual(inner, solver, first), residual, taken, None)
-    )
+    start = _residual(inner, solver, first)
+    verdict = judge(inner, solver, first, start, residual, taken, None)
+    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (start, residual), taken))
 
 
 def _residual(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> float:
@@ -156,7 +159,8 @@ def judge(
 ) -> Verdict:
     """Judge a run that used all its steps and ended finite, by the residuals at its start and at its end."""
     if residual > GROWTH * start and residual > torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5:
-        advice = _advice(inner, solver, first)
+        # Of a map there is no Hessian to ask, and it may grow for long before it contracts.
+        advice = _advice(inner, solver, first) if inner.problem.symmetric else ""
         if advice or residual > BLOW_UP * start:
             detail = (
                 f"{solver.title} diverges: the inner gradient norm grew from {start:.3g} to {residual:.3g} "
