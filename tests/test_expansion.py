@@ -33,6 +33,7 @@ CONTRACTING: dict[str, tuple[torch.Tensor, int]] = {
     "rotation": (rotation(0.3, 0.99), 30),
     "not normal, while it grows": (torch.tensor([[0.9, 5.0], [0.0, 0.9]], dtype=F64), 5),
     "not normal, slow, while it grows": (torch.tensor([[0.99, 5.0], [0.0, 0.99]], dtype=F64), 30),
+    "not normal, and slower still": (torch.tensor([[0.996, 5.0], [0.0, 0.996]], dtype=F64), 30),
     "not normal, after its peak": (torch.tensor([[0.9, 5.0], [0.0, 0.9]], dtype=F64), 300),
 }
 

@@ -184,7 +184,7 @@ def test_a_row_of_nan_stays_at_its_start_while_the_others_are_solved() -> None:
     b = torch.stack([normal(25, 4), torch.full((4,), math.nan, dtype=F64)])
     goals = torch.full((2,), 1e-24, dtype=F64)
     start = torch.zeros_like(b)
-    x, _, _ = conjugate_gradients_of_rows(lambda v: (matrices @ v[..., None])[..., 0], start, b, goals, 50, 1)
+    x, *_ = conjugate_gradients_of_rows(lambda v: (matrices @ v[..., None])[..., 0], start, b, goals, 50, 1)
     torch.testing.assert_close(x[0], torch.linalg.solve(matrices[0], b[0]), rtol=1e-10, atol=1e-12)
     assert not x[1].any()
 
