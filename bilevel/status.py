@@ -52,8 +52,7 @@ class Status(enum.Enum):
     )
     NOT_SMOOTH = (
         "the inner gradient jumps where the run ends, so neither steps nor the implicit function theorem describe the "
-        "solution: smooth the kink, solve it by its proximal step (`BilevelProblem.from_fixed_point`), or use "
-        "FiniteDifference"
+        "solution: smooth the kink, or state the problem by its proximal step (`BilevelProblem.from_fixed_point`)"
     )
 
     @property

@@ -14,7 +14,7 @@ import bilevel as bl
 from bilevel.hypergrad.derivatives import check_derivatives
 
 F32 = torch.float32
-DESCENT = bl.GradientDescent(step_size=0.05, steps=120)
+DESCENT = bl.GradientDescent(step_size=0.1, steps=50)
 
 
 def function(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Any:
@@ -274,3 +274,111 @@ def test_networks_of_relus_with_very_many_kinks_raise_no_alarm(dtype: torch.dtyp
     )
     u = {name: torch.tensor(-3.0, dtype=dtype) for name in problem.trainable(problem.params)}
     assert check_derivatives(problem, u, problem.params).status.ok
+
+
+# Kinks ---------------------------------------------------------------------------------------------------------------
+
+Z = torch.tensor([3.0, 0.5, -2.0, 0.1], dtype=F64)
+NEAR = torch.tensor([2.5, 1.0, -1.5, 0.0], dtype=F64)
+
+
+def lasso() -> bl.BilevelProblem:
+    """Separable: w* = soft(z, e^u), so that smooth steps chatter around zero in the second and the last component."""
+    return bl.BilevelProblem(
+        lambda w, u: 0.5 * (w - Z).square().sum() + u.exp() * w.abs().sum(),
+        lambda w, u: (w - NEAR).square().sum(),
+        torch.zeros(4, dtype=F64),
+    )
+
+
+@pytest.mark.parametrize("estimator", [bl.Implicit(), bl.FullUnroll(), "auto"], ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    [bl.GradientDescent(0.1, steps=100), bl.Nesterov(steps=60), bl.QuasiNewton()],
+    ids=lambda solver: solver.title,
+)
+def test_a_run_that_ends_at_a_kink_is_not_ok(solver: bl.InnerSolver, estimator: Any) -> None:
+    if not solver.unrolls and isinstance(estimator, bl.FullUnroll):
+        return
+    estimate = status_of(lasso(), torch.tensor(0.0, dtype=F64), estimator, solver)
+    assert estimate.status is bl.Status.NOT_SMOOTH, estimate.verdict
+    assert "cross kinks of the inner loss" in estimate.verdict.detail
+
+
+def test_the_same_problem_by_its_proximal_step_is_right() -> None:
+    def step(w: Tensor, u: Tensor) -> Tensor:
+        moved = w - 0.5 * (w - Z)
+        return moved.sign() * (moved.abs() - 0.5 * u.exp()).relu()
+
+    problem = bl.BilevelProblem.from_fixed_point(
+        step, lambda w, u: (w - NEAR).square().sum(), torch.zeros(4, dtype=F64)
+    )
+    for estimator in (bl.Implicit(bl.GMRES()), bl.FullUnroll()):
+        estimate = status_of(problem, torch.tensor(0.0, dtype=F64), estimator, bl.FixedPoint(step, steps=80))
+        # w* = (2, 0, -1, 0), dw/du = -sign(w): 2 (2 - 2.5) (-1) + 2 (-1 + 1.5) (1) = 2.
+        assert estimate.status.ok
+        assert float(estimate.hypergradient) == pytest.approx(2.0)
+
+
+def test_solution_and_batches_say_so_too_and_a_target_ends() -> None:
+    u, solver = torch.tensor(0.0, dtype=F64, requires_grad=True), bl.GradientDescent(0.1, steps=150)
+    with pytest.warns(bl.BilevelWarning, match="cross kinks"):
+        bl.solution(lasso(), solver, bl.Implicit(), u)
+    batch = bl.hypergradient(lasso(), solver, bl.Implicit(), torch.zeros(2, dtype=F64), batch=2, on_failure="return")
+    assert [member.status for member in batch] == [bl.Status.NOT_SMOOTH] * 2
+    found = status_of(lasso(), u.detach(), bl.Implicit(), bl.GradientDescent(0.1), target_error=1e-3)
+    assert found.status is bl.Status.NOT_SMOOTH
+    assert found.certificate.inner_steps <= 4000
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda w, u: 0.5 * (torch.tensor([1e3, 1.0, 1e-3, 1e-5], dtype=F64) * (w - Z).square()).sum() + u * w.sum(),
+        lambda w, u: (20 * w).tanh().sum() + 0.5 * u.exp() * (w - Z).square().sum(),
+        lambda w, u: 0.5 * (w - 3 - Z.abs()).square().sum() + u.exp() * w.abs().sum(),
+    ],
+    ids=["ill-conditioned", "steep", "a kink elsewhere"],
+)
+@pytest.mark.parametrize("steps", [3, 400])
+def test_smooth_runs_that_oscillate_or_stand_at_rounding_are_no_kinks(inner: Any, steps: int) -> None:
+    problem = bl.BilevelProblem(inner, square, torch.zeros(4, dtype=F64))
+    for rate in (1e-3, 1.99e-3):
+        estimate = status_of(problem, torch.tensor(0.0, dtype=F64), bl.OneStep(), bl.GradientDescent(rate, steps=steps))
+        assert estimate.status is not bl.Status.NOT_SMOOTH, estimate.verdict
+
+
+def test_an_unrolled_network_of_relus_stays_ok() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).double()
+    X, y = normal(1, 100, 3), normal(2, 100, 1)
+    problem = bl.BilevelProblem.from_module(
+        module,
+        lambda net, p, u: (net(X) - y).square().mean() + u.exp() * sum(v.square().sum() for v in p.values()),
+        lambda net, p, u: (net(X) - 1.1 * y).square().mean(),
+    )
+    for solver in (bl.GradientDescent(0.1, steps=100), bl.SGD(0.1, momentum=0.9, steps=60)):
+        assert status_of(problem, torch.tensor(-4.0, dtype=F64), bl.FullUnroll(), solver).status.ok
+
+
+def test_check_problem_calls_a_kink_a_kink() -> None:
+    u = torch.tensor(0.0, dtype=F64)
+    found = bl.check_problem(lasso(), u, bl.GradientDescent(0.1, steps=150))["kinks"]
+    assert (found.verdict, found.status) == ("fault", bl.Status.NOT_SMOOTH)
+    away = bl.BilevelProblem(
+        lambda w, u: 0.5 * (w - 4.0).square().sum() + u.exp() * (w - 1.0).abs().sum(), square, torch.zeros(4, dtype=F64)
+    )
+    found = bl.check_problem(away, u, bl.GradientDescent(0.1, steps=400))["kinks"]
+    assert found.verdict == "note"
+    assert found.measured == pytest.approx(2 * 4**0.5, rel=1e-3)
+    assert "has a kink on the way of the run" in found.sentence
+
+
+def test_a_certificate_without_a_figure_prints_its_reason() -> None:
+    estimate = status_of(
+        lasso(), torch.tensor(0.0, dtype=F64), bl.Implicit(), bl.GradientDescent(0.1, steps=150), certify=True
+    )
+    assert estimate.certificate.error is None
+    assert f"error none ({estimate.certificate.error_note})" in str(estimate)
+    assert "not asked for" not in str(estimate)

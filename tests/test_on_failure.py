@@ -55,11 +55,21 @@ STATUSES: dict[bl.Status, Callable[[], bl.Estimate]] = {
     bl.Status.LINEAR_DIVERGED: lambda: taken(
         STEEP, bl.Newton(), bl.Implicit(bl.FixedPointIteration(step_size=1.0, max_steps=20))
     ),
+    bl.Status.WRONG_DERIVATIVE: lambda: taken(
+        problem(lambda x, u: (x - 1.0).square().sum() + u.exp() * u.detach() * x.square().sum()),
+        bl.Newton(),
+        bl.Implicit(),
+    ),
+    bl.Status.NOT_SMOOTH: lambda: taken(
+        problem(lambda x, u: (x - 0.1).square().sum() + u.exp() * x.abs().sum()),
+        bl.GradientDescent(0.1, steps=60),
+        bl.Implicit(),
+    ),
     bl.Status.FAILED_STEP: lambda: taken(KINK, bl.Newton(), bl.Implicit()),
 }
 
 
-@pytest.mark.parametrize("status", [each for each in bl.Status if each in STATUSES], ids=lambda status: status.name)
+@pytest.mark.parametrize("status", bl.Status, ids=lambda status: status.name)
 def test_every_status_is_met_with_a_number_or_with_nan_and_names_its_remedy(status: bl.Status) -> None:
     estimate = STATUSES[status]()
     assert estimate.status is status, estimate.verdict

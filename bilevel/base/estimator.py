@@ -230,7 +230,7 @@ class Estimate:
 
     def __str__(self) -> str:
         c = self.certificate
-        error = "not asked for" if c.error is None else f"{c.error:.2e} ({c.error_kind})"
+        error = f"none ({c.error_note})" if c.error is None else f"{c.error:.2e} ({c.error_kind})"
         adjoint = "" if c.adjoint_residual is None else f", adjoint residual {c.adjoint_residual:.2e}"
         return (
             f"outer loss {self.outer_loss:.6g}, |hypergradient| {float(tree.norm(self.hypergradient)):.4g}, "

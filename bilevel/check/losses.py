@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 
 from bilevel import tree
 from bilevel.blame import first_not_finite_slope
 from bilevel.captured import captured
-from bilevel.check.differences import derivative, largest_jump
+from bilevel.check.differences import HALVINGS, PIECES, derivative, largest_jump
 from bilevel.check.report import Finding
 from bilevel.check.subject import DIRECTIONS, Subject
 from bilevel.hypergrad.arguments import read_by_steps
@@ -19,6 +20,8 @@ from bilevel.tree import Tree
 
 UNTRUSTED = 0.1
 """A difference whose own uncertainty is above this share of it decides nothing."""
+KINK = 1e-3
+"""A jump of the gradient below this share of its norm at the start is none."""
 JUMP = 1e-6
 """A jump below this share of the largest value is rounding."""
 
@@ -203,6 +206,45 @@ def _segment(subject: Subject, which: str, what: str, a: Tree, b: Tree) -> Calla
         return float(value.detach()), float(tree.dot(tree.rebuild(point, slopes), chord))
 
     return function
+
+
+def kinks(subject: Subject, reached: Tree) -> Finding:
+    """Search the inner gradient for jumps on the way from the start to where the inner solver ended.
+
+    Args:
+        subject: the problem.
+        reached: the params that the inner solver returned.
+
+    Returns:
+        The finding; a kink that a run crosses is worth knowing, and no fault.
+    """
+    x, chord = subject.start, tree.add(reached, subject.start, -1.0)
+
+    def gradient(t: float) -> Tree:
+        return subject.gradient(tree.add(x, chord, t), subject.hparams)
+
+    size = float(tree.norm(gradient(0.0)))
+    ends, found = [index / PIECES for index in range(PIECES + 1)], 0.0
+    values = [gradient(t) for t in ends]
+    changes = [float(tree.norm(tree.add(b, a, -1.0))) for a, b in pairwise(values)]
+    piece = changes.index(max(changes))
+    (a, b), (at_a, at_b) = ends[piece : piece + 2], values[piece : piece + 2]
+    for _ in range(HALVINGS):
+        middle = (a + b) / 2
+        at_middle = gradient(middle)
+        left, right = (float(tree.norm(tree.add(at_middle, end, -1.0))) for end in (at_a, at_b))
+        found = max(left, right)
+        (a, at_a, b, at_b) = (a, at_a, middle, at_middle) if left > right else (middle, at_middle, b, at_b)
+    if not found > KINK * size:
+        return Finding("kinks", "ok", "the inner gradient is continuous from the start to the end of the run.", found)
+    return Finding(
+        "kinks",
+        "note",
+        f"the inner loss has a kink on the way of the run: the inner gradient jumps there by {found:.2g}, beside its "
+        f"norm {size:.2g} at the start; derivatives see no kink, so a solution at one needs a proximal step "
+        "(`BilevelProblem.from_fixed_point`) or a smooth stand-in.",
+        found,
+    )
 
 
 def precision(subject: Subject) -> Finding:

@@ -118,7 +118,11 @@ def _of_second_order(subject: Subject, judge_estimators: bool) -> list[Finding]:
     if solved is None:
         influence = _guarded("influence", second.influence, subject, None)
         return [*findings, finding, influence, _skipped("the inner solver fails")]
-    findings += [solved.finding, _guarded("influence", second.influence, subject, solved.params)]
+    findings += [
+        solved.finding,
+        _guarded("kinks", solution.kinks, subject, solved),
+        _guarded("influence", second.influence, subject, solved.params),
+    ]
     return findings + _at_the_solution(subject, solved, judge_estimators)
 
 

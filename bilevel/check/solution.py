@@ -10,8 +10,10 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import Carry
+from bilevel.check.losses import kinks as kinks_between
 from bilevel.check.report import Finding
 from bilevel.check.subject import Subject
+from bilevel.hypergrad.kinks import kinked
 from bilevel.hypergrad.loop import InnerRun, begin, run_inner
 from bilevel.hypergrad.moving import with_statistics
 from bilevel.inner import QuasiNewton
@@ -82,6 +84,17 @@ def solve(subject: Subject) -> Solved:
     if not residual <= max(1e3 * default_tolerance(subject.dtype), 1e-5 * scale):
         params = None
     return Solved(run, reached, params, residual, finding)
+
+
+def kinks(subject: Subject, solved: Solved) -> Finding:
+    """Look for kinks of the inner loss on the way of the user's run, and where it ends."""
+    run = solved.run
+    if run.verdict.status.usable and not 0 <= run.residual <= default_tolerance(subject.dtype):
+        start = float(tree.norm(subject.gradient(subject.start, subject.hparams)))
+        kink = kinked(subject.given, subject.hparams, subject.solver, run.state, run.residual, start)
+        if not kink.status.ok:
+            return Finding("kinks", "fault", str(kink), run.residual, kink.status)
+    return kinks_between(subject, solved.reached)
 
 
 def _polished(subject: Subject, params: Tree) -> tuple[Tree, float]:

@@ -19,6 +19,7 @@ from bilevel.hypergrad.attempt import Attempt, attempt, doubted
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
 from bilevel.hypergrad.derivatives import check_derivatives
+from bilevel.hypergrad.kinks import ends_at_kink
 from bilevel.hypergrad.moving import with_statistics
 from bilevel.hypergrad.rows import loop_hypergradient, one_by_one
 from bilevel.hypergrad.target import Pursuit, check_target
@@ -147,13 +148,13 @@ def hypergradient(
     if target_error is None:
         found = attempt(problem, used, rule, hparams, start, carry, meter)
         cost = meter.read()
-        found = _confirmed(problem, rule, hparams, found, again=certify)
+        found = _confirmed(problem, solver, rule, hparams, found, start, asked=certify)
         error = _figure(problem, solver, hparams, found, certify)
         found = doubted(found, error.value, problem, hparams)
     else:
         found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
         cost = meter.read()
-        found = _confirmed(problem, rule, hparams, found, again=True)
+        found = _confirmed(problem, solver, rule, hparams, found, start, asked=True)
     solved, pulled, gradient = found.solved, found.pulled, found.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
@@ -173,13 +174,24 @@ def hypergradient(
 
 
 def _confirmed(
-    problem: BilevelProblem, estimator: HypergradEstimator, hparams: Tree, found: Attempt, again: bool
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    found: Attempt,
+    start: Tree,
+    asked: bool,
 ) -> Attempt:
-    """Return the attempt, as failed where the derivatives that it is made of are not those of the losses."""
-    if not estimator.second_derivatives or not found.verdict.status.usable:
+    """Return the attempt with what differences say of it: wrong derivatives fail, an end at a kink is a doubt."""
+    solved, verdict = found.solved, found.verdict
+    if not estimator.second_derivatives or not verdict.status.usable:
         return found
-    wrong = check_derivatives(problem, hparams, found.solved.params, again=again)
-    return found if wrong.status.ok else replace(found, gradient=None, verdict=found.verdict.worse(wrong))
+    wrong = check_derivatives(problem, hparams, solved.params, again=asked)
+    if not wrong.status.ok:
+        return replace(found, gradient=None, verdict=verdict.worse(wrong))
+    doubtful = asked or not verdict.status.ok
+    kink = ends_at_kink(problem, hparams, solver, solved.state, solved.residual, solved.steps, doubtful, start)
+    return found if kink.status.ok else replace(found, verdict=kink)
 
 
 def _figure(

@@ -24,6 +24,7 @@ from bilevel.batches import Rows
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
 from bilevel.hypergrad.derivatives import check_members
+from bilevel.hypergrad.kinks import members_at_kinks
 from bilevel.hypergrad.not_finite import finite_loss
 from bilevel.hypergrad.rows import one_by_one
 from bilevel.problem import BilevelProblem
@@ -99,6 +100,7 @@ def batch_hypergradient(
         # Members share their losses, and so a mistake in them.
         wrong = check_members(problem, hparams, solved.params, good, certify)
         verdicts = [verdict.worse(wrong) for verdict in verdicts]
+        verdicts = members_at_kinks(problem, hparams, solver, solved, verdicts, start)
     usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
     gradient = members.where(usable, gradient, float("nan"))
     costs, cost = _costs(solved, pulled, reached, meter)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from bilevel import members, tree
-from bilevel.base import Pullback, Solution
 from bilevel.oracles import Linearization
 from bilevel.precision import DoublePrecision, widened
 from bilevel.problem import BilevelProblem
@@ -112,25 +111,6 @@ def check_derivatives(
             seen = problem.derivatives_seen[which] = _judged(problem, hparams, params, lines)
         verdict = verdict.worse(seen)
     return verdict
-
-
-def confirmed(problem: BilevelProblem, hparams: Tree, solved: Solution) -> Solution:
-    """Return the solution with a pullback that fails where derivatives of the inner loss are wrong.
-
-    Args:
-        problem: the problem; its outer loss is not used.
-        hparams: hyperparameters, detached.
-        solved: the solution.
-    """
-
-    def pullback(cotangent: Tree) -> Pullback:
-        pulled = solved.pullback(cotangent)
-        if not pulled.verdict.status.usable:
-            return pulled
-        wrong = check_derivatives(problem, hparams, solved.params, outer=False)
-        return replace(pulled, verdict=pulled.verdict.worse(wrong))
-
-    return replace(solved, pullback=pullback)
 
 
 def check_members(problem: BilevelProblem, hparams: Tree, params: Tree, usable: Sequence[bool], each: bool) -> Verdict:

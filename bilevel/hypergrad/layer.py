@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.captured import check_captured
 from bilevel.cost import Meter
 from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
 from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
-from bilevel.hypergrad.derivatives import confirmed
+from bilevel.hypergrad.derivatives import check_derivatives
+from bilevel.hypergrad.kinks import ends_at_kink
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, Verdict, check_on_failure, report
 from bilevel.tree import Tree
@@ -128,7 +129,7 @@ class _Solution(torch.autograd.Function):
         meter = Meter(leaves[0].device, memory=False)
         solved = call.estimator.solve(call.problem, solver, hparams, start, Carry(), meter)
         if call.estimator.second_derivatives:
-            solved = confirmed(call.problem, hparams, solved)
+            solved = _confirmed(call, hparams, solved)
         report(solved.verdict, call.on_failure)
         call.found.append(solved)
         return torch.tensor(len(call.found) - 1), *_unless_failed(solved.verdict, solved.params)
@@ -190,6 +191,24 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> tuple[Any, Any]:
         return _one_by_one(_Pullback, call, info.batch_size, in_dims[1:], tensors)
+
+
+def _confirmed(call: _Call, hparams: Tree, solved: Solution) -> Solution:
+    """Return the solution in doubt where it ends at a kink; its pullback fails where a derivative is wrong."""
+    verdict = solved.verdict
+    if not verdict.status.usable:
+        return solved
+    state, doubtful = solved.state, not verdict.status.ok
+    kink = ends_at_kink(call.problem, hparams, call.solver, state, solved.residual, solved.steps, doubtful, call.start)
+
+    def pullback(cotangent: Tree) -> Pullback:
+        pulled = solved.pullback(cotangent)
+        if not pulled.verdict.status.usable:
+            return pulled
+        wrong = check_derivatives(call.problem, hparams, solved.params, outer=False)
+        return replace(pulled, verdict=pulled.verdict.worse(wrong))
+
+    return replace(solved, pullback=pullback, verdict=verdict if kink.status.ok else kink)
 
 
 def _unless_failed(verdict: Verdict, values: Tree) -> list[Tensor]:

@@ -11,12 +11,15 @@ import torch
 from bilevel import look, tree
 from bilevel.base import Carry, InnerSolver, InnerState
 from bilevel.hypergrad.expansion import watched
+from bilevel.hypergrad.kinks import FALLEN, kinked
 from bilevel.oracles import InnerProblem
 from bilevel.status import GOOD, Status, StepFailure, Verdict
 from bilevel.tree import Tree
 
 LOOK = 64
 """Steps between two looks at whether the iterate is finite: on an accelerator each look waits for it."""
+STALLED = 1000
+"""Steps after which, and after each doubling of which, a residual that has hardly fallen makes us look for a kink."""
 GROWTH = 10.0
 """A residual that ends above this multiple of where it began makes us look for divergence."""
 BLOW_UP = 1e4
@@ -88,7 +91,7 @@ def _run(
     limit, tol = solver.limits(dtype)
     every = max(solver.check_every_on_cpu, look.steps_between(device))
     first = checkpoint = state
-    taken = marked = 0
+    taken, marked, doubling, before_doubling = 0, 0, STALLED, math.inf
     try:
         while taken < limit:
             if tol is not None and taken % every == 0:
@@ -97,6 +100,14 @@ def _run(
                     return InnerRun(state, residual, taken)
                 if not math.isfinite(residual):
                     return not_finite(inner, solver, checkpoint, marked, taken)
+                if taken >= doubling:
+                    if residual > FALLEN * before_doubling and inner.problem.statistics is None:
+                        kink = kinked(
+                            inner.problem, tree.detach(inner.hparams), solver, state, residual, before_doubling
+                        )
+                        if not kink.status.ok:
+                            return InnerRun(state, residual, taken, kink)
+                    doubling, before_doubling = 2 * taken, residual
             if taken - marked >= LOOK:
                 if not bool(torch.isfinite(tree.norm(state.params))):
                     return not_finite(inner, solver, checkpoint, marked, taken)

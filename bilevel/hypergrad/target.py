@@ -157,6 +157,8 @@ class Pursuit:
                 if best is None:
                     return found, ErrorEstimate(None, "none", "the hypergradient failed")
                 return self._refused(best, found.verdict.detail)
+            if found.verdict.status is Status.NOT_SMOOTH:
+                return found, ErrorEstimate(None, "none", "the run ends at a kink, where no tolerance leads further")
             allowed = self.target / (1.0 + self.target) * float(tree.norm(found.gradient))
             error = self._figure(found, allowed)
             if error.value is not None and error.value <= allowed:
