@@ -30,8 +30,10 @@ FALLEN = 0.2
 """A gradient that falls to this share of itself in one of them says that the run is on its way."""
 CHANGED = 0.3
 """How much of the gradient's norm a step has to change before its segment is looked at."""
-HIGH, LOW = 0.2, 1e-3
-"""The share of the gradient at a cold start from which on kinks anywhere count, for networks and for other problems."""
+LOW = 1e-3
+"""The share of the gradient at a cold start below which kinks count only where params change their sign."""
+SHORT = 20
+"""Steps up to which a run is too short to say that it does not settle."""
 PIECES, LEVELS = 16, 3
 JUMPY = (0.2, 2.0)
 """The range of ``V(PIECES) / V(1)`` that jumps alone have."""
@@ -46,8 +48,8 @@ def kinked(
 ) -> Verdict:
     """Look at a few further steps; the calls are not counted.
 
-    A network of ReLUs has kinks everywhere, of which each is small. So where params are matrices those count at which
-    params change their sign (an L1 penalty), and others only while the gradient has hardly fallen.
+    A network of ReLUs has kinks everywhere, of which each is small. So where params are matrices those alone count at
+    which params change their sign (an L1 penalty).
 
     Args:
         problem: the problem, not a batch.
@@ -64,7 +66,7 @@ def kinked(
     state = replace(state, params=tree.detach(problem.trainable(state.params)), point=None)
     with torch.no_grad():
         network = problem.module_loss is not None or any(leaf.dim() > 1 for leaf in tree.leaves(state.params))
-        if not _chatters(inner, solver, state, residual >= (HIGH if network else LOW) * start):
+        if not _chatters(inner, solver, state, not network and residual >= LOW * start):
             return GOOD
     return Verdict(
         Status.NOT_SMOOTH,
@@ -163,7 +165,7 @@ def ends_at_kink(
     """
     _, tol = solver.limits(tree.leaves(state.params)[0].dtype)
     seen = problem.derivatives_seen.get("kinks")
-    if not steps or (tol is not None and residual <= tol):
+    if (steps < SHORT and not doubtful) or not steps or (tol is not None and residual <= tol):
         return GOOD
     if seen is not None and seen.status.ok and not doubtful and steps < LONG:
         return GOOD
