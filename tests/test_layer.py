@@ -88,6 +88,22 @@ def test_the_layer_maps_over_a_batch_of_hyperparameters() -> None:
         torch.testing.assert_close(jacobian, problem.exact_jacobian(u), rtol=0, atol=1e-8)
 
 
+def test_a_solution_that_is_changed_in_place_is_differentiated_where_it_was() -> None:
+    case = tree_case("dict", "tensor")
+    solver = bl.Newton(tol=1e-12)
+    gradients = []
+    for change in (lambda leaf: leaf * 3.0, lambda leaf: leaf.mul_(3.0)):
+        u = case.hparams.clone().requires_grad_()
+        moved = [change(leaf) for leaf in tree.leaves(bl.solution(case.problem, solver, bl.Implicit(), u, case.start))]
+        torch.cat([leaf.reshape(-1) for leaf in moved]).sum().backward()
+        gradients.append(u.grad)
+    solved = case.solution()
+    H, C = case.hessian(solved, case.hparams), case.cross(solved, case.hparams)
+    expected = -3.0 * C.t() @ torch.linalg.solve(H, torch.ones_like(solved))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-9)
+
+
 def test_a_layer_whose_pullback_fails_raises_in_the_backward_pass() -> None:
     case = quadratic_case()
     u = case.hparams.clone().requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,8 @@ def test_return_is_silent_and_leaves_nan_with_its_verdict() -> None:
     estimate = bl.hypergradient(STEEP, bl.Newton(), FAILING, U, on_failure="return")
     assert math.isnan(estimate.hypergradient)
     assert estimate.status is bl.Status.LINEAR_NOT_CONVERGED
+    warm = replace(bl.hypergradient(STEEP, bl.Newton(), bl.Implicit(), U).carry, adjoint=None)
+    assert bl.hypergradient(STEEP, bl.Newton(), FAILING, U, carry=warm, on_failure="return").carry is warm
     outer = steep_outer(on_failure="return")
     assert math.isnan(outer.step().hypergradient)
     assert outer.hparams == U

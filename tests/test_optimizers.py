@@ -500,6 +500,22 @@ def test_a_wrapped_optimizer_serves_implicit_differentiation_and_the_outer_loop(
     assert torch.equal(resumed.run(2, progress=False).hparams, whole.hparams)
 
 
+def test_an_optimizer_that_clears_its_gradients_does_not_clear_the_residual() -> None:
+    class Clearing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for group in self.param_groups:
+                for leaf in group["params"]:
+                    leaf.grad.zero_()
+
+    case = tree_case("dict")
+    inner = case.problem.bind(case.hparams)
+    gradient = flat(inner.grad(case.start)).clone()
+    solver = bl.TorchOptimizer(lambda params: Clearing(params, lr=0.05))
+    solver.step(inner, solver.init(inner, case.start))
+    assert torch.equal(flat(inner.grad(case.start)), gradient)
+
+
 def test_a_warm_start_keeps_the_moments_of_a_wrapped_optimizer() -> None:
     case = tree_case("dict")
 

@@ -13,8 +13,10 @@ from problem_cases import KEEPING, close, data, draw, logistic, over
 from scipy.optimize import minimize
 
 import bilevel as bl
+from bilevel import tree
 from bilevel.base import InnerState
 from bilevel.hypergrad.loop import run_inner
+from bilevel.inner.quasi_newton import _with as kept_pairs
 from bilevel.problems import LogisticProblem, SampleWeightProblem
 
 CG = bl.CG(tol=1e-11)
@@ -23,6 +25,18 @@ CG = bl.CG(tol=1e-11)
 def solve(problem: Any, solver: bl.InnerSolver, u: Any, start: Any = None) -> Any:
     inner = problem.bind(u)
     return run_inner(inner, solver, solver.init(inner, problem.start(start)))
+
+
+def test_a_pair_without_positive_curvature_is_not_kept():
+    x, step, raveler = normal(1, 3), normal(2, 3), tree.Raveler(normal(1, 3))
+    for curvature, kept in ((2.0, 1), (0.0, 0), (-2.0, 0)):
+        gradient = curvature * step
+        pairs = kept_pairs((), x + step, x, gradient, torch.zeros(3, dtype=F64), raveler)
+        assert len(pairs) == kept
+        for s, y, inverse in pairs:
+            assert torch.allclose(s, step)
+            assert torch.equal(y, gradient)
+            assert float(inverse) == pytest.approx(1 / float(step @ gradient))
 
 
 # The solver -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ ADAPTIVE = "test_adaptive.py"
 SPECTRAL = "test_spectral.py"
 BATCH = "test_batch.py"
 LAYER = "test_layer.py"
+DERIVATIVES = "test_evidence.py"
 
 ESTIMATORS = (
     Break(
@@ -212,7 +213,7 @@ ESTIMATORS = (
         "bilevel/hypergrad/checkpointing.py",
         "self._solver.step(self._inner.on_step(states[-1].index), states[-1])",
         "self._solver.step(self._inner, states[-1])",
-        "test_checkpointing.py",
+        "test_samplers.py",
     ),
     Break(
         "checkpoint-spacing",
@@ -365,5 +366,27 @@ ESTIMATORS = (
         "self._total = self._total + self._contract",
         "self._total = self._contract",
         "test_sums.py",
+    ),
+    # Doubts and failures that say so
+    Break(
+        "derivative-check-off",
+        "bilevel/hypergrad/derivatives.py",
+        "            return Verdict(Status.WRONG_DERIVATIVE, detail)\n",
+        "            return GOOD\n",
+        DERIVATIVES,
+    ),
+    Break(
+        "derivative-check-of-the-outer-loss",
+        "bilevel/hypergrad/derivatives.py",
+        'if which == "outer" and not outer:',
+        'if which == "outer":',
+        DERIVATIVES,
+    ),
+    Break(
+        "error-above-the-size",
+        "bilevel/hypergrad/attempt.py",
+        "or not found.verdict.status.ok or not error > size:",
+        "or not found.verdict.status.ok or not error > 1e9 * size:",
+        "test_certify.py test_on_failure.py",
     ),
 )

@@ -12,8 +12,14 @@ THEORY = "test_theory.py"
 
 EVIDENCE = (
     # The estimate for any problem
-    Break("refine-energy", "bilevel/certify/refine.py", "\nENERGY = 0.1\n", "\nENERGY = 0.9\n", CERTIFY),
-    Break("refine-cold-energy", "bilevel/certify/refine.py", "COLD_ENERGY = 1e-3", "COLD_ENERGY = 0.9", CERTIFY),
+    Break("refine-accuracy", "bilevel/certify/inverse.py", "\nACCURACY = 0.01\n", "\nACCURACY = 0.9\n", CERTIFY),
+    Break(
+        "refine-smallest-eigenvalue",
+        "bilevel/certify/inverse.py",
+        "run.residual <= ACCURACY * smallest * run.size)",
+        "run.residual <= ACCURACY * run.size)",
+        CERTIFY,
+    ),
     Break(
         "refine-not-widened",
         "bilevel/certify/refine.py",
@@ -51,9 +57,9 @@ EVIDENCE = (
     ),
     Break(
         "refine-negative-curvature",
-        "bilevel/certify/refine.py",
-        "if run.negative is not None:",
-        "if run.negative != run.negative:",
+        "bilevel/certify/inverse.py",
+        "if bool(info) or smallest <= len(matrix)",
+        "if smallest <= -1e300 * len(matrix)",
         CERTIFY,
     ),
     Break(

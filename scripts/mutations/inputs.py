@@ -105,15 +105,15 @@ INPUTS = (
     Break(
         "draws-noticed",
         "bilevel/draws.py",
-        "if not all(map(torch.equal, before, states())):",
+        "if not all(map(torch.equal, before, after)):",
         "if False:",
         f"{NETWORKS} test_bad_input.py",
     ),
     Break(
         "draws-restored",
         "bilevel/draws.py",
-        "with torch.random.fork_rng(devices):",
-        "with torch.random.fork_rng(devices, enabled=False):",
+        "with PROCESS_STATE, torch.random.fork_rng(devices):",
+        "with PROCESS_STATE, torch.random.fork_rng(devices, enabled=False):",
         NETWORKS,
     ),
     # Modules and running statistics
