@@ -1,6 +1,7 @@
-"""Put what the library promises to the test: kills, wrong mathematics, broken configs, file systems, peers' failures.
+"""Put what the library promises to the test: kills, wrong mathematics, broken configs, file systems, peers' failures;
+units, side effects, random numbers and threads; files of others, errors that pass, data and workers that change or go.
 
-    python scripts/torture.py                      all of it, about a quarter of an hour
+    python scripts/torture.py                      all of it, about half an hour
     python scripts/torture.py --kills 5 --configs 50 --only kills configs
 
 One table: how often each was tried, caught, and lost. Exit code 1 where anything was lost. Failures are printed.
@@ -20,12 +21,18 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
+from tortures import folders, numbers
 from tortures.configs import mutated_configs
 from tortures.files import file_faults
 from tortures.kills import kill_points
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = (
+    *("kills", "faults", "configs", "files", "peers"),
+    *("units", "derivatives", "effects", "chance", "threads"),
+    *("foreign", "passing", "yaml", "checkpoints", "data", "workers"),
+)
 Result = tuple[str, bool, str]
 """The name of what was tried, whether it was caught, and else what happened."""
 
@@ -71,8 +78,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="kill points (default 50)")
     parser.add_argument("--configs", type=int, default=1000, help="mutated configs (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of moments and mutations (default 0)")
-    names = ("kills", "faults", "configs", "files", "peers")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these parts alone")
+    parser.add_argument("--units", type=int, default=200, help="combinations of units and solvers (default 200)")
+    parser.add_argument("--workers", type=int, default=9, help="workers and parents killed (default 9)")
+    parser.add_argument("--threads", type=int, default=24, help="numbers of each problem in threads (default 24)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run these parts alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,6 +97,21 @@ def main() -> int:
             ),
             "files": ("file-system faults", file_faults, None),
             "peers": ("peers' failures", lambda _: peers_failures(), None),
+            "units": ("units", lambda _: numbers.units(arguments.units, arguments.seed), arguments.units),
+            "derivatives": ("wrong derivatives", lambda _: numbers.derivatives(), None),
+            "effects": ("side effects of losses", lambda _: numbers.effects(), None),
+            "chance": ("random numbers in losses", lambda _: numbers.chance(), None),
+            "threads": ("problems in 8 threads", lambda _: numbers.in_threads(arguments.threads), None),
+            "foreign": ("files of others in a run's folder", folders.foreign_files, None),
+            "passing": ("errors that pass", folders.passing_errors, None),
+            "yaml": ("YAML that cannot be built", folders.yaml_bombs, None),
+            "checkpoints": ("copied checkpoints", folders.copied_checkpoints, None),
+            "data": ("changed data", folders.changed_data, None),
+            "workers": (
+                "killed workers and parents",
+                partial(folders.killed_workers, arguments.workers, arguments.seed),
+                arguments.workers,
+            ),
         }
         rows = []
         for name in arguments.only:

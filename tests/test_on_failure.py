@@ -122,7 +122,7 @@ def test_return_is_silent_and_leaves_nan_with_its_verdict() -> None:
     assert math.isnan(estimate.hypergradient)
     assert estimate.status is bl.Status.LINEAR_NOT_CONVERGED
     warm = replace(bl.hypergradient(STEEP, bl.Newton(), bl.Implicit(), U).carry, adjoint=None)
-    assert bl.hypergradient(STEEP, bl.Newton(), FAILING, U, carry=warm, on_failure="return").carry is warm
+    assert bl.hypergradient(STEEP, bl.Newton(), FAILING, U, carry=warm, on_failure="return").carry.adjoint is None
     outer = steep_outer(on_failure="return")
     assert math.isnan(outer.step().hypergradient)
     assert outer.hparams == U
