@@ -1,5 +1,4 @@
-"""Put what the library promises to the test: kills, wrong mathematics, broken configs, file systems, peers' failures;
-units, side effects, random numbers and threads; files of others, errors that pass, data and workers that change or go.
+"""Put what the library promises to the test: numbers, configs, files, kills, and what others do meanwhile.
 
     python scripts/torture.py                      all of it, about half an hour
     python scripts/torture.py --kills 5 --configs 50 --only kills configs
