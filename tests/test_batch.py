@@ -355,6 +355,17 @@ def test_an_overflowing_penalty_is_one_members_failure() -> None:
     assert "exp(u) overflows" in together.verdicts[3].detail
 
 
+def test_a_member_without_a_step_size_fails_by_itself() -> None:
+    problem = bl.BilevelProblem(
+        lambda x, u: 0.5 * u * x.square().sum() - x.sum(), lambda x, u: x.sum(), torch.zeros(2, dtype=F64)
+    )
+    curvatures = torch.tensor([2.0, -1.0, 4.0], dtype=F64)
+    solver = bl.GradientDescent(steps=3)
+    found = bl.hypergradient(problem, solver, bl.FullUnroll(), curvatures, batch=3, on_failure="return")
+    assert [member.status.usable for member in found] == [True, False, True]
+    assert "measured a largest curvature of -1" in str(found[1].verdict)
+
+
 def test_negative_curvature_of_one_member_is_its_own() -> None:
     problem = bl.BilevelProblem(
         lambda x, u: 0.5 * u[0] * x[0] ** 2 + 0.5 * x[1] ** 2 - u[1] * x.sum(),
