@@ -220,7 +220,8 @@ def main() -> int:
     unknown = sorted(set(arguments.only or ()) - {row.name for row in BREAKS})
     if unknown:
         parser.error(f"there is no break {unknown[0]!r}: see --list")
-    rows = [row for row in BREAKS if not arguments.only or row.name in arguments.only]
+    named = {row.name: row for row in BREAKS}
+    rows = [named[name] for name in arguments.only or named]
     if arguments.list:
         print(tabulate([(row.name, row.file, row.old.strip(), row.new.strip(), row.tests) for row in rows]))
         return 0

@@ -13,6 +13,7 @@ from helpers import F64, Case, flat, logistic_case, normal, quadratic_case, ridg
 
 import bilevel as bl
 from bilevel.certify import refine
+from bilevel.certify.inverse import Inverse
 
 CASES: dict[str, Callable[[], Case]] = {
     "quadratic": quadratic_case,
@@ -124,6 +125,35 @@ def test_an_adjoint_at_hand_changes_the_cost_and_not_the_figure() -> None:
     given = -case.cross(x, u).t() @ adjoint
     figures = [refine(case.problem, case.hparams, x, given, w).value for w in (None, adjoint)]
     assert figures[0] == pytest.approx(figures[1], rel=0.3)
+
+
+def test_the_figure_is_widened_by_how_far_the_gradient_is_from_linear() -> None:
+    case = logistic_case()
+    u, x = flat(case.hparams), case.solution() + 0.03 * normal(64, 5)
+    adjoint = torch.linalg.solve(case.hessian(x, u), case.outer(x, u)[0])
+    given = -case.cross(x, u).t() @ adjoint
+    corrected = x - torch.linalg.solve(case.hessian(x, u), case.grad(x, u))
+    bent = float(case.grad(corrected, u).norm() / case.grad(x, u).norm())
+    assert 1e-3 < bent < 0.1
+    better = -case.cross(corrected, u).t() @ torch.linalg.solve(case.hessian(corrected, u), case.outer(corrected, u)[0])
+    found = refine(case.problem, case.hparams, x, given, adjoint)
+    assert "1 refinement round" in found.note
+    distance = float((given - better).norm())
+    assert found.value == pytest.approx(distance / (1 - bent), rel=0.05 * bent)
+
+
+def test_a_solve_beyond_dense_sizes_is_as_accurate_as_it_claims() -> None:
+    eigenvalues = torch.logspace(-2, 0, 200, dtype=F64)
+    problem = bl.BilevelProblem(
+        lambda x, u: 0.5 * (eigenvalues * x * x).sum() + u * x.sum(), lambda x, u: x.sum(), torch.zeros(200, dtype=F64)
+    )
+    point = problem.bind(torch.zeros((), dtype=F64)).linearize(torch.zeros(200, dtype=F64))
+    b = normal(65, 200)
+    solved = Inverse().solve(point, bl.tree.Raveler(b), b)
+    exact = b / eigenvalues
+    error = float((solved.x - exact).norm() / exact.norm())
+    assert solved.reason == ""
+    assert error / 3 <= solved.error <= 0.0101
 
 
 def saddle(curvature: float) -> bl.BilevelProblem:

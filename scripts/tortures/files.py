@@ -166,7 +166,7 @@ FAULTS = (
 )
 
 
-SMALL = {"seeds": [0], "outer": {"lr": 0.2, "steps": 3}}
+SMALL = {"seeds": [0], "solver": {"class": "Nesterov", "steps": 40}, "outer": {"lr": 0.2, "steps": 3}}
 """The faults meet many commands; the least that has several checkpoints will do."""
 
 
