@@ -107,7 +107,8 @@ class RunFolder:
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
         try:
             self.path = Path(path).expanduser()
-            os.path.lexists(self.path)
+            if "\0" in str(path):
+                raise ValueError("it holds a NUL")
         except (RuntimeError, ValueError) as error:
             raise RunFolderError(f"cannot write to the output folder {str(path)!r} ({error}): {ELSEWHERE}.") from None
         self.config = config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -152,10 +152,11 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
 def _check_history(state: Mapping[str, Any], outer: Any) -> None:
     """Refuse a history that is none, or that of a batch for a single run and the other way round."""
     names = {each.name for each in fields(Record)}
+    needed = {each.name for each in fields(Record) if each.default is MISSING}
     size, history, best = outer.problem.batch, state["history"], state["best_loss"]
     members = [history] if size is None else history
     good = isinstance(history, list | tuple) and all(
-        isinstance(records, list | tuple) and all(isinstance(r, Mapping) and set(r) == names for r in records)
+        isinstance(records, list | tuple) and all(isinstance(r, Mapping) and needed <= set(r) <= names for r in records)
         for records in members
     )
     if not good or len(members) != (size or 1):
