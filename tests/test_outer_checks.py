@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
+from bilevel.outer.state import restore_generators
 
 CASE = ridge_case()
 TRY = "try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
@@ -131,6 +132,14 @@ def moments_of_another_shape() -> dict[str, Any]:
     return saved
 
 
+def unchanged(outer: bl.OuterOptimizer, before: dict[str, Any]) -> None:
+    """Bit for bit, the random generator of torch included."""
+    flat, again = pytree.tree_flatten(before), pytree.tree_flatten(outer.state_dict())
+    assert flat[1] == again[1]
+    for a, b in zip(flat[0], again[0], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.mark.parametrize("sentence", STATES)
 def test_a_state_of_something_else_is_refused_and_nothing_is_loaded(sentence: str) -> None:
     outer = make()
@@ -139,13 +148,27 @@ def test_a_state_of_something_else_is_refused_and_nothing_is_loaded(sentence: st
     given = given() if callable(given) else given
     before, carry = outer.state_dict(), outer.carry
     said(sentence, outer.load_state_dict, given)
-    # Bit for bit, the random generator of torch included.
-    flat, again = pytree.tree_flatten(before), pytree.tree_flatten(outer.state_dict())
-    assert flat[1] == again[1]
-    assert all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(flat[0], again[0], strict=True)
-    )
+    unchanged(outer, before)
     assert outer.carry is carry
+
+
+def test_an_interrupted_load_leaves_the_run_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    saved, outer, calls = state(), make(), []
+    outer.run(1, progress=False)
+    torch.manual_seed(6)
+    before = outer.state_dict()
+
+    def interrupted(generators: Any) -> None:
+        restore_generators(generators)
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("bilevel.outer.loop.restore_generators", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        outer.load_state_dict(saved)
+    unchanged(outer, before)
 
 
 def test_two_runs_that_load_one_state_do_not_share_it() -> None:
