@@ -91,6 +91,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_list(value: Any) -> bool:
+    """True for a list or tuple that is not empty."""
+    return isinstance(value, list | tuple) and bool(value)
+
+
 def is_positive(value: Any) -> bool:
     """True for a finite number above zero."""
     return is_number(value) and value > 0

@@ -48,6 +48,7 @@ FLOORS = {
         "blame",
         "explain",
         "files",
+        "figures",
         "precision",
         "tracebacks",
     ),

@@ -1,7 +1,6 @@
 """The figures of a comparison, one panel for each problem; they need matplotlib (the extra `plot`).
 
-Lines are medians over the seeds, bands run from the smallest to the largest seed. Colours are those of Okabe and Ito
-(2008), which colour-blind readers can tell apart; line styles tell them apart in print.
+Lines are medians over the seeds, bands run from the smallest to the largest seed.
 """
 
 from __future__ import annotations
@@ -13,20 +12,8 @@ from typing import Any
 
 from bilevel.compare.cells import CellRun, Row
 from bilevel.compare.summary import readable_bytes
+from bilevel.figures import STYLE, legend_below, looks, thin_labels, tidy_log_axis
 from bilevel.files import write_figure
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.8,
-    "savefig.dpi": 200,
-}
 
 Curve = tuple[list[float], list[float], list[float], list[float]]
 
@@ -77,8 +64,7 @@ def _panels(runs: Sequence[CellRun], height: float) -> tuple[Any, dict[str, Any]
 
 def _look(runs: Sequence[CellRun]) -> dict[str, tuple[str, Any]]:
     """Return colour and line style by estimator, the same in every figure."""
-    names = list(dict.fromkeys(run.cell.estimator for run in runs))
-    return {name: (COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]) for i, name in enumerate(names)}
+    return looks([run.cell.estimator for run in runs])
 
 
 def _groups(runs: Sequence[CellRun], problem: str) -> dict[str, list[list[Row]]]:
@@ -122,6 +108,7 @@ def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log
             panel.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
         if log[0]:
             panel.set_xscale("log")
+            tidy_log_axis(panel.xaxis)
         else:
             panel.xaxis.get_major_locator().set_params(integer=True)
         bands = [_curve(group, x, y)[2:] for group in _groups(runs, problem).values()]
@@ -129,12 +116,14 @@ def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log
         # Within a decade a linear axis reads better, and a loss may be negative.
         if log[1] and seen and min(seen) > 0 and max(seen) > 10 * min(seen):
             panel.set_yscale("log")
+            tidy_log_axis(panel.yaxis)
         panel.set_xlabel(labels[0])
     next(iter(panels.values())).set_ylabel(labels[1])
     if drawn:
-        figure.legend(
-            list(drawn.values()), list(drawn), loc="outside lower center", ncols=min(4, len(drawn)), frameon=False
-        )
+        seeds = len({run.cell.seed for run in runs})
+        title = f"lines: medians of {seeds} seeds; bands: from the smallest to the largest" if seeds > 1 else ""
+        legend_below(figure, list(drawn.values()), list(drawn), 4, title)
+    thin_labels(figure)
     return figure
 
 
@@ -148,14 +137,17 @@ def _memory(runs: Sequence[CellRun]) -> Any:
             highest = [max(known) for rows in group if (known := _known(rows, "memory_peak_bytes"))]
             if highest:
                 peaks[estimator] = max(median(highest), 1.0)
-        panel.set_xscale("log")
-        panel.set_xlabel("peak memory of a hypergradient (bytes)")
+        # From zero: a bar shows a ratio by its length.
+        panel.set_xlabel("peak memory of a hypergradient")
+        panel.xaxis.set_major_formatter(lambda value, _: readable_bytes(value))
         panel.grid(axis="y", visible=False)
         bars = panel.barh(list(peaks), list(peaks.values()), color=[look[name][0] for name in peaks], height=0.6)
         panel.bar_label(bars, [readable_bytes(value) for value in peaks.values()], padding=4)
         panel.invert_yaxis()
         if peaks:
-            panel.set_xlim(min(peaks.values()) / 3, max(peaks.values()) * 5)
+            panel.set_xlim(0, max(peaks.values()) * 1.35)
+            panel.xaxis.get_major_locator().set_params(nbins=4)
+    thin_labels(figure)
     return figure
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.curse.methods import METHODS, method
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
 from bilevel.curse.problems import NAMES, DataMissingError, load, logistic, ridge
-from bilevel.options import is_int, is_number, is_positive, require
+from bilevel.options import is_int, is_list, is_number, is_positive, require
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import ErrorCurves, chebyshev_rate, error_curves, gd_rate
 from bilevel.theory.one_at_a_time import reference
@@ -55,15 +55,16 @@ class Methods:
     at: int = 150
 
     def __post_init__(self) -> None:
-        known = bool(self.data) and set(self.data) <= set(NAMES)
+        known = is_list(self.data) and all(name in NAMES for name in self.data)
         require(self, "data", f"a list of some of {', '.join(NAMES)}", known)
-        known = bool(self.methods) and set(self.methods) <= set(METHODS)
+        known = is_list(self.methods) and all(name in METHODS for name in self.methods)
         require(self, "methods", f"a list of some of {', '.join(METHODS)}", known)
         require(self, "steps", "a positive int", is_int(self.steps))
         require(self, "at", "an int in 1..steps", is_int(self.at) and self.at <= self.steps)
         require(self, "theta", "a positive number", is_positive(self.theta))
         require(self, "start", "a number", is_number(self.start))
-        require(self, "model", " or ".join(map(repr, MODELS)), self.model in MODELS)
+        require(self, "logarithmic", "True or False", isinstance(self.logarithmic, bool))
+        require(self, "model", " or ".join(map(repr, MODELS)), isinstance(self.model, str) and self.model in MODELS)
 
     def run(self) -> Outcome:
         """Run it."""

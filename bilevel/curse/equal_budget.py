@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel.curse.draws import FAMILIES, draws
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel, Table
 from bilevel.curse.strategies import AUTO, BALANCED, BOUND, EIGHTH, EXTRAPOLATED, FULL, OMEGA, STRATEGIES, measure
-from bilevel.options import is_int, require
+from bilevel.options import is_int, is_list, require
 
 FLOOR = 1e-13
 """Relative errors below this are rounding, and count as this."""
@@ -47,9 +47,9 @@ class EqualBudget:
     seed: int = 500
 
     def __post_init__(self) -> None:
-        known = bool(self.families) and set(self.families) <= set(FAMILIES)
+        known = is_list(self.families) and all(name in FAMILIES for name in self.families)
         require(self, "families", f"a list of some of {', '.join(FAMILIES)}", known)
-        ok = bool(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
+        ok = is_list(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
         require(self, "columns", "ints in 1..200", ok)
         require(self, "steps", "an int of at least 20", is_int(self.steps, 20))
         require(self, "draws", "an int in 1..500", is_int(self.draws) and self.draws <= 500)

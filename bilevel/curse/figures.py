@@ -1,7 +1,6 @@
 """Figures of outcomes; they need matplotlib (the extra `plot`).
 
-Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; a sequence of truncation indices
-is drawn in one perceptually uniform map; line styles tell methods apart in print.
+A sequence of truncation indices is drawn in one perceptually uniform map.
 """
 
 from __future__ import annotations
@@ -11,20 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.curse.outcome import Line, Outcome, Panel
+from bilevel.figures import COLOURS, STYLE, legend_below, looks, thin_labels, tidy_log_axis
 from bilevel.files import write_figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (8, 2, 1, 2)))
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.6,
-    "legend.fontsize": 8.5,
-}
+SMALL: Any = {"font.size": 9, "axes.titlesize": 10, "lines.linewidth": 1.6, "legend.fontsize": 8.5}
+"""Where panels of these figures, which are many, differ from those of comparisons."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 HEIGHT = 2.75
 """Inches of a panel."""
@@ -51,7 +41,7 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
     if not rows:
         return False
     columns = max(map(len, rows))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | SMALL):
         look = _look(rows)
         figure = Figure(figsize=(outcome.panel_width * columns, HEIGHT * len(rows) + 0.75), layout="constrained")
         FigureCanvasAgg(figure)
@@ -64,13 +54,10 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
                 place.set_visible(False)
         figure.suptitle(outcome.title, fontsize=11)
         handles = [drawn[label] for label in look if label in drawn]
-        figure.legend(
-            handles,
-            [handle.get_label() for handle in handles],
-            loc="outside lower center",
-            ncols=min(len(handles), max(2 + columns, int(outcome.panel_width * columns / 1.2))),
-            frameon=False,
-        )
+        if handles:
+            most = max(2 + columns, int(outcome.panel_width * columns / 1.2))
+            legend_below(figure, handles, [handle.get_label() for handle in handles], most)
+        thin_labels(figure)
         write_figure(target, figure, dpi=dpi)
     return True
 
@@ -84,7 +71,7 @@ def _look(rows: Sequence[Sequence[Panel]]) -> dict[str, tuple[Any, Any]]:
     if len(labels) > len(COLOURS):
         shades = matplotlib.colormaps["viridis"]
         return {label: (shades(0.92 * i / (len(labels) - 1)), "-") for i, label in enumerate(labels)}
-    return {label: (COLOURS[i], STYLES[i]) for i, label in enumerate(labels)}
+    return looks(labels)
 
 
 def _panel(place: Any, panel: Panel, look: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
@@ -109,6 +96,9 @@ def _panel(place: Any, panel: Panel, look: dict[str, tuple[Any, Any]]) -> dict[s
             place.axvline(edge - 0.5, color="0.85", linewidth=0.8, zorder=0)
     if panel.ylim is not None:
         place.set_ylim(*panel.ylim)
+    for axis, scale in ((place.xaxis, panel.scales[0]), (place.yaxis, panel.scales[1])):
+        if scale == "log":
+            tidy_log_axis(axis)
     return handles
 
 

@@ -17,7 +17,7 @@ from bilevel.curse.outcome import Claim, Line, Outcome, Panel
 from bilevel.curse.problems import load
 from bilevel.hypergrad import FullUnroll, TruncatedUnroll
 from bilevel.inner import GradientDescent
-from bilevel.options import is_int, require
+from bilevel.options import is_int, is_list, is_number, is_positive, require
 from bilevel.outer import OuterOptimizer
 from bilevel.problems import RidgeProblem
 
@@ -93,7 +93,8 @@ class WarmStarts:
     def __post_init__(self) -> None:
         for name in ("columns", "steps", "outer_steps", "draws", "omega"):
             require(self, name, "a positive int", is_int(getattr(self, name)))
-        ok = bool(self.dropped) and all(is_int(n, 0) and n < self.steps for n in self.dropped)
+        ok = is_list(self.dropped) and all(is_int(n, 0) and n < self.steps for n in self.dropped)
+        require(self, "lr", "a positive number", is_positive(self.lr))
         require(self, "dropped", f"ints in 0..{self.steps - 1}, below `steps`", ok)
         require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
@@ -227,10 +228,13 @@ class InnerSolvers:
     lr: float = 0.02
 
     def __post_init__(self) -> None:
-        known = bool(self.methods) and set(self.methods) <= set(METHODS)
+        known = is_list(self.methods) and all(name in METHODS for name in self.methods)
         require(self, "methods", f"a list of some of {', '.join(METHODS)}", known)
         for name in ("steps", "outer_steps"):
             require(self, name, "a positive int", is_int(getattr(self, name)))
+        for name in ("start", "log_theta"):
+            require(self, name, "a number", is_number(getattr(self, name)))
+        require(self, "lr", "a positive number", is_positive(self.lr))
 
     def run(self) -> Outcome:
         """Run it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
 from bilevel.curse.problems import least_squares
 from bilevel.inner import GradientDescent
-from bilevel.options import is_int, is_positive, require
+from bilevel.options import is_int, is_list, is_positive, require
 from bilevel.theory import ErrorCurves, QuadraticBatch, error_curves, optimal_truncation
 
 STEPS = {"2/(L+l)": lambda low, high: 2.0 / (low + high), "1/L": lambda low, high: 1.0 / high}
@@ -47,14 +47,14 @@ class Truncation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self, "step", " or ".join(map(repr, STEPS)), self.step in STEPS)
+        require(self, "step", " or ".join(map(repr, STEPS)), isinstance(self.step, str) and self.step in STEPS)
         require(self, "show", "'forward', 'reverse' or 'both'", self.show in ("forward", "reverse", "both"))
         for name in ("steps", "draws"):
             require(self, name, "a positive int", is_int(getattr(self, name)))
         require(self, "omega", "a positive int", is_int(self.omega) and is_positive(self.omega))
-        ok = bool(self.indices) and all(is_int(index, 0) and index < self.steps for index in self.indices)
+        ok = is_list(self.indices) and all(is_int(index, 0) and index < self.steps for index in self.indices)
         require(self, "indices", f"ints in 0..{self.steps - 1}, truncation indices below `steps`", ok)
-        ok = bool(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
+        ok = is_list(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
         require(self, "columns", "ints in 1..200", ok)
         require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
@@ -239,6 +239,10 @@ class Contraction:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        ok = is_list(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
+        require(self, "columns", "ints in 1..200", ok)
+        for name in ("draws", "steps"):
+            require(self, name, "a positive int", is_int(getattr(self, name)))
         require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:

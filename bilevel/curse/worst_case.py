@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.curse.methods import METHODS, method
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
-from bilevel.options import is_int, is_positive, require
+from bilevel.options import is_int, is_list, is_positive, require
 from bilevel.theory import QuadraticBatch, error_curves, lower_bound
 
 POINTS = 801
@@ -33,9 +33,9 @@ class WorstCase:
     steps: int = 400
 
     def __post_init__(self) -> None:
-        ok = bool(self.kappas) and all(is_positive(kappa) and kappa < 1 for kappa in self.kappas)
+        ok = is_list(self.kappas) and all(is_positive(kappa) and kappa < 1 for kappa in self.kappas)
         require(self, "kappas", "numbers in (0, 1)", ok)
-        known = bool(self.methods) and set(self.methods) <= set(METHODS)
+        known = is_list(self.methods) and all(name in METHODS for name in self.methods)
         require(self, "methods", f"a list of some of {', '.join(METHODS)}", known)
         require(self, "steps", "a positive int", is_int(self.steps))
 

@@ -18,10 +18,12 @@ from bilevel.inner.leafwise import (
     plus,
     safe_sqrt,
 )
+from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
 from bilevel.options import is_positive, require
 
 
+@accepts_lr
 @dataclass(frozen=True)
 class Adam(LeafwiseSolver):
     """Adam with bias correction, equal to ``torch.optim.Adam`` step for step.
@@ -34,7 +36,7 @@ class Adam(LeafwiseSolver):
     differentiation look at the inner residual in the certificate.
 
     Args:
-        step_size: h, torch's ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
         betas: (b1, b2), both in [0, 1) or functions likewise.
         eps: positive.
         weight_decay: d, not negative, or a function likewise.
@@ -89,6 +91,7 @@ class Adam(LeafwiseSolver):
         return minus_quotient(x, step_size / _correction(b1, index, x), first, below), moved
 
 
+@accepts_lr
 @dataclass(frozen=True)
 class AdamW(Adam):
     """Adam with decoupled weight decay, equal to ``torch.optim.AdamW`` step for step.
@@ -96,7 +99,7 @@ class AdamW(Adam):
         x <- (1 - h d) x,   then the step of `Adam` without weight decay
 
     Args:
-        step_size: h, torch's ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
         betas: (b1, b2), both in [0, 1) or functions likewise.
         eps: positive.
         weight_decay: d, not negative, or a function likewise.

@@ -21,7 +21,7 @@ from bilevel.base import InnerSolver, InnerState, Variables
 from bilevel.inner.coefficient_step import CoefficientStep
 from bilevel.inner.memberwise import MemberwiseMultistep
 from bilevel.lanczos import Spectrum
-from bilevel.options import is_positive, require
+from bilevel.options import is_number, is_positive, require
 from bilevel.oracles import InnerProblem
 from bilevel.tree import Tree
 
@@ -217,9 +217,10 @@ class MomentumMethod(StepSizeMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = self.momentum == "auto" or self.momentum == 0 or (is_positive(self.momentum) and float(self.momentum) < 1)
+        automatic = isinstance(self.momentum, str) and self.momentum == "auto"
+        ok = automatic or (is_number(self.momentum) and 0 <= float(self.momentum) < 1)
         require(self, "momentum", "a number in [0, 1) or 'auto'", ok)
-        if self.momentum == "auto":
+        if automatic:
             require(self, "step_size", "'auto' where `momentum` is", self.step_size == "auto")
 
     def vectors(self, params: Tree) -> tuple[Tree, ...]:

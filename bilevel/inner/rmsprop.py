@@ -18,10 +18,12 @@ from bilevel.inner.leafwise import (
     plus,
     safe_sqrt,
 )
+from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
 from bilevel.options import is_positive, require
 
 
+@accepts_lr
 @dataclass(frozen=True)
 class RMSprop(LeafwiseSolver):
     """Gradient descent with a running root mean square, equal to ``torch.optim.RMSprop`` step for step.
@@ -33,7 +35,7 @@ class RMSprop(LeafwiseSolver):
     taken as zero. With a constant step size the iterates end in a cycle of its size about a minimum.
 
     Args:
-        step_size: h, torch's ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
         alpha: a in [0, 1), or a function likewise.
         eps: positive.
         weight_decay: d, not negative, or a function likewise.

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.inner.leafwise import LeafwiseSolver, Parts, Value, plus
+from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
 from bilevel.options import is_number, require
 
 
+@accepts_lr
 @dataclass(frozen=True)
 class SGD(LeafwiseSolver):
     """Stochastic gradient descent, equal to ``torch.optim.SGD`` step for step.
@@ -24,7 +26,7 @@ class SGD(LeafwiseSolver):
     same steps without dampening and weight decay, faster and with step sizes that they measure.
 
     Args:
-        step_size: h, torch's ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
         momentum: m in [0, 1), or a function likewise.
         dampening: a in [0, 1].
         weight_decay: d, not negative, or a function likewise.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel.options import is_int, shown_value
 
@@ -29,8 +30,8 @@ def check_makers(optimizer: Any, scheduler: Any) -> None:
         )
 
 
-def check_made(optimizer: Any) -> None:
-    """Refuse what a maker returned if it is no torch optimizer, or one that needs several losses in one step.
+def check_made(optimizer: Any, free: Sequence[Tensor]) -> None:
+    """Refuse what a maker returned if it is no torch optimizer, moves other tensors, or needs several losses a step.
 
     Raises:
         ValueError: with the remedy.
@@ -40,12 +41,36 @@ def check_made(optimizer: Any) -> None:
             "`optimizer` must make a torch.optim.Optimizer from a list of tensors, "
             f"got {type(optimizer).__name__}: try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
         )
+    moved = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    if not moved <= {id(tensor) for tensor in free}:
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"`optimizer` made {name} over other tensors than it was given, so the hyperparameters would not move: "
+            f"write optimizer=lambda tensors: torch.optim.{name}(tensors, ...)."
+        )
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
             f"`{type(optimizer).__name__}` evaluates the loss several times in one step, but an outer step "
             "takes one hypergradient: use a first-order optimizer, such as torch.optim.Adam or SGD."
         )
+
+
+def check_scheduler(scheduler: Any, optimizer: Any) -> None:
+    """Refuse what a maker returned if it is no scheduler, or one of another optimizer.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    remedy = "write scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)"
+    if scheduler is None:
+        return
+    if not callable(getattr(scheduler, "step", None)) or not callable(getattr(scheduler, "state_dict", None)):
+        raise ValueError(
+            f"`scheduler` must make a torch scheduler from an optimizer, got {shown_value(scheduler)}: {remedy}."
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(f"`scheduler` made one of another optimizer than it was given: {remedy}.")
 
 
 def check_callbacks(callbacks: Any) -> tuple[Callable[..., Any], ...]:

@@ -20,8 +20,8 @@ from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.target import check_target
 from bilevel.inputs import check_tensors
-from bilevel.options import first_line
-from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_steps
+from bilevel.options import first_line, require, shown_value
+from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_scheduler, check_steps
 from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record, with_remark
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.state import FORMAT, check_state, generators, loaded, origin, restore_generators, restore_optimizer
@@ -45,6 +45,10 @@ class WarmStart:
 
     state: bool = True
     adjoint: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("state", "adjoint"):
+            require(self, name, "True or False", isinstance(getattr(self, name), bool))
 
 
 class OuterOptimizer:
@@ -118,6 +122,8 @@ class OuterOptimizer:
         batch: int | None = None,
     ) -> None:
         check_on_failure(on_failure)
+        if not isinstance(certify, bool):
+            raise ValueError(f"`certify` must be True or False, got {shown_value(certify)}.")
         if not isinstance(warm_start, bool | WarmStart):
             raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {warm_start!r}.")
         rule: HypergradEstimator = as_estimator(estimator)
@@ -140,8 +146,9 @@ class OuterOptimizer:
         self._hparams = tree.tree_map(torch.clone, tree.detach(hparams))
         make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
         self.optimizer = make(tree.leaves(self._free))
-        check_made(self.optimizer)
+        check_made(self.optimizer, tree.leaves(self._free))
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        check_scheduler(self.scheduler, self.optimizer)
         self.carry = Carry()
         self.history: list[Record] = []
         self.best: tuple[float, Tree] = (math.inf, self._hparams)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from bilevel import tree
 from bilevel.base import Estimate
+from bilevel.options import is_int, is_number, is_positive, shown_value
 from bilevel.problem import BilevelProblem
 from bilevel.status import Status
 from bilevel.tree import Tree
@@ -118,6 +119,16 @@ class StoppingRules:
     tol: float | None
     patience: int | None
     min_progress: float
+
+    def __post_init__(self) -> None:
+        for name, allowed, ok in (
+            ("budget", "a positive number or None", self.budget is None or is_positive(self.budget)),
+            ("tol", "a positive number or None", self.tol is None or is_positive(self.tol)),
+            ("patience", "a positive int or None", self.patience is None or is_int(self.patience)),
+            ("min_progress", "a number that is not negative", is_number(self.min_progress) and self.min_progress >= 0),
+        ):
+            if not ok:
+                raise ValueError(f"`{name}` must be {allowed}, got {shown_value(getattr(self, name))}.")
 
     def end(self, taken: str, history: Sequence[Record], comparable: bool) -> str:
         """Return how a run ended that took all its steps; losses of changing problems do not compare."""
