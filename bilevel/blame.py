@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +97,10 @@ def first_not_finite_slope(loss: Tensor, inputs: list[Tensor]) -> str:
         if node is None or node in seen:
             continue
         seen.add(node)
-        handles.append(node.register_hook(hook(node.name())))
+        # A node of a gradient's graph that was built in anomaly mode knows the operation that it is of.
+        metadata: Any = node.metadata
+        origin = metadata.get("parent_")
+        handles.append(node.register_hook(hook((node if origin is None else origin).name())))
         nodes += [parent for parent, _ in node.next_functions]
     try:
         torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
@@ -103,3 +108,37 @@ def first_not_finite_slope(loss: Tensor, inputs: list[Tensor]) -> str:
         for handle in handles:
             handle.remove()
     return f"the derivative of `{blamed[0]}` is not finite there" if blamed else ""
+
+
+def first_not_finite_curvature(gradient: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> str:
+    """Return which operation's second derivative is the first that is not finite on the way back from a gradient.
+
+    Args:
+        gradient: builds a finite gradient with its graph; returns its leaves, and those by which it is differentiated.
+
+    Returns:
+        A clause with the name of the operation; empty where everything is finite.
+
+    >>> def gradient():
+    ...     x = torch.zeros(2, requires_grad=True)
+    ...     return list(torch.autograd.grad(torch.linalg.vector_norm(x), [x], create_graph=True)), [x]
+    >>> first_not_finite_curvature(gradient)
+    'the second derivative of `linalg_vector_norm` is not finite there'
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that anomaly mode is slow
+        with torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
+            parts, inputs = gradient()
+            moving = [part for part in parts if part.requires_grad]
+            # Odd weights, so that no sum of infinite parts cancels.
+            total = sum(
+                (part * torch.linspace(1, 2, part.numel()).reshape(part.shape).to(part)).sum() for part in moving
+            )
+    if not isinstance(total, Tensor) or not tree.is_finite(total):
+        return ""
+    clause = first_not_finite_slope(total, inputs)
+    name = re.search("`(.*)`", clause)
+    if name is None:
+        return ""
+    snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name[1]).lower()
+    return f"the second derivative of `{snake}` is not finite there"

@@ -382,3 +382,50 @@ def test_a_certificate_without_a_figure_prints_its_reason() -> None:
     assert estimate.certificate.error is None
     assert f"error none ({estimate.certificate.error_note})" in str(estimate)
     assert "not asked for" not in str(estimate)
+
+
+# Second derivatives that are not finite ------------------------------------------------------------------------------
+
+CENTER = torch.tensor([0.3, -0.2], dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("inner", "operation"),
+    [
+        (lambda w, u: -torch.exp(-(torch.linalg.norm(w - u) ** 2)), "linalg_vector_norm"),
+        (lambda w, u: (w - u).square().sum() + (w - u).abs().pow(1.5).sum(), "pow"),
+    ],
+)
+def test_a_second_derivative_that_is_not_finite_names_its_operation(inner: Any, operation: str) -> None:
+    problem = bl.BilevelProblem(inner, lambda w, u: (w * CENTER).sum(), CENTER.clone())
+    for estimator in (bl.Implicit(), bl.FullUnroll(), bl.FullUnroll(mode="forward"), bl.TruncatedUnroll(tail=3)):
+        estimate = status_of(problem, CENTER, estimator, bl.GradientDescent(0.25, steps=10))
+        assert estimate.status is bl.Status.NOT_FINITE
+        assert f"the second derivative of `{operation}` is not finite there" in estimate.verdict.detail
+    leaf = CENTER.clone().requires_grad_()
+    solved = bl.solution(problem, bl.GradientDescent(0.25, steps=10), bl.FullUnroll(), leaf)
+    with pytest.raises(bl.HypergradientError, match=operation):
+        solved.sum().backward()
+    report = bl.check_problem(problem, CENTER, bl.GradientDescent(0.25, steps=10))
+    assert f"the second derivative of `{operation}` is not finite at the start" in report["second derivatives"].sentence
+
+
+def test_newton_solves_a_nonsymmetric_indefinite_optimality_map() -> None:
+    def kkt(p: Any, b: Tensor) -> Any:
+        c = torch.stack([torch.ones_like(b), b])
+        return {"x": -(c - 0.5 * (p["x"].log() + 1)) + p["nu"], "nu": p["x"].sum() - 1}
+
+    start = {"x": torch.full((2,), 0.5, dtype=F64), "nu": torch.tensor(0.0, dtype=F64)}
+    problem = bl.BilevelProblem(optimality=kkt, outer_loss=lambda p, b: p["x"][0], params=start)
+    b = torch.tensor(0.3, dtype=F64)
+    # The maximiser of c'x - x'log(x) / 2 on the simplex is s = softmax(2 c), with ds_0/db = -2 s_0 s_1.
+    s = torch.softmax(torch.tensor([2.0, 0.6], dtype=F64), 0)
+    for estimator in (bl.Implicit(bl.GMRES()), "auto"):
+        estimate = status_of(problem, b, estimator, bl.Newton())
+        assert estimate.status.ok
+        assert float(estimate.hypergradient) == pytest.approx(float(-2 * s[0] * s[1]), rel=1e-9)
+    for solver, remedy in ((bl.Newton(bl.CG()), "use Newton() without one"), (bl.QuasiNewton(), "Newton")):
+        with pytest.raises(ValueError, match=remedy.replace("(", r"\(").replace(")", r"\)")):
+            bl.hypergradient(problem, solver, "auto", b)
+    with pytest.raises(ValueError, match="use Implicit"):
+        bl.hypergradient(problem, bl.Newton(), bl.FullUnroll(), b)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
+from bilevel.blame import first_not_finite_curvature
 from bilevel.check.differences import derivative
 from bilevel.check.losses import only_leaf, relative_error
 from bilevel.check.report import Finding
@@ -45,6 +47,10 @@ def second_derivatives(subject: Subject) -> Finding:
                     error = relative_error(claimed, *measured, floor)
                     if error > worst:
                         worst, where = error, f"`{what}{leaf}` {place}"
+    if worst == float("inf") and (made := _endless(subject)):
+        return Finding(
+            "second derivatives", "fault", f"{made}; start elsewhere, or write it without that operation.", worst
+        )
     # In single precision differences of a gradient are differences of rounded numbers.
     if worst <= 10 * subject.tolerance():
         return Finding("second derivatives", "ok", "agree with differences of the inner gradient.", worst)
@@ -55,6 +61,19 @@ def second_derivatives(subject: Subject) -> Finding:
         "a backward is not differentiable itself (detached, `ctx` values, numpy), or a hyperparameter is detached.",
         worst,
     )
+
+
+def _endless(subject: Subject) -> str:
+    """Return which operation has no finite second derivative at one of the points."""
+    for place, params in subject.points():
+
+        def gradient(x: Tree = params) -> tuple[list[Tensor], list[Tensor]]:
+            x, u = tree.attach(x), tree.attach(subject.hparams)
+            return tree.leaves(subject.problem.gradient_graph(x, u)), tree.leaves(x) + tree.leaves(u)
+
+        if made := first_not_finite_curvature(gradient):
+            return made.replace("there", place)
+    return ""
 
 
 def _gradient_along(subject: Subject, what: str, params: Tree, direction: Tree, v: Tree) -> Callable[[float], float]:

@@ -19,6 +19,7 @@ from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.derivatives import check_derivatives
 from bilevel.hypergrad.kinks import ends_at_kink
+from bilevel.hypergrad.not_finite import not_finite_pullback
 from bilevel.problem import BilevelProblem
 from bilevel.status import OnFailure, Verdict, check_on_failure, report
 from bilevel.tree import Tree
@@ -203,8 +204,9 @@ def _confirmed(call: _Call, hparams: Tree, solved: Solution) -> Solution:
 
     def pullback(cotangent: Tree) -> Pullback:
         pulled = solved.pullback(cotangent)
-        if not pulled.verdict.status.usable:
-            return pulled
+        endless = not_finite_pullback(call.problem, solved.params, hparams, pulled)
+        if endless is not None or not pulled.verdict.status.usable:
+            return replace(pulled, verdict=endless or pulled.verdict)
         wrong = check_derivatives(call.problem, hparams, solved.params, outer=False)
         return replace(pulled, verdict=pulled.verdict.worse(wrong))
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.base import Pullback
-from bilevel.blame import first_not_finite, first_not_finite_slope
+from bilevel.blame import first_not_finite, first_not_finite_curvature, first_not_finite_slope
 from bilevel.problem import BilevelProblem
 from bilevel.status import GOOD, Status, Verdict
 from bilevel.tree import Tree
@@ -66,13 +67,43 @@ def not_finite_part(
         if finite_gradient("", part) is not GOOD:
             slope = _outer_slope(problem, params, hparams)
             return finite_gradient(f"{start} `{what}", part, f" at the inner solution: {slope}" if slope else "")
-    if pulled.hparams is None or not pulled.verdict.status.usable or finite_gradient("", pulled.hparams) is GOOD:
+    return not_finite_pullback(problem, params, hparams, pulled)
+
+
+def not_finite_pullback(problem: BilevelProblem, params: Tree, hparams: Tree, pulled: Pullback) -> Verdict | None:
+    """Return a verdict about a pullback that is not finite, with the operation that made it so; None if it is.
+
+    Args:
+        problem: the problem.
+        params: the inner solution.
+        hparams: hyperparameters.
+        pulled: the pullback of a finite cotangent.
+    """
+    status, detail = pulled.verdict.status, pulled.verdict.detail
+    finite = pulled.hparams is None or finite_gradient("", pulled.hparams) is GOOD
+    if finite if status.usable else status is not Status.NOT_FINITE:
         return None
-    return finite_gradient(
-        "the pullback to `hparams",
-        pulled.hparams,
-        ", though the outer gradient is: look at the inner loss's derivatives",
-    )
+    made = _inner_curvature(problem, params, hparams)
+    if not status.usable:
+        return Verdict(status, f"{detail}: {made}") if made else None
+    look = made or "look at the inner loss's derivatives"
+    return finite_gradient("the pullback to `hparams", pulled.hparams, f", though the outer gradient is: {look}")
+
+
+def _inner_curvature(problem: BilevelProblem, params: Tree, hparams: Tree) -> str:
+    """Return which operation has no finite second derivative, at the solution or at the problem's own start."""
+    rest = problem.at_rest()
+    for x in (params, problem.params):
+        if x is None:
+            continue
+
+        def gradient(x: Tree = x) -> tuple[list[Tensor], list[Tensor]]:
+            attached, u = tree.attach(problem.trainable(x)), tree.attach(hparams)
+            return tree.leaves(rest.gradient_graph(attached, u)), tree.leaves(attached) + tree.leaves(u)
+
+        if made := first_not_finite_curvature(gradient):
+            return made
+    return ""
 
 
 def _outer_slope(problem: BilevelProblem, params: Tree, hparams: Tree) -> str:

@@ -26,7 +26,8 @@ class Newton(InnerSolver):
     everywhere, and quadratically near the solution. One step is one dense Hessian and its Cholesky factor, or, with a
     linear solver, a solve to the relative residual ``min(0.1, sqrt(|grad|))`` (Newton-CG; Dembo & Steihaug 1983).
     The derivative of a step is exact (third derivatives by autograd), with the factor t constant; it exists in reverse
-    mode with stored iterates alone, not in forward mode and not in a recorded graph.
+    mode with stored iterates alone, not in forward mode and not in a recorded graph. On an optimality map, whose
+    Jacobian need not be symmetric, a step is an LU solve without a derivative, for Implicit.
 
     Args:
         linear_solver: for the Newton systems, such as ``CG()``; default: Cholesky, for at most 5,000 parameters.
@@ -83,10 +84,7 @@ class Newton(InnerSolver):
     def _solve(self, point: Linearization, right: Tree, tol: float | None = None) -> Tree:
         """Solve ``(H + damping I) d = right``."""
         if not point.inner.problem.symmetric:
-            raise ValueError(
-                "Newton needs an inner loss, but this problem is stated by an optimality map, "
-                "whose Jacobian need not be symmetric: use FixedPoint(update)."
-            )
+            return self._solve_jacobian(point, right)
         if self.linear_solver is not None:
             solution = self.linear_solver.solve(
                 lambda v: tree.add(point.hvp(v), v, self.damping),
@@ -115,6 +113,20 @@ class Newton(InnerSolver):
             )
         return raveler.unravel(torch.cholesky_solve(raveler.ravel(right)[:, None], factor)[:, 0])
 
+    def _solve_jacobian(self, point: Linearization, right: Tree) -> Tree:
+        """Solve with the Jacobian of an optimality map, which need not be symmetric, by LU."""
+        raveler = tree.Raveler(right)
+        if self.linear_solver is not None or raveler.size > MAX_DENSE:
+            raise ValueError(
+                "the linear solvers of Newton need an inner loss, but this problem is stated by an optimality map, "
+                f"whose Jacobian need not be symmetric: use Newton() without one (at most {MAX_DENSE:,} parameters) or "
+                "FixedPoint(update)."
+            )
+        direction, info = torch.linalg.solve_ex(self._dense(point), raveler.ravel(right))
+        if bool(info):
+            raise StepFailure(Status.SINGULAR, "the Jacobian of the optimality map is singular")
+        return raveler.unravel(direction)
+
     def _dense(self, point: Linearization) -> torch.Tensor:
         hessian = point.dense_hessian()
         return hessian + self.damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
@@ -132,7 +144,12 @@ class Newton(InnerSolver):
 
         Returns:
             Cotangents of the state before the step, and of the hyperparameters.
+
+        Raises:
+            ValueError: for an optimality map.
         """
+        if not inner.problem.symmetric:
+            raise ValueError("the steps of Newton on an optimality map are not differentiated: use Implicit(GMRES()).")
         params = state.params
         after, t = self._step(inner, params)
         point = inner.linearize(params)

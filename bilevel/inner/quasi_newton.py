@@ -76,7 +76,7 @@ class QuasiNewton(InnerSolver):
         if not inner.problem.symmetric:
             raise ValueError(
                 "QuasiNewton needs an inner loss, but this problem is stated by an optimality map, "
-                "whose Jacobian need not be symmetric: use FixedPoint(update)."
+                "whose Jacobian need not be symmetric: use Newton() or FixedPoint(update)."
             )
         params, raveler = state.params, tree.Raveler(state.params)
         gradient = raveler.ravel(inner.grad(params))
