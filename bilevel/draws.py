@@ -71,31 +71,9 @@ class Draws:
             yield
 
 
-@contextmanager
-def drawing_nothing(what: str, device: torch.device) -> Iterator[None]:
-    """Refuse a block that draws from a global generator.
-
-    Args:
-        what: how the message calls it.
-        device: whose generator is watched, besides that of the CPU.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-
-    def states() -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
-
-    with PROCESS_STATE:
-        before = states()
-        yield
-        after = states()
-    if not all(map(torch.equal, before, after)):
-        raise ValueError(
-            f"`{what}` draws random numbers, so each call is of another function and there is no hypergradient: give "
-            "`from_module(..., seed=...)`, draw them once before, or let a sampler hand them over."
-        )
+def are_seeded() -> bool:
+    """Whether numbers that are drawn at present follow from a seed of this package."""
+    return _active.get() is not None
 
 
 def random_layer(module: nn.Module) -> str | None:

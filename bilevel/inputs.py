@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import ranks, tree
 from bilevel.blame import first_not_finite
-from bilevel.draws import drawing_nothing
 from bilevel.explain import check_second_derivatives, explained
+from bilevel.purity import looked_at
 from bilevel.tree import Tree
 
 if TYPE_CHECKING:
@@ -187,13 +187,18 @@ def check_influence(
 
 def check_losses(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
     """Look at the losses of a single problem; see `BilevelProblem.check`."""
-    check_trees(params, hparams)
-    params, hparams = tree.attach(params), tree.attach(hparams)
+    with ranks.agreement(problem) as together:
+        check_trees(params, hparams)
+        with looked_at(problem, params, hparams, together):
+            # Copies: whatever the losses do to their arguments, the caller's stay.
+            _check_losses(problem, tree.attach(tree.copied(params)), tree.attach(tree.copied(hparams)), reads)
+
+
+def _check_losses(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None) -> None:
     what = "inner_loss" if problem.optimality is None else "optimality"
     with torch.enable_grad(), explained(f"`{what}`"):
         if problem.optimality is None:
-            with drawing_nothing("inner_loss", tree.leaves(params)[0].device):
-                inner = check_scalar("inner_loss", problem.inner_loss, params, hparams)
+            inner = check_scalar("inner_loss", problem.inner_loss, params, hparams)
             check_second_derivatives("`inner_loss`", inner)
         outer = check_scalar("outer_loss", problem.outer_loss, params, hparams)
         # Running statistics are used by whom they concern.

@@ -70,7 +70,7 @@ class LoaderBatches:
         check_options("LoaderBatches", seed, None, 0)
         if not is_int(kept):
             raise ValueError(f"`LoaderBatches.kept` must be a positive int, got {kept!r}.")
-        self._epochs, self._batches = _Kept(2, self._draw_epoch), _Kept(kept, self._fetch_step)
+        self._epochs, self._batches = _Kept(2, self._draw_epoch), _Kept(kept, self.fetched)
         first = self._epochs(0)
         if first != self._draw_epoch(0):
             raise ValueError(
@@ -103,7 +103,8 @@ class LoaderBatches:
         order = torch.randperm(len(self._examples), generator=torch.Generator().manual_seed(seed))
         return self._fetch([self._examples[i] for i in order[: self._size].tolist()], seed)
 
-    def _fetch_step(self, step: int) -> Tree:
+    def fetched(self, step: int) -> Tree:
+        """Return the batch of a step from the dataset, even where it is held."""
         epoch, position = divmod(step, self._length)
         return self._fetch(self._epochs(epoch)[position], seed_of(EXAMPLES, self._seed, step))
 

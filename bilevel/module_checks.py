@@ -34,8 +34,8 @@ def check_module(module: nn.Module) -> None:
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
                 f"the module's parameter {name!r} has a hook on its gradient, which derivatives of a loss by copies of "
-                "the parameters do not call: remove it (handle.remove()) and write what it does into the forward pass, "
-                "such as mask * w + (1 - mask) * w.detach() for entries that stay (torch.nn.utils.parametrize)."
+                "the parameters do not call: remove it (handle.remove()) and write what it does into the forward pass: "
+                "mask * w + (1 - mask) * w0 with a constant w0 for entries that stay (torch.nn.utils.parametrize)."
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.batch_norm import BatchNormLayers, Statistics
+from bilevel.contents import same
 from bilevel.draws import Draws
 from bilevel.module_checks import check_module
 from bilevel.replicas import Replicas, replicable
@@ -56,15 +58,17 @@ class FunctionalModule:
 
     def run(self, params: dict[str, Tensor], statistics: Statistics | None, *inputs: Any, **options: Any) -> Any:
         """Run the module in its own mode, or, given running statistics (maybe none), in evaluation mode."""
-        # Buffers are cloned, so that a layer that updates them in place does not change the problem.
-        fixed = self._frozen | {name: value.clone() for name, value in self._buffers.items()}
-        values = fixed | params
+        # Buffers are copied, so that a layer that updates them in place does not change the problem.
+        buffers = {name: value.clone() for name, value in self._buffers.items()}
+        values = self._frozen | buffers | params
         values |= {name: values[first] for name, first in self._tied.items()}
         if self._replicas is None:
             parts = [part for part, _ in self._modes]
             with PROCESS_STATE, self._mode(statistics is not None), self._hooked(parts, statistics):
                 # Its own tying leaves a submodule that has two names with the values of this call.
-                return torch.func.functional_call(self._module, values, inputs, options, tie_weights=False)
+                result = torch.func.functional_call(self._module, values, inputs, options, tie_weights=False)
+            self._note(buffers, values, self._module)
+            return result
         parts = self._replicas.make()
         for each, (_, training) in zip(parts, self._modes, strict=True):
             vars(each)["training"] = training and statistics is None
@@ -80,10 +84,28 @@ class FunctionalModule:
                 # The loss may read from the module what its forward has left there.
                 self._replicas = None
                 return self.run(params, statistics, *inputs, **options)
+        self._note(buffers, dict(parts[0].named_buffers()), parts[0])
         return result
 
     def _hooked(self, parts: list[nn.Module], statistics: Statistics | None) -> AbstractContextManager[None]:
         return self.batch_norm.hooked(lambda name: parts[self._places[name]], statistics)
+
+    def _note(self, copies: dict[str, Tensor], left: dict[str, Tensor], module: nn.Module) -> None:
+        """Note, where somebody watches, what a forward pass has changed, which the next one does not see."""
+        if (found := _moved.get()) is None:
+            return
+        for name, buffer in self._buffers.items():
+            if name not in self.statistics and (left.get(name) is not copies[name] or not _holds(copies[name], buffer)):
+                part = name.rpartition(".")[0]
+                where = f"its part {part!r}" if part else "it"
+                found.append(
+                    f"changes its buffer {name!r} in every forward pass in this mode, which inner steps would leave "
+                    f"out: put {where} in evaluation mode (.eval()) before `from_module` "
+                    "if that stops it, or make it without that buffer (track_running_stats=False of InstanceNorm)"
+                )
+        for name, _ in module.named_parameters():
+            if name not in self.params and name not in self._frozen and name not in self._tied:
+                found.append(f"makes its parameter {name!r} in forward: run it on one batch before `from_module`")
 
     @contextmanager
     def _mode(self, evaluate: bool) -> Iterator[None]:
@@ -95,6 +117,30 @@ class FunctionalModule:
         finally:
             for part in changed:
                 part.training = not part.training
+
+
+_moved: ContextVar[list[str] | None] = ContextVar("moved", default=None)
+"""Where changes of a module by its forward pass are noted at present."""
+
+
+@contextmanager
+def watching_modules() -> Iterator[list[str]]:
+    """Yield a list of what forward passes inside the block change of modules; each entry continues "the module"."""
+    found: list[str] = []
+    token = _moved.set(found)
+    try:
+        yield found
+    finally:
+        _moved.reset(token)
+
+
+def _holds(tensor: Tensor, value: Tensor) -> bool:
+    if tensor._version > 0:
+        return False
+    try:
+        return same(tensor, value)
+    except RuntimeError:  # a tensor of a transform, which does not tell its numbers
+        return True
 
 
 def normalising_layer(module: nn.Module) -> str | None:

@@ -25,7 +25,8 @@ from bilevel.inputs import (
 from bilevel.modules import ModuleLoss
 from bilevel.options import require_arguments
 from bilevel.oracles import InnerProblem
-from bilevel.samplers import Sampler
+from bilevel.purity import Purity
+from bilevel.samplers import Sampler, fetched_anew
 from bilevel.sampling import FreshBatch, Sampling, sampling
 from bilevel.spectral import Eigenbasis
 from bilevel.statistics import RunningStatistics
@@ -51,6 +52,9 @@ class BilevelProblem:
     the size of a batch. With ``fresh_batch="outer step"`` all of outer step i is evaluated on ``sampler(i)``, as if
     there were no other data. With an outer sampler outer step i sees ``outer_loss(params, hparams, outer_sampler(i))``.
     A single call sees what outer step 0 of an `OuterOptimizer` sees.
+
+    The losses must be functions of their arguments: they write nothing, draw nothing, and depend on nothing that moves
+    from call to call. The first use of a problem looks at that (`bilevel.purity`) and refuses in one sentence.
 
     Args:
         inner_loss: the loss that the inner solver minimises over params.
@@ -158,6 +162,7 @@ class BilevelProblem:
         if not callable(getattr(self, "outer_loss", None)):
             raise ValueError("a BilevelProblem needs an `outer_loss`, a function (params, hparams) -> scalar Tensor.")
         self.params = params
+        self.purity = Purity()
         self._sampling = sampling(sampler, fresh_batch, inner_loss, outer_sampler, outer_loss)
         if self._sampling is not None:
             self._see(self._sampling, 0)
@@ -197,6 +202,13 @@ class BilevelProblem:
     def on_step(self, index: int) -> BilevelProblem:
         """Return the view of this problem that inner step `index` sees: with the batch of the step."""
         return self if self.sampler is None else self.on_batch(self.sampler(index))
+
+    def sources(self) -> list[tuple[str, Callable[[int], Tree]]]:
+        """Return what hands data to the losses by an index, with how messages call it: the samplers."""
+        if self._sampling is None:
+            return []
+        made = (("sampler", self._sampling.sampler), ("outer sampler", self._sampling.outer_sampler))
+        return [(what, fetched_anew(each)) for what, each in made if each is not None]
 
     def trainable(self, params: Tree) -> Tree:
         """Return the part of params that inner solvers move: all of it, unless there are running `statistics`."""

@@ -6,6 +6,7 @@ resumes all ask for the batch of step k again and get the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,6 +41,16 @@ def between_steps(sampler: Sampler, outer_step: int) -> Tree:
     """
     own = getattr(sampler, "between_steps", None)
     return sampler.full() if own is None else own(outer_step)
+
+
+def fetched_anew(sampler: Sampler) -> Callable[[int], Tree]:
+    """Return the batch of a step as a function that remembers nothing.
+
+    Args:
+        sampler: a sampler; one that holds batches for later has a method ``fetched(step)``.
+    """
+    fetched: Callable[[int], Tree] = getattr(sampler, "fetched", sampler)
+    return fetched
 
 
 ORDER, EVALUATION, ALL, EXAMPLES = range(4)

@@ -307,9 +307,9 @@ FAULTS: list[tuple[str, Callable[[], Planted], tuple[str, ...]]] = [
     ("hyperparameter of the outer constant", hyperparameter_of_the_outer_constant, ("hparams[1]", "only adds")),
     ("active dropout", active_dropout, ("inputs", "`inner_loss` draws random numbers")),
     ("reshuffled data", reshuffled_data, ("inputs", "`inner_loss` draws random numbers", "sampler")),
-    ("counter", counter, ("determinism", "a counter")),
+    ("counter", counter, ("inputs", "a counter")),
     ("slow counter", slow_counter, ("determinism", "a counter")),
-    ("running statistics", running_statistics, ("determinism", "`mean`")),
+    ("running statistics", running_statistics, ("inputs", "writes into `mean`")),
     ("indefinite Hessian", indefinite_hessian, ("curvature", "eigenvalue -0.5", "damping above 0.5")),
     ("saddle", saddle, ("curvature", "eigenvalue -1", "damping above 1")),
     ("singular Hessian", singular_hessian, ("curvature", "singular", "not unique")),
@@ -323,6 +323,6 @@ FAULTS: list[tuple[str, Callable[[], Planted], tuple[str, ...]]] = [
     ("expanding update", expanding_update, ("curvature", "the update expands")),
     ("cancellation", cancellation, ("precision", "cancellation")),
     ("wrong sign", wrong_sign, ("curvature", "sign is wrong")),
-    ("forgetful sampler", forgetful_sampler, ("determinism", "the sampler returns another batch")),
+    ("forgetful sampler", forgetful_sampler, ("inputs", "the sampler returns another batch")),
 ]
 """(name, function that makes (problem, hparams, solver or None), words that the report must contain)."""

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import multiprocessing
+import random
 import re
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import F64, normal
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import bilevel as bl
-from bilevel import tree
+from bilevel import ranks, tree
 
 X, Y, V, Z = normal(1, 12, 3), normal(2, 12, 1), normal(3, 8, 3), normal(4, 8, 1)
 U = torch.tensor(-3.0, dtype=F64)
@@ -93,8 +103,12 @@ class Masked(nn.Module):
 
     mask = torch.tensor([[0.0], [0.0], [1.0], [1.0]], dtype=F64)
 
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start", w.detach().clone())
+
     def forward(self, w: Tensor) -> Tensor:
-        return self.mask * w + (1 - self.mask) * w.detach()
+        return self.mask * w + (1 - self.mask) * self.start
 
 
 def test_hooks_on_gradients_are_refused_and_a_parametrization_freezes_rows() -> None:
@@ -106,7 +120,7 @@ def test_hooks_on_gradients_are_refused_and_a_parametrization_freezes_rows() -> 
     handle = module[2].register_full_backward_hook(lambda *given: None)
     refused_module("the module's part '2' (Linear) has a backward hook", module)
     handle.remove()
-    parametrize.register_parametrization(module[0], "weight", Masked())
+    parametrize.register_parametrization(module[0], "weight", Masked(module[0].weight))
     problem = bl.BilevelProblem.from_module(module, lambda m, p, u: fit(m, {"": m(X)}, u), validate)
     estimate = bl.hypergradient(problem, GD, bl.FullUnroll(), U)
     moved = estimate.params["0.parametrizations.weight.original"] - module[0].parametrizations.weight.original
@@ -161,3 +175,402 @@ def test_results_share_storage_with_nothing(name: str, rows: int | None) -> None
     assert all(map(torch.equal, tree.leaves(before), tree.leaves((problem.params, hparams))))
     again = bl.hypergradient(problem, solver, estimator, hparams, carry=first.carry, on_failure="return")
     assert all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves((again.params, again.hypergradient)))
+
+
+# Losses that are no functions of their arguments ----------------------------------------------------------------------
+
+TARGET = torch.tensor([1.0, -0.5, 2.0], dtype=F64)
+
+
+def inner(w: Tensor, u: Tensor) -> Tensor:
+    return (w - TARGET).square().sum() + u.exp() * w.square().sum()
+
+
+def outer(w: Tensor, u: Tensor) -> Tensor:
+    return (w - 0.5).square().sum()
+
+
+def with_change(change: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(w: Tensor, u: Tensor) -> Tensor:
+        change(w, u)
+        return inner(w, u)
+
+    return loss
+
+
+def in_no_grad(w: Tensor, u: Tensor) -> None:
+    with torch.no_grad():
+        u.mul_(1.01)
+
+
+def set_data(w: Tensor, u: Tensor) -> None:
+    w.data = w.data.clamp(min=0)
+
+
+WRITES: dict[str, tuple[str, Callable[[Tensor, Tensor], Any]]] = {
+    ".data": ("`params` (clamp_)", lambda w, u: w.data.clamp_(min=0)),
+    "no_grad": ("`hparams` (mul_)", in_no_grad),
+    "detached, where nothing changes": ("`params` (clamp_)", lambda w, u: w.detach().clamp_(-100, 100)),
+    "set_": ("`params` (set_)", lambda w, u: w.data.set_(w.data.clone())),
+    "new data": ("`params`", set_data),
+    "out": ("`params` (neg)", lambda w, u: torch.neg(w.detach(), out=w.data)),
+    "numpy": ("`params`", lambda w, u: np.clip(w.detach().numpy(), -1, 1, out=w.detach().numpy())),
+}
+
+
+def refused(text: str, problem: bl.BilevelProblem, hparams: Tensor = U, **options: Any) -> None:
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    for estimator in (bl.FullUnroll(), bl.Implicit(bl.CG())):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            bl.hypergradient(problem, GD, estimator, hparams, **options)
+    assert torch.equal(generators[0], torch.get_rng_state())
+    assert (generators[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert generators[2] == random.getstate()
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_losses_that_write_into_their_arguments_are_refused_and_the_callers_stay(name: str) -> None:
+    text, change = WRITES[name]
+    start, u = torch.zeros(3, dtype=F64), torch.tensor(-1.0, dtype=F64)
+    refused(f"`inner_loss` writes into its argument {text}", bl.BilevelProblem(with_change(change), outer, start), u)
+    refused(f"`outer_loss` writes into its argument {text}", bl.BilevelProblem(inner, with_change(change), start), u)
+    assert torch.equal(start, torch.zeros(3, dtype=F64))
+    assert float(u) == -1.0
+
+
+def test_writes_into_leaves_data_rows_and_batches_are_named_and_undone() -> None:
+    data = {"X": normal(7, 2, 6, 3), "y": normal(8, 2, 6)}
+    before = tree.copied(data)
+
+    def fitted(w: Any, u: Tensor, rows: Any) -> Tensor:
+        rows["y"].detach().mul_(0.5)
+        return (rows["X"] @ w["a"] - rows["y"]).square().sum() + u.exp() * w["a"].square().sum()
+
+    def measured(w: Any, u: Tensor, *rows: Any) -> Tensor:
+        return w["a"].square().sum()
+
+    start = {"a": torch.zeros(3, dtype=F64)}
+    one = bl.BilevelProblem(fitted, measured, start, data=tree.tree_map(lambda leaf: leaf[0], data))
+    refused("`inner_loss` writes into its argument `data['y']` (mul_)", one)
+    refused("writes into its argument `data['y']` (mul_)", one.batched(2, data), U.expand(2))
+    sampled = bl.BilevelProblem(fitted, measured, start, sampler=bl.MiniBatches(data, 1))
+    refused("writes into its argument `batch['y']` (mul_)", sampled)
+
+    def leaf(w: Any, u: Tensor) -> Tensor:
+        w["a"].data.clamp_(min=0)
+        return w["a"].square().sum() * u.exp()
+
+    refused("writes into its argument `params['a']` (clamp_)", bl.BilevelProblem(leaf, measured, start))
+    assert all(map(torch.equal, tree.leaves(before), tree.leaves(data)))
+
+
+class Holder:
+    """Losses as methods, with a state."""
+
+    def __init__(self) -> None:
+        self.X, self.array, self.calls, self.mean, self.log = normal(9, 3, 3), np.ones(3), 0, 0.0, [0.0]
+        self.cache: dict[str, Tensor] = {}
+        self.large = torch.ones(2**20, dtype=F64)
+
+    def centred(self, w: Tensor, u: Tensor) -> Tensor:
+        self.X -= self.X.mean()
+        return inner(w, u)
+
+    def scaled(self, w: Tensor, u: Tensor) -> Tensor:
+        self.array *= 0.5
+        return inner(w, u)
+
+    def in_large(self, w: Tensor, u: Tensor) -> Tensor:
+        self.large.numpy()[77] += 1
+        return inner(w, u)
+
+    def scheduled(self, w: Tensor, u: Tensor) -> Tensor:
+        self.calls += 1
+        return inner(w, u) * (1 if self.calls < 5_000 else 2)
+
+    def averaged(self, w: Tensor, u: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * float(w.detach().sum())
+        return inner(w, u) + self.mean * w.sum()
+
+    def previous(self, w: Tensor, u: Tensor) -> Tensor:
+        before = self.cache.get("w", w.detach())
+        self.cache["w"] = w.detach()
+        return inner(w, u) + (w - before).square().sum()
+
+    def stale(self, w: Tensor, u: Tensor) -> Tensor:
+        self.cache.setdefault("penalty", u.detach().exp())
+        return inner(w, u) + self.cache["penalty"] * w.sum()
+
+    def logging(self, w: Tensor, u: Tensor) -> Tensor:
+        """Right: what moves decides nothing."""
+        self.calls += 1
+        self.log.append(float(inner(w, u).detach()))
+        self.cache["last"] = w.detach()
+        squares = self.cache.setdefault("squares", TARGET.square())
+        return inner(w, u) + 0.0 * squares.sum()
+
+
+STATES = {
+    "centred": "`inner_loss` writes into `self.X` (sub_), which it refers to",
+    "scaled": "`inner_loss` writes into `self.array`, which it refers to",
+    "in_large": "`inner_loss` writes into `self.large`, which it refers to",
+    "scheduled": "it depends on `self.calls`, which moves from call to call",
+    "averaged": "it depends on `self.mean`, which moves from call to call",
+    "previous": "it depends on `self.cache.w`, which moves from call to call",
+    "stale": "it depends on `self.cache.penalty`, which moves from call to call",
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_losses_with_a_state_are_refused_by_the_name_of_what_moves(name: str) -> None:
+    holder = Holder()
+    refused(STATES[name], bl.BilevelProblem(getattr(holder, name), outer, torch.zeros(3, dtype=F64)))
+    assert torch.equal(holder.X, normal(9, 3, 3))
+    assert (holder.array == 1).all()
+
+
+def test_logs_and_caches_that_decide_nothing_are_no_fault() -> None:
+    start = torch.zeros(3, dtype=F64)
+    plain = bl.hypergradient(bl.BilevelProblem(inner, outer, start), GD, bl.FullUnroll(), U)
+    logged = bl.hypergradient(bl.BilevelProblem(Holder().logging, outer, start), GD, bl.FullUnroll(), U)
+    assert torch.equal(plain.hypergradient, logged.hypergradient)
+
+
+COUNT = 0
+
+
+def test_states_in_closures_globals_and_defaults_and_slow_ones_are_found() -> None:
+    start = torch.zeros(3, dtype=F64)
+    count, hidden = 0, itertools.count()
+
+    def closed(w: Tensor, u: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return inner(w, u) * (1 + (count > 999))
+
+    def named(w: Tensor, u: Tensor) -> Tensor:
+        global COUNT
+        COUNT += 1
+        return inner(w, u) * (1 + (COUNT > 999))
+
+    def kept(w: Tensor, u: Tensor, memory: list[int] = [0]) -> Tensor:  # noqa: B006
+        memory[0] += 1
+        return inner(w, u) * (1 + (memory[0] > 999))
+
+    for name, loss in (("count", closed), ("COUNT", named), ("[0].0", kept)):
+        refused(f"it depends on `{name}`, which moves from call to call", bl.BilevelProblem(loss, outer, start))
+    slow = bl.BilevelProblem(partial(lambda each, w, u: inner(w, u) * (1 + (next(each) > 20)), hidden), outer, start)
+    with pytest.raises(ValueError, match=r"`inner_loss` gives other numbers when it is called again .*1.0e\+00"):
+        bl.hypergradient(slow, GD, bl.FullUnroll(), U)
+
+
+DRAW = torch.Generator().manual_seed(0)
+OF_NUMPY = np.random.default_rng(0)
+RANDOM: dict[str, tuple[str, Callable[[], float]]] = {
+    "torch": ("torch's global generator", lambda: float(torch.rand(()))),
+    "a rare event": ("torch's global generator", lambda: float(torch.rand(()) < 1e-9)),
+    "a generator": ("the generator `draw.DRAW`", lambda: float(torch.rand((), generator=DRAW))),
+    "numpy": ("numpy's global generator", lambda: float(np.random.rand() < 1e-9)),  # noqa: NPY002
+    "numpy's generator": ("the generator `draw.OF_NUMPY`", lambda: OF_NUMPY.random()),
+    "Python": ("Python's `random`", lambda: random.random()),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_numbers_of_any_source_are_refused_in_both_losses(name: str) -> None:
+    source, draw = RANDOM[name]
+    start = torch.zeros(3, dtype=F64)
+    noisy = lambda w, u: inner(w, u) + draw() * w.sum()  # noqa: E731
+    for what, problem in (
+        ("inner_loss", bl.BilevelProblem(noisy, outer, start)),
+        ("outer_loss", bl.BilevelProblem(inner, noisy, start)),
+    ):
+        refused(f"`{what}` draws random numbers from {source}", problem)
+        refused(f"`{what}` draws random numbers from {source}", problem, U.expand(2), batch=2)
+
+
+def test_the_clock_is_noticed_and_a_loss_that_seeds_itself_is_a_function() -> None:
+    start = torch.zeros(3, dtype=F64)
+    refused(
+        "other numbers when it is called again",
+        bl.BilevelProblem(lambda w, u: inner(w, u) + 1e-9 * time.time() * w.sum(), outer, start),
+    )
+
+    def seeded(w: Tensor, u: Tensor) -> Tensor:
+        return inner(w, u) + (torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=F64) * w).sum()
+
+    assert bl.hypergradient(bl.BilevelProblem(seeded, outer, start), GD, bl.FullUnroll(), U).status.ok
+
+
+def test_a_subclass_of_a_structured_problem_and_an_update_are_looked_at_too() -> None:
+    class Noisy(bl.problems.RidgeProblem):
+        def outer_loss(self, params: Tensor, hparams: Tensor) -> Tensor:
+            return super().outer_loss(params, hparams) * (1 + torch.rand((), dtype=F64))
+
+    x, y = normal(10, 9, 3), normal(11, 9)
+    refused("`outer_loss` draws random numbers from torch's global", Noisy(x, y, x, y), torch.tensor(0.0, dtype=F64))
+
+    def update(w: Tensor, u: Tensor) -> Tensor:
+        w.data.clamp_(min=0)
+        return 0.5 * w + u
+
+    problem = bl.BilevelProblem.from_fixed_point(update, outer, torch.zeros(3, dtype=F64))
+    with pytest.raises(ValueError, match=re.escape("`optimality` writes into its argument `params` (clamp_)")):
+        bl.hypergradient(problem, bl.FixedPoint(update, steps=5), bl.FullUnroll(), U)
+
+
+# Modules with a state -------------------------------------------------------------------------------------------------
+
+
+class Average(nn.Module):
+    """A layer that keeps an average, which evaluation mode subtracts."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.average, self.calls = how, 0.0, 0
+        self.register_buffer("mean", torch.zeros(4, dtype=F64))
+        self.vector = torch.zeros(4, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x - self.mean - self.average - self.vector
+        now = x.detach().mean(0)
+        if self.how == "in place":
+            self.mean.lerp_(now, 0.1)
+        elif self.how == "assigned":
+            self.mean = 0.9 * self.mean + 0.1 * now
+        elif self.how == "data":
+            self.mean.data.copy_(now)
+        elif self.how == "a number":
+            self.average = 0.9 * self.average + 0.1 * float(now.sum())
+        elif self.how == "no buffer":
+            self.vector.lerp_(now, 0.1)
+        elif self.how == "schedule":
+            self.calls += 1
+            return x * (1 + (self.calls > 999))
+        return x
+
+
+LAYERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "in place": ("changes its buffer '1.mean' in every forward pass", lambda: Average("in place")),
+    "assigned": ("changes its buffer '1.mean' in every forward pass", lambda: Average("assigned")),
+    "data": ("changes its buffer '1.mean' in every forward pass", lambda: Average("data")),
+    "a number": ("it depends on `module.1.average`, which moves", lambda: Average("a number")),
+    "no buffer": ("writes into `module.1.vector` (lerp_)", lambda: Average("no buffer")),
+    "schedule": ("it depends on `module.1.calls`, which moves", lambda: Average("schedule")),
+    "instance norm": (
+        "changes its buffer '1.1.running_mean' in every forward pass",
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, track_running_stats=True).double(), nn.Flatten()
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_state_that_forward_moves_is_refused_by_name_and_the_module_stays(name: str) -> None:
+    text, make = LAYERS[name]
+    module = nn.Sequential(nn.Linear(3, 4), make(), nn.Linear(4, 1)).double()
+    before = copy.deepcopy(module.state_dict())
+    read = lambda model, params, u: (model.eval()(V) - Z).square().mean()  # noqa: E731
+    refused(text, bl.BilevelProblem.from_module(module, fit, read))
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in before.items())
+    assert all(part.training for part in module.modules())
+    module[1].eval()
+    assert bl.hypergradient(bl.BilevelProblem.from_module(module, fit, read), GD, bl.FullUnroll(), U).status.ok
+
+
+def test_hooks_that_keep_a_state_and_layers_made_in_forward_are_refused() -> None:
+    module, state = network(), {"mean": 0.0}
+
+    def centre(layer: Any, given: Any, out: Tensor) -> Tensor:
+        state["mean"] = 0.9 * state["mean"] + 0.1 * float(out.detach().mean())
+        return out - state["mean"]
+
+    handle = module[1].register_forward_hook(centre)
+    refused("it depends on `module.1.hook.state.mean`", bl.BilevelProblem.from_module(module, fit, validate))
+    handle.remove()
+    module[1].register_forward_hook(lambda layer, given, out: state.update(out=out))
+    assert bl.hypergradient(bl.BilevelProblem.from_module(module, fit, validate), GD, bl.FullUnroll(), U).status.ok
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4).double(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.second = self.second or nn.Linear(4, 1).double()
+            return self.second(self.first(x))
+
+    late = Late()
+    refused("makes its parameter 'second.weight' in forward", bl.BilevelProblem.from_module(late, fit, validate))
+    late(X)
+    equals_torch(late)
+
+
+# Ranks of a process group ---------------------------------------------------------------------------------------------
+
+
+def ranks_of_two(rank: int, path: str, said: Any) -> None:
+    """What each of two processes sees of problems that are the same, differ, fail on one, or are on one alone."""
+    warnings.simplefilter("ignore")
+    ranks.WAIT = 2.0
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    half = slice(6 * rank, 6 * rank + 6)
+
+    def problem(rows: slice, reduced: Any = None) -> bl.BilevelProblem:
+        def loss(w: Tensor, u: Tensor) -> Tensor:
+            value = (X[rows] @ w - Y[rows, 0]).square().sum() + u.exp() * w.square().sum()
+            return value if reduced is None else reduced(value)
+
+        return bl.BilevelProblem(loss, outer, torch.zeros(3, dtype=F64))
+
+    def summed(value: Tensor) -> Tensor:
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return value + total - value.detach()
+
+    def late(value: Tensor) -> Tensor:
+        if rank:
+            raise RuntimeError("no memory")
+        return summed(value)
+
+    def hypergradient(made: bl.BilevelProblem, u: float = -3.0) -> str:
+        try:
+            return str(float(bl.hypergradient(made, GD, bl.FullUnroll(), torch.tensor(u, dtype=F64)).hypergradient))
+        except ValueError as error:
+            return str(error)
+
+    found = {
+        "same": hypergradient(problem(slice(0, 12))),
+        "halves": hypergradient(problem(half)),
+        "own class": hypergradient(bl.problems.RidgeProblem(X[half], Y[half, 0], V, Z[:, 0])),
+        "hparams": hypergradient(problem(slice(0, 12)), -3.0 - rank),
+        "reduced": hypergradient(problem(half, summed)),
+        "NaN on one": hypergradient(problem(slice(0, 12), summed), float("nan") if rank else 0.0),
+        "fails on one": hypergradient(problem(slice(0, 12), late)),
+    }
+    ranks.WAIT = 0.2
+    found["alone"] = hypergradient(problem(slice(0, 12))) if rank == 0 else ""
+    said.put(found)
+    dist.destroy_process_group()
+
+
+def test_ranks_that_differ_all_refuse_and_none_waits_for_ever(tmp_path: Path) -> None:
+    forked = multiprocessing.get_context("fork")  # a new interpreter would take seconds to load torch
+    said = forked.Queue()
+    processes = [forked.Process(target=ranks_of_two, args=(rank, str(tmp_path / "store"), said)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        first, second = said.get(timeout=60), said.get(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    for each in (first, second):
+        assert float(each["same"]) == float(first["same"])
+        for name in ("halves", "own class", "hparams", "reduced"):
+            assert "other numbers on other ranks of the process group" in each[name] or "refuses this" in each[name]
+        assert "`hparams` holds NaN" in each["NaN on one"]
+        assert "no memory" in each["fails on one"]
+    assert first["alone"] + second["alone"] == first["same"]

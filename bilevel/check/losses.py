@@ -11,11 +11,11 @@ import torch
 
 from bilevel import tree
 from bilevel.blame import first_not_finite_slope
-from bilevel.captured import captured
 from bilevel.check.differences import HALVINGS, PIECES, derivative, largest_jump
 from bilevel.check.report import Finding
 from bilevel.check.subject import DIRECTIONS, Subject
 from bilevel.hypergrad.arguments import read_by_steps
+from bilevel.purity import referred_to
 from bilevel.tree import Tree
 
 UNTRUSTED = 0.1
@@ -34,7 +34,7 @@ def inputs(subject: Subject) -> Finding:
     like = tree.leaves(subject.start)[0]
     odd = [
         f"`{name}` is {tensor.dtype} on {tensor.device}"
-        for name, tensor in captured(subject.given)
+        for name, tensor in referred_to(subject.given).tensors.items()
         if tensor.is_floating_point() and (tensor.dtype, tensor.device) != (like.dtype, like.device)
     ]
     if odd:

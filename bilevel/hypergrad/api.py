@@ -24,6 +24,7 @@ from bilevel.hypergrad.moving import with_statistics
 from bilevel.hypergrad.rows import loop_hypergradient, one_by_one
 from bilevel.hypergrad.target import Pursuit, check_target
 from bilevel.problem import BilevelProblem
+from bilevel.purity import confirm
 from bilevel.status import OnFailure, report
 from bilevel.tree import Tree
 
@@ -137,12 +138,15 @@ def hypergradient(
     warm = Carry() if carry is None else carry.copied()
     if problem.batch is not None:
         try:
-            return batch_hypergradient(problem, solver, rule, given, start, warm, certify, on_failure)
+            together = batch_hypergradient(problem, solver, rule, given, start, warm, certify, on_failure)
         except NotSideBySide as reason:
             looped = one_by_one(problem, str(reason))
             return hypergradient(
                 looped, solver, rule, hparams, params, carry=carry, certify=certify, check=False, on_failure=on_failure
             )
+        if check:
+            confirm(problem)
+        return together
     hparams, carry = given, warm
     meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
@@ -155,6 +159,8 @@ def hypergradient(
         found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
         cost = meter.read()
         found = _confirmed(problem, solver, rule, hparams, found, start, asked=True)
+    if check:
+        confirm(problem)
     solved, pulled, gradient = found.solved, found.pulled, found.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)

@@ -200,6 +200,10 @@ class MetaProblem(BilevelProblem):
         view.support = batch
         return view
 
+    def sources(self) -> list[tuple[str, Callable[[int], Tree]]]:
+        """Return the function that draws tasks."""
+        return [("function `tasks`", self.tasks)]
+
     def on_outer_step(self, index: int) -> BilevelProblem:
         """Return this problem on the tasks of an outer step."""
         return self.on_tasks(self.tasks, range(index * self.batch_size, (index + 1) * self.batch_size))

@@ -36,6 +36,7 @@ from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
 from bilevel.problems.linear_oracles import LinearModelPoint as LinearModelPoint
 from bilevel.problems.splits import Split
+from bilevel.purity import look
 from bilevel.tree import Tree
 
 
@@ -313,6 +314,7 @@ class LinearModelProblem(DataProblem):
         ):
             check_tensor(name, value, shape, self.train.X, owner, "X_train")
         self.check_range(hparams)
+        look(self, params, hparams)  # a subclass may have losses of its own
 
     def refuse_no_penalty(self, hparams: Tree) -> None:
         """Refuse the logarithm of a zero penalty, which has no derivative.

@@ -14,6 +14,7 @@ from bilevel.module_problem import ModuleProblem
 from bilevel.options import is_int, require
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.splits import Split, class_labels, training_classes
+from bilevel.purity import look
 from bilevel.tree import Tree
 
 
@@ -173,6 +174,7 @@ class MLPProblem(DataProblem, ModuleProblem):
         check_trees(params, hparams)
         for what, value, wanted in (("params", params, self.params), ("hparams", hparams, self.initial_hparams())):
             _check_like(what, value, wanted, f"MLPProblem(decay={self.decay!r})", self.train.X)
+        look(self, params, hparams)
 
 
 def _loss(model: Any, split: Split) -> Tensor:

@@ -13,6 +13,7 @@ from bilevel.inputs import Reads, check_tensor, check_trees
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
 from bilevel.problems.quadratic_batch import QuadraticProblemBatch
+from bilevel.purity import look
 from bilevel.spectral import Eigenbasis, diagonalise
 from bilevel.sums import BilinearSum, ProductSum
 from bilevel.tree import Tree
@@ -243,3 +244,4 @@ class QuadraticProblem(BilevelProblem):
             ("hparams", hparams, len(self.linear_directions)),
         ):
             check_tensor(name, value, (size,), self.linear, "QuadraticProblem", "the problem")
+        look(self, params, hparams)
