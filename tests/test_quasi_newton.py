@@ -224,7 +224,9 @@ def test_a_loss_without_a_minimum_and_an_optimality_map_get_their_sentence():
     assert run.verdict.status is bl.Status.FAILED_STEP
     assert "QuasiNewton at step 1: the loss falls without end along a direction of slope -2" in str(run.verdict)
     point = bl.BilevelProblem.from_fixed_point(lambda x, u: 0.5 * x + u, lambda x, u: x.sum(), torch.zeros(2).double())
-    with pytest.raises(ValueError, match=r"QuasiNewton needs an inner loss, .*: use FixedPoint\(update\)"):
+    with pytest.raises(
+        ValueError, match=r"QuasiNewton needs an inner loss, .*: use Newton\(\) or FixedPoint\(update\)"
+    ):
         solve(point, bl.QuasiNewton(), torch.ones(2, dtype=F64))
 
 
