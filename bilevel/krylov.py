@@ -145,13 +145,16 @@ def _step_by_step(
     p = r if precondition is None else precondition(r)
     run = Krylov(x, float(torch.dot(r, r)))
     run.rz = None if precondition is None else float(torch.dot(r, p))
+    most = torch.finfo(p.dtype).max
     while run.steps < limit and not enough(run) and run.rr > 0:
         product = matvec(p)
         energy = float(torch.dot(p, product))
-        if not energy > 0:
+        before = run.rr if run.rz is None else run.rz
+        # A step that the dtype cannot hold ends the run as a curvature that is not positive does.
+        if not (energy > 0 and before < most * energy):
             run.negative = energy / float(torch.dot(p, p))
             return run
-        length = (run.rr if run.rz is None else run.rz) / energy
+        length = before / energy
         # In place, but for the caller's vectors, and for those that a preconditioner may have handed back.
         owned = run.steps > 0 and precondition is None
         r = torch.sub(r, product, alpha=length, out=r if owned else None)

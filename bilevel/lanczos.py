@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import look
+from bilevel import look, tree
 
 SEED = 0x5EED_1A5C
 
@@ -67,7 +67,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30, r
         stacked = torch.stack(basis)
         for _ in range(2):  # twice is enough (Kahan-Parlett)
             product = product - stacked.t() @ (stacked @ product)
-        off.append(torch.linalg.vector_norm(product))
+        off.append(tree.vector_norm(product))
         vector = product / off[-1]
         if step % every and step != limit:
             continue

@@ -33,8 +33,18 @@ def fit(value: Weight, leaf: Tensor) -> Any:
 
 def norms(x: Tree) -> Tensor:
     """Return the Euclidean norm of every member over all leaves, of shape (members,)."""
-    parts = [torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for leaf in tree.leaves(x)]
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    parts = [tree.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for leaf in tree.leaves(x)]
+    return parts[0] if len(parts) == 1 else tree.vector_norm(torch.stack(parts), dim=0)
+
+
+def dots(x: Tree, y: Tree) -> Tensor:
+    """Return the inner product of every member over all leaves, of shape (members,).
+
+    >>> dots(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 2))
+    tensor([3., 7.])
+    """
+    pairs = zip(tree.leaves(x), tree.leaves(y), strict=True)
+    return torch.stack([(a * b).reshape(len(a), -1).sum(dim=1) for a, b in pairs]).sum(dim=0)
 
 
 def where(mask: Tensor, x: Tree, y: Tree | float) -> Tree:

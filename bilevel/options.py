@@ -101,6 +101,10 @@ def is_positive(value: Any) -> bool:
     return is_number(value) and value > 0
 
 
+class Relative(float):
+    """A tolerance that is a share of the size of what is judged, in place of a number with its unit."""
+
+
 def default_tolerance(dtype: torch.dtype) -> float:
     """Return ``eps ** (2/3)``: 3.7e-11 in float64, 2.4e-5 in float32."""
     return float(torch.finfo(dtype).eps ** (2 / 3))

@@ -52,6 +52,8 @@ class InnerProblem:
         self.hparams = tree.detach(hparams)
         self.counts: Counter[str] = Counter() if counts is None else counts
         self.alone: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self.tolerance: Any = None
+        """The residual at which the run of steps ends that goes on, where it is known: what a step may stop at, too."""
         self._last: tuple[Tree, Tree] | None = None
         self._last_value: tuple[Tree, Tensor] | None = None
 
@@ -76,6 +78,11 @@ class InnerProblem:
     def linearize(self, params: Tree) -> Linearization:
         """Return the gradient linearised at `params`."""
         return self.linearization(self, params)
+
+    def hvp_at(self, params: Tree, v: Tree) -> Tree:
+        """Return ``H' v`` at params; nothing of it is recorded by autograd."""
+        with torch.no_grad():
+            return self.linearize(tree.detach(params)).hvp(tree.detach(v))
 
     def product_sum(self) -> ProductSum:
         """Return what sums ``C' v`` over the points of a reverse sweep; a bilinear problem returns a `BilinearSum`."""
@@ -192,6 +199,10 @@ class DifferentiableInner(InnerProblem):
         """Return the problem that step `index` sees, differentiable likewise."""
         inner = self._inner.on_step(index)
         return self if inner is self._inner else DifferentiableInner(inner, self.hparams, self._graph)
+
+    def hvp_at(self, params: Tree, v: Tree) -> Tree:
+        """Return ``H' v`` at params."""
+        return self._inner.hvp_at(params, v)
 
     def linearize(self, params: Tree) -> Linearization:
         """Refuse: second-order oracles are not differentiated by autograd."""

@@ -411,6 +411,7 @@ class BilevelProblem:
     def as_batch(self, single: Sequence[BilevelProblem]) -> BilevelProblem:
         """Declare this problem the batch of the given members, and return it."""
         self.batch, self._single = len(single), tuple(single)
+        self.quadratic = all(each.quadratic for each in single)
         return self
 
     def member(self, index: int) -> BilevelProblem:

@@ -158,8 +158,19 @@ def dot(x: Tree, y: Tree) -> Tensor:
 def norm(x: Tree) -> Tensor:
     """Return the Euclidean norm over all leaves, a 0-d tensor."""
     if isinstance(x, Tensor):
-        return torch.linalg.vector_norm(x)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves(x)]))
+        return vector_norm(x)
+    return vector_norm(torch.stack([vector_norm(leaf) for leaf in leaves(x)]))
+
+
+def vector_norm(x: Tensor, dim: int | None = None) -> Tensor:
+    """Return the Euclidean norm of a tensor; squares of float32 are summed in float64, whose range holds them all.
+
+    >>> vector_norm(torch.tensor([3e-30, 4e-30]))
+    tensor(5.0000e-30)
+    """
+    if x.dtype is not torch.float32 or x.device.type == "mps":
+        return torch.linalg.vector_norm(x, dim=dim)
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64).to(x.dtype)
 
 
 def is_finite(tensor: Tensor) -> bool:

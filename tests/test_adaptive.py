@@ -136,7 +136,7 @@ def test_no_budget_is_exceeded(solver: bl.InnerSolver, budget: float) -> None:
     estimators = [bl.TruncatedUnroll("auto", budget=budget), bl.TruncatedUnroll(0.5, budget=budget)]
     estimators.append(bl.Implicit(balance="auto", budget=budget))
     for estimator in estimators:
-        # The smallest budgets buy a hypergradient that is all error, and says so.
+        # A small budget of Adam's steps ends far from the solution, and its own estimate says so.
         estimate = case.estimate(estimator, solver, on_failure="return")
         assert estimate.status.usable
         assert estimate.cost.gradient_equivalents <= budget + OMEGA, estimator

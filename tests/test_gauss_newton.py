@@ -185,7 +185,8 @@ def test_cg_meets_negative_curvature_with_the_hessian_and_none_with_gauss_newton
     assert refused.status is bl.Status.NEGATIVE_CURVATURE
     for steps in (1, 5, 30):
         estimate = bl.hypergradient(problem, solver, implicit(bl.CG(steps=steps)), DECAY, start)
-        assert estimate.status.ok
+        # One step from a start that is far away: the curvature is no obstacle, the distance remains.
+        assert estimate.status in (bl.Status.OK, bl.Status.INACCURATE)
         assert estimate.certificate.adjoint_steps == steps
         # One more product for the residual.
         assert estimate.cost.counts["hvp"] == steps + 1

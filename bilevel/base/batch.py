@@ -32,6 +32,7 @@ class BatchPullback:
         adjoint: the adjoint vectors, stacked, where the estimator has them.
         residuals: relative adjoint residuals, where there are any.
         error_note: what the certificates say where no error is asked for.
+        value_errors: see `Pullback.value_error`; of shape (members,).
     """
 
     hparams: Tree
@@ -41,6 +42,7 @@ class BatchPullback:
     adjoint: Tree = None
     residuals: Sequence[float] | None = None
     error_note: str = ""
+    value_errors: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
+from torch import Tensor
+
 from bilevel import tree
 from bilevel.base.inner_solver import InnerSolver, InnerState
 from bilevel.cost import Cost, Meter
@@ -55,6 +57,8 @@ class Pullback:
         verdict: status of this half.
         error: the estimator's own estimate of the distance to the exact hypergradient, where it makes one.
         error_note: how it was obtained, or why there is none.
+        value_error: ``|a' g|``, with the adjoint vector a and the inner gradient g, a 0-d tensor: to first order the
+            distance of the outer loss to that at the inner solution; None where there is no adjoint vector.
     """
 
     hparams: Tree
@@ -64,6 +68,7 @@ class Pullback:
     verdict: Verdict = GOOD
     error: float | None = None
     error_note: str = ""
+    value_error: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel import members, tree
 from bilevel.lanczos import Spectrum
 from bilevel.linearization import pushforward
-from bilevel.options import default_tolerance, is_int, is_positive, require
+from bilevel.options import Relative, default_tolerance, is_int, is_positive, require
 from bilevel.oracles import InnerProblem, Linearization
 from bilevel.problem import BilevelProblem
 from bilevel.tree import Tree
@@ -121,8 +121,10 @@ class InnerSolver(ABC):
 
     Args:
         steps: number of steps; with `tol`, the most steps. Default: exactly as many as `tol` needs, at most 100,000.
-        tol: stop once the norm of the inner gradient is at most this. Default: none where `steps` is given (exactly
-            `steps` steps are taken), else ``eps ** (2/3)`` of the dtype (3.7e-11 in float64).
+        tol: stop once the norm of the inner gradient is at most this; it has the unit of the gradient. Default: none
+            where `steps` is given (exactly `steps` steps are taken), else the share ``eps ** (2/3)`` (3.7e-11 in
+            float64, 2.4e-5 in float32) of the size of the parts that cancel in the gradient at a solution, which has no
+            unit (see `bilevel.hypergrad.goal`).
     """
 
     steps: int | None = field(default=None, kw_only=True)
@@ -222,9 +224,9 @@ class InnerSolver(ABC):
         )
 
     def limits(self, dtype: torch.dtype) -> tuple[int, float | None]:
-        """Return (most steps, tolerance or None)."""
+        """Return (most steps, tolerance or None); the default tolerance is a `Relative` one."""
         if self.steps is None:
-            return self.default_max_steps, self.tol or default_tolerance(dtype)
+            return self.default_max_steps, self.tol or Relative(default_tolerance(dtype))
         return self.steps, self.tol
 
     def check_unrolls(self) -> None:

@@ -15,7 +15,7 @@ from bilevel.certify import ErrorEstimate
 from bilevel.cost import Meter
 from bilevel.explain import DerivativeError, explained
 from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
-from bilevel.hypergrad.attempt import Attempt, attempt, doubted
+from bilevel.hypergrad.attempt import Attempt, attempt, error_verdict
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
 from bilevel.hypergrad.derivatives import check_derivatives
@@ -154,7 +154,9 @@ def hypergradient(
         cost = meter.read()
         found = _confirmed(problem, solver, rule, hparams, found, start, asked=certify)
         error = _figure(problem, solver, hparams, found, certify)
-        found = doubted(found, error.value, problem, hparams)
+        if error.value is not None and found.verdict.status.ok:
+            given = (found.solved.params, found.gradient, found.pulled.adjoint)
+            found = replace(found, verdict=found.verdict.worse(error_verdict(problem, hparams, *given, error.value)))
     else:
         found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
         cost = meter.read()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import look, tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.cost import Meter
 from bilevel.hypergrad.not_finite import finite_gradient, finite_loss, not_finite_part
 from bilevel.problem import BilevelProblem
-from bilevel.status import Status, Verdict
+from bilevel.status import GOOD, Status, Verdict
 from bilevel.tree import Tree
 
+FAR = 3e-3
+"""Share of the outer loss by which it may differ from its value at the inner solution."""
 SHARE = 1e-3
 """Share of the parts of a hypergradient up to which an error above the hypergradient itself is left: where the parts
 cancel, as they do at the outer optimum, their sum may be as small as one likes."""
@@ -79,34 +81,69 @@ def attempt(
         if pulled.verdict.status.usable:
             gradient = tree.add(by_hparams, pulled.hparams)
             verdict = verdict.worse(finite_gradient("the hypergradient of `hparams", gradient))
+            verdict = verdict.worse(far_from_solution(value, solved.params, by_params, pulled))
         if not verdict.status.usable:
             verdict = not_finite_part(problem, solved.params, hparams, by_params, by_hparams, pulled) or verdict
     return Attempt(solved, pulled, value, gradient, verdict)
 
 
-def doubted(found: Attempt, error: float | None, problem: BilevelProblem, hparams: Tree) -> Attempt:
-    """Return the attempt with a doubt where its error may be as large as the hypergradient.
+def far_from_solution(value: float, params: Tree, by_params: Tree, pulled: Pullback) -> Verdict:
+    """Return a doubt where the outer loss is far from its value at the inner solution, at which the formula holds.
+
+    Far is a share of the outer loss, or of what it changes over the whole of params where that is larger.
+
+    Args:
+        value: the outer loss.
+        params: the inner iterate.
+        by_params: the gradient of the outer loss there.
+        pulled: its pullback.
+
+    Returns:
+        The doubt, or `GOOD`.
+    """
+    if pulled.value_error is None:
+        return GOOD
+    parts = [(a * b).abs().sum() for a, b in zip(tree.leaves(params), tree.leaves(by_params), strict=True)]
+    error, *changes = look.numbers([pulled.value_error, *parts])
+    return value_verdict(value, error, sum(changes))
+
+
+def value_verdict(value: float, error: float, change: float) -> Verdict:
+    """Judge an outer loss that is `error` away from its value at the inner solution."""
+    if not error > FAR * max(abs(value), change):
+        return GOOD
+    detail = f"params are not the inner solution: there the outer loss, {value:.3g}, would differ by about {error:.1e}"
+    return Verdict(Status.INACCURATE, detail)
+
+
+def error_verdict(
+    problem: BilevelProblem, hparams: Tree, params: Tree, gradient: Tree, adjoint: Tree, error: float
+) -> Verdict:
+    """Return a doubt where the error of a hypergradient may be as large as the hypergradient.
 
     Not where the hypergradient is small because its parts cancel and the error is small beside those: their size is
     that of ``C' (s a)``, with the adjoint vector a and signs s that let nothing cancel but by chance.
 
     Args:
-        found: the attempt.
-        error: a bound or an estimate of the distance to the exact hypergradient; None for no figure.
         problem: the problem.
         hparams: hyperparameters.
+        params: the inner solution.
+        gradient: the hypergradient.
+        adjoint: the adjoint vector, None where there is none.
+        error: a bound or an estimate of the distance to the exact hypergradient.
+
+    Returns:
+        The doubt, or `GOOD`.
     """
-    size = float(tree.norm(found.gradient)) if found.gradient is not None else 0.0
-    if error is None or not found.verdict.status.ok or not error > size:
-        return found
-    parts = size
-    if found.pulled.adjoint is not None:
-        adjoint = tree.tree_map(_mixed, found.pulled.adjoint)
-        parts = float(tree.norm(problem.bind(hparams).linearize(found.solved.params).cross(adjoint)))
-    if error <= SHARE * parts:
-        return found
-    detail = f"the error of the hypergradient may be {error:.1e}, and its norm is {size:.1e}"
-    return replace(found, verdict=Verdict(Status.INACCURATE, detail))
+    size = float(tree.norm(gradient))
+    if not error > size:
+        return GOOD
+    if adjoint is not None:
+        mixed = tree.tree_map(_mixed, adjoint)
+        parts = float(tree.norm(problem.bind(hparams).linearize(params).cross(mixed)))
+        if error <= SHARE * parts:
+            return GOOD
+    return Verdict(Status.INACCURATE, f"the error of the hypergradient may be {error:.1e}, and its norm is {size:.1e}")
 
 
 def _mixed(leaf: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from bilevel.base import (
 from bilevel.batches import Rows
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.cost import Cost, Meter
+from bilevel.hypergrad.attempt import error_verdict, value_verdict
 from bilevel.hypergrad.derivatives import check_members
 from bilevel.hypergrad.kinks import members_at_kinks
 from bilevel.hypergrad.not_finite import finite_loss
@@ -101,16 +102,16 @@ def batch_hypergradient(
         wrong = check_members(problem, hparams, solved.params, good, certify)
         verdicts = [verdict.worse(wrong) for verdict in verdicts]
         verdicts = members_at_kinks(problem, hparams, solver, solved, verdicts, start)
+    verdicts = _far_from_solution(verdicts, value, solved.params, by_params, pulled)
     usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
     gradient = members.where(usable, gradient, float("nan"))
     costs, cost = _costs(solved, pulled, reached, meter)
     value = torch.where(
         torch.tensor([v.status.usable for v in solved.verdicts], device=value.device), value, float("nan")
     )
-    certificates = [
-        _certificate(solved, pulled, index, error)
-        for index, error in enumerate(_errors(problem, solver, hparams, solved, gradient, pulled, verdicts, certify))
-    ]
+    errors = _errors(problem, solver, hparams, solved, gradient, pulled, verdicts, certify)
+    certificates = [_certificate(solved, pulled, index, error) for index, error in enumerate(errors)]
+    verdicts = _doubted(problem, hparams, solved.params, gradient, pulled, verdicts, errors)
     following = _following(solved, pulled, usable, carry, type(solver).__name__)
     estimate = BatchEstimate(
         value, gradient, tree.copied(solved.params), certificates, costs, cost, verdicts, following
@@ -141,6 +142,40 @@ def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient:
                 if not bool(finite[index]):
                     detail = f"the hypergradient of `hparams{name}` is not finite"
                     verdict = verdict.worse(Verdict(Status.NOT_FINITE, detail))
+        result.append(verdict)
+    return result
+
+
+def _far_from_solution(
+    verdicts: Sequence[Verdict], losses: Tensor, params: Tree, by_params: Tree, pulled: BatchPullback
+) -> list[Verdict]:
+    """Return the verdicts with a doubt where a member's outer loss is far from that at its inner solution."""
+    if pulled.value_errors is None:
+        return list(verdicts)
+    changes = members.dots(tree.tree_map(torch.abs, params), tree.tree_map(torch.abs, by_params))
+    figures = [map(float, figure) for figure in torch.stack([losses, pulled.value_errors, changes], dim=1).cpu()]
+    return [
+        verdict.worse(value_verdict(*figure)) if verdict.status.ok else verdict
+        for verdict, figure in zip(verdicts, figures, strict=True)
+    ]
+
+
+def _doubted(
+    problem: BilevelProblem,
+    hparams: Tree,
+    params: Tree,
+    gradient: Tree,
+    pulled: BatchPullback,
+    verdicts: Sequence[Verdict],
+    errors: Sequence[ErrorEstimate],
+) -> list[Verdict]:
+    """Return the verdicts with a doubt where a member's error may be as large as its hypergradient."""
+    result = []
+    for index, (verdict, error) in enumerate(zip(verdicts, errors, strict=True)):
+        if verdict.status.ok and error.value is not None:
+            u, x, p = (members.row(each, index) for each in (hparams, params, gradient))
+            adjoint = None if pulled.adjoint is None else members.row(pulled.adjoint, index)
+            verdict = verdict.worse(error_verdict(problem.member(index), u, x, p, adjoint, error.value))
         result.append(verdict)
     return result
 

@@ -47,6 +47,8 @@ def solve(
     def pullback(cotangent: Tree) -> BatchPullback:
         # A failed member has no cotangent, and so nothing to solve.
         cotangent = members.where(run.usable, cotangent, 0.0)
+        # The run has looked at it, and counted it, unless a member failed and its params were put back.
+        gradient = inner.grad(solved)
         before = Counter(meter.counts)
         point = inner.linearize(solved)
         solution = linear_solver.solve_batch(
@@ -56,12 +58,15 @@ def solve(
             dense=damped_matrix(point, damping),
             definite=problem.symmetric,
         )
+        errors = members.dots(solution.x, gradient).abs()
         by_hparams = tree.scale(-1.0, point.cross(solution.x))
         meter.sample()
         work = Counter(meter.counts)
         work.subtract(before)
         longest = max(solution.steps)
         counts = [work - Counter(hvp=longest - steps) for steps in solution.steps]
-        return BatchPullback(by_hparams, solution.steps, counts, solution.verdicts, solution.x, solution.residuals)
+        return BatchPullback(
+            by_hparams, solution.steps, counts, solution.verdicts, solution.x, solution.residuals, value_errors=errors
+        )
 
     return batch_solution(solver, run, pullback)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from bilevel import look, members, tree
 from bilevel.base import Carry, InnerSolver, InnerState
+from bilevel.hypergrad.batch_goal import BatchGoal
 from bilevel.hypergrad.expansion import watched
-from bilevel.hypergrad.loop import GROWTH, LOOK, InnerRun, judge, not_finite
+from bilevel.hypergrad.goal import Floor
+from bilevel.hypergrad.loop import LOOK, InnerRun, judge, not_finite
 from bilevel.oracles import InnerProblem
 from bilevel.status import GOOD, Status, StepFailure, Verdict
 from bilevel.tree import Tree
@@ -80,7 +82,10 @@ def begin_batch(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: C
             "SGD, Adam, AdamW or RMSprop (a solver of your own says `memberwise = True` where its step mixes no rows), "
             "or take rows='loop'."
         )
-    return solver.init(inner, params) if carry.state is None else solver.warm_start(inner, carry.state)
+    if carry.state is None:
+        return solver.init(inner, params)
+    state = solver.warm_start(inner, carry.state)
+    return replace(state, earlier=carry.state.index - state.steps)
 
 
 Visit = Callable[[InnerState, Tensor | None, int], object]
@@ -120,10 +125,12 @@ class _Loop:
         self.limit, self.tol = solver.limits(like.dtype)
         self.every = max(solver.check_every_on_cpu, look.steps_between(like.device))
         self.runner = solver.for_members(state)
-        self.state = self.checkpoint = state
+        self.state = self.before = self.checkpoint = state
+        self.goal = BatchGoal(inner, solver, state, self.tol)
         self.taken = self.marked = 0
         self.moving = torch.ones(size, dtype=torch.bool, device=like.device)
         self.left, self.first_end = size, self.limit
+        self.start = torch.empty(0)
         self.broken: dict[int, InnerState] = {}
         blank: list[Counter[str]] = [Counter() for _ in range(size)]
         self.result = BatchRun(self.runner, state, state, 0, [float("nan")] * size, [0] * size, blank, [GOOD] * size)
@@ -131,6 +138,7 @@ class _Loop:
     def run(self, visit: Visit | None, at_least: int) -> None:
         """Take the steps."""
         size = len(self.moving)
+        self.start = self._residual(self.state)
         while self.taken < self.limit:
             if self.tol is not None and self.taken % self.every == 0:
                 self._look(at_least)
@@ -149,6 +157,7 @@ class _Loop:
             except StepFailure as failure:
                 self._stop_all(failure)
                 break
+            self.before = self.state
             self.state = after if still is None else _kept(still, after, self.state)
             self.taken += 1
         self.result.taken = self.taken
@@ -161,47 +170,64 @@ class _Loop:
             if bool(broken.any()):
                 self._fail(broken)
             if self.tol is not None:
-                self._end(self.moving & (residual <= self.tol), residual)
+                self._end(self.moving & self._reached(residual), residual)
         if self.left:
-            self._judge(residual)
+            self._judge(self.moving, residual)
         for index, state in self.broken.items():
             params = members.with_row(self.state.params, index, state.params)
             self.state = replace(self.state, params=params)
         self.result.state = self.state
 
-    def _judge(self, residual: Tensor) -> None:
-        first = self.result.first
-        start = self._residual(first)
-        floor = torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5
-        grown = (residual > GROWTH * start) & (residual > floor)
-        start, residual, grown, larger = start.cpu(), residual.cpu(), grown.cpu(), (residual > start).cpu()
-        for index in self._indices(self.moving):
+    def _judge(self, mask: Tensor, residual: Tensor, floors: dict[int, Floor] | None = None) -> None:
+        """Judge members that end above their tolerance."""
+        first, start = self.result.first, self.start
+        larger = (residual > start).cpu()
+        start, residual = start.cpu(), residual.cpu()
+        tol = None if self.goal.tol is None else self.goal.tol.cpu()
+        for index in self._indices(mask):
             # Only where a residual has grown does the verdict look at the member's curvature.
             inner = self.inner.member(index) if bool(larger[index]) else self.inner
-            begun = first.row(index)
             verdict = judge(
-                inner, self.solver, begun, float(start[index]), float(residual[index]), self.taken, self.tol
+                inner,
+                self.solver,
+                first.row(index),
+                self.state.row(index),
+                float(start[index]),
+                float(residual[index]),
+                self.taken,
+                None if tol is None else float(tol[index]),
+                None if floors is None else floors[index],
             )
             if bool(larger[index]):
                 ends = float(start[index]), float(residual[index])
                 verdict = watched(verdict, inner, self.solver, self.state.row(index), ends, self.taken)
             self._record(index, float(residual[index]), self.taken, verdict)
-        self._stand(self.moving)
+        self._stand(mask)
+
+    def _reached(self, residual: Tensor) -> Tensor:
+        return self.goal.reached(residual, self.solver.params(self.state), self.moving)
 
     def _look(self, at_least: int) -> None:
-        """End the members that have reached the tolerance, and those whose residual is not finite."""
+        """End the members that have reached the tolerance or come to rest, and those whose residual is not finite."""
         residual = self._residual(self.state)
-        reached = self.moving & (residual <= (self.tol if self.tol is not None and self.taken >= at_least else -1.0))
         broken = self.moving & ~torch.isfinite(residual)
+        reached = self.moving & self._reached(residual) if self.taken >= at_least else torch.zeros_like(broken)
         if bool((reached | broken).any()):
             self._end(reached, residual)
             self._fail(broken)
+        if self.left and self.taken >= at_least:
+            floors = self.goal.floors(residual, self.taken, self.before, self.state, self.moving)
+            if floors:
+                mask = torch.zeros_like(self.moving)
+                mask[list(floors)] = True
+                self._judge(mask, residual, floors)
 
     def _end(self, mask: Tensor, residual: Tensor) -> None:
         residual = residual.cpu()
         for index in self._indices(mask):
             self.first_end = min(self.first_end, self.taken)
-            self._record(index, float(residual[index]), self.taken, GOOD)
+            verdict = GOOD if self.taken else self.goal.verdict(index, float(residual[index]), 0)
+            self._record(index, float(residual[index]), self.taken, verdict)
         self._stand(mask)
 
     def _fail(self, mask: Tensor) -> None:

@@ -175,6 +175,7 @@ class Implicit(HypergradEstimator):
                 solution.residual,
                 solution.steps,
                 solution.verdict,
+                value_error=tree.dot(solution.x, inner.grad(solved)).abs(),
             )
 
         return Solution(solved, run.state, pullback, run.residual, run.steps, verdict)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from bilevel import look, tree
 from bilevel.base import Carry, InnerSolver, InnerState
 from bilevel.hypergrad.expansion import watched
+from bilevel.hypergrad.goal import Floor, Goal
 from bilevel.hypergrad.kinks import FALLEN, kinked
 from bilevel.oracles import InnerProblem
 from bilevel.status import GOOD, Status, StepFailure, Verdict
@@ -90,16 +92,23 @@ def _run(
     device, dtype = tree.leaves(state.params)[0].device, tree.leaves(state.params)[0].dtype
     limit, tol = solver.limits(dtype)
     every = max(solver.check_every_on_cpu, look.steps_between(device))
-    first = checkpoint = state
+    first = checkpoint = before = state
     taken, marked, doubling, before_doubling = 0, 0, STALLED, math.inf
+    goal, floor = Goal(inner, solver, first, tol), None
+    # Most solvers take their first step from this gradient.
+    start = _norm(inner, solver, first)
     try:
         while taken < limit:
             if tol is not None and taken % every == 0:
                 residual = _residual(inner, solver, state)
-                if residual <= tol and taken >= at_least:
-                    return InnerRun(state, residual, taken)
                 if not math.isfinite(residual):
                     return not_finite(inner, solver, checkpoint, marked, taken)
+                if taken >= at_least:
+                    if goal.reached(residual, solver.params(state)):
+                        return InnerRun(state, residual, taken, goal.verdict(residual, taken))
+                    floor = goal.floor(residual, taken, solver.params(before), solver.params(state))
+                    if floor is not None:
+                        break
                 if taken >= doubling:
                     if residual > FALLEN * before_doubling and inner.problem.statistics is None:
                         kink = kinked(
@@ -118,6 +127,7 @@ def _run(
             taken += 1
             # A solver that hands back the same params says that no step helps: the rounding floor.
             if tol is not None and taken >= at_least and inner.unmoved(before.params, state.params):
+                floor = goal.at_rest(_residual(inner, solver, state), inner.trainable(solver.params(state)))
                 break
     except StepFailure as failure:
         name = solver.title
@@ -126,11 +136,10 @@ def _run(
     residual = _residual(inner, solver, state)
     if not math.isfinite(residual):
         return not_finite(inner, solver, checkpoint, marked, taken)
-    if tol is not None and residual <= tol:
-        return InnerRun(state, residual, taken)
-    start = _residual(inner, solver, first)
-    verdict = judge(inner, solver, first, start, residual, taken, tol)
-    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (start, residual), taken))
+    if goal.reached(residual, solver.params(state)):
+        return InnerRun(state, residual, taken, goal.verdict(residual, taken))
+    verdict = judge(inner, solver, first, state, float(start), residual, taken, goal.tol, floor)
+    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (float(start), residual), taken))
 
 
 def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
@@ -147,29 +156,49 @@ def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state:
         The state with its residual and a verdict, as `run_inner` gives them.
     """
     inner = solver.own_problem(inner)
-    residual = _residual(inner, solver, state)
+    start, residual = (_residual(inner, solver, each) for each in (first, state))
     if not math.isfinite(residual):
         return not_finite(inner, solver, first, 0, taken)
-    start = _residual(inner, solver, first)
-    verdict = judge(inner, solver, first, start, residual, taken, None)
+    verdict = judge(inner, solver, first, state, start, residual, taken)
     return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (start, residual), taken))
 
 
 def _residual(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> float:
-    return float(tree.norm(inner.grad(solver.params(state))).detach())
+    return float(_norm(inner, solver, state))
+
+
+def _norm(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Tensor:
+    return tree.norm(inner.grad(solver.params(state))).detach()
 
 
 def judge(
     inner: InnerProblem,
     solver: InnerSolver,
     first: InnerState,
+    last: InnerState,
     start: float,
     residual: float,
     steps: int,
-    tol: float | None,
+    tol: float | None = None,
+    floor: Floor | None = None,
 ) -> Verdict:
-    """Judge a run that used all its steps and ended finite, by the residuals at its start and at its end."""
-    if residual > GROWTH * start and residual > torch.finfo(tree.leaves(first.params)[0].dtype).eps ** 0.5:
+    """Judge a run that ended finite and above its tolerance, by the residuals at its start and at its end.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver.
+        first: the first state.
+        last: the last state.
+        start: norm of the inner gradient at the first state.
+        residual: the same at the last state.
+        steps: steps taken.
+        tol: the tolerance, None for none.
+        floor: why the run has come to rest, None where it took all its steps.
+
+    Returns:
+        The verdict.
+    """
+    if residual > GROWTH * start and not near_rounding(inner, solver, last, residual):
         # Of a map there is no Hessian to ask, and it may grow for long before it contracts.
         advice = _advice(inner, solver, first) if inner.problem.symmetric else ""
         if advice or residual > BLOW_UP * start:
@@ -178,12 +207,23 @@ def judge(
                 f"by step {steps}{advice}"
             )
             return Verdict(Status.DIVERGED, detail)
-    if tol is not None:
-        return Verdict(
-            Status.INNER_NOT_CONVERGED,
-            f"{solver.title} stopped after {steps} steps at the inner residual {residual:.2e}, above tol={tol:.1e}",
-        )
-    return GOOD
+    if tol is None:
+        return GOOD
+    if floor is None:
+        detail = f"{solver.title} stopped after {steps} steps at the inner residual {residual:.2e}, above tol={tol:.1e}"
+        return Verdict(Status.INNER_NOT_CONVERGED, detail)
+    at = f"at the inner residual {residual:.2e}, above tol={tol:.1e}, after {steps} steps: {floor.detail}"
+    if floor.attained and solver.tol is None:
+        return Verdict(detail=f"{solver.title} is at the rounding floor, {at}")
+    what = "is at the rounding floor" if floor.attained else "stands still"
+    remedy = "a larger tol or float64" if floor.attained else "a larger step size, another start or float64"
+    return Verdict(Status.INNER_NOT_CONVERGED, f"{solver.title} {what} {at}; {remedy} helps")
+
+
+def near_rounding(inner: InnerProblem, solver: InnerSolver, last: InnerState, residual: float) -> bool:
+    """Whether a residual that has grown is small beside the parts of the gradient: it began near rounding."""
+    goal = Goal(inner, solver, last, None)
+    return residual <= goal.eps**0.5 * goal.parts(goal.first)
 
 
 def _advice(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> str:

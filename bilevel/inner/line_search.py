@@ -67,7 +67,7 @@ def search(ray: Ray, length: float = 1.0) -> Found | None:
         ArithmeticError: if no t is accepted above the rounding floor.
     """
     inner, x = ray.point.inner, ray.raveler.ravel(ray.point.params)
-    norm = float(torch.linalg.vector_norm(ray.gradient))
+    norm = float(tree.norm(ray.gradient))
     slope = -float(torch.dot(ray.gradient, ray.direction))
     value: float | None = None
     slack = 0.0
@@ -79,7 +79,7 @@ def search(ray: Ray, length: float = 1.0) -> Found | None:
             value, slack = _start(ray.point, x.dtype)
         trial = ray.raveler.unravel(torch.sub(x, ray.direction, alpha=t))
         gradient = ray.raveler.ravel(inner.grad(trial))
-        rate = float(torch.linalg.vector_norm(gradient)) / norm
+        rate = float(tree.norm(gradient)) / norm
         if inner.convex and rate <= PROGRESS:
             return Found(trial, gradient, rate)
         if value is None:

@@ -11,10 +11,13 @@ so its VJP needs one `vjp` oracle call at y and vector arithmetic, written once 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
+
+import torch
 
 from bilevel import members, tree
 from bilevel.base import InnerSolver, InnerState, Variables
@@ -120,7 +123,16 @@ class LinearMultistep(CoefficientStep):
         if inner.problem.batch is not None:
             return self._measure_members(inner, params)
         spectrum = inner.curvature(params)
+        self._check_curvature(spectrum.largest, torch.finfo(tree.leaves(params)[0].dtype).max)
         return {"largest_curvature": spectrum.largest} | self.tune(spectrum)
+
+    def _check_curvature(self, largest: float, most: float) -> None:
+        """Refuse a curvature that gives no step size, or one that the dtype cannot hold."""
+        if not math.isfinite(largest) or 0 < abs(largest) < 4.0 / most:
+            raise ValueError(
+                f"{type(self).__name__} takes its 'auto' options from the largest curvature, which is {largest:g} "
+                "here: give numbers, or use QuasiNewton() or Newton(), which need no bound, or scale the inner loss."
+            )
 
     def _measure_members(self, inner: InnerProblem, params: Tree) -> dict[str, tuple[float, ...]]:
         """Measure each member alone; one that gives no numbers gets NaN, and fails without the others."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel import tree
+from bilevel import look, tree
 from bilevel.base import InnerSolver, InnerState, LinearSolver, Variables
 from bilevel.options import is_number, require
 from bilevel.oracles import InnerProblem, Linearization
@@ -24,7 +24,8 @@ class Newton(InnerSolver):
 
     For an inner loss with positive definite Hessian the direction decreases the gradient norm, so it converges from
     everywhere, and quadratically near the solution. One step is one dense Hessian and its Cholesky factor, or, with a
-    linear solver, a solve to the relative residual ``min(0.1, sqrt(|grad|))`` (Newton-CG; Dembo & Steihaug 1983).
+    linear solver, a solve to the relative residual ``min(0.1, rate^1.5)``, where rate is the share of the gradient norm
+    that the last step left (Newton-CG; Dembo & Steihaug 1983, Eisenstat & Walker 1996).
     The derivative of a step is exact (third derivatives by autograd), with the factor t constant; it exists in reverse
     mode with stored iterates alone, not in forward mode and not in a recorded graph. On an optimality map, whose
     Jacobian need not be symmetric, a step is an LU solve without a derivative, for Implicit.
@@ -52,19 +53,23 @@ class Newton(InnerSolver):
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step; at the rounding floor, where no step helps, stay."""
-        params, _ = self._step(inner, state.params)
-        return state.moved(params)
-
-    def _step(self, inner: InnerProblem, params: Tree) -> tuple[Tree, float]:
-        gradient = inner.grad(params)
         # Looking at a Newton step costs a transfer; it is small beside the factorisation.
-        length = float(tree.norm(gradient))
+        length = float(tree.norm(inner.grad(state.params)))
+        params, _ = self._step(inner, state, length)
+        return replace(state.moved(params), measured={"gradient_norm": length})
+
+    def _step(self, inner: InnerProblem, state: InnerState, length: float) -> tuple[Tree, float]:
+        params = state.params
+        gradient = inner.grad(params)
         if not length > 0:
             return params, 0.0
-        direction = self._solve(inner.linearize(params), gradient, min(0.1, length**0.5))
+        rate = length / state.measured.get("gradient_norm", length)
+        direction = self._solve(inner.linearize(params), gradient, min(0.1, rate**1.5))
         (like, *_) = tree.leaves(params)
         eps = torch.finfo(like.dtype).eps
-        relative = float(tree.norm(direction) / (1.0 + tree.norm(params)))
+        both = (direction, params, tree.add(params, direction, -1.0))
+        moved, *sizes = look.numbers([tree.norm(each) for each in both])
+        relative = moved / max(*sizes, torch.finfo(like.dtype).tiny)
         # So close to the solution only the full step makes sense: a shorter one would follow rounding noise, and its
         # derivative would be scaled by the noise.
         close = relative <= eps**0.5
@@ -75,7 +80,8 @@ class Newton(InnerSolver):
                 return trial, t
             t /= 2
         # At the rounding floor no step helps and none is needed; anywhere else the step has failed.
-        if not relative <= eps**0.25:
+        seen = eps * abs(float(inner.value(params)))
+        if not (relative <= eps**0.25 or float(tree.dot(gradient, direction)) <= seen):
             raise StepFailure(
                 Status.FAILED_STEP, f"no step along the Newton direction lowers the gradient norm {length:.3g}"
             )
@@ -151,7 +157,7 @@ class Newton(InnerSolver):
         if not inner.problem.symmetric:
             raise ValueError("the steps of Newton on an optimality map are not differentiated: use Implicit(GMRES()).")
         params = state.params
-        after, t = self._step(inner, params)
+        after, t = self._step(inner, state, float(tree.norm(inner.grad(params))))
         point = inner.linearize(params)
         direction = tree.scale(1.0 / (t or 1.0), tree.add(params, after, -1.0))
         # A step that stays where it is, at the solution, still moves with the hyperparameters as a full step does.

@@ -19,7 +19,7 @@ from bilevel.status import Status, StepFailure
 from bilevel.tree import Tree
 
 Pair = tuple[Tensor, Tensor, Tensor]
-"""A step s, the change y of the gradient along it, and 1 / s'y."""
+"""A step s, the change y of the gradient along it, both for each unit of the step's length, and 1 / s'y."""
 FORCING = 0.3
 """Relative residual to which the first Newton system is solved."""
 STALLED = 10.0
@@ -86,7 +86,8 @@ class QuasiNewton(InnerSolver):
         if point.closed_form and (metric.apply is None or metric.rough):
             direction, length = self._newton_direction(point, raveler, gradient, state, metric.apply), 1.0
         else:
-            direction, length = _corrected(pairs, gradient, metric.apply)
+            direction = _corrected(pairs, gradient, metric.apply)
+            length = 1.0 if pairs or metric.apply is not None else _first_length(point, raveler, gradient)
         stuck = state.measured.get("stalled", 0.0) >= STALLED and _below_rounding(point, gradient, direction)
         found = None if stuck else self._search(Ray(point, raveler, gradient, direction), length)
         if found is None:
@@ -95,7 +96,7 @@ class QuasiNewton(InnerSolver):
         there = inner.linearize(found.params)
         # Curvature as of the last step is not measured again: pairs get their chance first.
         slow = metric.apply is not None and not metric.rough and bool(state.memory) and found.rate > self.refresh
-        if slow and not self._reached(found.gradient):
+        if slow and not _reached(inner, found.gradient):
             kept, pairs = there.preconditioner(lasting=True).kept, ()
         return replace(
             state,
@@ -109,7 +110,7 @@ class QuasiNewton(InnerSolver):
 
     def _search(self, ray: Ray, length: float) -> Found | None:
         """Search along the direction, or down the gradient where rounding has turned it uphill."""
-        if not bool(torch.linalg.vector_norm(ray.gradient) > 0):
+        if not bool(tree.norm(ray.gradient) > 0):
             return None
         if not bool(torch.dot(ray.direction, ray.gradient) > 0):
             ray = replace(ray, direction=ray.gradient)
@@ -117,10 +118,6 @@ class QuasiNewton(InnerSolver):
             return search(ray, length)
         except ArithmeticError as error:
             raise StepFailure(Status.FAILED_STEP, str(error)) from None
-
-    def _reached(self, gradient: Tensor) -> bool:
-        _, tol = self.limits(gradient.dtype)
-        return tol is not None and float(torch.linalg.vector_norm(gradient)) <= tol
 
     def _newton_direction(
         self,
@@ -131,9 +128,9 @@ class QuasiNewton(InnerSolver):
         precondition: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         """Solve ``H d = gradient`` by CG, as exactly as the last step's rate suggests (Eisenstat & Walker 1996)."""
-        norm = float(torch.linalg.vector_norm(gradient))
-        _, tol = self.limits(gradient.dtype)
-        goal = max(norm * min(FORCING, state.measured.get("rate", 1.0) ** 1.5), FORCING * (tol or 0.0))
+        norm = float(tree.norm(gradient))
+        tol = point.inner.tolerance or 0.0
+        goal = max(norm * min(FORCING, state.measured.get("rate", 1.0) ** 1.5), FORCING * tol) / norm
 
         def enough(run: Krylov) -> bool:
             return run.residual <= goal or run.steps >= raveler.size
@@ -141,33 +138,46 @@ class QuasiNewton(InnerSolver):
         run = conjugate_gradients(
             lambda v: raveler.ravel(point.hvp(raveler.unravel(v))),
             torch.zeros_like(gradient),
-            gradient,
+            gradient / norm,
             enough,
             precondition=precondition,
         )
-        return run.x if run.steps else gradient
+        return norm * run.x if run.steps else gradient
 
 
-def _corrected(
-    pairs: Sequence[Pair], gradient: Tensor, metric: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, float]:
-    """Return the direction by the two-loop recursion of L-BFGS, and the first step length to try."""
+def _corrected(pairs: Sequence[Pair], gradient: Tensor, metric: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Return the direction by the two-loop recursion of L-BFGS."""
     q, weights = gradient, []
     for s, y, inverse in reversed(pairs):
         weight = torch.dot(s, q) * inverse
         q = torch.addcmul(q, weight, y, value=-1)
         weights.append(weight)
-    length = 1.0
     if metric is not None:
         q = metric(q)
     elif pairs:
         _, y, inverse = pairs[-1]
-        q = q / (inverse * torch.dot(y, y))
-    else:
-        length = min(1.0, 1.0 / float(torch.linalg.vector_norm(gradient)))
+        size = tree.norm(y)
+        q = q / (inverse * size * size)
     for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
         q = torch.addcmul(q, weight - torch.dot(y, q) * inverse, s)
-    return q, length
+    return q
+
+
+def _first_length(point: Linearization, raveler: tree.Raveler, gradient: Tensor) -> float:
+    """Return the first step length to try where nothing is known: the curvature along the gradient has its unit."""
+    norm = tree.norm(gradient)
+    unit = gradient / norm
+    try:
+        curvature = abs(float(torch.dot(unit, raveler.ravel(point.hvp(raveler.unravel(unit))))))
+    except (ValueError, RuntimeError):
+        # Not every loss has second derivatives; a loss that falls to zero along a line is this far from it.
+        curvature = float(norm / abs(point.value) * norm)
+    return 1.0 / curvature if 0 < curvature < math.inf else 1.0
+
+
+def _reached(inner: InnerProblem, gradient: Tensor) -> bool:
+    """Whether the run ends here: what only later steps would use is then not worth its work."""
+    return inner.tolerance is not None and float(tree.norm(gradient)) <= inner.tolerance
 
 
 def _below_rounding(point: Linearization, gradient: Tensor, direction: Tensor) -> bool:
@@ -177,7 +187,7 @@ def _below_rounding(point: Linearization, gradient: Tensor, direction: Tensor) -
 
 def _progress(measured: Mapping[str, float], found: Found) -> Mapping[str, float]:
     """Return the rate of the last step, the smallest gradient norm, and the steps since then."""
-    norm = float(torch.linalg.vector_norm(found.gradient))
+    norm = float(tree.norm(found.gradient))
     best = measured.get("smallest_gradient", math.inf)
     stalled = 0.0 if norm < best else measured.get("stalled", 0.0) + 1.0
     return {"rate": found.rate, "smallest_gradient": min(norm, best), "stalled": stalled}
@@ -188,7 +198,10 @@ def _with(
 ) -> Sequence[Pair]:
     """Return the pairs with one more, unless the curvature along it is not positive."""
     s, y = raveler.ravel(params) - raveler.ravel(before), gradient - gradient_before
+    length = tree.norm(s)
+    # A pair for a step of length one: squares of long and short steps would leave the range of float32.
+    s, y = s / length, y / length
     along = torch.dot(s, y)
-    if not bool(along > torch.finfo(s.dtype).eps * torch.dot(y, y)):
+    if not bool(along > torch.finfo(s.dtype).eps * tree.norm(y)):
         return pairs
     return (*pairs, (s, y, 1.0 / along))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import look
+from bilevel import look, tree
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import is_int, is_positive, require
 from bilevel.status import GOOD, Status, Verdict
@@ -100,7 +100,7 @@ class GMRES(LinearSolver):
                 overlap = stacked @ product
                 product = product - stacked.t() @ overlap
                 hessenberg[: step + 1, step].add_(overlap)
-            hessenberg[step + 1, step] = torch.linalg.vector_norm(product)
+            hessenberg[step + 1, step] = tree.vector_norm(product)
             basis.append(product / hessenberg[step + 1, step])
             if (step + 1) % every and step + 1 < size:
                 continue
@@ -134,7 +134,7 @@ def _least_squares(hessenberg: Tensor, target: Tensor, goal: float, last: bool) 
         return torch.full_like(column[1:], float("nan"))
     weights = torch.linalg.pinv(hessenberg) @ target
     # The column is as long as the product was: the space is closed where its last entry is only rounding.
-    closed = height <= 1e-14 * float(torch.linalg.vector_norm(column))
+    closed = height <= 50 * torch.finfo(column.dtype).eps * float(tree.vector_norm(column))
     if last or closed or float(torch.linalg.vector_norm(target - hessenberg @ weights)) <= goal:
         return weights
     return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
 from bilevel.nystrom import gaussian_basis, low_rank
 from bilevel.options import is_int, require
@@ -73,7 +74,7 @@ class Nystrom(LinearSolver):
             )
         omega = gaussian_basis(size, rank, self.seed, b)
         Y = torch.stack([matvec(column) for column in omega.t()], dim=1) - rho * omega
-        nu = torch.finfo(b.dtype).eps * size**0.5 * torch.linalg.matrix_norm(Y)
+        nu = torch.finfo(b.dtype).eps * size**0.5 * tree.vector_norm(Y.reshape(-1))
         found = low_rank(omega, Y + nu * omega, nu)
         if found is None:
             return LinearSolution(torch.zeros_like(b), 1.0, rank, _refused(omega, Y))
