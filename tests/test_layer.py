@@ -346,8 +346,8 @@ def counted(estimator: Any, solver: Any, **options: Any) -> dict[str, int]:
 
 
 def test_oracle_calls_are_those_counted_by_hand() -> None:
-    # Beside K steps: the residual at the end; that of the start is the gradient of the first step.
-    steps = {"gradient": 10 + 1, "outer": 1}
+    # Beside K steps: the residual at the end, and that of the start, which the divergence guard compares it with.
+    steps = {"gradient": 10 + 2, "outer": 1}
     solver = bl.GradientDescent(STEP, steps=10)
     assert counted(bl.FullUnroll(), solver) == steps | {"vjp": 10}
     assert counted(bl.TruncatedUnroll(tail=3), solver) == steps | {"vjp": 3}

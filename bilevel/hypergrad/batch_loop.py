@@ -138,7 +138,8 @@ class _Loop:
     def run(self, visit: Visit | None, at_least: int) -> None:
         """Take the steps."""
         size = len(self.moving)
-        self.start = self._residual(self.state)
+        if self.tol is not None:
+            self.start = self._residual(self.state)
         while self.taken < self.limit:
             if self.tol is not None and self.taken % self.every == 0:
                 self._look(at_least)
@@ -165,6 +166,8 @@ class _Loop:
     def judge(self) -> None:
         """Look at the residuals of the members that used all steps, and judge them."""
         if self.left:
+            if self.tol is None:
+                self.start = self._residual(self.result.first)
             residual = self._residual(self.state)
             broken = self.moving & ~torch.isfinite(residual)
             if bool(broken.any()):

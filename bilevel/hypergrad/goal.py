@@ -93,7 +93,8 @@ class Goal:
             return self.tol is not None and residual <= self.tol
         x = self.inner.trainable(params)
         if self.tol is None:
-            parts = self.parts(x)
+            # A budget, which alone gives both, has no room for products: the start's gradient has to do.
+            parts = self.parts(x) if self.solver.steps is None else 0.0
             # A quadratic loss that starts where its v is zero: the gradient there is ``-H v`` at the solution.
             if self.cold and parts == 0 and self.inner.problem.quadratic:
                 self.measured_at = None

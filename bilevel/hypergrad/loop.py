@@ -95,8 +95,8 @@ def _run(
     first = checkpoint = before = state
     taken, marked, doubling, before_doubling = 0, 0, STALLED, math.inf
     goal, floor = Goal(inner, solver, first, tol), None
-    # Most solvers take their first step from this gradient.
-    start = _norm(inner, solver, first)
+    # The first look at the tolerance takes this gradient; without one it is no part of a budget.
+    start = None if tol is None else _norm(inner, solver, first)
     try:
         while taken < limit:
             if tol is not None and taken % every == 0:
@@ -133,6 +133,8 @@ def _run(
         name = solver.title
         verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
         return InnerRun(state, float("nan"), taken, verdict)
+    if start is None:
+        start = _norm(inner, solver, first)
     residual = _residual(inner, solver, state)
     if not math.isfinite(residual):
         return not_finite(inner, solver, checkpoint, marked, taken)
