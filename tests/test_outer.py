@@ -338,6 +338,14 @@ def test_the_best_hyperparameters_are_those_of_the_smallest_loss_and_do_not_move
     assert torch.equal(case.hparams, visited[0])
 
 
+def test_a_tensor_that_the_caller_moves_later_does_not_move_the_run() -> None:
+    given = ridge_case().hparams.clone()
+    outer = make(hparams=given)
+    given += 5.0
+    assert torch.equal(outer.hparams, ridge_case().hparams)
+    assert outer.step().outer_loss == make().step().outer_loss
+
+
 def test_the_callers_tensor_is_not_moved() -> None:
     u = ridge_case().hparams
     before = u.clone()
