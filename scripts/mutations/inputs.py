@@ -59,7 +59,7 @@ INPUTS = (
         "bilevel/modules.py",
         "{name: value.clone() for name, value in self._buffers.items()}",
         "self._buffers",
-        "test_layer.py::test_a_layer_that_changes_its_buffers_in_place_does_not_change_the_problem",
+        "test_layer.py test_purity.py",
     ),
     Break(
         "decay-broadcast",
