@@ -120,8 +120,8 @@ ESTIMATORS = (
     Break(
         "loop-at-least",
         "bilevel/hypergrad/loop.py",
-        "if residual <= tol and taken >= at_least:",
-        "if residual <= tol:",
+        "                if taken >= at_least:\n",
+        "                if taken >= 0:\n",
         "test_hypergrad.py",
     ),
     Break(
@@ -176,8 +176,8 @@ ESTIMATORS = (
     Break(
         "error-above-the-size",
         "bilevel/hypergrad/attempt.py",
-        "or not found.verdict.status.ok or not error > size:",
-        "or not found.verdict.status.ok or not error > 1e9 * size:",
+        "    if not error > size:\n",
+        "    if not error > 1e9 * size:\n",
         "test_on_failure.py::test_every_status_is_met_with_a_number_or_with_nan_and_names_its_remedy",
     ),
 )
