@@ -207,6 +207,8 @@ class _Look:
                     )
             if what in self.first:
                 _must_agree(what, self.first[what], second, next(self._moved(), ""))
+            # At once, too: what alternates agrees with every other call.
+            _must_agree(what, second, self._called(what, self.start), next(self._moved(), ""))
         if VIEWS & self._found.names:
             # A projection of an array that shares the argument's numbers shows where they are outside of its set.
             for what in _losses(self.problem):

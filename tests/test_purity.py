@@ -359,6 +359,11 @@ def test_states_in_closures_globals_and_defaults_and_slow_ones_are_found() -> No
 
     for name, loss in (("count", closed), ("COUNT", named), ("[0].0", kept)):
         refused(f"it depends on `{name}`, which moves from call to call", bl.BilevelProblem(loss, outer, start))
+    for turns in (2, 3):
+        cycle = itertools.cycle(range(turns))
+        turning = bl.BilevelProblem(partial(lambda each, w, u: inner(w, u) * (1 + next(each)), cycle), outer, start)
+        with pytest.raises(ValueError, match=r"`inner_loss` gives other numbers when it is called again"):
+            bl.hypergradient(turning, GD, bl.FullUnroll(), U)
     slow = bl.BilevelProblem(partial(lambda each, w, u: inner(w, u) * (1 + (next(each) > 20)), hidden), outer, start)
     with pytest.raises(ValueError, match=r"`inner_loss` gives other numbers when it is called again .*1.0e\+00"):
         bl.hypergradient(slow, GD, bl.FullUnroll(), U)
