@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
@@ -64,10 +65,8 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-class _InForce:
-    """What `short_operations` has put in force; None outside of it."""
-
-    choice: Threads | None = None
+_in_force: ContextVar[Threads | None] = ContextVar("_in_force", default=None)
+"""What `short_operations` has put in force, for each thread its own; None outside of it."""
 
 
 PROCESS_STATE = threading.RLock()
@@ -87,8 +86,9 @@ def workers() -> int:
     """
     if getattr(_local, "is_worker", False):
         return 1
-    if _InForce.choice is not None:
-        return _InForce.choice.workers
+    chosen = _in_force.get()
+    if chosen is not None:
+        return chosen.workers
     return _asked_workers() or min(usable_cores(), torch.get_num_threads())
 
 
@@ -196,11 +196,10 @@ def short_operations(threads: Threads | None = None) -> Iterator[Threads]:
     (1, 2)
     """
     chosen = threads or choose()
-    before, outside = torch.get_num_threads(), _InForce.choice
+    before, token = torch.get_num_threads(), _in_force.set(chosen)
     torch.set_num_threads(chosen.torch)
-    _InForce.choice = chosen
     try:
         yield chosen
     finally:
         torch.set_num_threads(before)
-        _InForce.choice = outside
+        _in_force.reset(token)

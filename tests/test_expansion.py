@@ -167,3 +167,17 @@ def test_a_warm_start_at_a_fixed_point_raises_no_alarm() -> None:
     again = bl.hypergradient(problem, solver, bl.Implicit(bl.GMRES()), u, carry=first.carry)
     assert again.status.ok
     assert float(again.hypergradient) == pytest.approx(float(first.hypergradient), rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [3, 30])
+@pytest.mark.parametrize("estimator", [bl.FullUnroll(), bl.FullUnroll(memory="graph")], ids=repr)
+def test_steps_from_near_a_maximum_to_a_minimum_are_no_divergence_and_no_cost(steps: int, estimator: Any) -> None:
+    problem = bl.BilevelProblem(
+        lambda x, u: (x**4 / 4 - x * x / 2).sum() + u * x.sum(),
+        lambda x, u: (x - 1).square().sum(),
+        torch.full((2,), 0.05, dtype=F64),
+    )
+    solver = bl.GradientDescent(step_size=0.01, steps=steps)
+    found = bl.hypergradient(problem, solver, estimator, torch.tensor(0.01, dtype=F64))
+    assert found.status is bl.Status.OK
+    assert found.cost.counts["gradient"] <= steps + 2

@@ -158,3 +158,24 @@ def test_a_hypergradient_leaves_the_threads_alone() -> None:
     problem = bl.QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
     bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), torch.zeros(2, dtype=torch.float64))
     assert threads.current() == Threads(2, 2)
+
+
+def test_blocks_of_several_threads_that_overlap_leave_nothing_in_force() -> None:
+    entered, left = threading.Barrier(2), threading.Event()
+
+    def first() -> None:
+        with threads.short_operations(Threads(1, 3)):
+            entered.wait()
+        left.set()
+
+    def second() -> None:
+        with threads.short_operations(Threads(1, 1)):
+            entered.wait()
+            left.wait()
+
+    both = [threading.Thread(target=each) for each in (second, first)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert threads.current() == Threads(2, 2)

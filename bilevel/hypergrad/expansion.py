@@ -1,14 +1,15 @@
 """Runs whose steps lead away from a solution, however slowly: expanding maps, concave directions, rotations that grow.
 
 A residual that has grown over a run says little by itself: a contraction may grow at first (a momentum, a matrix that
-is not normal), and so may the gradient of a network. So the run is continued for a while from its last state. Of a map,
-whose steps should contract, it leads away where the residual goes on growing; of an inner loss only where it grows as
-fast as before.
+is not normal), and so may the gradient of a network, or that of a loss with several minima on the way from a maximum.
+So the run is continued for a while from its last state. Of a map, whose steps should contract, it leads away where the
+residual goes on growing; of an inner loss only where it grows as fast as before at every further step.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -17,10 +18,10 @@ from bilevel.base import InnerSolver, InnerState
 from bilevel.oracles import InnerProblem
 from bilevel.status import Status, StepFailure, Verdict
 
-LEAST = 20
-"""Further steps at least."""
-MOST = 1_000
-"""Further steps of a map, whose growth may be transient; the most for an inner loss."""
+FURTHER = 1_000
+"""Further steps, as growth may be transient; of an inner loss, one with a smaller residual ends them."""
+AWAY = 1e3
+"""Growth of an inner loss's residual over them below which it may still be on the way from a maximum to a minimum."""
 ROUNDING = 1e4
 """Rounding units of params below which steps are rounding."""
 FASTER = 0.9
@@ -46,11 +47,16 @@ def watched(
         steps: how many steps lie between them.
 
     Returns:
-        The verdict. Only a residual that has grown is looked at; the further steps are counted.
+        The verdict. Only a residual that has grown is looked at; the further steps judge the run and are none of its
+        cost.
     """
     start, end = residuals
     if not verdict.status.usable or not end > start or not steps or inner.problem.variation:
         return verdict
+    # Neither counted nor recorded, whatever the run itself is.
+    inner = inner.problem.bind(tree.detach(inner.hparams))
+    params, memory = tree.detach(last.variables)
+    last = replace(last, params=params, memory=memory, point=None)
     try:
         with torch.no_grad():
             grown, further = _continued(inner, solver, last, start, end, steps)
@@ -71,9 +77,8 @@ def _continued(
     """Return by how much the residual grows further, and in how many steps; 0 where it does not go on growing."""
     contracts = not inner.problem.symmetric
     rate = math.log(end / start) / steps if start > 0 else math.inf
-    further = MOST if contracts else min(max(LEAST, steps), MOST)
     followed: list[float] = []
-    for taken in range(1, further + 1):
+    for taken in range(1, FURTHER + 1):
         before, state = state, solver.step(inner.on_step(state.index), state)
         if taken == 1 and _stands_still(inner, solver, before, state):
             return 0.0, taken
@@ -85,12 +90,10 @@ def _continued(
         if not math.isfinite(residual) or residual > end / torch.finfo(tree.leaves(state.params)[0].dtype).eps:
             return math.inf, taken
     if contracts:
-        third, fourth = (
-            max(part) for part in (followed[further // 2 : 3 * further // 4], followed[3 * further // 4 :])
-        )
-        return (fourth / end, further) if fourth > third and fourth > end else (0.0, further)
+        third, fourth = (max(followed[FURTHER // 2 : 3 * FURTHER // 4]), max(followed[3 * FURTHER // 4 :]))
+        return (fourth / end, FURTHER) if fourth > third and fourth > end else (0.0, FURTHER)
     grown = followed[-1] / end
-    return (grown, further) if math.log(grown) >= FASTER * rate * further else (0.0, further)
+    return (grown, FURTHER) if grown >= AWAY and math.log(grown) >= FASTER * rate * FURTHER else (0.0, FURTHER)
 
 
 def _stands_still(inner: InnerProblem, solver: InnerSolver, before: InnerState, after: InnerState) -> bool:
