@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch.distributions import constraints
 
 import bilevel as bl
 from bilevel import tree
-from bilevel.outer import not_converged
+from bilevel.compare.cells import stop_reason
+from bilevel.outer import Record, StoppingRules, not_converged
 from bilevel.problems import LogisticProblem, MLPProblem, RidgeProblem, SoftmaxProblem
 
 OPTIMIZERS = {
@@ -568,3 +570,33 @@ def test_dict_hyperparameters_descend() -> None:
     assert result.history[-1].outer_loss < result.history[0].outer_loss
     assert set(result.hparams) == {"penalty", "shift"}
     assert normal(1, 1).dtype == result.hparams["shift"].dtype
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize(
+    ("status", "error", "norms", "losses", "said"),
+    [
+        ("TARGET_NOT_REACHED", 2e-3, [1.0, 1e-3], [2.0, 1.0], "no certain descent"),
+        ("OK", None, [1.0, 1e-3], [2.0, 1.0], "the hypergradient norm reached"),
+        ("OK", None, [1.0, 0.5, 0.5], [1.0, 2.0, 3.0], "no progress for 2 steps"),
+        ("OK", None, [1.0, 0.5], [2.0, 1.0], ""),
+    ],
+)
+def test_runs_and_cells_of_comparisons_end_by_the_same_rules_in_any_unit(
+    scale: float, status: str, error: float | None, norms: list[float], losses: list[float], said: str
+) -> None:
+    rules = {"tol": 1e-2 * scale, "patience": 2, "min_progress": 0.0}
+    plan = SimpleNamespace(outer=SimpleNamespace(**rules, steps=10), budget=None)
+    keys = ("hypergradient_norm", "outer_loss", "status", "error_estimate", "message")
+    scaled = [
+        (scale * norm, scale * loss, status, error and scale * error) for norm, loss in zip(norms, losses, strict=True)
+    ]
+    rows = [dict(zip(keys, (*each, ""), strict=True)) for each in scaled]
+    history = [
+        Record(i, loss, norm, 0.0, 0.0, err, "estimate", state, 1, 1, 1.0, 0.0, None)
+        for i, (norm, loss, state, err) in enumerate(scaled)
+    ]
+    reason = StoppingRules(None, **rules).reason(history)
+    assert reason.startswith(said)
+    assert bool(reason) == bool(said)
+    assert stop_reason(plan, rows) == reason  # type: ignore[arg-type]

@@ -19,9 +19,8 @@ from bilevel.compare.referee import error_against_referee
 from bilevel.outer import (
     OuterOptimizer,
     Record,
-    no_descent,
+    StoppingRules,
     not_converged,
-    steps_without_progress,
     with_remark,
 )
 from bilevel.status import Status
@@ -208,14 +207,11 @@ def stop_reason(plan: Plan, rows: list[Row], comparable: bool = True) -> str:
     options, last = plan.outer, rows[-1]
     if last["message"]:
         return f"failed: {last['message']}"
-    refused = no_descent(last["status"], last["error_estimate"], last["hypergradient_norm"])
-    if refused:
-        return refused
-    if options.tol is not None and last["hypergradient_norm"] <= options.tol:
-        return f"the hypergradient norm reached {options.tol:g}"
-    waited = steps_without_progress((row["outer_loss"] for row in rows), options.min_progress)
-    if options.patience is not None and waited >= options.patience:
-        return f"no progress for {options.patience} steps"
+    rules = StoppingRules(None, options.tol, options.patience, options.min_progress)
+    norms, losses = ([row[key] for row in rows] for key in ("hypergradient_norm", "outer_loss"))
+    met = rules.met(last["status"], last["error_estimate"], norms, losses)
+    if met:
+        return met
     if plan.budget is None and len(rows) >= options.steps:
         taken = f"took {options.steps} steps"
         return _not_converged(taken, plan, rows) if comparable else taken

@@ -8,8 +8,8 @@ from bilevel.outer.loop import OuterOptimizer as OuterOptimizer
 from bilevel.outer.loop import WarmStart as WarmStart
 from bilevel.outer.records import OuterResult as OuterResult
 from bilevel.outer.records import Record as Record
+from bilevel.outer.records import StoppingRules as StoppingRules
 from bilevel.outer.records import no_descent as no_descent
 from bilevel.outer.records import not_converged as not_converged
-from bilevel.outer.records import steps_without_progress as steps_without_progress
 from bilevel.outer.records import with_remark as with_remark
 from bilevel.outer.schedule import ToleranceSchedule as ToleranceSchedule

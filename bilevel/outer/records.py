@@ -141,21 +141,35 @@ class StoppingRules:
             self.tol,
         )
 
+    def met(self, status: str, error: float | None, norms: Sequence[float], losses: Sequence[float]) -> str:
+        """Return which rule ends a run here, or an empty string; the budget is asked for elsewhere.
+
+        A hypergradient that supports no step is named first: a small norm means nothing where its error is larger.
+
+        Args:
+            status: the name of the last status.
+            error: the error of the last hypergradient, where one is known.
+            norms: the norm of the hypergradient at every step.
+            losses: the outer loss at every step.
+        """
+        refused = no_descent(status, error, norms[-1])
+        if refused:
+            return refused
+        if self.tol is not None and norms[-1] <= self.tol:
+            return f"the hypergradient norm reached {self.tol:g}"
+        if self.patience is not None and steps_without_progress(losses, self.min_progress) >= self.patience:
+            return f"no progress for {self.patience} steps"
+        return ""
+
     def reason(self, history: Sequence[Record]) -> str:
         """Return why a run with this history ends, or an empty string."""
-        if self.tol is not None and history and history[-1].hypergradient_norm <= self.tol:
-            return f"the hypergradient norm reached {self.tol:g}"
-        if history:
-            last = history[-1]
-            refused = no_descent(last.status, last.error, last.hypergradient_norm)
-            if refused:
-                return refused
-        waited = steps_without_progress((record.outer_loss for record in history), self.min_progress)
-        if self.patience is not None and waited >= self.patience:
-            return f"no progress for {self.patience} steps"
-        if self.budget is not None and sum(record.gradient_equivalents for record in history) >= self.budget:
+        if not history:
+            return ""
+        last, norms = history[-1], [record.hypergradient_norm for record in history]
+        met = self.met(last.status, last.error, norms, [record.outer_loss for record in history])
+        if not met and self.budget is not None and sum(each.gradient_equivalents for each in history) >= self.budget:
             return self.end(f"the budget of {self.budget:g} gradient-equivalents is used", history, True)
-        return ""
+        return met
 
 
 def with_remark(stopped: str, problem: BilevelProblem, params: Tree, hparams: Tree) -> str:

@@ -43,8 +43,8 @@ LOOPS = (
     Break(
         "outer-patience",
         "bilevel/outer/records.py",
-        "waited >= self.patience:",
-        "waited > self.patience:",
+        "self.min_progress) >= self.patience:",
+        "self.min_progress) > self.patience:",
         "test_outer.py::test_the_run_stops_for_the_reason_that_it_names",
     ),
     Break(
