@@ -419,7 +419,9 @@ def test_an_indefinite_hessian_gives_its_curvature_and_a_damping_that_works(solv
     error = failed(r"-0\.\d+.*a damping above (\S+) would lift it", saddle(), GD, bl.Implicit(solver), U)
     assert error.verdict.status is bl.Status.NEGATIVE_CURVATURE
     assert "`Implicit(damping=...)`" in str(error)
-    assert bl.hypergradient(saddle(), GD, bl.Implicit(solver, damping=0.51), U).status.ok
+    # The steps do not lead to the saddle, so that the number, which there is, is one in doubt.
+    damped = bl.hypergradient(saddle(), GD, bl.Implicit(solver, damping=0.51), U, on_failure="return")
+    assert damped.status is bl.Status.INACCURATE
 
 
 @pytest.mark.parametrize("linear_solver", [None, bl.CG(), bl.Direct()], ids=repr)

@@ -245,7 +245,11 @@ def test_check_takes_the_problems_of_a_config(tmp_path: Path, capsys: pytest.Cap
             "there is no file nowhere.py: name a Python file, as in `bilevel check my_problem.py:problem`.",
         ),
         ("{file}:lost", [], "defines no 'lost'; it has problem: bilevel check {file}:problem."),
-        ("{file}:fails", [], "fails() fails: AttributeError: 'BilevelProblem' object has no attribute 'nothing' (line"),
+        (
+            "{file}:fails",
+            [],
+            "AttributeError: 'BilevelProblem' object has no attribute 'nothing' (mine.py, line",
+        ),
         ("{file}:empty", [], "its problem is NoneType."),
         ("{file}:hparams", [], "must be a BilevelProblem, a tuple (problem, hparams, solver)"),
         ("{file}", ["--hparams", "lost"], "defines no 'lost', which --hparams names."),
@@ -262,7 +266,7 @@ def test_check_says_which_line_of_the_file_fails_and_where_hyperparameters_are_m
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for text, sentence in (
-        ("x = 1\nx.y\n", "cannot be run: AttributeError: 'int' object has no attribute 'y' (line 2)."),
+        ("x = 1\nx.y\n", "cannot be run: AttributeError: 'int' object has no attribute 'y' (broken.py, line 2)."),
         ("x = = 1\n", "cannot be run: SyntaxError: invalid syntax (line 1)."),
         (
             "import torch, bilevel as bl\n"

@@ -60,7 +60,9 @@ def test_first_order_says_what_it_drops_and_a_certificate_says_how_much() -> Non
     direct = case.outer(case.solution(), flat(case.hparams))[1]
     torch.testing.assert_close(flat(estimate.hypergradient), direct, rtol=1e-9, atol=1e-11)
     assert "the indirect term, through the inner solution, is dropped" in estimate.certificate.error_note
-    certified = bl.hypergradient(case.problem, bl.Newton(tol=1e-12), bl.FirstOrder(), case.hparams, certify=True)
+    # What is dropped is larger than what is kept, and the certificate says so.
+    with pytest.warns(bl.BilevelWarning, match="the error of the hypergradient may be .*INACCURATE"):
+        certified = bl.hypergradient(case.problem, bl.Newton(tol=1e-12), bl.FirstOrder(), case.hparams, certify=True)
     assert certified.certificate.error == pytest.approx(float((direct - case.hypergradient()).norm()), rel=0.3)
 
 

@@ -122,7 +122,9 @@ def error_verdict(
     """Return a doubt where the error of a hypergradient may be as large as the hypergradient.
 
     Not where the hypergradient is small because its parts cancel and the error is small beside those: their size is
-    that of ``C' (s a)``, with the adjoint vector a and signs s that let nothing cancel but by chance.
+    that of ``C' (s a)``, with the adjoint vector a and signs s that let nothing cancel but by chance. And not where the
+    gradient of the outer loss is zero but for rounding, as where the outer loss is fitted: where half of the digits of
+    params change it by as many times itself as the error is larger than those parts.
 
     Args:
         problem: the problem.
@@ -138,14 +140,25 @@ def error_verdict(
     size = float(tree.norm(gradient))
     if not error > size:
         return GOOD
+    parts = size
     if adjoint is not None:
         mixed = tree.tree_map(_mixed, adjoint)
-        parts = float(tree.norm(problem.bind(hparams).linearize(params).cross(mixed)))
+        parts = max(size, float(tree.norm(problem.bind(hparams).linearize(params).cross(mixed))))
         if error <= SHARE * parts:
             return GOOD
+    if error <= parts * _rounding(problem, hparams, params):
+        return GOOD
     return Verdict(Status.INACCURATE, f"the error of the hypergradient may be {error:.1e}, and its norm is {size:.1e}")
 
 
 def _mixed(leaf: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(leaf.numel())
     return leaf * torch.randint(0, 2, leaf.shape, generator=generator).mul(2).sub(1).to(leaf)
+
+
+def _rounding(problem: BilevelProblem, hparams: Tree, params: Tree) -> float:
+    """Return by how many times itself the outer gradient by params changes with half of their digits."""
+    moved = tree.tree_map(lambda leaf: leaf * (1.0 + torch.finfo(leaf.dtype).eps ** 0.5), params)
+    here, there = (problem.outer_value_and_grads(x, hparams)[1] for x in (params, moved))
+    size, change = look.numbers([tree.norm(here), tree.norm(tree.add(there, here, -1.0))])
+    return change / size if size > 0 else 0.0

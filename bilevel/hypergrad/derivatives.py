@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ class _Claim:
         part: which value.
         slope: the claim, in float64.
         size: errors are relative to at least this.
+        parts: what sums up to the values may be as large as this, and be rounded so, where it cancels.
     """
 
     what: str
@@ -62,6 +63,7 @@ class _Claim:
     part: int
     slope: Tensor
     size: float
+    parts: float = 0.0
 
     def error(self, measured: Tensor) -> tuple[float, float]:
         """Return (distance, what it is relative to)."""
@@ -227,6 +229,8 @@ def _inner_lines(point: _Point) -> _Lines:
     """Yield the lines of the inner gradient in params and in hparams, and of the inner loss."""
     problem, x, u, d, e = point.problem, point.params, point.hparams, point.d, point.e
     here = point.products(x, u)
+    # At a solution the gradient is zero because its parts cancel; ``H d`` is of their size.
+    parts = float(_terms(here.pulled[0][0], d).norm())
     what, values = "the derivative of the inner gradient by", "that gradient"
 
     def in_params(positions: Sequence[int]) -> _Line:
@@ -258,9 +262,9 @@ def _inner_lines(point: _Point) -> _Lines:
         def claims(t: float) -> Iterator[_Claim]:
             products = here if t == 0 else point.products(x, tree.add(u, along, t))
             for _, product in products.pulled:
-                yield _claim(name, values, product, along)
+                yield replace(_claim(name, values, product, along), parts=parts)
             for _, product in products.pushed if len(positions) == len(tree.leaves(u)) else ():
-                yield _Claim(name, values, 0, _dot(d, product).reshape(1), 0.0)
+                yield _Claim(name, values, 0, _dot(d, product).reshape(1), 0.0, parts)
 
         return _Line(
             lambda t: [_dot(d, point.gradient(x, tree.add(u, along, t)))],
@@ -309,8 +313,12 @@ def _outer_lines(point: _Point) -> _Lines:
 
 def _claim(what: str, values: str, gradient: Tree, along: Tree, size: float = 0.0) -> _Claim:
     """Return the claim that a gradient makes along a direction, of the size that is usual for random directions."""
-    terms = torch.cat([(_flat(g) * _flat(d)) for g, d in zip(tree.leaves(gradient), tree.leaves(along), strict=True)])
+    terms = _terms(gradient, along)
     return _Claim(what, values, 0, terms.sum().reshape(1), max(size, float(terms.norm())))
+
+
+def _terms(gradient: Tree, along: Tree) -> Tensor:
+    return torch.cat([_flat(g) * _flat(d) for g, d in zip(tree.leaves(gradient), tree.leaves(along), strict=True)])
 
 
 def _flat(leaf: Tensor) -> Tensor:
@@ -397,7 +405,8 @@ class _Seen:
         gap, size = claim.error(slope)
         bend = float((up - 2 * middle + down).norm()) / h
         # Sums that cancel have more rounding than their result shows: a thousand units of it.
-        noise = 1e3 * eps * max(float(up.norm()), float(down.norm()), float(claim.slope.norm()), claim.size) / h
+        sizes = float(up.norm()), float(down.norm()), float(claim.slope.norm()), claim.size, claim.parts
+        noise = 1e3 * eps * max(sizes) / h
         return cls(h, slope, gap, size, bend, noise) if gap < float("inf") else None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -224,7 +226,10 @@ def judge(
 
 def near_rounding(inner: InnerProblem, solver: InnerSolver, last: InnerState, residual: float) -> bool:
     """Whether a residual that has grown is small beside the parts of the gradient: it began near rounding."""
-    goal = Goal(inner, solver, last, None)
+    # The product that tells judges the run and is none of its cost: a budget has no room for it.
+    uncounted = copy.copy(inner)
+    uncounted.counts = Counter()
+    goal = Goal(uncounted, solver, last, None)
     return residual <= goal.eps**0.5 * goal.parts(goal.first)
 
 
