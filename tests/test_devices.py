@@ -47,6 +47,8 @@ def test_a_hypergradient_stays_on_its_device_and_equals_that_of_the_cpu(problem:
     make, row, solver = PROBLEMS[problem].make, ESTIMATORS[name], bl.GradientDescent(steps=8)
     with accelerator() as log:
         placed = make(DEVICE)
+        # The first call looks once at the derivatives of a problem object, along random directions made on the host.
+        solved(lambda _: placed, DEVICE, solver, row.estimator)
         log.uploads.clear()
         there = bl.hypergradient(placed.problem, solver, row.estimator, placed.hparams)
         assert on_device([there.hypergradient, there.params, there.carry.state.variables])

@@ -36,6 +36,24 @@ class BatchGoal:
         self.best_at = torch.zeros(len(like), dtype=torch.int64, device=like.device)
         self.at, self.length = self.begun, self.best
 
+    def below(self, residual: Tensor, params: Tree, moving: Tensor) -> Tensor:
+        """Return which members may have a residual that is small enough: `reached` has to be asked about these alone.
+
+        Args:
+            residual: norms of the inner gradients at params.
+            params: the iterates.
+            moving: the members that have not ended.
+
+        Returns:
+            A mask, of which the host need not know to go on.
+        """
+        if self.given is None:
+            return torch.zeros_like(moving)
+        if self.tol is None:
+            self._begin(residual, params, moving)
+        assert self.tol is not None
+        return residual <= self.tol
+
     def reached(self, residual: Tensor, params: Tree, moving: Tensor) -> Tensor:
         """Return which members have a residual that is small enough, of shape (members,).
 
@@ -47,18 +65,9 @@ class BatchGoal:
         Returns:
             A mask.
         """
-        if self.given is None:
-            return torch.zeros_like(moving)
-        if self.share is None:
-            assert self.tol is not None
-            return residual <= self.tol
-        if self.tol is None:
-            parts = self._parts(params, moving)
-            known = self.cold & (parts == 0) & self.inner.problem.quadratic
-            self.length = torch.where(known, torch.inf, self.length)
-            own = torch.where(self.cold | (parts == 0), residual, 0.0)
-            self.tol = self.share * torch.maximum(parts, own)
-        reached = residual <= self.tol
+        reached = self.below(residual, params, moving)
+        if self.share is None or self.tol is None:
+            return reached
         away = members.norms(tree.add(params, self.at, -1.0)) > AWAY * self.length
         again = moving & reached & (residual > 0) & away
         if bool(again.any()):
@@ -68,6 +77,15 @@ class BatchGoal:
             self.tol = torch.where(again, self.share * torch.where(parts > 0, parts, residual), self.tol)
             reached = residual <= self.tol
         return reached
+
+    def _begin(self, residual: Tensor, params: Tree, moving: Tensor) -> None:
+        """Set the tolerances of a share at the first iterates."""
+        assert self.share is not None
+        parts = self._parts(params, moving)
+        known = self.cold & (parts == 0) & self.inner.problem.quadratic
+        self.length = torch.where(known, torch.inf, self.length)
+        own = torch.where(self.cold | (parts == 0), residual, 0.0)
+        self.tol = self.share * torch.maximum(parts, own)
 
     def _parts(self, params: Tree, asked: Tensor) -> Tensor:
         """Measure ``|H v|`` of the members that are asked for, to whom it is counted; 0 where there is none."""

@@ -214,8 +214,13 @@ class _Loop:
         """End the members that have reached the tolerance or come to rest, and those whose residual is not finite."""
         residual = self._residual(self.state)
         broken = self.moving & ~torch.isfinite(residual)
-        reached = self.moving & self._reached(residual) if self.taken >= at_least else torch.zeros_like(broken)
+        reached = torch.zeros_like(broken)
+        if self.taken >= at_least:
+            reached = self.moving & self.goal.below(residual, self.solver.params(self.state), self.moving)
+        # One look for all: where nothing ends, the host waits no further.
         if bool((reached | broken).any()):
+            if self.taken >= at_least:
+                reached = self.moving & self._reached(residual)
             self._end(reached, residual)
             self._fail(broken)
         if self.left and self.taken >= at_least:

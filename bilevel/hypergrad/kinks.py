@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from bilevel import members, tree
+from bilevel import look, members, tree
 from bilevel.base import BatchSolution, InnerSolver, InnerState
 from bilevel.oracles import InnerProblem
 from bilevel.problem import BilevelProblem
@@ -89,11 +89,12 @@ def _chatters(inner: InnerProblem, solver: InnerSolver, state: InnerState, high:
             break
         there = solver.params(state)
         step = tree.add(there, x, -1.0)
+        taken, size, left = look.numbers([tree.norm(each) for each in (step, x, inner.grad(there))])
         # Closer together than that all differences are rounding.
-        if not float(tree.norm(step)) > eps ** (2 / 3) * float(tree.norm(x)):
+        if not taken > eps ** (2 / 3) * size:
             break
         moved = True
-        if not float(tree.norm(inner.grad(there))) > FALLEN * first:
+        if not left > FALLEN * first:
             return False
         if _jumps(inner, x, step, CHANGED * first, high):
             return True
@@ -127,8 +128,8 @@ def _jumps(inner: InnerProblem, x: Tree, step: Tree, least: float, anywhere: boo
         if not float(tree.norm(tree.add(gradient(tree.add(x, step)), gradient(x), -1.0))) > least:
             return False
         values = [gradient(tree.add(x, step, piece / PIECES)) for piece in range(PIECES + 1)]
-        changes = [float(tree.norm(tree.add(b, a, -1.0))) for a, b in pairwise(values)]
-        whole = float(tree.norm(tree.add(values[-1], values[0], -1.0)))
+        pairs = [(values[0], values[-1]), *pairwise(values)]
+        whole, *changes = look.numbers([tree.norm(tree.add(b, a, -1.0)) for a, b in pairs])
         if not JUMPY[0] <= sum(change**2 for change in changes) / whole**2 <= JUMPY[1]:
             return False
         x, step, least = tree.add(x, step, changes.index(max(changes)) / PIECES), tree.scale(1 / PIECES, step), 0.0

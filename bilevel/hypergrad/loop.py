@@ -135,15 +135,16 @@ def _run(
         name = solver.title
         verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
         return InnerRun(state, float("nan"), taken, verdict)
-    if start is None:
-        start = _norm(inner, solver, first)
-    residual = _residual(inner, solver, state)
+    begun, residual = look.numbers([
+        _norm(inner, solver, first) if start is None else start,
+        _norm(inner, solver, state),
+    ])
     if not math.isfinite(residual):
         return not_finite(inner, solver, checkpoint, marked, taken)
     if goal.reached(residual, solver.params(state)):
         return InnerRun(state, residual, taken, goal.verdict(residual, taken))
-    verdict = judge(inner, solver, first, state, float(start), residual, taken, goal.tol, floor)
-    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (float(start), residual), taken))
+    verdict = judge(inner, solver, first, state, begun, residual, taken, goal.tol, floor)
+    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (begun, residual), taken))
 
 
 def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
@@ -160,7 +161,7 @@ def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state:
         The state with its residual and a verdict, as `run_inner` gives them.
     """
     inner = solver.own_problem(inner)
-    start, residual = (_residual(inner, solver, each) for each in (first, state))
+    start, residual = look.numbers([_norm(inner, solver, each) for each in (first, state)])
     if not math.isfinite(residual):
         return not_finite(inner, solver, first, 0, taken)
     verdict = judge(inner, solver, first, state, start, residual, taken)

@@ -65,12 +65,17 @@ class CG(LinearSolver):
             matvec, *system.start(), lambda run: not run.rr > goal, limit, self.check_every, system.precondition
         )
         # The recursive residual drifts from the true one; the evidence is the true one.
-        residual = float(torch.linalg.vector_norm(b - matvec(run.x)) / torch.linalg.vector_norm(b))
+        asked = [b - matvec(run.x)]
         curvature = 1.0 if run.negative is None else run.negative
+        # Of a run that has failed the scale of A is looked at together with the residual.
+        if curvature <= 0 or (self.steps is None and run.rr > goal):
+            asked.append(matvec(b))
+        size = torch.linalg.vector_norm(b)
+        residual, *scales = look.numbers([torch.linalg.vector_norm(each) / size for each in asked])
         smallest = floor = 0.0
         if curvature <= 0 or (self.steps is None and residual > 10 * tol):
             # What is rounding beside the other curvatures is no curvature.
-            largest = float(torch.linalg.vector_norm(matvec(b)) / torch.linalg.vector_norm(b))
+            largest = scales[0] if scales else float(torch.linalg.vector_norm(matvec(b)) / size)
             floor = ROUNDING * torch.finfo(b.dtype).eps * largest
             known = system.precondition is None and run.steps <= MOST
             smallest = run.spectrum()[0] if known else math.inf

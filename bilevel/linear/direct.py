@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel import look
 from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
 from bilevel.options import default_tolerance, is_int, require
 from bilevel.status import GOOD, Status, Verdict
@@ -100,16 +101,17 @@ def _solved(
     matrix: Tensor, matvec: Callable[[Tensor], Tensor], b: Tensor, definite: bool | None
 ) -> tuple[Tensor, float, Verdict]:
     """Return (x, relative residual, verdict) of one system."""
-    if not bool(torch.isfinite(matrix).all()):
-        verdict = Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN or infinite values")
-        return torch.zeros_like(b), 1.0, verdict
     by_cholesky = definite is not False and (definite is True or bool(_symmetric(matrix)))
     if by_cholesky:
         factor, info = torch.linalg.cholesky_ex(matrix)
-        regular = bool(info == 0) and bool(_far_from_singular(factor))
+        apart = _far_from_singular(factor)
     else:
         factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
-        regular = bool(info == 0) and bool(_pivots_apart(factor.diagonal().abs()))
+        apart = _pivots_apart(factor.diagonal().abs())
+    finite, regular = look.numbers([torch.isfinite(matrix).all(), (info == 0) & apart])
+    if not finite:
+        verdict = Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN or infinite values")
+        return torch.zeros_like(b), 1.0, verdict
     if not regular:
         return _solved_singular(matrix, matvec, b, by_cholesky)
 
