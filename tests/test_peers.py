@@ -123,6 +123,22 @@ def test_the_hypergradient_at_an_outer_optimum_is_zero_and_fine() -> None:
     assert estimate.hypergradient.norm() < 1e-12
 
 
+@pytest.mark.parametrize("estimator", [bl.Implicit(), bl.FullUnroll()], ids=repr)
+def test_an_error_above_a_hypergradient_is_no_doubt_only_where_it_is_rounding(estimator: Any) -> None:
+    problem, u = bl.QuadraticProblem.random(4, 2, seed=0), torch.zeros(2, dtype=F64)
+    fitted = problem.solve(u)
+    for distance, steps, status in ((0.0, None, bl.Status.OK), (1e-3, 4, bl.Status.INACCURATE)):
+        # A run that is too short ends near the target, and the solution is far from it.
+        problem.target = fitted * (1.0 - distance)
+        short = 0.9991 * fitted if steps else None
+        solver = bl.GradientDescent(step_size=1e-3, steps=steps) if steps else bl.GradientDescent()
+        one = bl.hypergradient(problem, solver, estimator, u, short, certify=True, on_failure="return")
+        many = bl.hypergradient(
+            problem, solver, estimator, u.expand(2, 2), short, batch=2, certify=True, on_failure="return"
+        )
+        assert [each.status for each in (one, *many)] == [status] * 3, one.verdict
+
+
 def test_nan_is_reported_at_the_step_that_made_it_and_not_replaced_by_zeros() -> None:
     problem = bl.BilevelProblem(
         lambda x, u: (u * x - (x - 0.25).sqrt()).sum(),

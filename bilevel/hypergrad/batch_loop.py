@@ -166,9 +166,9 @@ class _Loop:
     def judge(self) -> None:
         """Look at the residuals of the members that used all steps, and judge them."""
         if self.left:
+            residual = self._residual(self.state)
             if self.tol is None:
                 self.start = self._residual(self.result.first)
-            residual = self._residual(self.state)
             broken = self.moving & ~torch.isfinite(residual)
             if bool(broken.any()):
                 self._fail(broken)

@@ -135,8 +135,9 @@ def _run(
         name = solver.title
         verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
         return InnerRun(state, float("nan"), taken, verdict)
+    # At the start by a copy: the gradient of the last state, which estimators look at before and after, stays at hand.
     begun, residual = look.numbers([
-        _norm(inner, solver, first) if start is None else start,
+        _norm(copy.copy(inner), solver, first) if start is None else start,
         _norm(inner, solver, state),
     ])
     if not math.isfinite(residual):
