@@ -297,3 +297,19 @@ def test_a_combination_that_a_formula_does_not_cover_is_refused_before_the_work(
         bl.hypergradient(made, bl.FixedPoint(lambda x, u: torch.tanh(u * x + normal(1, 3))), bl.Implicit(), U)
     with pytest.raises(ValueError, match="the steps of QuasiNewton are not differentiated"):
         bl.hypergradient(problem(), bl.QuasiNewton(), bl.FullUnroll(), U)
+
+
+def test_a_solution_whose_params_are_far_from_it_is_in_doubt_on_the_way_back() -> None:
+    problem = bl.QuadraticProblem.random(4, 2, condition=100.0, seed=0)
+
+    def backward(steps: int, on_failure: bl.status.OnFailure = "raise") -> None:
+        u = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        x = bl.solution(problem, bl.GradientDescent(steps=steps), bl.Implicit(), u, on_failure=on_failure)
+        x.square().sum().backward()
+
+    with pytest.warns(bl.BilevelWarning, match=r"along the cotangent that differs by about .* \[INACCURATE\]"):
+        backward(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(10, "return")
+        backward(2000)

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import look, tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.captured import check_captured
 from bilevel.cost import Meter
 from bilevel.explain import explained
 from bilevel.hypergrad.api import prepare
 from bilevel.hypergrad.arguments import check_roles
+from bilevel.hypergrad.attempt import FAR
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.derivatives import check_derivatives
 from bilevel.hypergrad.kinks import ends_at_kink
 from bilevel.hypergrad.not_finite import not_finite_pullback
 from bilevel.problem import BilevelProblem
-from bilevel.status import OnFailure, Verdict, check_on_failure, report
+from bilevel.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.tree import Tree
 
 SECOND = (
@@ -208,9 +209,24 @@ def _confirmed(call: _Call, hparams: Tree, solved: Solution) -> Solution:
         if endless is not None or not pulled.verdict.status.usable:
             return replace(pulled, verdict=endless or pulled.verdict)
         wrong = check_derivatives(call.problem, hparams, solved.params, outer=False)
-        return replace(pulled, verdict=pulled.verdict.worse(wrong))
+        doubt = _far_from_solution(solved.params, cotangent, pulled)
+        return replace(pulled, verdict=pulled.verdict.worse(wrong).worse(doubt))
 
     return replace(solved, pullback=pullback, verdict=verdict if kink.status.ok else kink)
+
+
+def _far_from_solution(params: Tree, cotangent: Tree, pulled: Pullback) -> Verdict:
+    """Return a doubt where params are far from the inner solution along a cotangent; the outer loss is not known."""
+    if pulled.value_error is None:
+        return GOOD
+    error, size, length = look.numbers([pulled.value_error, tree.norm(params), tree.norm(cotangent)])
+    if not error > FAR * size * length:
+        return GOOD
+    detail = (
+        f"params are not the inner solution: along the cotangent that differs by about {error:.1e}, with "
+        f"|params| |cotangent| = {size * length:.1e}"
+    )
+    return Verdict(Status.INACCURATE, detail)
 
 
 def _unless_failed(verdict: Verdict, values: Tree) -> list[Tensor]:
