@@ -347,3 +347,24 @@ def test_a_balanced_run_is_not_its_own_witness() -> None:
     )
     error = abs(float(found.hypergradient) - exact) / abs(exact)
     assert error <= 1e-3 or found.status is bl.Status.TARGET_NOT_REACHED
+
+
+def test_a_first_correction_that_is_large_or_has_no_adjoint_to_start_from_is_followed_by_another() -> None:
+    problem = bl.QuadraticProblem.random(size=6, hyperparameters=2, condition=10.0, seed=0)
+    u = torch.zeros(2, dtype=F64)
+    inner, exact = problem.bind(u), problem.exact_hypergradient(u)
+    solution = problem.solve(u)
+    hessian = inner.linearize(solution).dense_hessian()
+    adjoint = torch.linalg.solve(hessian, problem.outer_value_and_grads(solution, u)[1])
+    assert refine(problem, u, solution, 1.1 * exact, adjoint).note.startswith("1 refinement round")
+    assert refine(problem, u, solution, 3.0 * exact, adjoint).note.startswith("2 refinement rounds")
+    assert refine(problem, u, solution, 1.1 * exact, None).note.startswith("2 refinement rounds")
+
+
+def test_the_measured_rounding_floor_is_part_of_the_error_of_an_exact_hypergradient() -> None:
+    problem = bl.QuadraticProblem.random(size=6, hyperparameters=2, condition=10.0, seed=0)
+    u = torch.zeros(2, dtype=F64)
+    found = refine(problem, u, problem.solve(u), problem.exact_hypergradient(u), None)
+    floor = float(found.note.rpartition("rounding floor of ")[2])
+    assert floor > 0
+    assert found.value is not None and found.value >= 0.95 * floor
