@@ -367,4 +367,5 @@ def test_the_measured_rounding_floor_is_part_of_the_error_of_an_exact_hypergradi
     found = refine(problem, u, problem.solve(u), problem.exact_hypergradient(u), None)
     floor = float(found.note.rpartition("rounding floor of ")[2])
     assert floor > 0
-    assert found.value is not None and found.value >= 0.95 * floor
+    assert found.value is not None
+    assert found.value >= 0.95 * floor
