@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn import datasets
 from torch import Tensor
 
 from bilevel.datafiles import Array, Raw, check_part, read_csv, read_mnist, read_npz
@@ -230,6 +229,8 @@ def _read(name: str, seed: int, target: str | None, rows: int, features: int, no
     if name in MNIST:
         return read_mnist()
     if name in BUNDLED:
+        from sklearn import datasets  # slow to import, and a command may need no data
+
         # scikit-learn's scaled diabetes would carry statistics of the test rows.
         options = {"scaled": False} if name == "diabetes" else {}
         bunch = getattr(datasets, f"load_{name}")(**options)

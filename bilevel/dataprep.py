@@ -6,8 +6,6 @@ import warnings
 from dataclasses import replace
 
 import numpy as np
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
 
 from bilevel.datafiles import Array, Raw
 from bilevel.status import BilevelWarning
@@ -82,6 +80,8 @@ def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: fl
     Raises:
         ValueError: if a part would lack rows, or rows of a class.
     """
+    from sklearn.model_selection import train_test_split  # slow to import, and a command may need no data
+
     X, y = raw.parts[""]
     count = len(y)
     sizes = {"train": count, "val": round(validation * count), "test": round(test * count)}
@@ -128,6 +128,8 @@ def standardized(raw: Raw, centre: bool) -> Raw:
         raw: data in parts.
         centre: whether y is centred.
     """
+    from sklearn.preprocessing import StandardScaler  # slow to import, and a command may need no data
+
     X_train, y_train = raw.parts["train"]
     scaler = StandardScaler().fit(X_train)
     middle = y_train.mean() if centre else 0

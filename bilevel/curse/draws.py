@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch import Tensor
 
 from bilevel.base import InnerSolver
@@ -198,17 +197,15 @@ def _gaussian(columns: Sequence[int], steps: int, seeds: Sequence[int]) -> Itera
                 yield _drawn(names, problem, _method(step, steps), u, start, v)
 
 
-_DATA = {
-    ("ridge", "breast_cancer"): load_breast_cancer,
-    ("logistic", "breast_cancer"): load_breast_cancer,
-    ("ridge", "diabetes"): load_diabetes,
-    ("logistic", "digits"): load_digits,
-}
+_DATA = (("ridge", "breast_cancer"), ("logistic", "breast_cancer"), ("ridge", "diabetes"), ("logistic", "digits"))
 
 
 def _tabular(kind: str, name: str, steps: int, seeds: Sequence[int], index: int) -> Iterator[Draw]:
     """Regression on scikit-learn's data: a 70 % subsample, penalties, v and the start are drawn."""
-    X, y = (torch.as_tensor(part, dtype=torch.float64) for part in _DATA[kind, name](return_X_y=True))
+    from sklearn import datasets  # slow to import, and the other draws need none
+
+    read = getattr(datasets, f"load_{name}")
+    X, y = (torch.as_tensor(part, dtype=torch.float64) for part in read(return_X_y=True))
     X = X[:, X.std(0) > 0]
     X = (X - X.mean(0)) / X.std(0)
     classes = (y >= 5).long() if name == "digits" else y.long()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 from bilevel.problems import LogisticProblem, RidgeProblem
@@ -44,6 +43,8 @@ def load(name: str, *, scaled: bool = True, seed: int = 0) -> tuple[Tensor, Tens
         ValueError: for another name.
     """
     if name == "breast_cancer":
+        from sklearn.datasets import load_breast_cancer  # slow to import, and the other data need none
+
         features, target = load_breast_cancer(return_X_y=True)
         X, y = _standardized(features), torch.as_tensor(2.0 * target - 1.0)
     elif name == "bodyfat":
