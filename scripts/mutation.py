@@ -1,6 +1,6 @@
 """Break the library on purpose, one line at a time, and see whether its tests notice.
 
-    python scripts/mutation.py                             every break, about a quarter of an hour on one core
+    python scripts/mutation.py                             every break, about half an hour on one core
     python scripts/mutation.py --only cg-judge --jobs 2
     python scripts/mutation.py --list
 

@@ -231,6 +231,7 @@ def test_extrapolation_says_why_it_did_not_happen() -> None:
         well_problem(), bl.GradientDescent(0.01, steps=2), bl.TruncatedUnroll(1, extrapolate=True), U
     )
     assert "no extrapolation: the run is too short" in short.certificate.error_note
+    assert short.certificate.adjoint_steps == 1
 
 
 @pytest.mark.parametrize(

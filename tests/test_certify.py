@@ -142,6 +142,16 @@ def test_the_figure_is_widened_by_how_far_the_gradient_is_from_linear() -> None:
     assert found.value == pytest.approx(distance / (1 - bent), rel=0.05 * bent)
 
 
+def test_an_iterate_outside_the_quadratic_regime_takes_another_round() -> None:
+    case = logistic_case()
+    u, x = flat(case.hparams), case.solution() + normal(64, 5)
+    adjoint = torch.linalg.solve(case.hessian(x, u), case.outer(x, u)[0])
+    found = refine(case.problem, case.hparams, x, 1.05 * case.hypergradient(), adjoint)
+    # The first correction moves the hypergradient by more than its error, for lack of a quadratic regime alone.
+    assert found.note == "2 refinement rounds"
+    assert found.value == pytest.approx(0.05 * float(case.hypergradient().norm()), rel=0.3)
+
+
 def test_a_solve_beyond_dense_sizes_is_as_accurate_as_it_claims() -> None:
     eigenvalues = torch.logspace(-2, 0, 200, dtype=F64)
     problem = bl.BilevelProblem(

@@ -46,6 +46,7 @@ from bilevel.compare import (
     compare,
     draw_figures,
     environment,
+    ownership,
     tables,
 )
 from bilevel.compare import folder as folder_module
@@ -271,6 +272,21 @@ def test_another_configuration_is_refused_and_nothing_is_touched(undisturbed: Pa
     with pytest.raises(RunFolderError, match=message):
         run(plan, undisturbed)
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_the_first_difference_of_two_configurations_is_named() -> None:
+    held = {"problems": {"a": {"start": 0.0}, "b": {}}, "outer": {"lr": 0.1, "steps": 4}}
+    for wanted, words in (
+        (held, ""),
+        ({**held, "outer": {"steps": 4, "lr": 0.1}}, ""),
+        ({**held, "problems": {"b": {}, "a": {"start": 0.0}}}, "where `problems` has another order"),
+        ({**held, "problems": {"a": {}, "b": {}}}, "where `problems.a.start` is only there"),
+        ({**held, "seeds": [0]}, "where `seeds` is only in this one"),
+        ({**held, "problems": {"a": {"start": 1.0}, "b": {}}}, "where `problems.a.start` is 0.0 there and 1.0 here"),
+    ):
+        assert ownership.first_difference(held, wanted) == words
+    assert ownership.of_numbers("python", "3.12.1") == ownership.of_numbers("python", "3.12.7") == "3.12"
+    assert ownership.of_numbers("torch", "2.9.1") == "2.9.1"
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -123,6 +123,19 @@ def test_the_leaf_is_named_also_where_its_part_is_small() -> None:
     assert "`hparams['q']`" in estimate.verdict.detail
 
 
+def test_one_leaf_is_named_where_directions_move_several_at_once() -> None:
+    names = "abcdefghij"
+
+    def penalty(w: Tensor, u: Any) -> Tensor:
+        weights = [u[name].exp() * (u[name].detach() if name == "i" else 1.0) for name in names]
+        return torch.stack(weights).sum() * square(w, u)
+
+    problem = bl.BilevelProblem(lambda w, u: (w - 1.0).square().sum() + penalty(w, u), square, torch.ones(3, dtype=F64))
+    u = {name: torch.tensor(-0.5, dtype=F64) for name in names}
+    detail = check_derivatives(problem, u, torch.full((3,), 0.2, dtype=F64)).detail
+    assert detail.startswith("the derivative of the inner gradient by `hparams['i']` differs from differences")
+
+
 @pytest.mark.parametrize(
     ("outer", "words"),
     [
@@ -217,6 +230,12 @@ def test_a_problem_is_looked_at_once_and_again_under_certify() -> None:
     first, second = taken(), taken()
     assert first - second == 8  # A product, two ends of each of three lines, and the gradient for the third.
     assert taken(certify=True) > second + 8
+    counted = []
+    for again in (False, True):
+        calls = 0
+        assert check_derivatives(problem, u, problem.params, again=again).status.ok
+        counted.append(calls)
+    assert counted == [0, 8]
 
 
 # No false alarm ------------------------------------------------------------------------------------------------------

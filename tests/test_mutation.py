@@ -1,6 +1,6 @@
 """The table of breaks fits the code, and the script that tries them tells a break that is noticed from one that is not.
 
-The breaks themselves take a quarter of an hour: ``python scripts/mutation.py``.
+The breaks themselves take half an hour: ``python scripts/mutation.py``.
 """
 
 from __future__ import annotations

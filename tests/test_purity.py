@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import multiprocessing
 import random
 import re
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import bilevel as bl
-from bilevel import ranks, tree
+from bilevel import contents, purity, ranks, tree
 
 X, Y, V, Z = normal(1, 12, 3), normal(2, 12, 1), normal(3, 8, 3), normal(4, 8, 1)
 U = torch.tensor(-3.0, dtype=F64)
@@ -362,11 +363,38 @@ def test_states_in_closures_globals_and_defaults_and_slow_ones_are_found() -> No
     for turns in (2, 3):
         cycle = itertools.cycle(range(turns))
         turning = bl.BilevelProblem(partial(lambda each, w, u: inner(w, u) * (1 + next(each)), cycle), outer, start)
-        with pytest.raises(ValueError, match=r"`inner_loss` gives other numbers when it is called again"):
-            bl.hypergradient(turning, GD, bl.FullUnroll(), U)
+        for call in (lambda p: purity.look(p, start, U), lambda p: bl.hypergradient(p, GD, bl.FullUnroll(), U)):
+            with pytest.raises(ValueError, match=r"`inner_loss` gives other numbers when it is called again"):
+                call(turning)
     slow = bl.BilevelProblem(partial(lambda each, w, u: inner(w, u) * (1 + (next(each) > 20)), hidden), outer, start)
     with pytest.raises(ValueError, match=r"`inner_loss` gives other numbers when it is called again .*1.0e\+00"):
         bl.hypergradient(slow, GD, bl.FullUnroll(), U)
+
+
+def test_values_of_equal_calls_may_differ_by_rounding_and_by_nothing_else() -> None:
+    one, nan = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([math.nan, 2.0], dtype=F64)
+    assert contents.apart([one, None, nan], [one * (1 + 1e-14), None, nan.clone()]) == 0
+    assert contents.apart([one], [one * (1 + 1e-10)]) == pytest.approx(1e-10, rel=1e-4)
+    for other in ([nan], [None], [one[:1]], [one, one]):
+        assert contents.apart([torch.tensor([0.0, 2.0], dtype=F64)], other) == math.inf
+
+
+def test_a_sampler_that_returns_another_batch_for_the_same_step_is_refused() -> None:
+    rows = {"X": normal(7, 6, 3), "y": normal(8, 6)}
+    calls = itertools.count()
+
+    class Wandering(bl.MiniBatches):
+        def __call__(self, step: int) -> Any:
+            return {**super().__call__(step), "y": torch.full((2,), float(next(calls)), dtype=F64)}
+
+    problem = bl.BilevelProblem(
+        lambda w, u, batch: (batch["X"] @ w - batch["y"]).square().sum() + u.exp() * w.square().sum(),
+        outer,
+        torch.zeros(3, dtype=F64),
+        sampler=Wandering(rows, 2),
+    )
+    with pytest.raises(ValueError, match="returns another batch when a step is asked for again"):
+        bl.hypergradient(problem, GD, bl.FullUnroll(), U)
 
 
 DRAW = torch.Generator().manual_seed(0)
@@ -514,6 +542,18 @@ def test_hooks_that_keep_a_state_and_layers_made_in_forward_are_refused() -> Non
 
 
 # Ranks of a process group ---------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_ranks_are_equal_but_for_rounding() -> None:
+    values = [normal(1, 5), None, torch.arange(3)]
+
+    def gap(*others: Any) -> float:
+        return ranks._apart(ranks._numbers(values), ranks._numbers(others))
+
+    assert gap(values[0] * (1 + 1e-12), None, torch.arange(3)) == 0
+    assert gap(values[0].flip(0), None, torch.arange(3)) > 0.01
+    assert gap(values[0], None, torch.tensor([0, 2, 1])) > 0.01
+    assert gap(values[0], values[0], torch.arange(3)) == gap(values[0]) == math.inf
 
 
 def ranks_of_two(rank: int, path: str, said: Any) -> None:

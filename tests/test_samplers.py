@@ -79,6 +79,21 @@ def test_the_tail_of_a_truncated_unroll_sees_the_last_batches() -> None:
     close(bl.hypergradient(problem(), bl.HeavyBall(STEP, MOMENTUM, steps=13), bl.TruncatedUnroll(4), U), expected)
 
 
+def test_a_step_sees_its_batch_where_the_full_batch_was_looked_at_before() -> None:
+    whole, batch = problem().bind(U), batches()(2)
+    step, roots = whole.on_step(2), tree.attach(START)
+    loss = inner(roots, U, batch)
+    expected = torch.autograd.grad(loss, list(roots.values()))
+    assert (flat(whole.grad(START)) - flat(step.grad(START))).norm() > 1e-3
+    assert whole.value(START) != step.value(START)
+    torch.testing.assert_close(flat(step.grad(START)), torch.cat([g.reshape(-1) for g in expected]))
+    torch.testing.assert_close(step.value(START), loss.detach())
+    # A tolerance asks for the full batch's residual before every step.
+    estimate = bl.hypergradient(problem(), bl.HeavyBall(STEP, MOMENTUM, tol=0.2), bl.FullUnroll(), U)
+    assert 3 < estimate.certificate.inner_steps < 10
+    close(estimate, by_autograd(START, 0, estimate.certificate.inner_steps)[1])
+
+
 def test_batches_matter_so_the_comparisons_can_fail() -> None:
     other = bl.BilevelProblem(inner, outer, START, sampler=batches(seed=4))
     solver = bl.HeavyBall(STEP, MOMENTUM, steps=13)

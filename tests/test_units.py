@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bilevel as bl
+from bilevel.hypergrad.attempt import error_verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import units
@@ -119,6 +120,16 @@ def test_separable_classes_are_right_or_not_ok(u: float, solver: bl.InnerSolver)
         assert float(estimate.params) == pytest.approx(w, rel=1e-9)
 
 
+def test_members_whose_losses_saturate_end_as_single_problems_do() -> None:
+    X, y = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]], dtype=F64), torch.tensor([0, 0, 1, 1])
+    problem, u = bl.problems.LogisticProblem(X, y, X, y), torch.tensor([-3.0, -4.0], dtype=F64)
+    together = bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), u, batch=2)
+    for each, member in zip(u, together, strict=True):
+        alone = bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), each)
+        assert member.certificate.inner_steps == alone.certificate.inner_steps
+        assert member.status is alone.status
+
+
 # Rounding -------------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +167,15 @@ def test_a_slow_run_is_not_taken_for_one_at_rest() -> None:
         estimate = bl.hypergradient(problem, solver, bl.Implicit(), torch.zeros(1, dtype=F64))
         assert estimate.status.ok
         assert estimate.certificate.inner_steps > 200
+    # A ripple of 128 steps: its residual does not fall while its steps turn round.
+    curvatures = torch.tensor([1e-3, 2.3e-3], dtype=F64)
+    swinging = bl.BilevelProblem(
+        lambda x, u: (0.5 * curvatures * x * x).sum() - u * x.sum(),
+        lambda x, u: (x - 1.0).square().sum(),
+        torch.zeros(2, dtype=F64),
+    )
+    solver = bl.HeavyBall(1.0, momentum=0.99, tol=0.02)
+    assert bl.hypergradient(swinging, solver, bl.Implicit(), torch.tensor(1.0, dtype=F64)).status.ok
 
 
 def test_a_start_at_the_solution_ends_at_once_warm_or_cold() -> None:
@@ -166,6 +186,22 @@ def test_a_start_at_the_solution_ends_at_once_warm_or_cold() -> None:
         assert estimate.status.ok
         assert estimate.certificate.inner_steps <= 1
         torch.testing.assert_close(estimate.hypergradient, first.hypergradient, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_solution_at_zero_is_reached_from_elsewhere(batch: int | None) -> None:
+    # There H times params is as small as the gradient itself; H times the way from the start is not.
+    curvatures = torch.tensor([1.0, 3.0], dtype=F64)
+    problem = bl.BilevelProblem(
+        lambda x, u: (0.5 * curvatures * x * x).sum() + 1e-14 * u * x.sum(),
+        lambda x, u: (x - 1.0).square().sum(),
+        torch.tensor([3.0, -2.0], dtype=F64),
+    )
+    u = U if batch is None else U.expand(batch).clone()
+    estimate = bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), u, batch=batch, on_failure="return")
+    for each in [estimate] if batch is None else estimate:
+        assert each.status.ok
+        assert each.certificate.inner_steps < 100
 
 
 # The status follows the evidence --------------------------------------------------------------------------------------
@@ -212,6 +248,34 @@ def test_a_hypergradient_that_is_zero_at_the_outer_optimum_is_ok() -> None:
     estimate = bl.hypergradient(problem, bl.QuasiNewton(tol=1e-7), bl.Implicit(), u, certify=True)
     assert estimate.certificate.error > float(estimate.hypergradient.abs())
     assert estimate.status.ok
+
+
+def test_an_error_is_measured_by_the_parts_of_a_hypergradient_that_cancel() -> None:
+    signs = torch.tensor([1.0, -1.0] * 8, dtype=F64)
+    problem = bl.BilevelProblem(
+        lambda x, u: (0.5 * u.exp() * x * x).sum() - x.sum(), lambda x, u: (signs * x).sum(), torch.zeros(16, dtype=F64)
+    )
+    u, params, adjoint = torch.tensor(0.0, dtype=F64), torch.ones(16, dtype=F64), signs
+    gradient = torch.tensor(1e-9, dtype=F64)
+    for error, status in ((1e-6, bl.Status.OK), (1e-1, bl.Status.INACCURATE)):
+        assert error_verdict(problem, u, params, gradient, adjoint, error).status is status
+
+
+def test_a_hypergradient_of_an_outer_loss_that_is_fitted_is_ok_at_rounding_alone() -> None:
+    target, curvatures = torch.tensor([1.0, -0.5, 2.0], dtype=F64), torch.tensor([1.0, 2.0, 5.0], dtype=F64)
+    problem = bl.BilevelProblem(
+        lambda x, u: (0.5 * curvatures * (x - target).square()).sum() + 0.5 * (u.exp() - 1.0) * x.square().sum(),
+        lambda x, u: 0.5 * (x - target).square().sum(),
+        torch.zeros(3, dtype=F64),
+    )
+    # The exact hypergradient at u = 0 is zero, so that its error is all of it.
+    u = torch.tensor(0.0, dtype=F64)
+    for away, status in ((1e-9, bl.Status.OK), (1e-5, bl.Status.INACCURATE)):
+        params = target * (1.0 + away)
+        adjoint = (params - target) / curvatures
+        gradient = -(params * adjoint).sum()
+        verdict = error_verdict(problem, u, params, gradient, adjoint, 1.5 * float(gradient.abs()))
+        assert verdict.status is status
 
 
 def test_unbounded_curvature_is_one_sentence() -> None:

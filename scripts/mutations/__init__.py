@@ -8,6 +8,7 @@ from .inputs import INPUTS
 from .loops import LOOPS
 from .row import Break
 from .solvers import SOLVERS
+from .verdicts import VERDICTS
 
-BREAKS: tuple[Break, ...] = (*SOLVERS, *ESTIMATORS, *EVIDENCE, *LOOPS, *INPUTS)
+BREAKS: tuple[Break, ...] = (*SOLVERS, *ESTIMATORS, *EVIDENCE, *VERDICTS, *LOOPS, *INPUTS)
 """All rows, each with a name of its own."""

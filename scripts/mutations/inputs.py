@@ -1,4 +1,4 @@
-"""Breaks of data, samplers, modules, problems and meta-learning."""
+"""Breaks of data, samplers, modules, problems and meta-learning, and of the look whether losses are functions."""
 
 from __future__ import annotations
 
@@ -81,5 +81,82 @@ INPUTS = (
         "loss + 0.5 * self.proximity *",
         "loss + self.proximity *",
         "test_meta.py::test_imamls_meta_gradient_is_that_of_dense_linear_algebra",
+    ),
+    Break(
+        "purity-counters-far-ahead",
+        "bilevel/purity.py",
+        "AHEAD = 1_000_003",
+        "AHEAD = 3",
+        "test_purity.py::test_losses_with_a_state_are_refused_by_the_name_of_what_moves",
+    ),
+    Break(
+        "purity-after-the-run",
+        "bilevel/purity.py",
+        '_must_agree(what, values, _evaluated(one, what, start), "")',
+        "_evaluated(one, what, start)",
+        "test_purity.py::test_states_in_closures_globals_and_defaults_and_slow_ones_are_found",
+    ),
+    Break(
+        "purity-every-other-call",
+        "bilevel/purity.py",
+        '_must_agree(what, second, self._called(what, self.start), next(self._moved(), ""))',
+        "self._called(what, self.start)",
+        "test_purity.py::test_states_in_closures_globals_and_defaults_and_slow_ones_are_found",
+    ),
+    Break(
+        "purity-generators-moved",
+        "bilevel/purity.py",
+        "self._generators.put_back(self._before)",
+        "pass",
+        "test_purity.py::test_random_numbers_of_any_source_are_refused_in_both_losses",
+    ),
+    Break(
+        "purity-sampler",
+        "bilevel/purity.py",
+        "if not all(map(_same_leaf, tree.leaves(first), tree.leaves(source(0)))):",
+        "if not any(map(_same_leaf, tree.leaves(first), tree.leaves(source(0)))):",
+        "test_purity.py::test_a_sampler_that_returns_another_batch_for_the_same_step_is_refused",
+    ),
+    Break(
+        "contents-sample-alone",
+        "bilevel/contents.py",
+        "return [bits.sum(dtype=torch.int64), bits[",
+        "return [bits[",
+        "test_purity.py::test_losses_with_a_state_are_refused_by_the_name_of_what_moves",
+    ),
+    Break(
+        "contents-arrays-stay-changed",
+        "bilevel/contents.py",
+        "array[...] = kept",
+        "pass",
+        "test_purity.py::test_losses_with_a_state_are_refused_by_the_name_of_what_moves",
+    ),
+    Break(
+        "contents-nan",
+        "bilevel/contents.py",
+        "            if not torch.equal(one.isnan(), other.isnan()):\n",
+        "            if one.isnan().all() != other.isnan().all():\n",
+        "test_purity.py::test_values_of_equal_calls_may_differ_by_rounding_and_by_nothing_else",
+    ),
+    Break(
+        "contents-rounding",
+        "bilevel/contents.py",
+        "if not gap <= ROUNDING * torch.finfo(one.dtype).eps * size:",
+        "if not gap <= torch.finfo(one.dtype).eps ** 0.5 * size:",
+        "test_purity.py::test_values_of_equal_calls_may_differ_by_rounding_and_by_nothing_else",
+    ),
+    Break(
+        "ranks-order-of-numbers",
+        "bilevel/ranks.py",
+        "device=flat.device).cos() * flat",
+        "device=flat.device).square() * 0 + flat",
+        "test_purity.py::test_numbers_of_ranks_are_equal_but_for_rounding",
+    ),
+    Break(
+        "ranks-rounding",
+        "bilevel/ranks.py",
+        "gap > mine[2] ** 0.5 * size:",
+        "gap > mine[2] * size:",
+        "test_purity.py::test_numbers_of_ranks_are_equal_but_for_rounding",
     ),
 )
