@@ -20,14 +20,12 @@ def rotation(angle: float, modulus: float) -> torch.Tensor:
     return modulus * torch.tensor([[c, -s], [s, c]], dtype=F64)
 
 
-ELLIPSE = torch.diag(torch.tensor([1.0, 5.0], dtype=F64))
 EXPANDING: dict[str, tuple[torch.Tensor, int]] = {
     "1.01": (1.01 * torch.eye(2, dtype=F64), 100),
     "slow": (1.0001 * torch.eye(2, dtype=F64), 30),
     "alternating": (-1.02 * torch.eye(2, dtype=F64), 30),
     "rotation": (rotation(0.3, 1.01), 30),
     "slow rotation": (rotation(1.3, 1.001), 100),
-    "ellipse": (ELLIPSE @ rotation(0.3, 1.01) @ ELLIPSE.inverse(), 35),
     "one direction of two": (torch.diag(torch.tensor([0.5, 1.02], dtype=F64)), 100),
 }
 CONTRACTING: dict[str, tuple[torch.Tensor, int]] = {
@@ -56,6 +54,12 @@ def test_a_map_that_expands_is_called_so(name: str) -> None:
         assert "FixedPoint leads away from a solution: its residual grew from 1.41" in found.verdict.detail
     single = of_map(lambda w, u: matrix.float() @ w + u, steps, bl.FullUnroll(), torch.float32)
     assert single.status is bl.Status.DIVERGED
+
+
+def test_a_map_on_growing_ellipses_is_called_so_though_its_residual_rises_and_falls() -> None:
+    scale = torch.diag(torch.tensor([1.0, 5.0], dtype=F64))
+    matrix = scale @ rotation(0.3, 1.01) @ scale.inverse()
+    assert of_map(lambda w, u: matrix @ w + u, 35, bl.FullUnroll()).status is bl.Status.DIVERGED
 
 
 @pytest.mark.parametrize("name", CONTRACTING)
@@ -171,10 +175,12 @@ def test_a_warm_start_at_a_fixed_point_raises_no_alarm() -> None:
     assert float(again.hypergradient) == pytest.approx(float(first.hypergradient), rel=1e-9)
 
 
-@pytest.mark.parametrize(("steps", "step_size"), [(3, 0.01), (30, 0.01), (3, 0.001)])
-@pytest.mark.parametrize("estimator", [bl.FullUnroll(), bl.FullUnroll(memory="graph")], ids=repr)
+@pytest.mark.parametrize(
+    ("steps", "step_size", "memory"),
+    [(3, 0.01, "iterates"), (3, 0.01, "graph"), (30, 0.01, "iterates"), (30, 0.01, "graph"), (3, 0.001, "iterates")],
+)
 def test_steps_from_near_a_maximum_to_a_minimum_are_no_divergence_and_no_cost(
-    steps: int, step_size: float, estimator: Any
+    steps: int, step_size: float, memory: Any
 ) -> None:
     problem = bl.BilevelProblem(
         lambda x, u: (x**4 / 4 - x * x / 2).sum() + u * x.sum(),
@@ -182,6 +188,6 @@ def test_steps_from_near_a_maximum_to_a_minimum_are_no_divergence_and_no_cost(
         torch.full((2,), 0.05, dtype=F64),
     )
     solver = bl.GradientDescent(step_size=step_size, steps=steps)
-    found = bl.hypergradient(problem, solver, estimator, torch.tensor(0.01, dtype=F64))
+    found = bl.hypergradient(problem, solver, bl.FullUnroll(memory=memory), torch.tensor(0.01, dtype=F64))
     assert found.status is bl.Status.OK
     assert found.cost.counts["gradient"] <= steps + 2
