@@ -387,7 +387,7 @@ def test_an_exception_of_the_users_own_class_is_told_kept_and_raised_on_demand(
     assert "out holds a run with another source of faulty_solver.py, which has changed since" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["torch", "sklearn"])
+@pytest.mark.parametrize("module", ["torch", "pydantic"])
 def test_ctrl_c_while_the_command_starts_is_one_line(module: str, tmp_path: Path) -> None:
     # The first import of the module, far inside the start-up, is the moment at which the signal comes.
     code = (
