@@ -24,6 +24,7 @@ from tortures import folders, numbers
 from tortures.configs import mutated_configs
 from tortures.files import file_faults
 from tortures.kills import kill_points
+from tortures.workers import killed_workers
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def main() -> int:
     parser.add_argument("--configs", type=int, default=1000, help="mutated configs (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of moments and mutations (default 0)")
     parser.add_argument("--units", type=int, default=200, help="combinations of units and solvers (default 200)")
-    parser.add_argument("--workers", type=int, default=9, help="workers and parents killed (default 9)")
+    parser.add_argument("--workers", type=int, default=12, help="workers and parents killed (default 12)")
     parser.add_argument("--threads", type=int, default=24, help="numbers of each problem in threads (default 24)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run these parts alone")
     arguments = parser.parse_args()
@@ -108,7 +109,7 @@ def main() -> int:
             "data": ("changed data", folders.changed_data, None),
             "workers": (
                 "killed workers and parents",
-                partial(folders.killed_workers, arguments.workers, arguments.seed),
+                partial(killed_workers, arguments.workers, arguments.seed),
                 arguments.workers,
             ),
         }

@@ -555,6 +555,24 @@ def test_a_worker_ends_as_soon_as_its_parent_has_ended(monkeypatch: pytest.Monke
     assert ended == [1]
 
 
+def test_ctrl_c_reaches_no_worker_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held() -> bool:
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+    class Recorded(joblib.Parallel):
+        def __call__(self, tasks: Any) -> Any:
+            starts.append(held())
+            return super().__call__(tasks)
+
+    starts: list[bool] = []
+    trackers: list[bool] = []
+    monkeypatch.setattr("multiprocessing.resource_tracker.ensure_running", lambda: trackers.append(held()))
+    monkeypatch.setattr(run_module, "Parallel", Recorded)
+    with joblib.parallel_config("threading"):
+        assert not run(plain_plan(implicit=Implicit()), tmp_path, jobs=2).interrupted
+    assert (trackers, starts, held()) == ([False], [True], False)
+
+
 def test_an_error_in_the_middle_of_a_cell_keeps_the_steps_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

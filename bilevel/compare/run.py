@@ -145,17 +145,20 @@ def _in_turn(plan: Plan, cells: list[Cell], folder: RunFolder, bar: Any) -> Iter
 
 def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, bar: Any) -> Iterator[CellRun]:
     share = threads.current().shared_by(jobs)
-    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
     # Processes on this machine end with this one; how a cluster ends its workers is its own affair.
     parent = os.getpid() if type(get_active_backend()[0]).__name__ in CHILDREN else None
+    tasks = (delayed(_worker)(plan, group, folder, share, parent) for group in groups(plan, cells))
     try:
-        tasks = (delayed(_worker)(plan, group, folder, share, parent) for group in groups(plan, cells))
-        for runs in parallel(tasks):
-            for run in runs:
-                bar.set_postfix_str(f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}", refresh=False)
-                yield run
+        with Parallel(n_jobs=jobs, return_as="generator_unordered") as parallel:
+            with _interrupts_held():
+                finished = parallel(tasks)
+            for runs in finished:
+                for run in runs:
+                    words = f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}"
+                    bar.set_postfix_str(words, refresh=False)
+                    yield run
     except Exception as error:
-        # Ctrl-C reaches the workers as well; one that was still starting dies of it, and its pool with it.
+        # Where signals cannot be held, Ctrl-C ends a worker that is still starting, and its pool with it.
         if folder.stopping:
             return
         if plan.debug or isinstance(error, RunFolderError):
@@ -194,6 +197,23 @@ def _end_with(parent: int) -> None:
 
 WATCH_EVERY = 0.2
 """Seconds between two looks of a worker at whether its parent lives."""
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold SIGINT from this thread, and for good from processes that it starts: the stop file ends those."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing.resource_tracker import ensure_running
+
+    # It starts with the first process, and lets SIGINT through as it does.
+    ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

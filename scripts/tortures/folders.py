@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import random
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,20 +27,21 @@ LONG = 300
 """Most characters of a sentence about a configuration."""
 
 
-def _line(place: Path, *options: str, out: str = "out", changes: dict[str, object] | None = None) -> list[str]:
+def command_line(place: Path, *options: str, out: str = "out", changes: dict[str, object] | None = None) -> list[str]:
+    """Return the command of a small comparison, with some changes of its configuration."""
     config = write_config(place, SMALL | (changes or {}))
     return ["compare", str(config), "--device", "cpu", "--out", str(place / out), *options]
 
 
-def _whole(place: Path, changes: dict[str, object] | None = None) -> Path:
+def undisturbed(place: Path, changes: dict[str, object] | None = None) -> Path:
     """Return the folder of an undisturbed run."""
-    outcome = run(_line(place, out="whole", changes=changes), without_figures)
+    outcome = run(command_line(place, out="whole", changes=changes), without_figures)
     if outcome.code:
         raise RuntimeError(f"the undisturbed run fails: {outcome.said}")
     return place / "whole"
 
 
-def _unworded(outcome: Outcome, *codes: int) -> str:
+def unworded(outcome: Outcome, *codes: int) -> str:
     """Return what is wrong with how a command has ended; empty where it is one of the codes, without a traceback."""
     said = outcome.said.strip()
     if outcome.code in codes and "Traceback" not in said:
@@ -51,7 +49,7 @@ def _unworded(outcome: Outcome, *codes: int) -> str:
     return f"exit code {outcome.code}: {said[-300:]}"
 
 
-def _same(one: Path, other: Path) -> str:
+def other_numbers(one: Path, other: Path) -> str:
     """Return what is wrong where a continued run has not come to the numbers of an undisturbed one."""
     try:
         return "" if results(one) == results(other) else "other numbers than an undisturbed run"
@@ -91,14 +89,14 @@ def foreign_files(folder: Path) -> Iterator[Result]:
     ):
         place = folder / f"{command}{len(options)}{own}"
         place.mkdir()
-        line = [command, *_line(place, *options)[1:]]
+        line = [command, *command_line(place, *options)[1:]]
         if own:
             run([each for each in line if each != "--fresh"], without_figures)
         for name in FOREIGN:
             (place / "out" / name).parent.mkdir(parents=True, exist_ok=True)
             (place / "out" / name).write_text(f"mine: {name}")
         outcome = run(line, without_figures)
-        wrong = _unworded(outcome, 0, 2)
+        wrong = unworded(outcome, 0, 2)
         for name in FOREIGN:
             path = place / "out" / name
             kept = path.is_file() and path.read_text() == f"mine: {name}"
@@ -130,7 +128,7 @@ def passing_errors(folder: Path) -> Iterator[Result]:
     Yields:
         For each error: its name, whether nothing of it was kept, and else what was.
     """
-    whole = _whole(folder)
+    whole = undisturbed(folder)
     for index, make in enumerate(PASSING):
         place = folder / str(index)
         place.mkdir()
@@ -148,9 +146,9 @@ def passing_errors(folder: Path) -> Iterator[Result]:
 
             cells.make_row = failing  # type: ignore[assignment]
 
-        first = run(_line(place), fail)
-        reason = _unworded(first, 1, 2)
-        reason = reason or _unworded(run(_line(place), without_figures), 0) or _same(place / "out", whole)
+        first = run(command_line(place), fail)
+        reason = unworded(first, 1, 2)
+        reason = reason or unworded(run(command_line(place), without_figures), 0) or other_numbers(place / "out", whole)
         yield f"{type(make()).__name__}: {make()}", not reason, reason
 
 
@@ -219,7 +217,7 @@ def yaml_bombs(folder: Path, seconds: float = 10.0) -> Iterator[Result]:
             yield title, False, f"no end within {seconds:g} s"
             continue
         said = [each for each in outcome.said.splitlines() if each.strip()]
-        reason = _unworded(outcome, 2)
+        reason = unworded(outcome, 2)
         reason = reason or ("" if len(said) == 1 else f"{len(said)} lines: {outcome.said[:300]}")
         reason = reason or ("" if len(said[0]) <= LONG else f"{len(said[0])} characters: {said[0][:200]}")
         yield title, not reason and took < 2, reason or f"took {took:.1f} s"
@@ -237,7 +235,7 @@ def copied_checkpoints(folder: Path) -> Iterator[Result]:
     Yields:
         For each pair: its name, whether it was refused or did no harm, and else what came.
     """
-    whole = _whole(folder)
+    whole = undisturbed(folder)
     names = [path.name for path in sorted((whole / "checkpoints").glob("*.pt"))]
     for index, name in enumerate(names):
         other = names[(index + 1) % len(names)]
@@ -246,8 +244,8 @@ def copied_checkpoints(folder: Path) -> Iterator[Result]:
         shutil.copytree(whole, place / "out")
         shutil.copy(whole / "checkpoints" / name, place / "out" / "checkpoints" / other)
         (place / "out" / "summary.json").unlink()
-        outcome = run(_line(place), without_figures)
-        reason = _unworded(outcome, 0, 2) or ("" if outcome.code else _same(place / "out", whole))
+        outcome = run(command_line(place), without_figures)
+        reason = unworded(outcome, 0, 2) or ("" if outcome.code else other_numbers(place / "out", whole))
         yield f"{name} as {other}", not reason, reason
 
 
@@ -286,7 +284,7 @@ def changed_data(folder: Path) -> Iterator[Result]:
             data = place / f"data{ending}"
             write(data, X, y)
             problems = {"d": {"class": "RidgeProblem", "data": str(data), "penalty": "scalar"}}
-            line = _line(place, changes={"problems": problems})
+            line = command_line(place, changes={"problems": problems})
             first = run(line, without_figures)
             checkpoints = sorted((place / "out" / "checkpoints").glob("*.pt"))
             (place / "out" / "summary.json").unlink(missing_ok=True)
@@ -294,89 +292,6 @@ def changed_data(folder: Path) -> Iterator[Result]:
                 checkpoints[0].unlink()
             write(data, other_X, other_y)
             outcome = run(line, without_figures)
-            reason = _unworded(first, 0) or _unworded(outcome, 2)
+            reason = unworded(first, 0) or unworded(outcome, 2)
             reason = reason or ("" if "data" in outcome.said else f"no word of the data: {outcome.said}")
             yield f"{title} of {ending}", not reason, reason
-
-
-# Workers -------------------------------------------------------------------------------------------------------------
-
-
-def _workers(group: int) -> list[int]:
-    """Return the worker processes of a command."""
-    found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(entry)
-            command = Path(f"/proc/{pid}/cmdline").read_bytes() if os.getpgid(pid) == group != pid else b""
-            if b"loky" in command and b"resource_tracker" not in command:
-                found.append(pid)
-    return found
-
-
-def _within(seconds: float, found: Callable[[], bool]) -> bool:
-    """Wait until something is the case; return whether it came to be."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def _computes(group: int) -> bool:
-    """Whether a worker of a command uses a processor: an idle one that waits for its end may stay a while."""
-
-    def ticks() -> int:
-        total = 0
-        for pid in _workers(group):
-            with contextlib.suppress(OSError):
-                total += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]))
-        return total
-
-    before = ticks()
-    time.sleep(3)
-    return ticks() - before > 30
-
-
-def killed_workers(count: int, seed: int, folder: Path) -> Iterator[Result]:
-    """Kill a worker, or end the parent: one sentence, no worker that computes on, and the same command continues.
-
-    Args:
-        count: how many commands.
-        seed: of the moments.
-        folder: an empty folder to work in.
-
-    Yields:
-        For each: its name, whether all that held, and else what did not.
-    """
-    rng = random.Random(seed)
-    changes: dict[str, object] = {"outer": {"lr": 0.2, "steps": 60}}
-    whole = _whole(folder, changes)
-    for index in range(count):
-        place = folder / str(index)
-        place.mkdir()
-        line = _line(place, "--jobs", "2", changes=changes)
-        what, reason = ("a worker killed", "the parent terminated", "the parent killed")[index % 3], ""
-        moment = rng.uniform(0.0, 1.0)
-        with Child(line) as child:
-            if not _within(60, lambda group=child.pid: bool(_workers(group))):  # type: ignore[misc]
-                child.within(0)
-                yield what, False, "no worker has started"
-                continue
-            time.sleep(moment)
-            with contextlib.suppress(ProcessLookupError, IndexError):
-                if index % 3 == 0:
-                    os.kill(_workers(child.pid)[0], signal.SIGKILL)
-                else:
-                    os.kill(child.pid, signal.SIGTERM if index % 3 == 1 else signal.SIGKILL)
-            outcome = child.wait()
-            ended = _within(15, lambda group=child.pid: not _workers(group))  # type: ignore[misc]
-            if not ended and _computes(child.pid):
-                reason = "workers compute on"
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-        if not reason and index % 3 == 0 and outcome.code != 0:
-            reason = _unworded(outcome, 1)
-        reason = reason or _unworded(run(line), 0) or _same(place / "out", whole)
-        yield f"{what} after {moment:.2f} s", not reason, reason
