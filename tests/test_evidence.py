@@ -324,6 +324,27 @@ def test_a_run_that_ends_at_a_kink_is_not_ok(solver: bl.InnerSolver, estimator: 
     assert "cross kinks of the inner loss" in estimate.verdict.detail
 
 
+@pytest.mark.parametrize("solver", [bl.GradientDescent(0.1, steps=150), bl.Adam(0.05, steps=150)], ids=str)
+@pytest.mark.parametrize("kink", [lambda w: w.max(), lambda w: -w.median()], ids=["maximum", "median"])
+def test_a_matrix_that_ends_where_its_entries_tie_is_not_ok(kink: Callable[[Tensor], Tensor], solver: Any) -> None:
+    M = normal(3, 3, 4)
+    problem = bl.BilevelProblem(
+        lambda w, u: 0.5 * (w - M).square().sum() + u.exp() * kink(w),
+        lambda w, u: (w - 1).square().sum(),
+        torch.zeros(3, 4, dtype=F64),
+    )
+    status = {u: status_of(problem, torch.tensor(u, dtype=F64), bl.Implicit(), solver).status for u in (-9.0, 0.5)}
+    # The first is e^-9 away from M, whose entries do not tie; and a problem that was smooth is looked at again.
+    assert status == {-9.0: bl.Status.OK, 0.5: bl.Status.NOT_SMOOTH}
+
+
+def test_a_short_run_of_a_problem_that_was_smooth_is_looked_at_again() -> None:
+    problem, solver = lasso(), bl.GradientDescent(0.1, steps=150)
+    assert status_of(problem, torch.tensor(-9.0, dtype=F64), bl.Implicit(), solver).status.ok
+    problem.outer_loss = lambda w, u: 1e3 + w.sum()
+    assert status_of(problem, torch.tensor(0.0, dtype=F64), bl.Implicit(), solver).status is bl.Status.NOT_SMOOTH
+
+
 def test_the_same_problem_by_its_proximal_step_is_right() -> None:
     def step(w: Tensor, u: Tensor) -> Tensor:
         moved = w - 0.5 * (w - Z)

@@ -41,15 +41,23 @@ PROBE = 1e-3
 """Length of the segment along the gradient, relative to params, where a solver takes no step."""
 LONG = 200
 """Steps from which on the look is cheap beside the run."""
+CHEAP = 25
+"""Shorter runs of a problem that has been looked at take one further step for so many of theirs."""
 
 
 def kinked(
-    problem: BilevelProblem, hparams: Tree, solver: InnerSolver, state: InnerState, residual: float, start: float
+    problem: BilevelProblem,
+    hparams: Tree,
+    solver: InnerSolver,
+    state: InnerState,
+    residual: float,
+    start: float,
+    looks: int = STEPS,
 ) -> Verdict:
     """Look at a few further steps; the calls are not counted.
 
-    A network of ReLUs has kinks everywhere, of which each is small. So where params are matrices those alone count at
-    which params change their sign (an L1 penalty).
+    A network of ReLUs has kinks everywhere, which a run on its way crosses. So where params have several leaves, of
+    which one is a matrix, those alone count at which params change their sign (an L1 penalty).
 
     Args:
         problem: the problem, not a batch.
@@ -58,6 +66,7 @@ def kinked(
         state: where the run has ended.
         residual: the norm of the inner gradient there.
         start: its norm at a cold start.
+        looks: how many steps.
 
     Returns:
         NOT_SMOOTH where jumps of the gradient keep the run from settling, else `GOOD`.
@@ -65,8 +74,9 @@ def kinked(
     inner = problem.at_rest().bind(hparams)
     state = replace(state, params=tree.detach(problem.trainable(state.params)), point=None)
     with torch.no_grad():
-        network = problem.module_loss is not None or any(leaf.dim() > 1 for leaf in tree.leaves(state.params))
-        if not _chatters(inner, solver, state, not network and residual >= LOW * start):
+        leaves = tree.leaves(state.params)
+        network = problem.module_loss is not None or (len(leaves) > 1 and any(leaf.dim() > 1 for leaf in leaves))
+        if not _chatters(inner, solver, state, looks, not network and residual >= LOW * start):
             return GOOD
     return Verdict(
         Status.NOT_SMOOTH,
@@ -75,32 +85,33 @@ def kinked(
     )
 
 
-def _chatters(inner: InnerProblem, solver: InnerSolver, state: InnerState, high: bool) -> bool:
+def _chatters(inner: InnerProblem, solver: InnerSolver, state: InnerState, looks: int, anywhere: bool) -> bool:
     x = solver.params(state)
     eps = torch.finfo(tree.leaves(x)[0].dtype).eps
     gradient = inner.grad(x)
     first, moved = float(tree.norm(gradient)), False
     if not first > 0:
         return False
-    for _ in range(STEPS):
+    for _ in range(looks):
         try:
             state = solver.step(inner, state)
         except (StepFailure, ValueError):
             break
         there = solver.params(state)
-        step = tree.add(there, x, -1.0)
-        taken, size, left = look.numbers([tree.norm(each) for each in (step, x, inner.grad(there))])
+        step, following = tree.add(there, x, -1.0), inner.grad(there)
+        jump = tree.add(following, gradient, -1.0)
+        taken, size, left, change = look.numbers([tree.norm(each) for each in (step, x, following, jump)])
         # Closer together than that all differences are rounding.
         if not taken > eps ** (2 / 3) * size:
             break
         moved = True
         if not left > FALLEN * first:
             return False
-        if _jumps(inner, x, step, CHANGED * first, high):
+        if change > CHANGED * first and _jumps(inner, x, step, CHANGED * first, anywhere):
             return True
-        x = there
+        x, gradient = there, following
     length = float(tree.norm(x)) or 1.0
-    return not moved and _jumps(inner, x, tree.scale(-PROBE * length / first, gradient), CHANGED * first, high)
+    return not moved and _jumps(inner, x, tree.scale(-PROBE * length / first, gradient), CHANGED * first, anywhere)
 
 
 def _jumps(inner: InnerProblem, x: Tree, step: Tree, least: float, anywhere: bool) -> bool:
@@ -149,7 +160,7 @@ def ends_at_kink(
     """Look for a kink where a run that no tolerance has ended stands, unless the look would be dear.
 
     A problem is looked at after its first run, and again where one has been found, where there is a doubt, and after
-    long runs.
+    long runs. After others it is looked at shortly, and where the gradient is still high.
 
     Args:
         problem: the problem, not a batch.
@@ -168,10 +179,14 @@ def ends_at_kink(
     seen = problem.derivatives_seen.get("kinks")
     if (steps < SHORT and not doubtful) or not steps or (tol is not None and residual <= tol):
         return GOOD
-    if seen is not None and seen.status.ok and not doubtful and steps < LONG:
+    short = seen is not None and seen.status.ok and not doubtful and steps < LONG
+    looks = min(STEPS, steps // CHEAP) if short else STEPS
+    if not looks:
         return GOOD
     begun = float(tree.norm(problem.bind(hparams).grad(start)))
-    verdict = kinked(problem, hparams, solver, state, residual, begun)
+    if short and residual < LOW * begun:
+        return GOOD
+    verdict = kinked(problem, hparams, solver, state, residual, begun, looks)
     if seen is None or not verdict.status.ok:
         problem.derivatives_seen["kinks"] = verdict
     return verdict
