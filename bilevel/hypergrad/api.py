@@ -12,7 +12,7 @@ from bilevel import tree
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver
 from bilevel.batches import NotSideBySide, Rows
 from bilevel.certify import ErrorEstimate
-from bilevel.cost import Meter
+from bilevel.cost import Cost, Meter
 from bilevel.explain import DerivativeError, explained
 from bilevel.hypergrad.arguments import check_carry, check_roles, read_by_steps
 from bilevel.hypergrad.attempt import Attempt, attempt, error_verdict
@@ -147,36 +147,19 @@ def hypergradient(
         if check:
             confirm(problem)
         return together
-    hparams, carry = given, warm
     meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
-        found = attempt(problem, used, rule, hparams, start, carry, meter)
+        found = attempt(problem, used, rule, given, start, warm, meter)
         cost = meter.read()
-        found = _confirmed(problem, solver, rule, hparams, found, start, asked=certify)
-        error = _figure(problem, solver, hparams, found, certify)
-        if error.value is not None and found.verdict.status.ok:
-            given = (found.solved.params, found.gradient, found.pulled.adjoint)
-            found = replace(found, verdict=found.verdict.worse(error_verdict(problem, hparams, *given, error.value)))
+        found = _confirmed(problem, solver, rule, given, found, start, asked=certify)
+        found, error = _judged(problem, solver, given, found, certify)
     else:
-        found, error = Pursuit(problem, solver, rule, hparams, start, meter, target_error).run(carry)
+        found, error = Pursuit(problem, solver, rule, given, start, meter, target_error).run(warm)
         cost = meter.read()
-        found = _confirmed(problem, solver, rule, hparams, found, start, asked=True)
+        found = _confirmed(problem, solver, rule, given, found, start, asked=True)
     if check:
         confirm(problem)
-    solved, pulled, gradient = found.solved, found.pulled, found.gradient
-    if gradient is None:
-        gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    certificate = Certificate(
-        inner_residual=solved.residual,
-        adjoint_residual=pulled.residual,
-        inner_steps=solved.steps,
-        adjoint_steps=pulled.steps,
-        **error.fields(),
-        measured=dict(solved.state.measured),
-    )
-    following = found.carry(solver) if found.verdict.status.usable else carry
-    gradient, x = tree.copied(gradient), tree.copied(solved.params)
-    estimate = Estimate(found.outer_loss, gradient, x, certificate, cost, found.verdict, following)
+    estimate = _estimate(solver, given, found, error, cost, warm)
     report(found.verdict, on_failure, estimate)
     return estimate
 
@@ -202,16 +185,42 @@ def _confirmed(
     return found if kink.status.ok else replace(found, verdict=kink)
 
 
-def _figure(
+def _judged(
     problem: BilevelProblem, solver: InnerSolver, hparams: Tree, found: Attempt, certify: bool
-) -> ErrorEstimate:
-    """Return what can be said of the distance to the exact hypergradient."""
+) -> tuple[Attempt, ErrorEstimate]:
+    """Return the attempt, in doubt where its error may be as large as itself, and what can be said of the error."""
     pulled, status = found.pulled, found.verdict.status
+    params, adjoint = found.solved.params, pulled.adjoint
     if certify and status.usable:
-        return certified(solver, problem, hparams, found.solved.params, found.gradient, pulled.adjoint)
-    if pulled.error is not None and status.ok:
-        return ErrorEstimate(pulled.error, "estimate", pulled.error_note)
-    return ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
+        error = certified(solver, problem, hparams, params, found.gradient, adjoint)
+    elif pulled.error is not None and status.ok:
+        error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
+    else:
+        error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
+    if error.value is not None and status.ok:
+        doubt = error_verdict(problem, hparams, params, found.gradient, adjoint, error.value)
+        found = replace(found, verdict=found.verdict.worse(doubt))
+    return found, error
+
+
+def _estimate(
+    solver: InnerSolver, hparams: Tree, found: Attempt, error: ErrorEstimate, cost: Cost, carry: Carry
+) -> Estimate:
+    """Return the estimate of an attempt; `carry` is the warm start that it was given, and leaves where it fails."""
+    solved, pulled, gradient = found.solved, found.pulled, found.gradient
+    if gradient is None:
+        gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
+    certificate = Certificate(
+        inner_residual=solved.residual,
+        adjoint_residual=pulled.residual,
+        inner_steps=solved.steps,
+        adjoint_steps=pulled.steps,
+        **error.fields(),
+        measured=dict(solved.state.measured),
+    )
+    following = found.carry(solver) if found.verdict.status.usable else carry
+    gradient, x = tree.copied(gradient), tree.copied(solved.params)
+    return Estimate(found.outer_loss, gradient, x, certificate, cost, found.verdict, following)
 
 
 def prepare(
