@@ -55,7 +55,7 @@ def test_a_shipped_problem_is_not_accused(name: str) -> None:
     assert "no fault found" in str(report)
 
 
-@pytest.mark.parametrize("solver", [bl.Newton(), bl.Adam(0.05, steps=60), bl.HeavyBall(), bl.QuasiNewton()], ids=repr)
+@pytest.mark.parametrize("solver", [bl.Newton(), bl.Adam(0.05, steps=25), bl.HeavyBall(), bl.QuasiNewton()], ids=repr)
 def test_no_solver_is_accused_on_a_smooth_convex_problem_of_trees(solver: Any) -> None:
     case = tree_case("tensor", "dict")
     report = bl.check_problem(case.problem, case.hparams, solver)
@@ -293,7 +293,7 @@ def test_hyperparameters_that_are_no_tensors_are_a_fault_of_the_inputs(
 
 
 DATA, TARGETS = normal(1, 20, 3), normal(2, 20, 1)
-STEP = bl.GradientDescent(step_size=0.2, steps=40)
+STEP = bl.GradientDescent(step_size=0.2, steps=15)
 NETWORKS: dict[str, tuple[list[torch.nn.Module], Any, dict[str, Any]]] = {
     "running statistics": ([torch.nn.BatchNorm1d(3, affine=False)], STEP, {}),
     "random layers": ([torch.nn.Dropout(0.2)], STEP, {"seed": 0}),
@@ -303,10 +303,10 @@ NETWORKS: dict[str, tuple[list[torch.nn.Module], Any, dict[str, Any]]] = {
         STEP,
         {"sampler": bl.MiniBatches((DATA, TARGETS), batch_size=10, seed=0), "fresh_batch": "outer step"},
     ),
-    "a tuned optimizer": ([], bl.SGD(lambda u: u["log_rate"].exp(), momentum=0.5, steps=20), {}),
+    "a tuned optimizer": ([], bl.SGD(lambda u: u["log_rate"].exp(), momentum=0.5, steps=10), {}),
     "all of it": (
         [torch.nn.BatchNorm1d(3, affine=False), torch.nn.Dropout(0.2)],
-        bl.SGD(lambda u: u["log_rate"].exp(), steps=20),
+        bl.SGD(lambda u: u["log_rate"].exp(), steps=10),
         {"seed": 0, "sampler": bl.MiniBatches((DATA, TARGETS), batch_size=10, seed=0)},
     ),
 }

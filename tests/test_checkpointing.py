@@ -26,7 +26,7 @@ def same(one: bl.Estimate, other: bl.Estimate) -> None:
 
 
 @pytest.mark.parametrize("cls", UNROLLED, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 30])
+@pytest.mark.parametrize("steps", [1, 2, 4, 19])
 def test_checkpoints_give_the_numbers_of_stored_iterates_bit_for_bit(cls: type, steps: int) -> None:
     case = tree_case("dict", "dict")
     solver = SOLVERS[cls].make(case.problem, steps=min(steps, 4) if cls is bl.Newton else steps)
@@ -143,11 +143,11 @@ def by_plain_autograd(problem: bl.BilevelProblem, inner: Any, outer: Any, step_s
     ids=repr,
 )
 @pytest.mark.parametrize("traced", [False, True])
-def test_unrolling_a_network_for_200_steps_equals_autograd_through_the_whole_run(estimator: Any, traced: bool) -> None:
+def test_unrolling_a_network_for_many_steps_equals_autograd_through_the_whole_run(estimator: Any, traced: bool) -> None:
     problem, inner, outer = network()
-    expected = by_plain_autograd(problem, inner, outer, 0.05, 200)
+    expected = by_plain_autograd(problem, inner, outer, 0.05, 80)
     problem = problem.traced() if traced else problem
-    estimate = bl.hypergradient(problem, bl.GradientDescent(0.05, steps=200), estimator, DECAY)
+    estimate = bl.hypergradient(problem, bl.GradientDescent(0.05, steps=80), estimator, DECAY)
     torch.testing.assert_close(flat(estimate.hypergradient), expected, rtol=1e-10, atol=1e-14)
 
 
@@ -214,13 +214,13 @@ def test_memory_grows_with_the_steps_for_iterates_with_their_root_for_checkpoint
     if bl.hypergradient(problem, bl.GradientDescent(0.01, steps=1), bl.FullUnroll(), DECAY).cost.peak_memory is None:
         pytest.skip("this system does not tell its allocations")
     growth = {
-        name: (peak(problem, estimator, 250) - peak(problem, estimator, 50)) / one
+        name: (peak(problem, estimator, 140) - peak(problem, estimator, 40)) / one
         for name, estimator in {
             "iterates": bl.FullUnroll(),
             "checkpoint": CHECKPOINT,
             "forward": bl.FullUnroll(mode="forward"),
         }.items()
     }
-    assert 190 < growth["iterates"] < 210
-    assert growth["checkpoint"] < 2.2 * (250**0.5 - 50**0.5) + 6
+    assert 95 < growth["iterates"] < 105
+    assert growth["checkpoint"] < 2.2 * (140**0.5 - 40**0.5) + 6
     assert abs(growth["forward"]) < 3

@@ -44,7 +44,7 @@ def on_device(tree: Any) -> bool:
 @pytest.mark.parametrize("problem", ["logistic", "dictionary"])
 @each(ESTIMATORS)
 def test_a_hypergradient_stays_on_its_device_and_equals_that_of_the_cpu(problem: str, name: str) -> None:
-    make, row, solver = PROBLEMS[problem].make, ESTIMATORS[name], bl.GradientDescent(steps=8)
+    make, row, solver = PROBLEMS[problem].make, ESTIMATORS[name], bl.GradientDescent(steps=5)
     with accelerator() as log:
         placed = make(DEVICE)
         # The first call looks once at the derivatives of a problem object, along random directions made on the host.

@@ -400,13 +400,13 @@ def test_a_run_resumed_from_a_file_continues_bit_for_bit(cls: type, optimizer: s
         return make(optimizer, solver, estimator, case, scheduler=scheduler)
 
     whole, first, second = fresh(), fresh(), fresh()
-    whole.run(6, progress=False)
-    first.run(3, progress=False)
+    whole.run(4, progress=False)
+    first.run(2, progress=False)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
-    second.run(3, progress=False)
+    second.run(2, progress=False)
     same(whole, second)
 
 
