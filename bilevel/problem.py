@@ -30,7 +30,6 @@ from bilevel.samplers import Sampler, fetched_anew
 from bilevel.sampling import FreshBatch, Sampling, sampling
 from bilevel.spectral import Eigenbasis
 from bilevel.statistics import RunningStatistics
-from bilevel.status import Verdict
 from bilevel.traced import Traces, traced
 from bilevel.tree import Tree
 
@@ -147,7 +146,7 @@ class BilevelProblem:
                 require_arguments(what, function, "params", "hparams", *more)
         if params is not None:
             check_tensors("params", params)
-        self.derivatives_seen: dict[str, Verdict] = {}
+        self.derivatives_seen: dict[str, Any] = {}
         """What has been found of the derivatives of the losses; views of this problem share it."""
         # Structured problems define the losses as methods and pass none.
         self.functions = (inner_loss, outer_loss, optimality)

@@ -12,7 +12,7 @@ Of a smooth gradient ``V(m) = V(1) / m``, of jumps ``V(m) = V(1)``, and of round
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -41,8 +41,16 @@ PROBE = 1e-3
 """Length of the segment along the gradient, relative to params, where a solver takes no step."""
 LONG = 200
 """Steps from which on the look is cheap beside the run."""
-CHEAP = 25
-"""Shorter runs of a problem that has been looked at take one further step for so many of theirs."""
+RISEN = 3.0
+"""Shorter runs of a problem that was smooth are looked at where the gradient is so much larger than it was then."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the last look at a problem has found, and the norm of the inner gradient there."""
+
+    verdict: Verdict
+    residual: float
 
 
 def kinked(
@@ -52,7 +60,6 @@ def kinked(
     state: InnerState,
     residual: float,
     start: float,
-    looks: int = STEPS,
 ) -> Verdict:
     """Look at a few further steps; the calls are not counted.
 
@@ -66,7 +73,6 @@ def kinked(
         state: where the run has ended.
         residual: the norm of the inner gradient there.
         start: its norm at a cold start.
-        looks: how many steps.
 
     Returns:
         NOT_SMOOTH where jumps of the gradient keep the run from settling, else `GOOD`.
@@ -76,7 +82,7 @@ def kinked(
     with torch.no_grad():
         leaves = tree.leaves(state.params)
         network = problem.module_loss is not None or (len(leaves) > 1 and any(leaf.dim() > 1 for leaf in leaves))
-        if not _chatters(inner, solver, state, looks, not network and residual >= LOW * start):
+        if not _chatters(inner, solver, state, not network and residual >= LOW * start):
             return GOOD
     return Verdict(
         Status.NOT_SMOOTH,
@@ -85,14 +91,14 @@ def kinked(
     )
 
 
-def _chatters(inner: InnerProblem, solver: InnerSolver, state: InnerState, looks: int, anywhere: bool) -> bool:
+def _chatters(inner: InnerProblem, solver: InnerSolver, state: InnerState, anywhere: bool) -> bool:
     x = solver.params(state)
     eps = torch.finfo(tree.leaves(x)[0].dtype).eps
     gradient = inner.grad(x)
     first, moved = float(tree.norm(gradient)), False
     if not first > 0:
         return False
-    for _ in range(looks):
+    for _ in range(STEPS):
         try:
             state = solver.step(inner, state)
         except (StepFailure, ValueError):
@@ -159,8 +165,8 @@ def ends_at_kink(
 ) -> Verdict:
     """Look for a kink where a run that no tolerance has ended stands, unless the look would be dear.
 
-    A problem is looked at after its first run, and again where one has been found, where there is a doubt, and after
-    long runs. After others it is looked at shortly, and where the gradient is still high.
+    A problem is looked at after its first run, and again where one has been found, after long runs, and where the
+    gradient is larger than it was.
 
     Args:
         problem: the problem, not a batch.
@@ -176,19 +182,14 @@ def ends_at_kink(
         `GOOD`, or what `kinked` says.
     """
     _, tol = solver.limits(tree.leaves(state.params)[0].dtype)
-    seen = problem.derivatives_seen.get("kinks")
     if (steps < SHORT and not doubtful) or not steps or (tol is not None and residual <= tol):
         return GOOD
-    short = seen is not None and seen.status.ok and not doubtful and steps < LONG
-    looks = min(STEPS, steps // CHEAP) if short else STEPS
-    if not looks:
+    seen: Seen | None = problem.derivatives_seen.get("kinks")
+    if seen is not None and seen.verdict.status.ok and steps < LONG and residual <= RISEN * seen.residual:
         return GOOD
     begun = float(tree.norm(problem.bind(hparams).grad(start)))
-    if short and residual < LOW * begun:
-        return GOOD
-    verdict = kinked(problem, hparams, solver, state, residual, begun, looks)
-    if seen is None or not verdict.status.ok:
-        problem.derivatives_seen["kinks"] = verdict
+    verdict = kinked(problem, hparams, solver, state, residual, begun)
+    problem.derivatives_seen["kinks"] = Seen(verdict, residual)
     return verdict
 
 
