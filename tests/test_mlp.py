@@ -166,7 +166,7 @@ def test_the_config_runs_whole_with_every_estimator(tmp_path: Path, capsys: pyte
     assert main(["compare", str(CONFIG), "--out", str(tmp_path / "run"), "--jobs", "1", *overrides]) == 0
     out = capsys.readouterr().out
     # Thirty steps of Adam are far from a solution, where alone the implicit formula holds.
-    assert out.count(" ok") == out.count(" inaccurate in 2 steps") == len(plan.problems)
+    assert out.count(" ok") == out.count(" inaccurate") == len(plan.problems)
     rows = [json.loads(row) for row in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert {row["referee"] for row in rows} == {"none: the inner problem has several solutions"}
     for first, last in zip(rows[::3], rows[2::3], strict=True):
