@@ -10,10 +10,10 @@ demo: .venv/.demo  ## tune two models with three hypergradient estimators and pl
 	$(BIN)/bilevel compare configs/quickstart.yaml
 
 test: .venv/.dev  ## the whole test suite, a process for each core
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 coverage: .venv/.dev  ## the whole test suite with the lines of bilevel/ that it runs: fails below 95 %
-	$(BIN)/python -m pytest -n auto --cov=bilevel --cov-report=term:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov=bilevel --cov-report=term:skip-covered --cov-fail-under=95
 
 lint: .venv/.dev  ## style, documentation and types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import bilevel as bl
 from bilevel.hypergrad.attempt import error_verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import far
 import units
 
 F64, F32 = torch.float64, torch.float32
@@ -278,6 +279,15 @@ def test_a_hypergradient_of_an_outer_loss_that_is_fitted_is_ok_at_rounding_alone
         gradient = -(params * adjoint).sum()
         verdict = error_verdict(problem, u, params, gradient, adjoint, 1.5 * float(gradient.abs()))
         assert verdict.status is status
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated")  # torch's own, of its tracer
+@pytest.mark.parametrize("seed", [1098, 1136])
+def test_a_run_that_ends_with_a_wrong_hypergradient_is_in_doubt(seed: int) -> None:
+    # The outer loss is off by less than 0.3 % at the first, and the hypergradient by more than 30 % at both.
+    _, status, error = far.examine(seed)
+    assert status == "INACCURATE"
+    assert error > 0.3
 
 
 def test_unbounded_curvature_is_one_sentence() -> None:

@@ -6,6 +6,13 @@ from .row import Break
 
 VERDICTS = (
     Break(
+        "far-ten-times-as-far",
+        "bilevel/hypergrad/attempt.py",
+        "FAR = 5e-4",
+        "FAR = 5e-3",
+        "test_units.py::test_a_run_that_ends_with_a_wrong_hypergradient_is_in_doubt",
+    ),
+    Break(
         "goal-measured-once",
         "bilevel/hypergrad/goal.py",
         "if float(tree.norm(tree.add(x, at, -1.0))) > AWAY * length:",
