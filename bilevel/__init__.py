@@ -2,15 +2,13 @@
 
 # ruff: noqa: E402  (the first call comes before anything that loads torch)
 
-from bilevel.starting import quiet_interrupt
+from bilevel.core.interrupt import quiet_interrupt
 
 quiet_interrupt()
 
 from bilevel import meta as meta
 from bilevel import problems as problems
 from bilevel import theory as theory
-from bilevel import threads as threads
-from bilevel import tree as tree
 from bilevel.base import BatchEstimate as BatchEstimate
 from bilevel.base import Carry as Carry
 from bilevel.base import Certificate as Certificate
@@ -22,10 +20,13 @@ from bilevel.base import LinearSolution as LinearSolution
 from bilevel.base import LinearSolver as LinearSolver
 from bilevel.base import Pullback as Pullback
 from bilevel.base import Solution as Solution
-from bilevel.batches import stack as stack
 from bilevel.check import check_hypergradient as check_hypergradient
 from bilevel.check import check_problem as check_problem
-from bilevel.decay import weight_decay as weight_decay
+from bilevel.core import threads as threads
+from bilevel.core import tree as tree
+from bilevel.core.status import BilevelWarning as BilevelWarning
+from bilevel.core.status import HypergradientError as HypergradientError
+from bilevel.core.status import Status as Status
 from bilevel.hypergrad import Auto as Auto
 from bilevel.hypergrad import ClosedForm as ClosedForm
 from bilevel.hypergrad import FiniteDifference as FiniteDifference
@@ -57,19 +58,18 @@ from bilevel.linear import Direct as Direct
 from bilevel.linear import FixedPointIteration as FixedPointIteration
 from bilevel.linear import Neumann as Neumann
 from bilevel.linear import Nystrom as Nystrom
-from bilevel.linearization import Linearization as Linearization
-from bilevel.linearization import Preconditioner as Preconditioner
-from bilevel.loaders import LoaderBatches as LoaderBatches
-from bilevel.oracles import InnerProblem as InnerProblem
+from bilevel.networks.weight_decay import weight_decay as weight_decay
+from bilevel.oracles.batching import stack as stack
+from bilevel.oracles.inner_problem import InnerProblem as InnerProblem
+from bilevel.oracles.linearization import Linearization as Linearization
+from bilevel.oracles.linearization import Preconditioner as Preconditioner
+from bilevel.oracles.loaders import LoaderBatches as LoaderBatches
+from bilevel.oracles.problem import BilevelProblem as BilevelProblem
+from bilevel.oracles.samplers import MiniBatches as MiniBatches
+from bilevel.oracles.samplers import Sampler as Sampler
 from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
 from bilevel.outer import BatchOuterResult as BatchOuterResult
 from bilevel.outer import OuterOptimizer as OuterOptimizer
 from bilevel.outer import ToleranceSchedule as ToleranceSchedule
 from bilevel.outer import WarmStart as WarmStart
-from bilevel.problem import BilevelProblem as BilevelProblem
 from bilevel.problems import QuadraticProblem as QuadraticProblem
-from bilevel.samplers import MiniBatches as MiniBatches
-from bilevel.samplers import Sampler as Sampler
-from bilevel.status import BilevelWarning as BilevelWarning
-from bilevel.status import HypergradientError as HypergradientError
-from bilevel.status import Status as Status

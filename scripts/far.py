@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel import tree
+from bilevel.core import tree
 
 KINDS = ("ridge", "logistic", "softmax", "quadratic", "network", "dictionary")
 SOLVERS: tuple[Any, ...] = (bl.GradientDescent, bl.Nesterov, bl.HeavyBall, bl.QuasiNewton, bl.Adam)

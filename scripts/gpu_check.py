@@ -28,7 +28,7 @@ import torch
 
 import bilevel as bl
 from bilevel.compare import describe_environment
-from bilevel.look import ON_ACCELERATOR
+from bilevel.core.device import ON_ACCELERATOR
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

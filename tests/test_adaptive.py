@@ -10,8 +10,8 @@ import torch
 from helpers import quadratic_case
 
 import bilevel as bl
-from bilevel.hypergrad.extrapolation import OMEGA, reduced_rank
-from bilevel.krylov import conjugate_gradients
+from bilevel.engine.extrapolation import OMEGA, reduced_rank
+from bilevel.numerics.conjugate_gradients import conjugate_gradients
 from bilevel.problems import RidgeProblem
 
 F64 = torch.float64

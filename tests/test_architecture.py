@@ -15,7 +15,7 @@ import torch
 from helpers import ridge_case, tree_case
 
 import bilevel as bl
-from bilevel.hypergrad.loop import begin, run_inner
+from bilevel.engine.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = {

@@ -14,13 +14,13 @@ import torch
 from helpers import F64, flat, logistic_case, normal, quadratic_case, ridge_case, softmax_case, spd, tree_case
 
 import bilevel as bl
-from bilevel.certifiable import Rows, blocked_product, gamma, roundings, top_eigenvalue
 from bilevel.certify import ErrorEstimate, bound_error, bounds, certify_error
 from bilevel.certify.bounds import bound_pair
 from bilevel.certify.certificate import Metrics
 from bilevel.certify.instance import Instance, evaluate
 from bilevel.certify.metrics import Cholesky, Diagonal, transport
 from bilevel.certify.nystrom import Nystrom, sketch
+from bilevel.oracles.error_model import Rows, blocked_product, gamma, roundings, top_eigenvalue
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -10,7 +10,7 @@ import torch
 from helpers import ESTIMATORS, F64, PROBLEMS, tree_case
 
 import bilevel as bl
-from bilevel import tree
+from bilevel.core import tree
 
 
 @dataclass(frozen=True)

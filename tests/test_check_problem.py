@@ -16,7 +16,7 @@ from torch import Tensor
 import bilevel as bl
 from bilevel.check.differences import derivative, largest_jump
 from bilevel.cli import main
-from bilevel.precision import DoublePrecision
+from bilevel.oracles.precision import DoublePrecision
 
 
 def words_of(findings: Any) -> str:

@@ -13,8 +13,8 @@ from helpers import F64, SOLVERS, UNROLLED, flat, normal, quadratic_case, tree_c
 from torch import Tensor
 
 import bilevel as bl
-from bilevel import tree
-from bilevel.hypergrad.checkpointing import CheckpointedStates
+from bilevel.core import tree
+from bilevel.engine.checkpointing import CheckpointedStates
 
 CHECKPOINT = bl.FullUnroll(memory="checkpoint")
 

@@ -15,8 +15,8 @@ import joblib
 import pytest
 import torch
 
-from bilevel import threads
 from bilevel.cli import main
+from bilevel.core import threads
 
 CONFIG = """\
 name: tiny

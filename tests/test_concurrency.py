@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel as bl
-from bilevel.replicas import Replicas, replicable
+from bilevel.networks.replicas import Replicas, replicable
 
 D = torch.float64
 G = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from helpers import F64, flat, normal
 from torch import Tensor
 
 import bilevel as bl
-from bilevel import tree
+from bilevel.core import tree
 
 WEIGHTS = {"a": normal(1, 3, 4), "b": normal(2, 4), "c": normal(3, 1)[0]}
 DECAYS = {

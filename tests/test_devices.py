@@ -17,7 +17,7 @@ from device_cases import BUDGETED, ESTIMATORS, PROBLEMS, SOLVERS
 from pretend_accelerator import DEVICE, accelerator
 
 import bilevel as bl
-from bilevel.hypergrad.loop import LOOK
+from bilevel.engine.loop import LOOK
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from helpers import F64, normal
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.hypergrad.derivatives import check_derivatives
+from bilevel.engine.derivatives import check_derivatives
 
 F32 = torch.float32
 DESCENT = bl.GradientDescent(step_size=0.1, steps=50)

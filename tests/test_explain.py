@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel.explain import DerivativeError, explain
+from bilevel.oracles.autograd_errors import DerivativeError, explain
 
 F64 = torch.float64
 GD = bl.GradientDescent(step_size=0.01, steps=3)

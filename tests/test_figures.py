@@ -11,9 +11,9 @@ import torch
 from bilevel.compare.cells import CellRun
 from bilevel.compare.figures import FIGURES
 from bilevel.compare.plan import Cell
+from bilevel.core.figures import STYLE, looks, overlapping
 from bilevel.curse import figures as of_curse
 from bilevel.curse.outcome import Line, Outcome, Panel
-from bilevel.figures import STYLE, looks, overlapping
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bilevel.files import read_mark, remove_files, remove_unfinished, write_mark, write_whole
+from bilevel.core.files import read_mark, remove_files, remove_unfinished, write_mark, write_whole
 
 
 def test_the_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

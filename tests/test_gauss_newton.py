@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import bilevel as bl
-from bilevel import tree
-from bilevel.hypergrad.gauss_newton import gauss_newton
+from bilevel.core import tree
+from bilevel.networks.gauss_newton import gauss_newton
 
 X, X2, LABELS, TARGETS = normal(1, 12, 3), normal(2, 7, 3), torch.arange(12) % 3, normal(3, 7, 3)
 DECAY = {"hidden": torch.tensor(-3.0, dtype=F64), "rest": torch.tensor(-2.0, dtype=F64)}

@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bilevel as bl
 import bilevel.hypergrad
-from bilevel.hypergrad.loop import LOOK, begin, run_inner
-from bilevel.lanczos import lanczos
-from bilevel.look import ON_ACCELERATOR
+from bilevel.core.device import ON_ACCELERATOR
+from bilevel.engine.loop import LOOK, begin, run_inner
+from bilevel.numerics.lanczos import lanczos
 
 
 def each(table: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import bilevel as bl
 import bilevel.inner
-from bilevel.hypergrad.loop import run_inner
+from bilevel.engine.loop import run_inner
 
 every_solver = pytest.mark.parametrize("cls", SOLVERS, ids=lambda cls: cls.__name__)
 every_unrolled = pytest.mark.parametrize("cls", UNROLLED, ids=lambda cls: cls.__name__)

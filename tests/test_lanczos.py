@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bilevel.lanczos import lanczos
+from bilevel.numerics.lanczos import lanczos
 from bilevel.problems import LogisticProblem, RidgeProblem, SoftmaxProblem
 
 

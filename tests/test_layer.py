@@ -27,7 +27,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel import tree
+from bilevel.core import tree
 
 every_estimator = pytest.mark.parametrize(
     "estimator", ESTIMATORS.values(), ids=lambda estimator: type(estimator).__name__

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bilevel as bl
 import bilevel.linear
-from bilevel.krylov import conjugate_gradients_of_rows
+from bilevel.numerics.conjugate_gradients import conjugate_gradients_of_rows
 
 every_solver = pytest.mark.parametrize("solver", LINEAR_SOLVERS.values(), ids=lambda solver: type(solver).__name__)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import bilevel as bl
-from bilevel import tree
 from bilevel.cli import main
+from bilevel.core import tree
 from bilevel.meta import GlyphTasks, MetaProblem, SineProblem, SineTasks, evaluate, glyphs, squared_norm
 from bilevel.meta.networks import mlp
 

@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, mse_loss
 
 import bilevel as bl
-from bilevel import tree
-from bilevel.batch_norm import BatchNormLayers
-from bilevel.oracles import InnerProblem
+from bilevel.core import tree
+from bilevel.networks.batch_norm import BatchNormLayers
+from bilevel.oracles.inner_problem import InnerProblem
 
 X, Y, V, Z = normal(1, 12, 3), normal(2, 12, 1), normal(3, 5, 3), normal(4, 5, 1)
 U = torch.tensor(-1.0, dtype=F64)

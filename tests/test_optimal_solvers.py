@@ -16,8 +16,8 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.base import Carry
-from bilevel.hypergrad.loop import run_inner
-from bilevel.polynomials import asymptotic_coefficients
+from bilevel.engine.loop import run_inner
+from bilevel.numerics.polynomials import asymptotic_coefficients
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import residual_polynomial
 

@@ -16,8 +16,8 @@ from sklearn.metrics import log_loss
 from torch.distributions import constraints
 
 import bilevel as bl
-from bilevel import tree
 from bilevel.compare.cells import stop_reason
+from bilevel.core import tree
 from bilevel.outer import Record, StoppingRules, not_converged
 from bilevel.problems import LogisticProblem, MLPProblem, RidgeProblem, SoftmaxProblem
 

@@ -14,7 +14,12 @@ import pytest
 from mpmath import mpf
 
 import bilevel as bl
-from bilevel.polynomials import asymptotic_coefficients, gegenbauer_coefficients, optimal_factor, sobolev_coefficients
+from bilevel.numerics.polynomials import (
+    asymptotic_coefficients,
+    gegenbauer_coefficients,
+    optimal_factor,
+    sobolev_coefficients,
+)
 from bilevel.theory import residual_polynomial
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from problem_cases import CLASSES, LINEAR_MODELS, close, data, draw, logistic, multinomial, over
 
-from bilevel import tree
+from bilevel.core import tree
 from bilevel.problems import LogisticProblem, RidgeProblem, SoftmaxProblem
 
 

@@ -25,7 +25,8 @@ from scipy.special import logsumexp, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, log_loss, mean_squared_error, r2_score
 
-from bilevel import BilevelProblem, tree
+from bilevel import BilevelProblem
+from bilevel.core import tree
 from bilevel.problems import LogisticProblem, QuadraticProblem, SoftmaxProblem
 
 # Against autograd ----------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel import tree
 from bilevel.base import Carry
-from bilevel.cost import Meter
+from bilevel.core import tree
+from bilevel.core.cost import Meter
 from bilevel.problems import LogisticProblem, RidgeProblem, SoftmaxProblem
 
 F64 = torch.float64

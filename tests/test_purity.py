@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import bilevel as bl
-from bilevel import contents, purity, ranks, tree
+from bilevel.core import tree
+from bilevel.oracles import contents, purity, ranks
 
 X, Y, V, Z = normal(1, 12, 3), normal(2, 12, 1), normal(3, 8, 3), normal(4, 8, 1)
 U = torch.tensor(-3.0, dtype=F64)

@@ -13,9 +13,9 @@ from problem_cases import KEEPING, close, data, draw, logistic, over
 from scipy.optimize import minimize
 
 import bilevel as bl
-from bilevel import tree
 from bilevel.base import InnerState
-from bilevel.hypergrad.loop import run_inner
+from bilevel.core import tree
+from bilevel.engine.loop import run_inner
 from bilevel.inner.quasi_newton import _with as kept_pairs
 from bilevel.problems import LogisticProblem, SampleWeightProblem
 

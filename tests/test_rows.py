@@ -10,7 +10,7 @@ from helpers import normal
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel import tree
+from bilevel.core import tree
 
 F64 = torch.float64
 X, Y = normal(1, 12, 3), normal(2, 12)

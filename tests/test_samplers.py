@@ -11,7 +11,7 @@ from helpers import F64, flat, normal
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel import tree
+from bilevel.core import tree
 
 X, Y, V, Z = normal(1, 23, 4), normal(2, 23), normal(3, 15, 4), normal(4, 15)
 START = {"w": torch.zeros(4, dtype=F64), "c": torch.zeros((), dtype=F64)}

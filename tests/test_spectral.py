@@ -13,9 +13,9 @@ from helpers import F64, HIGH, LOW, QUADRATIC_ESTIMATORS, flat, normal, quadrati
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.hypergrad.recurrence import SMALL, geometric
+from bilevel.engine.recurrence import SMALL, geometric
+from bilevel.numerics.eigenbasis import diagonalise
 from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem
-from bilevel.spectral import diagonalise
 
 SOLVERS = {
     "gradient descent": bl.GradientDescent(0.07),

@@ -10,8 +10,8 @@ from helpers import PROBLEMS, SOLVERS, flat, logistic_case, normal, regression_d
 
 import bilevel as bl
 from bilevel.inner import LinearMultistep
+from bilevel.oracles.vjp_sum import CHUNK, BilinearSum, ProductSum
 from bilevel.problems import RidgeProblem
-from bilevel.sums import CHUNK, BilinearSum, ProductSum
 
 CASES = {cls.__name__: make for cls, make in PROBLEMS.items()} | {
     "ridge, one penalty": lambda: ridge_case("scalar"),

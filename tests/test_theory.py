@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel import theory
-from bilevel.polynomials import asymptotic_coefficients
+from bilevel.numerics.polynomials import asymptotic_coefficients
 from bilevel.problems import LogisticProblem, RidgeProblem
 
 F64 = torch.float64

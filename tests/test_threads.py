@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bilevel import threads
-from bilevel.threads import Threads
+from bilevel.core import threads
+from bilevel.core.threads import Threads
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from helpers import F64, flat, normal, ridge_case, tree_case
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel import traced, tree
+from bilevel.core import tree
+from bilevel.oracles import tracing as traced
 
 X, Y, LABELS = normal(1, 30, 5), normal(2, 30), normal(3, 30, 3).argmax(1)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bilevel as bl
-from bilevel.hypergrad.attempt import error_verdict
+from bilevel.engine.attempt import error_verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import far

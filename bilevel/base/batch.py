@@ -9,12 +9,12 @@ from typing import overload
 
 from torch import Tensor
 
-from bilevel import members
 from bilevel.base.estimator import Carry, Certificate, Estimate
 from bilevel.base.inner_solver import InnerState
-from bilevel.cost import Cost
-from bilevel.status import GOOD, Status, Verdict
-from bilevel.tree import Tree
+from bilevel.core import rows as members
+from bilevel.core.cost import Cost
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.core.tree import Tree
 
 NAMED = 3
 """Failed members that a message names."""

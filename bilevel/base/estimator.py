@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base.inner_solver import InnerSolver, InnerState
-from bilevel.cost import Cost, Meter
-from bilevel.options import describe
-from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, Status, Verdict
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.cost import Cost, Meter
+from bilevel.core.options import describe
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 if TYPE_CHECKING:
     from bilevel.base.batch import BatchSolution

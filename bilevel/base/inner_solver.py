@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel import members, tree
-from bilevel.lanczos import Spectrum
-from bilevel.linearization import pushforward
-from bilevel.options import Relative, default_tolerance, is_int, is_positive, require
-from bilevel.oracles import InnerProblem, Linearization
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.options import Relative, default_tolerance, is_int, is_positive, require
+from bilevel.core.tree import Tree
+from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
+from bilevel.oracles.linearization import pushforward
+from bilevel.oracles.problem import BilevelProblem
 
 Variables: TypeAlias = tuple[Tree, Tree]
 """The differentiable part of an inner state: (params, memory)."""
@@ -124,7 +125,7 @@ class InnerSolver(ABC):
         tol: stop once the norm of the inner gradient is at most this; it has the unit of the gradient. Default: none
             where `steps` is given (exactly `steps` steps are taken), else the share ``eps ** (2/3)`` (3.7e-11 in
             float64, 2.4e-5 in float32) of the size of the parts that cancel in the gradient at a solution, which has no
-            unit (see `bilevel.hypergrad.goal`).
+            unit (see `bilevel.engine.tolerance`).
     """
 
     steps: int | None = field(default=None, kw_only=True)

@@ -11,10 +11,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel import members, tree
-from bilevel.options import default_tolerance, describe
-from bilevel.status import GOOD, Verdict
-from bilevel.tree import Tree
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.options import default_tolerance, describe
+from bilevel.core.status import GOOD, Verdict
+from bilevel.core.tree import Tree
 
 MODERATE = 20
 """Binary exponents up to which a right-hand side is taken as it is, without a scaled copy."""

@@ -20,15 +20,15 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.certifiable import UNIT, gamma
 from bilevel.certify.bounds import SUMS, Bound, bound_pair
 from bilevel.certify.instance import Evaluation, Instance, evaluate
 from bilevel.certify.metrics import Cholesky, Diagonal, Metric, transport
 from bilevel.certify.nystrom import Nystrom, Sketch, sketch
 from bilevel.certify.refine import ErrorEstimate, refine
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.error_model import UNIT, gamma
+from bilevel.oracles.problem import BilevelProblem
 
 EFFECTIVITY = 3.0
 """Proved bound / error at which the corrections stop."""

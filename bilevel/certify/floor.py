@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.certify.inverse import Inverse
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 SEEDS = (11, 12)
 

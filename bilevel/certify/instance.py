@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.certifiable import MAX_DENSE, UNIT, Certifiable, Rows, Tuned, gamma, roundings
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.error_model import MAX_DENSE, UNIT, Certifiable, Rows, Tuned, gamma, roundings
 
 LIBRARY = 16
 """Roundings allowed to an elementary function (exp, sigmoid) and the few operations around it."""

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.krylov import Krylov, conjugate_gradients
-from bilevel.lanczos import SEED
-from bilevel.linearization import Linearization
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.numerics.conjugate_gradients import Krylov, conjugate_gradients
+from bilevel.numerics.lanczos import SEED
+from bilevel.oracles.linearization import Linearization
 
 DENSE = 150
 """Most weights for which the Hessian is made from products: about as many as the search and the solves take beyond."""

@@ -18,9 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel.certifiable import MAX_DENSE, UNIT, gamma, top_eigenvalue
 from bilevel.certify.instance import Instance
-from bilevel.krylov import conjugate_gradients
+from bilevel.numerics.conjugate_gradients import conjugate_gradients
+from bilevel.oracles.error_model import MAX_DENSE, UNIT, gamma, top_eigenvalue
 
 
 class Metric(ABC):

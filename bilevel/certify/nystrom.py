@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel.certifiable import UNIT, gamma
 from bilevel.certify.instance import Instance
 from bilevel.certify.metrics import Metric, relative_curvature, transport
-from bilevel.nystrom import gaussian_basis, low_rank
+from bilevel.numerics.low_rank import gaussian_basis, low_rank
+from bilevel.oracles.error_model import UNIT, gamma
 
 SEED = 0xCE27
 

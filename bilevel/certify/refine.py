@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import ErrorKind
 from bilevel.certify.floor import rounding_floor
 from bilevel.certify.inverse import Inverse, flat_product
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 ROUNDS = 6
 UNSOLVED = 0.1

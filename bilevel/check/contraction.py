@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from bilevel import tree
 from bilevel.base import Carry, InnerState
 from bilevel.check.report import Finding
 from bilevel.check.solution import Curvature, Solved
 from bilevel.check.subject import Subject
-from bilevel.hypergrad.loop import begin
-from bilevel.status import StepFailure
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.status import StepFailure
+from bilevel.core.tree import Tree
+from bilevel.engine.loop import begin
 
 TARGET = 1e-3
 """The relative error of a truncated unroll that the recommended tail is for."""

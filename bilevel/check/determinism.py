@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.check.report import Finding
 from bilevel.check.subject import Subject
+from bilevel.core import tree
 
 
 def evaluation(subject: Subject) -> list[Tensor]:

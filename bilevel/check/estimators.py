@@ -8,20 +8,20 @@ from dataclasses import replace
 
 import torch
 
-from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState
 from bilevel.check.differences import derivative
 from bilevel.check.report import Finding
 from bilevel.check.solution import Solved
 from bilevel.check.subject import Subject
+from bilevel.core import tree
+from bilevel.core.options import default_tolerance, describe
+from bilevel.core.tree import Tree
+from bilevel.engine.loop import begin, run_inner
 from bilevel.hypergrad import FullUnroll, Implicit, TruncatedUnroll, hypergradient
-from bilevel.hypergrad.loop import begin, run_inner
-from bilevel.hypergrad.moving import with_statistics
 from bilevel.inner import QuasiNewton
 from bilevel.linear import CG, GMRES
-from bilevel.options import default_tolerance, describe
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.networks.moving import with_statistics
+from bilevel.oracles.problem import BilevelProblem
 
 MOST_DIRECTIONS = 4
 """Directions of hparams along which whole inner solves are compared."""

@@ -9,17 +9,17 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import Estimate, HypergradEstimator, InnerSolver, describe
 from bilevel.check.problem import examine
 from bilevel.check.report import Finding, findings_table, summary
 from bilevel.check.second import component_labels
+from bilevel.core import tree
+from bilevel.core.status import Verdict
+from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_roles
 from bilevel.hypergrad import FiniteDifference, hypergradient
-from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
-from bilevel.problem import BilevelProblem
-from bilevel.status import Verdict
-from bilevel.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

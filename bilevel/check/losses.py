@@ -9,14 +9,14 @@ from itertools import pairwise
 
 import torch
 
-from bilevel import tree
-from bilevel.blame import first_not_finite_slope
 from bilevel.check.differences import HALVINGS, PIECES, derivative, largest_jump
 from bilevel.check.report import Finding
 from bilevel.check.subject import DIRECTIONS, Subject
-from bilevel.hypergrad.arguments import read_by_steps
-from bilevel.purity import referred_to
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.engine.checks import read_by_steps
+from bilevel.oracles.nonfinite import first_not_finite_slope
+from bilevel.oracles.purity import referred_to
 
 UNTRUSTED = 0.1
 """A difference whose own uncertainty is above this share of it decides nothing."""

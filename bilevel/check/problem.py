@@ -7,21 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import InnerSolver
 from bilevel.check import determinism, losses, second, solution
 from bilevel.check.contraction import contraction
 from bilevel.check.estimators import estimators
 from bilevel.check.report import Finding, ProblemReport
 from bilevel.check.subject import Subject
-from bilevel.explain import explain
+from bilevel.core import tree
+from bilevel.core.options import default_tolerance
+from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_roles
 from bilevel.hypergrad import Implicit
-from bilevel.hypergrad.arguments import check_roles
 from bilevel.inner import GradientDescent
-from bilevel.inputs import check_tensors
-from bilevel.options import default_tolerance
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.oracles.autograd_errors import explain
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.validation import check_tensors
 
 DEFAULT_STEPS = 2_000
 """Steps of the inner solver where the caller names none."""

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from tabulate import tabulate
 
-from bilevel.status import Status
+from bilevel.core.status import Status
 
 Judgement: TypeAlias = Literal["ok", "note", "fault", "not applicable"]
 WIDTH = 92

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.blame import first_not_finite_curvature
 from bilevel.check.differences import derivative
 from bilevel.check.losses import only_leaf, relative_error
 from bilevel.check.report import Finding
 from bilevel.check.subject import DIRECTIONS, Subject
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.nonfinite import first_not_finite_curvature
 
 NAMED = 3
 """Components that a sentence names."""

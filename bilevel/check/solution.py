@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import Carry
 from bilevel.check.losses import kinks as kinks_between
 from bilevel.check.report import Finding
 from bilevel.check.subject import Subject
-from bilevel.hypergrad.kinks import kinked
-from bilevel.hypergrad.loop import InnerRun, begin, run_inner
-from bilevel.hypergrad.moving import with_statistics
+from bilevel.core import tree
+from bilevel.core.options import default_tolerance
+from bilevel.core.tree import Tree
+from bilevel.engine.kinks import kinked
+from bilevel.engine.loop import InnerRun, begin, run_inner
 from bilevel.inner import QuasiNewton
-from bilevel.lanczos import lanczos
-from bilevel.options import default_tolerance
-from bilevel.tree import Tree
+from bilevel.networks.moving import with_statistics
+from bilevel.numerics.lanczos import lanczos
 
 MAX_DENSE = 300
 """The Hessian of at most so many params is looked at as a matrix."""

@@ -10,12 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import InnerSolver
-from bilevel.hypergrad.arguments import read_by_steps
-from bilevel.precision import DoublePrecision, widened
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.engine.checks import read_by_steps
+from bilevel.oracles.precision import DoublePrecision, widened
+from bilevel.oracles.problem import BilevelProblem
 
 DIRECTIONS = 3
 """Random directions of each derivative."""

@@ -14,11 +14,11 @@ from bilevel.base import InnerSolver, describe
 from bilevel.check import check_problem
 from bilevel.cli.threads import chosen_threads
 from bilevel.config import ConfigError, load_plan
-from bilevel.options import first_line
-from bilevel.problem import BilevelProblem
-from bilevel.threads import short_operations
-from bilevel.tracebacks import told
-from bilevel.tree import Tree
+from bilevel.core.options import first_line
+from bilevel.core.threads import short_operations
+from bilevel.core.tracebacks import told
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 PARTS = ("problem", "hparams", "solver")
 

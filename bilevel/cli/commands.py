@@ -11,13 +11,13 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bilevel import tree
 from bilevel.base import describe
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import JUDGING, Comparison, Plan, RunFolder, compare, draw_figures, tables
 from bilevel.compare.ownership import FILES
 from bilevel.config import choose_device, load_plan
-from bilevel.threads import short_operations
+from bilevel.core import tree
+from bilevel.core.threads import short_operations
 
 SHOWN = 12
 """Of more hyperparameters than this, only the largest and the smallest are printed."""

@@ -17,11 +17,11 @@ from bilevel.compare.folder import ELSEWHERE
 from bilevel.compare.ownership import earlier_names
 from bilevel.config.curse import load_experiment
 from bilevel.config.document import ConfigError
+from bilevel.core.files import misplaced, read_mark, remove_unfinished, write_mark, write_whole
+from bilevel.core.threads import short_operations
 from bilevel.curse import Experiment, write_outcome
 from bilevel.curse.folder import names as written_names
 from bilevel.curse.folder import owned_names
-from bilevel.files import misplaced, read_mark, remove_unfinished, write_mark, write_whole
-from bilevel.threads import short_operations
 
 
 def run_curse(arguments: Namespace) -> int:

@@ -14,10 +14,10 @@ from bilevel.check import check_hypergradient
 from bilevel.cli.threads import chosen_threads, measured_threads
 from bilevel.compare import describe_environment
 from bilevel.config import choose_device
+from bilevel.core.threads import short_operations
 from bilevel.hypergrad import FullUnroll, Implicit, TruncatedUnroll
 from bilevel.inner import GradientDescent, Newton
 from bilevel.problems import LogisticProblem, RidgeProblem
-from bilevel.threads import short_operations
 
 # A full unroll is exact at any number of steps; the others are where the inner solver has converged.
 CHECKS: tuple[tuple[InnerSolver, HypergradEstimator], ...] = (

@@ -16,9 +16,9 @@ from bilevel.compare import RunFolderError
 from bilevel.compare.folder import unwritten
 from bilevel.config import ConfigError
 from bilevel.config.document import shortened
-from bilevel.options import first_line
-from bilevel.starting import INTERRUPTED, loaded
-from bilevel.tracebacks import outside, told
+from bilevel.core.interrupt import INTERRUPTED, loaded
+from bilevel.core.options import first_line
+from bilevel.core.tracebacks import outside, told
 
 COMPARE = """\
 Run every estimator of a config on every problem and seed, from the same start, and compare them.

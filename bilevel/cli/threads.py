@@ -9,7 +9,7 @@ from argparse import Namespace
 import torch
 
 from bilevel.config import ConfigError
-from bilevel.threads import Threads, choose, short_operations
+from bilevel.core.threads import Threads, choose, short_operations
 
 SIZE, REPEATS = 64, 31
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import members
 from bilevel.base import InnerState
-from bilevel.batches import stack
 from bilevel.compare.cells import SAVE_EVERY, CellRun, Row, load_cell, make_row, run_cell, take_row
 from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
-from bilevel.options import first_line
+from bilevel.core import rows as members
+from bilevel.core.options import first_line
+from bilevel.oracles.batching import stack
 from bilevel.outer import BatchOuterOptimizer
 
 OnRow = Callable[[Row], None]

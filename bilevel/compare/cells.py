@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
-from bilevel import tree
 from bilevel.base import Estimate, InnerSolver
 from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
+from bilevel.core import tree
+from bilevel.core.status import Status
+from bilevel.core.tracebacks import memory_ran_out, outside, told
+from bilevel.core.tree import Tree
 from bilevel.outer import (
     OuterOptimizer,
     Record,
@@ -23,9 +26,6 @@ from bilevel.outer import (
     not_converged,
     with_remark,
 )
-from bilevel.status import Status
-from bilevel.tracebacks import memory_ran_out, outside, told
-from bilevel.tree import Tree
 
 FORMAT = 1
 SAVE_EVERY = 1.0

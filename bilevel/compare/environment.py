@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bilevel.threads import Threads, current
+from bilevel.core.threads import Threads, current
 
 PACKAGES = ("bilevel", "torch", "numpy", "scikit-learn", "scipy", "pydantic", "PyYAML", "matplotlib")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from bilevel.compare.cells import CellRun, Row
 from bilevel.compare.summary import readable_bytes
-from bilevel.figures import STYLE, legend_below, looks, thin_labels, tidy_log_axis
-from bilevel.files import write_figure
+from bilevel.core.figures import STYLE, legend_below, looks, thin_labels, tidy_log_axis
+from bilevel.core.files import write_figure
 
 Curve = tuple[list[float], list[float], list[float], list[float]]
 

@@ -34,7 +34,7 @@ from bilevel.compare.ownership import (
     of_numbers,
 )
 from bilevel.compare.plan import Cell, Plan
-from bilevel.files import misplaced, read_json, read_mark, remove_files, remove_unfinished, write_mark, write_whole
+from bilevel.core.files import misplaced, read_json, read_mark, remove_files, remove_unfinished, write_mark, write_whole
 
 ELSEWHERE = "give another place with --out DIR"
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bilevel.compare.plan import Cell
-from bilevel.files import GuardedLoader, read_json, read_mark
+from bilevel.core.files import GuardedLoader, read_json, read_mark
 
 FILES = ("config.yaml", "environment.json", "results.jsonl", "summary.json", "tuned.json")
 FIGURES = ("outer_loss_by_cost", "outer_loss_by_seconds", "hypergradient_error", "memory")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer import MakeOptimizer, MakeScheduler, OuterOptimizer, ToleranceSchedule, WarmStart
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from bilevel import tree
 from bilevel.base import Estimate, LinearSolver
+from bilevel.core import tree
+from bilevel.core.status import HypergradientError
+from bilevel.core.tree import Tree
 from bilevel.hypergrad import Implicit, hypergradient
 from bilevel.inner import Newton
 from bilevel.linear import CG, Direct
-from bilevel.problem import BilevelProblem
-from bilevel.status import HypergradientError
-from bilevel.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 DENSE = 1_500
 """Up to this many parameters the referee factors the dense Hessian."""

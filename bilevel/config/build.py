@@ -22,9 +22,9 @@ from bilevel import hypergrad, inner, linear, meta, problems
 from bilevel.base import HypergradEstimator, InnerSolver, LinearSolver
 from bilevel.config.document import ConfigError, listed, shown, suggest
 from bilevel.config.imports import imported
-from bilevel.options import first_line
-from bilevel.problem import BilevelProblem
-from bilevel.tracebacks import told
+from bilevel.core.options import first_line
+from bilevel.core.tracebacks import told
+from bilevel.oracles.problem import BilevelProblem
 
 REQUIRED = inspect.Parameter.empty
 DATA = frozenset({"X_train", "y_train", "X_val", "y_val", "X_test", "y_test"})

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from bilevel.files import DEEP, MOST_LEVELS, GuardedLoader
-from bilevel.options import first_line
+from bilevel.core.files import DEEP, MOST_LEVELS, GuardedLoader
+from bilevel.core.options import first_line
 
 
 class ConfigError(ValueError):

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from bilevel.config.document import ConfigError
-from bilevel.tracebacks import told
+from bilevel.core.tracebacks import told
 
 # A switch of a whole file: every class inside a class would otherwise have to be handed it.
 _allowed: ContextVar[bool] = ContextVar("allowed", default=False)

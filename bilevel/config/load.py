@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributions import constraints as dist_constraints
 
-from bilevel import data, tree
+from bilevel import data
 from bilevel.compare import OuterOptions, Plan, RunFolderError, Setup
 from bilevel.compare.environment import package_version
 from bilevel.config.build import (
@@ -31,8 +31,9 @@ from bilevel.config.build import (
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.config.imports import digest, importing
 from bilevel.config.schema import ConfigForm, OuterForm, check_form
-from bilevel.explain import DerivativeError
-from bilevel.hypergrad.arguments import read_by_steps
+from bilevel.core import tree
+from bilevel.engine.checks import read_by_steps
+from bilevel.oracles.autograd_errors import DerivativeError
 from bilevel.outer import ToleranceSchedule, WarmStart
 from bilevel.problems import DataProblem
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.core.options import is_int, is_list, is_number, is_positive, require
 from bilevel.curse.methods import METHODS, method
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
 from bilevel.curse.problems import NAMES, DataMissingError, load, logistic, ridge
-from bilevel.options import is_int, is_list, is_number, is_positive, require
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import ErrorCurves, chebyshev_rate, error_curves, gd_rate
 from bilevel.theory.one_at_a_time import reference

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.core.options import is_int, is_list, require
 from bilevel.curse.draws import FAMILIES, draws
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel, Table
 from bilevel.curse.strategies import AUTO, BALANCED, BOUND, EIGHTH, EXTRAPOLATED, FULL, OMEGA, STRATEGIES, measure
-from bilevel.options import is_int, is_list, require
 
 FLOOR = 1e-13
 """Relative errors below this are rounding, and count as this."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bilevel.core.figures import COLOURS, STYLE, legend_below, looks, thin_labels, tidy_log_axis
+from bilevel.core.files import write_figure
 from bilevel.curse.outcome import Line, Outcome, Panel
-from bilevel.figures import COLOURS, STYLE, legend_below, looks, thin_labels, tidy_log_axis
-from bilevel.files import write_figure
 
 SMALL: Any = {"font.size": 9, "axes.titlesize": 10, "lines.linewidth": 1.6, "legend.fontsize": 8.5}
 """Where panels of these figures, which are many, differ from those of comparisons."""

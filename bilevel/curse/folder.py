@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bilevel.core.files import read_json, write_whole
 from bilevel.curse.figures import draw
 from bilevel.curse.outcome import Line, Outcome, Table, claim_table, markdown
-from bilevel.files import read_json, write_whole
 
 POINTS = 600
 """Of a longer curve about this many points are written, evenly in the logarithm of the iteration."""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.core import tree
+from bilevel.core.options import is_int, is_list, is_number, is_positive, require
 from bilevel.curse.methods import METHODS, method
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
 from bilevel.curse.problems import load
 from bilevel.hypergrad import FullUnroll, TruncatedUnroll
 from bilevel.inner import GradientDescent
-from bilevel.options import is_int, is_list, is_number, is_positive, require
 from bilevel.outer import OuterOptimizer
 from bilevel.problems import RidgeProblem
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, HypergradEstimator
-from bilevel.cost import Meter
+from bilevel.core.cost import Meter
 from bilevel.curse.draws import Draw
+from bilevel.engine.extrapolation import OMEGA as WEIGHT
 from bilevel.hypergrad import Implicit, TruncatedUnroll, hypergradient
-from bilevel.hypergrad.extrapolation import OMEGA as WEIGHT
 from bilevel.inner import GradientDescent, HeavyBall
 from bilevel.linear import CG
 from bilevel.theory import optimal_truncation

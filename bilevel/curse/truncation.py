@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bilevel.core.options import is_int, is_list, is_positive, require
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
 from bilevel.curse.problems import least_squares
 from bilevel.inner import GradientDescent
-from bilevel.options import is_int, is_list, is_positive, require
 from bilevel.theory import ErrorCurves, QuadraticBatch, error_curves, optimal_truncation
 
 STEPS = {"2/(L+l)": lambda low, high: 2.0 / (low + high), "1/L": lambda low, high: 1.0 / high}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.core.options import is_int, is_list, is_positive, require
 from bilevel.curse.methods import METHODS, method
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
-from bilevel.options import is_int, is_list, is_positive, require
 from bilevel.theory import QuadraticBatch, error_curves, lower_bound
 
 POINTS = 801

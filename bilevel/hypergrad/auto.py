@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bilevel import tree
 from bilevel.base import (
     BatchSolution,
     Carry,
@@ -15,7 +14,11 @@ from bilevel.base import (
     Solution,
     describe,
 )
-from bilevel.cost import Meter
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.options import is_positive, require
+from bilevel.core.status import Verdict
+from bilevel.core.tree import Tree
 from bilevel.hypergrad.balanced import FALLBACK
 from bilevel.hypergrad.closed_form import MAX_DENSE, ClosedForm
 from bilevel.hypergrad.implicit import Implicit
@@ -23,10 +26,7 @@ from bilevel.hypergrad.spectral import Spectral
 from bilevel.hypergrad.unroll import FullUnroll, TruncatedUnroll
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.linear import CG, GMRES
-from bilevel.options import is_positive, require
-from bilevel.problem import BilevelProblem
-from bilevel.status import Verdict
-from bilevel.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel import look, tree
 from bilevel.base import Carry, InnerSolver, InnerState, Pullback, Solution
-from bilevel.cost import WEIGHTS, Meter
-from bilevel.hypergrad.adaptive import Sweep
-from bilevel.hypergrad.extrapolation import (
+from bilevel.core import device as look
+from bilevel.core import tree
+from bilevel.core.cost import WEIGHTS, Meter
+from bilevel.core.status import Status, Verdict
+from bilevel.core.tree import Tree
+from bilevel.engine.extrapolation import (
     ITERATE_ORDERS,
     OMEGA,
     Budget,
@@ -31,12 +33,11 @@ from bilevel.hypergrad.extrapolation import (
     reduced_rank,
     with_steps,
 )
-from bilevel.hypergrad.loop import InnerRun, begin, run_inner
-from bilevel.krylov import conjugate_gradients
-from bilevel.oracles import InnerProblem, Linearization
-from bilevel.problem import BilevelProblem
-from bilevel.status import Status, Verdict
-from bilevel.tree import Tree
+from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.hypergrad.adaptive_unroll import Sweep
+from bilevel.numerics.conjugate_gradients import conjugate_gradients
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
+from bilevel.oracles.problem import BilevelProblem
 
 BALANCE = 0.3
 """CG stops at this multiple of the forward run's relative residual."""

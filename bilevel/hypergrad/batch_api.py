@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bilevel import batches, members, tree
 from bilevel.base import (
     BatchEstimate,
     BatchPullback,
@@ -20,18 +19,21 @@ from bilevel.base import (
     InnerSolver,
     verdict_of,
 )
-from bilevel.batches import Rows
 from bilevel.certify import ErrorEstimate, certify_error
-from bilevel.cost import Cost, Meter
-from bilevel.hypergrad.attempt import error_verdict, value_verdict
-from bilevel.hypergrad.derivatives import check_members
-from bilevel.hypergrad.kinks import members_at_kinks
-from bilevel.hypergrad.not_finite import finite_loss
-from bilevel.hypergrad.rows import one_by_one
-from bilevel.problem import BilevelProblem
-from bilevel.rows import RowsProblem
-from bilevel.status import OnFailure, Status, Verdict, report
-from bilevel.tree import Tree
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.cost import Cost, Meter
+from bilevel.core.status import OnFailure, Status, Verdict, report
+from bilevel.core.tree import Tree
+from bilevel.engine.attempt import error_verdict, value_verdict
+from bilevel.engine.derivatives import check_members
+from bilevel.engine.kinks import members_at_kinks
+from bilevel.engine.not_finite import finite_loss
+from bilevel.engine.rowwise import one_by_one
+from bilevel.oracles import batching as batches
+from bilevel.oracles.batching import Rows
+from bilevel.oracles.one_by_one import RowsProblem
+from bilevel.oracles.problem import BilevelProblem
 
 
 def as_batch(problem: BilevelProblem, batch: int | None, rows: Rows = "auto") -> BilevelProblem:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
-from bilevel import members, tree
 from bilevel.base import BatchPullback, BatchSolution, Carry, InnerSolver, LinearSolver
-from bilevel.cost import Meter
-from bilevel.hypergrad.batch_loop import begin_batch, run_batch
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.tree import Tree
+from bilevel.engine.batch_loop import begin_batch, run_batch
 from bilevel.hypergrad.batch_unroll import batch_solution
 from bilevel.hypergrad.damping import damped, damped_matrix
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 
 def solve(

@@ -14,14 +14,15 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from bilevel import members, tree
 from bilevel.base import BatchPullback, BatchSolution, Carry, InnerSolver, InnerState, Variables
-from bilevel.cost import Meter
-from bilevel.hypergrad.batch_loop import BatchRun, begin_batch, run_batch
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, StepFailure
-from bilevel.tree import Tree
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.status import GOOD, StepFailure
+from bilevel.core.tree import Tree
+from bilevel.engine.batch_loop import BatchRun, begin_batch, run_batch
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 Length = Callable[[int], int]
 """Steps taken -> steps differentiated."""

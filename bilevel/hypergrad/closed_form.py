@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
-from bilevel.cost import Meter
-from bilevel.hypergrad.sweep import Sweep, outer_at, stacked
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.spectral import Eigenbasis
-from bilevel.status import GOOD, Status, Verdict
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.core.tree import Tree
+from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
+from bilevel.numerics.eigenbasis import Eigenbasis
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 MAX_DENSE = 5_000
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.linearization import Linearization
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.linearization import Linearization
 
 
 def damped(product: Callable[[Tree], Tree], damping: float) -> Callable[[Tree], Tree]:

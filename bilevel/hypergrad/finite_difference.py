@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from bilevel import tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
-from bilevel.cost import Meter
-from bilevel.hypergrad.loop import InnerRun, begin, run_inner
-from bilevel.options import is_positive, require
-from bilevel.problem import BilevelProblem
-from bilevel.status import Verdict
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.options import is_positive, require
+from bilevel.core.status import Verdict
+from bilevel.core.tree import Tree
+from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel import tree
 from bilevel.base import (
     BatchPullback,
     BatchSolution,
@@ -22,13 +21,14 @@ from bilevel.base import (
     Pullback,
     Solution,
 )
-from bilevel.cost import Meter
-from bilevel.hypergrad.batch_loop import begin_batch, run_batch
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.status import GOOD
+from bilevel.core.tree import Tree
+from bilevel.engine.batch_loop import begin_batch, run_batch
+from bilevel.engine.loop import begin, run_inner
 from bilevel.hypergrad.batch_unroll import batch_solution
-from bilevel.hypergrad.loop import begin, run_inner
-from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD
-from bilevel.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 DROPPED = "the indirect term, through the inner solution, is dropped: ask with certify=True what that costs"
 

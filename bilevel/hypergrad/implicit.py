@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from bilevel import tree
 from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
-from bilevel.cost import Meter
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.options import is_number, is_positive, require
+from bilevel.core.status import Status, Verdict
+from bilevel.core.tree import Tree
+from bilevel.engine.loop import begin, run_inner
 from bilevel.hypergrad import balanced, batch_implicit
 from bilevel.hypergrad.damping import damped, damped_matrix
-from bilevel.hypergrad.gauss_newton import gauss_newton
-from bilevel.hypergrad.loop import begin, run_inner
 from bilevel.linear import CG
-from bilevel.options import is_number, is_positive, require
-from bilevel.problem import BilevelProblem
-from bilevel.status import Status, Verdict
-from bilevel.tree import Tree
+from bilevel.networks.gauss_newton import gauss_newton
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Implicit(HypergradEstimator):
             negative curvature. The adjoint residual is that of the damped system.
         curvature: "hessian", or "gauss-newton" for a problem of `BilevelProblem.from_module`: the Hessian without the
             model's own curvature, positive semidefinite wherever the loss is convex in the model's outputs and params
-            (see `bilevel.hypergrad.gauss_newton`). It biases the hypergradient unless the model is linear or fits the
+            (see `bilevel.networks.gauss_newton`). It biases the hypergradient unless the model is linear or fits the
             data; the adjoint residual is that of the Gauss-Newton system.
         balance: "auto" lets forward run and CG share the work so that their relative residuals agree, at an
             extrapolated iterate; the certificate then carries an error estimate without `certify`. Negative curvature

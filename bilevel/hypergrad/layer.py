@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import look, tree
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
-from bilevel.captured import check_captured
-from bilevel.cost import Meter
-from bilevel.explain import explained
-from bilevel.hypergrad.api import prepare
-from bilevel.hypergrad.arguments import check_roles
-from bilevel.hypergrad.attempt import FAR
+from bilevel.core import device as look
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
+from bilevel.core.tree import Tree
+from bilevel.engine.attempt import FAR
+from bilevel.engine.checks import check_roles
+from bilevel.engine.derivatives import check_derivatives
+from bilevel.engine.kinks import ends_at_kink
+from bilevel.engine.not_finite import not_finite_pullback
 from bilevel.hypergrad.auto import as_estimator
-from bilevel.hypergrad.derivatives import check_derivatives
-from bilevel.hypergrad.kinks import ends_at_kink
-from bilevel.hypergrad.not_finite import not_finite_pullback
-from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
-from bilevel.tree import Tree
+from bilevel.hypergrad.hypergradient import prepare
+from bilevel.oracles.autograd_errors import explained
+from bilevel.oracles.captured import check_captured
+from bilevel.oracles.problem import BilevelProblem
 
 SECOND = (
     "bilevel.solution can be differentiated once: its pullback has no derivative, so there is no hessian and no "

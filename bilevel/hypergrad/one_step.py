@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, Solution
-from bilevel.cost import Meter
+from bilevel.core.cost import Meter
+from bilevel.core.tree import Tree
 from bilevel.hypergrad.unroll import TruncatedUnroll
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 LAST = TruncatedUnroll(tail=1)
 

@@ -6,7 +6,7 @@ coordinate by coordinate in the eigenbasis of A, and so does their derivative:
     x_K = Q z_K(lam, b),   lam = a + s(u):      u' = (ds/du)' sum_i w_i dz_i/dlam_i + ...,   w = Q' cotangent
 
 Gradient descent has ``z_K = r^K z_0 - h b (1 - r^K) / (1 - r)``, r = 1 - h lam, in closed form; the other methods run
-their own recurrence on the spectrum (`bilevel.hypergrad.recurrence`). The residual polynomials are those of
+their own recurrence on the spectrum (`bilevel.engine.recurrence`). The residual polynomials are those of
 Scieur et al. 2022, section 2.
 """
 
@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution
-from bilevel.cost import Meter
-from bilevel.hypergrad.adaptive import fraction_of
-from bilevel.hypergrad.loop import begin, conclude
-from bilevel.hypergrad.recurrence import unroll
-from bilevel.hypergrad.sweep import Sweep, outer_at, stacked
+from bilevel.core.cost import Meter
+from bilevel.core.options import is_int, is_number, require
+from bilevel.core.tree import Tree
+from bilevel.engine.loop import begin, conclude
+from bilevel.engine.recurrence import unroll
+from bilevel.hypergrad.adaptive_unroll import fraction_of
+from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.options import is_int, is_number, require
-from bilevel.problem import BilevelProblem
-from bilevel.spectral import Eigenbasis
-from bilevel.tree import Tree
+from bilevel.numerics.eigenbasis import Eigenbasis
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel import tree
 from bilevel.base import (
     BatchSolution,
     Carry,
@@ -29,17 +28,19 @@ from bilevel.base import (
     Solution,
     Variables,
 )
-from bilevel.cost import Meter
-from bilevel.hypergrad import adaptive, batch_unroll
-from bilevel.hypergrad.checkpointing import CheckpointedStates
-from bilevel.hypergrad.extrapolation import OMEGA
-from bilevel.hypergrad.loop import InnerRun, begin, run_inner
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.options import is_int, is_number, is_positive, require
+from bilevel.core.status import StepFailure
+from bilevel.core.tree import Tree
+from bilevel.engine.checkpointing import CheckpointedStates
+from bilevel.engine.extrapolation import OMEGA
+from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.hypergrad import adaptive_unroll as adaptive
+from bilevel.hypergrad import batch_unroll
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.options import is_int, is_number, is_positive, require
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.status import StepFailure
-from bilevel.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

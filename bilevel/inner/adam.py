@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.core.options import is_positive, require
 from bilevel.inner.leafwise import (
     LeafwiseSolver,
     Parts,
@@ -20,7 +21,6 @@ from bilevel.inner.leafwise import (
 )
 from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
-from bilevel.options import is_positive, require
 
 
 @accepts_lr

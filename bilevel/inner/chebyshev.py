@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bilevel.base import InnerState
+from bilevel.core.tree import Tree
 from bilevel.inner.interval import IntervalMethod
 from bilevel.inner.multistep import Coefficients
-from bilevel.polynomials import Array, gegenbauer_coefficients
-from bilevel.tree import Tree
+from bilevel.numerics.polynomials import Array, gegenbauer_coefficients
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from bilevel import tree
 from bilevel.base import InnerSolver, InnerState, Variables
-from bilevel.oracles import InnerProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
 
 
 @dataclass(frozen=True)

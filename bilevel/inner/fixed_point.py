@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from bilevel import tree
 from bilevel.base import InnerSolver, InnerState
-from bilevel.options import require_arguments
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.options import require_arguments
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 AT_REST = 1e-6
 """Share of params that a step changes, from which on the map has come to rest."""

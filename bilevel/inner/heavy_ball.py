@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bilevel.base import InnerState
+from bilevel.core.options import require
 from bilevel.inner.multistep import CURVATURE_MARGIN, Coefficients, MomentumMethod
-from bilevel.lanczos import Spectrum
-from bilevel.options import require
+from bilevel.numerics.lanczos import Spectrum
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bilevel.base import InnerState
+from bilevel.core.options import is_positive, require
 from bilevel.inner.multistep import CURVATURE_MARGIN, LinearMultistep
-from bilevel.lanczos import Spectrum
-from bilevel.options import is_positive, require
-from bilevel.oracles import InnerProblem
+from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.inner_problem import InnerProblem
 
 
 @dataclass(frozen=True)

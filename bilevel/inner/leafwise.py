@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import InnerSolver, InnerState
+from bilevel.core import tree
+from bilevel.core.options import is_number, shown_value
+from bilevel.core.tree import Tree
 from bilevel.inner.tuned import Option, check_function, check_range, takes_step, values_at
-from bilevel.options import is_number, shown_value
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 Value: TypeAlias = "float | Tensor"
 """An option in one step: a number, or a tensor that broadcasts to the leaf."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.oracles import Linearization
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import Linearization
 
 DECREASE, FLATTENED = 1e-4, 0.9
 """Share of the predicted decrease that is enough, and of the slope that is still too steep."""

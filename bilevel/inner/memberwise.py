@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bilevel import members, tree
 from bilevel.base import InnerState
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.rows import Weight
 from bilevel.inner.coefficient_step import CoefficientStep
-from bilevel.members import Weight
 
 if TYPE_CHECKING:
     from bilevel.inner.multistep import Coefficients, LinearMultistep

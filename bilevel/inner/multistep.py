@@ -19,14 +19,15 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from bilevel import members, tree
 from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.options import is_number, is_positive, require
+from bilevel.core.tree import Tree
 from bilevel.inner.coefficient_step import CoefficientStep
 from bilevel.inner.memberwise import MemberwiseMultistep
-from bilevel.lanczos import Spectrum
-from bilevel.options import is_number, is_positive, require
-from bilevel.oracles import InnerProblem
-from bilevel.tree import Tree
+from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.inner_problem import InnerProblem
 
 CURVATURE_MARGIN = 1.02
 """A measured largest curvature can lie below the true one; step sizes are computed from this much more."""

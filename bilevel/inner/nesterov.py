@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from bilevel.base import InnerState
 from bilevel.inner.multistep import Coefficients, MomentumMethod
-from bilevel.lanczos import Spectrum
+from bilevel.numerics.lanczos import Spectrum
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel import look, tree
 from bilevel.base import InnerSolver, InnerState, LinearSolver, Variables
-from bilevel.options import is_number, require
-from bilevel.oracles import InnerProblem, Linearization
-from bilevel.status import Status, StepFailure
-from bilevel.tree import Tree
+from bilevel.core import device as look
+from bilevel.core import tree
+from bilevel.core.options import is_number, require
+from bilevel.core.status import Status, StepFailure
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
 
 MAX_DENSE = 5_000
 HALVINGS = 30

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import InnerSolver, InnerState
+from bilevel.core import tree
+from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.status import Status, StepFailure
+from bilevel.core.tree import Tree
 from bilevel.inner.line_search import Found, Ray, search
-from bilevel.krylov import Krylov, conjugate_gradients
-from bilevel.options import is_int, is_positive, require
-from bilevel.oracles import InnerProblem, Linearization
-from bilevel.status import Status, StepFailure
-from bilevel.tree import Tree
+from bilevel.numerics.conjugate_gradients import Krylov, conjugate_gradients
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
 
 Pair = tuple[Tensor, Tensor, Tensor]
 """A step s, the change y of the gradient along it, both for each unit of the step's length, and 1 / s'y."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from bilevel.core.options import is_number, require
 from bilevel.inner.leafwise import LeafwiseSolver, Parts, Value, plus
 from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
-from bilevel.options import is_number, require
 
 
 @accepts_lr

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bilevel.base import InnerState
+from bilevel.core.options import is_number, is_positive, require
+from bilevel.core.tree import Tree
 from bilevel.inner.interval import IntervalMethod
 from bilevel.inner.multistep import Coefficients
-from bilevel.options import is_number, is_positive, require
-from bilevel.polynomials import asymptotic_coefficients, sobolev_coefficients
-from bilevel.tree import Tree
+from bilevel.numerics.polynomials import asymptotic_coefficients, sobolev_coefficients
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Sobolev(IntervalMethod):
         w_t = y_t - p_t y_{t-2} + q_t w_{t-2}
         x_t = (A_{t-1} / A_t) x_{t-1} + (tau_t / (d_t B_t)) w_t,      x_t - x* = P*_t(H) (x_0 - x*)
 
-    with the numbers of `bilevel.polynomials.sobolev_coefficients`; all vectors begin at x_0. Scieur et al. write
-    ``z_t = w_t / tau_t``, which does not exist for every alpha < 1/2, where tau_t may vanish. The gradient is taken at
-    y, so with `tol` each look at the residual costs one more gradient: it is looked at every 8 steps.
+    with the numbers of `bilevel.numerics.polynomials.sobolev_coefficients`; all vectors begin at x_0. Scieur et al.
+    write ``z_t = w_t / tau_t``, which does not exist for every alpha < 1/2, where tau_t may vanish. The gradient
+    is taken at y, so with `tol` each look at the residual costs one more gradient: it is looked at every 8 steps.
 
     Args:
         l: lower end of the spectrum, or "auto"; see `IntervalMethod`.

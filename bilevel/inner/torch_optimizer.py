@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import InnerSolver, InnerState
-from bilevel.options import require_arguments, shown_value
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.options import require_arguments, shown_value
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

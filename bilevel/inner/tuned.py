@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel import tree
-from bilevel.options import require_arguments
-from bilevel.oracles import InnerProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.options import require_arguments
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
 
 Option: TypeAlias = float | Callable[..., Tree]
 """A number, or a function of the hyperparameters (and the step)."""

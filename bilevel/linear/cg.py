@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import look
 from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
-from bilevel.krylov import conjugate_gradients, conjugate_gradients_of_rows
-from bilevel.options import is_int, is_positive, require
-from bilevel.status import GOOD, Status, Verdict
+from bilevel.core import device as look
+from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.numerics.conjugate_gradients import conjugate_gradients, conjugate_gradients_of_rows
 
 ROUNDING = 1e3
 """Rounding units of the largest curvature below which a negative one says nothing."""

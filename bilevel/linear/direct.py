@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import look
 from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
-from bilevel.options import default_tolerance, is_int, require
-from bilevel.status import GOOD, Status, Verdict
+from bilevel.core import device as look
+from bilevel.core.options import default_tolerance, is_int, require
+from bilevel.core.status import GOOD, Status, Verdict
 
 
 @dataclass(frozen=True)

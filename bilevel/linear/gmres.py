@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import look, tree
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
-from bilevel.options import is_int, is_positive, require
-from bilevel.status import GOOD, Status, Verdict
+from bilevel.core import device as look
+from bilevel.core import tree
+from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.status import GOOD, Status, Verdict
 
 ROUNDING = 1e3
 """Rounding units of the largest curvature below which a negative one says nothing."""

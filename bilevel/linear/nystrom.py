@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
-from bilevel.nystrom import gaussian_basis, low_rank
-from bilevel.options import is_int, require
-from bilevel.status import GOOD, Status, Verdict
+from bilevel.core import tree
+from bilevel.core.options import is_int, require
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.numerics.low_rank import gaussian_basis, low_rank
 
 ROUNDING = 1e3
 """Rounding units of the largest eigenvalue below which another one is zero."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from bilevel import look
 from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
-from bilevel.lanczos import Spectrum, lanczos
-from bilevel.options import is_int, is_positive, require
-from bilevel.status import GOOD, Status, Verdict
+from bilevel.core import device as look
+from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.numerics.lanczos import Spectrum, lanczos
 
 MARGIN = 1.02
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver
+from bilevel.core.options import is_int
+from bilevel.core.tree import Tree
 from bilevel.meta.tasks import Tasks
-from bilevel.options import is_int
-from bilevel.tree import Tree
 
 if TYPE_CHECKING:
     from bilevel.meta.problem import MetaProblem

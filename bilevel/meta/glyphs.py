@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bilevel.core.options import is_int, require
 from bilevel.meta.networks import mlp
 from bilevel.meta.problem import MetaProblem
 from bilevel.meta.tasks import SPLITS, SplitTasks, Task
-from bilevel.options import is_int, require
-from bilevel.samplers import keyed_generator
+from bilevel.oracles.samplers import keyed_generator
 
 SIDE = 28
 """Height and width of an image."""

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from bilevel.options import is_int
-from bilevel.threads import PROCESS_STATE
+from bilevel.core.options import is_int
+from bilevel.core.threads import PROCESS_STATE
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, seed: int) -> nn.Sequential:

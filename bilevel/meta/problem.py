@@ -24,16 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import members, tree
 from bilevel.base import InnerSolver
-from bilevel.batches import NotSideBySide, vectorised
-from bilevel.draws import random_layer
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.options import is_int, is_number, require, require_arguments
+from bilevel.core.tree import Tree
 from bilevel.meta.evaluation import evaluate
 from bilevel.meta.tasks import Tasks, draw
-from bilevel.modules import FunctionalModule
-from bilevel.options import is_int, is_number, require, require_arguments
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.networks.functional import FunctionalModule
+from bilevel.oracles.batching import NotSideBySide, vectorised
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.random_layers import random_layer
 
 
 class MetaProblem(BilevelProblem):

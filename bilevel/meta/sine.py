@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from bilevel.core.options import is_int, require
 from bilevel.meta.networks import mlp
 from bilevel.meta.problem import MetaProblem
 from bilevel.meta.tasks import SplitTasks, Task
-from bilevel.options import is_int, require
 
 
 class SineTasks(SplitTasks):

@@ -7,10 +7,11 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from bilevel import members, tree
-from bilevel.options import is_int, require
-from bilevel.samplers import keyed_generator
-from bilevel.tree import Tree
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.options import is_int, require
+from bilevel.core.tree import Tree
+from bilevel.oracles.samplers import keyed_generator
 
 Task: TypeAlias = "tuple[Tree, Tree]"
 """(support, query), both ``(inputs, targets)``."""

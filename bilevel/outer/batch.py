@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import members, tree
 from bilevel.base import BatchEstimate, HypergradEstimator, InnerSolver, verdict_of
-from bilevel.batches import Rows
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.status import GOOD, Status, Verdict, report
+from bilevel.core.tree import Tree
 from bilevel.hypergrad.batch_api import as_batch
+from bilevel.oracles.batching import Rows
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.checks import check_steps
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.records import OuterResult, Record, StoppingRules, record_of, with_remark
-from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, Status, Verdict, report
-from bilevel.tree import Tree
 
 MIXING = ("Adafactor", "Muon")
 """Optimizers of torch that take norms over a whole tensor, and so over all members."""

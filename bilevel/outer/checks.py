@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.options import is_int, shown_value
+from bilevel.core.options import is_int, shown_value
 
 
 def check_makers(optimizer: Any, scheduler: Any) -> None:

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import tree
 from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver
-from bilevel.constraints import ConstraintTransform
+from bilevel.core import tree
+from bilevel.core.options import first_line, require, shown_value
+from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
+from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_roles
 from bilevel.hypergrad import hypergradient
-from bilevel.hypergrad.arguments import check_roles
 from bilevel.hypergrad.auto import as_estimator
-from bilevel.hypergrad.target import check_target
-from bilevel.inputs import check_tensors
-from bilevel.options import first_line, require, shown_value
+from bilevel.hypergrad.target_error import check_target
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.validation import check_tensors
 from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_scheduler, check_steps
+from bilevel.outer.constraints import ConstraintTransform
 from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record, with_remark
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.state import FORMAT, check_state, generators, loaded, origin, restore_generators, restore_optimizer
-from bilevel.problem import BilevelProblem
-from bilevel.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
-from bilevel.tree import Tree
 
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], Any]

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from bilevel import tree
 from bilevel.base import Estimate
-from bilevel.options import is_int, is_number, is_positive, shown_value
-from bilevel.problem import BilevelProblem
-from bilevel.status import Status
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.options import is_int, is_number, is_positive, shown_value
+from bilevel.core.status import Status
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.options import is_number, require, shown_value
+from bilevel.core.options import is_number, require, shown_value
 
 DECREASES = ("quadratic", "cubic", "exponential")
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import Carry, InnerState
-from bilevel.hypergrad.arguments import check_origin, shapes
-from bilevel.options import shown_value
+from bilevel.core import tree
+from bilevel.core.options import shown_value
+from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_origin, shapes
 from bilevel.outer.records import Record
-from bilevel.tree import Tree
 
 FORMAT = 1
 """The format of a state that this version writes and reads."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems.splits import Split, numbered
 from bilevel.problems.tables import check_columns
-from bilevel.tree import Tree
 
 ROWS = 10
 """Of fewer validation rows, one may well make half of the loss."""

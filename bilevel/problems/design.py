@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bilevel import threads
+from bilevel.core import threads
 
 ROWS = 2500
 """Rows of a block: long enough that calls do not matter, short enough that every worker gets some."""

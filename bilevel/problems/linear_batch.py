@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import batches, members
-from bilevel.inputs import Reads
-from bilevel.oracles import InnerProblem, Linearization
-from bilevel.problem import BilevelProblem
+from bilevel.core import rows as members
+from bilevel.core.tree import Tree
+from bilevel.oracles import batching as batches
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.validation import Reads
 from bilevel.problems.linear_oracles import PenalisedInner, PenalisedPoint
-from bilevel.tree import Tree
 
 OPTIONS = ("penalty", "loss", "parametrization")
 

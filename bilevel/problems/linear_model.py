@@ -23,21 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.batches import check_own_data
-from bilevel.certifiable import Certifiable, LossConstants, Tuned
-from bilevel.inputs import Reads, check_tensor, check_trees
-from bilevel.lanczos import lanczos
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.problems.certified import certifiable_of, tuned_penalties
+from bilevel.core.tree import Tree
+from bilevel.numerics.lanczos import lanczos
+from bilevel.oracles.batching import check_own_data
+from bilevel.oracles.error_model import Certifiable, LossConstants, Tuned
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.purity import look
+from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
 from bilevel.problems.linear_batch import LinearBatch
+from bilevel.problems.linear_error_model import certifiable_of, tuned_penalties
 from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
 from bilevel.problems.linear_oracles import LinearModelPoint as LinearModelPoint
 from bilevel.problems.splits import Split
-from bilevel.purity import look
-from bilevel.tree import Tree
 
 
 class LinearModelProblem(DataProblem):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.lanczos import Spectrum
-from bilevel.oracles import InnerProblem, Linearization, Preconditioner
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.inner_problem import InnerProblem, Linearization, Preconditioner
+from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.precondition import MAX_DENSE, factored
-from bilevel.sums import BilinearSum, ProductSum
-from bilevel.tree import Tree
 
 if TYPE_CHECKING:
     from bilevel.problems.linear_model import LinearModelProblem

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel.certifiable import LossConstants
+from bilevel.core.tree import Tree
+from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import Split, class_labels, training_classes
-from bilevel.tree import Tree
 
 
 class LogisticProblem(LinearModelProblem):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel.inputs import Reads, check_tensor, check_trees
-from bilevel.module_problem import ModuleProblem
-from bilevel.options import is_int, require
+from bilevel.core.options import is_int, require
+from bilevel.core.tree import Tree
+from bilevel.networks.module_problem import ModuleProblem
+from bilevel.oracles.purity import look
+from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.splits import Split, class_labels, training_classes
-from bilevel.purity import look
-from bilevel.tree import Tree
 
 
 class MLPProblem(DataProblem, ModuleProblem):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.oracles import Preconditioner
-from bilevel.tree import Tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import Preconditioner
 
 MAX_DENSE = 2_000
 """Most weights for which a dense matrix is worth its factorisation."""

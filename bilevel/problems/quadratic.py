@@ -8,15 +8,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel.batches import check_own_data
-from bilevel.inputs import Reads, check_tensor, check_trees
-from bilevel.oracles import InnerProblem, Linearization
-from bilevel.problem import BilevelProblem
+from bilevel.core.tree import Tree
+from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
+from bilevel.oracles.batching import check_own_data
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.purity import look
+from bilevel.oracles.validation import Reads, check_tensor, check_trees
+from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.quadratic_batch import QuadraticProblemBatch
-from bilevel.purity import look
-from bilevel.spectral import Eigenbasis, diagonalise
-from bilevel.sums import BilinearSum, ProductSum
-from bilevel.tree import Tree
 
 
 class QuadraticPoint(Linearization):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.batches import stacked_trees
-from bilevel.oracles import InnerProblem, Linearization
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.batching import stacked_trees
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
+from bilevel.oracles.problem import BilevelProblem
 
 
 class QuadraticBatchPoint(Linearization):

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import batches
-from bilevel.certifiable import LossConstants
-from bilevel.lanczos import Spectrum, lanczos
-from bilevel.oracles import InnerProblem
+from bilevel.core.tree import Tree
+from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
+from bilevel.numerics.lanczos import Spectrum, lanczos
+from bilevel.oracles import batching as batches
+from bilevel.oracles.error_model import LossConstants
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
 from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
 from bilevel.problems.splits import Split
-from bilevel.spectral import Eigenbasis, diagonalise
-from bilevel.sums import BilinearSum, ProductSum
-from bilevel.tree import Tree
 
 DENSE = 300
 """Up to this many features the spectrum is computed exactly."""

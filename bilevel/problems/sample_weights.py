@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.certifiable import Tuned
-from bilevel.lanczos import Spectrum
-from bilevel.options import is_number, require
-from bilevel.problems.certified import tuned_weights
+from bilevel.core.options import is_number, require
+from bilevel.core.tree import Tree
+from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.error_model import Tuned
+from bilevel.oracles.vjp_sum import ProductSum
 from bilevel.problems.linear_batch import LinearBatch
+from bilevel.problems.linear_error_model import tuned_weights
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.softmax import SoftmaxProblem
-from bilevel.sums import ProductSum
-from bilevel.tree import Tree
 
 
 class SampleWeightPoint(LinearModelPoint):

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bilevel.certifiable import LossConstants
+from bilevel.core.tree import Tree
+from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.splits import Split, class_labels, training_classes
-from bilevel.tree import Tree
 
 
 class SoftmaxProblem(LinearModelProblem):

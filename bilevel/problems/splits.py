@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.datafiles import Array
+from bilevel.data.sources import Array
 from bilevel.problems.tables import column_names, features, first_not_finite, targets
 
 

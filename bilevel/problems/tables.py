@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.datafiles import INDEX, Array
+from bilevel.data.sources import INDEX, Array
 
 HALVES = (torch.float16, torch.bfloat16)
 

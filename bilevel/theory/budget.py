@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel.options import is_int, is_number
+from bilevel.core.options import is_int, is_number
 from bilevel.theory.checks import at_least_zero, demand
 
 ROUNDING = 1e-9

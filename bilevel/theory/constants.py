@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import InnerSolver, Variables
-from bilevel.options import is_int, is_positive
-from bilevel.problem import BilevelProblem
+from bilevel.core import tree
+from bilevel.core.options import is_int, is_positive
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems import QuadraticProblem, RidgeProblem
 from bilevel.theory.checks import demand
-from bilevel.tree import Tree
 
 
 @dataclass(frozen=True)

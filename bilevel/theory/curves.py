@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState
+from bilevel.core.options import is_int
+from bilevel.core.tree import Tree
 from bilevel.inner import LinearMultistep
-from bilevel.options import is_int
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems import QuadraticProblem
 from bilevel.theory.one_at_a_time import Errors, single_errors
 from bilevel.theory.quadratic_batch import QuadraticBatch
@@ -25,7 +26,6 @@ from bilevel.theory.sweeps import (
     batched_errors,
     recurrence,
 )
-from bilevel.tree import Tree
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel import tree
 from bilevel.base import InnerSolver, InnerState, Variables
-from bilevel.oracles import InnerProblem
-from bilevel.problem import BilevelProblem
-from bilevel.tree import Tree
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
 Errors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """Suboptimality (B, K+1), and iterate (B, K+1), forward (B, T, K+1) and reverse (B, K+1) errors of B problems."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bilevel.options import is_positive
+from bilevel.core.options import is_positive
 from bilevel.theory.checks import demand, numbers
 from bilevel.theory.rates import chebyshev_rate, check_interval, gd_rate
 

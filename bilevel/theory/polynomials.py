@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel import polynomials
 from bilevel.base import InnerState, describe
+from bilevel.core.options import is_int
 from bilevel.inner import Chebyshev, LinearMultistep, Sobolev
-from bilevel.options import is_int
-from bilevel.polynomials import Array, SobolevCoefficients
+from bilevel.numerics import polynomials
+from bilevel.numerics.polynomials import Array, SobolevCoefficients
 from bilevel.theory.checks import demand
 
 
@@ -97,7 +97,7 @@ def sobolev_coefficients(
         eta: weight of the derivative, positive, in units of lam^2; "auto" is L^2.
 
     Returns:
-        `bilevel.polynomials.SobolevCoefficients`: arrays of shape (steps,) named h, m, p, q, d, tau, keep
+        `bilevel.numerics.polynomials.SobolevCoefficients`: arrays of shape (steps,) named h, m, p, q, d, tau, keep
         (``A_{t-1} / A_t``), weight (``a_t / A_t``), gain and log_A; entry t - 1 belongs to step t.
 
     >>> table = sobolev_coefficients(0.01, 1.0, 3, alpha=0.0, eta=10.0)

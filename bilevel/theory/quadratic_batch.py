@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.problem import BilevelProblem
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems import QuadraticProblem, RidgeProblem
-from bilevel.tree import Tree
 
 COMMUTES = 1e-13
 """Off-diagonal entries of ``Q' dH Q`` below this multiple of the largest entry are rounding."""

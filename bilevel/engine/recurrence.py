@@ -1,0 +1,228 @@
+"""What K steps of a linear multistep solver do to one coordinate of a quadratic, with the exact derivative.
+
+With the gradient ``lam z + b`` a step maps the p stored numbers s by ``M(lam) = mix + lam write read'``:
+
+    s <- M(lam) s + b write,      ds/dlam <- M(lam) ds/dlam + write read' s,      ds/db <- M(lam) ds/db + write
+
+so the derivative is carried forward beside the state, d numbers each. Steps that share their numbers are one power:
+
+    one stored vector    M = 1 - q,   M^K,   G = sum_{j<K} M^j = (1 - M^K) / q,   both with their derivatives
+    more                 the dual matrix [[N, N'], [0, N]] of N = [[M, write], [0, 1]], by repeated squaring
+
+Everything broadcasts over leading dimensions of lam (hyperparameter vectors, seeds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel.base import InnerState
+from bilevel.inner.multistep import Coefficients, LinearMultistep
+from bilevel.numerics.eigenbasis import DiagonalProblem
+
+Numbers: TypeAlias = tuple[Coefficients, ...]
+"""The numbers of one step: of all elements of a batch alike, or one for each."""
+Part: TypeAlias = tuple[Numbers, int]
+"""Steps that share their numbers, and how many they are."""
+
+POWER_FROM = 8
+"""Steps with the same numbers from which the matrix power is cheaper than the steps."""
+CLOSE = 1e-3
+"""Below this q the rounding of 1 - q matters."""
+SMALL = 1e-2
+"""Below this K q the quotient (1 - (1 - q)^K) / q cancels, and its series takes over."""
+TERMS = 8
+
+
+@dataclass(frozen=True)
+class Moving:
+    """The stored vectors of a run in the eigenbasis, and how they move; each of shape (p, ..., d).
+
+    Attributes:
+        vectors: the stored vectors; the first is the iterate.
+        by_value: their derivatives with respect to the eigenvalues, coordinate by coordinate.
+        by_linear: their derivatives with respect to the linear term.
+    """
+
+    vectors: Tensor
+    by_value: Tensor
+    by_linear: Tensor
+
+    @classmethod
+    def at_rest(cls, vectors: Tensor) -> Moving:
+        """Return vectors that depend on nothing."""
+        return cls(vectors, torch.zeros_like(vectors), torch.zeros_like(vectors))
+
+
+def unroll(
+    solver: LinearMultistep, states: Sequence[InnerState], problem: DiagonalProblem, vectors: Tensor, tail: int
+) -> Moving:
+    """Return where ``solver.steps`` steps end, with the derivative of the last `tail` of them.
+
+    Args:
+        solver: a linear multistep solver with a number of steps.
+        states: the first state (what it measured, its step count), one for all problems or one for each of the batch.
+        problem: the quadratic, of batch shape (...).
+        vectors: stored vectors of the first state in the eigenbasis, of shape (p, ..., d), like the problem or
+            broadcasting to it.
+        tail: differentiated steps; the state before them counts as a constant.
+    """
+    steps = solver.steps or 0
+    advance = _geometric if len(vectors) == 1 else _dual
+    now = Moving.at_rest(vectors.expand(len(vectors), *problem.values.shape))
+    if tail < steps:
+        head = advance(now, problem, list(schedule(solver, states, 0, steps - tail)))
+        now = Moving.at_rest(head.vectors)
+    return advance(now, problem, list(schedule(solver, states, steps - tail, steps)))
+
+
+def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, last: int) -> Iterator[Part]:
+    """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count.
+
+    Args:
+        solver: the solver.
+        states: as in `unroll`; a step's numbers may depend on its index and on what was measured.
+        first: index of the first step.
+        last: index after the last one.
+    """
+
+    def numbers(index: int) -> Numbers:
+        return tuple(
+            solver.coefficients(InnerState(state.params, state.memory, state.steps + index, state.measured))
+            for state in states
+        )
+
+    index = first
+    while index < last:
+        here = numbers(index)
+        settled = solver.settles is not None and states[0].steps + index >= solver.settles
+        end = last if settled else index + 1
+        while end < last and numbers(end) == here:
+            end += 1
+        yield here, end - index
+        index = end
+
+
+def _geometric(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Moving:
+    """Advance a method with one stored vector, each part in closed form."""
+    values = problem.values
+    for numbers, count in parts:
+        mix = _column([each.mix[0][0] for each in numbers], values)
+        read = _column([each.read[0] for each in numbers], values)
+        write = _column([each.write[0] for each in numbers], values)
+        slope, pushed = write * read, write * problem.linear
+        power, power_slope, total, total_slope = geometric((1.0 - mix) - slope * values, count)
+        moved = slope * torch.addcmul(total_slope * pushed, power_slope, now.vectors)
+        now = Moving(
+            torch.addcmul(total * pushed, power, now.vectors),
+            torch.addcmul(moved, power, now.by_value),
+            torch.addcmul(total * write, power, now.by_linear),
+        )
+    return now
+
+
+def _column(weights: list[float], like: Tensor) -> Tensor | float:
+    """Return one weight as a number, or one for each element of the batch as a column."""
+    if len(weights) == 1:
+        return weights[0]
+    return torch.tensor(weights, dtype=like.dtype, device=like.device)[:, None]
+
+
+def geometric(q: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``r^K``, ``G = sum_{j<K} r^j`` for r = 1 - q, and how they move with r.
+
+    Args:
+        q: any numbers; 0 and 1 included.
+        count: K, at least one.
+
+    Returns:
+        ``(r^K, K r^(K-1), G, dG/dr)``.
+
+    >>> power, slope, total, total_slope = geometric(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), 3)
+    >>> total
+    tensor([1.0000, 1.7500, 3.0000], dtype=torch.float64)
+    >>> total_slope
+    tensor([1., 2., 3.], dtype=torch.float64)
+    """
+    r = 1.0 - q
+    # r^K / r would be nan where a step size of exactly 1/lam makes r vanish.
+    below = r.pow(count - 1)
+    power, power_slope = below * r, count * below
+    rest = 1.0 - power
+    # Rounding r costs eps / q of 1 - r^K: the logarithm never sees r, and below SMALL the quotients cancel.
+    smallest = float(q.abs().min())
+    if smallest < CLOSE:
+        rest = torch.where(q < 0.5, -torch.expm1(count * torch.log1p(-q)), rest)
+    total = rest / q
+    total_slope = (total - power_slope) / q
+    if count * smallest < SMALL:
+        tiny = count * q.abs() < SMALL
+        first, second = _series(q, count)
+        total, total_slope = torch.where(tiny, first, total), torch.where(tiny, second, total_slope)
+    return power, power_slope, total, total_slope
+
+
+def _series(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return G and dG/dr for a small K q, from ``G = sum_m binom(K, m + 1) (-q)^m``."""
+    total, slope = torch.zeros_like(q), torch.zeros_like(q)
+    for m in range(min(TERMS, count) - 1, -1, -1):
+        binomial = float(math.comb(count, m + 1))
+        total = binomial - q * total
+        slope = m * binomial - q * slope if m else slope
+    return total, slope
+
+
+def _dual(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Moving:
+    """Advance any method by dual matrices ``E + lam F``, of shape (2n, 2n) with n = p + 1."""
+    fixed, along = _dual_matrices([numbers for numbers, _ in parts], problem.values)
+    columns = _columns(now, problem)
+    values = torch.cat([problem.values, problem.values], -1)[..., None, :]
+    for (_, count), E, F in zip(parts, fixed, along, strict=True):
+        if count < POWER_FROM:
+            for _ in range(count):
+                columns = torch.addcmul(E @ columns, values, F @ columns)
+            continue
+        matrix = E[..., None, :, :] + problem.values[..., None, None] * F[..., None, :, :]
+        pairs = columns.reshape(*columns.shape[:-1], 2, -1).movedim(-1, -3)
+        columns = (torch.linalg.matrix_power(matrix, count) @ pairs).movedim(-3, -1).flatten(-2)
+    p = len(now.vectors)
+    moving, pushed = columns.reshape(*columns.shape[:-1], 2, -1).movedim((-3, -2), (0, 1)).unbind(1)
+    return Moving(moving[p + 1 : -1], moving[:p], pushed[p + 1 : -1])
+
+
+def _dual_matrices(steps: list[Numbers], like: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return E and F of every step; stacked over the batch where its elements have numbers of their own."""
+    if not steps:
+        return (), ()
+    read, write, mix = (
+        torch.tensor([[getattr(each, name) for each in numbers] for numbers in steps], dtype=torch.float64)
+        for name in ("read", "write", "mix")
+    )
+    p = read.shape[-1]
+    n = p + 1
+    fixed, along = torch.zeros(2, *read.shape[:-1], 2 * n, 2 * n, dtype=torch.float64)
+    for start in (0, n):
+        vectors = slice(start, start + p)
+        fixed[..., vectors, vectors] = mix
+        fixed[..., vectors, start + p] = write
+        fixed[..., start + p, start + p] = 1.0
+        along[..., vectors, vectors] = write[..., :, None] * read[..., None, :]
+    fixed[..., :p, n : n + p] = along[..., :p, :p]
+    both = (fixed.to(like), along.to(like))
+    # One set of numbers for the whole batch needs no batch dimension.
+    return tuple((each[:, 0] if each.shape[1] == 1 else each).unbind(0) for each in both)
+
+
+def _columns(now: Moving, problem: DiagonalProblem) -> Tensor:
+    """Return the columns (by_value, 0, vectors, b) and (0, 0, by_linear, 1) side by side, of shape (..., 2n, 2d)."""
+    linear = problem.linear.expand(now.vectors.shape[1:])[None]
+    none = torch.zeros_like(linear)
+    moving = torch.cat([now.by_value, none, now.vectors, linear])
+    pushed = torch.cat([torch.zeros_like(now.by_value), none, now.by_linear, torch.ones_like(linear)])
+    return torch.cat([moving, pushed], -1).movedim(0, -2)

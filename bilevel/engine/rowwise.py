@@ -1,0 +1,137 @@
+"""`hypergradient` for members that run one after the other: each result is that of a single call, bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from bilevel.base import BatchEstimate, Carry, Estimate, InnerSolver, InnerState, member_carry
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.cost import Cost
+from bilevel.core.status import OnFailure, report
+from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_carry
+from bilevel.oracles.one_by_one import RowsProblem
+from bilevel.oracles.problem import BilevelProblem
+
+
+def one_by_one(problem: BilevelProblem, why: str = "") -> RowsProblem:
+    """Return a batch whose members run one after the other.
+
+    Args:
+        problem: a batch.
+        why: why its members do not run side by side.
+    """
+    assert problem.batch is not None
+    rows = RowsProblem([problem.member(index) for index in range(problem.batch)], why)
+    rows.params = problem.params
+    return rows
+
+
+def loop_hypergradient(
+    problem: BilevelProblem,
+    single: Callable[..., Estimate],
+    solver: InnerSolver,
+    hparams: Tree,
+    params: Tree,
+    carry: Carry | None,
+    check: bool,
+    on_failure: OnFailure,
+) -> BatchEstimate:
+    """Return the hypergradients of all members.
+
+    Args:
+        problem: the batch.
+        single: ``(problem, hparams=, params=, carry=, check=) -> Estimate`` of one member; failures are returned.
+        solver: the inner solver.
+        hparams: hyperparameters of all members.
+        params: where each inner solver starts, or None.
+        carry: the warm start of all members, or None.
+        check: whether to look at the inputs, until a member is found that can be solved.
+        on_failure: see `hypergradient`; a failure is reported when all members are done.
+
+    Raises:
+        ValueError: for shapes that do not fit; if no member can be solved, what the first one's check says.
+    """
+    assert problem.batch is not None
+    start = problem.start(params)
+    members.check_rows("hparams", hparams, problem.batch)
+    members.check_rows("params", start, problem.batch)
+    if check and carry is not None:
+        check_carry(carry, solver, start, problem.trainable(start))
+
+    def member(index: int, check: bool) -> Estimate:
+        return single(
+            problem.member(index),
+            hparams=members.row(hparams, index),
+            params=members.row(start, index),
+            carry=None if carry is None else member_carry(carry, index),
+            check=check,
+        )
+
+    found: dict[int, Estimate] = {}
+    errors: list[ValueError] = []
+    for index in range(problem.batch):
+        try:
+            found[index] = member(index, check and not found)
+        except ValueError as error:
+            # A mistake in the call breaks every member; what breaks one of them alone becomes its verdict.
+            if not check or found:
+                raise
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    estimates = [found[i] if i in found else member(i, False) for i in range(problem.batch)]
+    estimate = _assembled(problem, solver, hparams, start, estimates)
+    report(estimate.verdict, on_failure, estimate)
+    return estimate
+
+
+def _assembled(
+    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, start: Tree, estimates: Sequence[Estimate]
+) -> BatchEstimate:
+    """Return estimates of the members as that of a batch."""
+    (like, *_) = tree.leaves(start)
+    certificates = [each.certificate for each in estimates]
+    if problem.why:
+        note = {"rows": f"one after the other, as {problem.why}"}
+        certificates = [replace(each, measured=dict(each.measured) | note) for each in certificates]
+    costs = [each.cost for each in estimates]
+    peaks = [cost.peak_memory for cost in costs if cost.peak_memory is not None]
+    counts = sum((Counter(cost.counts) for cost in costs), start=Counter())
+    cost = Cost(dict(counts), sum(each.seconds for each in costs), max(peaks, default=None), costs[0].memory_kind)
+    return BatchEstimate(
+        torch.tensor([each.outer_loss for each in estimates], dtype=like.dtype, device=like.device),
+        members.stack([each.hypergradient for each in estimates]),
+        members.stack([each.params for each in estimates]),
+        certificates,
+        costs,
+        cost,
+        [each.verdict for each in estimates],
+        _joined(problem, solver, hparams, start, [each.carry for each in estimates]),
+    )
+
+
+def _joined(
+    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, start: Tree, carries: Sequence[Carry]
+) -> Carry:
+    """Return the warm starts of the members as one; a member without a state is at its start."""
+    if all(carry.state is None for carry in carries):
+        return Carry(solver=type(solver).__name__)
+
+    def begun(index: int, params: Tree) -> InnerState:
+        return solver.init(problem.member(index).bind(members.row(hparams, index)), params)
+
+    states = [each.state or begun(index, members.row(start, index)) for index, each in enumerate(carries)]
+    try:
+        state = InnerState.stack(states)
+    except (RuntimeError, TypeError, ValueError, KeyError):
+        # Memory of other shapes in each member, such as the pairs of quasi-Newton steps: the iterates go on alone.
+        state = InnerState.stack([begun(index, each.params) for index, each in enumerate(states)])
+    known = [carry.adjoint for carry in carries if carry.adjoint is not None]
+    adjoints = [tree.zeros_like(known[0]) if each.adjoint is None else each.adjoint for each in carries if known]
+    return Carry(state, members.stack(adjoints) if known else None, type(solver).__name__)

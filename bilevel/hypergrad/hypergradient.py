@@ -1,0 +1,264 @@
+"""`hypergradient`: the call in which problem, inner solver and estimator meet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import overload
+
+import torch
+
+from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver
+from bilevel.certify import ErrorEstimate
+from bilevel.core import tree
+from bilevel.core.cost import Cost, Meter
+from bilevel.core.status import OnFailure, report
+from bilevel.core.tree import Tree
+from bilevel.engine.attempt import Attempt, attempt, error_verdict
+from bilevel.engine.checks import check_carry, check_roles, read_by_steps
+from bilevel.engine.derivatives import check_derivatives
+from bilevel.engine.kinks import ends_at_kink
+from bilevel.engine.rowwise import loop_hypergradient, one_by_one
+from bilevel.hypergrad.auto import as_estimator
+from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
+from bilevel.hypergrad.target_error import Pursuit, check_target
+from bilevel.networks.moving import with_statistics
+from bilevel.oracles.autograd_errors import DerivativeError, explained
+from bilevel.oracles.batching import NotSideBySide, Rows
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.purity import confirm
+
+
+@overload
+def hypergradient(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator | str,
+    hparams: Tree,
+    params: Tree = None,
+    *,
+    batch: None = None,
+    rows: Rows = "auto",
+    carry: Carry | None = None,
+    certify: bool = False,
+    target_error: float | None = None,
+    check: bool = True,
+    on_failure: OnFailure = "raise",
+) -> Estimate: ...
+@overload
+def hypergradient(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator | str,
+    hparams: Tree,
+    params: Tree = None,
+    *,
+    batch: int,
+    rows: Rows = "auto",
+    carry: Carry | None = None,
+    certify: bool = False,
+    target_error: float | None = None,
+    check: bool = True,
+    on_failure: OnFailure = "raise",
+) -> BatchEstimate: ...
+@explained()
+def hypergradient(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator | str,
+    hparams: Tree,
+    params: Tree = None,
+    *,
+    batch: int | None = None,
+    rows: Rows = "auto",
+    carry: Carry | None = None,
+    certify: bool = False,
+    target_error: float | None = None,
+    check: bool = True,
+    on_failure: OnFailure = "raise",
+) -> Estimate | BatchEstimate:
+    """Return the gradient of ``F(u) = outer_loss(params*(u), u)`` with its evidence.
+
+        dF/du = d outer/du + (d params*/du)' d outer/d params
+
+    Args:
+        problem: the two losses.
+        solver: the inner solver.
+        estimator: how the solution map is differentiated; "auto" for `Auto()`.
+        hparams: where the gradient is taken.
+        params: where the inner solver starts; default: the problem's start.
+        batch: number of members to run side by side as one problem. Every leaf of `hparams` then has this leading
+            dimension; `params` may have it too, and is the same for all members otherwise. A problem that is a batch
+            already (`BilevelProblem.batched`, `bilevel.stack`) needs none.
+        rows: how the members of a batch run: "auto" side by side, or where torch cannot vectorise a loss over them
+            (recurrent layers, values that decide) one after the other, with a note in `certificate.measured`; "loop"
+            one after the other: any solver, estimator and problem, each result that of a single call bit for bit.
+        carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
+        certify: bound the distance to the exact hypergradient where a proof exists, and estimate it elsewhere (see
+            `bilevel.certify.certify_error`).
+        target_error: the largest relative error ``|p - dF/du| / |dF/du|`` that is accepted, in (0, 1), such as 1e-3.
+            Tolerances of inner solver and adjoint system follow from the certificate: solve a little, look, continue
+            the same run. A `tol` that was given stays the smallest, `steps` the most in all. The certificate then
+            proves the target (ridge, logistic and softmax regression) or estimates it (elsewhere); where it cannot, the
+            status is TARGET_NOT_REACHED and says why in one sentence.
+        check: look at the inputs first; a loop that has done so once may leave it out.
+        on_failure: what to do with a result that cannot be used: "raise", "warn" or "return".
+
+    Returns:
+        An `Estimate` with status, residuals, error estimate and cost; for a batch, a `BatchEstimate`: a sequence of
+        them, in which a failed member spoils no other.
+
+    Raises:
+        ValueError: for inputs that cannot work, in one sentence.
+
+    >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
+    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
+    >>> u = torch.zeros(2, dtype=torch.float64)
+    >>> estimate = hypergradient(problem, GradientDescent(), Implicit(), u)
+    >>> torch.allclose(estimate.hypergradient, problem.exact_hypergradient(u))
+    True
+    >>> many = hypergradient(problem, GradientDescent(), Implicit(), torch.stack([u, u + 0.1]), batch=2)
+    >>> torch.allclose(many[0].hypergradient, estimate.hypergradient)
+    True
+    """
+    rule: HypergradEstimator = as_estimator(estimator)
+    check_roles(problem, solver, rule)
+    if batch is not None or rows != "auto":
+        problem = as_batch(problem, batch, rows)
+    if problem.one_by_one:
+        options = {"certify": certify, "target_error": target_error, "on_failure": "return"}
+        single = partial(hypergradient, solver=solver, estimator=rule, **options)
+        return loop_hypergradient(problem, single, solver, hparams, params, carry, check, on_failure)
+    if target_error is not None:
+        check_target(target_error, problem, solver, rule, certify)
+    used, given, start = prepare(problem, solver, rule, hparams, params, check)
+    if check and carry is not None:
+        check_carry(carry, solver, start, problem.trainable(start))
+    # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
+    warm = Carry() if carry is None else carry.copied()
+    if problem.batch is not None:
+        try:
+            together = batch_hypergradient(problem, solver, rule, given, start, warm, certify, on_failure)
+        except NotSideBySide as reason:
+            looped = one_by_one(problem, str(reason))
+            return hypergradient(
+                looped, solver, rule, hparams, params, carry=carry, certify=certify, check=False, on_failure=on_failure
+            )
+        if check:
+            confirm(problem)
+        return together
+    meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
+    if target_error is None:
+        found = attempt(problem, used, rule, given, start, warm, meter)
+        cost = meter.read()
+        found = _confirmed(problem, solver, rule, given, found, start, asked=certify)
+        found, error = _judged(problem, solver, given, found, certify)
+    else:
+        found, error = Pursuit(problem, solver, rule, given, start, meter, target_error).run(warm)
+        cost = meter.read()
+        found = _confirmed(problem, solver, rule, given, found, start, asked=True)
+    if check:
+        confirm(problem)
+    estimate = _estimate(solver, given, found, error, cost, warm)
+    report(found.verdict, on_failure, estimate)
+    return estimate
+
+
+def _confirmed(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    found: Attempt,
+    start: Tree,
+    asked: bool,
+) -> Attempt:
+    """Return the attempt with what differences say of it: wrong derivatives fail, an end at a kink is a doubt."""
+    solved, verdict = found.solved, found.verdict
+    if not estimator.second_derivatives or not verdict.status.usable:
+        return found
+    wrong = check_derivatives(problem, hparams, solved.params, again=asked)
+    if not wrong.status.ok:
+        return replace(found, gradient=None, verdict=verdict.worse(wrong))
+    doubtful = asked or not verdict.status.ok
+    kink = ends_at_kink(problem, hparams, solver, solved.state, solved.residual, solved.steps, doubtful, start)
+    return found if kink.status.ok else replace(found, verdict=kink)
+
+
+def _judged(
+    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, found: Attempt, certify: bool
+) -> tuple[Attempt, ErrorEstimate]:
+    """Return the attempt, in doubt where its error may be as large as itself, and what can be said of the error."""
+    pulled, status = found.pulled, found.verdict.status
+    params, adjoint = found.solved.params, pulled.adjoint
+    if certify and status.usable:
+        error = certified(solver, problem, hparams, params, found.gradient, adjoint)
+    elif pulled.error is not None and status.ok:
+        error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
+    else:
+        error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
+    if error.value is not None and status.ok:
+        doubt = error_verdict(problem, hparams, params, found.gradient, adjoint, error.value)
+        found = replace(found, verdict=found.verdict.worse(doubt))
+    return found, error
+
+
+def _estimate(
+    solver: InnerSolver, hparams: Tree, found: Attempt, error: ErrorEstimate, cost: Cost, carry: Carry
+) -> Estimate:
+    """Return the estimate of an attempt; `carry` is the warm start that it was given, and leaves where it fails."""
+    solved, pulled, gradient = found.solved, found.pulled, found.gradient
+    if gradient is None:
+        gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
+    certificate = Certificate(
+        inner_residual=solved.residual,
+        adjoint_residual=pulled.residual,
+        inner_steps=solved.steps,
+        adjoint_steps=pulled.steps,
+        **error.fields(),
+        measured=dict(solved.state.measured),
+    )
+    following = found.carry(solver) if found.verdict.status.usable else carry
+    gradient, x = tree.copied(gradient), tree.copied(solved.params)
+    return Estimate(found.outer_loss, gradient, x, certificate, cost, found.verdict, following)
+
+
+def prepare(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    params: Tree,
+    check: bool,
+) -> tuple[InnerSolver, Tree, Tree]:
+    """Return the solver that runs the problem, copies of hyperparameters and start, after a look at all of them.
+
+    Args:
+        problem: the problem.
+        solver: the inner solver.
+        estimator: the estimator.
+        hparams: hyperparameters.
+        params: where the inner solver starts, or None for the problem's start.
+        check: whether to look at everything that can be known before the work starts.
+
+    Returns:
+        (solver, hparams, start).
+
+    Raises:
+        ValueError: what the checks of the problem and of the estimator raise.
+        DerivativeError: a ValueError, for an inner loss without the second derivatives that the estimator takes.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "torch.inference_mode() is on, under which nothing has derivatives: use torch.no_grad() there."
+        )
+    hparams, start = tree.copied(hparams), tree.copied(problem.start(params))
+    if check:
+        estimator.check(problem, solver, hparams)
+        reads = partial(read_by_steps, solver) if estimator.differentiates_steps else None
+        try:
+            problem.check(start, hparams, reads)
+        except DerivativeError:
+            if estimator.second_derivatives:
+                raise
+    return with_statistics(problem, solver), hparams, start

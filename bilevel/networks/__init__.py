@@ -1,0 +1,1 @@
+"""Problems over the parameters of an ``nn.Module``: BatchNorm, dropout, weight decay, Gauss-Newton."""

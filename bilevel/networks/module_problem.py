@@ -1,0 +1,148 @@
+"""`ModuleProblem`: a bilevel problem over the parameters of an ``nn.Module``; see `BilevelProblem.from_module`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bilevel.core import tree
+from bilevel.core.options import require_arguments
+from bilevel.core.tree import Tree
+from bilevel.networks.functional import FunctionalModule, ModuleLoss, normalising_layer
+from bilevel.networks.running_statistics import RunningStatistics, StatisticsInner
+from bilevel.oracles.batching import with_last
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.random_layers import Draws, random_layer
+from bilevel.oracles.samplers import Sampler
+from bilevel.oracles.sampling import FreshBatch
+
+
+class ModuleProblem(BilevelProblem):
+    """Two losses of a module, whose layers may draw random numbers and keep running statistics.
+
+    Args:
+        module: as for `BilevelProblem.from_module`, and so are the others.
+        inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``.
+        outer_loss: likewise.
+        sampler: the batches of the inner loss.
+        fresh_batch: when the inner loss sees another batch.
+        outer_sampler: the batches of the outer loss.
+        seed: for layers that draw random numbers.
+
+    Raises:
+        ValueError: as `BilevelProblem.from_module` says.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inner_loss: Callable[..., Tensor],
+        outer_loss: Callable[..., Tensor],
+        *,
+        sampler: Sampler | DataLoader[Any] | None = None,
+        fresh_batch: FreshBatch = "inner step",
+        outer_sampler: Sampler | DataLoader[Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        for what, loss, batches in (("inner_loss", inner_loss, sampler), ("outer_loss", outer_loss, outer_sampler)):
+            require_arguments(what, loss, "model", "params", "hparams", *([] if batches is None else ["batch"]))
+        functional, random = FunctionalModule(module), random_layer(module)
+        if seed is None and random is not None:
+            raise ValueError(
+                f"the module's random layer {random!r} (dropout) is active, so the inner loss is random and has no "
+                "hypergradient: give `seed=` to fix its draws at each inner step, or call module.eval() first."
+            )
+        self.draws = None if seed is None else Draws(seed, tree.leaves(functional.params)[0].device)
+        """The random numbers of the losses; None: they draw none."""
+        self._module_loss = ModuleLoss(inner_loss, functional, False, self.draws)
+        super().__init__(
+            self._module_loss,
+            ModuleLoss(outer_loss, functional, True, self.draws),
+            functional.params | functional.statistics,
+            sampler=sampler,
+            fresh_batch=fresh_batch,
+            outer_sampler=outer_sampler,
+        )
+        self.wrong_third = normalising_layer(module)
+        if functional.statistics:
+            self.statistics, self.inner_problem = RunningStatistics(functional), StatisticsInner
+
+    @property
+    def module_loss(self) -> ModuleLoss:
+        """The inner loss on the present batch in two halves, model and loss of its outputs."""
+        loss = self._module_loss
+        if self._sampling is None or self._sampling.sampler is None:
+            return loss
+        return replace(loss, loss=with_last(loss.loss, self.minibatch))
+
+    @property
+    def variation(self) -> str:
+        """Why inner steps differ in more than params; an empty string where they do not."""
+        if super().variation:
+            return super().variation
+        if self.draws is not None:
+            return "random layers, whose steps see different draws"
+        return "" if self.statistics is None else "running statistics, which move besides the parameters"
+
+    def on_step(self, index: int) -> BilevelProblem:
+        """Return the view of this problem that inner step `index` sees: with the batch and the draws of the step."""
+        view = super().on_step(index)
+        if self.draws is None:
+            return view
+        view = copy.copy(view)
+        view.inner_loss = self.draws.seeded(view.inner_loss, index)
+        return view
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the part of params that inner solvers move: all of it, but for running statistics."""
+        return params if self.statistics is None else self.statistics.trainable(params)
+
+    def at_rest(self) -> ModuleProblem:
+        """Return this problem without `variation`, over the trainable part alone.
+
+        Random layers have the draws of what is no step. Running statistics are those of the batch at the params.
+        """
+        view = copy.copy(self)
+        view.sampler, view.draws = None, None  # the losses draw by themselves
+        if (statistics := self.statistics) is not None:
+
+            def outer(x: Tree, hparams: Tree) -> Tensor:
+                return self.outer_loss(statistics.at_rest(self, x, hparams), hparams)
+
+            view.params, view.outer_loss, view.statistics = self.trainable(self.params), outer, None
+            view.inner_problem = InnerProblem
+        return view
+
+    def start(self, params: Tree = None) -> Tree:
+        """Return where the inner solver starts; running statistics that are not given are the module's own."""
+        params = super().start(params)
+        return params if self.statistics is None else self.statistics.completed(params)
+
+    def traced(self, mode: str = "fx") -> BilevelProblem:
+        """Return this problem with traced oracles; see `BilevelProblem.traced`.
+
+        Raises:
+            ValueError: for a problem with a seed, too.
+        """
+        if self.draws is not None:
+            raise ValueError("a problem with a `seed` for random layers cannot be traced: leave out `traced`.")
+        return super().traced(mode)
+
+    def batched(self, size: int, data: Tree = None) -> BilevelProblem:
+        """Return members side by side; see `BilevelProblem.batched`.
+
+        Raises:
+            ValueError: for random layers and running statistics, too.
+        """
+        if self.draws is not None or self.statistics is not None:
+            raise ValueError(
+                f"a problem with {self.variation} does not run in batches: run its members one after the other "
+                "by rows='loop', or put the module in evaluation mode before `from_module`."
+            )
+        return super().batched(size, data)

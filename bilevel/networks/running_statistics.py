@@ -1,0 +1,142 @@
+"""Running statistics beside the inner variable: the oracles of a problem whose params hold both.
+
+Params are the trainable parameters x and the running statistics b. The inner loss depends on x alone, so every oracle
+works on x; b moves with each step by ``b <- (1 - m) b + m s(x, u)``, s the statistics of the step's batch. At a
+solution x the statistics of the inner batch are at rest: ``b = s(x, u)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.networks.batch_norm import Tape
+from bilevel.networks.functional import FunctionalModule
+from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
+
+
+class RunningStatistics:
+    """How the running statistics of a problem move.
+
+    Args:
+        functional: the module.
+    """
+
+    def __init__(self, functional: FunctionalModule) -> None:
+        self._functional, self._layers = functional, functional.batch_norm
+        self.recording = self._layers.recording
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the trainable part of params; what holds no statistics is returned as it is."""
+        if len(params) == len(self._functional.params):
+            return params
+        return {name: params[name] for name in self._functional.params}
+
+    def completed(self, params: Tree) -> Tree:
+        """Return params with the module's own statistics where they hold none; ValueError where a parameter lacks."""
+        start = self._functional.params | self._functional.statistics
+        missing = [name for name in self._functional.params if name not in params]
+        if missing:
+            raise ValueError(f"`params` lacks the parameter {missing[0]!r} of the module.")
+        return {name: params.get(name, value) for name, value in start.items()}
+
+    def moved(self, params: Tree, tape: Tape) -> Tree:
+        """Return the statistics of params after the recorded batches."""
+        return self._layers.moved(self._of(params), tape)
+
+    def after(self, problem: Any, params: Tree, hparams: Tree) -> Tree:
+        """Return the statistics of params after a step of the problem from there, with their graph."""
+        return self.moved(params, self.record(problem, self.trainable(params), hparams))
+
+    def at_rest(self, problem: Any, params: Tree, hparams: Tree) -> Tree:
+        """Return params with statistics that the problem's batch no longer moves, with their graph."""
+        x = self.trainable(params)
+        return x | self._layers.at_rest(self._of(params), self.record(problem, x, hparams))
+
+    def record(self, problem: Any, x: Tree, hparams: Tree) -> Tape:
+        """Run the inner loss and return what its layers saw."""
+        with self.recording() as tape:
+            problem.inner_loss(x, hparams)
+        return tape
+
+    def _of(self, params: Tree) -> Tree:
+        return {name: params.get(name, value) for name, value in self._functional.statistics.items()}
+
+
+class StatisticsInner(InnerProblem):
+    """An inner problem whose params may hold running statistics: its oracles take them and work on the rest."""
+
+    _split: tuple[Tree, Tree] | None = None
+    _seen: tuple[Tree, Tape] | None = None
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the trainable part of params, the same object as long as params are: kept gradients stay valid."""
+        if self._split is None or self._split[0] is not params:
+            x = self.problem.trainable(params)
+            if x is params:
+                return x
+            self._split = (params, x)
+        return self._split[1]
+
+    def unmoved(self, before: Tree, after: Tree) -> bool:
+        """Whether a step has handed back the same trainable tensors."""
+        pairs = zip(*(tree.leaves(self.problem.trainable(each)) for each in (before, after)), strict=True)
+        return all(old is new for old, new in pairs)
+
+    def value(self, params: Tree) -> Tensor:
+        """Return the inner loss."""
+        return super().value(self.trainable(params))
+
+    def grad(self, params: Tree) -> Tree:
+        """Return the gradient by the trainable part."""
+        return super().grad(self.trainable(params))
+
+    def linearize(self, params: Tree) -> Linearization:
+        """Return that gradient linearised."""
+        return super().linearize(self.trainable(params))
+
+    def curvature(self, params: Tree) -> Spectrum:
+        """Return the ends of its spectrum."""
+        return super().curvature(self.trainable(params))
+
+    def statistics_after(self, params: Tree) -> Tree:
+        """Return the statistics after a step from params; where the last gradient was taken there, at no cost."""
+        x = self.trainable(params)
+        if self._seen is None or self._seen[0] is not x:
+            self.counts["value"] += 1
+            with torch.no_grad():
+                self._seen = (x, self.problem.statistics.record(self.problem, x, self.hparams))
+        return self.problem.statistics.moved(params, self._seen[1])
+
+    def at_rest(self, params: Tree) -> Tree:
+        """Return params with the statistics of the inner batch at them."""
+        self.counts["value"] += 1
+        with torch.no_grad():
+            return self.problem.statistics.at_rest(self.problem, params, self.hparams)
+
+    def at_rest_vjp(self, params: Tree, cotangent: Tree) -> tuple[Tree, Tree]:
+        """Return the VJP of (x, u) -> (x, s(x, u))."""
+        self.counts["gradient"] += 1
+        x, hparams = tree.attach(self.trainable(params)), tree.attach(self.hparams)
+        with torch.enable_grad():
+            rest = self.problem.statistics.at_rest(self.problem, x, hparams)
+        roots = tree.leaves(x) + tree.leaves(hparams)
+        moving = [(rest[name], part) for name, part in cotangent.items() if rest[name].requires_grad]
+        products = torch.autograd.grad([b for b, _ in moving], roots, [c for _, c in moving], materialize_grads=True)
+        cut = len(tree.leaves(x))
+        return tree.rebuild(x, products[:cut]), tree.rebuild(hparams, products[cut:])
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._seen = None
+
+    def _grad(self, params: Tree) -> Tree:
+        with self.problem.statistics.recording() as tape:
+            gradient = super()._grad(params)
+        self._seen = (params, [(name, mean.detach(), variance.detach()) for name, mean, variance in tape])
+        return gradient

@@ -1,0 +1,277 @@
+"""Batches of problems: members side by side as one problem.
+
+Every leaf of params and hparams gets a leading dimension, one row for each member. The batched inner loss is the sum
+over members, so its Hessian is block-diagonal and every oracle (gradient, HVP, VJP, JVP) is right as it stands; the
+batched outer loss is a tensor of shape (members,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.options import is_int
+from bilevel.core.tree import Tree
+from bilevel.oracles.validation import Reads
+
+if TYPE_CHECKING:
+    from bilevel.oracles.problem import BilevelProblem
+
+Function: TypeAlias = Callable[..., Any]
+Rows: TypeAlias = Literal["auto", "loop"]
+"""How the members of a batch run: side by side where torch can do that, or one after the other."""
+
+
+def with_data(function: Function | None, data: Tree) -> Function | None:
+    """Return the function of (params, hparams) that a function of (params, hparams, data) is for given data."""
+    return function if function is None or data is None else with_last(function, data)
+
+
+def with_last(function: Function, value: Tree) -> Function:
+    """Return the function of all arguments but the last that a function is at one value of it."""
+    return lambda *arguments: function(*arguments, value)
+
+
+def for_members(function: Function | None, data: Tree) -> Function | None:
+    """Return a function of one member, applied to each; `data` has a row for each member, or is None."""
+    if function is None:
+        return None
+    each = vectorised(function)
+    further = () if data is None else (data,)
+    return lambda params, hparams: each(params, hparams, *further)
+
+
+class NotSideBySide(ValueError):
+    """A function of one member that works, but not vectorised over members."""
+
+
+def vectorised(function: Function) -> Function:
+    """Return ``torch.func.vmap(function)``.
+
+    It raises `NotSideBySide` where torch cannot vectorise the function, and the function's own error where it fails for
+    one member alone.
+    """
+    each = torch.func.vmap(function)
+
+    def batched(*trees: Tree) -> Any:
+        try:
+            return each(*trees)
+        except Exception as error:
+            function(*[members.row(tree, 0) for tree in trees])
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise NotSideBySide(
+                f"a loss cannot be vectorised over members by torch.func.vmap: {reason} (members can run one after the "
+                "other: rows='loop')."
+            ) from error
+
+    return batched
+
+
+def summed(function: Function | None) -> Function | None:
+    """Return the sum over members of a function for members."""
+    return None if function is None else lambda params, hparams: function(params, hparams).sum()
+
+
+def check_rows_option(rows: Any) -> Rows:
+    """Return the option, or refuse another word than "auto" and "loop" by a ValueError."""
+    if rows not in ("auto", "loop"):
+        raise ValueError(f"`rows` must be 'auto' or 'loop', got {rows!r}.")
+    chosen: Rows = rows
+    return chosen
+
+
+def check_size(size: Any) -> None:
+    """Refuse what is no number of members.
+
+    Args:
+        size: the number.
+
+    Raises:
+        ValueError: unless it is a positive int.
+    """
+    if not is_int(size):
+        raise ValueError(f"`batch` must be a positive int or None, got {size!r}.")
+
+
+def check_single(problem: BilevelProblem, size: Any) -> None:
+    """Refuse to make a batch of what is one, or of a size that is none.
+
+    Args:
+        problem: the problem.
+        size: number of members.
+
+    Raises:
+        ValueError: for a size that is no positive int, and for a problem that is a batch.
+    """
+    check_size(size)
+    if problem.batch is not None:
+        raise ValueError(f"this problem is a batch of {problem.batch} already.")
+
+
+def check_own_data(problem: BilevelProblem, size: Any, data: Tree) -> None:
+    """Refuse, besides what `check_single` refuses, data for a problem that holds its own.
+
+    Args:
+        problem: a problem with closed forms.
+        size: number of members.
+        data: should be None.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    check_single(problem, size)
+    if data is not None:
+        raise ValueError(f"{type(problem).__name__} holds its data itself: stack problems by `bilevel.stack`.")
+
+
+def start(size: int, own: Tree, params: Tree) -> Tree:
+    """Return a start for every member; one that lacks the leading dimension is the same for all.
+
+    Args:
+        size: number of members.
+        own: the problem's own start, with the leading dimension; None where it has none.
+        params: the start that was asked for. Where the problem has a start, shapes tell the two cases apart; else
+            params whose leaves all have `size` rows are taken for one start for each member.
+
+    Raises:
+        ValueError: for a start that fits neither case.
+    """
+    if own is None:
+        rows = all(leaf.dim() > 0 and len(leaf) == size for leaf in tree.leaves(params))
+        return tree.detach(params) if rows else members.expand(params, size)
+    given = [tuple(leaf.shape) for leaf in tree.leaves(params)]
+    if given == [tuple(leaf.shape[1:]) for leaf in tree.leaves(own)]:
+        return members.expand(params, size)
+    members.check_rows("params", params, size)
+    return tree.detach(params)
+
+
+def check(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
+    """Look at shapes, and at members until one is found that can be solved.
+
+    A mistake in the call breaks every member; what breaks one of them alone becomes that member's verdict.
+
+    Args:
+        problem: the batch.
+        params: starts.
+        hparams: hyperparameters.
+        reads: as in `BilevelProblem.check`.
+
+    Raises:
+        ValueError: for a wrong leading dimension; if no member can be solved, what the first one's check says.
+    """
+    assert problem.batch is not None
+    members.check_rows("hparams", hparams, problem.batch)
+    members.check_rows("params", params, problem.batch)
+    first: ValueError | None = None
+    for index in range(problem.batch):
+        try:
+            return problem.member(index).check(members.row(params, index), members.row(hparams, index), reads)
+        except ValueError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def exact_hypergradient(problem: BilevelProblem, hparams: Tree) -> Tree | None:
+    """Return the exact hypergradients of all members, stacked, or None where one has none."""
+    assert problem.batch is not None
+    rows = [problem.member(i).exact_hypergradient(members.row(hparams, i)) for i in range(problem.batch)]
+    return None if any(row is None for row in rows) else members.stack(rows)
+
+
+def stack(problems: Sequence[BilevelProblem], rows: Rows = "auto") -> BilevelProblem:
+    """Return problems of one kind with equal shapes and options as one batch, such as 50 seeds of a split.
+
+    Problems with closed forms (`RidgeProblem`, ...) stack their data. A general `BilevelProblem` must have been given
+    its data by ``data=``, and all must share the same loss functions.
+
+    Args:
+        problems: at least one.
+        rows: "auto" for members side by side; "loop" for members one after the other, whose data and kinds may differ.
+
+    Returns:
+        A problem of ``len(problems)`` members; ``member(i)`` is ``problems[i]``.
+
+    Raises:
+        ValueError: for problems that cannot be stacked, with the first difference.
+
+    >>> from bilevel.problems import RidgeProblem
+    >>> def draw(seed):
+    ...     X = torch.randn(6, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ...     return RidgeProblem(X[:4], X[:4, 0], X[4:], X[4:, 0])
+    >>> batch = stack([draw(0), draw(1), draw(2)])
+    >>> batch.batch, batch.params.shape
+    (3, torch.Size([3, 2]))
+    """
+    if not problems:
+        raise ValueError("`stack` needs at least one problem.")
+    first = problems[0]
+    if check_rows_option(rows) == "loop":
+        from bilevel.oracles.one_by_one import (
+            RowsProblem,  # imported here: it is a problem, and problems are made of batches
+        )
+
+        return RowsProblem(problems)
+    for index, problem in enumerate(problems):
+        if type(problem) is not type(first):
+            raise ValueError(
+                f"`stack` takes problems of one kind, but problem 0 is a {type(first).__name__} and problem {index} "
+                f"a {type(problem).__name__}."
+            )
+        if problem.batch is not None:
+            raise ValueError(f"`stack` takes single problems, but problem {index} is a batch of {problem.batch}.")
+    return first.stacked(problems)
+
+
+def check_shared_functions(problems: Sequence[BilevelProblem]) -> None:
+    """Refuse problems stated by functions that cannot be stacked.
+
+    Args:
+        problems: problems of one kind.
+
+    Raises:
+        ValueError: for one without data of its own, and for one whose functions are not those of the first.
+    """
+    for index, problem in enumerate(problems):
+        if problem.data is None:
+            raise ValueError(
+                f"`stack` needs the data of problem {index}: make it by BilevelProblem(..., data=tree) "
+                "with losses of (params, hparams, data)."
+            )
+        if problem.functions != problems[0].functions:
+            raise ValueError(f"`stack` takes problems that share their functions, but problem {index} has others.")
+
+
+def stacked_trees(what: str, trees: Sequence[Tree]) -> Tree:
+    """Return the batch of some trees of equal shapes.
+
+    Args:
+        what: how messages call them.
+        trees: one for each problem.
+
+    Raises:
+        ValueError: with the first that differs.
+    """
+    shapes = [[tuple(leaf.shape) for leaf in tree.leaves(each)] for each in trees]
+    for index, each in enumerate(shapes):
+        if each != shapes[0]:
+            raise ValueError(
+                f"`stack` takes problems of equal shapes, but {what} has {_shown(shapes[0])} in problem 0 and "
+                f"{_shown(each).split(' ', 1)[1]} in problem {index}."
+            )
+    return members.stack(trees)
+
+
+def _shown(shapes: list[tuple[int, ...]]) -> str:
+    return "shape " + str(shapes[0]) if len(shapes) == 1 else f"shapes {shapes}"
+
+
+def row_of(data: Tree, index: int) -> Tree:
+    """Return one member's data; None stays None."""
+    return None if data is None else tree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, data)

@@ -1,0 +1,65 @@
+"""The tensors that a problem's functions hold without being given them: data, modules, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.purity import referred_to
+
+
+def captured(problem: BilevelProblem) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for the tensors that the functions of a problem refer to, each once.
+
+    Args:
+        problem: the problem; its own attributes count where its losses are methods.
+    """
+    yield from referred_to(problem).tensors.items()
+
+
+def check_captured(problem: BilevelProblem, params: Tree, hparams: Tree) -> None:
+    """Refuse an inner problem that holds tensors that require gradients, which it would not get.
+
+    Args:
+        problem: the problem.
+        params: a start.
+        hparams: hyperparameters.
+
+    Raises:
+        ValueError: with the name of the first such tensor.
+    """
+    named, what = list(problem.detached), ""
+    if not named:
+        function = problem.inner_loss if problem.optimality is None else problem.optimality
+        params, hparams = tree.detach(params), tree.detach(hparams)
+        first = _graph(function(params, hparams))
+        # A loss may make leaves of its own, for a derivative inside it: those are others in the next call.
+        again = _graph(function(params, hparams)) if first else set()
+        leaves = [node.variable for node in first & again if hasattr(node, "variable")]
+        for name, each in captured(problem) if leaves else ():
+            if each.grad_fn in first or any(each is leaf for leaf in leaves):
+                named.append(name)
+        what = f"a tensor of shape {tuple(max(leaves, key=Tensor.numel).shape)}" if leaves else ""
+    if named or what:
+        what = f"`{named[0]}`" if named else what
+        raise ValueError(
+            f"the inner problem holds {what}, which requires gradients, but `solution` is differentiated by hparams "
+            "alone: hand it over as a hyperparameter, or detach it."
+        )
+
+
+def _graph(values: Tree) -> set[Any]:
+    """Return the nodes of the autograd graph of some tensors."""
+    found: set[Any] = set()
+    nodes = [leaf.grad_fn for leaf in tree.leaves(values) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    return found

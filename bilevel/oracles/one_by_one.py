@@ -1,0 +1,53 @@
+"""Members of a batch that run one after the other, behind the calls of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bilevel.core import rows as members
+from bilevel.core.tree import Tree
+from bilevel.oracles.problem import BilevelProblem
+
+
+class RowsProblem(BilevelProblem):
+    """A batch whose members run one after the other, each as it would alone, bit for bit.
+
+    Args:
+        problems: the members; their data, samplers and modules may differ, the shapes of params and hparams may not.
+        why: why they do not run side by side; empty where that was asked for.
+
+    >>> problem = BilevelProblem(lambda w, u: (w - u) ** 2, lambda w, u: w**2, torch.tensor(0.0))
+    >>> RowsProblem([problem, problem]).outer_loss(torch.tensor([1.0, 2.0]), torch.zeros(2))
+    tensor([1., 4.])
+    """
+
+    one_by_one = True
+
+    def __init__(self, problems: Sequence[BilevelProblem], why: str = "") -> None:
+        starts = [problem.params for problem in problems]
+        super().__init__(params=None if any(start is None for start in starts) else members.stack(starts))
+        self.as_batch(problems)
+        self.why, self.renewed = why, problems[0].renewed
+
+    def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the sum over members of the inner losses."""
+        losses = [p.inner_loss(members.row(params, i), members.row(hparams, i)) for i, p in enumerate(self._single)]
+        return torch.stack(losses).sum()
+
+    def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the outer losses, of shape (members,)."""
+        return torch.stack([
+            problem.outer_loss(members.row(params, index), members.row(hparams, index))
+            for index, problem in enumerate(self._single)
+        ])
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the part of params that inner solvers move."""
+        return self._single[0].trainable(params)
+
+    def on_outer_step(self, index: int) -> RowsProblem:
+        """Return the members of an outer step."""
+        return RowsProblem([problem.on_outer_step(index) for problem in self._single], self.why)

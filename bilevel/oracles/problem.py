@@ -1,0 +1,503 @@
+"""`BilevelProblem`: two losses, and where the inner variable starts.
+
+min over hparams   outer_loss(params*(hparams), hparams)
+subject to         params*(hparams) = argmin over params of inner_loss(params, hparams)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bilevel.core import rows as members
+from bilevel.core import tree
+from bilevel.core.options import require_arguments
+from bilevel.core.tree import Tree
+from bilevel.networks.functional import ModuleLoss
+from bilevel.networks.running_statistics import RunningStatistics
+from bilevel.numerics.eigenbasis import Eigenbasis
+from bilevel.oracles import batching as batches
+from bilevel.oracles.error_model import Certifiable
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.purity import Purity
+from bilevel.oracles.samplers import Sampler, fetched_anew
+from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
+from bilevel.oracles.tracing import Traces, traced
+from bilevel.oracles.validation import (
+    Reads,
+    check_losses,
+    check_tensors,
+)
+
+Loss: TypeAlias = Callable[..., Tensor]
+"""``(params, hparams) -> scalar``, or ``(params, hparams, data) -> scalar``."""
+
+
+class BilevelProblem:
+    """An inner and an outer loss over trees of tensors.
+
+    Both losses are called as ``loss(params, hparams)`` and return a scalar Tensor; data are captured by the functions.
+    The inner loss must be twice differentiable in ``(params, hparams)`` for anything but `FiniteDifference`.
+
+    With a sampler the inner loss is called as ``inner_loss(params, hparams, batch)``, and inner step k sees the batch
+    ``sampler(k)``: unrolling differentiates exactly those steps. Whatever is no step (the residual in the certificate,
+    a measured step size, the linear systems of `Implicit`) is evaluated on ``sampler.full()``, or on the batch that a
+    sampler draws for it. A cold start begins at batch 0, so the outer objective is one fixed function of the
+    hyperparameters; a warm start goes on to the batches after those of the carried state. Costs count calls, whatever
+    the size of a batch. With ``fresh_batch="outer step"`` all of outer step i is evaluated on ``sampler(i)``, as if
+    there were no other data. With an outer sampler outer step i sees ``outer_loss(params, hparams, outer_sampler(i))``.
+    A single call sees what outer step 0 of an `OuterOptimizer` sees.
+
+    The losses must be functions of their arguments: they write nothing, draw nothing, and depend on nothing that moves
+    from call to call. The first use of a problem looks at that (`bilevel.oracles.purity`) and refuses in one sentence.
+
+    Args:
+        inner_loss: the loss that the inner solver minimises over params.
+        outer_loss: the loss whose gradient over hparams is wanted.
+        params: where the inner solver starts, unless a call says otherwise.
+        optimality: instead of an inner loss, a map whose zero over params is the inner solution, such as
+            ``params - update(params, hparams)`` or a KKT residual; it returns a tree shaped as params. Its Jacobian
+            need not be symmetric: use GMRES for implicit differentiation.
+        sampler: the batches of the inner loss, such as ``MiniBatches((X, y), batch_size=64)``, or a DataLoader (see
+            `LoaderBatches`).
+        fresh_batch: when the inner loss sees another batch: "inner step", "outer step", or "never" (all data always).
+        outer_sampler: the batches of the outer loss, likewise; another one each outer step.
+        data: a tree of tensors that the functions are then given as a third argument,
+            ``loss(params, hparams, data)``: what differs between the problems of a batch.
+
+    Raises:
+        ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes its arguments,
+            and params are tensors; for a sampler that is none, or without a loss to hand its batches to.
+
+    >>> data = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    >>> problem = BilevelProblem(
+    ...     inner_loss=lambda w, penalty: ((w - data) ** 2).mean() + penalty * w**2,
+    ...     outer_loss=lambda w, penalty: (w - 1.0) ** 2,
+    ...     params=torch.tensor(0.0, dtype=torch.float64),
+    ... )
+    >>> problem.bind(torch.tensor(1.0, dtype=torch.float64)).grad(problem.params)
+    tensor(-4., dtype=torch.float64)
+    """
+
+    inner_problem: type[InnerProblem] = InnerProblem
+    """The class of the bound problem; a structured problem names its own."""
+
+    quadratic: bool = False
+    """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
+
+    detached: tuple[str, ...] = ()
+    """Names of data that required gradients where the problem was made, which holds their values as constants."""
+    one_solution: bool = True
+    """Whether the inner problem is taken to have one solution, so that a tight solve from anywhere is a referee."""
+    renewed: bool = False
+    """Whether each outer step has an inner variable of its own (`on_outer_step`), as where tasks are drawn anew.
+
+    Then no warm start is handed on, outer losses of different steps do not compare (the last hyperparameters are the
+    best), and comparisons have no referee.
+    """
+
+    inner_loss: Loss
+    outer_loss: Loss
+    optimality: Callable[[Tree, Tree], Tree] | None
+    sampler: Sampler | None = None
+    """Where every inner step sees a batch of its own: the batches."""
+    minibatch: Tree = ()
+    """The mini-batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
+    _sampling: Sampling | None = None
+    statistics: RunningStatistics | None = None
+    """The running statistics that params hold besides what inner solvers move; None: nothing besides."""
+    wrong_third: str | None = None
+    """What makes third derivatives of the inner loss by autograd wrong, for a message; None: nothing known."""
+    traces: Traces | None = None
+    """The traced oracles of a problem that `traced` made."""
+    batch: int | None = None
+    """Number of members where this is a batch (see `batched`), else None."""
+    one_by_one: bool = False
+    """Whether the members of this batch run one after the other."""
+    why: str = ""
+    """Why they do, where nobody asked for it."""
+    data: Tree = None
+
+    def __init__(
+        self,
+        inner_loss: Callable[..., Tensor] | None = None,
+        outer_loss: Loss | None = None,
+        params: Tree = None,
+        *,
+        optimality: Callable[..., Tree] | None = None,
+        sampler: Sampler | DataLoader[Any] | None = None,
+        fresh_batch: FreshBatch = "inner step",
+        outer_sampler: Sampler | DataLoader[Any] | None = None,
+        data: Tree = None,
+    ) -> None:
+        if data is not None and (sampler is not None or outer_sampler is not None):
+            raise ValueError("give `data` or a `sampler`, not both: each is the third argument of a loss.")
+        given = () if data is None else ("data",)
+        for what, function, more in (
+            ("inner_loss", inner_loss, given if sampler is None else ("batch",)),
+            ("outer_loss", outer_loss, given if outer_sampler is None else ("batch",)),
+            ("optimality", optimality, given),
+        ):
+            if function is not None:
+                require_arguments(what, function, "params", "hparams", *more)
+        if params is not None:
+            check_tensors("params", params)
+        self.derivatives_seen: dict[str, Any] = {}
+        """What has been found of the derivatives of the losses; views of this problem share it."""
+        # Structured problems define the losses as methods and pass none.
+        self.functions = (inner_loss, outer_loss, optimality)
+        self.data = data
+        inner, outer, self.optimality = (batches.with_data(function, data) for function in self.functions)
+        if inner is not None:
+            self.inner_loss = inner
+        if outer is not None:
+            self.outer_loss = outer
+        if (getattr(self, "inner_loss", None) is None) == (optimality is None):
+            raise ValueError("a BilevelProblem needs exactly one of `inner_loss` and `optimality`.")
+        if not callable(getattr(self, "outer_loss", None)):
+            raise ValueError("a BilevelProblem needs an `outer_loss`, a function (params, hparams) -> scalar Tensor.")
+        self.params = params
+        self.purity = Purity()
+        self._sampling = sampling(sampler, fresh_batch, inner_loss, outer_sampler, outer_loss)
+        if self._sampling is not None:
+            self._see(self._sampling, 0)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the Jacobian of the optimality map is a Hessian, hence symmetric."""
+        return self.optimality is None
+
+    @property
+    def module_loss(self) -> ModuleLoss | None:
+        """The inner loss in two halves, model and loss of its outputs; None where it has no such halves."""
+        return None
+
+    @property
+    def variation(self) -> str:
+        """Why inner steps differ in more than params; an empty string where they do not."""
+        return "" if self.sampler is None else "a sampler, whose steps see different batches"
+
+    def bind(self, hparams: Tree, counts: Counter[str] | None = None) -> InnerProblem:
+        """Return the inner problem at fixed hyperparameters.
+
+        Args:
+            hparams: hyperparameters.
+            counts: where its oracle calls are counted; a new counter by default.
+        """
+        return self.inner_problem(self, hparams, counts)
+
+    def on_batch(self, batch: Tree) -> BilevelProblem:
+        """Return a view of this problem whose inner loss is that of `batch`; without a sampler, the problem itself."""
+        if self._sampling is None or self._sampling.sampler is None:
+            return self
+        view = copy.copy(self)
+        view.minibatch, view.inner_loss = batch, batches.with_last(self._sampling.inner_loss, batch)
+        return view
+
+    def on_step(self, index: int) -> BilevelProblem:
+        """Return the view of this problem that inner step `index` sees: with the batch of the step."""
+        return self if self.sampler is None else self.on_batch(self.sampler(index))
+
+    def sources(self) -> list[tuple[str, Callable[[int], Tree]]]:
+        """Return what hands data to the losses by an index, with how messages call it: the samplers."""
+        if self._sampling is None:
+            return []
+        made = (("sampler", self._sampling.sampler), ("outer sampler", self._sampling.outer_sampler))
+        return [(what, fetched_anew(each)) for what, each in made if each is not None]
+
+    def trainable(self, params: Tree) -> Tree:
+        """Return the part of params that inner solvers move: all of it, unless there are running `statistics`."""
+        return params
+
+    def at_rest(self) -> BilevelProblem:
+        """Return this problem without `variation`: every inner step sees what everything else of it is evaluated on."""
+        if self.sampler is None:
+            return self
+        view = copy.copy(self)
+        view.sampler = None
+        return view
+
+    def on_outer_step(self, index: int) -> BilevelProblem:
+        """Return the problem of an outer step: this one, unless its data change from step to step.
+
+        With samplers it is a view on the batches of that step. A problem that draws its data anew in another way, such
+        as tasks, overrides it with a pure function of the index, so that a run that resumes sees the same data again.
+        """
+        if self._sampling is None:
+            return self
+        view = copy.copy(self)
+        view._see(self._sampling, index)
+        return view
+
+    def _see(self, sampling: Sampling, outer_step: int) -> None:
+        """Evaluate the losses on their batches in an outer step."""
+        if sampling.sampler is not None:
+            self.sampler, self.minibatch = sampling.of_inner_steps, sampling.minibatch(outer_step)
+            self.inner_loss = batches.with_last(sampling.inner_loss, self.minibatch)
+        if sampling.outer_sampler is not None:
+            self.outer_loss = batches.with_last(sampling.outer_loss, sampling.outer_sampler(outer_step))
+
+    def traced(self, mode: str = "fx") -> BilevelProblem:
+        """Return this problem with its gradient and VJP oracles traced once and replayed: `bilevel.oracles.tracing`.
+
+        Args:
+            mode: "fx" replays the recorded operations without autograd; "inductor" compiles them (seconds to minutes
+                for each shape, and a C++ compiler).
+
+        Returns:
+            A problem of the same losses; this one is unchanged.
+
+        Raises:
+            ValueError: for another mode, and for a problem with closed-form oracles.
+        """
+        return traced(self, mode)
+
+    def gradient_graph(self, params: Tree, hparams: Tree) -> Tree:
+        """Return the inner gradient (or the optimality map) with its autograd graph back to `params` and `hparams`."""
+        if self.optimality is not None:
+            return tree.matched(self.optimality(params, hparams), params, "optimality")
+        # A start that requires no gradient still has to be a root of the gradient's graph.
+        params = tree.tree_map(lambda leaf: leaf if leaf.requires_grad else leaf.detach().requires_grad_(), params)
+        loss = self.inner_loss(params, hparams)
+        return tree.rebuild(
+            params, torch.autograd.grad(loss, tree.leaves(params), create_graph=True, materialize_grads=True)
+        )
+
+    def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
+        """Return the outer loss, of shape () or (batch,), and its partial gradients by `params` and `hparams`."""
+        params, hparams = tree.attach(params), tree.attach(hparams)
+        x, u = tree.leaves(params), tree.leaves(hparams)
+        with torch.enable_grad():
+            value = self.outer_loss(params, hparams)
+            total = value if self.batch is None else value.sum()
+        if not value.requires_grad:
+            return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
+        found = torch.autograd.grad(total, x + u, allow_unused=True)
+        # Zeros of a single number: there may be millions of hyperparameters, which few outer losses depend on.
+        both = [
+            leaf.new_zeros(()).expand_as(leaf) if part is None else part
+            for part, leaf in zip(found, x + u, strict=True)
+        ]
+        return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])
+
+    def exact_hypergradient(self, hparams: Tree) -> Tree | None:
+        """Return the exact hypergradient where a closed form exists, else None."""
+        return None if self.batch is None else batches.exact_hypergradient(self, hparams)
+
+    def spectrum(self) -> Eigenbasis | None:
+        """Return the eigenbasis of a quadratic inner loss whose Hessian is ``A + s(u) I``, else None (the default).
+
+        A problem that has one should compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then
+        take d numbers of work for each hyperparameter vector.
+        """
+        return None
+
+    def certifiable(self) -> Certifiable | None:
+        """Return what proved error bounds need to know of this problem, or None: its errors are estimated then."""
+        return None
+
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
+        """Return named figures of merit, such as the test loss; none by default.
+
+        Args:
+            params: the inner solution.
+            hparams: its hyperparameters.
+            solver: the inner solver.
+        """
+        return {}
+
+    def remark(self, params: Tree, hparams: Tree) -> str:
+        """Return what is odd about the outer loss where a run ends, in words; an empty string by default.
+
+        Args:
+            params: the inner solution.
+            hparams: its hyperparameters.
+        """
+        return ""
+
+    def start(self, params: Tree = None) -> Tree:
+        """Return where the inner solver starts: `params`, or else the problem's own start.
+
+        Raises:
+            ValueError: if neither is given, or what is given is no tree of tensors.
+        """
+        params = self.params if params is None else params
+        if params is None:
+            raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
+        check_tensors("params", params)
+        return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
+
+    def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
+        """Look at everything that can be known before the work starts.
+
+        Args:
+            params: where the inner solver starts.
+            hparams: hyperparameters.
+            reads: says which hyperparameters the inner solver reads by itself, such as a tuned step size.
+
+        Raises:
+            ValueError: one sentence for trees that do not fit, losses that are not finite scalars, params that neither
+                loss uses, and hyperparameters without influence on the inner problem.
+            DerivativeError: a ValueError, for an inner loss that torch cannot differentiate twice; one HVP shows it.
+        """
+        if self.batch is not None:
+            return batches.check(self, params, hparams, reads)
+        check_losses(self, params, hparams, reads)
+
+    def batched(self, size: int, data: Tree = None) -> BilevelProblem:
+        """Return a problem of `size` members side by side.
+
+        Params and hparams get a leading dimension; the losses are vectorised by ``torch.func.vmap``. Problems with
+        structure keep their closed forms.
+
+        Args:
+            size: number of members.
+            data: a tree with `size` rows in every leaf, one for each member: the losses are called as
+                ``loss(params, hparams, data)``. Default: this problem's own data for all.
+
+        Raises:
+            ValueError: for a size that is no positive int, data without as many rows, and a problem that is a batch.
+
+        >>> problem = BilevelProblem(
+        ...     lambda w, penalty, y: ((w - y) ** 2).mean() + penalty * w**2,
+        ...     lambda w, penalty, y: (w - y.mean()) ** 2,
+        ...     params=torch.tensor(0.0),
+        ...     data=torch.tensor([1.0, 3.0]),
+        ... )
+        >>> batch = problem.batched(2, data=torch.tensor([[1.0, 3.0], [0.0, 2.0]]))
+        >>> batch.bind(torch.ones(2)).grad(batch.start())
+        tensor([-4., -2.])
+        """
+        batches.check_single(self, size)
+        if self._sampling is not None:
+            raise ValueError(
+                "a problem with a sampler does not run in batches: give its data by `data=` instead, or take "
+                "rows='loop'."
+            )
+        single: list[BilevelProblem]
+        if data is None:
+            single = [self] * size
+            functions = (getattr(self, "inner_loss", None), self.outer_loss, self.optimality)
+        else:
+            members.check_rows("data", data, size)
+            functions = self.functions  # type: ignore[assignment]
+            single = [
+                BilevelProblem(*functions[:2], self.params, optimality=functions[2], data=batches.row_of(data, index))
+                for index in range(size)
+            ]
+        inner, outer, optimality = (batches.for_members(function, data) for function in functions)
+        params = None if self.params is None else members.expand(self.params, size)
+        return BilevelProblem(batches.summed(inner), outer, params, optimality=optimality).as_batch(single)
+
+    def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them.
+
+        Args:
+            problems: problems of the same kind, this one first.
+
+        Raises:
+            ValueError: for problems that differ in more than values of their data.
+        """
+        batches.check_shared_functions(problems)
+        batch = self.batched(len(problems), batches.stacked_trees("data", [problem.data for problem in problems]))
+        batch.params = batches.stacked_trees("params", [problem.start() for problem in problems])
+        return batch.as_batch(problems)
+
+    def as_batch(self, single: Sequence[BilevelProblem]) -> BilevelProblem:
+        """Declare this problem the batch of the given members, and return it."""
+        self.batch, self._single = len(single), tuple(single)
+        self.quadratic = all(each.quadratic for each in single)
+        return self
+
+    def member(self, index: int) -> BilevelProblem:
+        """Return one member of a batch as a problem of its own."""
+        return self._single[index]
+
+    @classmethod
+    def from_fixed_point(
+        cls, update: Callable[[Tree, Tree], Tree], outer_loss: Loss, params: Tree = None
+    ) -> BilevelProblem:
+        """Make a problem whose inner solution is the fixed point of ``update(params, hparams)``.
+
+        Args:
+            update: a map that contracts in params.
+            outer_loss: the outer loss.
+            params: where the inner solver starts.
+
+        Returns:
+            A problem with the optimality map ``params - update(params, hparams)``; solve it with `FixedPoint(update)`.
+        """
+        require_arguments("update", update, "params", "hparams")
+        return cls(
+            outer_loss=outer_loss,
+            params=params,
+            optimality=lambda params, hparams: tree.add(params, update(params, hparams), -1.0),
+        )
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        inner_loss: Callable[..., Tensor],
+        outer_loss: Callable[..., Tensor],
+        *,
+        sampler: Sampler | DataLoader[Any] | None = None,
+        fresh_batch: FreshBatch = "inner step",
+        outer_sampler: Sampler | DataLoader[Any] | None = None,
+        seed: int | None = None,
+    ) -> BilevelProblem:
+        """Make a problem over the parameters of an ``nn.Module``.
+
+        Both losses are given ``model``: ``model(*inputs)`` runs the module at the present parameters, each layer in the
+        mode that it has now, and ``model.eval()(*inputs)`` in evaluation mode. BatchNorm layers in train mode normalise
+        by the batch and move their running statistics with every inner step, as torch does; these statistics are then
+        among the problem's params, and the outer loss reads them by ``model.eval()``. docs/networks.md says how they
+        are differentiated.
+
+        Args:
+            module: the model; it is not modified. Parameters with ``requires_grad=False`` and all buffers but the
+                statistics above are constants at their present values.
+            inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``;
+                params are the trainable parameters, ``{name: tensor}``.
+            outer_loss: ``(model, params, hparams) -> scalar``, with an outer sampler a batch, too.
+            sampler: the batches of the inner loss.
+            fresh_batch: when the inner loss sees another batch: "inner step", "outer step", or "never".
+            outer_sampler: the batches of the outer loss, another one each outer step.
+            seed: for layers that draw random numbers (dropout): inner step k draws them from (seed, k), and whatever is
+                no step (residual, linear systems, outer loss) from the seed alone. Global generators are left alone.
+
+        Returns:
+            A problem whose params are ``{name: tensor}`` of the module's trainable parameters, then of the running
+            statistics that move.
+
+        Raises:
+            ValueError: for a module without trainable parameters, with random layers and no seed, with hooks on
+                gradients, weight norm or spectral norm in train mode, or losses that do not take three arguments.
+
+        >>> model = nn.Linear(2, 1)
+        >>> X, y = torch.ones(3, 2), torch.ones(3, 1)
+        >>> problem = BilevelProblem.from_module(
+        ...     model,
+        ...     inner_loss=lambda model, params, decay: ((model(X) - y) ** 2).mean() + decay * params["weight"].norm(),
+        ...     outer_loss=lambda model, params, decay: ((model(X) - y) ** 2).mean(),
+        ... )
+        >>> sorted(problem.params)
+        ['bias', 'weight']
+        """
+        from bilevel.networks.module_problem import ModuleProblem  # imported here: it is a subclass
+
+        return ModuleProblem(
+            module,
+            inner_loss,
+            outer_loss,
+            sampler=sampler,
+            fresh_batch=fresh_batch,
+            outer_sampler=outer_sampler,
+            seed=seed,
+        )

@@ -1,0 +1,79 @@
+"""Which batches the losses of a problem see: another one each inner step, another one each outer step, or all data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bilevel.core.tree import Tree
+from bilevel.oracles.loaders import LoaderBatches
+from bilevel.oracles.samplers import Sampler, between_steps
+
+FreshBatch: TypeAlias = Literal["inner step", "outer step", "never"]
+"""When the inner loss of a problem sees another batch."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which batches the losses of a problem see, and when.
+
+    Attributes:
+        sampler: the batches of the inner loss, or None.
+        fresh_batch: when it sees another one.
+        inner_loss: ``(params, hparams, batch) -> scalar``.
+        outer_sampler: the batches of the outer loss, another one each outer step, or None.
+        outer_loss: ``(params, hparams, batch) -> scalar``.
+    """
+
+    sampler: Sampler | None
+    fresh_batch: FreshBatch
+    inner_loss: Callable[..., Tensor]
+    outer_sampler: Sampler | None
+    outer_loss: Callable[..., Tensor]
+
+    @property
+    def of_inner_steps(self) -> Sampler | None:
+        """The sampler, where every inner step sees a batch of its own."""
+        return self.sampler if self.fresh_batch == "inner step" else None
+
+    def minibatch(self, outer_step: int) -> Tree:
+        """Return what the inner loss sees in an outer step, but for inner steps that see batches of their own."""
+        assert self.sampler is not None
+        if self.fresh_batch == "inner step":
+            return between_steps(self.sampler, outer_step)
+        return self.sampler(outer_step) if self.fresh_batch == "outer step" else self.sampler.full()
+
+
+def sampling(sampler: Any, fresh_batch: Any, inner_loss: Any, outer_sampler: Any, outer_loss: Any) -> Sampling | None:
+    """Return the sampling of a problem, with DataLoaders as samplers; None for a problem without batches.
+
+    Args:
+        sampler: the batches of the inner loss, or None.
+        fresh_batch: when it sees another one.
+        inner_loss: the inner loss.
+        outer_sampler: the batches of the outer loss, or None.
+        outer_loss: the outer loss.
+
+    Raises:
+        ValueError: for a sampler that is none, or whose loss is missing, and for another time of fresh batches.
+    """
+    if fresh_batch not in get_args(FreshBatch):
+        raise ValueError(f"`fresh_batch` must be 'inner step', 'outer step' or 'never', got {fresh_batch!r}.")
+    if fresh_batch != "inner step" and sampler is None:
+        raise ValueError(f"`fresh_batch` is {fresh_batch!r}, but there is no `sampler` to take batches from.")
+    made = []
+    for level, given, loss in (("inner", sampler, inner_loss), ("outer", outer_sampler, outer_loss)):
+        if given is not None and (loss is None or not isinstance(given, DataLoader | Sampler)):
+            what = "sampler" if level == "inner" else "outer_sampler"
+            raise ValueError(
+                f"`{what}` needs an `{level}_loss` (params, hparams, batch), and must be a function of the step with a "
+                "method `full()`, such as MiniBatches((X, y), batch_size=64), or a DataLoader."
+            )
+        made.append(LoaderBatches(given) if isinstance(given, DataLoader) else given)
+    if sampler is None and outer_sampler is None:
+        return None
+    return Sampling(made[0], fresh_batch, inner_loss, made[1], outer_loss)

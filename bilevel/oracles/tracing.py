@@ -1,0 +1,332 @@
+"""Traced oracles: gradient and VJP of a general loss, recorded once as a list of tensor operations and replayed.
+
+A reverse sweep over stored iterates pays for building and freeing an autograd graph at each step, although every step
+does the same. `traced` records the operations of one inner gradient and of one double backward (reverse over reverse)
+with ``make_fx``, cleans them up, and replays them; "inductor" compiles them. The recording holds for one signature
+(structure, shapes, dtypes, device); another one is recorded when it is met.
+
+Repeated products at one point (`hvp`, `cross`: linear solves) and `jvp` stay with autograd, whose graph they share.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from bilevel.core import tree
+from bilevel.core.threads import PROCESS_STATE
+from bilevel.core.tree import Tree
+from bilevel.networks.running_statistics import StatisticsInner
+from bilevel.oracles.inner_problem import InnerProblem, Linearization
+
+if TYPE_CHECKING:
+    from bilevel.oracles.problem import BilevelProblem
+
+MODES = ("fx", "inductor")
+Replay: TypeAlias = Callable[..., list[Tensor]]
+
+
+def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
+    """Return a problem of the same losses whose `grad` and `vjp` are traced.
+
+    The losses must be the same operations at every call: Python that looks at the values of tensors (``if``,
+    ``float()``) is refused, and numbers that it computes are recorded as they are at the first call. Captured tensors
+    may change their values in place, but must not be replaced.
+
+    Args:
+        problem: a problem without closed-form oracles.
+        mode: "fx" or "inductor".
+
+    Returns:
+        The traced problem.
+
+    Raises:
+        ValueError: for another mode, and for a problem with closed-form oracles.
+
+    >>> from bilevel import BilevelProblem
+    >>> problem = BilevelProblem(lambda w, u: (w**2).sum() * u.exp() + w.sum(), lambda w, u: (w**2).sum())
+    >>> inner = problem.traced().bind(torch.zeros(()))
+    >>> inner.grad(torch.ones(3))
+    tensor([3., 3., 3.])
+    """
+    if mode not in MODES:
+        raise ValueError(f"`traced` takes the mode 'fx' or 'inductor', got {mode!r}.")
+    if (kind := TRACED.get(problem.inner_problem)) is None:
+        raise ValueError(
+            f"{type(problem).__name__} has closed-form oracles, which are faster than traced ones: use it as it is."
+        )
+    view = copy.copy(problem)
+    view.inner_problem, view.traces, view.derivatives_seen = kind, Traces(mode), {}
+    return view
+
+
+class TracedLinearization(Linearization):
+    """A linearization whose `vjp` is replayed."""
+
+    def _vjp(self, v: Tree) -> tuple[Tree, Tree]:
+        inner = self.inner
+        both = inner.problem.traces.replay(_products, inner.problem, self.params, inner.hparams, v)
+        cut = len(tree.leaves(self.params))
+        return tree.rebuild(self.params, both[:cut]), tree.rebuild(inner.hparams, both[cut:])
+
+
+class TracedInner(InnerProblem):
+    """A bound problem whose `grad` is replayed."""
+
+    linearization = TracedLinearization
+
+    def _grad(self, params: Tree) -> Tree:
+        return tree.rebuild(params, self.problem.traces.replay(_gradient, self.problem, params, self.hparams))
+
+
+class TracedStatisticsInner(TracedInner, StatisticsInner):
+    """One whose params may hold running statistics; those of a step then take a look at the loss of their own."""
+
+
+TRACED: dict[type[InnerProblem], type[TracedInner]] = {
+    InnerProblem: TracedInner,
+    TracedInner: TracedInner,
+    StatisticsInner: TracedStatisticsInner,
+    TracedStatisticsInner: TracedStatisticsInner,
+}
+
+
+def _gradient(problem: BilevelProblem, params: Tree, hparams: Tree) -> list[Tensor]:
+    return tree.leaves(InnerProblem(problem, hparams)._grad(params))
+
+
+def _products(problem: BilevelProblem, params: Tree, hparams: Tree, v: Tree) -> list[Tensor]:
+    by_params, by_hparams = InnerProblem(problem, hparams).linearize(params)._vjp(v)
+    return tree.leaves(by_params) + tree.leaves(by_hparams)
+
+
+class Traces:
+    """The recordings of a problem, made when they are first needed.
+
+    Args:
+        mode: "fx" or "inductor".
+    """
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+        self._made: dict[Any, Replay] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Traces, (self._mode,)  # a copy in another process records anew
+
+    def replay(self, oracle: Callable[..., list[Tensor]], problem: BilevelProblem, *trees: Tree) -> list[Tensor]:
+        """Return ``oracle(problem, *trees)`` from its recording; the batch of the problem is an argument of it.
+
+        Args:
+            oracle: a pure function of its trees.
+            problem: the problem.
+            trees: trees of tensors.
+
+        Returns:
+            The oracle's list of tensors.
+        """
+        arguments = (*trees, problem.minibatch)
+        key = (oracle, _signature(arguments))
+        with torch.no_grad():
+            recording = self._made.get(key)
+            if recording is None:
+                with PROCESS_STATE:  # torch's tracer patches modules while it records
+                    recording = self._made.get(key) or self._record(oracle, problem, arguments)
+                    self._made[key] = recording
+            # Recorded operations hold for the layout that was recorded.
+            return recording(*[_contiguous(leaf) for leaf in tree.leaves(arguments)])
+
+    def _record(self, oracle: Callable[..., list[Tensor]], problem: BilevelProblem, arguments: Tree) -> Replay:
+        # Imported here: it takes a second, which only traced problems should pay.
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            *trees, batch = tree.rebuild(arguments, tensors)
+            return oracle(problem.on_batch(batch), *trees)
+
+        # One tensor may be two arguments, or one that the loss holds besides: copies keep them apart.
+        apart = [
+            leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in map(_contiguous, tree.leaves(arguments))
+        ]
+        try:
+            module = make_fx(flat)(*apart)
+        except Exception as error:
+            flat(*apart)  # an error of the loss itself is raised as it is
+            raise ValueError(
+                f"the inner loss cannot be traced: {str(error).splitlines()[0]} (its Python must not depend on the "
+                "values of tensors: use torch.where in place of `if`, tensors in place of float(); or leave out "
+                "`traced`)."
+            ) from error
+        check_shapes(module)
+        clean(module)
+        # The function itself: a call of the module goes through its hooks, which takes as long as ten small operations.
+        replay: Replay = module.forward
+        if self._mode == "inductor":
+            replay = _compiled(replay, apart[0].device)
+        _verify(flat, replay, apart)
+        return replay
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
+def _verify(oracle: Replay, replay: Replay, recorded_at: list[Any]) -> None:
+    """Refuse a recording that gives other numbers than the oracle at other arguments than those it was made at."""
+    generator = torch.Generator().manual_seed(0)
+    others = [_moved(leaf, generator) for leaf in recorded_at]
+    for expected, got in zip(oracle(*others), replay(*others), strict=True):
+        scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
+        rtol = torch.finfo(expected.dtype).eps ** 0.4
+        if not torch.allclose(got, expected, rtol=rtol, atol=float(rtol * scale), equal_nan=True):
+            raise ValueError(
+                "the inner loss cannot be traced: at other arguments the recorded operations give another gradient "
+                "than the loss (its Python must not compute numbers that change from call to call, such as random "
+                "ones; or leave out `traced`)."
+            )
+
+
+def _moved(leaf: Any, generator: torch.Generator) -> Any:
+    """Return an argument moved by a few per cent, away from zero: a domain such as the positive numbers is kept."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    part = 0.02 + 0.02 * torch.rand(leaf.shape, generator=generator, dtype=torch.float64)
+    part = part.to(leaf)
+    return torch.where(leaf == 0, part, leaf * (1 + part))
+
+
+def _compiled(recording: Replay, device: torch.device) -> Replay:
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError(
+            "traced('inductor') needs a C++ compiler, and neither $CXX nor g++ was found: install one, or use "
+            "traced('fx')."
+        )
+    if device.type != "cuda":
+        return torch.compile(recording, fullgraph=True, dynamic=False)
+    graphs = torch.compile(recording, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def replay(*tensors: Tensor) -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        # The next replay of a CUDA graph overwrites the results of this one.
+        return [result.clone() for result in graphs(*tensors)]
+
+    return replay
+
+
+def _signature(value: Tree) -> Any:
+    """Return what a recording depends on: structure, shapes, dtypes and devices."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((key, _signature(part)) for key, part in value.items())
+    return (type(value), *map(_signature, value)) if isinstance(value, tuple | list) else value
+
+
+aten = torch.ops.aten
+
+
+def check_shapes(module: fx.GraphModule) -> None:
+    """Refuse a recording in which the number of entries of a result depends on the values of the arguments.
+
+    Args:
+        module: a graph of aten operations.
+
+    Raises:
+        ValueError: with the operation.
+    """
+    follow: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or follow.intersection(node.all_input_nodes):
+            follow.add(node)
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            continue
+        sources = node.all_input_nodes
+        if node.target is aten.index.Tensor:
+            # The entries that a mask selects; positions are as many as there are.
+            sources = [each for each in node.args[1] if each is not None and each.meta["val"].dtype is torch.bool]
+        if follow.intersection(sources):
+            raise ValueError(
+                f"the inner loss cannot be traced: the number of entries that {node.target} gives depends on the "
+                "values of tensors (use torch.where in place of a boolean mask, or leave out `traced`)."
+            )
+
+
+_SAME = (aten.detach.default, aten.alias.default)
+_MOVES = (aten.expand.default, aten.view.default, aten.t.default)
+_NEUTRAL = {aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1, aten.add.Tensor: 0}
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Remove operations without effect: references to references, ``x * 1``, ``x + 0``, repetitions, unused results.
+
+    Only identities that change no digit are used, so results stay those of autograd.
+
+    Args:
+        module: a graph of aten operations; it is changed in place.
+    """
+    graph = module.graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    if any(node.is_impure() for node in calls):
+        return  # the loss writes in place, so the order of its operations carries meaning
+    filled: dict[fx.Node, float] = {}
+    seen: dict[Any, fx.Node] = {}
+    for node in calls:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        same = _operand(node, filled) or seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            continue
+        value = _fill(node, filled)
+        if value is not None:
+            filled[node] = value
+        if node.target is aten.ones_like.default and node.meta["val"].dim() == 0:
+            # The seed of a backward pass needs no value of the loss, which is then not computed.
+            seed = node.meta["val"]
+            node.target, node.args = aten.ones.default, ([],)
+            node.kwargs = {"dtype": seed.dtype, "device": seed.device}
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    a, b = one.meta.get("val"), other.meta.get("val")
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _fill(node: fx.Node, filled: dict[fx.Node, float]) -> float | None:
+    """Return the number that all entries of a result are known to have, if there is one."""
+    if node.target is aten.ones_like.default:
+        return 1.0
+    if node.target is aten.zeros_like.default:
+        return 0.0
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 0:
+        return 1.0
+    if node.target in _MOVES:
+        moved: Any = node.args[0]
+        return filled.get(moved)
+    return None
+
+
+def _operand(node: fx.Node, filled: dict[fx.Node, float]) -> fx.Node | None:
+    """Return the operand that a result is equal to, if there is one."""
+    first: Any = node.args[0] if node.args else None
+    if node.target in _SAME:
+        return first
+    if node.target is aten.t.default and first.target is aten.t.default:
+        return first.args[0]
+    if node.target not in _NEUTRAL or node.kwargs:
+        return None
+    second: Any = node.args[1]
+    for keep, drop in ((first, second), (second, first)):
+        value: Any = filled.get(drop) if isinstance(drop, fx.Node) else drop
+        if value == _NEUTRAL[node.target] and isinstance(keep, fx.Node) and _alike(keep, node):
+            return keep
+    return None

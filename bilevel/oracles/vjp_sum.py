@@ -1,0 +1,93 @@
+"""The reverse sweep's sum over steps: ``H(x_k) v_k`` one at a time, ``sum_k C(x_k)' v_k`` all together.
+
+A sweep needs each ``H v`` at once, for the next step back, but of the cross products only their sum. Where
+``C(x)' v`` is bilinear in x and v, as in linear models and quadratics, the sum is one contraction of stacked points and
+vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bilevel.core import tree
+from bilevel.core.tree import Tree
+
+if TYPE_CHECKING:
+    from bilevel.oracles.inner_problem import InnerProblem
+
+CHUNK = 256
+"""Points and vectors that are stacked at once, at most."""
+NUMBERS = 32_768
+"""Numbers in a stack, at most: beyond what a cache holds, a stack costs more than the calls that it saves."""
+
+
+class ProductSum:
+    """The default: one `vjp` at each point.
+
+    Args:
+        inner: the bound problem.
+    """
+
+    def __init__(self, inner: InnerProblem) -> None:
+        self._total = tree.zeros_like(inner.hparams)
+
+    def pull(self, inner: InnerProblem, params: Tree, v: Tree) -> Tree:
+        """Return ``H' v`` at params, and add ``C' v`` to the sum.
+
+        Args:
+            inner: the bound problem as the step saw it (`InnerProblem.on_step`).
+            params: the point.
+            v: shaped as params.
+        """
+        by_params, by_hparams = inner.linearize(params).vjp(v)
+        self._total = tree.add(self._total, by_hparams)
+        return by_params
+
+    def total(self) -> Tree:
+        """Return the sum of ``C' v`` over all calls of `pull`, shaped as the hyperparameters."""
+        return self._total
+
+
+class BilinearSum(ProductSum):
+    """For params that are one Tensor and cross products that are bilinear; counted as one `vjp` for each point.
+
+    Args:
+        inner: the bound problem.
+        product: (params, v) -> ``H' v``, not counted.
+        contract: (points, vectors), both of shape (K, *params.shape) -> ``sum_k C(points_k)' vectors_k``.
+    """
+
+    def __init__(
+        self,
+        inner: InnerProblem,
+        product: Callable[[Tensor, Tensor], Tensor],
+        contract: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        super().__init__(inner)
+        self._inner = inner
+        self._product, self._contract = product, contract
+        self._points: list[Tensor] = []
+        self._vectors: list[Tensor] = []
+
+    def pull(self, inner: InnerProblem, params: Tree, v: Tree) -> Tree:
+        """Return ``H' v`` at params, and keep both for the sum."""
+        self._points.append(params)
+        self._vectors.append(v)
+        if len(self._points) == CHUNK or len(self._points) * params.numel() >= NUMBERS:
+            self._flush()
+        return self._product(params, v)
+
+    def total(self) -> Tree:
+        """Return the sum so far."""
+        self._flush()
+        return self._total
+
+    def _flush(self) -> None:
+        if self._points:
+            self._inner.counts["vjp"] += len(self._points)
+            self._total = self._total + self._contract(torch.stack(self._points), torch.stack(self._vectors))
+            self._points, self._vectors = [], []

@@ -1,0 +1,48 @@
+"""Watching the operations of a loss one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bilevel.oracles import random_layers as draws
+from bilevel.oracles.contents import pointer
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the first write into known storages and whether random numbers are drawn.
+
+    Args:
+        storages: names by the places of storages.
+        before_communication: called before an operation that waits for other ranks.
+    """
+
+    def __init__(self, storages: dict[int, str], before_communication: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages, self._before_communication = storages, before_communication
+        self.written: tuple[str, str] | None = None
+        self.draws = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the first operation would import torch.compile, which takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at one operation, then run it."""
+        kwargs = kwargs or {}
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._before_communication()
+        if torch.Tag.nondeterministic_seeded in func.tags and not draws.are_seeded():
+            self.draws = True
+        for index, argument in enumerate(func._schema.arguments):
+            if self.written is None and argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                for each in value if isinstance(value, list | tuple) else (value,):
+                    name = self._storages.get(pointer(each)) if isinstance(each, Tensor) else None
+                    if name is not None:
+                        self.written = name, func._schema.name.rpartition("::")[2]
+        return func(*args, **kwargs)

@@ -1,0 +1,85 @@
+"""Constrained hyperparameters, through the transforms of ``torch.distributions``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, transform_to
+from torch.distributions import constraints as dist_constraints
+
+from bilevel.core import tree
+from bilevel.core.options import shown_value
+from bilevel.core.tree import Tree
+
+
+class ConstraintTransform:
+    """From free variables z to constrained hyperparameters ``u = transform(z)``, leaf by leaf.
+
+    Args:
+        hparams: where the outer loop starts; must lie inside the constraints.
+        constraints: None, a ``torch.distributions.constraints`` object for all leaves, or a dict of them by key.
+
+    Raises:
+        ValueError: for unknown keys, for what is no constraint or has no transform, and for a start outside a
+            constraint or on its boundary.
+    """
+
+    def __init__(self, hparams: Tree, constraints: Any) -> None:
+        if isinstance(constraints, Mapping):
+            if not isinstance(hparams, Mapping):
+                raise ValueError("`constraints` is a dict, but the hyperparameters are not.")
+            unknown = set(constraints) - set(hparams)
+            if unknown:
+                raise ValueError(f"`constraints` names {sorted(unknown)}, but hparams has {sorted(hparams)}.")
+            by_leaf: list[Any] = []
+            for key, value in hparams.items():
+                by_leaf += [constraints.get(key)] * len(tree.leaves(value))
+        else:
+            by_leaf = [constraints] * len(tree.leaves(hparams))
+        self._transforms = [_transform(constraint) for constraint in by_leaf]
+        for name, leaf, constraint in zip(tree.names(hparams), tree.leaves(hparams), by_leaf, strict=True):
+            if constraint is not None and not bool(constraint.check(leaf).all()):
+                raise ValueError(
+                    f"`hparams{name}` does not satisfy its constraint {constraint}: "
+                    f"it goes from {float(leaf.min()):.4g} to {float(leaf.max()):.4g}."
+                )
+            if not bool(torch.isfinite(_transform(constraint).inv(leaf)).all()):
+                raise ValueError(
+                    f"`hparams{name}` lies on the boundary of its constraint {constraint}, "
+                    "from where it could never move."
+                )
+        self._like = hparams
+
+    def __call__(self, free: Tree) -> Tree:
+        """Return the hyperparameters of free variables."""
+        pairs = zip(self._transforms, tree.leaves(free), strict=True)
+        return tree.rebuild(self._like, [transform(leaf) for transform, leaf in pairs])
+
+    def inverse(self, hparams: Tree) -> Tree:
+        """Return free leaves that require gradients."""
+        pairs = zip(self._transforms, tree.leaves(hparams), strict=True)
+        free = [transform.inv(leaf.detach()).clone().requires_grad_() for transform, leaf in pairs]
+        return tree.rebuild(self._like, free)
+
+    def pull_back(self, free: Tree, gradient: Tree) -> list[Tensor]:
+        """Return the gradient with respect to the free variables."""
+        with torch.enable_grad():
+            hparams = tree.leaves(self(free))
+        return list(torch.autograd.grad(hparams, tree.leaves(free), tree.leaves(gradient)))
+
+
+def _transform(constraint: Any) -> Transform:
+    """Return the transform from all real numbers to a constraint; None stands for no constraint."""
+    constraint = dist_constraints.real if constraint is None else constraint
+    if not isinstance(constraint, dist_constraints.Constraint):
+        raise ValueError(
+            "`constraints` must be a constraint of torch.distributions.constraints, such as constraints.positive, "
+            f"or a dict of them by key, got {shown_value(constraint)}."
+        )
+    try:
+        return transform_to(constraint)
+    except NotImplementedError:
+        raise ValueError(f"`constraints` holds {constraint}, for which torch.distributions has no transform.") from None
