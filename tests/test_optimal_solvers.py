@@ -18,6 +18,7 @@ import bilevel as bl
 from bilevel.base import Carry
 from bilevel.engine.loop import run_inner
 from bilevel.numerics.polynomials import asymptotic_coefficients
+from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import residual_polynomial
 
@@ -112,7 +113,7 @@ def test_a_truncated_tail_freezes_the_whole_state(name: str, tail: int) -> None:
     for _ in range(steps - tail):
         state = solver.step(inner, state)
     moving = u.clone().requires_grad_()
-    late = inner.differentiable(moving, graph=True)
+    late = DifferentiableInner(inner, moving, graph=True)
     for _ in range(tail):
         state = solver.step(late, state)
     (expected,) = torch.autograd.grad(problem.outer_loss(state.params, moving), moving)

@@ -16,6 +16,7 @@ from torch import Tensor
 import bilevel as bl
 from bilevel import theory
 from bilevel.numerics.polynomials import asymptotic_coefficients
+from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.problems import LogisticProblem, RidgeProblem
 
 F64 = torch.float64
@@ -339,7 +340,7 @@ def test_the_master_identity_needs_the_total_derivative_where_the_start_moves(so
         problem = bl.BilevelProblem(
             lambda x, v: 0.5 * (x * (values + v) * x).sum() + b @ x, lambda x, v: x.sum(), torch.zeros(6, dtype=F64)
         )
-        inner = problem.bind(u).differentiable(u, graph=True)
+        inner = DifferentiableInner(problem.bind(u), u, graph=True)
         state = solver.init(inner, a + u * c)
         for _ in range(9):
             state = solver.step(inner, state)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bilevel.core import rows as members
 from bilevel.core import tree
+from bilevel.core.autograd import pushforward
 from bilevel.core.options import Relative, default_tolerance, is_int, is_positive, require
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
-from bilevel.oracles.linearization import pushforward
 from bilevel.oracles.problem import BilevelProblem
 
 Variables: TypeAlias = tuple[Tree, Tree]
@@ -260,7 +261,9 @@ class InnerSolver(ABC):
         before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
         with torch.enable_grad():
             params, memory = before
-            after = self.step(inner.differentiable(hparams), replace(state, params=params, memory=memory)).variables
+            after = self.step(
+                DifferentiableInner(inner, hparams), replace(state, params=params, memory=memory)
+            ).variables
         roots = tree.leaves(before) + tree.leaves(hparams)
         pairs = zip(tree.leaves(after), tree.leaves(cotangent), strict=True)
         moving = [(a, c) for a, c in pairs if a.requires_grad]
@@ -299,7 +302,7 @@ class InnerSolver(ABC):
         before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
         with torch.enable_grad():
             params, memory = before
-            bound = inner.differentiable(hparams, graph=True)
+            bound = DifferentiableInner(inner, hparams, graph=True)
             after = self.step(bound, replace(state, params=params, memory=memory)).variables
         push = pushforward(tree.leaves(after), tree.leaves(before) + tree.leaves(hparams))
         return [

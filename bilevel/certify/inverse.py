@@ -22,7 +22,7 @@ from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.numerics.conjugate_gradients import Krylov, conjugate_gradients
 from bilevel.numerics.lanczos import SEED
-from bilevel.oracles.linearization import Linearization
+from bilevel.oracles.inner_problem import Linearization
 
 DENSE = 150
 """Most weights for which the Hessian is made from products: about as many as the search and the solves take beyond."""

@@ -20,7 +20,6 @@ from bilevel.engine.loop import begin, run_inner
 from bilevel.hypergrad import FullUnroll, Implicit, TruncatedUnroll, hypergradient
 from bilevel.inner import QuasiNewton
 from bilevel.linear import CG, GMRES
-from bilevel.networks.moving import with_statistics
 from bilevel.oracles.problem import BilevelProblem
 
 MOST_DIRECTIONS = 4
@@ -82,7 +81,7 @@ def _objective(
     subject: Subject, problem: BilevelProblem, solver: InnerSolver, start: Tree, direction: Tree
 ) -> Callable[[float], float]:
     """Return t -> the outer loss after an inner solve at hparams moved by t; measured step sizes are constants."""
-    bind, solver = problem.bind, with_statistics(problem, solver)
+    bind, solver = problem.bind, problem.augmented(solver)
     measured = begin(bind(subject.hparams), solver, start, Carry()).measured
 
     def function(t: float) -> float:

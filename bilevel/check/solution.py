@@ -18,7 +18,6 @@ from bilevel.core.tree import Tree
 from bilevel.engine.kinks import kinked
 from bilevel.engine.loop import InnerRun, begin, run_inner
 from bilevel.inner import QuasiNewton
-from bilevel.networks.moving import with_statistics
 from bilevel.numerics.lanczos import lanczos
 
 MAX_DENSE = 300
@@ -66,7 +65,7 @@ def solve(subject: Subject) -> Solved:
     """Run the inner solver, and go on from its result with a solver that converges where one can."""
     inner = subject.problem.bind(subject.hparams)
     first = float(tree.norm(inner.grad(subject.start)))
-    given, solver = subject.given.bind(subject.hparams), with_statistics(subject.given, subject.solver)
+    given, solver = subject.given.bind(subject.hparams), subject.given.augmented(subject.solver)
     run = run_inner(given, solver, begin(given, solver, subject.given_start, Carry()))
     status = run.verdict.status
     reached = subject.given.trainable(solver.params(run.state))

@@ -19,7 +19,7 @@ from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.core import rows as members
 from bilevel.core.options import first_line
-from bilevel.oracles.batching import stack
+from bilevel.oracles.stacking import stack
 from bilevel.outer import BatchOuterOptimizer
 
 OnRow = Callable[[Row], None]

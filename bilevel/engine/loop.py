@@ -113,7 +113,7 @@ def _run(
                     if floor is not None:
                         break
                 if taken >= doubling:
-                    if residual > FALLEN * before_doubling and inner.problem.statistics is None:
+                    if residual > FALLEN * before_doubling and not inner.augmented:
                         kink = kinked(
                             inner.problem, tree.detach(inner.hparams), solver, state, residual, before_doubling
                         )

@@ -15,8 +15,8 @@ from bilevel.core.cost import Cost
 from bilevel.core.status import OnFailure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_carry
-from bilevel.oracles.one_by_one import RowsProblem
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.stacking import RowsProblem
 
 
 def one_by_one(problem: BilevelProblem, why: str = "") -> RowsProblem:

@@ -32,8 +32,8 @@ from bilevel.engine.not_finite import finite_loss
 from bilevel.engine.rowwise import one_by_one
 from bilevel.oracles import batching as batches
 from bilevel.oracles.batching import Rows
-from bilevel.oracles.one_by_one import RowsProblem
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.stacking import RowsProblem
 
 
 def as_batch(problem: BilevelProblem, batch: int | None, rows: Rows = "auto") -> BilevelProblem:

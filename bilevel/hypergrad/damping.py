@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
-from bilevel.oracles.linearization import Linearization
+from bilevel.oracles.inner_problem import Linearization
 
 
 def damped(product: Callable[[Tree], Tree], damping: float) -> Callable[[Tree], Tree]:

@@ -22,7 +22,6 @@ from bilevel.engine.rowwise import loop_hypergradient, one_by_one
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
 from bilevel.hypergrad.target_error import Pursuit, check_target
-from bilevel.networks.moving import with_statistics
 from bilevel.oracles.autograd_errors import DerivativeError, explained
 from bilevel.oracles.batching import NotSideBySide, Rows
 from bilevel.oracles.problem import BilevelProblem
@@ -261,4 +260,4 @@ def prepare(
         except DerivativeError:
             if estimator.second_derivatives:
                 raise
-    return with_statistics(problem, solver), hparams, start
+    return problem.augmented(solver), hparams, start

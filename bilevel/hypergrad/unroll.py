@@ -39,6 +39,7 @@ from bilevel.engine.loop import InnerRun, begin, run_inner
 from bilevel.hypergrad import adaptive_unroll as adaptive
 from bilevel.hypergrad import batch_unroll
 from bilevel.inner.multistep import LinearMultistep
+from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 
@@ -275,7 +276,7 @@ def _reverse(
 def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
     """Let autograd record the whole run."""
     hparams = tree.attach(inner.hparams)
-    run = run_inner(inner.differentiable(hparams, graph=True), solver, state, at_least=1, record=True)
+    run = run_inner(DifferentiableInner(inner, hparams, graph=True), solver, state, at_least=1, record=True)
     meter.sample()
     result, roots = tree.leaves(solver.params(run.state)), tree.leaves(hparams)
 

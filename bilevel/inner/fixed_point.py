@@ -59,7 +59,7 @@ class FixedPoint(InnerSolver):
 
     def own_problem(self, inner: InnerProblem) -> InnerProblem:
         """Return the problem of the map itself, whose residual is ``|x - update(x)|``."""
-        if inner.problem.statistics is not None:
+        if inner.augmented:
             return inner
         problem = BilevelProblem.from_fixed_point(self._updated, lambda params, hparams: tree.dot(params, params))
         own = problem.bind(inner.hparams, inner.counts)

@@ -179,7 +179,7 @@ class LinearMultistep(CoefficientStep):
         for before in reversed(states):
             numbers = self.coefficients(before)
             point = weighted_sum(numbers.reads, (before.params, *before.memory))
-            by_point = sums.pull(inner.on_step(before.index), point, weighted_sum(numbers.writes, vectors))
+            by_point = sums.pull(inner.on_step(before.index).vjp_at, point, weighted_sum(numbers.writes, vectors))
             terms = (*vectors, by_point)
             vectors = tuple([weighted_sum(column, terms) for column in numbers.columns])
         return (vectors[0], vectors[1:]), sums.total()

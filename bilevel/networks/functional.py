@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from bilevel.networks.module_checks import check_module
 from bilevel.networks.replicas import Replicas, replicable
 from bilevel.oracles.contents import same
 from bilevel.oracles.random_layers import Draws
+from bilevel.oracles.watch import changes
 
 
 class FunctionalModule:
@@ -92,7 +92,7 @@ class FunctionalModule:
 
     def _note(self, copies: dict[str, Tensor], left: dict[str, Tensor], module: nn.Module) -> None:
         """Note, where somebody watches, what a forward pass has changed, which the next one does not see."""
-        if (found := _moved.get()) is None:
+        if (found := changes.get()) is None:
             return
         for name, buffer in self._buffers.items():
             if name not in self.statistics and (left.get(name) is not copies[name] or not _holds(copies[name], buffer)):
@@ -117,21 +117,6 @@ class FunctionalModule:
         finally:
             for part in changed:
                 part.training = not part.training
-
-
-_moved: ContextVar[list[str] | None] = ContextVar("moved", default=None)
-"""Where changes of a module by its forward pass are noted at present."""
-
-
-@contextmanager
-def watching_modules() -> Iterator[list[str]]:
-    """Yield a list of what forward passes inside the block change of modules; each entry continues "the module"."""
-    found: list[str] = []
-    token = _moved.set(found)
-    try:
-        yield found
-    finally:
-        _moved.reset(token)
 
 
 def _holds(tensor: Tensor, value: Tensor) -> bool:

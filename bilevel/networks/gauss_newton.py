@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from bilevel.core import tree
+from bilevel.core.autograd import edges, pushforward, vector_jacobian
 from bilevel.core.tree import Tree
-from bilevel.networks.functional import ModuleLoss
-from bilevel.oracles.linearization import Linearization, edges, pushforward, vector_jacobian
+from bilevel.oracles.inner_problem import Linearization
+from bilevel.oracles.losses import SplitLoss
 
 
-def gauss_newton(point: Linearization, loss: ModuleLoss) -> Callable[[Tree], Tree]:
+def gauss_newton(point: Linearization, loss: SplitLoss) -> Callable[[Tree], Tree]:
     """Return ``v -> G v`` on trees shaped as params; the graphs are built once, and a product is counted as an HVP.
 
     Each product takes three backward passes, and no forward-mode derivative: ``J v`` is the derivative of the VJP by

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-PARALLEL = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-"""Classes that split a module or its data over ranks, by name: importing some of them takes seconds."""
+from bilevel.oracles.ranks import parallel_class
 
 
 def check_module(module: nn.Module) -> None:
@@ -37,11 +36,6 @@ def check_module(module: nn.Module) -> None:
                 "the parameters do not call: remove it (handle.remove()) and write what it does into the forward pass: "
                 "mask * w + (1 - mask) * w0 with a constant w0 for entries that stay (torch.nn.utils.parametrize)."
             )
-
-
-def parallel_class(part: nn.Module) -> str | None:
-    """Return the name of the class that splits a module over ranks, or None."""
-    return next((cls.__name__ for cls in type(part).__mro__ if cls.__name__ in PARALLEL), None)
 
 
 def _parallel(name: str, part: nn.Module) -> Iterator[str]:

@@ -10,11 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from bilevel.base import InnerSolver
 from bilevel.core import tree
 from bilevel.core.options import require_arguments
 from bilevel.core.tree import Tree
 from bilevel.networks.functional import FunctionalModule, ModuleLoss, normalising_layer
-from bilevel.networks.running_statistics import RunningStatistics, StatisticsInner
+from bilevel.networks.running_statistics import (
+    MovingStatistics,
+    RunningStatistics,
+    StatisticsInner,
+    TracedStatisticsInner,
+)
 from bilevel.oracles.batching import with_last
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -38,6 +44,9 @@ class ModuleProblem(BilevelProblem):
     Raises:
         ValueError: as `BilevelProblem.from_module` says.
     """
+
+    statistics: RunningStatistics | None = None
+    """The running statistics that params hold besides what inner solvers move; None: nothing besides."""
 
     def __init__(
         self,
@@ -74,7 +83,18 @@ class ModuleProblem(BilevelProblem):
             self.statistics, self.inner_problem = RunningStatistics(functional), StatisticsInner
 
     @property
-    def module_loss(self) -> ModuleLoss:
+    def traced_inner(self) -> type[InnerProblem] | None:  # type: ignore[override]
+        """The class of the bound problem with recorded oracles."""
+        return super().traced_inner if self.statistics is None else TracedStatisticsInner
+
+    def augmented(self, solver: InnerSolver) -> InnerSolver:  # type: ignore[override]
+        """Return the solver, whose steps move running statistics, too, where there are some."""
+        if self.statistics is None:
+            return solver
+        return MovingStatistics(solver=solver, steps=solver.steps, tol=solver.tol)
+
+    @property
+    def module_loss(self) -> ModuleLoss:  # type: ignore[override]
         """The inner loss on the present batch in two halves, model and loss of its outputs."""
         loss = self._module_loss
         if self._sampling is None or self._sampling.sampler is None:

@@ -8,7 +8,7 @@ batched outer loss is a tensor of shape (members,).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.options import is_int
 from bilevel.core.tree import Tree
+from bilevel.oracles.losses import Losses
 from bilevel.oracles.validation import Reads
-
-if TYPE_CHECKING:
-    from bilevel.oracles.problem import BilevelProblem
 
 Function: TypeAlias = Callable[..., Any]
 Rows: TypeAlias = Literal["auto", "loop"]
@@ -98,7 +96,7 @@ def check_size(size: Any) -> None:
         raise ValueError(f"`batch` must be a positive int or None, got {size!r}.")
 
 
-def check_single(problem: BilevelProblem, size: Any) -> None:
+def check_single(problem: Losses, size: Any) -> None:
     """Refuse to make a batch of what is one, or of a size that is none.
 
     Args:
@@ -113,7 +111,7 @@ def check_single(problem: BilevelProblem, size: Any) -> None:
         raise ValueError(f"this problem is a batch of {problem.batch} already.")
 
 
-def check_own_data(problem: BilevelProblem, size: Any, data: Tree) -> None:
+def check_own_data(problem: Losses, size: Any, data: Tree) -> None:
     """Refuse, besides what `check_single` refuses, data for a problem that holds its own.
 
     Args:
@@ -151,7 +149,7 @@ def start(size: int, own: Tree, params: Tree) -> Tree:
     return tree.detach(params)
 
 
-def check(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
+def check(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
     """Look at shapes, and at members until one is found that can be solved.
 
     A mistake in the call breaks every member; what breaks one of them alone becomes that member's verdict.
@@ -178,58 +176,14 @@ def check(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | N
     raise first
 
 
-def exact_hypergradient(problem: BilevelProblem, hparams: Tree) -> Tree | None:
+def exact_hypergradient(problem: Losses, hparams: Tree) -> Tree | None:
     """Return the exact hypergradients of all members, stacked, or None where one has none."""
     assert problem.batch is not None
     rows = [problem.member(i).exact_hypergradient(members.row(hparams, i)) for i in range(problem.batch)]
     return None if any(row is None for row in rows) else members.stack(rows)
 
 
-def stack(problems: Sequence[BilevelProblem], rows: Rows = "auto") -> BilevelProblem:
-    """Return problems of one kind with equal shapes and options as one batch, such as 50 seeds of a split.
-
-    Problems with closed forms (`RidgeProblem`, ...) stack their data. A general `BilevelProblem` must have been given
-    its data by ``data=``, and all must share the same loss functions.
-
-    Args:
-        problems: at least one.
-        rows: "auto" for members side by side; "loop" for members one after the other, whose data and kinds may differ.
-
-    Returns:
-        A problem of ``len(problems)`` members; ``member(i)`` is ``problems[i]``.
-
-    Raises:
-        ValueError: for problems that cannot be stacked, with the first difference.
-
-    >>> from bilevel.problems import RidgeProblem
-    >>> def draw(seed):
-    ...     X = torch.randn(6, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    ...     return RidgeProblem(X[:4], X[:4, 0], X[4:], X[4:, 0])
-    >>> batch = stack([draw(0), draw(1), draw(2)])
-    >>> batch.batch, batch.params.shape
-    (3, torch.Size([3, 2]))
-    """
-    if not problems:
-        raise ValueError("`stack` needs at least one problem.")
-    first = problems[0]
-    if check_rows_option(rows) == "loop":
-        from bilevel.oracles.one_by_one import (
-            RowsProblem,  # imported here: it is a problem, and problems are made of batches
-        )
-
-        return RowsProblem(problems)
-    for index, problem in enumerate(problems):
-        if type(problem) is not type(first):
-            raise ValueError(
-                f"`stack` takes problems of one kind, but problem 0 is a {type(first).__name__} and problem {index} "
-                f"a {type(problem).__name__}."
-            )
-        if problem.batch is not None:
-            raise ValueError(f"`stack` takes single problems, but problem {index} is a batch of {problem.batch}.")
-    return first.stacked(problems)
-
-
-def check_shared_functions(problems: Sequence[BilevelProblem]) -> None:
+def check_shared_functions(problems: Sequence[Losses]) -> None:
     """Refuse problems stated by functions that cannot be stacked.
 
     Args:

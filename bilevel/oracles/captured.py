@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
-from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.losses import Losses
 from bilevel.oracles.purity import referred_to
 
 
-def captured(problem: BilevelProblem) -> Iterator[tuple[str, Tensor]]:
+def captured(problem: Losses) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for the tensors that the functions of a problem refer to, each once.
 
     Args:
@@ -22,7 +22,7 @@ def captured(problem: BilevelProblem) -> Iterator[tuple[str, Tensor]]:
     yield from referred_to(problem).tensors.items()
 
 
-def check_captured(problem: BilevelProblem, params: Tree, hparams: Tree) -> None:
+def check_captured(problem: Losses, params: Tree, hparams: Tree) -> None:
     """Refuse an inner problem that holds tensors that require gradients, which it would not get.
 
     Args:

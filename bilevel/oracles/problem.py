@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,27 +18,24 @@ from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.options import require_arguments
 from bilevel.core.tree import Tree
-from bilevel.networks.functional import ModuleLoss
-from bilevel.networks.running_statistics import RunningStatistics
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles import batching as batches
 from bilevel.oracles.error_model import Certifiable
 from bilevel.oracles.inner_problem import InnerProblem
-from bilevel.oracles.purity import Purity
+from bilevel.oracles.losses import Loss, Losses, Purity
 from bilevel.oracles.samplers import Sampler, fetched_anew
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
-from bilevel.oracles.tracing import Traces, traced
+from bilevel.oracles.tracing import TracedInner, trace
 from bilevel.oracles.validation import (
     Reads,
     check_losses,
     check_tensors,
 )
 
-Loss: TypeAlias = Callable[..., Tensor]
-"""``(params, hparams) -> scalar``, or ``(params, hparams, data) -> scalar``."""
+Solver = TypeVar("Solver")
 
 
-class BilevelProblem:
+class BilevelProblem(Losses):
     """An inner and an outer loss over trees of tensors.
 
     Both losses are called as ``loss(params, hparams)`` and return a scalar Tensor; data are captured by the functions.
@@ -86,13 +82,9 @@ class BilevelProblem:
     """
 
     inner_problem: type[InnerProblem] = InnerProblem
-    """The class of the bound problem; a structured problem names its own."""
-
     quadratic: bool = False
     """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
 
-    detached: tuple[str, ...] = ()
-    """Names of data that required gradients where the problem was made, which holds their values as constants."""
     one_solution: bool = True
     """Whether the inner problem is taken to have one solution, so that a tight solve from anywhere is a referee."""
     renewed: bool = False
@@ -102,27 +94,13 @@ class BilevelProblem:
     best), and comparisons have no referee.
     """
 
-    inner_loss: Loss
-    outer_loss: Loss
-    optimality: Callable[[Tree, Tree], Tree] | None
     sampler: Sampler | None = None
     """Where every inner step sees a batch of its own: the batches."""
-    minibatch: Tree = ()
-    """The mini-batch that `inner_loss` is evaluated on; an empty tree without a sampler."""
     _sampling: Sampling | None = None
-    statistics: RunningStatistics | None = None
-    """The running statistics that params hold besides what inner solvers move; None: nothing besides."""
-    wrong_third: str | None = None
-    """What makes third derivatives of the inner loss by autograd wrong, for a message; None: nothing known."""
-    traces: Traces | None = None
-    """The traced oracles of a problem that `traced` made."""
-    batch: int | None = None
-    """Number of members where this is a batch (see `batched`), else None."""
     one_by_one: bool = False
     """Whether the members of this batch run one after the other."""
     why: str = ""
     """Why they do, where nobody asked for it."""
-    data: Tree = None
 
     def __init__(
         self,
@@ -148,8 +126,7 @@ class BilevelProblem:
                 require_arguments(what, function, "params", "hparams", *more)
         if params is not None:
             check_tensors("params", params)
-        self.derivatives_seen: dict[str, Any] = {}
-        """What has been found of the derivatives of the losses; views of this problem share it."""
+        self.derivatives_seen = {}
         # Structured problems define the losses as methods and pass none.
         self.functions = (inner_loss, outer_loss, optimality)
         self.data = data
@@ -169,14 +146,9 @@ class BilevelProblem:
             self._see(self._sampling, 0)
 
     @property
-    def symmetric(self) -> bool:
-        """Whether the Jacobian of the optimality map is a Hessian, hence symmetric."""
-        return self.optimality is None
-
-    @property
-    def module_loss(self) -> ModuleLoss | None:
-        """The inner loss in two halves, model and loss of its outputs; None where it has no such halves."""
-        return None
+    def traced_inner(self) -> type[InnerProblem] | None:  # type: ignore[override]
+        """The class of the bound problem with recorded oracles; None for closed forms, which are faster."""
+        return TracedInner if self.inner_problem in (InnerProblem, TracedInner) else None
 
     @property
     def variation(self) -> str:
@@ -211,9 +183,9 @@ class BilevelProblem:
         made = (("sampler", self._sampling.sampler), ("outer sampler", self._sampling.outer_sampler))
         return [(what, fetched_anew(each)) for what, each in made if each is not None]
 
-    def trainable(self, params: Tree) -> Tree:
-        """Return the part of params that inner solvers move: all of it, unless there are running `statistics`."""
-        return params
+    def augmented(self, solver: Solver) -> Solver:
+        """Return the solver that runs this problem: the given one, unless running statistics move beside params."""
+        return solver
 
     def at_rest(self) -> BilevelProblem:
         """Return this problem without `variation`: every inner step sees what everything else of it is evaluated on."""
@@ -256,35 +228,7 @@ class BilevelProblem:
         Raises:
             ValueError: for another mode, and for a problem with closed-form oracles.
         """
-        return traced(self, mode)
-
-    def gradient_graph(self, params: Tree, hparams: Tree) -> Tree:
-        """Return the inner gradient (or the optimality map) with its autograd graph back to `params` and `hparams`."""
-        if self.optimality is not None:
-            return tree.matched(self.optimality(params, hparams), params, "optimality")
-        # A start that requires no gradient still has to be a root of the gradient's graph.
-        params = tree.tree_map(lambda leaf: leaf if leaf.requires_grad else leaf.detach().requires_grad_(), params)
-        loss = self.inner_loss(params, hparams)
-        return tree.rebuild(
-            params, torch.autograd.grad(loss, tree.leaves(params), create_graph=True, materialize_grads=True)
-        )
-
-    def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
-        """Return the outer loss, of shape () or (batch,), and its partial gradients by `params` and `hparams`."""
-        params, hparams = tree.attach(params), tree.attach(hparams)
-        x, u = tree.leaves(params), tree.leaves(hparams)
-        with torch.enable_grad():
-            value = self.outer_loss(params, hparams)
-            total = value if self.batch is None else value.sum()
-        if not value.requires_grad:
-            return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
-        found = torch.autograd.grad(total, x + u, allow_unused=True)
-        # Zeros of a single number: there may be millions of hyperparameters, which few outer losses depend on.
-        both = [
-            leaf.new_zeros(()).expand_as(leaf) if part is None else part
-            for part, leaf in zip(found, x + u, strict=True)
-        ]
-        return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])
+        return trace(self, mode)
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
@@ -395,7 +339,7 @@ class BilevelProblem:
         params = None if self.params is None else members.expand(self.params, size)
         return BilevelProblem(batches.summed(inner), outer, params, optimality=optimality).as_batch(single)
 
-    def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
+    def stacked(self, problems: Sequence[Any]) -> BilevelProblem:
         """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them.
 
         Args:
@@ -490,9 +434,9 @@ class BilevelProblem:
         >>> sorted(problem.params)
         ['bias', 'weight']
         """
-        from bilevel.networks.module_problem import ModuleProblem  # imported here: it is a subclass
+        import bilevel  # a subclass of this class, which forwards for one release
 
-        return ModuleProblem(
+        return bilevel.ModuleProblem(
             module,
             inner_loss,
             outer_loss,

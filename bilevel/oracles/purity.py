@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +19,12 @@ from torch import Tensor
 from bilevel.core import tree
 from bilevel.core.threads import PROCESS_STATE
 from bilevel.core.tree import Tree
-from bilevel.networks.functional import watching_modules
-from bilevel.networks.module_checks import parallel_class
 from bilevel.oracles import ranks
 from bilevel.oracles.contents import Contents, Generators, apart, pointer, same, same_state
+from bilevel.oracles.losses import Losses, Point, Values
 from bilevel.oracles.references import Found, references
-from bilevel.oracles.watch import Watch
+from bilevel.oracles.watch import Watch, watching_modules
 
-if TYPE_CHECKING:
-    from bilevel.oracles.problem import BilevelProblem
-
-Values: TypeAlias = list[Tensor | None]
-"""What a loss gives and its gradients by params and hparams."""
-Point: TypeAlias = Tree
-"""(params, hparams)."""
 BESIDE, FAR = 1e-3, 1e3
 """How far from the start the losses are called, relative to ``1 + |start|``."""
 AHEAD = 1_000_003
@@ -42,21 +33,8 @@ VIEWS = {"numpy", "asarray", "array", "__array__", "from_numpy"}
 """Names in code that may look at a tensor's numbers as an array of numpy."""
 
 
-@dataclass
-class Purity:
-    """What is known of the losses of a problem; its views share it.
-
-    Attributes:
-        known: whether they have been looked at.
-        first: where they were, and what came, until a run has ended.
-    """
-
-    known: bool = False
-    first: tuple[Point, dict[str, Values]] | None = field(default=None, repr=False)
-
-
 @contextmanager
-def looked_at(problem: BilevelProblem, params: Tree, hparams: Tree, together: ranks.Agreement) -> Iterator[None]:
+def looked_at(problem: Losses, params: Tree, hparams: Tree, together: ranks.Agreement) -> Iterator[None]:
     """Look at the losses of a problem around the other checks of it, unless that was done.
 
     Args:
@@ -87,13 +65,13 @@ def looked_at(problem: BilevelProblem, params: Tree, hparams: Tree, together: ra
         problem.purity.known, problem.purity.first = True, (look.start, look.first)
 
 
-def look(problem: BilevelProblem, params: Tree, hparams: Tree) -> None:
+def look(problem: Losses, params: Tree, hparams: Tree) -> None:
     """Look at the losses of a problem whose other checks call none; see `looked_at`."""
     with ranks.agreement(problem) as together, looked_at(problem, params, hparams, together):
         pass
 
 
-def confirm(problem: BilevelProblem) -> None:
+def confirm(problem: Losses) -> None:
     """Call the losses once more after the first run: what moves slowly shows then.
 
     Args:
@@ -111,22 +89,22 @@ def confirm(problem: BilevelProblem) -> None:
     one.purity.known = True
 
 
-def referred_to(problem: BilevelProblem) -> Found:
+def referred_to(problem: Losses) -> Found:
     """Return what the functions of a problem refer to; its own attributes count where its losses are methods."""
     functions: list[Any] = [function for function in problem.functions if function is not None]
     return references([*(("", each) for each in functions or [problem]), ("data", problem.data)])
 
 
-def _is_own(problem: BilevelProblem) -> bool:
+def _is_own(problem: Losses) -> bool:
     """Whether the losses are those of a class of this package."""
     return not any(problem.functions) and type(problem).__module__.startswith("bilevel.problems.")
 
 
-def _losses(problem: BilevelProblem) -> tuple[str, str]:
+def _losses(problem: Losses) -> tuple[str, str]:
     return ("outer_loss", "inner_loss" if problem.optimality is None else "optimality")
 
 
-def _evaluated(problem: BilevelProblem, what: str, roots: Point) -> Values:
+def _evaluated(problem: Losses, what: str, roots: Point) -> Values:
     """Return a loss and its gradients by roots that require them, or else by copies."""
     if not all(leaf.requires_grad for leaf in tree.leaves(roots)):
         roots = tree.attach(tree.copied(roots))
@@ -148,7 +126,7 @@ class _Look:
         before_communication: called before an operation of a loss that waits for other ranks.
     """
 
-    def __init__(self, problem: BilevelProblem, start: Point, before_communication: Callable[[], None]) -> None:
+    def __init__(self, problem: Losses, start: Point, before_communication: Callable[[], None]) -> None:
         self.problem, self.start, self._before_communication = problem, start, before_communication
         self._found = referred_to(problem)
         self._given = _named({"batch": problem.minibatch, "data": problem.data})
@@ -162,7 +140,7 @@ class _Look:
     def watch(self) -> None:
         """Call the losses under watch; an error is left to the other checks, which put it into words."""
         for module, part in self._found.modules.items():
-            if (wrapper := parallel_class(part)) is not None:
+            if (wrapper := ranks.parallel_class(part)) is not None:
                 raise ValueError(
                     f"a loss refers to `{module}`, a {wrapper}, which averages gradients over ranks in .backward(): "
                     "use the module inside it (wrapper.module), with the same data on every rank."

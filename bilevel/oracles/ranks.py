@@ -13,14 +13,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.losses import Losses
 
 WAIT = 10.0
 """Seconds that a rank waits for the others; once they have not come, a tenth of it."""
@@ -30,6 +29,10 @@ _met: Counter[str] = Counter()
 _alone = False
 
 
+PARALLEL = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+"""Classes that split a module or its data over ranks, by name: importing some of them takes seconds."""
+
+
 class RanksApartError(ValueError):
     """What one rank hears of the others."""
 
@@ -37,6 +40,11 @@ class RanksApartError(ValueError):
 def active() -> bool:
     """Whether there is a process group of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def parallel_class(part: nn.Module) -> str | None:
+    """Return the name of the class that splits a module over ranks, or None."""
+    return next((cls.__name__ for cls in type(part).__mro__ if cls.__name__ in PARALLEL), None)
 
 
 class Agreement:
@@ -50,7 +58,7 @@ class Agreement:
 
 
 @contextmanager
-def agreement(problem: BilevelProblem) -> Iterator[Agreement]:
+def agreement(problem: Losses) -> Iterator[Agreement]:
     """Yield what compares a problem between ranks; what fails inside the block is told to the others.
 
     Args:
@@ -68,7 +76,7 @@ def agreement(problem: BilevelProblem) -> Iterator[Agreement]:
 
 
 class _StoreAgreement(Agreement):
-    def __init__(self, problem: BilevelProblem) -> None:
+    def __init__(self, problem: Losses) -> None:
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         # Where a rank calls more often than others, their problems still meet by their losses.

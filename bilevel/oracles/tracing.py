@@ -14,7 +14,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -22,17 +22,15 @@ from torch import Tensor, fx
 from bilevel.core import tree
 from bilevel.core.threads import PROCESS_STATE
 from bilevel.core.tree import Tree
-from bilevel.networks.running_statistics import StatisticsInner
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
-
-if TYPE_CHECKING:
-    from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.losses import Losses
 
 MODES = ("fx", "inductor")
+Problem = TypeVar("Problem", bound=Losses)
 Replay: TypeAlias = Callable[..., list[Tensor]]
 
 
-def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
+def trace(problem: Problem, mode: str = "fx") -> Problem:
     """Return a problem of the same losses whose `grad` and `vjp` are traced.
 
     The losses must be the same operations at every call: Python that looks at the values of tensors (``if``,
@@ -56,8 +54,8 @@ def traced(problem: BilevelProblem, mode: str) -> BilevelProblem:
     tensor([3., 3., 3.])
     """
     if mode not in MODES:
-        raise ValueError(f"`traced` takes the mode 'fx' or 'inductor', got {mode!r}.")
-    if (kind := TRACED.get(problem.inner_problem)) is None:
+        raise ValueError(f"`trace` takes the mode 'fx' or 'inductor', got {mode!r}.")
+    if (kind := problem.traced_inner) is None:
         raise ValueError(
             f"{type(problem).__name__} has closed-form oracles, which are faster than traced ones: use it as it is."
         )
@@ -85,23 +83,11 @@ class TracedInner(InnerProblem):
         return tree.rebuild(params, self.problem.traces.replay(_gradient, self.problem, params, self.hparams))
 
 
-class TracedStatisticsInner(TracedInner, StatisticsInner):
-    """One whose params may hold running statistics; those of a step then take a look at the loss of their own."""
-
-
-TRACED: dict[type[InnerProblem], type[TracedInner]] = {
-    InnerProblem: TracedInner,
-    TracedInner: TracedInner,
-    StatisticsInner: TracedStatisticsInner,
-    TracedStatisticsInner: TracedStatisticsInner,
-}
-
-
-def _gradient(problem: BilevelProblem, params: Tree, hparams: Tree) -> list[Tensor]:
+def _gradient(problem: Losses, params: Tree, hparams: Tree) -> list[Tensor]:
     return tree.leaves(InnerProblem(problem, hparams)._grad(params))
 
 
-def _products(problem: BilevelProblem, params: Tree, hparams: Tree, v: Tree) -> list[Tensor]:
+def _products(problem: Losses, params: Tree, hparams: Tree, v: Tree) -> list[Tensor]:
     by_params, by_hparams = InnerProblem(problem, hparams).linearize(params)._vjp(v)
     return tree.leaves(by_params) + tree.leaves(by_hparams)
 
@@ -120,7 +106,7 @@ class Traces:
     def __reduce__(self) -> tuple[Any, ...]:
         return Traces, (self._mode,)  # a copy in another process records anew
 
-    def replay(self, oracle: Callable[..., list[Tensor]], problem: BilevelProblem, *trees: Tree) -> list[Tensor]:
+    def replay(self, oracle: Callable[..., list[Tensor]], problem: Losses, *trees: Tree) -> list[Tensor]:
         """Return ``oracle(problem, *trees)`` from its recording; the batch of the problem is an argument of it.
 
         Args:
@@ -142,7 +128,7 @@ class Traces:
             # Recorded operations hold for the layout that was recorded.
             return recording(*[_contiguous(leaf) for leaf in tree.leaves(arguments)])
 
-    def _record(self, oracle: Callable[..., list[Tensor]], problem: BilevelProblem, arguments: Tree) -> Replay:
+    def _record(self, oracle: Callable[..., list[Tensor]], problem: Losses, arguments: Tree) -> Replay:
         # Imported here: it takes a second, which only traced problems should pay.
         from torch.fx.experimental.proxy_tensor import make_fx
 

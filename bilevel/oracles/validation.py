@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.oracles import ranks
 from bilevel.oracles.autograd_errors import check_second_derivatives, explained
+from bilevel.oracles.losses import Losses
 from bilevel.oracles.nonfinite import first_not_finite
 from bilevel.oracles.purity import looked_at
-
-if TYPE_CHECKING:
-    from bilevel.oracles.problem import BilevelProblem
 
 NO_PARAMS = "`inner_loss` does not depend on `params`: is the computation detached?"
 NO_PARAMS_NOR_HPARAMS = "`outer_loss` does not depend on `params` nor on `hparams`: is the computation detached?"
@@ -186,7 +184,7 @@ def check_influence(
             )
 
 
-def check_losses(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
+def check_losses(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
     """Look at the losses of a single problem; see `BilevelProblem.check`."""
     with ranks.agreement(problem) as together:
         check_trees(params, hparams)
@@ -195,7 +193,7 @@ def check_losses(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Re
             _check_losses(problem, tree.attach(tree.copied(params)), tree.attach(tree.copied(hparams)), reads)
 
 
-def _check_losses(problem: BilevelProblem, params: Tree, hparams: Tree, reads: Reads | None) -> None:
+def _check_losses(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None) -> None:
     what = "inner_loss" if problem.optimality is None else "optimality"
     with torch.enable_grad(), explained(f"`{what}`"):
         if problem.optimality is None:

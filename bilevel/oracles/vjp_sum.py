@@ -7,8 +7,9 @@ vectors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,34 +17,35 @@ from torch import Tensor
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 
-if TYPE_CHECKING:
-    from bilevel.oracles.inner_problem import InnerProblem
-
 CHUNK = 256
 """Points and vectors that are stacked at once, at most."""
 NUMBERS = 32_768
 """Numbers in a stack, at most: beyond what a cache holds, a stack costs more than the calls that it saves."""
 
 
+VJP: TypeAlias = Callable[[Tree, Tree], tuple[Tree, Tree]]
+"""(params, v) -> ``(H' v, C' v)``: `InnerProblem.vjp_at`."""
+
+
 class ProductSum:
     """The default: one `vjp` at each point.
 
     Args:
-        inner: the bound problem.
+        hparams: the sum is shaped as they are.
     """
 
-    def __init__(self, inner: InnerProblem) -> None:
-        self._total = tree.zeros_like(inner.hparams)
+    def __init__(self, hparams: Tree) -> None:
+        self._total = tree.zeros_like(hparams)
 
-    def pull(self, inner: InnerProblem, params: Tree, v: Tree) -> Tree:
+    def pull(self, vjp: VJP, params: Tree, v: Tree) -> Tree:
         """Return ``H' v`` at params, and add ``C' v`` to the sum.
 
         Args:
-            inner: the bound problem as the step saw it (`InnerProblem.on_step`).
+            vjp: that of the problem as the step saw it (`InnerProblem.on_step`).
             params: the point.
             v: shaped as params.
         """
-        by_params, by_hparams = inner.linearize(params).vjp(v)
+        by_params, by_hparams = vjp(params, v)
         self._total = tree.add(self._total, by_hparams)
         return by_params
 
@@ -56,24 +58,26 @@ class BilinearSum(ProductSum):
     """For params that are one Tensor and cross products that are bilinear; counted as one `vjp` for each point.
 
     Args:
-        inner: the bound problem.
+        hparams: the sum is shaped as they are.
+        counts: where the products are counted.
         product: (params, v) -> ``H' v``, not counted.
         contract: (points, vectors), both of shape (K, *params.shape) -> ``sum_k C(points_k)' vectors_k``.
     """
 
     def __init__(
         self,
-        inner: InnerProblem,
+        hparams: Tree,
+        counts: Counter[str],
         product: Callable[[Tensor, Tensor], Tensor],
         contract: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        super().__init__(inner)
-        self._inner = inner
+        super().__init__(hparams)
+        self._counts = counts
         self._product, self._contract = product, contract
         self._points: list[Tensor] = []
         self._vectors: list[Tensor] = []
 
-    def pull(self, inner: InnerProblem, params: Tree, v: Tree) -> Tree:
+    def pull(self, vjp: VJP, params: Tree, v: Tree) -> Tree:
         """Return ``H' v`` at params, and keep both for the sum."""
         self._points.append(params)
         self._vectors.append(v)
@@ -88,6 +92,6 @@ class BilinearSum(ProductSum):
 
     def _flush(self) -> None:
         if self._points:
-            self._inner.counts["vjp"] += len(self._points)
+            self._counts["vjp"] += len(self._points)
             self._total = self._total + self._contract(torch.stack(self._points), torch.stack(self._vectors))
             self._points, self._vectors = [], []

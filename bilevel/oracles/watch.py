@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -46,3 +48,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if name is not None:
                         self.written = name, func._schema.name.rpartition("::")[2]
         return func(*args, **kwargs)
+
+
+changes: ContextVar[list[str] | None] = ContextVar("moved", default=None)
+"""Where changes of a module by its forward pass are noted at present."""
+
+
+@contextmanager
+def watching_modules() -> Iterator[list[str]]:
+    """Yield a list of what forward passes inside the block change of modules; each entry continues "the module"."""
+    found: list[str] = []
+    token = changes.set(found)
+    try:
+        yield found
+    finally:
+        changes.reset(token)

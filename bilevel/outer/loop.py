@@ -18,8 +18,8 @@ from bilevel.core.options import first_line, require, shown_value
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
-from bilevel.hypergrad import hypergradient
 from bilevel.hypergrad.auto import as_estimator
+from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.target_error import check_target
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors

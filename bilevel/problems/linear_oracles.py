@@ -46,7 +46,7 @@ class PenalisedInner(InnerProblem):
 
     def product_sum(self) -> ProductSum:
         """Return a sum whose cross products are one contraction."""
-        return BilinearSum(self, lambda params, v: self.linearize(params)._hvp(v), self._cross_sum)
+        return BilinearSum(self.hparams, self.counts, lambda params, v: self.linearize(params)._hvp(v), self._cross_sum)
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
         return self.problem.gather(self.slope * (points * vectors).sum(0))

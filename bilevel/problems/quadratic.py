@@ -51,7 +51,7 @@ class QuadraticInner(InnerProblem):
 
     def product_sum(self) -> ProductSum:
         """Return a sum that shares the Hessian of all points."""
-        return BilinearSum(self, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
+        return BilinearSum(self.hparams, self.counts, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
         problem = self.problem

@@ -61,7 +61,7 @@ class RidgeInner(LinearModelInner):
 
     def product_sum(self) -> ProductSum:
         """Return a sum that shares the Hessian of all points."""
-        return BilinearSum(self, lambda params, v: self.product(v), self._cross_sum)
+        return BilinearSum(self.hparams, self.counts, lambda params, v: self.product(v), self._cross_sum)
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem

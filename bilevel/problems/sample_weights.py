@@ -106,7 +106,7 @@ class SampleWeightInner(LinearModelInner):
 
     def product_sum(self) -> ProductSum:
         """Return a plain sum: the cross products are not linear in the params."""
-        return ProductSum(self)
+        return ProductSum(self.hparams)
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params."""

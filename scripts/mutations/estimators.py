@@ -112,7 +112,7 @@ ESTIMATORS = (
     ),
     Break(
         "statistics-vjp",
-        "bilevel/networks/moving.py",
+        "bilevel/networks/running_statistics.py",
         "return (moved | tree.add(inner.trainable(moved), x), by_memory), tree.add(",
         "return (moved | x, by_memory), tree.add(",
         "test_networks.py",
@@ -161,7 +161,7 @@ ESTIMATORS = (
     ),
     Break(
         "linearization-apart",
-        "bilevel/oracles/linearization.py",
+        "bilevel/oracles/inner_problem.py",
         "gradient, params, hparams = self._graph_of_gradient(self._apart)",
         "gradient, params, hparams = self._graph_of_gradient(True)",
         "test_hypergrad.py",

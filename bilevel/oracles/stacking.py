@@ -1,4 +1,4 @@
-"""Members of a batch that run one after the other, behind the calls of a batch."""
+"""Problems side by side as one batch: `stack`, and members that run one after the other behind the calls of a batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.core import rows as members
 from bilevel.core.tree import Tree
+from bilevel.oracles.batching import Rows, check_rows_option
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -51,3 +52,43 @@ class RowsProblem(BilevelProblem):
     def on_outer_step(self, index: int) -> RowsProblem:
         """Return the members of an outer step."""
         return RowsProblem([problem.on_outer_step(index) for problem in self._single], self.why)
+
+
+def stack(problems: Sequence[BilevelProblem], rows: Rows = "auto") -> BilevelProblem:
+    """Return problems of one kind with equal shapes and options as one batch, such as 50 seeds of a split.
+
+    Problems with closed forms (`RidgeProblem`, ...) stack their data. A general `BilevelProblem` must have been given
+    its data by ``data=``, and all must share the same loss functions.
+
+    Args:
+        problems: at least one.
+        rows: "auto" for members side by side; "loop" for members one after the other, whose data and kinds may differ.
+
+    Returns:
+        A problem of ``len(problems)`` members; ``member(i)`` is ``problems[i]``.
+
+    Raises:
+        ValueError: for problems that cannot be stacked, with the first difference.
+
+    >>> from bilevel.problems import RidgeProblem
+    >>> def draw(seed):
+    ...     X = torch.randn(6, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ...     return RidgeProblem(X[:4], X[:4, 0], X[4:], X[4:, 0])
+    >>> batch = stack([draw(0), draw(1), draw(2)])
+    >>> batch.batch, batch.params.shape
+    (3, torch.Size([3, 2]))
+    """
+    if not problems:
+        raise ValueError("`stack` needs at least one problem.")
+    first = problems[0]
+    if check_rows_option(rows) == "loop":
+        return RowsProblem(problems)
+    for index, problem in enumerate(problems):
+        if type(problem) is not type(first):
+            raise ValueError(
+                f"`stack` takes problems of one kind, but problem 0 is a {type(first).__name__} and problem {index} "
+                f"a {type(problem).__name__}."
+            )
+        if problem.batch is not None:
+            raise ValueError(f"`stack` takes single problems, but problem {index} is a batch of {problem.batch}.")
+    return first.stacked(problems)
