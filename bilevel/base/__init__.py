@@ -5,10 +5,10 @@ dataclasses of options; whatever changes is a value that is returned (`InnerStat
 """
 
 from bilevel.base.batch import BatchEstimate as BatchEstimate
-from bilevel.base.batch import BatchPullback as BatchPullback
-from bilevel.base.batch import BatchSolution as BatchSolution
 from bilevel.base.batch import member_carry as member_carry
 from bilevel.base.batch import verdict_of as verdict_of
+from bilevel.base.estimator import BatchPullback as BatchPullback
+from bilevel.base.estimator import BatchSolution as BatchSolution
 from bilevel.base.estimator import Carry as Carry
 from bilevel.base.estimator import Certificate as Certificate
 from bilevel.base.estimator import ErrorKind as ErrorKind

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
 from torch import Tensor
 
 from bilevel.base.estimator import Carry, Certificate, Estimate
-from bilevel.base.inner_solver import InnerState
 from bilevel.core import rows as members
 from bilevel.core.cost import Cost
 from bilevel.core.status import GOOD, Status, Verdict
@@ -18,54 +16,6 @@ from bilevel.core.tree import Tree
 
 NAMED = 3
 """Failed members that a message names."""
-
-
-@dataclass(frozen=True)
-class BatchPullback:
-    """The VJP of a batch's solution map, with the evidence of every member.
-
-    Attributes:
-        hparams: the cotangents of the hyperparameters, stacked.
-        steps: iterations of the linear solver, or differentiated steps.
-        counts: oracle calls that each member took part in.
-        verdicts: status of this half.
-        adjoint: the adjoint vectors, stacked, where the estimator has them.
-        residuals: relative adjoint residuals, where there are any.
-        error_note: what the certificates say where no error is asked for.
-        value_errors: see `Pullback.value_error`; of shape (members,).
-    """
-
-    hparams: Tree
-    steps: Sequence[int]
-    counts: Sequence[Counter[str]]
-    verdicts: Sequence[Verdict]
-    adjoint: Tree = None
-    residuals: Sequence[float] | None = None
-    error_note: str = ""
-    value_errors: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class BatchSolution:
-    """Approximate inner solutions of all members, to be differentiated together.
-
-    Attributes:
-        params: the solutions, stacked.
-        state: the inner state of all members, for a warm start; of a failed member, the state it started from.
-        pullback: cotangents of params -> `BatchPullback`.
-        residuals: norms of the inner gradients at `params`.
-        steps: inner steps taken.
-        counts: oracle calls that each member took part in.
-        verdicts: status of the inner solves.
-    """
-
-    params: Tree
-    state: InnerState
-    pullback: Callable[[Tree], BatchPullback]
-    residuals: Sequence[float]
-    steps: Sequence[int]
-    counts: Sequence[Counter[str]]
-    verdicts: Sequence[Verdict]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -16,9 +17,6 @@ from bilevel.core.options import describe
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.oracles.problem import BilevelProblem
-
-if TYPE_CHECKING:
-    from bilevel.base.batch import BatchSolution
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,54 @@ class Solution:
     residual: float
     steps: int
     verdict: Verdict = GOOD
+
+
+@dataclass(frozen=True)
+class BatchPullback:
+    """The VJP of a batch's solution map, with the evidence of every member.
+
+    Attributes:
+        hparams: the cotangents of the hyperparameters, stacked.
+        steps: iterations of the linear solver, or differentiated steps.
+        counts: oracle calls that each member took part in.
+        verdicts: status of this half.
+        adjoint: the adjoint vectors, stacked, where the estimator has them.
+        residuals: relative adjoint residuals, where there are any.
+        error_note: what the certificates say where no error is asked for.
+        value_errors: see `Pullback.value_error`; of shape (members,).
+    """
+
+    hparams: Tree
+    steps: Sequence[int]
+    counts: Sequence[Counter[str]]
+    verdicts: Sequence[Verdict]
+    adjoint: Tree = None
+    residuals: Sequence[float] | None = None
+    error_note: str = ""
+    value_errors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BatchSolution:
+    """Approximate inner solutions of all members, to be differentiated together.
+
+    Attributes:
+        params: the solutions, stacked.
+        state: the inner state of all members, for a warm start; of a failed member, the state it started from.
+        pullback: cotangents of params -> `BatchPullback`.
+        residuals: norms of the inner gradients at `params`.
+        steps: inner steps taken.
+        counts: oracle calls that each member took part in.
+        verdicts: status of the inner solves.
+    """
+
+    params: Tree
+    state: InnerState
+    pullback: Callable[[Tree], BatchPullback]
+    residuals: Sequence[float]
+    steps: Sequence[int]
+    counts: Sequence[Counter[str]]
+    verdicts: Sequence[Verdict]
 
 
 @dataclass(frozen=True)

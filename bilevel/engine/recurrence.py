@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerState
-from bilevel.inner.multistep import Coefficients, LinearMultistep
+from bilevel.inner.coefficients import Coefficients
+from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import DiagonalProblem
 
 Numbers: TypeAlias = tuple[Coefficients, ...]

@@ -3,11 +3,11 @@
 from bilevel.inner.adam import Adam as Adam
 from bilevel.inner.adam import AdamW as AdamW
 from bilevel.inner.chebyshev import Chebyshev as Chebyshev
+from bilevel.inner.coefficients import Coefficients as Coefficients
 from bilevel.inner.fixed_point import FixedPoint as FixedPoint
 from bilevel.inner.gradient_descent import GradientDescent as GradientDescent
 from bilevel.inner.heavy_ball import HeavyBall as HeavyBall
 from bilevel.inner.leafwise import LeafwiseSolver as LeafwiseSolver
-from bilevel.inner.multistep import Coefficients as Coefficients
 from bilevel.inner.multistep import LinearMultistep as LinearMultistep
 from bilevel.inner.multistep import StepSizeMethod as StepSizeMethod
 from bilevel.inner.nesterov import Nesterov as Nesterov

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 from bilevel.base import InnerState
 from bilevel.core.tree import Tree
+from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.interval import IntervalMethod
-from bilevel.inner.multistep import Coefficients
 from bilevel.numerics.polynomials import Array, gegenbauer_coefficients
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bilevel.base import InnerState
-from bilevel.inner.multistep import Coefficients, StepSizeMethod
+from bilevel.inner.coefficients import Coefficients
+from bilevel.inner.multistep import StepSizeMethod
 
 
 @dataclass(frozen=True)

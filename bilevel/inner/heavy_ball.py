@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from bilevel.base import InnerState
 from bilevel.core.options import require
-from bilevel.inner.multistep import CURVATURE_MARGIN, Coefficients, MomentumMethod
+from bilevel.inner.coefficients import Coefficients
+from bilevel.inner.multistep import CURVATURE_MARGIN, MomentumMethod
 from bilevel.numerics.lanczos import Spectrum
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,53 +25,12 @@ from bilevel.core import tree
 from bilevel.core.options import is_number, is_positive, require
 from bilevel.core.tree import Tree
 from bilevel.inner.coefficient_step import CoefficientStep
-from bilevel.inner.memberwise import MemberwiseMultistep
+from bilevel.inner.coefficients import Coefficients, MemberwiseMultistep
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem
 
 CURVATURE_MARGIN = 1.02
 """A measured largest curvature can lie below the true one; step sizes are computed from this much more."""
-
-
-Pairs: TypeAlias = tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """The numbers of one step; constants of the differentiation.
-
-    Make them once for each set of values (``functools.lru_cache``): the sparse forms that the sweeps use are prepared
-    here, because a step of a small problem takes little longer than the Python around it.
-
-    Args:
-        read: p weights of the point where the gradient is evaluated.
-        mix: p rows of p weights, the new vectors from the old.
-        write: p weights of the gradient in the new vectors.
-    """
-
-    read: tuple[float, ...]
-    mix: tuple[tuple[float, ...], ...]
-    write: tuple[float, ...]
-    reads: Pairs = field(init=False, repr=False)
-    writes: Pairs = field(init=False, repr=False)
-    rows: tuple[Pairs, ...] = field(init=False, repr=False)
-    columns: tuple[Pairs, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        rows = tuple(_nonzero((*row, weight)) for row, weight in zip(self.mix, self.write, strict=True))
-        transposed = zip(*self.mix, strict=True)
-        columns = tuple(_nonzero((*column, weight)) for column, weight in zip(transposed, self.read, strict=True))
-        for name, value in (
-            ("reads", _nonzero(self.read)),
-            ("writes", _nonzero(self.write)),
-            ("rows", rows),
-            ("columns", columns),
-        ):
-            object.__setattr__(self, name, value)
-
-
-def _nonzero(weights: Sequence[float]) -> Pairs:
-    return tuple((index, weight) for index, weight in enumerate(weights) if weight != 0)
 
 
 @dataclass(frozen=True)
@@ -153,7 +112,9 @@ class LinearMultistep(CoefficientStep):
 
     def for_members(self, state: InnerState) -> InnerSolver:
         """Return the steps of a batch whose measured numbers differ by member."""
-        return MemberwiseMultistep(solver=self, state=state) if state.measured else self
+        if not state.measured:
+            return self
+        return MemberwiseMultistep(of=self.coefficients, settled=self.settles is not None, state=state)
 
     def option(self, name: str, state: InnerState) -> float:
         """Return the value of an option that may be "auto"."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bilevel.base import InnerState
-from bilevel.inner.multistep import Coefficients, MomentumMethod
+from bilevel.inner.coefficients import Coefficients
+from bilevel.inner.multistep import MomentumMethod
 from bilevel.numerics.lanczos import Spectrum
 
 

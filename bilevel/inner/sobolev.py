@@ -17,8 +17,8 @@ from functools import lru_cache
 from bilevel.base import InnerState
 from bilevel.core.options import is_number, is_positive, require
 from bilevel.core.tree import Tree
+from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.interval import IntervalMethod
-from bilevel.inner.multistep import Coefficients
 from bilevel.numerics.polynomials import asymptotic_coefficients, sobolev_coefficients
 
 

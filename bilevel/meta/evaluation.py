@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +14,8 @@ from bilevel.core.options import is_int
 from bilevel.core.tree import Tree
 from bilevel.meta.tasks import Tasks
 
-if TYPE_CHECKING:
-    from bilevel.meta.problem import MetaProblem
-
 NORMAL_QUANTILE = 1.959964
 """Of 97.5 %: the mean of so many tasks is nearly normal."""
-
-
 SIDE_BY_SIDE = 100
 """Tasks that adapt at a time, which bounds the memory of many tasks."""
 
@@ -72,8 +67,15 @@ class Evaluation:
         return flat
 
 
+class OfTasks(Protocol):
+    """What is evaluated, such as a `MetaProblem`."""
+
+    def on_tasks(self, tasks: Tasks, indices: Iterable[int]) -> Any:
+        """Return the problem of some tasks side by side, with `task_scores`."""
+
+
 def evaluate(
-    problem: MetaProblem,
+    problem: OfTasks,
     solver: InnerSolver,
     hparams: Tree,
     tasks: Tasks,

@@ -238,7 +238,7 @@ SOLVERS = (
     ),
     Break(
         "multistep-batch-donor",
-        "bilevel/inner/memberwise.py",
+        "bilevel/inner/coefficients.py",
         "tables.append(table if ok else [replace(one, write=(math.nan,) * len(one.write)) for one in table])",
         "tables.append(table)",
         "test_batch.py::test_a_member_without_a_step_size_fails_by_itself",

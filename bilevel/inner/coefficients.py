@@ -1,11 +1,11 @@
-"""Linear multistep methods on a batch whose members have step sizes (or intervals) of their own."""
+"""The numbers of a step of a linear multistep method, and of members that have step sizes of their own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,12 +16,48 @@ from bilevel.core import tree
 from bilevel.core.rows import Weight
 from bilevel.inner.coefficient_step import CoefficientStep
 
-if TYPE_CHECKING:
-    from bilevel.inner.multistep import Coefficients, LinearMultistep
-
-Pairs = tuple[tuple[int, Weight], ...]
+Numbers: TypeAlias = tuple[tuple[int, float], ...]
+Pairs: TypeAlias = tuple[tuple[int, Weight], ...]
 AHEAD = 64
 """Steps whose coefficients are made at once, at least; then as many again as there are."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The numbers of one step; constants of the differentiation.
+
+    Make them once for each set of values (``functools.lru_cache``): the sparse forms that the sweeps use are prepared
+    here, because a step of a small problem takes little longer than the Python around it.
+
+    Args:
+        read: p weights of the point where the gradient is evaluated.
+        mix: p rows of p weights, the new vectors from the old.
+        write: p weights of the gradient in the new vectors.
+    """
+
+    read: tuple[float, ...]
+    mix: tuple[tuple[float, ...], ...]
+    write: tuple[float, ...]
+    reads: Numbers = field(init=False, repr=False)
+    writes: Numbers = field(init=False, repr=False)
+    rows: tuple[Numbers, ...] = field(init=False, repr=False)
+    columns: tuple[Numbers, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        rows = tuple(_nonzero((*row, weight)) for row, weight in zip(self.mix, self.write, strict=True))
+        transposed = zip(*self.mix, strict=True)
+        columns = tuple(_nonzero((*column, weight)) for column, weight in zip(transposed, self.read, strict=True))
+        for name, value in (
+            ("reads", _nonzero(self.read)),
+            ("writes", _nonzero(self.write)),
+            ("rows", rows),
+            ("columns", columns),
+        ):
+            object.__setattr__(self, name, value)
+
+
+def _nonzero(weights: Sequence[float]) -> Numbers:
+    return tuple((index, weight) for index, weight in enumerate(weights) if weight != 0)
 
 
 @dataclass(frozen=True)
@@ -59,11 +95,13 @@ class MemberwiseMultistep(CoefficientStep):
     """The steps of a linear multistep method, with the coefficients of each member.
 
     Args:
-        solver: the method.
+        of: the method's `coefficients` of one member.
+        settled: whether they no longer change after the first step.
         state: the state of the batch, whose measured numbers are used.
     """
 
-    solver: LinearMultistep = field(kw_only=True)
+    of: Callable[[InnerState], Coefficients] = field(kw_only=True)
+    settled: bool = field(kw_only=True)
     state: InnerState = field(kw_only=True, repr=False)
     numbers: list[BatchCoefficients] = field(default_factory=list, kw_only=True, repr=False, compare=False)
 
@@ -71,9 +109,9 @@ class MemberwiseMultistep(CoefficientStep):
 
     def coefficients(self, state: InnerState) -> BatchCoefficients:
         """Return the numbers of the step that starts from `state`."""
-        index = min(state.steps, 1) if self.solver.settles is not None else state.steps
+        index = min(state.steps, 1) if self.settled else state.steps
         while index >= len(self.numbers):
-            self._extend(2 if self.solver.settles is not None else max(AHEAD, len(self.numbers)))
+            self._extend(2 if self.settled else max(AHEAD, len(self.numbers)))
         return self.numbers[index]
 
     def _extend(self, count: int) -> None:
@@ -85,7 +123,7 @@ class MemberwiseMultistep(CoefficientStep):
         donor = states[measured.index(True)]
         tables = []
         for state, ok in zip(states, measured, strict=True):
-            table = [self.solver.coefficients(replace(state if ok else donor, steps=step)) for step in steps]
+            table = [self.of(replace(state if ok else donor, steps=step)) for step in steps]
             # A member without numbers of its own must not go on with another's: its first step makes it NaN.
             tables.append(table if ok else [replace(one, write=(math.nan,) * len(one.write)) for one in table])
         self.numbers.extend(BatchCoefficients.of(each, like) for each in zip(*tables, strict=True))
