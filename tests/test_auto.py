@@ -79,7 +79,7 @@ def test_each_branch_of_the_rule(
 def network(*layers: torch.nn.Module, **options: Any) -> bl.BilevelProblem:
     X = torch.linspace(-1, 1, 16, dtype=F64).reshape(8, 2)
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), *layers, torch.nn.Linear(3, 1)).double()
-    return bl.BilevelProblem.from_module(
+    return bl.ModuleProblem(
         model,
         lambda net, w, u: (net(X) ** 2).mean() + u.exp().sum() * sum((leaf**2).sum() for leaf in w.values()),
         lambda net, w, u: ((net.eval()(X) - 1) ** 2).mean(),

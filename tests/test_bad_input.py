@@ -603,7 +603,7 @@ def test_a_function_of_other_arguments_is_refused_where_it_is_given() -> None:
     said("`FixedPoint.update` must be a function of (params, hparams), got one of (x).", bl.FixedPoint, lambda x: x)
     said(
         "`inner_loss` must be a function of (model, params, hparams), got one of (x, u).",
-        *(bl.BilevelProblem.from_module, torch.nn.Linear(1, 1), two, two),
+        *(bl.ModuleProblem, torch.nn.Linear(1, 1), two, two),
     )
 
 

@@ -281,9 +281,7 @@ def test_a_module_runs_in_a_batch() -> None:
     def inner(net: Any, params: Any, decay: torch.Tensor) -> torch.Tensor:
         return (net(X) - y).square().mean() + decay.exp() * sum(p.square().sum() for p in params.values())
 
-    problem = bl.BilevelProblem.from_module(
-        model, inner, lambda net, params, decay: (net(X[:5]) - y[:5]).square().mean()
-    )
+    problem = bl.ModuleProblem(model, inner, lambda net, params, decay: (net(X[:5]) - y[:5]).square().mean())
     hparams, solver = torch.tensor([-3.0, -2.0], dtype=F64), bl.GradientDescent(step_size=0.1, steps=10)
     together = bl.hypergradient(problem, solver, bl.FullUnroll(), hparams, batch=2)
     agree(together, [bl.hypergradient(problem, solver, bl.FullUnroll(), u) for u in hparams])

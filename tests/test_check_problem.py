@@ -81,7 +81,7 @@ def test_a_network_of_relus_is_not_accused() -> None:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=F64))
     X, y = normal(1, 20, 3), normal(2, 20, 1)
-    problem = bl.BilevelProblem.from_module(
+    problem = bl.ModuleProblem(
         model,
         lambda net, p, u: (net(X) - y).square().mean() + u.exp() * sum(v.square().sum() for v in p.values()),
         lambda net, p, u: (net(X) - 1.1 * y).square().mean(),
@@ -326,7 +326,7 @@ def test_a_right_network_raises_no_alarm_and_its_unrolls_are_compared_with_its_o
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = torch.nn.Sequential(*layers, torch.nn.Linear(3, 1)).double()
-    problem = bl.BilevelProblem.from_module(module, train, validate, **options)
+    problem = bl.ModuleProblem(module, train, validate, **options)
     hparams = {"log_decay": torch.tensor(-2.0, dtype=F64)}
     if isinstance(solver, bl.SGD):
         hparams["log_rate"] = torch.tensor(-2.0, dtype=F64)

@@ -146,7 +146,7 @@ def by_plain_autograd(problem: bl.BilevelProblem, inner: Any, outer: Any, step_s
 def test_unrolling_a_network_for_many_steps_equals_autograd_through_the_whole_run(estimator: Any, traced: bool) -> None:
     problem, inner, outer = network()
     expected = by_plain_autograd(problem, inner, outer, 0.05, 80)
-    problem = problem.traced() if traced else problem
+    problem = bl.trace(problem) if traced else problem
     estimate = bl.hypergradient(problem, bl.GradientDescent(0.05, steps=80), estimator, DECAY)
     torch.testing.assert_close(flat(estimate.hypergradient), expected, rtol=1e-10, atol=1e-14)
 

@@ -37,7 +37,7 @@ def network(*more: nn.Module) -> nn.Sequential:
 
 
 def of_module(module: nn.Module, seed: int | None = None) -> bl.BilevelProblem:
-    return bl.BilevelProblem.from_module(
+    return bl.ModuleProblem(
         module,
         lambda m, p, u: (m(X)[:, 0] - y).square().mean() + u.exp() * sum(v.square().sum() for v in p.values()),
         lambda m, p, u: (m(X)[:, 0] - y).square().mean(),
@@ -75,7 +75,7 @@ PROBLEMS: dict[str, Callable[[], bl.BilevelProblem]] = {
     "module that runs itself": lambda: of_module(with_hook()),
     "dropout": lambda: of_module(network(nn.Dropout(0.2)), seed=0),
     "statistics": lambda: of_module(network(nn.BatchNorm1d(5))),
-    "traced": lambda: of_module(network()).traced(),
+    "traced": lambda: bl.trace(of_module(network())),
 }
 
 
@@ -132,7 +132,7 @@ def test_losses_may_read_what_forward_leaves_in_the_module() -> None:
         return (m(X)[:, 0] - y).square().mean() + u.exp() * hidden.square().mean()
 
     module = Leaves()
-    one, other = (value(bl.BilevelProblem.from_module(module, each, each), -1.0) for each in (loss, written_out))
+    one, other = (value(bl.ModuleProblem(module, each, each), -1.0) for each in (loss, written_out))
     assert one == pytest.approx(other, rel=1e-12)
 
 

@@ -285,7 +285,7 @@ def test_networks_of_relus_with_very_many_kinks_raise_no_alarm(dtype: torch.dtyp
         layers = [torch.nn.Linear(5, 40), torch.nn.BatchNorm1d(40), torch.nn.ReLU(), torch.nn.Dropout(0.2)]
         module = torch.nn.Sequential(*layers, torch.nn.Linear(40, 1)).to(dtype)
     X, y = normal(1, 2000, 5).to(dtype), normal(2, 2000, 1).to(dtype)
-    problem = bl.BilevelProblem.from_module(
+    problem = bl.ModuleProblem(
         module,
         lambda net, p, u: (net(X) - y).square().mean() + sum(u[k].exp() * v.square().sum() for k, v in p.items()),
         lambda net, p, u: (net.eval()(X) - 1.1 * y).square().mean(),
@@ -393,7 +393,7 @@ def test_an_unrolled_network_of_relus_stays_ok() -> None:
         torch.manual_seed(1)
         module = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).double()
     X, y = normal(1, 100, 3), normal(2, 100, 1)
-    problem = bl.BilevelProblem.from_module(
+    problem = bl.ModuleProblem(
         module,
         lambda net, p, u: (net(X) - y).square().mean() + u.exp() * sum(v.square().sum() for v in p.values()),
         lambda net, p, u: (net(X) - 1.1 * y).square().mean(),

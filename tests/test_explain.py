@@ -160,7 +160,7 @@ def test_multihead_attention_is_refused_only_where_it_is_fused(need_weights: boo
         attended, _ = model(tokens, tokens, tokens, need_weights=need_weights)
         return (attended**2).sum() + u.exp() * sum((p**2).sum() for p in params.values())
 
-    case = bl.BilevelProblem.from_module(layer, loss, loss)
+    case = bl.ModuleProblem(layer, loss, loss)
     if need_weights:
         assert bl.hypergradient(case, GD, bl.FullUnroll(), U).status.usable
     else:
@@ -178,7 +178,7 @@ def test_the_math_backend_makes_a_transformer_layer_work_to_the_same_number_as_d
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return loss(model, params, u)
 
-    fused, math = (bl.BilevelProblem.from_module(layer, inner, with_math) for inner in (loss, with_math))
+    fused, math = (bl.ModuleProblem(layer, inner, with_math) for inner in (loss, with_math))
     refused("around nn.MultiheadAttention and nn.TransformerEncoderLayer, too.", fused)
     ours = bl.hypergradient(math, GD, bl.FullUnroll(), U).hypergradient
     # Differences take no second derivatives, so the fused kernel is good enough for them.
@@ -219,7 +219,7 @@ MESSAGES = {
     ),
     "torch.compile with aot_autograd does not currently support double backward": (
         "a loss cannot be differentiated twice, as it calls what torch.compile has compiled: leave torch.compile out "
-        "and compile the oracles instead, problem.traced('inductor')."
+        "and compile the oracles instead, bilevel.trace(problem, 'inductor')."
     ),
     "trying to differentiate twice a function that was marked with @once_differentiable": (
         "a loss cannot be differentiated twice, as it calls a torch.autograd.Function whose backward is marked "
@@ -264,9 +264,9 @@ def test_a_modules_parameter_that_neither_loss_uses_is_named_and_freezing_it_hel
     def loss(model: Any, params: Any, u: Tensor) -> Tensor:
         return ((model(W) - 1.0) ** 2).mean() + u.exp() * (params["body.weight"] ** 2).sum()
 
-    refused("`params['head.weight']` is used by neither loss", bl.BilevelProblem.from_module(module, loss, loss))
+    refused("`params['head.weight']` is used by neither loss", bl.ModuleProblem(module, loss, loss))
     module["head"].requires_grad_(False)
-    assert bl.hypergradient(bl.BilevelProblem.from_module(module, loss, loss), GD, bl.FullUnroll(), U).status.usable
+    assert bl.hypergradient(bl.ModuleProblem(module, loss, loss), GD, bl.FullUnroll(), U).status.usable
 
 
 USED: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {

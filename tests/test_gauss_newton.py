@@ -43,7 +43,7 @@ def outer_loss(model: Any, params: Any, decay: Any) -> Tensor:
 
 
 def made(module: nn.Module, loss: Callable[..., Tensor] = inner_loss, **options: Any) -> bl.BilevelProblem:
-    return bl.BilevelProblem.from_module(module, loss, outer_loss, **options)
+    return bl.ModuleProblem(module, loss, outer_loss, **options)
 
 
 def dense_products(problem: bl.BilevelProblem, params: Any) -> Tensor:
@@ -263,7 +263,7 @@ def test_with_batch_norm_the_system_is_of_the_parameters_and_the_outer_loss_read
     def evaluated(model: Any, params: Any, decay: Any) -> Tensor:
         return (model.eval()(X) - 1.0).square().mean() + 0.0 * sum(decay.values())
 
-    problem = bl.BilevelProblem.from_module(layered(nn.BatchNorm1d(4)), loss, evaluated)
+    problem = bl.ModuleProblem(layered(nn.BatchNorm1d(4)), loss, evaluated)
     estimator = implicit(bl.CG(tol=1e-13), damping=0.05)
     estimate = bl.hypergradient(problem, bl.GradientDescent(0.1, steps=3), estimator, DECAY)
     x = problem.trainable(estimate.params)
@@ -301,13 +301,13 @@ def test_with_a_batch_for_each_outer_step_products_are_those_of_its_batch_draws_
 
 def test_a_meta_problem_whose_loss_is_not_in_halves_is_refused() -> None:
     problem = bl.meta.SineProblem(batch_size=2, hidden=[4], proximity=1.0)
-    with pytest.raises(ValueError, match=r"'gauss-newton' needs a single problem of `BilevelProblem.from_module`"):
+    with pytest.raises(ValueError, match=r"'gauss-newton' needs a single problem of `ModuleProblem`"):
         bl.hypergradient(problem, bl.GradientDescent(0.1, steps=1), implicit(bl.CG(steps=2)), problem.initial_hparams())
 
 
 def test_a_problem_whose_model_is_not_known_is_refused_in_one_sentence() -> None:
     case = tree_case()
-    sentence = r"`Implicit.curvature` 'gauss-newton' needs a single problem of `BilevelProblem.from_module`, whose loss"
+    sentence = r"`Implicit.curvature` 'gauss-newton' needs a single problem of `ModuleProblem`, whose loss"
     with pytest.raises(ValueError, match=sentence):
         bl.hypergradient(case.problem, bl.GradientDescent(), implicit(bl.CG()), case.hparams)
     decay = tree.tree_map(lambda leaf: leaf.expand(2), DECAY)

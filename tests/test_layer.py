@@ -251,7 +251,7 @@ def regression(module: nn.Module, X: Tensor, y: Tensor) -> bl.BilevelProblem:
     def outer(model: Any, params: Any, decay: Tensor) -> Tensor:
         return ((model(X.flip(0)) - y) ** 2).mean()
 
-    return bl.BilevelProblem.from_module(module, inner, outer)
+    return bl.ModuleProblem(module, inner, outer)
 
 
 def test_a_linear_module_gives_the_hypergradient_of_ridge_regression() -> None:

@@ -199,7 +199,7 @@ def test_traced_oracles_take_the_batch_of_every_outer_step(fresh_batch: Any) -> 
 
     runs = [
         bl.OuterOptimizer(each, bl.GradientDescent(STEP, steps=3), bl.FullUnroll(), U).run(5, progress=False)
-        for each in (problem(), problem().traced())
+        for each in (problem(), bl.trace(problem()))
     ]
     same(runs[0].hparams, runs[1].hparams)
 
@@ -215,7 +215,7 @@ def test_a_module_takes_loaders_for_both_losses() -> None:
     def penalised(model: Any, params: Any, u: Tensor, batch: Any) -> Tensor:
         return error(model, params, u, batch) + u.exp() * params["weight"].square().sum()
 
-    problem = bl.BilevelProblem.from_module(
+    problem = bl.ModuleProblem(
         model, penalised, error, sampler=in_order(20), fresh_batch="outer step", outer_sampler=in_order(20, 4)
     ).on_outer_step(1)
     exact = bl.hypergradient(problem, bl.Newton(), bl.Implicit(bl.Direct()), torch.tensor(-1.0, dtype=F64))
@@ -469,7 +469,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
         lambda: bl.BilevelProblem(lambda w, u: w.sum(), lambda w, u: w.sum(), START, outer_sampler=in_order(20))
     ),
     "`outer_loss` must be a function of (model, params, hparams, batch), got one of (m, p, u).": (
-        lambda: bl.BilevelProblem.from_module(
+        lambda: bl.ModuleProblem(
             torch.nn.Linear(4, 1), lambda m, p, u: p, lambda m, p, u: p, outer_sampler=in_order(20)
         )
     ),

@@ -54,7 +54,7 @@ def net(momentum: float | None = 0.3, seed: int = 0) -> nn.Sequential:
 
 
 def normalised(**options: Any) -> bl.BilevelProblem:
-    return bl.BilevelProblem.from_module(net(), decayed(), evaluated, **options)
+    return bl.ModuleProblem(net(), decayed(), evaluated, **options)
 
 
 def value(estimate: bl.Estimate) -> Tensor:
@@ -130,7 +130,7 @@ def test_central_differences_of_the_whole_run_agree_for_every_solver(solver: Any
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False)])
 def test_third_derivatives_that_are_wrong_in_torch_are_refused(norm: nn.Module) -> None:
     module = nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 1)).double()
-    problem = bl.BilevelProblem.from_module(module, decayed(), flipped)
+    problem = bl.ModuleProblem(module, decayed(), flipped)
     with pytest.raises(ValueError, match=r"third derivatives, which torch has wrong for the normalising layer '1'"):
         bl.hypergradient(problem, bl.Newton(damping=1e3, steps=2), bl.FullUnroll(), U)
     assert bl.hypergradient(scaled(), bl.Newton(), bl.Implicit(), PAIR).status.ok
@@ -166,9 +166,7 @@ def convolutional(momentum: float | None = 0.2) -> nn.Module:
 def test_the_statistics_are_those_of_torchs_own_training_loop(momentum: float | None, batched: bool) -> None:
     module, loss = convolutional(momentum), decayed(IMAGES, Y)
     sampler = bl.MiniBatches((IMAGES, Y), batch_size=4, seed=0) if batched else None
-    problem = bl.BilevelProblem.from_module(
-        module, loss, lambda model, p, u: mse_loss(model(IMAGES), Y), sampler=sampler
-    )
+    problem = bl.ModuleProblem(module, loss, lambda model, p, u: mse_loss(model(IMAGES), Y), sampler=sampler)
     params = bl.hypergradient(problem, SGD, bl.TruncatedUnroll(tail=1), U).params
     optimizer = torch.optim.SGD(module.parameters(), lr=STEP)
     for k in range(STEPS):
@@ -185,14 +183,14 @@ def test_a_layer_called_twice_and_mini_batches_are_differentiated_exactly(moment
     def outer(model: Any, params: Any, u: Any) -> Tensor:
         return mse_loss(model.eval()(IMAGES[:3]), Y[:3])
 
-    problem = bl.BilevelProblem.from_module(
+    problem = bl.ModuleProblem(
         convolutional(momentum), decayed(), outer, sampler=bl.MiniBatches((IMAGES, Y), batch_size=4, seed=0)
     )
     differences = hypergradient(problem, SGD, DIFFERENCES)
     for estimator in (bl.FullUnroll(), bl.FullUnroll(memory="graph"), bl.FullUnroll(mode="forward")):
         close(hypergradient(problem, SGD, estimator), differences, 1e-7)
     if momentum is not None:  # the average over all batches is a number that torch reads from its counter
-        close(hypergradient(problem.traced(), SGD, bl.FullUnroll()), differences, 1e-7)
+        close(hypergradient(bl.trace(problem), SGD, bl.FullUnroll()), differences, 1e-7)
 
 
 def scaled(outer: Callable[..., Tensor] = evaluated, **options: Any) -> bl.BilevelProblem:
@@ -204,7 +202,7 @@ def scaled(outer: Callable[..., Tensor] = evaluated, **options: Any) -> bl.Bilev
         pull = sum((p - start[name]).square().sum() for name, p in params.items())
         return mse_loss(model(X * u[1]), Y) + u[0].exp() * pull
 
-    return bl.BilevelProblem.from_module(module, inner, outer, **options)
+    return bl.ModuleProblem(module, inner, outer, **options)
 
 
 PAIR = torch.tensor([3.0, 0.7], dtype=F64)
@@ -236,8 +234,8 @@ def test_implicit_differentiation_takes_the_statistics_for_a_function_of_the_sol
 
 def test_what_never_moves_is_a_constant_of_implicit_differentiation() -> None:
     module = net(momentum=0.0)
-    problem = bl.BilevelProblem.from_module(module, decayed(), evaluated)
-    frozen = bl.BilevelProblem.from_module(
+    problem = bl.ModuleProblem(module, decayed(), evaluated)
+    frozen = bl.ModuleProblem(
         module, decayed(), lambda model, p, u: mse_loss(torch.tanh(_fixed(p, V)) @ p["3.weight"].t() + p["3.bias"], Z)
     )
     solver, estimator = bl.GradientDescent("auto", steps=50), bl.Implicit(damping=5.0)
@@ -262,7 +260,7 @@ def test_a_run_that_resumes_continues_bit_for_bit(estimator: Any) -> None:
     def made() -> bl.OuterOptimizer:
         module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), *list(net())[1:]).double()
         module[0].load_state_dict(net()[0].state_dict())
-        problem = bl.BilevelProblem.from_module(
+        problem = bl.ModuleProblem(
             module, decayed(), evaluated, sampler=bl.MiniBatches((X, Y), batch_size=4, seed=0), seed=3
         )
         return bl.OuterOptimizer(problem, SGD, estimator, U)
@@ -298,7 +296,7 @@ def test_the_layer_differentiates_the_statistics() -> None:
 
 
 def test_statistics_that_the_outer_loss_does_not_read_cost_nothing() -> None:
-    problem = bl.BilevelProblem.from_module(net(), decayed(), lambda model, p, u: mse_loss(model(V), Z))
+    problem = bl.ModuleProblem(net(), decayed(), lambda model, p, u: mse_loss(model(V), Z))
     estimate = bl.hypergradient(problem, SGD, bl.FullUnroll(), U)
     assert estimate.cost.counts == {"gradient": STEPS + 2, "outer": 1, "vjp": STEPS}
     close(value(estimate), hypergradient(problem, SGD, DIFFERENCES), 1e-7)
@@ -314,7 +312,7 @@ def test_a_solver_at_the_rounding_floor_still_ends(solver: Any) -> None:
 def test_without_moving_statistics_the_problem_is_as_plain_as_ever() -> None:
     plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1)).double()
     for module in (net().eval(), plain):
-        problem = bl.BilevelProblem.from_module(module, decayed(), evaluated)
+        problem = bl.ModuleProblem(module, decayed(), evaluated)
         assert set(problem.params) == {name for name, _ in module.named_parameters()}
         assert type(problem.bind(U)) is InnerProblem
         assert problem.statistics is None
@@ -327,7 +325,7 @@ def test_evaluation_mode_is_that_of_torch_and_the_module_stays_as_it_is() -> Non
     module = net()
     module[0].eval()
     before = copy.deepcopy(module.state_dict())
-    problem = bl.BilevelProblem.from_module(module, decayed(), evaluated)
+    problem = bl.ModuleProblem(module, decayed(), evaluated)
     estimate = bl.hypergradient(problem, SGD, bl.FullUnroll(), U)
     assert all(torch.equal(each, before[name]) for name, each in module.state_dict().items())
     assert [part.training for part in module] == [False, True, True, True]
@@ -345,22 +343,20 @@ def test_what_running_statistics_do_not_go_with_is_refused() -> None:
         bl.hypergradient(problem, SGD, bl.Implicit(balance="auto"), U)
     with pytest.raises(ValueError, match=r"running statistics.* does not run in batches"):
         bl.hypergradient(problem, SGD, bl.FullUnroll(), U.expand(2), batch=2)
-    reads = bl.BilevelProblem.from_module(net(), lambda model, p, u: mse_loss(model.eval()(X), Y) * u, evaluated)
+    reads = bl.ModuleProblem(net(), lambda model, p, u: mse_loss(model.eval()(X), Y) * u, evaluated)
     with pytest.raises(ValueError, match=r"`model.eval\(\)` in the inner loss would read running statistics"):
         bl.hypergradient(reads, SGD, bl.FullUnroll(), U)
 
 
 def test_a_batch_of_one_row_is_refused_with_the_layers_name() -> None:
-    problem = bl.BilevelProblem.from_module(
-        net(), decayed(), evaluated, sampler=bl.MiniBatches((X, Y), batch_size=1, seed=0)
-    )
+    problem = bl.ModuleProblem(net(), decayed(), evaluated, sampler=bl.MiniBatches((X, Y), batch_size=1, seed=0))
     sentence = r"BatchNorm layer '1' is in train mode and got one value per channel.*\(1, 4\).*at least two rows"
     with pytest.raises(ValueError, match=sentence):
         bl.hypergradient(problem, SGD, bl.FullUnroll(), U)
-    one = bl.BilevelProblem.from_module(net(), decayed(), lambda model, p, u: mse_loss(model(V[:1]), Z[:1]))
+    one = bl.ModuleProblem(net(), decayed(), lambda model, p, u: mse_loss(model(V[:1]), Z[:1]))
     with pytest.raises(ValueError, match=r"in the outer loss: call model.eval\(\)"):
         bl.hypergradient(one, SGD, bl.FullUnroll(), U)
-    bl.hypergradient(bl.BilevelProblem.from_module(net().eval(), decayed(X[:1], Y[:1]), evaluated), SGD, UNROLLS[0], U)
+    bl.hypergradient(bl.ModuleProblem(net().eval(), decayed(X[:1], Y[:1]), evaluated), SGD, UNROLLS[0], U)
 
 
 # Random layers -------------------------------------------------------------------------------------------------------
@@ -368,7 +364,7 @@ def test_a_batch_of_one_row_is_refused_with_the_layers_name() -> None:
 
 def dropped(seed: int | None = 3, outer: Callable[..., Tensor] = evaluated) -> bl.BilevelProblem:
     module = nn.Sequential(*list(net())[:2], nn.Dropout(0.4), *list(net())[2:])
-    return bl.BilevelProblem.from_module(module, decayed(), outer, seed=seed)
+    return bl.ModuleProblem(module, decayed(), outer, seed=seed)
 
 
 @pytest.mark.parametrize("estimator", UNROLLS, ids=str)
@@ -405,7 +401,7 @@ def test_implicit_differentiation_uses_one_fixed_draw() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.4), nn.Linear(4, 1)).double()
 
     def problem(seed: int) -> bl.BilevelProblem:
-        return bl.BilevelProblem.from_module(module, decayed(), evaluated, seed=seed)
+        return bl.ModuleProblem(module, decayed(), evaluated, seed=seed)
 
     solver, estimator = bl.GradientDescent(STEP, steps=3), bl.Implicit(bl.Direct(), damping=10.0)
     one, again = (hypergradient(problem(5), solver, estimator) for _ in range(2))
@@ -423,28 +419,28 @@ def test_implicit_differentiation_uses_one_fixed_draw() -> None:
 def test_random_layers_without_a_seed_are_refused_by_name(layer: nn.Module) -> None:
     module = nn.ModuleDict({"body": nn.Linear(3, 3), "random": layer})
     with pytest.raises(ValueError, match=r"random layer 'random'.*give `seed=` to fix its draws"):
-        bl.BilevelProblem.from_module(module, decayed(), evaluated)
-    bl.BilevelProblem.from_module(module, decayed(), evaluated, seed=0)
-    bl.BilevelProblem.from_module(module.eval(), decayed(), evaluated)
+        bl.ModuleProblem(module, decayed(), evaluated)
+    bl.ModuleProblem(module, decayed(), evaluated, seed=0)
+    bl.ModuleProblem(module.eval(), decayed(), evaluated)
 
 
 def test_random_numbers_that_no_layer_shows_are_noticed() -> None:
     def noisy(model: Any, params: Any, u: Tensor) -> Tensor:
         return mse_loss(dropout(model(X), 0.3), Y) + u.exp() * params["0.weight"].square().sum()
 
-    problem = bl.BilevelProblem.from_module(net(), noisy, evaluated)
-    with pytest.raises(ValueError, match=r"`inner_loss` draws random numbers.*from_module\(..., seed=...\)"):
+    problem = bl.ModuleProblem(net(), noisy, evaluated)
+    with pytest.raises(ValueError, match=r"`inner_loss` draws random numbers.*ModuleProblem\(..., seed=...\)"):
         bl.hypergradient(problem, SGD, bl.FullUnroll(), U)
-    seeded = bl.BilevelProblem.from_module(net(), noisy, evaluated, seed=0)
+    seeded = bl.ModuleProblem(net(), noisy, evaluated, seed=0)
     close(hypergradient(seeded, SGD, bl.FullUnroll()), hypergradient(seeded, SGD, DIFFERENCES), 1e-7)
 
 
 def test_what_random_layers_do_not_go_with_is_refused() -> None:
     for seed in (-1, True, "0"):
-        with pytest.raises(ValueError, match=r"`from_module.seed` must be an int that is not negative or None, got"):
+        with pytest.raises(ValueError, match=r"`ModuleProblem.seed` must be an int that is not negative or None, got"):
             dropped(seed=seed)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`seed` for random layers cannot be traced"):
-        dropped().traced()
+        bl.trace(dropped())
     with pytest.raises(ValueError, match="has random layers, whose steps see different draws: give `tail`"):
         bl.hypergradient(dropped(), SGD, bl.TruncatedUnroll(tail="auto"), U)
     with pytest.raises(ValueError, match=r"random layers.* does not run in batches"):
@@ -534,7 +530,7 @@ def test_a_module_of_any_shape_has_the_hypergradient_of_plain_torch(name: str) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = MODULES[name]().double()
-    problem = bl.BilevelProblem.from_module(module, decayed(), flipped)
+    problem = bl.ModuleProblem(module, decayed(), flipped)
     expected = plain_unroll(module)
     for estimator in UNROLLS:
         close(hypergradient(problem, SGD, estimator), expected, 1e-10)
@@ -548,7 +544,7 @@ def test_a_module_of_any_shape_has_the_hypergradient_of_plain_torch(name: str) -
 def test_a_module_with_shared_parts_is_left_as_it_was() -> None:
     module = Tied().double()
     before = dict(module.named_parameters(remove_duplicate=False))
-    problem = bl.BilevelProblem.from_module(module, decayed(), flipped)
+    problem = bl.ModuleProblem(module, decayed(), flipped)
     bl.hypergradient(problem, SGD, bl.FullUnroll(), U)
     after = dict(module.named_parameters(remove_duplicate=False))
     assert all(after[name] is p for name, p in before.items())
@@ -562,7 +558,7 @@ def test_weight_norm_whose_second_derivatives_are_wrong_in_torch_is_refused() ->
         with pytest.raises(
             ValueError, match=r"torch's weight norm of the layer '0' has wrong second derivatives: remove it"
         ):
-            bl.BilevelProblem.from_module(module, decayed(), evaluated)
+            bl.ModuleProblem(module, decayed(), evaluated)
 
 
 @pytest.mark.parametrize("around", [False, True], ids=["inside the loss", "around the call"])
@@ -584,7 +580,7 @@ def test_autocast_gives_what_plain_torch_gives_under_it(around: bool, memory: st
 
         return at
 
-    problem = bl.BilevelProblem.from_module(module, loss(X, 0.1), loss(X.flip(0), 0.0))
+    problem = bl.ModuleProblem(module, loss(X, 0.1), loss(X.flip(0), 0.0))
     with cast(around):
         ours = hypergradient(problem, SGD, bl.FullUnroll(memory=memory), U.float())
         point = problem.bind(U.float()).linearize(problem.params)
@@ -592,7 +588,7 @@ def test_autocast_gives_what_plain_torch_gives_under_it(around: bool, memory: st
     assert ours.dtype == torch.float32
     close(ours, plain_unroll(module, torch.bfloat16), 1e-5 if memory == "graph" else 1e-3)
     assert abs(float(ours - plain_unroll(module))) > 1e-6
-    exact = bl.BilevelProblem.from_module(module, decayed(X.float(), Y.float()), flipped).bind(U.float())
+    exact = bl.ModuleProblem(module, decayed(X.float(), Y.float()), flipped).bind(U.float())
     expected = exact.linearize(problem.params).hvp(problem.params)
     for name, leaf in product.items():
         close(leaf, expected[name], 3e-2)
@@ -606,9 +602,7 @@ def test_batch_norm_keeps_its_statistics_in_full_precision_under_autocast() -> N
             prediction = model(X.float())
         return mse_loss(prediction.float(), Y.float()) + u.exp() * params["0.weight"].square().sum()
 
-    problem = bl.BilevelProblem.from_module(
-        module, loss, lambda model, p, u: mse_loss(model.eval()(V.float()), Z.float())
-    )
+    problem = bl.ModuleProblem(module, loss, lambda model, p, u: mse_loss(model.eval()(V.float()), Z.float()))
     estimate = bl.hypergradient(problem, SGD, bl.FullUnroll(), U.float())
     optimizer = torch.optim.SGD(module.parameters(), lr=STEP)
     for _ in range(STEPS):
@@ -622,7 +616,7 @@ def test_batch_norm_keeps_its_statistics_in_full_precision_under_autocast() -> N
 def test_one_image_of_several_pixels_has_a_variance() -> None:
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(18, 1)).double()
     image = torch.linspace(-1.0, 1.0, 18, dtype=torch.float64).reshape(1, 2, 3, 3)
-    problem = bl.BilevelProblem.from_module(
+    problem = bl.ModuleProblem(
         module,
         lambda model, params, u: (model(image) - 1.0).square().mean() + u.exp() * params["2.weight"].square().sum(),
         lambda model, params, u: model.eval()(image).square().mean(),

@@ -158,7 +158,7 @@ def test_packing_changes_no_hypergradient(estimator: Any, solver: Any, random: R
         lambda p, u: random.outer(torch.cat([p["b"], p["a"][0]]), u["u"]),
         {"b": random.start[:cut], "a": [random.start[cut:]]},
     )
-    as_module = bl.BilevelProblem.from_module(
+    as_module = bl.ModuleProblem(
         Packed(random.start, cut),
         lambda model, params, u: random.inner(model(), u),
         lambda model, params, u: random.outer(model(), u),

@@ -60,7 +60,7 @@ def torch_loop(module: nn.Module, u: Tensor, steps: int = 12) -> tuple[nn.Module
 
 def equals_torch(module: nn.Module) -> None:
     """Params are those of torch's loop, and the hypergradient is the central difference of its validation loss."""
-    problem = bl.BilevelProblem.from_module(module, fit, validate)
+    problem = bl.ModuleProblem(module, fit, validate)
     estimate = bl.hypergradient(problem, GD, bl.FullUnroll(), U)
     for name, p in torch_loop(module, U)[0].named_parameters():
         torch.testing.assert_close(estimate.params[name], p.detach(), rtol=1e-10, atol=1e-12)
@@ -74,7 +74,7 @@ def equals_torch(module: nn.Module) -> None:
 
 def refused_module(text: str, module: nn.Module) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
-        bl.BilevelProblem.from_module(module, fit, validate)
+        bl.ModuleProblem(module, fit, validate)
 
 
 def test_spectral_norm_is_refused_while_its_vectors_move_and_right_in_evaluation_mode() -> None:
@@ -93,7 +93,7 @@ def test_old_norms_are_refused_with_a_remedy_that_works(kind: str) -> None:
     module = network()
     getattr(nn.utils, kind)(module[0])
     with pytest.raises(ValueError, match=r"norm of the layer '0'.*\(torch\.nn\.utils\.(\w+)\(layer\)\)") as refusal:
-        bl.BilevelProblem.from_module(module, fit, validate)
+        bl.ModuleProblem(module, fit, validate)
     remedy = re.search(r"torch\.nn\.utils\.(\w+)\(layer\)", str(refusal.value))
     assert remedy
     getattr(nn.utils, remedy[1])(module[0])
@@ -123,7 +123,7 @@ def test_hooks_on_gradients_are_refused_and_a_parametrization_freezes_rows() -> 
     refused_module("the module's part '2' (Linear) has a backward hook", module)
     handle.remove()
     parametrize.register_parametrization(module[0], "weight", Masked(module[0].weight))
-    problem = bl.BilevelProblem.from_module(module, lambda m, p, u: fit(m, {"": m(X)}, u), validate)
+    problem = bl.ModuleProblem(module, lambda m, p, u: fit(m, {"": m(X)}, u), validate)
     estimate = bl.hypergradient(problem, GD, bl.FullUnroll(), U)
     moved = estimate.params["0.parametrizations.weight.original"] - module[0].parametrizations.weight.original
     assert torch.equal(moved[:2], torch.zeros(2, 3, dtype=F64))
@@ -507,11 +507,11 @@ def test_state_that_forward_moves_is_refused_by_name_and_the_module_stays(name: 
     module = nn.Sequential(nn.Linear(3, 4), make(), nn.Linear(4, 1)).double()
     before = copy.deepcopy(module.state_dict())
     read = lambda model, params, u: (model.eval()(V) - Z).square().mean()  # noqa: E731
-    refused(text, bl.BilevelProblem.from_module(module, fit, read))
+    refused(text, bl.ModuleProblem(module, fit, read))
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in before.items())
     assert all(part.training for part in module.modules())
     module[1].eval()
-    assert bl.hypergradient(bl.BilevelProblem.from_module(module, fit, read), GD, bl.FullUnroll(), U).status.ok
+    assert bl.hypergradient(bl.ModuleProblem(module, fit, read), GD, bl.FullUnroll(), U).status.ok
 
 
 def test_hooks_that_keep_a_state_and_layers_made_in_forward_are_refused() -> None:
@@ -522,10 +522,10 @@ def test_hooks_that_keep_a_state_and_layers_made_in_forward_are_refused() -> Non
         return out - state["mean"]
 
     handle = module[1].register_forward_hook(centre)
-    refused("it depends on `module.1.hook.state.mean`", bl.BilevelProblem.from_module(module, fit, validate))
+    refused("it depends on `module.1.hook.state.mean`", bl.ModuleProblem(module, fit, validate))
     handle.remove()
     module[1].register_forward_hook(lambda layer, given, out: state.update(out=out))
-    assert bl.hypergradient(bl.BilevelProblem.from_module(module, fit, validate), GD, bl.FullUnroll(), U).status.ok
+    assert bl.hypergradient(bl.ModuleProblem(module, fit, validate), GD, bl.FullUnroll(), U).status.ok
 
     class Late(nn.Module):
         def __init__(self) -> None:
@@ -537,7 +537,7 @@ def test_hooks_that_keep_a_state_and_layers_made_in_forward_are_refused() -> Non
             return self.second(self.first(x))
 
     late = Late()
-    refused("makes its parameter 'second.weight' in forward", bl.BilevelProblem.from_module(late, fit, validate))
+    refused("makes its parameter 'second.weight' in forward", bl.ModuleProblem(late, fit, validate))
     late(X)
     equals_torch(late)
 

@@ -29,7 +29,7 @@ def of_module(module: nn.Module, **more: Any) -> bl.BilevelProblem:
     def loss(m: Any, p: Any, u: Tensor) -> Tensor:
         return (m(X) - Y[:, None]).square().mean() + u.exp() * sum(v.square().sum() for v in p.values())
 
-    return bl.BilevelProblem.from_module(module, loss, loss, **more)
+    return bl.ModuleProblem(module, loss, loss, **more)
 
 
 class Lstm(nn.Module):

@@ -68,7 +68,7 @@ UNROLLS = [
 @pytest.mark.parametrize("traced", [False, True])
 def test_an_unroll_differentiates_the_steps_on_their_own_batches(estimator: Any, traced: bool) -> None:
     x, expected = by_autograd(START, 0, 13)
-    stochastic = problem().traced() if traced else problem()
+    stochastic = bl.trace(problem()) if traced else problem()
     estimate = bl.hypergradient(stochastic, bl.HeavyBall(STEP, MOMENTUM, steps=13), estimator, U)
     close(estimate, expected)
     torch.testing.assert_close(flat(estimate.params), flat(x), rtol=1e-12, atol=1e-14)
@@ -162,7 +162,7 @@ def test_implicit_differentiation_and_the_residual_are_of_the_full_batch() -> No
 
 def test_a_module_is_trained_on_batches() -> None:
     model = nn.Linear(4, 1, dtype=F64)
-    ours = bl.BilevelProblem.from_module(
+    ours = bl.ModuleProblem(
         model,
         lambda model, p, u, batch: (
             (model(batch[0])[:, 0] - batch[1]).square().mean() + u.exp() * flat(p).square().sum()
@@ -178,7 +178,7 @@ def test_a_module_is_trained_on_batches() -> None:
         gradient = torch.autograd.grad(loss, list(x.values()), create_graph=True)
         x = {key: x[key] - STEP * g for key, g in zip(x, gradient, strict=True)}
     (expected,) = torch.autograd.grad((V @ x["weight"][0] + x["bias"] - Z).square().mean(), u)
-    for each in (ours, ours.traced()):
+    for each in (ours, bl.trace(ours)):
         estimate = bl.hypergradient(each, bl.GradientDescent(STEP, steps=8), bl.FullUnroll(), u.detach())
         close(estimate, expected.reshape(1))
 

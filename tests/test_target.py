@@ -321,7 +321,7 @@ def with_running_statistics() -> bl.BilevelProblem:
 
 def network(model: torch.nn.Module, **options: Any) -> bl.BilevelProblem:
     X, y = normal(0, 8, 2), normal(1, 8, 1)
-    return bl.BilevelProblem.from_module(
+    return bl.ModuleProblem(
         model,
         lambda net, w, u: ((net(X) - y) ** 2).mean() + u.exp() * sum((leaf**2).sum() for leaf in w.values()),
         lambda net, w, u: ((net.eval()(X) - y) ** 2).mean(),

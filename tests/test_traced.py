@@ -76,7 +76,7 @@ def test_traced_oracles_are_those_of_autograd(name: str) -> None:
     gradient = torch.autograd.grad(loss(x, u), tree.leaves(x), create_graph=True, materialize_grads=True)
     moving = [(g, c) for g, c in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
     products = torch.autograd.grad([g for g, _ in moving], roots, [c for _, c in moving], materialize_grads=True)
-    inner = bl.BilevelProblem(loss, loss).traced().bind(hparams)
+    inner = bl.trace(bl.BilevelProblem(loss, loss)).bind(hparams)
     tol = 1e-6 if name == "float32" else 1e-12
     for at in (params, tree.tree_map(torch.clone, params)):  # the second pass replays
         agree(inner.grad(at), list(gradient), tol)
@@ -103,7 +103,7 @@ def test_traced_oracles_are_those_of_autograd(name: str) -> None:
 def test_traced_problems_have_the_same_hypergradients_on_every_tree(params: str, solver: Any, estimator: Any) -> None:
     case = tree_case(params, "dict")
     ours, eager = (
-        bl.hypergradient(problem, solver, estimator, case.hparams) for problem in (case.problem.traced(), case.problem)
+        bl.hypergradient(problem, solver, estimator, case.hparams) for problem in (bl.trace(case.problem), case.problem)
     )
     agree(ours.hypergradient, eager.hypergradient, 1e-11)
     assert ours.cost.counts == eager.cost.counts
@@ -111,7 +111,7 @@ def test_traced_problems_have_the_same_hypergradients_on_every_tree(params: str,
 
 def test_another_shape_dtype_or_structure_is_traced_anew() -> None:
     problem = bl.BilevelProblem(lambda p, u: sum((x**3).sum() * u[k] for k, x in p.items()), lambda p, u: u["a"])
-    problem = problem.traced()
+    problem = bl.trace(problem)
 
     def gradient(p: Any, u: Any) -> Any:
         return problem.bind(u).grad(p)
@@ -128,7 +128,7 @@ def test_another_shape_dtype_or_structure_is_traced_anew() -> None:
 
 def test_values_of_captured_tensors_may_change_in_place() -> None:
     scale = torch.ones(2, dtype=F64)
-    inner = bl.BilevelProblem(lambda w, u: (scale * w**2).sum() * u, lambda w, u: u).traced().bind(torch.ones(()))
+    inner = bl.trace(bl.BilevelProblem(lambda w, u: (scale * w**2).sum() * u, lambda w, u: u)).bind(torch.ones(()))
     w = torch.ones(2, dtype=F64)
     assert torch.equal(inner.grad(w), 2 * w)
     scale.mul_(3.0)
@@ -144,7 +144,7 @@ def test_optimality_maps_are_traced_too() -> None:
     problem = bl.BilevelProblem.from_fixed_point(update, lambda x, u: x.square().sum(), torch.zeros(4, dtype=F64))
     u = torch.tensor(0.5, dtype=F64)
     solver, estimator = bl.FixedPoint(update, tol=1e-13), bl.Implicit(bl.GMRES(tol=1e-13))
-    ours, eager = (bl.hypergradient(p, solver, estimator, u) for p in (problem.traced(), problem))
+    ours, eager = (bl.hypergradient(p, solver, estimator, u) for p in (bl.trace(problem), problem))
     agree(ours.hypergradient, eager.hypergradient)
 
 
@@ -156,15 +156,15 @@ def test_modules_are_traced_too() -> None:
     def loss(model: Any, p: Any, u: Any) -> Tensor:
         return nn.functional.cross_entropy(model(X), LABELS) + u.exp() * flat(p).square().sum()
 
-    problem = bl.BilevelProblem.from_module(model, loss, loss)
+    problem = bl.ModuleProblem(model, loss, loss)
     u = torch.tensor(-2.0, dtype=F64)
     solver = bl.GradientDescent(0.05, steps=5)
-    ours, eager = (bl.hypergradient(p, solver, bl.FullUnroll(), u) for p in (problem.traced(), problem))
+    ours, eager = (bl.hypergradient(p, solver, bl.FullUnroll(), u) for p in (bl.trace(problem), problem))
     agree(ours.hypergradient, eager.hypergradient)
 
 
 def test_a_traced_problem_travels_to_another_process() -> None:
-    problem = bl.BilevelProblem(ridge_like, ridge_like, normal(8, 5)).traced()
+    problem = bl.trace(bl.BilevelProblem(ridge_like, ridge_like, normal(8, 5)))
     problem.bind(normal(9, 5)).grad(problem.params)
     again = pickle.loads(pickle.dumps(problem))
     agree(again.bind(normal(9, 5)).grad(problem.params), problem.bind(normal(9, 5)).grad(problem.params), 0.0)
@@ -172,7 +172,7 @@ def test_a_traced_problem_travels_to_another_process() -> None:
 
 def test_tracing_leaves_the_problem_itself_alone() -> None:
     problem = bl.BilevelProblem(ridge_like, ridge_like, normal(8, 5))
-    problem.traced()
+    bl.trace(problem)
     assert type(problem.bind(normal(9, 5))) is bl.BilevelProblem.inner_problem
     assert problem.traces is None
 
@@ -199,8 +199,8 @@ def test_the_cleaned_graph_is_shorter_and_computes_no_loss() -> None:
     "loss", [lambda w, u: (w if w.sum() > 0 else 2 * w).sum() * u, lambda w, u: (w**2).sum() * u * float(w.sum())]
 )
 def test_python_that_depends_on_values_is_refused_with_the_remedy(loss: Any) -> None:
-    inner = bl.BilevelProblem(loss, loss).traced().bind(torch.ones(()))
-    with pytest.raises(ValueError, match=r"cannot be traced: .*use torch.where in place of `if`.*leave out `traced`"):
+    inner = bl.trace(bl.BilevelProblem(loss, loss)).bind(torch.ones(()))
+    with pytest.raises(ValueError, match=r"cannot be traced: .*use torch.where in place of `if`.*leave out `trace`"):
         inner.grad(torch.ones(3))
 
 
@@ -222,7 +222,7 @@ ALIASES: dict[str, tuple[Any, Tensor, Any]] = {
 def test_arguments_that_are_one_tensor_at_first_stay_two(name: str) -> None:
     loss, start, u = ALIASES[name]
     problem = bl.BilevelProblem(loss, lambda w, u: (w - 0.1).square().sum(), start)
-    fast, moved = problem.traced(), tree.tree_map(lambda leaf: leaf + 0.3, u)
+    fast, moved = bl.trace(problem), tree.tree_map(lambda leaf: leaf + 0.3, u)
     fast.bind(u).linearize(start).vjp(start)
     ours, eager = (p.bind(moved).linearize(start + 0.2).vjp(start + 0.1) for p in (fast, problem))
     agree(ours, eager)
@@ -238,8 +238,8 @@ def test_arguments_that_are_one_tensor_at_first_stay_two(name: str) -> None:
     ],
 )
 def test_recordings_that_hold_at_one_point_alone_are_refused(loss: Any, message: str) -> None:
-    inner = bl.BilevelProblem(loss, loss).traced().bind(torch.full((), 0.5))
-    with pytest.raises(ValueError, match=rf"^the inner loss cannot be traced: .*{message}.*leave out `traced`"):
+    inner = bl.trace(bl.BilevelProblem(loss, loss)).bind(torch.full((), 0.5))
+    with pytest.raises(ValueError, match=rf"^the inner loss cannot be traced: .*{message}.*leave out `trace`"):
         inner.grad(torch.ones(3))
 
 
@@ -250,7 +250,7 @@ def test_masks_of_the_data_and_positions_are_traced() -> None:
 
     u, v = normal(9, 5), normal(8, 5)
     one, other = (
-        p.bind(u).linearize(v).vjp(v) for p in (bl.BilevelProblem(loss, loss).traced(), bl.BilevelProblem(loss, loss))
+        p.bind(u).linearize(v).vjp(v) for p in (bl.trace(bl.BilevelProblem(loss, loss)), bl.BilevelProblem(loss, loss))
     )
     agree(one, other)
 
@@ -261,7 +261,7 @@ def test_tasks_of_another_outer_step_are_no_constants() -> None:
         return (x[:4], index * x[:4]), (x[4:], index * x[4:])
 
     problem = bl.meta.MetaProblem(nn.Linear(1, 1, dtype=F64), nn.functional.mse_loss, task, batch_size=2)
-    traced_one, solver, u = problem.traced(), bl.GradientDescent(0.1, steps=2), problem.initial_hparams()
+    traced_one, solver, u = bl.trace(problem), bl.GradientDescent(0.1, steps=2), problem.initial_hparams()
     for step in (0, 1):
         views = (each.on_outer_step(step) for each in (traced_one, problem))
         ours, eager = (bl.hypergradient(view, solver, bl.FullUnroll(), u) for view in views)
@@ -269,21 +269,21 @@ def test_tasks_of_another_outer_step_are_no_constants() -> None:
 
 
 def test_an_error_of_the_loss_itself_is_raised_as_it_is() -> None:
-    inner = bl.BilevelProblem(lambda w, u: w @ torch.ones(2), lambda w, u: w.sum()).traced().bind(torch.ones(()))
+    inner = bl.trace(bl.BilevelProblem(lambda w, u: w @ torch.ones(2), lambda w, u: w.sum())).bind(torch.ones(()))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         inner.grad(torch.ones(3))
 
 
 def test_modes_and_problems_that_cannot_be_traced_are_refused() -> None:
     problem = bl.BilevelProblem(ridge_like, ridge_like)
-    with pytest.raises(ValueError, match=r"`traced` takes the mode 'fx' or 'inductor', got 'jit'."):
-        problem.traced("jit")
+    with pytest.raises(ValueError, match=r"`trace` takes the mode 'fx' or 'inductor', got 'jit'."):
+        bl.trace(problem, "jit")
     with pytest.raises(ValueError, match="RidgeProblem has closed-form oracles, which are faster than traced ones"):
-        ridge_case().problem.traced()
+        bl.trace(ridge_case().problem)
 
 
 def test_inductor_without_a_compiler_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    inner = bl.BilevelProblem(ridge_like, ridge_like).traced("inductor").bind(normal(9, 5))
+    inner = bl.trace(bl.BilevelProblem(ridge_like, ridge_like), "inductor").bind(normal(9, 5))
     with pytest.raises(ValueError, match=r"traced\('inductor'\) needs a C\+\+ compiler, .* use traced\('fx'\)."):
         inner.grad(normal(8, 5))

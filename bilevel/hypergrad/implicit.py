@@ -42,7 +42,7 @@ class Implicit(HypergradEstimator):
         linear_solver: CG, GMRES, Neumann, FixedPointIteration, Direct or Nystrom.
         damping: added to the diagonal of the Hessian, for every linear solver; biases the hypergradient, and lifts
             negative curvature. The adjoint residual is that of the damped system.
-        curvature: "hessian", or "gauss-newton" for a problem of `BilevelProblem.from_module`: the Hessian without the
+        curvature: "hessian", or "gauss-newton" for a problem of `ModuleProblem`: the Hessian without the
             model's own curvature, positive semidefinite wherever the loss is convex in the model's outputs and params
             (see `bilevel.networks.gauss_newton`). It biases the hypergradient unless the model is linear or fits the
             data; the adjoint residual is that of the Gauss-Newton system.
@@ -93,7 +93,7 @@ class Implicit(HypergradEstimator):
         super().check(problem, solver, hparams)
         if self.curvature == "gauss-newton" and problem.module_loss is None:
             raise ValueError(
-                "`Implicit.curvature` 'gauss-newton' needs a single problem of `BilevelProblem.from_module`, whose "
+                "`Implicit.curvature` 'gauss-newton' needs a single problem of `ModuleProblem`, whose "
                 "loss says what the model's outputs are: use curvature='hessian', with damping where it is indefinite."
             )
         if self.balance == "auto" and problem.variation:

@@ -91,7 +91,7 @@ class BatchNormLayers:
                 raise ValueError(
                     f"the BatchNorm layer {name!r} is in train mode and got one value per channel, an input of shape "
                     f"{tuple(x.shape)}, which has no variance: use batches of at least two rows, or put the layer in "
-                    "evaluation mode before `from_module` (in the outer loss: call model.eval())."
+                    "evaluation mode before `ModuleProblem` (in the outer loss: call model.eval())."
                 )
             if records:
                 variance, mean = torch.var_mean(x.to(layer.running_mean.dtype), [0, *range(2, x.dim())])

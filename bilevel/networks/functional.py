@@ -100,12 +100,12 @@ class FunctionalModule:
                 where = f"its part {part!r}" if part else "it"
                 found.append(
                     f"changes its buffer {name!r} in every forward pass in this mode, which inner steps would leave "
-                    f"out: put {where} in evaluation mode (.eval()) before `from_module` "
+                    f"out: put {where} in evaluation mode (.eval()) before `ModuleProblem` "
                     "if that stops it, or make it without that buffer (track_running_stats=False of InstanceNorm)"
                 )
         for name, _ in module.named_parameters():
             if name not in self.params and name not in self._frozen and name not in self._tied:
-                found.append(f"makes its parameter {name!r} in forward: run it on one batch before `from_module`")
+                found.append(f"makes its parameter {name!r} in forward: run it on one batch before `ModuleProblem`")
 
     @contextmanager
     def _mode(self, evaluate: bool) -> Iterator[None]:
@@ -176,7 +176,7 @@ class Model:
         if statistics is None:
             raise ValueError(
                 "`model.eval()` in the inner loss would read running statistics that its own steps move: use it in the "
-                "outer loss, or put the BatchNorm layers in evaluation mode before `from_module`."
+                "outer loss, or put the BatchNorm layers in evaluation mode before `ModuleProblem`."
             )
         model = copy.copy(self)
         model._statistics, model._evaluates = statistics, True

@@ -27,7 +27,7 @@ def check_module(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
-                f"the module's parameter {name!r} has no shape yet: run the module on one batch before `from_module`."
+                f"the module's parameter {name!r} has no shape yet: run the module on one batch before `ModuleProblem`."
             )
         # Torch calls both kinds when gradients arrive at a parameter; here gradients are those of copies.
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -69,7 +69,7 @@ def _normalised(name: str, part: nn.Module) -> Iterator[str]:
             if type(each).__name__ == "_SpectralNorm" and each.training:
                 yield (
                     f"the spectral norm {layer} moves its vectors in every forward pass in train mode, which inner "
-                    "steps would leave out: put the layer in evaluation mode (layer.eval()) before `from_module`, "
+                    "steps would leave out: put the layer in evaluation mode (layer.eval()) before `ModuleProblem`, "
                     f"which holds them, or remove it ({removal})."
                 )
 

@@ -1,4 +1,4 @@
-"""`ModuleProblem`: a bilevel problem over the parameters of an ``nn.Module``; see `BilevelProblem.from_module`."""
+"""`ModuleProblem`: a bilevel problem over the parameters of an ``nn.Module``."""
 
 from __future__ import annotations
 
@@ -30,19 +30,40 @@ from bilevel.oracles.sampling import FreshBatch
 
 
 class ModuleProblem(BilevelProblem):
-    """Two losses of a module, whose layers may draw random numbers and keep running statistics.
+    """A bilevel problem over the parameters of an ``nn.Module``.
+
+    Both losses are given ``model``: ``model(*inputs)`` runs the module at the present parameters, each layer in the
+    mode that it has now, and ``model.eval()(*inputs)`` in evaluation mode. BatchNorm layers in train mode normalise
+    by the batch and move their running statistics with every inner step, as torch does; these statistics are then
+    among the problem's params, and the outer loss reads them by ``model.eval()``. docs/networks.md says how they
+    are differentiated. Params are ``{name: tensor}`` of the trainable parameters, then of the running statistics that
+    move.
 
     Args:
-        module: as for `BilevelProblem.from_module`, and so are the others.
-        inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``.
-        outer_loss: likewise.
+        module: the model; it is not modified. Parameters with ``requires_grad=False`` and all buffers but the
+            statistics above are constants at their present values.
+        inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``;
+            params are the trainable parameters, ``{name: tensor}``.
+        outer_loss: ``(model, params, hparams) -> scalar``, with an outer sampler a batch, too.
         sampler: the batches of the inner loss.
-        fresh_batch: when the inner loss sees another batch.
-        outer_sampler: the batches of the outer loss.
-        seed: for layers that draw random numbers.
+        fresh_batch: when the inner loss sees another batch: "inner step", "outer step", or "never".
+        outer_sampler: the batches of the outer loss, another one each outer step.
+        seed: for layers that draw random numbers (dropout): inner step k draws them from (seed, k), and whatever is
+            no step (residual, linear systems, outer loss) from the seed alone. Global generators are left alone.
 
     Raises:
-        ValueError: as `BilevelProblem.from_module` says.
+        ValueError: for a module without trainable parameters, with random layers and no seed, with hooks on
+            gradients, weight norm or spectral norm in train mode, or losses that do not take three arguments.
+
+    >>> model = nn.Linear(2, 1)
+    >>> X, y = torch.ones(3, 2), torch.ones(3, 1)
+    >>> problem = ModuleProblem(
+    ...     model,
+    ...     inner_loss=lambda model, params, decay: ((model(X) - y) ** 2).mean() + decay * params["weight"].norm(),
+    ...     outer_loss=lambda model, params, decay: ((model(X) - y) ** 2).mean(),
+    ... )
+    >>> sorted(problem.params)
+    ['bias', 'weight']
     """
 
     statistics: RunningStatistics | None = None
@@ -84,7 +105,13 @@ class ModuleProblem(BilevelProblem):
 
     @property
     def traced_inner(self) -> type[InnerProblem] | None:  # type: ignore[override]
-        """The class of the bound problem with recorded oracles."""
+        """The class of the bound problem with recorded oracles.
+
+        Raises:
+            ValueError: for a problem with a seed, whose draws no recording repeats.
+        """
+        if self.draws is not None:
+            raise ValueError("a problem with a `seed` for random layers cannot be traced: leave out `trace`.")
         return super().traced_inner if self.statistics is None else TracedStatisticsInner
 
     def augmented(self, solver: InnerSolver) -> InnerSolver:  # type: ignore[override]
@@ -144,16 +171,6 @@ class ModuleProblem(BilevelProblem):
         params = super().start(params)
         return params if self.statistics is None else self.statistics.completed(params)
 
-    def traced(self, mode: str = "fx") -> BilevelProblem:
-        """Return this problem with traced oracles; see `BilevelProblem.traced`.
-
-        Raises:
-            ValueError: for a problem with a seed, too.
-        """
-        if self.draws is not None:
-            raise ValueError("a problem with a `seed` for random layers cannot be traced: leave out `traced`.")
-        return super().traced(mode)
-
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return members side by side; see `BilevelProblem.batched`.
 
@@ -163,6 +180,6 @@ class ModuleProblem(BilevelProblem):
         if self.draws is not None or self.statistics is not None:
             raise ValueError(
                 f"a problem with {self.variation} does not run in batches: run its members one after the other "
-                "by rows='loop', or put the module in evaluation mode before `from_module`."
+                "by rows='loop', or put the module in evaluation mode before `ModuleProblem`."
             )
         return super().batched(size, data)

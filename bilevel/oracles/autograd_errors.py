@@ -43,7 +43,7 @@ SENTENCES = (
     (
         r"aot_autograd does not currently support double backward",
         "{what} cannot be differentiated twice, as it calls what torch.compile has compiled: leave torch.compile out "
-        "and compile the oracles instead, problem.traced('inductor').",
+        "and compile the oracles instead, bilevel.trace(problem, 'inductor').",
     ),
     (
         r"differentiate twice a function that was marked with @once_differentiable",

@@ -7,11 +7,12 @@ subject to         params*(hparams) = argmin over params of inner_loss(params, h
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bilevel.core import rows as members
@@ -216,18 +217,8 @@ class BilevelProblem(Losses):
             self.outer_loss = batches.with_last(sampling.outer_loss, sampling.outer_sampler(outer_step))
 
     def traced(self, mode: str = "fx") -> BilevelProblem:
-        """Return this problem with its gradient and VJP oracles traced once and replayed: `bilevel.oracles.tracing`.
-
-        Args:
-            mode: "fx" replays the recorded operations without autograd; "inductor" compiles them (seconds to minutes
-                for each shape, and a C++ compiler).
-
-        Returns:
-            A problem of the same losses; this one is unchanged.
-
-        Raises:
-            ValueError: for another mode, and for a problem with closed-form oracles.
-        """
+        """Forward to `bilevel.trace`, with a DeprecationWarning."""
+        warnings.warn("BilevelProblem.traced is now bilevel.trace(problem).", DeprecationWarning, stacklevel=2)
         return trace(self, mode)
 
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
@@ -385,63 +376,9 @@ class BilevelProblem(Losses):
         )
 
     @classmethod
-    def from_module(
-        cls,
-        module: nn.Module,
-        inner_loss: Callable[..., Tensor],
-        outer_loss: Callable[..., Tensor],
-        *,
-        sampler: Sampler | DataLoader[Any] | None = None,
-        fresh_batch: FreshBatch = "inner step",
-        outer_sampler: Sampler | DataLoader[Any] | None = None,
-        seed: int | None = None,
-    ) -> BilevelProblem:
-        """Make a problem over the parameters of an ``nn.Module``.
+    def from_module(cls, *arguments: Any, **options: Any) -> BilevelProblem:
+        """Forward to `bilevel.ModuleProblem`, with a DeprecationWarning."""
+        import bilevel  # the class stands above this one; the call goes with the next release
 
-        Both losses are given ``model``: ``model(*inputs)`` runs the module at the present parameters, each layer in the
-        mode that it has now, and ``model.eval()(*inputs)`` in evaluation mode. BatchNorm layers in train mode normalise
-        by the batch and move their running statistics with every inner step, as torch does; these statistics are then
-        among the problem's params, and the outer loss reads them by ``model.eval()``. docs/networks.md says how they
-        are differentiated.
-
-        Args:
-            module: the model; it is not modified. Parameters with ``requires_grad=False`` and all buffers but the
-                statistics above are constants at their present values.
-            inner_loss: ``(model, params, hparams) -> scalar``, with a sampler ``(model, params, hparams, batch)``;
-                params are the trainable parameters, ``{name: tensor}``.
-            outer_loss: ``(model, params, hparams) -> scalar``, with an outer sampler a batch, too.
-            sampler: the batches of the inner loss.
-            fresh_batch: when the inner loss sees another batch: "inner step", "outer step", or "never".
-            outer_sampler: the batches of the outer loss, another one each outer step.
-            seed: for layers that draw random numbers (dropout): inner step k draws them from (seed, k), and whatever is
-                no step (residual, linear systems, outer loss) from the seed alone. Global generators are left alone.
-
-        Returns:
-            A problem whose params are ``{name: tensor}`` of the module's trainable parameters, then of the running
-            statistics that move.
-
-        Raises:
-            ValueError: for a module without trainable parameters, with random layers and no seed, with hooks on
-                gradients, weight norm or spectral norm in train mode, or losses that do not take three arguments.
-
-        >>> model = nn.Linear(2, 1)
-        >>> X, y = torch.ones(3, 2), torch.ones(3, 1)
-        >>> problem = BilevelProblem.from_module(
-        ...     model,
-        ...     inner_loss=lambda model, params, decay: ((model(X) - y) ** 2).mean() + decay * params["weight"].norm(),
-        ...     outer_loss=lambda model, params, decay: ((model(X) - y) ** 2).mean(),
-        ... )
-        >>> sorted(problem.params)
-        ['bias', 'weight']
-        """
-        import bilevel  # a subclass of this class, which forwards for one release
-
-        return bilevel.ModuleProblem(
-            module,
-            inner_loss,
-            outer_loss,
-            sampler=sampler,
-            fresh_batch=fresh_batch,
-            outer_sampler=outer_sampler,
-            seed=seed,
-        )
+        warnings.warn("BilevelProblem.from_module is now bilevel.ModuleProblem.", DeprecationWarning, stacklevel=2)
+        return bilevel.ModuleProblem(*arguments, **options)

@@ -181,8 +181,8 @@ class _Look:
                 if earlier is not None and not same_state(state, before[name]) and not same_state(state, earlier):
                     raise ValueError(
                         f"`{what}` draws random numbers from {name}, so each call is of another function and there is "
-                        "no hypergradient: give `from_module(..., seed=...)`, draw them once before, or let a sampler "
-                        "hand them over."
+                        "no hypergradient: give `ModuleProblem(..., seed=...)`, draw them once before, or let a "
+                        "sampler hand them over."
                     )
             if what in self.first:
                 _must_agree(what, self.first[what], second, next(self._moved(), ""))
@@ -248,7 +248,7 @@ class _Look:
             )
         raise ValueError(
             f"`{what}` writes into `{name}`{by}, which it refers to, so each call is of another function: keep what "
-            "changes in params, or work on a copy (`from_module` does so for the buffers of a module)."
+            "changes in params, or work on a copy (`ModuleProblem` does so for the buffers of a module)."
         )
 
     def _moved(self) -> Iterator[str]:

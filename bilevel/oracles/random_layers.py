@@ -39,7 +39,7 @@ class Draws:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"`from_module.seed` must be an int that is not negative or None, got {seed!r}.")
+            raise ValueError(f"`ModuleProblem.seed` must be an int that is not negative or None, got {seed!r}.")
         self._seed, self._device = seed, device
 
     def seeded(self, loss: Callable[..., Tensor], step: int | None = None) -> Callable[..., Tensor]:

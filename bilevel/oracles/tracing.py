@@ -1,7 +1,7 @@
 """Traced oracles: gradient and VJP of a general loss, recorded once as a list of tensor operations and replayed.
 
 A reverse sweep over stored iterates pays for building and freeing an autograd graph at each step, although every step
-does the same. `traced` records the operations of one inner gradient and of one double backward (reverse over reverse)
+does the same. `trace` records the operations of one inner gradient and of one double backward (reverse over reverse)
 with ``make_fx``, cleans them up, and replays them; "inductor" compiles them. The recording holds for one signature
 (structure, shapes, dtypes, device); another one is recorded when it is met.
 
@@ -49,7 +49,7 @@ def trace(problem: Problem, mode: str = "fx") -> Problem:
 
     >>> from bilevel import BilevelProblem
     >>> problem = BilevelProblem(lambda w, u: (w**2).sum() * u.exp() + w.sum(), lambda w, u: (w**2).sum())
-    >>> inner = problem.traced().bind(torch.zeros(()))
+    >>> inner = trace(problem).bind(torch.zeros(()))
     >>> inner.grad(torch.ones(3))
     tensor([3., 3., 3.])
     """
@@ -147,7 +147,7 @@ class Traces:
             raise ValueError(
                 f"the inner loss cannot be traced: {str(error).splitlines()[0]} (its Python must not depend on the "
                 "values of tensors: use torch.where in place of `if`, tensors in place of float(); or leave out "
-                "`traced`)."
+                "`trace`)."
             ) from error
         check_shapes(module)
         clean(module)
@@ -174,7 +174,7 @@ def _verify(oracle: Replay, replay: Replay, recorded_at: list[Any]) -> None:
             raise ValueError(
                 "the inner loss cannot be traced: at other arguments the recorded operations give another gradient "
                 "than the loss (its Python must not compute numbers that change from call to call, such as random "
-                "ones; or leave out `traced`)."
+                "ones; or leave out `trace`)."
             )
 
 
@@ -190,8 +190,8 @@ def _moved(leaf: Any, generator: torch.Generator) -> Any:
 def _compiled(recording: Replay, device: torch.device) -> Replay:
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(
-            "traced('inductor') needs a C++ compiler, and neither $CXX nor g++ was found: install one, or use "
-            "traced('fx')."
+            "trace(problem, 'inductor') needs a C++ compiler, and neither $CXX nor g++ was found: install one, or use "
+            "trace(problem)."
         )
     if device.type != "cuda":
         return torch.compile(recording, fullgraph=True, dynamic=False)
@@ -239,7 +239,7 @@ def check_shapes(module: fx.GraphModule) -> None:
         if follow.intersection(sources):
             raise ValueError(
                 f"the inner loss cannot be traced: the number of entries that {node.target} gives depends on the "
-                "values of tensors (use torch.where in place of a boolean mask, or leave out `traced`)."
+                "values of tensors (use torch.where in place of a boolean mask, or leave out `trace`)."
             )
 
 

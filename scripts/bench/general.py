@@ -65,7 +65,7 @@ class Digits:
         }
         self.problem = problem = bl.BilevelProblem(inner_loss, self.outer_loss, self.params, sampler=self.sampler)
         # Traced once: a user keeps the problem too.
-        fx = problem.traced()
+        fx = bl.trace(problem)
         self.alternatives: dict[str, Callable[[int], Tensor]] = {
             "plain graph": self.plain,
             "graph": self.ours(problem, bl.FullUnroll(memory="graph")),
@@ -74,7 +74,7 @@ class Digits:
             "forward": self.ours(problem, FORWARD),
             "fx": self.ours(fx, bl.FullUnroll()),
             "fx, checkpoint": self.ours(fx, CHECKPOINT),
-            "inductor": self.ours(problem.traced("inductor"), bl.FullUnroll()),
+            "inductor": self.ours(bl.trace(problem, "inductor"), bl.FullUnroll()),
         }
 
     def outer_loss(self, params: Any, decay: Any) -> Tensor:

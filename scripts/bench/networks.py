@@ -49,7 +49,7 @@ class Network:
         module = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
         self.inputs = torch.randn(2, BATCH, WIDTHS[0], generator=generator)
         self.labels = torch.randint(WIDTHS[-1], (2, BATCH), generator=generator)
-        self.problem = bl.BilevelProblem.from_module(module, self.inner_loss, self.outer_loss)
+        self.problem = bl.ModuleProblem(module, self.inner_loss, self.outer_loss)
         self.log_decay = tree.tree_map(lambda leaf: torch.full_like(leaf, -6.0), self.problem.params)
         self.megabytes = tree.nbytes(self.log_decay) / 2**20
 

@@ -322,7 +322,7 @@ def _shared_problems() -> Iterator[tuple[str, bl.BilevelProblem, bl.InnerSolver,
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=16, shuffle=True)
     yield "MiniBatches", bl.BilevelProblem(batch_loss, outer, zeros, sampler=batches), sgd, bl.FullUnroll()
     yield "a DataLoader", bl.BilevelProblem(batch_loss, outer, zeros, sampler=loader), sgd, bl.FullUnroll()
-    make = bl.BilevelProblem.from_module
+    make = bl.ModuleProblem
     short = bl.SGD(step_size=0.05, steps=20)
     yield "a module", make(module(), of_module, of_module), short, bl.FullUnroll()
     yield "seeded dropout", make(module(nn.Dropout(0.3)), of_module, of_module, seed=1), short, bl.FullUnroll()

@@ -109,7 +109,7 @@ def _ours(d: SimpleNamespace, mode: str, memory: str = "iterates") -> dict[str, 
 
     problem = bl.BilevelProblem(parts.inner, lambda w, u: parts.outer(w), params=parts.start, sampler=Batches())
     if mode:
-        problem = problem.traced(mode)
+        problem = bl.trace(problem, mode)
     solver = bl.GradientDescent(step_size=RATE, steps=d.steps)
     estimator = bl.FullUnroll(memory=memory)
     return {"unroll": lambda: bl.hypergradient(problem, solver, estimator, parts.u).hypergradient}
