@@ -285,5 +285,5 @@ def test_modes_and_problems_that_cannot_be_traced_are_refused() -> None:
 def test_inductor_without_a_compiler_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     inner = bl.trace(bl.BilevelProblem(ridge_like, ridge_like), "inductor").bind(normal(9, 5))
-    with pytest.raises(ValueError, match=r"traced\('inductor'\) needs a C\+\+ compiler, .* use traced\('fx'\)."):
+    with pytest.raises(ValueError, match=r"trace\(problem, 'inductor'\) needs a C\+\+ compiler, .* use trace\("):
         inner.grad(normal(8, 5))

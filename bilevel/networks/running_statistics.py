@@ -188,7 +188,7 @@ class MovingStatistics(InnerSolver):
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step."""
         after = self.solver.step(inner, _part(inner, state))
-        return _joined(_own(inner).statistics_after(state.params), after)
+        return _joined(_after(inner, state.params), after)
 
     def params(self, state: InnerState) -> Tree:
         """Return the solution with the statistics."""
@@ -272,6 +272,9 @@ def _graph(inner: InnerProblem, state: InnerState) -> tuple[Tree, Tree, Tree]:
         return before, hparams, inner.problem.statistics.after(inner.problem, before, hparams)
 
 
-def _own(inner: InnerProblem) -> StatisticsInner:
-    assert isinstance(inner, StatisticsInner)  # no other problem asks for these steps
-    return inner
+def _after(inner: InnerProblem, params: Tree) -> Tree:
+    """Return the statistics after a step; inside an autograd graph, with their graph."""
+    if isinstance(inner, StatisticsInner):
+        return inner.statistics_after(params)
+    inner.counts["value"] += 1
+    return inner.problem.statistics.after(inner.problem, params, inner.hparams)

@@ -27,6 +27,7 @@ class DifferentiableInner(InnerProblem):
         self.hparams = hparams
         self._inner = inner
         self._graph = graph
+        self.augmented = inner.augmented
 
     def trainable(self, params: Tree) -> Tree:
         """Return the part of params that inner solvers move."""
