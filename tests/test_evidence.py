@@ -149,7 +149,7 @@ def test_a_wrong_outer_gradient_is_named(outer: Any, words: str) -> None:
     assert words in status_of(problem, u, bl.Implicit()).verdict.detail
 
 
-class WrongProduct(bl.oracles.Linearization):
+class WrongProduct(bl.Linearization):
     """Closed forms of (x - u)^2 + c x^2, one of which is off by a factor."""
 
     wrong = ""
@@ -168,7 +168,7 @@ class WrongProduct(bl.oracles.Linearization):
 def test_wrong_products_of_a_structured_problem_are_named(wrong: str, leaf: str) -> None:
     kind = type("Kind", (WrongProduct,), {"wrong": wrong})
 
-    class Inner(bl.oracles.InnerProblem):
+    class Inner(bl.InnerProblem):
         linearization = kind
 
     class Problem(bl.BilevelProblem):

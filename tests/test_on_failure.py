@@ -14,6 +14,7 @@ from helpers import F64, normal, ridge_case, spd
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.core.status import OnFailure
 
 U = torch.tensor(0.1, dtype=F64)
 ONE = torch.ones(3, dtype=F64)
@@ -302,7 +303,7 @@ def test_a_combination_that_a_formula_does_not_cover_is_refused_before_the_work(
 def test_a_solution_whose_params_are_far_from_it_is_in_doubt_on_the_way_back() -> None:
     problem = bl.QuadraticProblem.random(4, 2, condition=100.0, seed=0)
 
-    def backward(steps: int, on_failure: bl.status.OnFailure = "raise") -> None:
+    def backward(steps: int, on_failure: OnFailure = "raise") -> None:
         u = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         x = bl.solution(problem, bl.GradientDescent(steps=steps), bl.Implicit(), u, on_failure=on_failure)
         x.square().sum().backward()

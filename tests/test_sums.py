@@ -43,14 +43,14 @@ def test_a_sweep_equals_one_step_at_a_time_in_value_and_count(case, solver) -> N
 def test_more_points_than_are_stacked_at_once_are_summed_all(case) -> None:
     made = CASES[case]()
     inner = made.problem.bind(made.hparams)
-    fast, slow = inner.product_sum(), ProductSum(inner)
+    fast, slow = inner.product_sum(), ProductSum(inner.hparams)
     assert isinstance(fast, BilinearSum)
     shape = made.problem.params.shape
     points = normal(32, CHUNK + 3, *shape)
     vectors = normal(33, CHUNK + 3, *shape)
     for point, vector in zip(points, vectors, strict=True):
         torch.testing.assert_close(
-            fast.pull(inner, point, vector), slow.pull(inner, point, vector), rtol=1e-12, atol=1e-13
+            fast.pull(inner.vjp_at, point, vector), slow.pull(inner.vjp_at, point, vector), rtol=1e-12, atol=1e-13
         )
     torch.testing.assert_close(fast.total(), slow.total(), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(fast.total(), slow.total(), rtol=1e-11, atol=1e-11)  # asking twice adds nothing

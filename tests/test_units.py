@@ -12,6 +12,7 @@ import torch
 
 import bilevel as bl
 from bilevel.engine.attempt import error_verdict
+from bilevel.numerics.lanczos import Spectrum
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import far
@@ -297,7 +298,7 @@ def test_unbounded_curvature_is_one_sentence() -> None:
 
     class Unbounded(type(problem.bind(U))):  # type: ignore[misc]
         def curvature(self, params: Any) -> Any:
-            return bl.lanczos.Spectrum(0.1, math.inf)
+            return Spectrum(0.1, math.inf)
 
     problem.bind = lambda hparams, counts=None: Unbounded(problem, hparams, counts)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="largest curvature, which is inf here: give numbers, or use QuasiNewton"):
