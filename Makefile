@@ -23,7 +23,7 @@ lint: .venv/.dev  ## style, documentation and types
 figures: .venv/.demo  ## every figure of both papers on the curse of unrolling, with numbers and claims
 	$(BIN)/bilevel curse configs/curse/*.yaml
 
-bench: .venv-bench/.done  ## this library beside its peers, a quarter of an hour: docs/benchmarks.md and .json
+bench: .venv-bench/.done  ## this library beside its peers, a quarter of an hour: docs/benchmarks.md and scripts/bench/results/
 	$(BENCH)/python scripts/bench/peers/run.py $(ARGS)
 
 bars: .venv/.demo  ## the bars that this library sets itself: one JSON line per measurement

@@ -38,8 +38,8 @@ BAR = 0.95
 """Share of the breaks that the tests must notice."""
 SECONDS = 600.0
 """After which tests count as hanging, which is noticed as well."""
-KILLER = re.compile(r"^FAILED tests/(\S.*?)(?: - |$)")
-"""The first test that failed, in pytest's summary."""
+KILLER = re.compile(r"^FAILED (?:\w+/)*(\S.*?)(?: - |$)")
+"""The first test that failed, in pytest's summary, without the folders."""
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "build", "runs")
 HEAVY = ("torch", "torch._dynamo", "sklearn.model_selection", "sklearn.preprocessing", "scipy.optimize")
 """Loaded once, and not by every child; the library and the plugins of pytest are left to them."""
@@ -63,8 +63,15 @@ def misfit(row: Break, root: Path) -> str:
     count = path.read_text().count(row.old)
     if count != 1:
         return f"its text occurs {count} times in {row.file}"
-    missing = [test for test in row.tests.split() if not (root / "tests" / test.partition("::")[0]).is_file()]
-    return f"there is no tests/{missing[0]}" if missing else ""
+    missing = [test for test in row.tests.split() if place_of(test, root) is None]
+    return f"there is no {missing[0]} below tests/" if missing else ""
+
+
+def place_of(test: str, root: Path) -> str | None:
+    """Return a node id from the root of the tree, given one by the bare name of its file; None without such a file."""
+    file, *parts = test.split("::")
+    path = next((root / "tests").rglob(file), None)
+    return None if path is None else "::".join((str(path.relative_to(root)), *parts))
 
 
 class Tests:
@@ -72,7 +79,7 @@ class Tests:
 
     Args:
         root: the copy.
-        names: node ids, relative to its folder tests.
+        names: node ids, by the bare names of the files below its folder tests.
         stop: at the first that fails.
     """
 
@@ -118,7 +125,7 @@ def _run_and_exit(root: Path, names: Sequence[str], stop: bool) -> None:
         sys.path.insert(0, str(root))
         sys.dont_write_bytecode = True
         options = [*["-x"] * stop, "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        code = int(pytest.main([*options, *(f"tests/{name}" for name in names)]))
+        code = int(pytest.main([*options, *(place_of(name, root) or name for name in names)]))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -191,7 +198,8 @@ def failing_without_a_break(found: Sequence[Tried], place: Path) -> Iterator[Tri
         time.sleep(0.05)
     _, said = ended
     for each, name in named.items():
-        if f"FAILED tests/{name}" in said or f"ERROR tests/{name.partition('::')[0]}" in said:
+        file = name.partition("::")[0]
+        if re.search(rf"^(FAILED (\w+/)*{re.escape(name)}|ERROR (\w+/)*{re.escape(file)})", said, re.MULTILINE):
             yield replace(each, outcome="error", reason=f"fails without the break as well: {name}")
 
 

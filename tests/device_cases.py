@@ -1,6 +1,6 @@
 """Problems on any device, and one row for each solver and estimator: what a step of it may ask of an accelerator.
 
-A new solver or estimator takes one line here; `scripts/gpu_check.py` runs the same rows on CUDA.
+A new solver or estimator takes one line here; `scripts/studies/gpu_check.py` runs the same rows on CUDA.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import F64, LINEAR_SOLVERS, STEP, flat, normal, ridge_case, spd, tree_case
+from paths import ROOT
 from torch import Tensor
 
 import bilevel as bl
@@ -84,7 +84,7 @@ def test_an_unroll_can_be_repeated_in_one_process_and_leaves_torch_as_it_was() -
 
 
 def test_the_readme_uses_the_split_that_its_names_say() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     inner, outer = (re.search(rf"{which}_loss=(.*)", text)[1] for which in ("inner", "outer"))  # type: ignore[index]
     assert "X @" in inner
     assert "y_val" not in inner

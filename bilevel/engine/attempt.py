@@ -17,8 +17,8 @@ from bilevel.engine.not_finite import finite_gradient, finite_loss, not_finite_p
 from bilevel.oracles.problem import BilevelProblem
 
 FAR = 5e-4
-"""Share of the outer loss by which it may differ from its value at the inner solution; `scripts/far.py` shows of how
-many hypergradients that are off by 5 % to 50 % it says OK."""
+"""Share of the outer loss by which it may differ from its value at the inner solution; `scripts/studies/far.py` shows
+of how many hypergradients that are off by 5 % to 50 % it says OK."""
 SHARE = 1e-3
 """Share of the parts of a hypergradient up to which an error above the hypergradient itself is left: where the parts
 cancel, as they do at the outer optimum, their sum may be as small as one likes."""

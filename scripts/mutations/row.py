@@ -14,7 +14,7 @@ class Break:
         file: that holds the line, from the root of the tree.
         old: text that occurs exactly once there.
         new: what takes its place.
-        tests: node ids under tests/, separated by spaces.
+        tests: node ids by the bare names of files below tests/, separated by spaces.
     """
 
     name: str

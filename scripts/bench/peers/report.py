@@ -275,10 +275,10 @@ def machines(contests: Mapping[str, Any]) -> list[str]:
     return list(lines)
 
 
-def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Write JSON, page and figures."""
+def write(path: Path, page_path: Path, results: Mapping[str, Any]) -> None:
+    """Write the JSON file, the page, and its figures beside it."""
     from growth_figures import draw
 
     save(path, results)
-    figures = draw(results["contests"], path.parent / "figures")
-    path.with_suffix(".md").write_text(page(results, figures))
+    figures = draw(results["contests"], page_path.parent / "figures")
+    page_path.write_text(page(results, figures))

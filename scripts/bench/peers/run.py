@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=None, help="most rounds (9; quick 3)")
     parser.add_argument("--seconds", type=float, default=None, help="of timing for each task (20; quick 0.5)")
     parser.add_argument("--timeout", type=float, default=None, help="seconds for one call (240; quick 60)")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file (docs/benchmarks.json; quick runs/bench/...)")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file, with its page beside it")
     parser.add_argument("--table", action="store_true", help="only write the table and the figures again")
     return parser.parse_args()
 
@@ -49,7 +49,9 @@ def main() -> int:
     """Run what was asked for; write the results after each problem, so that an interrupt loses one at most."""
     options = arguments()
     work = ROOT / "runs" / "bench"
-    out = options.out or (work / "quick.json" if options.quick else ROOT / "docs" / "benchmarks.json")
+    kept = ROOT / "scripts" / "bench" / "results" / "benchmarks.json"
+    out = options.out or (work / "quick.json" if options.quick else kept)
+    page = ROOT / "docs" / "benchmarks.md" if out == kept else out.with_suffix(".md")
     results = report.load(out)
     if not options.table:
         quick = options.quick
@@ -72,8 +74,8 @@ def main() -> int:
                 rows = conduct(module, problem, limits, work / "references", say=lambda line: print(line, flush=True))
                 report.store(results, problem, rows, limits, before, known)
                 report.save(out, results)
-    report.write(out, results)
-    print(f"\nwrote {out} and {out.with_suffix('.md')}")
+    report.write(out, page, results)
+    print(f"\nwrote {out} and {page}")
     return 0
 
 

@@ -1,0 +1,251 @@
+"""Look at everything that needs a GPU, on a machine that has one, and write one JSON file about it.
+
+    python scripts/studies/gpu_check.py [--out gpu_check.json]      on a machine with CUDA
+    python scripts/studies/gpu_check.py --dry-run                   the same code on the CPU, small: only a test of it
+
+It runs the tests marked `gpu`; runs inner steps with torch's synchronisation check set to "error" and counts with it
+how often whole runs wait; compares every estimator and solver (the rows of tests/device_cases.py) with the CPU; saves
+and restores CUDA's random generators; and times logistic regression and an unrolled net on both devices.
+Exit status: 0 where all is well, 1 where something fails, 2 without CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bilevel as bl
+from bilevel.compare import describe_environment
+from bilevel.core.device import ON_ACCELERATOR
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import device_cases as cases  # noqa: E402
+
+STEPS = 64
+
+
+def run_tests(device: str) -> dict[str, Any]:
+    """Run the tests marked `gpu` in a process of their own; a dry run only collects them."""
+    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command += ["--collect-only"] if device == "cpu" else []
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {"ok": done.returncode == 0, "command": ["python", *command], "end": done.stdout.splitlines()[-5:]}
+
+
+# Waiting -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sync_check(device: str, mode: str) -> Iterator[None]:
+    """Inside, an operation for which the host waits for the device raises ("error") or warns; never without CUDA."""
+    if device == "cpu":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_steps(device: str) -> dict[str, Any]:
+    """Run inner steps and their derivatives where waiting is an error."""
+    placed = cases.quadratic(device)
+    inner, params = placed.problem.bind(placed.hparams), placed.problem.params
+
+    def steps(solver: bl.InnerSolver) -> None:
+        state = solver.init(inner, params)
+        cotangent = (params, bl.tree.zeros_like(state.memory))
+        for _ in range(STEPS):
+            before, state = state, solver.step(inner, state)
+            cotangent, _ = solver.step_vjp(inner, before, cotangent)
+
+    found = {}
+    for name, row in cases.SOLVERS.items():
+        if row.waits:
+            continue
+        steps(row.solver)  # the first call loads kernels, which may wait
+        try:
+            with sync_check(device, "error"):
+                steps(row.solver)
+            found[name] = "never waits"
+        except RuntimeError as error:
+            found[name] = str(error)
+    return {"ok": set(found.values()) == {"never waits"}, "found": found}
+
+
+def waits(device: str, work: Callable[[], object]) -> int:
+    """Return how often a piece of work waits for the device; 0 without CUDA, where nobody counts."""
+    work()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with sync_check(device, "warn"):
+            work()
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def check_waits(device: str) -> dict[str, Any]:
+    """Count the waits of a step of every linear solver and estimator: what 2K steps take more than K."""
+    matvec, b, matrix = cases.system(300, device)
+    placed = cases.quadratic(device)
+
+    def solve(make: Callable[[int], bl.LinearSolver], steps: int) -> int:
+        return waits(device, lambda: make(steps).solve(matvec, b, dense=lambda: matrix, damping=1e-3))
+
+    def differentiate(estimator: bl.HypergradEstimator, steps: int) -> int:
+        solver = bl.GradientDescent(0.01, steps=steps)
+        return waits(device, lambda: bl.hypergradient(placed.problem, solver, estimator, placed.hparams))
+
+    found = {}
+    for name, row in cases.LINEAR_SOLVERS.items():
+        measured = (solve(row.fixed, 2 * STEPS) - solve(row.fixed, STEPS)) / STEPS
+        found[name] = {"waits_of_a_step": measured, "asked": 1 / ON_ACCELERATOR if row.tolerance else 0.0}
+    for name, row in cases.ESTIMATORS.items():
+        measured = (differentiate(row.estimator, 2 * STEPS) - differentiate(row.estimator, STEPS)) / STEPS
+        found[name] = {"waits_of_a_step": measured, "asked": row.runs / STEPS}
+    return {"ok": all(row["waits_of_a_step"] <= row["asked"] for row in found.values()), "found": found}
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def distance(there: Any, here: Any) -> float:
+    """Return the distance of two trees on two devices, relative to the second."""
+    pairs = zip(bl.tree.leaves(there), bl.tree.leaves(here), strict=True)
+    return float(bl.tree.norm([a.cpu() - b for a, b in pairs]) / bl.tree.norm(bl.tree.leaves(here)))
+
+
+def check_agreement(device: str) -> dict[str, Any]:
+    """Compare hypergradients with the CPU, float64: every estimator on every problem, every solver on one."""
+    found = {}
+
+    def compare(name: str, make: Any, solver: Any, estimator: Any, asked: float) -> None:
+        there, here = make(device), make("cpu")
+        results = [bl.hypergradient(p.problem, solver, estimator, p.hparams).hypergradient for p in (there, here)]
+        found[name] = {"distance": distance(*results), "asked": asked}
+
+    for problem, made in cases.PROBLEMS.items():
+        for name, row in cases.ESTIMATORS.items():
+            compare(f"{name}, {problem}", made.make, bl.GradientDescent(steps=12), row.estimator, row.agreement)
+    for name, solver_row in cases.SOLVERS.items():
+        solver = replace(solver_row.solver, steps=4)
+        compare(name, cases.PROBLEMS["logistic"].make, solver, solver_row.estimator, 1e-10)
+    return {"ok": all(row["distance"] <= row["asked"] for row in found.values()), "found": found}
+
+
+def check_random_numbers(device: str) -> dict[str, Any]:
+    """Save an outer run's state, draw, load it, and draw the same again."""
+    torch.zeros(1, device=device)
+    placed = cases.quadratic(device)
+    outer = bl.OuterOptimizer(placed.problem, bl.GradientDescent(steps=5), bl.Implicit(), placed.hparams)
+    state = outer.state_dict()
+    first = torch.rand(4, device=device)
+    outer.load_state_dict(state)
+    return {"ok": torch.equal(torch.rand(4, device=device), first), "cuda_generators": len(state["cuda_rng"])}
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def logistic(device: str, rows: int, features: int) -> Callable[[], object]:
+    """Return a cold hypergradient of logistic regression with one penalty for each feature."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2 * rows, features, generator=generator, dtype=torch.float64)
+    weights = torch.randn(features, generator=generator, dtype=torch.float64) / features**0.5
+    y = (X @ weights + torch.randn(2 * rows, generator=generator, dtype=torch.float64) > 0).double()
+    X, y = X.to(device), y.to(device)
+    problem = bl.problems.LogisticProblem(X[:rows], y[:rows], X[rows:], y[rows:], "per_feature")
+    solver = bl.Newton(linear_solver=bl.CG(), tol=1e-8)
+    return lambda: bl.hypergradient(problem, solver, bl.Implicit(bl.CG(tol=1e-8)), problem.initial_hparams(-6.0))
+
+
+def net(device: str, rows: int, hidden: int, steps: int) -> Callable[[], object]:
+    """Return a full unroll of a net with one hidden layer and two weight decays, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(rows, 64, generator=generator).to(device)
+    labels = torch.randint(10, (rows,), generator=generator).to(device)
+    start = {
+        "first": (torch.randn(64, hidden, generator=generator) / 8).to(device),
+        "last": (torch.randn(hidden, 10, generator=generator) / hidden**0.5).to(device),
+    }
+
+    def loss(p: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(torch.tanh(X @ p["first"]) @ p["last"], labels)
+
+    def inner(p: Any, u: torch.Tensor) -> torch.Tensor:
+        decay = u.exp()
+        return loss(p) + decay[0] * p["first"].square().sum() + decay[1] * p["last"].square().sum()
+
+    problem = bl.BilevelProblem(inner, lambda p, u: loss(p), start)
+    u = torch.full((2,), -5.0, device=device)
+    return lambda: bl.hypergradient(problem, bl.GradientDescent(0.1, steps=steps), bl.FullUnroll(), u)
+
+
+def measure(device: str) -> dict[str, Any]:
+    """Time both jobs on the CPU and on the device, in turns; medians of five after one warm-up."""
+    small = device == "cpu"
+    jobs = {
+        "logistic": (logistic, (200, 10) if small else (20_000, 500)),
+        "net": (net, (20, 8, 5) if small else (2_000, 512, 100)),
+    }
+    found = {}
+    for name, (make, sizes) in jobs.items():
+        works = {kind: make(kind, *sizes) for kind in dict.fromkeys(("cpu", device))}
+        seconds: dict[str, list[float]] = {kind: [] for kind in works}
+        for turn in range(6):
+            for kind, work in works.items():
+                start = time.perf_counter()
+                work()  # ends with looks at its result, hence after the device
+                if turn:
+                    seconds[kind].append(time.perf_counter() - start)
+        found[name] = {"sizes": sizes} | {f"seconds_{kind}": statistics.median(s) for kind, s in seconds.items()}
+    return {"ok": True, "found": found}
+
+
+CHECKS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "tests": run_tests,
+    "steps": check_steps,
+    "waits": check_waits,
+    "agreement": check_agreement,
+    "random_numbers": check_random_numbers,
+    "seconds": measure,
+}
+
+
+def main() -> int:
+    """Run the checks, print one line for each, and write the file."""
+    parser = argparse.ArgumentParser(description="Check the library on a CUDA device.")
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="the JSON file to write")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="which checks to run")
+    parser.add_argument("--dry-run", action="store_true", help="run the same code on the CPU, to test this script")
+    arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        print("torch sees no CUDA device: run this on a machine with one, or try --dry-run.", file=sys.stderr)
+        return 2
+    device = "cpu" if arguments.dry_run else "cuda"
+    results: dict[str, Any] = {"dry_run": arguments.dry_run, "environment": describe_environment(device)}
+    for name in arguments.only:
+        results[name] = CHECKS[name](device)
+        print(f"{name:<16}{'ok' if results[name]['ok'] else 'FAILED'}", flush=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {arguments.out}")
+    return 0 if all(results[name]["ok"] for name in arguments.only) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,508 @@
+"""Every mistake in a config is one sentence with the file, the path in it, what is allowed and what was given."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from paths import CONFIGS
+
+from bilevel import CG, SGD, Auto, GradientDescent, Implicit, ToleranceSchedule, TruncatedUnroll, WarmStart
+from bilevel.compare import RunFolderError
+from bilevel.config import ConfigError, load_plan
+from bilevel.config.document import parse_yaml
+
+BASE = """\
+name: tiny
+problems:
+  iris: {class: SoftmaxProblem, data: iris, start: -2.0}
+  ridge: {class: RidgeProblem, data: {name: synthetic_regression, rows: 40, features: 4}}
+solver: {class: GradientDescent, steps: 20}
+estimators:
+  short tail: {class: TruncatedUnroll, tail: 5}
+  implicit: {class: Implicit, linear_solver: {class: CG, tol: 1e-6}}
+outer: {optimizer: Adam, lr: 0.1, steps: 2}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_are_short(path: Path) -> None:
+    plan = load_plan(path)
+    assert plan.name == path.stem
+    assert len(path.read_text().splitlines()) < 25
+    assert path.read_text().startswith("#")
+
+
+def test_the_documented_configs_are_shipped() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names >= {"quickstart", "ridge_diabetes", "logistic_breast_cancer", "softmax_digits"}
+    assert names >= {"cleaning_digits", "mlp_weight_decay"}
+
+
+def test_plan_holds_the_typed_objects(config: Path) -> None:
+    plan = load_plan(config, ["outer.warm_start={adjoint: false}", "outer.patience=3"])
+    assert plan.solver == GradientDescent(steps=20)
+    # 1e-6 without a decimal point is a number here.
+    assert plan.estimators == {"short tail": TruncatedUnroll(tail=5), "implicit": Implicit(CG(tol=1e-6))}
+    assert plan.outer.warm_start == WarmStart(state=True, adjoint=False)
+    assert plan.outer.patience == 3
+    setup = plan.problems["ridge"](0)
+    assert setup.problem.train.X.shape[0] == 4
+
+
+def test_torchs_optimizers_are_inner_solvers_of_a_config(config: Path) -> None:
+    plan = load_plan(config, ["solver={class: SGD, step_size: 0.1, momentum: 0.9, nesterov: true, steps: 20}"])
+    assert plan.solver == SGD(step_size=0.1, momentum=0.9, nesterov=True, steps=20)
+    assert load_plan(config, ["solver={class: Adam, betas: [0.9, 0.99], steps: 20}"]).solver.betas == (0.9, 0.99)
+
+
+def test_overrides_reach_names_with_spaces_and_list_indices(config: Path) -> None:
+    plan = load_plan(config, ["estimators.short tail.tail=0.5", "seeds.1=7", "budget=100", "solver.tol=1e-3"])
+    assert plan.estimators["short tail"] == TruncatedUnroll(tail=0.5)
+    assert plan.seeds == (0, 7)
+    assert plan.budget == 100
+    assert plan.solver == GradientDescent(steps=20, tol=1e-3)
+
+
+def test_seed_shifts_the_seeds(config: Path) -> None:
+    assert load_plan(config, seed=5).seeds == (5, 6)
+
+
+def test_tune_keeps_one_estimator_and_one_seed(config: Path) -> None:
+    plan = load_plan(config, tune=True)
+    assert list(plan.estimators) == ["short tail"]
+    assert plan.seeds == (0,)
+    assert list(load_plan(config, only="implicit", tune=True).estimators) == ["implicit"]
+
+
+def test_written_config_is_the_same_plan(config: Path, tmp_path: Path) -> None:
+    plan = load_plan(config, ["outer.certify=true"])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(plan.config, sort_keys=False))
+    assert load_plan(copy).config == plan.config
+
+
+def test_targets_schedules_and_the_word_auto_reach_the_plan(config: Path) -> None:
+    auto = ["estimators={best: auto}", "solver={class: GradientDescent}"]
+    plan = load_plan(config, [*auto, "outer={steps: 2, target_error: 1e-3, schedule: cubic}"])
+    assert plan.estimators == {"best": Auto()}
+    assert (plan.outer.target_error, plan.outer.schedule) == (1e-3, "cubic")
+    outer = plan.outer.start(plan.problems["iris"](0), plan.solver, plan.estimators["best"])
+    assert outer.schedule == ToleranceSchedule("cubic", least=1e-3)
+    plan = load_plan(config, [*auto, "outer={schedule: {decrease: exponential, first: 0.5, rate: 0.95}}"])
+    assert plan.outer.schedule == ToleranceSchedule("exponential", first=0.5, rate=0.95)
+    plan = load_plan(config, ["estimators={best: {class: Auto, unroll: true, memory_limit: 1e6}}"])
+    assert plan.estimators == {"best": Auto(unroll=True, memory_limit=1e6)}
+
+
+SENTENCES = {
+    "solver.stesp=5": (
+        "`solver.stesp` is not an option of GradientDescent (step_size, steps, tol): did you mean `steps`?"
+    ),
+    "solver.class=CG": (
+        "`solver.class` must be an inner solver (Adam, AdamW, AsymptoticSobolev, Chebyshev, FixedPoint, "
+        "GradientDescent, HeavyBall, Nesterov, Newton, QuasiNewton, RMSprop, SGD, Sobolev, TorchOptimizer), got 'CG', "
+        "which is a linear solver."
+    ),
+    "solver={class: SGD, step_size: fast}": "`solver.step_size` must be a number, got 'fast'.",
+    "solver={class: Adam, betas: [0.9]}": "`solver.betas` must be a list of 2 values, each a number, got [0.9].",
+    "solver={class: RMSprop, alpha: 2, steps: 9}": "`solver.alpha`: `RMSprop.alpha` must be a number in [0, 1)",
+    "solver={class: TorchOptimizer, steps: 3}": (
+        "`solver.class` is TorchOptimizer, whose `optimizer` is a Python function, which a config cannot hold"
+    ),
+    "solver={class: AdamW, steps: 20}": (
+        "`estimators.implicit`: Implicit(linear_solver=CG(tol=1e-06)) rests on the inner solution, but "
+        "`AdamW.weight_decay` leads the steps away from the minimiser of the inner loss"
+    ),
+    "solver.class=GradientDecent": "got 'GradientDecent': did you mean `GradientDescent`?",
+    "solver.steps=-3": "`solver.steps`: `GradientDescent.steps` must be a positive int or None, got -3.",
+    "solver.steps=abc": "`solver.steps` must be an int or null, got 'abc'.",
+    "solver.step_size=[1]": "`solver.step_size` must be a number or a string, got [1].",
+    "solver={class: FixedPoint, steps: 3}": (
+        "`solver.class` is FixedPoint, whose `update` is a Python function, which a config cannot hold"
+    ),
+    "solver=3": "`solver` must be of the form {class: Name, option: value, ...}, got 3.",
+    "solver={steps: 3}": "`solver` must be an inner solver, such as {class: Adam}, got {'steps': 3}.",
+    "estimators.implicit.linear_solver.tol=small": (
+        "`estimators.implicit.linear_solver.tol` must be a number or null, got 'small'."
+    ),
+    "estimators.implicit.linear_solver.tol=-1": (
+        "`estimators.implicit.linear_solver.tol`: `CG.tol` must be a positive number or None, got -1.0."
+    ),
+    "estimators.implicit.linear_solver.tool=1": (
+        "`estimators.implicit.linear_solver.tool` is not an option of CG (tol, max_steps, check_every, steps): "
+        "did you mean `tol`?"
+    ),
+    "estimators.implicit.linear_solver=Adam": "got 'Adam', which is an inner solver.",
+    "estimators.short tail.tail=21": (
+        "`estimators.short tail.tail`: `TruncatedUnroll.tail` is 21, but the inner solver takes 20 steps"
+    ),
+    "estimators.short tail.tail=true": "`estimators.short tail.tail` must be a number or a string, got true.",
+    "estimators.short tail={class: TruncatedUnroll}": "`estimators.short tail` lacks `tail`, which Truncated",
+    "estimators={}": "`estimators` must hold at least one `name: {class: Name, ...}`, got {}.",
+    "outer.stesp=5": "`outer.stesp` is neither a key of `outer`",
+    "outer.lr=fast": "`outer.lr` must be a number, got 'fast'.",
+    "outer.lr=-1": "`outer`: Invalid learning rate: -1.0.",
+    "outer.optimizer=Adma": "`outer.optimizer` must be a torch optimizer",
+    "outer.optimizer=LBFGS": "got 'LBFGS'.",
+    "outer.steps=0": "`outer.steps` must be at least 1, got 0.",
+    "outer.betas=[0.9]": "`outer.betas` must be a list of 2 values, each a number, got [0.9].",
+    "outer.warm_start=maybe": "`outer.warm_start` must be true, false or {state: true or false,",
+    "outer.warm_start={adjiont: false}": (
+        "`outer.warm_start.adjiont` is not a key of `outer.warm_start` (state, adjoint): did you mean `adjoint`?"
+    ),
+    "outer.constraints=positve": "got 'positve': did you mean `positive`?",
+    "outer.constraints=positive": "`outer`: `hparams` does not satisfy its constraint",
+    "outer.scheduler=StepLR": "`outer.scheduler` lacks `step_size`, which StepLR needs: an int.",
+    "problems.iris.data=irsi": "`problems.iris`: unknown data set 'irsi'",
+    "problems.iris.data=diabetes": "`problems.iris`: 'diabetes' has too few rows (442, "
+    "split 222/110/110 into train/val/test): each part needs a row of every class, 214 in all (or is",
+    "problems.iris.data=nofile.csv": "`problems.iris`: the data file 'nofile.csv' does not exist.",
+    "problems.iris.data={name: iris, validaton: 0.3}": (
+        "`problems.iris.data.validaton` is not an option of a data set (name, validation, test, standardize, target, "
+        "corrupted, rows, features, noise): did you mean `validation`?"
+    ),
+    "problems.iris.data={name: iris, seed: 3}": "`problems.iris.data.seed` is not given here, but by",
+    "problems.iris.data={name: iris, validation: 0.9}": "`problems.iris`: `validation` + `test` must be below 1",
+    "problems.iris.data=3": "`problems.iris.data` must be a data set (breast_cancer, diabetes,",
+    "problems.iris.class=LogisticProblem": (
+        "`problems.iris`: y_train holds 3 classes: LogisticProblem takes two, SoftmaxProblem any number."
+    ),
+    "problems.iris.start=x": "`problems.iris.start` must be a number, got 'x'.",
+    "problems.iris.penalti=scalar": (
+        "`problems.iris.penalti` is not an option of SoftmaxProblem (data, start, penalty, loss, parametrization): "
+        "did you mean `penalty`?"
+    ),
+    "problems.ridge.penalty=per_class": (
+        "`problems.ridge.penalty`: `RidgeProblem.penalty` must be one of 'scalar', 'per_feature', got 'per_class'."
+    ),
+    "problems.ridge.class=QuadraticProblem": "`problems.ridge.class` is QuadraticProblem, which is not made",
+    "problems.ridge.class=LinearModelProblem": "got 'LinearModelProblem'",
+    "seeds=[0, 0]": "`seeds` must not repeat a seed, got [0, 0].",
+    "seeds=[-1]": "`seeds.0` must be at least 0, got -1.",
+    "seeds=3": "`seeds` must be a list, got 3.",
+    "seeds=[]": "`seeds` must be a list of at least one value, got [].",
+    "seeds=[a]": "`seeds.0` must be an int, got 'a'.",
+    "outer.steps=2.5": "`outer.steps` must be an int, got 2.5.",
+    "outer={steps: 3, certify: 1}": "`outer.certify` must be true or false, got 1.",
+    "outer={target_error: 0}": "`outer.target_error` must be greater than 0, got 0.",
+    "outer={target_error: 1}": "`outer.target_error` must be less than 1, got 1.",
+    "outer={target_error: 0.1}": "`outer`: a tail of 5 steps leaves an error that no tolerance takes away, so that it",
+    "outer={schedule: linear}": "`outer`: `schedule` must be 'quadratic', 'cubic', 'exponential' or a",
+    "outer={schedule: {decrease: slow}}": "`outer.schedule.decrease`: `ToleranceSchedule.decrease` must be 'quadratic'",
+    "outer={schedule: {start: 1}}": "`outer.schedule.start` is not an option of ToleranceSchedule (decrease, first,",
+    "outer={steps: 3, tol: x}": "`outer.tol` must be a number, got 'x'.",
+    "outer=3": "`outer` must be a mapping (`key: value` lines), got 3.",
+    "device=3": "`device` must be a string, got 3.",
+    "budget=-1": "`budget` must be greater than 0, got -1.",
+    "name=a/b": "`name` must be a string of letters, digits and . _ -, as it names a folder, got 'a/b'.",
+    "device=tpu": "the device must be auto, cpu or cuda, got 'tpu'.",
+    "sovler=5": "`sovler` is not a key of the config (name, problems, solver,",
+    "sovler.steps=5": "--set sovler: the config has no key 'sovler'",
+    "estimators.implict.damping=1": "`estimators` has no key 'implict' (short tail, implicit): did",
+    "problems.iris.data.test=0.1": "`problems.iris.data` is 'iris', which has no parts: give the whole value",
+    "seeds.7=3": "--set seeds.7: `seeds` is a list with the indices 0 to 1, got '7'.",
+    "nonsense": "--set must look like `a.b=value`, got 'nonsense'.",
+    "solver.steps=[1": "--set solver.steps: the value '[1' is not valid YAML",
+}
+
+
+@pytest.mark.parametrize("assignment", SENTENCES)
+def test_a_mistake_is_one_sentence(config: Path, assignment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_plan(config, [assignment])
+    text = str(caught.value)
+    assert text.startswith(f"{config}: ")
+    assert SENTENCES[assignment] in text
+    assert "\n" not in text
+    assert text.endswith((".", "?"))
+
+
+LAUGHS = "&a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"
+for letter in "bcdefgh":
+    LAUGHS = f"&{letter} [{LAUGHS}" + f", *{chr(ord(letter) - 1)}" * 9 + "]"
+MERGES = "a: &a {k: 1}\n" + "".join(
+    f"{letter}: &{letter} {{<<: [{', '.join([f'*{chr(ord(letter) - 1)}'] * 9)}]}}\n" for letter in "bcdefgh"
+)
+TEXTS = {
+    "seeds: 2020-13-45": "`seeds` must be a list, got '2020-13-45'.",
+    "budget: 0b_": "the value '0b_' cannot be read as int.",
+    "budget: !!int x": "the value 'x' cannot be read as int.",
+    "budget: !!bool x": "the value 'x' cannot be read as bool.",
+    "budget: !!float [1]": "'tag:yaml.org,2002:float' is no tag of a plain value.",
+    "budget: !!timestamp 2020-01-01": "'tag:yaml.org,2002:timestamp' is no tag of a plain value.",
+    "budget: !!binary aGFsbG8=": "'tag:yaml.org,2002:binary' is no tag of a plain value.",
+    "budget: !!python/object/apply:os.getcwd []": "is no tag of a plain value.",
+    "budget: !!set {a, b}": "'tag:yaml.org,2002:set' is no tag of a plain value.",
+    f"budget: {'1' * 5000}": "cannot be read as int.",
+    f"budget: 0x{'f' * 5000}": "a whole number has more than 64 bits.",
+    "budget: .nan": "the value '.nan' is not finite.",
+    "budget: 1e999": "the value '1e999' is not finite.",
+    "seeds: " + "[" * 1200: "values are nested more than 40 deep.",
+    "budget:" + "".join("\n" + " " * level + "-" for level in range(1, 100)): "values are nested more than 40 deep.",
+    "seeds: &a [*a]": "there are more than 50,000 values, those that aliases repeat included.",
+    f"budget: {LAUGHS}": "there are more than 50,000 values, those that aliases repeat included.",
+    MERGES: "there are more than 50,000 values, those that aliases repeat included.",
+    "3: 1": "the key 3 is no string of at most 100 printable characters.",
+    "? [1, 2]\n: 3": "the key [1, 2] is no string of at most 100 printable characters.",
+    f"? {'k' * 5000}\n: 3": "is no string of at most 100 printable characters.",
+    'name: "a\\0b"': "the text 'a\\x00b' holds what is no character.",
+    'name: "\\ud800"': "the text '\\ud800' holds what is no character.",
+    'name: "\\U00110000"': "is not valid YAML",
+    "name: a\0b": "unacceptable character #x0000",
+    "# " + "x" * 3_000_000: "it is longer than 100,000 bytes.",
+    "name: a\tb\n\tc: 1": "is not valid YAML",
+    "<<: 3": "is not valid YAML",
+    "budget: *nobody": "found undefined alias 'nobody'.",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])
+def test_a_value_that_is_no_plain_one_is_one_short_sentence(config: Path, text: str) -> None:
+    key = text.partition(":")[0].strip()
+    lines = [line for line in config.read_text().splitlines() if not line.startswith(f"{key}:")]
+    config.write_text("\n".join([*lines, text]))
+    start = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        load_plan(config)
+    assert time.process_time() - start < 2
+    sentence = str(caught.value).removeprefix(str(config))
+    assert TEXTS[text] in sentence
+    assert len(sentence) < 260
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_a_file_in_another_encoding_is_one_sentence(config: Path, encoding: str) -> None:
+    config.write_bytes((config.read_text() + "# ä\n").encode(encoding))
+    with pytest.raises(ConfigError, match="the file cannot be read: it is not text in UTF-8"):
+        load_plan(config)
+
+
+def test_aliases_merges_and_a_byte_order_mark_are_fine(config: Path) -> None:
+    text = config.read_text().replace("\nsolver: {", "\nsolver: &it {")
+    config.write_bytes(text.encode("utf-8-sig"))
+    plan = load_plan(config)
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: *a") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1}}
+    assert load_plan(config, ["solver.steps=7"]).solver == GradientDescent(steps=7)
+    assert plan.solver == GradientDescent(steps=20)
+
+
+FILES = {
+    "": "the file is empty",
+    "- 1\n": "the file must hold a mapping (`key: value` lines), got [1].",
+    "a: [1\nb: 2\n": "is not valid YAML, line 2: ",
+    "solver: 1\nsolver: 2\n": "line 2: the key 'solver' stands twice.",
+    "solver: {class: Newton}\n": "the config lacks the key `problems`",
+}
+
+
+@pytest.mark.parametrize("text", FILES, ids=["empty", "list", "syntax", "twice", "missing"])
+def test_a_broken_file_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_plan(path)
+    assert FILES[text] in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_suggests_its_neighbour(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no such file: did you mean `.*tiny.yaml`\?"):
+        load_plan(config.with_name("tinny.yaml"))
+
+
+def test_an_unknown_estimator_to_tune_is_named(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no estimator 'implict' in `estimators` \(short tail, implicit\)"):
+        load_plan(config, only="implict", tune=True)
+
+
+OWN = """\
+from dataclasses import dataclass
+
+import bilevel as bl
+
+
+@dataclass(frozen=True)
+class Signed(bl.InnerSolver):
+    rate: float = 0.1
+
+    def step(self, inner, state):
+        moved = bl.tree.tree_map(lambda x, g: x - self.rate * g.tanh(), state.params, inner.grad(state.params))
+        return state.moved(moved)
+
+
+class Halved(bl.problems.RidgeProblem):
+    def initial_hparams(self, start=0.0):
+        return super().initial_hparams(start / 2)
+"""
+
+
+def test_a_config_names_classes_of_the_users_own_only_where_that_is_allowed(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (config.parent / "own_classes.py").write_text(OWN + "print('run')\n")
+    changes = ["solver={class: own_classes:Signed, rate: 0.2, steps: 20}", "problems.ridge.class=own_classes:Halved"]
+    expected = (
+        f"{config}: `problems.ridge.class` names code outside the package, 'own_classes:Halved': pass --allow-import "
+        "if you trust this config and what it imports."
+    )
+    with pytest.raises(ConfigError) as error:
+        load_plan(config, changes)
+    assert str(error.value) == expected
+    assert "own_classes" not in sys.modules
+    plan = load_plan(config, changes, allow_import=True)
+    assert (type(plan.solver).__name__, plan.solver.steps, plan.solver.rate) == ("Signed", 20, 0.2)  # type: ignore[attr-defined]
+    assert type(plan.problems["ridge"](0).problem).__name__ == "Halved"
+    # What is allowed once is not allowed ever after.
+    with pytest.raises(ConfigError, match="--allow-import"):
+        load_plan(config, changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("no_such_module:Signed", "'no_such_module' cannot be imported (ModuleNotFoundError: No module named"),
+        ("json:Signed", "'json' has no class 'Signed' that is an inner solver."),
+        ("json:JSONDecoder", "'json' has no class 'JSONDecoder' that is an inner solver."),
+        (":Signed", "'' cannot be imported (ValueError: Empty module name)."),
+    ],
+)
+def test_what_cannot_be_imported_is_one_sentence(config: Path, name: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_plan(config, [f"solver.class='{name}'"], allow_import=True)
+    assert f"{config}: `solver.class`: {sentence}" in str(error.value)
+
+
+# The problem class decides the task ---------------------------------------------------------------------------------
+
+
+TASKS = """
+from bilevel.problems import LogisticProblem, RidgeProblem
+
+
+class Counts(RidgeProblem):
+    task = "raw"
+
+
+class Levels(LogisticProblem):
+    pass
+
+
+class Odd(RidgeProblem):
+    task = "ordinal"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "found"),
+    [
+        ("RidgeProblem", "y", set()),
+        ("own_tasks:Counts", "y", {1, 2, 3, 4, 5, 24}),
+        ("own_tasks:Levels", "word", {-1, 1}),
+        ("LogisticProblem", "half", {-1, 1}),
+    ],
+)
+def test_the_problem_class_decides_what_the_target_is(
+    tmp_path: Path, name: str, target: str, found: set[float]
+) -> None:
+    (tmp_path / "own_tasks.py").write_text(TASKS)
+    lines = [f"{row},{'nay' if row % 2 else 'yea'},{row % 2}.0,{(1, 2, 3, 4, 5, 24)[row % 6]}" for row in range(240)]
+    columns = {"x": 0, "word": 1, "half": 2, "y": 3}
+    kept = [0, columns[target]]
+    table = "\n".join(",".join(line.split(",")[i] for i in kept) for line in [",".join(columns), *lines])
+    (tmp_path / "d.csv").write_text(table)
+    spec = {"class": name, "data": {"name": str(tmp_path / "d.csv")}}
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"problems": {"p": spec}, "solver": "QuasiNewton", "estimators": {"implicit": "Implicit"}})
+    )
+    plan = load_plan(tmp_path / "c.yaml", allow_import=True)
+    y = plan.problems["p"](0).problem.train.y
+    if name == "RidgeProblem":
+        assert abs(float(y.mean())) < 1e-12
+        assert len(y.unique()) == 6
+        assert float(y.max() - y.min()) == 23
+    else:
+        assert set(y.tolist()) == found
+
+
+def test_a_task_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "odd_tasks.py").write_text(TASKS)
+    spec = {"problems": {"p": {"class": "odd_tasks:Odd", "data": "diabetes"}}, "solver": "Newton"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(spec | {"estimators": {"implicit": "Implicit"}}))
+    with pytest.raises(
+        ConfigError, match="`task` must be 'regression', 'classification', 'raw' or None, got 'ordinal'"
+    ):
+        load_plan(tmp_path / "c.yaml", allow_import=True)
+    with pytest.raises(ConfigError, match=r"but by the problem class \(Odd.task is 'ordinal'\), got 'raw'"):
+        load_plan(tmp_path / "c.yaml", ["problems.p.data={name: diabetes, task: raw}"], allow_import=True)
+
+
+FAULTY = """\
+from helper_of_own import number
+import bilevel as bl
+
+class Broken(bl.GradientDescent):
+    def __post_init__(self):
+        return {}["lost"]
+"""
+
+
+def test_an_exception_of_the_users_own_class_names_type_file_and_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (config.parent / "helper_of_own.py").write_text("number = 1\n")
+    (config.parent / "faulty_classes.py").write_text(FAULTY)
+    with pytest.raises(ConfigError) as error:
+        load_plan(config, ["solver={class: faulty_classes:Broken, steps: 3}"], allow_import=True)
+    assert str(error.value) == f"{config}: `solver`: KeyError: 'lost' (faulty_classes.py, line 6)."
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_plan_knows_its_data_and_the_sources_of_its_classes(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = config.parent
+    (folder / "named_classes.py").write_text("import beside_them, json\nfrom inside.deep import x\n" + OWN)
+    (folder / "beside_them.py").write_text("from inside import deep\n")
+    (folder / "unrelated.py").write_text("")
+    (folder / "inside").mkdir()
+    (folder / "inside" / "__init__.py").write_text("")
+    (folder / "inside" / "deep.py").write_text("x = 1\n")
+    np.savez(folder / "d.npz", X=np.arange(24.0).reshape(12, 2), y=np.arange(12.0))
+    monkeypatch.chdir(folder)
+    changes = ["solver={class: named_classes:Signed, steps: 20}", "problems.ridge.data=d.npz"]
+
+    def identity() -> Any:
+        return load_plan(config, changes, allow_import=True).identity
+
+    first = identity()
+    assert set(first["classes"]) == {"named_classes.py", "beside_them.py", "inside/__init__.py", "inside/deep.py"}
+    assert first["data"]["iris"] == "iris"
+    digest = hashlib.sha256((folder / "d.npz").read_bytes()).hexdigest()
+    assert first["data"]["ridge"] == digest
+    (folder / "inside" / "deep.py").write_text("x = 2\n")
+    np.savez(folder / "d.npz", X=np.arange(24.0).reshape(12, 2), y=3 * np.arange(12.0))
+    second = identity()
+    changed = [name for kind in ("classes", "data") for name in first[kind] if first[kind][name] != second[kind][name]]
+    assert changed == ["inside/deep.py", "ridge"]
+    # A file that changes while the command runs.
+    build = load_plan(config, changes, allow_import=True).problems["ridge"]
+    (folder / "d.npz").write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"the data file d\.npz has changed since this command began"):
+        build(0)
