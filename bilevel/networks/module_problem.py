@@ -55,6 +55,8 @@ class ModuleProblem(BilevelProblem):
         ValueError: for a module without trainable parameters, with random layers and no seed, with hooks on
             gradients, weight norm or spectral norm in train mode, or losses that do not take three arguments.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Linear(2, 1)
     >>> X, y = torch.ones(3, 2), torch.ones(3, 1)
     >>> problem = ModuleProblem(

@@ -72,6 +72,7 @@ class BilevelProblem(Losses):
         ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes its arguments,
             and params are tensors; for a sampler that is none, or without a loss to hand its batches to.
 
+    >>> import torch
     >>> data = torch.tensor([1.0, 3.0], dtype=torch.float64)
     >>> problem = BilevelProblem(
     ...     inner_loss=lambda w, penalty: ((w - data) ** 2).mean() + penalty * w**2,
@@ -299,6 +300,7 @@ class BilevelProblem(Losses):
         Raises:
             ValueError: for a size that is no positive int, data without as many rows, and a problem that is a batch.
 
+        >>> import torch
         >>> problem = BilevelProblem(
         ...     lambda w, penalty, y: ((w - y) ** 2).mean() + penalty * w**2,
         ...     lambda w, penalty, y: (w - y.mean()) ** 2,
