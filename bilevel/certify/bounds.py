@@ -115,7 +115,7 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
         moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
     if M:
         spread = instance.extent(at.v) + width * at.blur_adjoint
-        bent = (at.v * instance.model.bend(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
+        bent = (at.v * instance.turned(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
         bent = bent + (instance.constants.curvature * classes) ** 0.5 * at.blur_adjoint
         growth = torch.expm1((M * moves).clamp_max(t))
         change = float((instance.tuned.weights * (growth * bent).square()).sum().sqrt())
@@ -198,7 +198,8 @@ def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> tupl
     change = constants.slope * moves
     # The curvature grows by at most exp(M moves) on the way; far away that says nothing.
     growth = torch.expm1((M * moves).clamp_max(FAR)) / M if M else moves
-    change = torch.where(M * moves < FAR, torch.minimum(change, instance.model.rate(at.z) * growth), change)
+    norm = instance.model.loss.curvature_norm(at.z, instance.model.train.y)
+    change = torch.where(M * moves < FAR, torch.minimum(change, norm * growth), change)
     slopes = instance.dual(at.slopes) + width * constants.curvature * at.blur
     return change * (instance.extent(at.v) + width * at.blur_adjoint), (slopes + change) * adjoint_moves
 

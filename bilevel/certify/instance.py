@@ -69,8 +69,13 @@ class Instance:
         if self.gram_scale is not None:
             train = self.model.train
             return self.gram_scale * (train.gram @ x - train.moment) + self.penalty * x
-        slopes = self.model.slope(z, self.model.train.y)
+        slopes = self.model.loss.slope(z, self.model.train.y)
         return self.collect(self.model.train, self.tuned.weights * slopes) + self.penalty * x
+
+    def turned(self, z: Tensor, dz: Tensor) -> Tensor:
+        """Return the second derivatives of the training losses at predictions z, applied to dz."""
+        loss = self.model.loss
+        return loss.hessian_product(loss.curvature(z, self.model.train.y), dz)
 
     def product(self, z: Tensor, v: Tensor) -> Tensor:
         """Return ``H v`` at predictions z, without blocks: for linear solves, whose error is measured afterwards."""
@@ -78,14 +83,14 @@ class Instance:
         if self.gram_scale is not None:
             return self.gram_scale * (self.model.train.gram @ v) + self.penalty * v
         X = self.model.train.X
-        return (self.tuned.weights * self.model.bend(z, v @ X)) @ X.t() + self.penalty * v
+        return (self.tuned.weights * self.turned(z, v @ X)) @ X.t() + self.penalty * v
 
     def outer_gradient(self, x: Tensor) -> Tensor:
         """Return the outer gradient at x."""
         val = self.model.val
         if self.gram_scale is not None:
             return val.gram @ x - val.moment
-        return self.collect(val, self.model.slope(self.predict(val, x), val.y) / val.count)
+        return self.collect(val, self.model.loss.slope(self.predict(val, x), val.y) / val.count)
 
     def extent(self, v: Tensor) -> Tensor:
         """Return the range of every row's predictions: the absolute value of one, ``max - min`` of several."""
@@ -242,14 +247,14 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
     both = train.predict(torch.cat((x.reshape(-1, instance.features), w.reshape(-1, instance.features))))
     half = len(both) // 2
     z, v = (both[:half], both[half:]) if instance.several else (both[0], both[1])
-    slopes, bent = model.slope(z, train.y), model.bend(z, v)
+    slopes, bent = model.loss.slope(z, train.y), instance.turned(z, v)
     sums = train.collect(
         torch.cat(((tuned.weights * slopes).reshape(-1, train.count), (tuned.weights * bent).reshape(-1, train.count)))
     )
     s = sums[:half].reshape(instance.shape) + instance.penalty * x
     product = sums[half:].reshape(instance.shape) + instance.penalty * w
     z_val = instance.predict(val, x)
-    slopes_val = model.slope(z_val, val.y)
+    slopes_val = model.loss.slope(z_val, val.y)
     outer = instance.collect(val, slopes_val / val.count)
     r = product - outer
 
@@ -257,7 +262,7 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
     blur, blur_adjoint, blur_val = (_blur(rows, weights) for rows, weights in ((train, x), (train, w), (val, x)))
     add, add_val = gamma(roundings(train.count) + 4), gamma(roundings(val.count) + 4)
 
-    rate, rate_val = model.rate(z), model.rate(z_val)
+    rate, rate_val = model.loss.curvature_norm(z, train.y), model.loss.curvature_norm(z_val, val.y)
 
     def slope_error(slopes: Tensor, rate: Tensor, blur: Tensor) -> Tensor:
         # Of a slope p - 1 the rounding is absolute, of all others relative.

@@ -221,7 +221,7 @@ def _dense(instance: Instance, z: Tensor) -> Tensor:
     for c in range(classes):
         direction = torch.zeros_like(z)
         (direction[c] if instance.several else direction).fill_(1.0)
-        bent = (weights * instance.model.bend(z, direction)).reshape(classes, -1)
+        bent = (weights * instance.turned(z, direction)).reshape(classes, -1)
         blocks.append(torch.cat([(X * row) @ X.t() for row in bent]))
     hessian = torch.cat(blocks, 1)
     hessian = 0.5 * (hessian + hessian.t())

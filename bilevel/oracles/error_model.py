@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -264,6 +265,22 @@ class LossConstants:
     slope: float
 
 
+class LossDerivatives(Protocol):
+    """The derivatives of a loss by its prediction, as the error bounds use them."""
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return ``loss'`` at predictions z and targets y."""
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return what `hessian_product` needs."""
+
+    def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
+        """Return ``loss'' dz``."""
+
+    def curvature_norm(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return, for every row, the norm of ``loss''`` from range to dual norm, or a number above it."""
+
+
 @dataclass(frozen=True)
 class Tuned:
     """How inner coefficients depend on the hyperparameters, at one value of these.
@@ -294,9 +311,7 @@ class Certifiable:
     Attributes:
         train: training rows.
         val: validation rows, each of weight ``1 / rows`` in the outer loss.
-        slope: (predictions, targets) -> ``loss'``.
-        bend: (predictions, directions) -> ``loss'' directions``.
-        rate: predictions -> the norm of ``loss''`` from range to dual norm, or a number above it; for every row.
+        loss: the derivatives of the loss.
         constants: constants of the loss.
         tuned: hyperparameters in float64 -> their coefficients.
 
@@ -305,8 +320,6 @@ class Certifiable:
 
     train: Rows
     val: Rows
-    slope: Callable[[Tensor, Tensor], Tensor]
-    bend: Callable[[Tensor, Tensor], Tensor]
-    rate: Callable[[Tensor], Tensor]
+    loss: LossDerivatives
     constants: LossConstants
     tuned: Callable[[Tree], Tuned]

@@ -3,6 +3,10 @@
 from bilevel.problems.data_problem import DataProblem as DataProblem
 from bilevel.problems.linear_model import LinearModelProblem as LinearModelProblem
 from bilevel.problems.logistic import LogisticProblem as LogisticProblem
+from bilevel.problems.losses import GLMLoss as GLMLoss
+from bilevel.problems.losses import Logistic as Logistic
+from bilevel.problems.losses import Softmax as Softmax
+from bilevel.problems.losses import Squared as Squared
 from bilevel.problems.mlp import MLPProblem as MLPProblem
 from bilevel.problems.quadratic import QuadraticProblem as QuadraticProblem
 from bilevel.problems.ridge import RidgeProblem as RidgeProblem

@@ -20,7 +20,7 @@ from bilevel.oracles import batching as batches
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import Reads
-from bilevel.problems.linear_oracles import PenalisedInner, PenalisedPoint
+from bilevel.problems.linear_oracles import PenalisedInner, PenalisedPoint, gram
 
 OPTIONS = ("penalty", "loss", "parametrization")
 
@@ -36,14 +36,14 @@ class LinearBatchPoint(PenalisedPoint):
 
     @cached_property
     def curvature(self) -> Any:
-        """What the loss's curvature at the training predictions needs, in the family's own form."""
+        """The curvatures of the losses at the training predictions."""
         problem = self.inner.problem
-        return problem.curvature_at(problem.predict(problem.train.X, self.params))
+        return problem.glm.curvature(problem.predict(problem.train.X, self.params), problem.train.y)
 
     def _hvp(self, v: Tensor) -> Tensor:
         problem = self.inner.problem
-        bent = problem.bend(self.curvature, problem.predict(problem.train.X, v))
-        return torch.addcmul(self.inner.penalty * v, problem.collect(problem.train.X, bent), self.inner.scale)
+        turned = problem.glm.hessian_product(self.curvature, problem.predict(problem.train.X, v))
+        return torch.addcmul(self.inner.penalty * v, problem.collect(problem.train.X, turned), self.inner.scale)
 
     def dense_hessian(self) -> Tensor:
         """Return the Hessians of all members, of shape (batch, size, size)."""
@@ -72,7 +72,7 @@ class LinearBatchInner(PenalisedInner):
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem
-        slopes = problem.slope_at(problem.predict(problem.train.X, params), problem.train.y)
+        slopes = problem.glm.slope(problem.predict(problem.train.X, params), problem.train.y)
         return torch.addcmul(self.penalty * params, problem.collect(problem.train.X, slopes), self.scale)
 
 
@@ -120,37 +120,35 @@ class LinearBatch:
         return batch
 
     def predict(self, X: Tensor, w: Tensor) -> Tensor:
-        """Return the predictions, of shape (batch, rows)."""
+        """Return the predictions, of shape (batch, rows) or (batch, outputs, rows)."""
+        if self.outputs is not None:
+            return w @ X
         return w @ X if X.dim() == 2 else torch.bmm(w[:, None], X)[:, 0]
 
     def collect(self, X: Tensor, slopes: Tensor) -> Tensor:
         """Return ``X' slopes`` of every member, shaped as the weights."""
+        if self.outputs is not None:
+            return slopes @ X.mT
         return slopes @ X.t() if X.dim() == 2 else torch.bmm(X, slopes[:, :, None])[:, :, 0]
 
     def data_hessian(self, curvature: Any) -> Tensor:
         """Return ``c X' D X``, of shape (batch, features, features)."""
-        X = self.train.X
-        return (X * (self.scale * curvature[:, None])) @ X.mT
+        return self.scale * gram(self.glm, self.train.X, curvature, self.outputs)
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the sum of the members' penalised training losses, in plain torch."""
-        loss = self.scale * self.losses_at(self.predict(self.train.X, params), self.train.y)
+        loss = self.scale * self.glm.value(self.predict(self.train.X, params), self.train.y).sum(-1)
         return loss.sum() + 0.5 * (self.penalties(hparams) * params * params).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the members' validation losses, of shape (batch,)."""
-        return self.losses_at(self.predict(self.val.X, params), self.val.y) / self.val.y.shape[-1]
+        return self.glm.value(self.predict(self.val.X, params), self.val.y).sum(-1) / self.val.y.shape[-1]
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
         """Return the validation losses, of shape (batch,), and their gradients, in closed form."""
         z, rows = self.predict(self.val.X, params), self.val.y.shape[-1]
-        gradient = self.collect(self.val.X, self.slope_at(z, self.val.y)) / rows
-        return self.losses_at(z, self.val.y) / rows, gradient, torch.zeros_like(hparams)
-
-    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return the sum of every member's losses, of shape (batch,): the family's `loss_at`, one by one."""
-        shared = y.dim() < 2
-        return torch.stack([self.loss_at(each, y if shared else y[i]) for i, each in enumerate(z)])
+        gradient = self.collect(self.val.X, self.glm.slope(z, self.val.y)) / rows
+        return self.glm.value(z, self.val.y).sum(-1) / rows, gradient, torch.zeros_like(hparams)
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at shapes, dtype and device; refuse negative penalties.
@@ -171,7 +169,7 @@ class LinearBatch:
 
     # What the family gives -------------------------------------------------------------------------------------------
 
-    loss_at: Any
-    slope_at: Any
+    glm: Any
+    outputs: Any
     penalties: Any
     check_range: Any

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import lanczos
 from bilevel.oracles.batching import check_own_data
-from bilevel.oracles.error_model import Certifiable, LossConstants, Tuned
+from bilevel.oracles.error_model import Certifiable, Rows, Tuned
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
@@ -34,16 +33,21 @@ from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
 from bilevel.problems.linear_batch import LinearBatch
-from bilevel.problems.linear_error_model import certifiable_of, tuned_penalties
-from bilevel.problems.linear_oracles import LinearModelInner as LinearModelInner
-from bilevel.problems.linear_oracles import LinearModelPoint as LinearModelPoint
+from bilevel.problems.linear_oracles import LinearModelInner
+from bilevel.problems.losses import GLMLoss
 from bilevel.problems.splits import Split
 
 
 class LinearModelProblem(DataProblem):
-    """Base of `RidgeProblem`, `LogisticProblem` and `SoftmaxProblem`.
+    """A linear model with tuned penalties; the loss of its predictions is the class attribute `glm`.
 
-    A family gives the loss of the predictions, its slope and its curvature.
+    `RidgeProblem`, `LogisticProblem`, ... name their loss. A problem of a loss of one's own is a subclass that does::
+
+        class ProbitProblem(LinearModelProblem):
+            glm = Probit()
+
+    Hyperparameters: u of shape () for penalty="scalar", (features,) for "per_feature"; ``pen = exp(u)``, or u itself
+    with parametrization="direct". There is no intercept: add a column of ones, which is penalised as the others are.
 
     Args:
         X_train: training inputs of shape (rows, features), floating.
@@ -58,17 +62,11 @@ class LinearModelProblem(DataProblem):
         unknown: nothing: an option of another name is refused, with what to do in its place.
     """
 
+    glm: GLMLoss
+    """The loss of the predictions."""
     inner_problem: type[InnerProblem] = LinearModelInner
-    max_loss_curvature: float
-    """Largest second derivative of the loss with respect to a prediction."""
-    loss_constants: LossConstants | None = None
-    """What the error bounds use of the loss; None where nothing is known: errors are estimated then."""
     parametrizations: tuple[str, ...] = ("log", "direct")
     penalty: Any
-    class_curvature_at_zero: float | None = None
-    """The loss's curvature in each of several predictions at zero weights; None with one prediction for each row."""
-    gram_is_cheap = True
-    """Whether ``X' D X`` costs no more than the products that a preconditioner made of it saves in one solve."""
 
     def __init__(
         self,
@@ -85,6 +83,8 @@ class LinearModelProblem(DataProblem):
         **unknown: Any,
     ) -> None:
         self.refuse_options(unknown)
+        if not isinstance(getattr(self, "glm", None), GLMLoss):
+            raise ValueError(f"{type(self).__name__} needs a loss: name it in the class, such as `glm = Poisson()`.")
         for name, value, allowed in (
             ("loss", loss, ("mean", "sum")),
             ("parametrization", parametrization, self.parametrizations),
@@ -97,7 +97,11 @@ class LinearModelProblem(DataProblem):
         self.design, self._val_design = Design(self.train.X), Design(self.val.X)
         self.loss, self.parametrization = loss, parametrization
         self.scale = 1.0 / self.train.rows if loss == "mean" else 1.0
-        self.prepare_targets()
+        for name, y in self.glm.encode(self.splits).items():
+            self.splits[name].y = y
+        self.outputs = self.glm.outputs(self.train.y)
+        self.class_curvature_at_zero = None if self.outputs is None else self.glm.curvature_at_zero(self.outputs)
+        self.quadratic = self.glm.quadratic
         axes = self.penalty_axes()
         if not isinstance(penalty, str) or penalty not in axes:
             remedy = "" if isinstance(penalty, str) else " (values of penalties are hyperparameters)"
@@ -110,62 +114,24 @@ class LinearModelProblem(DataProblem):
         self._group_shape = tuple(size if axis in axes[penalty] else 1 for axis, size in enumerate(shape))
         super().__init__(params=self.train.X.new_zeros(self.params_shape()))
 
-    # What a family gives ---------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def prepare_targets(self) -> None:
-        """Check the targets and bring them into the family's own form."""
-
-    @abstractmethod
     def params_shape(self) -> tuple[int, ...]:
-        """Return the shape of the weights."""
+        """Return the shape of the weights: (features,), or (outputs, features) for several predictions for each row."""
+        features = self.train.X.shape[0]
+        return (features,) if self.outputs is None else (self.outputs, features)
 
-    @abstractmethod
     def penalty_axes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the axes of the weights along which penalties vary, by the name of the choice."""
-
-    @abstractmethod
-    def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return the sum of the losses of predictions z."""
-
-    @abstractmethod
-    def slope_at(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return the derivatives of the losses with respect to z."""
-
-    @abstractmethod
-    def curvature_at(self, z: Tensor) -> Any:
-        """Return what `bend` needs of the predictions."""
-
-    @abstractmethod
-    def bend(self, curvature: Any, dz: Tensor) -> Tensor:
-        """Return the second derivative of the losses applied to dz."""
-
-    def bend_at(self, z: Tensor, dz: Tensor) -> Tensor:
-        """Return the second derivative of the losses at predictions z applied to dz."""
-        return self.bend(self.curvature_at(z), dz)
-
-    @abstractmethod
-    def rate_at(self, z: Tensor) -> Tensor:
-        """Return, for every row, how fast the slope can change with the range of the predictions, for error bounds."""
-
-    @abstractmethod
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """Return figures of merit of predictions, besides the loss."""
-
-    # Shared ----------------------------------------------------------------------------------------------------------
+        if self.outputs is None:
+            return {"scalar": (), "per_feature": (0,)}
+        return {"scalar": (), "per_class": (0,), "per_feature": (1,), "per_weight": (0, 1)}
 
     def predict(self, X: Tensor, w: Tensor) -> Tensor:
-        """Return the predictions for feature-major X: (rows,)."""
-        return torch.mv(X.t(), w)
+        """Return the predictions for feature-major X: (rows,), or (outputs, rows)."""
+        return torch.mv(X.t(), w) if self.outputs is None else w @ X
 
     def collect(self, X: Tensor, slopes: Tensor) -> Tensor:
         """Return ``X' slopes``, shaped as the weights; the transpose of `predict`."""
-        return torch.mv(X, slopes)
-
-    def gram_at(self, X: Tensor, curvature: Any) -> Tensor:
-        """Return ``X' D X`` over the flattened weights, in the dtype of X."""
-        weighted = X if curvature is None else X * curvature.to(X.dtype)
-        return weighted @ X.t()
+        return torch.mv(X, slopes) if self.outputs is None else slopes @ X.t()
 
     def hparams_shape(self) -> tuple[int, ...]:
         """Return the shape of the hyperparameters."""
@@ -237,19 +203,19 @@ class LinearModelProblem(DataProblem):
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the penalised training loss, in plain torch."""
-        loss = self.scale * self.loss_at(self.predict(self.train.X, params), self.train.y)
+        loss = self.scale * self.glm.value(self.predict(self.train.X, params), self.train.y).sum()
         return loss + 0.5 * (self.penalties(hparams) * params * params).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the mean validation loss, in plain torch."""
-        return self.loss_at(self.predict(self.val.X, params), self.val.y) / self.val.rows
+        return self.glm.value(self.predict(self.val.X, params), self.val.y).sum() / self.val.rows
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
         """Return the validation loss and its gradients, in closed form."""
 
         def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             z, y = self.predict(X, params), self.val.y[rows]
-            return self.loss_at(z, y), self.collect(X, self.slope_at(z, y))
+            return self.glm.value(z, y).sum(), self.collect(X, self.glm.slope(z, y))
 
         loss, gradient = (
             functools.reduce(torch.add, part) for part in zip(*self._val_design.sweep(visit), strict=True)
@@ -258,11 +224,16 @@ class LinearModelProblem(DataProblem):
 
     def certifiable(self) -> Certifiable | None:
         """Return the model as the error bounds see it, in float64; its data caches are kept. None without constants."""
-        return None if self.loss_constants is None else self._certifiable
+        return None if self.glm.constants is None else self._certifiable
 
     @cached_property
     def _certifiable(self) -> Certifiable:
-        return certifiable_of(self)
+        train, val = (
+            Rows(split.X.double(), split.y.double() if split.y.is_floating_point() else split.y)
+            for split in (self.train, self.val)
+        )
+        assert self.glm.constants is not None
+        return Certifiable(train=train, val=val, loss=self.glm, constants=self.glm.constants, tuned=self.tuned)
 
     @cached_property
     def penalty_owner(self) -> Tensor:
@@ -273,30 +244,33 @@ class LinearModelProblem(DataProblem):
 
     def tuned(self, hparams: Tree) -> Tuned:
         """Return the inner coefficients at some hyperparameters, and how they depend on them."""
-        return tuned_penalties(self, hparams)
+        penalty = self.penalties(hparams).expand(self.params_shape())
+        return Tuned(
+            penalty=penalty,
+            penalty_slope=penalty if self.parametrization == "log" else torch.ones_like(penalty),
+            penalty_owner=self.penalty_owner,
+            weights=penalty.new_full((self.train.rows,), self.scale),
+            size=hparams.numel(),
+        )
 
-    def constant_prediction(self) -> Tensor | None:
-        """Return the prediction, 0-d or of shape (classes,), with the least training loss of all constants.
-
-        Returns:
-            None where a family does not say.
-        """
-        return None
+    def row_losses(self, params: Tree, split: Split) -> Tensor:
+        """Return the loss of every row of a split."""
+        return self.glm.value(self.predict(split.X, params), split.y)
 
     def constant_loss(self, split: Split) -> float | None:
-        """Return the mean loss of a split under `constant_prediction`."""
-        z = self.constant_prediction()
+        """Return the mean loss of a split under the best constant prediction of the training rows."""
+        z = self.glm.constant_prediction(self.train.y)
         if z is None:
             return None
-        return float(self.loss_at(z[..., None].expand(*z.shape, split.rows), split.y)) / split.rows
+        return float(self.glm.value(z[..., None].expand(*z.shape, split.rows), split.y).sum()) / split.rows
 
     def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Return loss and scores on every split, such as ``test_loss`` and ``test_accuracy``."""
         figures = {}
         for name, split in self.splits.items():
             z = self.predict(split.X, params)
-            figures[f"{name}_loss"] = float(self.loss_at(z, split.y)) / split.rows
-            figures |= {f"{name}_{score}": value for score, value in self.scores(z, split.y).items()}
+            figures[f"{name}_loss"] = float(self.glm.value(z, split.y).sum()) / split.rows
+            figures |= {f"{name}_{score}": value for score, value in self.glm.scores(z, split.y).items()}
         return figures
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +18,10 @@ from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem, Linearization, Preconditioner
+from bilevel.oracles.losses import Losses
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
+from bilevel.problems.losses import GLMLoss
 from bilevel.problems.precondition import MAX_DENSE, factored
-
-if TYPE_CHECKING:
-    from bilevel.problems.linear_model import LinearModelProblem
 
 
 class PenalisedPoint(Linearization):
@@ -83,9 +81,11 @@ class LinearModelPoint(PenalisedPoint):
         return problem.scale * functools.reduce(torch.add, [part for _, part in found])
 
     @cached_property
-    def curvature(self) -> list[Any]:
-        """What `bend` needs of the predictions, by block, in the family's own form."""
-        return [self.inner.problem.curvature_at(z) for z in self.predictions]
+    def curvature(self) -> list[Tensor]:
+        """The curvatures of the losses at the predictions, by block."""
+        problem = self.inner.problem
+        blocks = zip(self.predictions, problem.design.rows, strict=True)
+        return [problem.glm.curvature(z, problem.train.y[rows]) for z, rows in blocks]
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -106,19 +106,19 @@ class LinearModelPoint(PenalisedPoint):
 
     def loss(self, z: Tensor, rows: slice) -> Tensor:
         """Return the sum of the losses of some training rows."""
-        return self.inner.problem.loss_at(z, self.inner.problem.train.y[rows])
+        return self.inner.problem.glm.value(z, self.inner.problem.train.y[rows]).sum()
 
     def slopes(self, z: Tensor, rows: slice) -> Tensor:
         """Return the slopes of the losses of some training rows."""
-        return self.inner.problem.slope_at(z, self.inner.problem.train.y[rows])
+        return self.inner.problem.glm.slope(z, self.inner.problem.train.y[rows])
 
-    def bent(self, block: int, rows: slice, dz: Tensor) -> Tensor:
+    def hessian_product(self, block: int, rows: slice, dz: Tensor) -> Tensor:
         """Return the second derivative of the losses of a block applied to dz."""
-        return self.inner.problem.bend(self.curvature[block], dz)
+        return self.inner.problem.glm.hessian_product(self.curvature[block], dz)
 
     def weighted_gram(self, block: int, X: Tensor, rows: slice) -> Tensor:
         """Return a block's ``X' D X`` in the dtype of X, which may be lower than that of the data."""
-        return self.inner.problem.gram_at(X, self.curvature[block])
+        return gram(self.inner.problem.glm, X, self.curvature[block], self.inner.problem.outputs)
 
     def row_gram(self, X: Tensor, rows: slice) -> Tensor:
         """Return ``X'X`` of some training rows."""
@@ -130,7 +130,7 @@ class LinearModelPoint(PenalisedPoint):
         problem = self.inner.problem
         _ = self.curvature  # made here, by one thread
         return problem.scale * problem.design.total(
-            lambda block, X, rows: problem.collect(X, self.bent(block, rows, problem.predict(X, v)))
+            lambda block, X, rows: problem.collect(X, self.hessian_product(block, rows, problem.predict(X, v)))
         )
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class LinearModelPoint(PenalisedPoint):
             A preconditioner; the identity for more weights, or where even the shifted matrix cannot be factored.
         """
         rough = kept is None or "inverse" in kept
-        if rough and (self.params.numel() > MAX_DENSE or not (lasting or self.inner.problem.gram_is_cheap)):
+        if rough and (self.params.numel() > MAX_DENSE or not (lasting or self.inner.problem.outputs is None)):
             return self._rough(kept)
         kept = None if rough else kept
         if kept is None:
@@ -208,6 +208,30 @@ class LinearModelPoint(PenalisedPoint):
         return other
 
 
+def gram(loss: GLMLoss, X: Tensor, curvature: Tensor, outputs: int | None) -> Tensor:
+    """Return ``X' D X`` over the flattened weights, in the dtype of X; of several outputs, a block for each pair.
+
+    Args:
+        loss: the loss.
+        X: inputs of shape (..., features, rows).
+        curvature: what `GLMLoss.curvature` returned for their predictions.
+        outputs: predictions for each row; None for one.
+    """
+    if outputs is None:
+        return (X * curvature.to(X.dtype).unsqueeze(-2)) @ X.mT
+    shape, features = curvature.shape[:-2], X.shape[-2]
+    matrix = X.new_empty(*shape, outputs, features, outputs, features)
+    for j in range(outputs):
+        unit = torch.zeros_like(curvature)
+        unit[..., j, :] = 1.0
+        column = loss.hessian_product(curvature, unit).to(X.dtype)
+        for i in range(j, outputs):
+            block = (X * column[..., i, None, :]) @ X.mT
+            matrix[..., i, :, j, :] = block
+            matrix[..., j, :, i, :] = block
+    return matrix.reshape(*shape, outputs * features, outputs * features)
+
+
 def _by_class(inverse: Tensor, v: Tensor) -> Tensor:
     """Apply a matrix to the weights of each class."""
     return (v.to(inverse.dtype).reshape(-1, len(inverse)) @ inverse).reshape(-1).to(v.dtype)
@@ -221,17 +245,17 @@ class LinearModelInner(PenalisedInner):
     shared: tuple[str, ...] = ("predictions", "curvature", "data_gradient")
     """What a linearization knows that does not depend on the hyperparameters."""
 
-    def __init__(self, problem: LinearModelProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
+    def __init__(self, problem: Losses, hparams: Tree, counts: Counter[str] | None = None) -> None:
         super().__init__(problem, hparams, counts)
         self.factored: Preconditioner | None = None
         self._point: Linearization | None = None
-        self.penalty: Tensor = problem.penalties(self.hparams)
+        self.penalty: Tensor = self.problem.penalties(self.hparams)
         if not tree.is_finite(self.penalty):
             raise ValueError(
                 f"a penalty is not finite: hyperparameters go up to {float(self.hparams.max()):.4g}, "
                 "where exp(u) overflows; start lower or use a smaller learning rate."
             )
-        self.slope: Tensor = self.penalty if problem.parametrization == "log" else torch.ones_like(self.penalty)
+        self.slope: Tensor = self.penalty if self.problem.parametrization == "log" else torch.ones_like(self.penalty)
 
     @property
     def flat_penalty(self) -> Tensor:
@@ -270,5 +294,5 @@ class LinearModelInner(PenalisedInner):
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""
         # The norm is measured from below, to a relative 1e-6.
-        largest = self.problem.scale * self.problem.max_loss_curvature * self.problem.gram_norm * (1 + 1e-5)
+        largest = self.problem.scale * self.problem.glm.max_curvature * self.problem.gram_norm * (1 + 1e-5)
         return Spectrum(float(self.penalty.min()), largest + float(self.penalty.max()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,12 +14,12 @@ from bilevel.core.tree import Tree
 from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
-from bilevel.oracles.error_model import LossConstants
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
-from bilevel.problems.linear_model import LinearModelInner, LinearModelPoint, LinearModelProblem
-from bilevel.problems.splits import Split
+from bilevel.problems.linear_model import LinearModelProblem
+from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
+from bilevel.problems.losses import Squared
 
 DENSE = 300
 """Up to this many features the spectrum is computed exactly."""
@@ -112,54 +111,8 @@ class RidgeProblem(LinearModelProblem):
 
     task = "regression"
     inner_problem: type[InnerProblem] = RidgeInner
-    max_loss_curvature = 1.0
+    glm = Squared()
     quadratic = True
-    loss_constants = LossConstants(curvature=1.0, concordance=0.0, third=0.0, slope=1.0)
-
-    def prepare_targets(self) -> None:
-        """Bring the targets to the inputs' dtype."""
-        for split in self.splits.values():
-            split.y = split.y.to(split.X.dtype)
-
-    def params_shape(self) -> tuple[int, ...]:
-        """(features,)."""
-        return (self.train.X.shape[0],)
-
-    def penalty_axes(self) -> Mapping[str, tuple[int, ...]]:
-        """One penalty, or one for each feature."""
-        return {"scalar": (), "per_feature": (0,)}
-
-    def loss_at(self, z: Tensor, y: Tensor) -> Tensor:
-        """``1/2 sum (z - y)^2``."""
-        return 0.5 * (z - y).square().sum()
-
-    def slope_at(self, z: Tensor, y: Tensor) -> Tensor:
-        """``z - y``."""
-        return z - y
-
-    def curvature_at(self, z: Tensor) -> None:
-        """The curvature is one."""
-
-    def bend(self, curvature: None, dz: Tensor) -> Tensor:
-        """``dz``."""
-        return dz
-
-    def rate_at(self, z: Tensor) -> Tensor:
-        """The curvature, one."""
-        return torch.ones_like(z)
-
-    def row_losses(self, params: Tree, split: Split) -> Tensor:
-        """Return the loss of every row of a split."""
-        return 0.5 * (self.predict(split.X, params) - split.y).square()
-
-    def constant_prediction(self) -> Tensor:
-        """The mean of the training targets."""
-        return self.train.y.mean()
-
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """The coefficient of determination R^2; NaN for constant targets."""
-        spread = (y - y.mean()).square().sum()
-        return {"r2": float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")}
 
     def batch_class(self) -> type[LinearBatch]:
         """`RidgeBatch`."""
@@ -306,7 +259,3 @@ class RidgeBatch(LinearBatch, RidgeProblem):
     def data_hessian(self, curvature: Any) -> Tensor:
         """Return ``c X'X``, which broadcasts to (batch, features, features)."""
         return self.gram
-
-    def losses_at(self, z: Tensor, y: Tensor) -> Tensor:
-        """``1/2 sum (z - y)^2`` of every member."""
-        return 0.5 * (z - y).square().sum(-1)

@@ -15,7 +15,6 @@ from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.error_model import Tuned
 from bilevel.oracles.vjp_sum import ProductSum
 from bilevel.problems.linear_batch import LinearBatch
-from bilevel.problems.linear_error_model import tuned_weights
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.softmax import SoftmaxProblem
@@ -33,15 +32,15 @@ class SampleWeightPoint(LinearModelPoint):
     def loss(self, z: Tensor, rows: slice) -> Tensor:
         """Return the weighted sum of the losses of some training rows."""
         problem = self.inner.problem
-        return torch.dot(self.inner.weights[rows], problem.losses_at(z, problem.train.y[rows]))
+        return torch.dot(self.inner.weights[rows], problem.glm.value(z, problem.train.y[rows]))
 
     def slopes(self, z: Tensor, rows: slice) -> Tensor:
         """Return the slopes of the weighted losses."""
         return super().slopes(z, rows).mul_(self.inner.weights[rows])
 
-    def bent(self, block: int, rows: slice, dz: Tensor) -> Tensor:
+    def hessian_product(self, block: int, rows: slice, dz: Tensor) -> Tensor:
         """Return the second derivative of the weighted losses of a block applied to dz."""
-        return super().bent(block, rows, dz).mul_(self.inner.weights[rows])
+        return super().hessian_product(block, rows, dz).mul_(self.inner.weights[rows])
 
     def weighted_gram(self, block: int, X: Tensor, rows: slice) -> Tensor:
         """Return a block's ``X' D X``, the weights included."""
@@ -63,7 +62,7 @@ class SampleWeightPoint(LinearModelPoint):
 
         def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             dz = problem.predict(X, v)
-            return problem.collect(X, self.bent(block, rows, dz)), self._along(block, rows, dz)
+            return problem.collect(X, self.hessian_product(block, rows, dz)), self._along(block, rows, dz)
 
         parts = problem.design.sweep(visit)
         product = problem.scale * sum((part for part, _ in parts[1:]), start=parts[0][0])
@@ -226,9 +225,21 @@ class SampleWeightProblem(SoftmaxProblem):
 
     def tuned(self, hparams: Tree) -> Tuned:
         """Return the inner coefficients at some hyperparameters, and how they depend on them."""
-        return tuned_weights(self, hparams)
+        penalty = self.penalties(hparams).double().expand(self.params_shape())
+        weights = self.weights(hparams)
+        sigmoid = self.parametrization == "sigmoid"
+        slopes = weights * torch.sigmoid(-hparams) if sigmoid else torch.ones_like(weights)
+        return Tuned(
+            penalty=penalty,
+            penalty_slope=torch.zeros_like(penalty),
+            penalty_owner=torch.zeros(penalty.shape, dtype=torch.int64, device=penalty.device),
+            weights=self.scale * weights,
+            size=hparams.numel(),
+            weight_slope=self.scale * slopes,
+            weight_owner=torch.arange(hparams.numel(), device=hparams.device),
+        )
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the penalised weighted training loss, in plain torch."""
-        losses = self.losses_at(self.predict(self.train.X, params), self.train.y)
+        losses = self.glm.value(self.predict(self.train.X, params), self.train.y)
         return self.scale * (self.weights(hparams) * losses).sum() + 0.5 * self.penalty * (params * params).sum()

@@ -262,8 +262,11 @@ def test_an_optimality_map_of_many_unknowns_gets_no_figure_and_its_reason() -> N
 
 
 def test_a_linear_model_without_constants_of_its_loss_is_estimated() -> None:
+    class Loss(bl.problems.Logistic):
+        constants = None
+
     class Unproved(bl.problems.LogisticProblem):
-        loss_constants = None
+        glm = Loss()
 
     X, y = normal(95, 30, 4), (normal(96, 30) > 0).long()
     problem, u = Unproved(X, y, X, y), torch.tensor(-2.0, dtype=F64)

@@ -92,7 +92,7 @@ def test_rebind_takes_no_second_data_pass_for_the_curvature(problem, monkeypatch
     at = draw(problem)
     point = problem.bind(at.u).linearize(at.x)
     point.hvp(at.v)
-    monkeypatch.setattr(type(problem), "curvature_at", None)
+    monkeypatch.setattr(type(problem.glm), "curvature", None)
     point.rebind(problem.bind(at.u + 1.0)).hvp(at.v)
 
 

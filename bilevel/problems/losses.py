@@ -1,0 +1,246 @@
+"""Losses of generalised linear models: what `LinearModelProblem` needs to know of a row's predictions and its target.
+
+A loss of one's own is a subclass of `GLMLoss` with three methods, and its problem is a class of two lines:
+
+    class Probit(GLMLoss):
+        def value(self, z, y): ...
+        def slope(self, z, y): ...
+        def curvature(self, z, y): ...
+
+    class ProbitProblem(LinearModelProblem):
+        glm = Probit()
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from bilevel.oracles.error_model import LossConstants
+from bilevel.problems.splits import Split, class_labels, training_classes
+
+Targets = Mapping[str, Tensor]
+"""Targets by the name of their part of the data, "train" among them."""
+
+
+class GLMLoss(ABC):
+    """A convex loss of a row's prediction z and target y, with its derivatives by z.
+
+    Predictions have the shape (..., rows), those of several for each row (..., outputs, rows); targets have the shape
+    (rows,) or (..., rows). Leading dimensions are those of problems side by side. A loss knows no data: what it holds
+    are its own constants.
+    """
+
+    max_curvature: float = math.inf
+    """Largest eigenvalue of ``loss''`` over all predictions and targets: it makes automatic step sizes safe."""
+    constants: LossConstants | None = None
+    """Proved constants, for error bounds; None where there are none: errors are estimated then."""
+    quadratic: ClassVar[bool] = False
+    """Whether the loss is quadratic in the predictions."""
+
+    @abstractmethod
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of every row, of shape (..., rows)."""
+
+    @abstractmethod
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the derivatives of the losses by z, shaped as z."""
+
+    @abstractmethod
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the second derivatives by z; of several predictions, what `hessian_product` needs, shaped as z."""
+
+    def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
+        """Return ``loss'' dz``, shaped as z, from what `curvature` has returned; several predictions override it."""
+        return curvature * dz
+
+    def curvature_norm(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return, for every row, how fast the slope changes with the range of the predictions, for error bounds."""
+        return self.curvature(z, y)
+
+    def encode(self, splits: Mapping[str, Split]) -> Targets:
+        """Return the targets of every part as `value` takes them; the default makes them floating.
+
+        Raises:
+            ValueError: in one sentence, for targets that the loss is not made for.
+        """
+        return {name: split.y.to(split.X.dtype) for name, split in splits.items()}
+
+    def outputs(self, y: Tensor) -> int | None:
+        """Return how many predictions a row has, given the encoded training targets; None (the default) for one."""
+        return None
+
+    def curvature_at_zero(self, outputs: int) -> float | None:
+        """Return the curvature in each of several predictions where all are zero; None where they differ."""
+        return None
+
+    def constant_prediction(self, y: Tensor) -> Tensor | None:
+        """Return the prediction, of shape () or (outputs,), with the least loss of all constants; None: not known."""
+        return None
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Return figures of merit of one problem's predictions besides the loss; none by default."""
+        return {}
+
+
+class Squared(GLMLoss):
+    """``1/2 (z - y)^2``.
+
+    >>> Squared().value(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))
+    tensor([0.5000, 2.0000])
+    """
+
+    max_curvature = 1.0
+    constants = LossConstants(curvature=1.0, concordance=0.0, third=0.0, slope=1.0)
+    quadratic = True
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``1/2 (z - y)^2``."""
+        return 0.5 * (z - y).square()
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """``z - y``."""
+        return z - y
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """One."""
+        return torch.ones_like(z)
+
+    def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
+        """``dz``."""
+        return dz
+
+    def constant_prediction(self, y: Tensor) -> Tensor:
+        """Return the mean of the targets."""
+        return y.mean()
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Return the coefficient of determination R^2; NaN for constant targets."""
+        return {"r2": r_squared(z, y)}
+
+
+class Logistic(GLMLoss):
+    """``log(1 + exp(-y z))`` for labels y of -1 and +1.
+
+    Constants: ``|sigma''| <= sigma'`` and ``|sigma''| <= 1 / (6 sqrt 3)`` (Bach 2010).
+
+    >>> Logistic().slope(torch.zeros(2), torch.tensor([-1.0, 1.0]))
+    tensor([ 0.5000, -0.5000])
+    """
+
+    max_curvature = 0.25
+    constants = LossConstants(curvature=0.25, concordance=1.0, third=1.0 / (6.0 * math.sqrt(3.0)), slope=0.25)
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``log(1 + exp(-y z))``."""
+        return softplus(-y * z)
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """``-y sigma(-y z)``."""
+        return -y * torch.sigmoid(-y * z)
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """``sigma(z) sigma(-z)``."""
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+
+    def encode(self, splits: Mapping[str, Split]) -> Targets:
+        """Return the two labels as -1 and +1."""
+        return signs(splits, "LogisticProblem")
+
+    def constant_prediction(self, y: Tensor) -> Tensor:
+        """Return the logit of the share of +1."""
+        return torch.logit((y > 0).to(y.dtype).mean())
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Return the accuracy."""
+        return {"accuracy": float((z * y > 0).double().mean())}
+
+
+class Softmax(GLMLoss):
+    """``logsumexp(z) - z[y]`` for labels y of 0, 1, ..., with a prediction for each class.
+
+    Constants: the third cumulant of (a, v, d) is at most range(v) sd(a) sd(d); Popoviciu bounds the deviations.
+
+    >>> Softmax().slope(torch.zeros(2, 1), torch.tensor([1]))
+    tensor([[ 0.5000],
+            [-0.5000]])
+    """
+
+    max_curvature = 0.5
+    constants = LossConstants(curvature=0.5, concordance=1.0, third=1.0 / (2.0 * math.sqrt(2.0)), slope=0.25)
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``logsumexp(z) - z[y]``."""
+        return torch.logsumexp(z, -2) - z.gather(-2, _index(z, y)).squeeze(-2)
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """``softmax(z) - onehot(y)``."""
+        p, label = torch.softmax(z, -2), _index(z, y)
+        return p.scatter(-2, label, p.gather(-2, label) - 1.0)
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return ``p = softmax(z)``."""
+        return torch.softmax(z, -2)
+
+    def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
+        """Return ``(diag(p) - p p') dz`` in every row."""
+        weighted = curvature * dz
+        return weighted - curvature * weighted.sum(-2, keepdim=True)
+
+    def curvature_norm(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return a variance over a range of one: at most 1/4, and the probability outside the likeliest class."""
+        return (1.0 - torch.softmax(z, -2).amax(-2)).clamp(0.0, 0.25)
+
+    def encode(self, splits: Mapping[str, Split]) -> Targets:
+        """Return the labels as indices of the sorted training labels."""
+        classes = training_classes(splits["train"])
+        return {name: class_labels(split, classes) for name, split in splits.items()}
+
+    def outputs(self, y: Tensor) -> int:
+        """Return the number of classes, each of which training has seen."""
+        return int(y.max()) + 1
+
+    def curvature_at_zero(self, outputs: int) -> float:
+        """``(C - 1) / C^2`` for C classes."""
+        return (outputs - 1) / outputs**2
+
+    def constant_prediction(self, y: Tensor) -> Tensor:
+        """Return the logarithms of the shares of the labels."""
+        return (torch.bincount(y).double() / len(y)).log()
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Return the accuracy."""
+        return {"accuracy": float((z.argmax(0) == y).double().mean())}
+
+
+def _index(z: Tensor, y: Tensor) -> Tensor:
+    """Return labels in a shape that gathers from predictions of shape (..., classes, rows)."""
+    return y[None] if z.dim() == 2 else y.expand(*z.shape[:-2], z.shape[-1]).unsqueeze(-2)
+
+
+def signs(splits: Mapping[str, Split], owner: str) -> Targets:
+    """Return two labels as -1 and +1, the larger one as +1.
+
+    Args:
+        splits: the parts of the data.
+        owner: how messages call the problem.
+
+    Raises:
+        ValueError: unless there are exactly two labels.
+    """
+    classes = training_classes(splits["train"])
+    if len(classes) != 2:
+        raise ValueError(f"y_train holds {len(classes)} classes: {owner} takes two, SoftmaxProblem any number.")
+    return {name: 2.0 * class_labels(split, classes).to(split.X.dtype) - 1.0 for name, split in splits.items()}
+
+
+def r_squared(z: Tensor, y: Tensor) -> float:
+    """Return ``1 - |z - y|^2 / |y - mean(y)|^2``; NaN for constant targets."""
+    spread = (y - y.mean()).square().sum()
+    return float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")
