@@ -35,6 +35,7 @@ from bilevel.problems.design import Design
 from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
+from bilevel.problems.old_hooks import with_hooks
 from bilevel.problems.splits import Split
 
 
@@ -83,7 +84,8 @@ class LinearModelProblem(DataProblem):
         **unknown: Any,
     ) -> None:
         self.refuse_options(unknown)
-        if not isinstance(getattr(self, "glm", None), GLMLoss):
+        glm = with_hooks(self, getattr(self, "glm", None))
+        if glm is None:
             raise ValueError(f"{type(self).__name__} needs a loss: name it in the class, such as `glm = Poisson()`.")
         for name, value, allowed in (
             ("loss", loss, ("mean", "sum")),
@@ -97,6 +99,7 @@ class LinearModelProblem(DataProblem):
         self.design, self._val_design = Design(self.train.X), Design(self.val.X)
         self.loss, self.parametrization = loss, parametrization
         self.scale = 1.0 / self.train.rows if loss == "mean" else 1.0
+        self.glm = glm
         for name, y in self.glm.encode(self.splits).items():
             self.splits[name].y = y
         self.outputs = self.glm.outputs(self.train.y)

@@ -25,9 +25,10 @@ from scipy.special import logsumexp, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, log_loss, mean_squared_error, r2_score
 
+import bilevel as bl
 from bilevel import BilevelProblem
 from bilevel.core import tree
-from bilevel.problems import LogisticProblem, QuadraticProblem, SoftmaxProblem
+from bilevel.problems import GLMLoss, LinearModelProblem, LogisticProblem, QuadraticProblem, SoftmaxProblem
 
 # Against autograd ----------------------------------------------------------------------------------------------------
 
@@ -252,6 +253,78 @@ def test_random_quadratic_has_the_spectrum_that_is_asked_for():
     again = QuadraticProblem.random(size=6, hyperparameters=2, condition=100.0, seed=1)
     assert torch.equal(problem.linear_directions, again.linear_directions)
     assert not torch.equal(problem.linear, QuadraticProblem.random(6, 2, condition=100.0, seed=2).linear)
+
+
+class Probit(GLMLoss):
+    """One's own loss: three methods; its curvature depends on the target."""
+
+    def value(self, z, y):
+        return -torch.special.log_ndtr(y * z)
+
+    def slope(self, z, y):
+        return -y * self.hazard(y * z)
+
+    def curvature(self, z, y):
+        hazard = self.hazard(y * z)
+        return hazard * (hazard + y * z)
+
+    def hazard(self, t):
+        return torch.exp(-0.5 * t.square() - torch.special.log_ndtr(t)) / (2 * torch.pi) ** 0.5
+
+    def encode(self, splits):
+        return {name: 2.0 * split.y - 1.0 for name, split in splits.items()}
+
+
+class ProbitProblem(LinearModelProblem):
+    glm = Probit()
+
+
+class Hooked(LinearModelProblem):
+    """The loss by methods of the problem, as before there were loss objects."""
+
+    max_loss_curvature = 1.0
+
+    def prepare_targets(self):
+        for split in self.splits.values():
+            split.y = split.y.to(split.X.dtype)
+
+    def loss_at(self, z, y):
+        return (z - y).cosh().log().sum()
+
+    def slope_at(self, z, y):
+        return (z - y).tanh()
+
+    def curvature_at(self, z):
+        return 1.0 - (z - self.train.y).tanh().square()
+
+    def bend(self, curvature, dz):
+        return curvature * dz
+
+
+def test_a_loss_of_ones_own_is_a_problem_of_two_lines():
+    problem = ProbitProblem(**data(2), penalty="per_feature")
+    plain = BilevelProblem(problem.inner_loss, problem.outer_loss, problem.params)
+    u = problem.initial_hparams(-2.0)
+    ours, theirs = (bl.hypergradient(p, bl.Newton(), bl.Implicit(), u, certify=True) for p in (problem, plain))
+    close(ours.hypergradient, theirs.hypergradient, 1e-9)
+    assert (ours.certificate.error_kind, ours.status) == ("estimate", bl.Status.OK)
+    with pytest.raises(ValueError, match="largest curvature, which is inf here: give numbers, or use QuasiNewton"):
+        bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), u)
+    with pytest.raises(ValueError, match="LinearModelProblem needs a loss: name it in the class"):
+        LinearModelProblem(**data())
+
+
+def test_a_loss_stated_by_methods_of_the_problem_still_runs_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="Hooked defines loss_at, .*: state its loss by a bilevel.problems.GLM"):
+        problem = Hooked(**data())
+    plain = BilevelProblem(problem.inner_loss, problem.outer_loss, problem.params)
+    at = draw(problem)
+    ours, theirs = problem.bind(at.u), plain.bind(at.u)
+    close(ours.value(at.x), theirs.value(at.x))
+    close(ours.linearize(at.x).vjp(at.v), theirs.linearize(at.x).vjp(at.v))
+    assert problem.row_losses(at.x, problem.val).shape == (7,)
+    found = bl.hypergradient(problem, bl.Newton(), bl.Implicit(), at.u, certify=True)
+    assert found.certificate.error_kind == "estimate"
 
 
 def test_a_problem_without_closed_form_says_so():
