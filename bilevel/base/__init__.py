@@ -25,4 +25,5 @@ from bilevel.base.linear_solver import BatchLinearSystem as BatchLinearSystem
 from bilevel.base.linear_solver import LinearSolution as LinearSolution
 from bilevel.base.linear_solver import LinearSolver as LinearSolver
 from bilevel.base.linear_solver import LinearSystem as LinearSystem
+from bilevel.base.traits import Traits as Traits
 from bilevel.core.options import describe as describe

@@ -165,9 +165,11 @@ class HypergradEstimator(ABC):
         Raises:
             ValueError: with the remedy.
         """
-        reason = "" if self.differentiates_steps else solver.off_solution(problem)
+        reason = "" if self.differentiates_steps else solver.bias_reason(problem)
         if reason:
-            remedy = ": use FullUnroll, or TruncatedUnroll with a number as its tail" if solver.unrolls else ""
+            remedy = (
+                ": use FullUnroll, or TruncatedUnroll with a number as its tail" if solver.traits.differentiable else ""
+            )
             raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
 
     def solve_batch(

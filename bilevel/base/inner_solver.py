@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from bilevel.base.traits import Traits, declared
 from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.autograd import pushforward
@@ -133,12 +135,15 @@ class InnerSolver(ABC):
     tol: float | None = field(default=None, kw_only=True)
 
     default_max_steps = 100_000
-    check_every_on_cpu = 1
-    """Steps between two looks at the residual; 1 where the next step needs the same gradient anyway."""
-    unrolls = True
-    """Whether its steps have a derivative; without one only implicit differentiation applies."""
-    memberwise = False
-    """Whether `step` works on a batch: it treats rows alike and mixes none (no sum or norm over a whole tree)."""
+    traits: ClassVar[Traits] = Traits()
+    """What is declared of the steps."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.traits = declared(cls, cls.traits)
+        if "off_solution" in vars(cls):
+            warnings.warn(f"{cls.__name__}.off_solution is now bias_reason.", DeprecationWarning, stacklevel=2)
+            cls.bias_reason = vars(cls)["off_solution"]  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         require(self, "steps", "a positive int or None", self.steps is None or is_int(self.steps))
@@ -237,10 +242,10 @@ class InnerSolver(ABC):
         Raises:
             ValueError: with what to use instead.
         """
-        if not self.unrolls:
+        if not self.traits.differentiable:
             raise ValueError(f"the steps of {type(self).__name__} are not differentiated: use Implicit.")
 
-    def off_solution(self, problem: BilevelProblem) -> str:
+    def bias_reason(self, problem: BilevelProblem) -> str:
         """Return why the steps, and not the inner solution alone, decide the hypergradient; empty where they do not.
 
         An estimator that does not differentiate the steps is refused with this clause.

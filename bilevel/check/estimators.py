@@ -50,7 +50,7 @@ def estimators(subject: Subject, solved: Solved, tail: int | None) -> list[Findi
         converged = QuasiNewton(tol=default_tolerance(subject.dtype), steps=500)
     truth = [_slope(subject, subject.problem, converged, solved.params, direction) for direction in directions]
     findings = [_implicit(subject, converged, solved, directions, truth)]
-    if not subject.solver.unrolls:
+    if not subject.solver.traits.differentiable:
         return [
             *findings,
             Finding("unrolling", "not applicable", f"{type(subject.solver).__name__} has no derivative."),
@@ -152,7 +152,7 @@ def _implicit(
         return Finding(name, "note", f"right at the solution, but after your inner solver: {message}", error)
     off = _error(theirs, directions, truth)
     if off > 1e-2:
-        why = subject.solver.off_solution(subject.problem) or "the inner residual is not small: take more inner steps"
+        why = subject.solver.bias_reason(subject.problem) or "the inner residual is not small: take more inner steps"
         return Finding(
             name,
             "note",
@@ -189,7 +189,7 @@ def _full(
         name,
         "note" if off > 1e-2 else "ok",
         f"agrees with differences of your own inner runs, whose result is {off:.1e} away from that of the inner "
-        f"solution: {subject.solver.off_solution(subject.problem) or 'more inner steps bring them together'}.",
+        f"solution: {subject.solver.bias_reason(subject.problem) or 'more inner steps bring them together'}.",
         off,
     )
 

@@ -78,11 +78,11 @@ def begin_batch(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: C
     Raises:
         ValueError: for a solver whose step would mix members.
     """
-    if not solver.memberwise:
+    if not solver.traits.rowwise:
         raise ValueError(
             f"{type(solver).__name__} does not run batches: use GradientDescent or another linear multistep method, or "
-            "SGD, Adam, AdamW or RMSprop (a solver of your own says `memberwise = True` where its step mixes no rows), "
-            "or take rows='loop'."
+            "SGD, Adam, AdamW or RMSprop (a solver of your own says `traits = Traits(rowwise=True)` where its step "
+            "mixes no rows), or take rows='loop'."
         )
     if carry.state is None:
         return solver.init(inner, params)
@@ -125,7 +125,7 @@ class _Loop:
         size = len(like)
         self.inner, self.solver = inner, solver
         self.limit, self.tol = solver.limits(like.dtype)
-        self.every = max(solver.check_every_on_cpu, look.steps_between(like.device))
+        self.every = max(solver.traits.check_every, look.steps_between(like.device))
         self.runner = solver.for_members(state)
         self.state = self.before = self.checkpoint = state
         self.goal = BatchGoal(inner, solver, state, self.tol)

@@ -61,7 +61,7 @@ def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hp
     inner.hparams = tree.attach(hparams)
     roots = tree.leaves(inner.hparams)
     found = [False] * len(roots)
-    if not solver.unrolls:
+    if not solver.traits.differentiable:
         return found
     state = solver.init(inner, tree.detach(params))
     for _ in range(solver.steps or SHOWN):

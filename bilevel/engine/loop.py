@@ -94,7 +94,7 @@ def _run(
 ) -> InnerRun:
     device, dtype = tree.leaves(state.params)[0].device, tree.leaves(state.params)[0].dtype
     limit, tol = solver.limits(dtype)
-    every = max(solver.check_every_on_cpu, look.steps_between(device))
+    every = max(solver.traits.check_every, look.steps_between(device))
     first = checkpoint = before = state
     taken, marked, doubling, before_doubling = 0, 0, STALLED, math.inf
     goal, floor = Goal(inner, solver, first, tol), None

@@ -102,7 +102,7 @@ def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, 
     index = first
     while index < last:
         here = numbers(index)
-        settled = solver.settles is not None and states[0].steps + index >= solver.settles
+        settled = solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from
         end = last if settled else index + 1
         while end < last and numbers(end) == here:
             end += 1

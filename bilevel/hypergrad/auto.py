@@ -124,7 +124,7 @@ class Auto(HypergradEstimator):
             return Choice(Implicit(GMRES()), "the Jacobian of an optimality map need not be symmetric")
         if problem.variation:
             return Choice(Implicit(CG()), f"with {problem.variation}, a run cannot be balanced or extrapolated")
-        if not solver.unrolls:
+        if not solver.traits.differentiable:
             return Choice(Implicit(CG()), f"the steps of {type(solver).__name__} have no derivative")
         _, tol = solver.limits(like.dtype)
         if tol is not None and problem.certifiable() is not None:

@@ -126,7 +126,7 @@ def certified(
     solver: InnerSolver, problem: BilevelProblem, hparams: Tree, params: Tree, gradient: Tree, adjoint: Tree
 ) -> ErrorEstimate:
     """Return `certify_error` of one problem, which compares with the inner solution, where that is what is tuned."""
-    reason = solver.off_solution(problem)
+    reason = solver.bias_reason(problem)
     if reason:
         return ErrorEstimate(None, "none", f"errors are those of the inner solution's derivative, but {reason}")
     return certify_error(problem.at_rest(), hparams, problem.trainable(params), gradient, adjoint)

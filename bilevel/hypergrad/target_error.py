@@ -83,9 +83,9 @@ def check_target(
             "`target_error` needs a certificate, and an optimality map, whose Jacobian need not be symmetric, has "
             "none: state the problem by an inner loss, or leave it out."
         )
-    reason = solver.off_solution(problem)
+    reason = solver.bias_reason(problem)
     if reason:
-        remedy = ": leave it out" if solver.unrolls else ""
+        remedy = ": leave it out" if solver.traits.differentiable else ""
         raise ValueError(f"`target_error` asks for the derivative of the inner solution, but {reason}{remedy}.")
     estimator.at_tolerance(FIRST)
 

@@ -203,7 +203,7 @@ class TruncatedUnroll(HypergradEstimator):
             )
         if not self.extrapolate:
             return
-        if isinstance(solver, LinearMultistep) and solver.ripples:
+        if solver.traits.oscillates:
             raise ValueError(
                 f"`TruncatedUnroll.extrapolate` is refused for {type(solver).__name__}, whose ripples make "
                 "extrapolated sweeps up to 18 times worse than plain ones: "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.base import InnerSolver, InnerState, Traits, Variables
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.oracles.inner_problem import InnerProblem
@@ -17,7 +17,7 @@ from bilevel.oracles.inner_problem import InnerProblem
 class CoefficientStep(InnerSolver):
     """A step made of the numbers that `coefficients` returns, and its hand-written VJP and JVP."""
 
-    memberwise = True
+    traits = Traits(rowwise=True)
     weighted_sum: ClassVar[Callable[..., Tree]] = staticmethod(tree.weighted_sum)
     """How vectors are combined; with coefficients for each member, row by row."""
 

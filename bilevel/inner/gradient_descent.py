@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bilevel.base import InnerState
+from bilevel.base import InnerState, Traits
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import StepSizeMethod
 
@@ -26,7 +26,7 @@ class GradientDescent(StepSizeMethod):
     GradientDescent(steps=100, tol=None, step_size=0.1)
     """
 
-    settles = 0
+    traits = Traits(rowwise=True, multistep=True, stationary_from=0)
 
     def coefficients(self, state: InnerState) -> Coefficients:
         """``y = x``, ``x <- x - h g``."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bilevel.base import InnerState
+from bilevel.base import InnerState, Traits
 from bilevel.core.options import require
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import CURVATURE_MARGIN, MomentumMethod
@@ -35,8 +35,7 @@ class HeavyBall(MomentumMethod):
 
     first_step: str = "full"
 
-    settles = 1
-    ripples = True
+    traits = Traits(rowwise=True, multistep=True, stationary_from=1, oscillates=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver, InnerState
+from bilevel.base import InnerSolver, InnerState, Traits
 from bilevel.core import tree
 from bilevel.core.options import is_number, shown_value
 from bilevel.core.tree import Tree
@@ -43,7 +43,7 @@ class LeafwiseSolver(InnerSolver):
 
     step_size: Option = 1e-3
 
-    memberwise = True
+    traits = Traits(rowwise=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +111,7 @@ class LeafwiseSolver(InnerSolver):
             params, {name: tree.rebuild(state.params, [part[name] for _, part in moved]) for name in names}
         )
 
-    def off_solution(self, problem: BilevelProblem) -> str:
+    def bias_reason(self, problem: BilevelProblem) -> str:
         """Name a function among the options, or a weight decay."""
         name = type(self).__name__
         for option, value in self.options().items():

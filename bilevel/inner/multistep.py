@@ -15,11 +15,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from bilevel.base import InnerSolver, InnerState, Variables
+from bilevel.base import InnerSolver, InnerState, Traits, Variables
 from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.options import is_number, is_positive, require
@@ -37,16 +37,7 @@ CURVATURE_MARGIN = 1.02
 class LinearMultistep(CoefficientStep):
     """Base of the methods above; a subclass gives `coefficients` and, with more than one vector, `vectors`."""
 
-    ripples = False
-    """Whether the iterates oscillate about the solution: sequence extrapolation mistakes that for progress."""
-    settles: ClassVar[int | None] = None
-    """Index of the step from which on `coefficients` no longer change; None where they may at every step."""
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # Whoever gives other numbers must say anew whether they settle.
-        if "coefficients" in vars(cls) and "settles" not in vars(cls):
-            cls.settles = None
+    traits = Traits(rowwise=True, multistep=True)
 
     @abstractmethod
     def coefficients(self, state: InnerState) -> Coefficients:
@@ -114,7 +105,7 @@ class LinearMultistep(CoefficientStep):
         """Return the steps of a batch whose measured numbers differ by member."""
         if not state.measured:
             return self
-        return MemberwiseMultistep(of=self.coefficients, settled=self.settles is not None, state=state)
+        return MemberwiseMultistep(of=self.coefficients, settled=self.traits.stationary_from is not None, state=state)
 
     def option(self, name: str, state: InnerState) -> float:
         """Return the value of an option that may be "auto"."""

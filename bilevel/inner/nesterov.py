@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bilevel.base import InnerState
+from bilevel.base import InnerState, Traits
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import MomentumMethod
 from bilevel.numerics.lanczos import Spectrum
@@ -30,8 +30,7 @@ class Nesterov(MomentumMethod):
     'auto'
     """
 
-    settles = 0
-    check_every_on_cpu = 8
+    traits = Traits(rowwise=True, multistep=True, stationary_from=0, check_every=8)
 
     def coefficients(self, state: InnerState) -> Coefficients:
         """``y = (1 + m) x - m x_prev``, ``x <- y - h g``."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver, InnerState
+from bilevel.base import InnerSolver, InnerState, Traits
 from bilevel.core import tree
 from bilevel.core.options import is_int, is_positive, require
 from bilevel.core.status import Status, StepFailure
@@ -56,7 +56,7 @@ class QuasiNewton(InnerSolver):
 
     default_max_steps = 2_000
     # The pairs and the kept curvature are no differentiable function of the state.
-    unrolls = False
+    traits = Traits(differentiable=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

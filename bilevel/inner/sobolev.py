@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bilevel.base import InnerState
+from bilevel.base import InnerState, Traits
 from bilevel.core.options import is_number, is_positive, require
 from bilevel.core.tree import Tree
 from bilevel.inner.coefficients import Coefficients
@@ -49,7 +49,7 @@ class Sobolev(IntervalMethod):
     alpha: float = 1.0
     eta: float | str = "auto"
 
-    check_every_on_cpu = 8
+    traits = Traits(rowwise=True, multistep=True, check_every=8)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,8 +111,7 @@ class AsymptoticSobolev(IntervalMethod):
 
     first_step: str = "full"
 
-    settles = 1
-    check_every_on_cpu = 8
+    traits = Traits(rowwise=True, multistep=True, stationary_from=1, check_every=8)
 
     def __post_init__(self) -> None:
         super().__post_init__()

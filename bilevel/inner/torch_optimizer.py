@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver, InnerState
+from bilevel.base import InnerSolver, InnerState, Traits
 from bilevel.core import tree
 from bilevel.core.options import require_arguments, shown_value
 from bilevel.core.tree import Tree
@@ -43,7 +43,7 @@ class TorchOptimizer(InnerSolver):
 
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
 
-    unrolls = False
+    traits = Traits(differentiable=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class TorchOptimizer(InnerSolver):
             "and RMSprop, which take torch's steps and can be unrolled."
         )
 
-    def off_solution(self, problem: BilevelProblem) -> str:
+    def bias_reason(self, problem: BilevelProblem) -> str:
         """Name a weight decay, which an optimizer may have by default."""
         if problem.params is None:
             return ""

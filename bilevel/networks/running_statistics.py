@@ -199,9 +199,9 @@ class MovingStatistics(InnerSolver):
         """Keep what the solver keeps, and the statistics."""
         return _joined(state.params, self.solver.warm_start(inner, _part(inner, state)))
 
-    def off_solution(self, problem: BilevelProblem) -> str:
+    def bias_reason(self, problem: BilevelProblem) -> str:
         """Return the solver's reason."""
-        return self.solver.off_solution(problem)
+        return self.solver.bias_reason(problem)
 
     def advice(self, state: InnerState, spectrum: Spectrum) -> str:
         """Return the solver's clause."""

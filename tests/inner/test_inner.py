@@ -253,7 +253,7 @@ def test_with_tolerance_the_returned_iterate_itself_has_the_residual_reported(cl
     assert run.verdict.status.ok
     assert true <= tol * (1 + 1e-6)
     assert run.residual == pytest.approx(true, rel=1e-6)
-    fewer = replace(solver, steps=max(run.steps - solver.check_every_on_cpu, 1))
+    fewer = replace(solver, steps=max(run.steps - solver.traits.check_every, 1))
     stopped = run_inner(inner, fewer, fewer.init(inner, case.start))
     assert stopped.verdict.status is bl.Status.INNER_NOT_CONVERGED
     assert f"{stopped.residual:.2e}" in str(stopped.verdict)

@@ -394,7 +394,7 @@ def test_a_run_resumed_from_a_file_continues_bit_for_bit(cls: type, optimizer: s
 
     def fresh() -> Any:
         solver = SOLVERS[cls].make(case.problem, steps=4)
-        off = solver.off_solution(case.problem)  # AdamW's decay: its steps decide the hypergradient
+        off = solver.bias_reason(case.problem)  # AdamW's decay: its steps decide the hypergradient
         estimator = bl.TruncatedUnroll(tail=3) if off or cls is bl.Adam else bl.Implicit()
         scheduler = lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)  # noqa: E731
         return make(optimizer, solver, estimator, case, scheduler=scheduler)

@@ -1,0 +1,57 @@
+"""`Traits`: what an inner solver declares of its steps, in one value."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is known of the steps of an inner solver; what a solver does not say is the default.
+
+    Attributes:
+        differentiable: whether its steps have a derivative; without one only implicit differentiation applies.
+        rowwise: whether `step` works on a batch: it treats rows alike and mixes none (no norm over a whole tree).
+        multistep: whether it is linear multistep, with `coefficients` for each step.
+        stationary_from: index of the step from which on these coefficients no longer change; None: they may always.
+        oscillates: whether iterates swing about the solution: sequence extrapolation mistakes that for progress.
+        check_every: steps between two looks at the residual on a CPU; 1 where the next step needs the same gradient.
+    """
+
+    differentiable: bool = True
+    rowwise: bool = False
+    multistep: bool = False
+    stationary_from: int | None = None
+    oscillates: bool = False
+    check_every: int = 1
+
+
+RENAMED = {
+    "unrolls": "differentiable",
+    "memberwise": "rowwise",
+    "settles": "stationary_from",
+    "ripples": "oscillates",
+    "check_every_on_cpu": "check_every",
+}
+
+
+def declared(cls: type[Any], traits: Traits) -> Traits:
+    """Return the traits of a solver's class, given those that it inherits or says.
+
+    Coefficients that a class gives anew may change at every step, unless it says from where they do not. Attributes by
+    the names that they had before `Traits` are taken for one release, with a DeprecationWarning.
+
+    Args:
+        cls: the class.
+        traits: those of its body, or else of its parent.
+    """
+    own = vars(cls)
+    if "coefficients" in own and "traits" not in own:
+        traits = replace(traits, stationary_from=None)
+    if old := [name for name in RENAMED if name in own]:
+        said = ", ".join(f"{RENAMED[name]}={own[name]!r}" for name in old)
+        warnings.warn(f"{cls.__name__}.{old[0]} is now `traits = Traits({said})`.", DeprecationWarning, stacklevel=3)
+        traits = replace(traits, **{RENAMED[name]: own[name] for name in old})
+    return traits
