@@ -20,7 +20,6 @@ from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.core import rows as members
 from bilevel.core.options import first_line
 from bilevel.oracles.stacking import stack
-from bilevel.outer import BatchOuterOptimizer
 
 OnRow = Callable[[Row], None]
 
@@ -84,7 +83,7 @@ class _Batch:
         hparams = members.stack([setup.hparams for setup in self.setups])
         setup = Setup(stack([setup.problem for setup in self.setups]), hparams)
         outer = plan.outer.start(setup, plan.solver, plan.estimators[first.estimator])
-        assert isinstance(outer, BatchOuterOptimizer)
+        assert outer.size is not None
         self.outer = outer
         states = [state for _, state in cells if state is not None]
         if states:

@@ -19,13 +19,7 @@ from bilevel.core import tree
 from bilevel.core.status import Status
 from bilevel.core.tracebacks import memory_ran_out, outside, told
 from bilevel.core.tree import Tree
-from bilevel.outer import (
-    OuterOptimizer,
-    Record,
-    StoppingRules,
-    not_converged,
-    with_remark,
-)
+from bilevel.outer import OuterOptimizer, Record, StoppingRules, with_remark
 
 FORMAT = 1
 SAVE_EVERY = 1.0
@@ -194,9 +188,9 @@ def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, es
 def _end_of_budget(run: CellRun, row: Row, plan: Plan, setup: Setup) -> None:
     budget = plan.budget
     run.done, run.stopped = True, f"used the budget of {budget:g} gradient-equivalents"
-    if run.rows and not setup.problem.renewed:
-        run.stopped = _not_converged(run.stopped, plan, run.rows)
-    if not run.rows:
+    if run.rows:
+        run.stopped = _rules(plan).end(run.stopped, *_columns(run.rows), not setup.problem.renewed)
+    else:
         cost = row["gradient_equivalents"]
         run.stopped = f"failed: the first step costs {cost:g} gradient-equivalents, above the budget of {budget:g}"
         run.rows.append(_empty_row(run) | {"status": "OVER_BUDGET", "message": run.stopped.removeprefix("failed: ")})
@@ -204,23 +198,27 @@ def _end_of_budget(run: CellRun, row: Row, plan: Plan, setup: Setup) -> None:
 
 def stop_reason(plan: Plan, rows: list[Row], comparable: bool = True) -> str:
     """Return why a run with these rows ends, or an empty string; a function of the rows alone, so that it resumes."""
-    options, last = plan.outer, rows[-1]
+    last, rules, (norms, losses) = rows[-1], _rules(plan), _columns(rows)
     if last["message"]:
         return f"failed: {last['message']}"
-    rules = StoppingRules(None, options.tol, options.patience, options.min_progress)
-    norms, losses = ([row[key] for row in rows] for key in ("hypergradient_norm", "outer_loss"))
     met = rules.met(last["status"], last["error_estimate"], norms, losses)
-    if met:
-        return met
-    if plan.budget is None and len(rows) >= options.steps:
-        taken = f"took {options.steps} steps"
-        return _not_converged(taken, plan, rows) if comparable else taken
-    return ""
+    if not met and plan.budget is None and len(rows) >= plan.outer.steps:
+        return rules.end(f"took {plan.outer.steps} steps", norms, losses, comparable)
+    return met
 
 
-def _not_converged(taken: str, plan: Plan, rows: list[Row]) -> str:
-    norms, losses = ([row[key] for row in rows] for key in ("hypergradient_norm", "outer_loss"))
-    return taken if None in norms + losses else not_converged(taken, norms, losses, plan.outer.tol)
+def _rules(plan: Plan) -> StoppingRules:
+    """Return the rules of a run; its budget is asked for before a row is part of it."""
+    return StoppingRules(None, plan.outer.tol, plan.outer.patience, plan.outer.min_progress)
+
+
+def _columns(rows: list[Row]) -> tuple[list[float], list[float]]:
+    """Return the norm of the hypergradient and the outer loss of every row: NaN for what JSON cannot hold."""
+    norms, losses = ([math.nan if row[key] is None else row[key] for row in rows] for key in COLUMNS)
+    return norms, losses
+
+
+COLUMNS = ("hypergradient_norm", "outer_loss")
 
 
 def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, solver: InnerSolver, hparams: Tree) -> Row:

@@ -73,6 +73,25 @@ def check_scheduler(scheduler: Any, optimizer: Any) -> None:
         raise ValueError(f"`scheduler` made one of another optimizer than it was given: {remedy}.")
 
 
+MIXING = ("Adafactor", "Muon")
+"""Optimizers of torch that take norms over a whole tensor, and so over all rows."""
+
+
+def check_rowwise(optimizer: Any, scheduler: Any) -> None:
+    """Refuse an optimizer or scheduler that does not treat each row as if it were alone.
+
+    Raises:
+        ValueError: with what to use.
+    """
+    if type(optimizer).__name__ in MIXING:
+        raise ValueError(
+            f"`{type(optimizer).__name__}` takes norms over all members of a batch: "
+            "use an element-wise optimizer, such as torch.optim.Adam or SGD."
+        )
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError("ReduceLROnPlateau follows one loss, but a batch has one for each member.")
+
+
 def check_callbacks(callbacks: Any) -> tuple[Callable[..., Any], ...]:
     """Return the callbacks as a tuple.
 

@@ -1,54 +1,41 @@
-"""`OuterOptimizer`: descend hypergradients with any torch optimizer, warm starts, constraints and a resumable state."""
+"""`OuterOptimizer`: descend hypergradients with any torch optimizer, warm starts, constraints and a resumable state.
+
+One problem is a run with one history; rows have one each, move together, and end by themselves.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, verdict_of
+from bilevel.core import rows as members
 from bilevel.core import tree
-from bilevel.core.options import first_line, require, shown_value
+from bilevel.core.options import shown_value
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
 from bilevel.hypergrad.auto import as_estimator
+from bilevel.hypergrad.batch_api import as_batch
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.target_error import check_target
+from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
-from bilevel.outer.checks import check_callbacks, check_made, check_makers, check_scheduler, check_steps
-from bilevel.outer.constraints import ConstraintTransform
-from bilevel.outer.records import OuterResult, Record, StoppingRules, no_descent, record_of, shown_record, with_remark
+from bilevel.outer.checks import check_callbacks, check_makers, check_steps
+from bilevel.outer.moves import Mover, where
+from bilevel.outer.options import MakeOptimizer, MakeScheduler, WarmStart
+from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
-from bilevel.outer.state import FORMAT, check_state, generators, loaded, origin, restore_generators, restore_optimizer
+from bilevel.outer.state import load, saved
+from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
 
-MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
-MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], Any]
-Callback: TypeAlias = "Callable[[OuterOptimizer, Estimate], bool | None]"
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """Which parts one outer step hands to the next.
-
-    Args:
-        state: the inner state (iterate, momentum, moments).
-        adjoint: the adjoint vector, the start of the linear solver.
-    """
-
-    state: bool = True
-    adjoint: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("state", "adjoint"):
-            require(self, name, "True or False", isinstance(getattr(self, name), bool))
+Callback: TypeAlias = "Callable[[OuterOptimizer, Any], bool | None]"
 
 
 class OuterOptimizer:
@@ -56,6 +43,11 @@ class OuterOptimizer:
 
     Each `step` takes the hypergradient at the present hyperparameters and moves them. With constraints, the torch
     optimizer moves free variables z and ``hparams = transform(z)``; the hypergradient is pulled back by the chain rule.
+
+    With ``batch=64``, or a problem that is a batch, the outer loops of the rows run as one, on stacked hyperparameters.
+    Element-wise optimizers (SGD, Adam, RMSprop, ...) treat rows as if each were alone; those that take norms over a
+    tensor do not, and torch's own of that kind are refused. A row whose hypergradient failed does not move in that
+    step. `run` ends each row by itself: one that has ended moves no more, though it takes part until all have ended.
 
     Args:
         problem: the problem.
@@ -76,9 +68,9 @@ class OuterOptimizer:
             later; it ends at `target_error` where that is given too.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
-        batch: number of members whose hyperparameters are tuned side by side, each with its own history and its own
-            end: the object is then a `BatchOuterOptimizer`. A problem that is a batch already needs none. With
-            ``rows="loop"`` they run one after the other, see `hypergradient`.
+        batch: number of rows whose hyperparameters are tuned side by side: `hparams` then has a row for each in every
+            leaf, constraints hold for each, `history` has one list for each. A problem that is a batch needs none.
+        rows: how they run, see `hypergradient`: with "loop" one after the other.
 
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -89,18 +81,11 @@ class OuterOptimizer:
     >>> result = outer.run(5, progress=False)
     >>> [record.step for record in result.history]
     [1, 2, 3, 4, 5]
+    >>> starts = torch.zeros(4, 2, dtype=torch.float64)
+    >>> many = OuterOptimizer(problem, GradientDescent(), Implicit(), starts, batch=4).run(5, progress=False)
+    >>> len(many), many.best_loss.shape
+    (4, torch.Size([4]))
     """
-
-    def __new__(
-        cls, problem: BilevelProblem | None = None, *args: Any, batch: int | None = None, **options: Any
-    ) -> OuterOptimizer:
-        """Choose the class of the loop: one problem, or a batch."""
-        many = batch is not None or "rows" in options or getattr(problem, "batch", None) is not None
-        if cls is OuterOptimizer and many:
-            from bilevel.outer.batch import BatchOuterOptimizer
-
-            cls = BatchOuterOptimizer
-        return super().__new__(cls)
 
     def __init__(
         self,
@@ -120,7 +105,10 @@ class OuterOptimizer:
         on_failure: OnFailure = "raise",
         callbacks: Sequence[Callback] = (),
         batch: int | None = None,
+        rows: Rows = "auto",
     ) -> None:
+        if batch is not None or rows != "auto":
+            problem = as_batch(problem, batch, rows)
         check_on_failure(on_failure)
         if not isinstance(certify, bool):
             raise ValueError(f"`certify` must be True or False, got {shown_value(certify)}.")
@@ -129,6 +117,9 @@ class OuterOptimizer:
         rule: HypergradEstimator = as_estimator(estimator)
         check_roles(problem, solver, rule)
         check_tensors("hparams", hparams)
+        self.size: int | None = problem.batch
+        if self.size is not None:
+            members.check_rows("hparams", hparams, self.size)
         check_makers(optimizer, scheduler)
         self.target_error, self.schedule = target_error, as_schedule(schedule, target_error)
         first = target_error if self.schedule is None else self.schedule.at(1)
@@ -140,139 +131,113 @@ class OuterOptimizer:
             self.warm_start = WarmStart(state=False, adjoint=False)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
-        self._transform = ConstraintTransform(hparams, constraints)
-        self._free = self._transform.inverse(hparams)
+        self.mover = Mover(hparams, optimizer, scheduler, constraints, self.size)
+        self.optimizer, self.scheduler = self.mover.optimizer, self.mover.scheduler
         # The first step starts exactly where the user said, not where the transform's rounding puts it.
-        self._hparams = tree.tree_map(torch.clone, tree.detach(hparams))
-        make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
-        self.optimizer = make(tree.leaves(self._free))
-        check_made(self.optimizer, tree.leaves(self._free))
-        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
-        check_scheduler(self.scheduler, self.optimizer)
+        self.current = tree.tree_map(torch.clone, tree.detach(hparams))
         self.carry = Carry()
-        self.history: list[Record] = []
-        self.best: tuple[float, Tree] = (math.inf, self._hparams)
+        self.histories: list[list[Record]] = [[] for _ in range(self.size or 1)]
+        (like, *_) = tree.leaves(self.current)
+        nothing: Any = math.inf if self.size is None else like.new_full((self.size,), math.inf)
+        self.best: tuple[Any, ...] = (nothing, self.current)
+        self._going = [True] * len(self.histories)
         self._checked = False
 
     @property
     def hparams(self) -> Tree:
         """The present hyperparameters, detached."""
-        return tree.tree_map(torch.clone, self._hparams)
+        return tree.tree_map(torch.clone, self.current)
+
+    @property
+    def history(self) -> list[Any]:
+        """One `Record` for each step so far; of rows a list of them for each."""
+        return self.histories[0] if self.size is None else self.histories
 
     @property
     def gradient_equivalents(self) -> float:
-        """The cost of all steps so far."""
-        return sum(record.gradient_equivalents for record in self.history)
+        """The cost of all steps so far, of all rows together."""
+        return sum(record.gradient_equivalents for history in self.histories for record in history)
 
     @property
     def steps_taken(self) -> int:
-        """Outer steps so far, those before a resume included."""
-        return len(self.history)
+        """Outer steps so far, those before a resume included; of rows those of the ones that are still going."""
+        return max(map(len, self.histories))
 
-    def step(self) -> Estimate:
-        """Take one hypergradient at the present hyperparameters, then move them.
+    def step(self) -> Any:
+        """Take the hypergradient at the present hyperparameters, then move them.
 
         Returns:
-            The estimate, whose hypergradient and loss belong to the hyperparameters before the move.
+            The `Estimate`, whose hypergradient and loss belong to the hyperparameters before the move; of rows the
+            `BatchEstimate`.
 
         Raises:
             HypergradientError: with ``on_failure="raise"`` for an unusable hypergradient, and for an optimizer step
                 that would make the hyperparameters NaN or infinite; nothing has moved then.
         """
-        estimate: Estimate = self._estimate()
-        verdict = estimate.verdict
-        report(verdict, self.on_failure, estimate)
+        estimate = self._estimate()
+        report(self._verdict(estimate), self.on_failure, estimate)
         self._checked = True
-        record = record_of(len(self.history) + 1, estimate)
-        if verdict.status.usable:
-            if self.problem.renewed or estimate.outer_loss < self.best[0]:
-                self.best = (estimate.outer_loss, self._hparams)
-            if not no_descent(record.status, record.error, record.hypergradient_norm):
-                moved = self._move(estimate.hypergradient, estimate.outer_loss)
-                estimate = replace(estimate, verdict=verdict.worse(moved))
-                report(moved, self.on_failure, estimate)
-                record = record_of(len(self.history) + 1, estimate)
-            self._follow(estimate.carry)
-        self.history.append(record)
+        records = {
+            index: record_of(len(history) + 1, estimate if self.size is None else estimate[index])
+            for index, history in enumerate(self.histories)
+            if self._going[index]
+        }
+        usable = {index: record for index, record in records.items() if Status[record.status].usable}
+        self._keep_best(estimate.outer_loss, usable)
+        descent = [i for i, r in usable.items() if not no_descent(r.status, r.error, r.hypergradient_norm)]
+        judged: list[Verdict] = []
+        if descent:
+            self.current, judged = self.mover.move(
+                self.current, estimate, descent, self.steps_taken + 1, self.on_failure == "raise"
+            )
+        if lost := [index for index, verdict in enumerate(judged) if not verdict.status.usable]:
+            records |= {index: replace(records[index], status=judged[index].status.name) for index in lost}
+            if self.size is None:
+                estimate = replace(estimate, verdict=judged[0])
+            else:
+                pairs = zip(estimate.verdicts, judged, strict=True)
+                estimate = replace(estimate, verdicts=[verdict.worse(other) for verdict, other in pairs])
+            report(judged[0] if self.size is None else verdict_of(judged), self.on_failure, estimate)
+        if usable:
+            self.carry = self.warm_start.part_of(estimate.carry)
+        for index, record in records.items():
+            self.histories[index].append(record)
         return estimate
 
-    @property
-    def _target(self) -> float | None:
-        """The relative error for the next step."""
-        return self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
+    def hold(self, index: int) -> None:
+        """Let a row stand still from now on, until `run` is called."""
+        self._going[index] = False
+
+    def _verdict(self, estimate: Any) -> Verdict:
+        """Return the verdict about the rows that have not ended."""
+        if self.size is None:
+            verdict: Verdict = estimate.verdict
+            return verdict
+        pairs = zip(estimate.verdicts, self._going, strict=True)
+        return verdict_of([verdict if going else GOOD for verdict, going in pairs])
+
+    def _keep_best(self, losses: Any, usable: Mapping[int, Record]) -> None:
+        """Keep the hyperparameters with the smallest loss, or the last where losses do not compare."""
+        best = [self.best[0]] if self.size is None else self.best[0].tolist()
+        better = [i for i, record in usable.items() if self.problem.renewed or record.outer_loss < best[i]]
+        pairs = zip((losses, self.current), self.best, strict=True)
+        self.best = tuple(where(better, self.size, new, old) for new, old in pairs)
 
     def _estimate(self) -> Any:
-        """Return the hypergradient at the present hyperparameters, of a batch those of all members."""
+        """Return the hypergradient at the present hyperparameters, of rows all of them."""
+        target = self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
         return hypergradient(
             self.problem.on_outer_step(self.steps_taken),
             self.solver,
             self.estimator,
-            self._hparams,
+            self.current,
             self.params,
             carry=self.carry,
             certify=self.certify,
-            target_error=self._target,
+            target_error=target,
             check=not self._checked,
             on_failure="return",
         )
-
-    def _follow(self, carry: Carry) -> None:
-        """Keep the parts of a warm start that were asked for."""
-        self.carry = Carry(
-            carry.state if self.warm_start.state else None,
-            carry.adjoint if self.warm_start.adjoint else None,
-            carry.solver,
-        )
-
-    def _move(self, gradient: Tree, loss: float) -> Verdict:
-        """Hand the pulled-back gradient to the optimizer and step; a step to NaN, or an interrupted one, is undone."""
-        before, hparams = self._movable(), self._hparams
-        try:
-            pairs = zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True)
-            for leaf, part in pairs:
-                leaf.grad = part
-            self.optimizer.step()
-            if self.scheduler is not None:
-                plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-                self.scheduler.step(*([loss] if plateau else []))
-            # A copy: the identity transform returns the free tensors themselves, which the optimizer moves in place.
-            self._hparams = tree.tree_map(torch.clone, tree.detach(self._transform(self._free)))
-            verdict = self._judged()
-            if not verdict.status.usable:
-                self._restore(before)
-                self._hparams = hparams
-        except BaseException:
-            self._restore(before)
-            raise
-        return verdict
-
-    def _judged(self) -> Verdict:
-        """Return what is to be said of the hyperparameters to which the optimizer moved."""
-        for name, leaf in zip(tree.names(self._hparams), tree.leaves(self._hparams), strict=True):
-            if not tree.is_finite(leaf):
-                return Verdict(
-                    Status.NOT_FINITE,
-                    f"{type(self.optimizer).__name__} at outer step {self.steps_taken + 1} made `hparams{name}` NaN or "
-                    "infinite, so it was not moved: use a smaller learning rate or constraints",
-                )
-        return GOOD
-
-    def _movable(self) -> dict[str, Any]:
-        """Return copies of what a move changes, besides the hyperparameters themselves."""
-        return {
-            "free": [leaf.detach().clone() for leaf in tree.leaves(self._free)],
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
-        }
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Take back what `_movable` returned."""
-        with torch.no_grad():
-            for leaf, value in zip(tree.leaves(self._free), state["free"], strict=True):
-                leaf.copy_(value)
-        restore_optimizer(self.optimizer, state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
 
     def run(
         self,
@@ -287,7 +252,8 @@ class OuterOptimizer:
         """Take up to `steps` more steps.
 
         On a CPU, many short steps are quicker inside ``with bilevel.threads.short_operations():``, which the commands
-        use and this method does not, as it would change the threads of your process.
+        use and this method does not, as it would change the threads of your process. The rules hold for each row by
+        itself; a row whose history meets one has ended, also when the history is that of an earlier call.
 
         Args:
             steps: most steps.
@@ -295,7 +261,7 @@ class OuterOptimizer:
             tol: stop once the norm of the hypergradient is at most this.
             patience: stop after this many steps without a lower outer loss.
             min_progress: by how much the outer loss has to fall to count as progress.
-            progress: show a progress line.
+            progress: show a progress line; of rows, with the mean and the worst.
 
         Returns:
             The result; a second call continues.
@@ -304,26 +270,60 @@ class OuterOptimizer:
             ValueError: for `steps` that are not an int, or negative.
         """
         check_steps(steps)
-        stopped, ended_well, estimate = "", True, None
         rules = StoppingRules(budget, tol, patience, min_progress)
-        with tqdm(total=steps, disable=not progress, unit="step") as line:
-            for _ in range(steps):
-                estimate = self.step()
-                line.set_postfix_str(shown_record(self.history[-1]), refresh=False)
-                line.update()
-                # A list, so that every callback is called.
-                asked = [callback(self, estimate) for callback in self.callbacks]
-                failed = "" if estimate.status.usable else f"a hypergradient failed: {estimate.verdict}"
-                reason = failed or rules.reason(self.history)
-                if any(answer is True for answer in asked):
-                    reason = "a callback asked to stop"
-                if reason:
-                    stopped, ended_well = reason, not failed
-                    break
-        stopped = stopped or rules.end(f"took {steps} steps", self.history, not self.problem.renewed)
-        if estimate is not None and ended_well:
-            stopped = with_remark(stopped, self.problem, estimate.params, self._hparams)
-        return OuterResult(self.hparams, tree.copied(self.best[1]), self.best[0], tuple(self.history), stopped)
+        reasons = [""] if self.size is None else self._ends(rules)
+        asked, estimate = False, None
+        try:
+            with tqdm(total=steps, disable=not progress, unit="step") as line:
+                for _ in range(steps):
+                    if asked or all(reasons):
+                        break
+                    estimate = self.step()
+                    line.set_postfix_str(self._postfix(), refresh=False)
+                    line.update()
+                    # A list, so that every callback is called.
+                    answers = [callback(self, estimate) for callback in self.callbacks]
+                    asked = any(answer is True for answer in answers)
+                    reasons = self._ends(rules, estimate)
+        finally:
+            self._going = [True] * len(self.histories)
+        taken = [
+            reason
+            or ("a callback asked to stop" if asked else "")
+            or rules.end(f"took {steps} steps", *columns(history), not self.problem.renewed)
+            for reason, history in zip(reasons, self.histories, strict=True)
+        ]
+        ends = [end if estimate is None else self._remarked(end, estimate, i) for i, end in enumerate(taken)]
+        history = tuple(tuple(records) for records in self.histories)
+        best_loss, best_hparams = self.best
+        return OuterResult(
+            self.hparams,
+            tree.copied(best_hparams),
+            best_loss,
+            history[0] if self.size is None else history,
+            ends[0] if self.size is None else tuple(ends),
+        )
+
+    def _ends(self, rules: StoppingRules, estimate: Any = None) -> list[str]:
+        """Return why each row has ended, empty for those that go on, which alone move from now on."""
+        verdict = None if estimate is None or self.size is not None else estimate.verdict
+        reasons = [failure(history, verdict) or rules.reason(history) for history in self.histories]
+        self._going = [not reason for reason in reasons]
+        return reasons
+
+    def _remarked(self, end: str, estimate: Any, index: int) -> str:
+        """Return why a row ended, with what is odd about its outer loss."""
+        if failure(self.histories[index]):
+            return end
+        if self.size is None:
+            return with_remark(end, self.problem, estimate.params, self.current)
+        params, hparams = members.row(estimate.params, index), members.row(self.current, index)
+        return with_remark(end, self.problem.member(index), params, hparams)
+
+    def _postfix(self) -> str:
+        """Return what the progress line shows."""
+        last = [records[-1] for records in self.histories if records]
+        return shown_record(last[0]) if self.size is None else shown_rows(last, sum(self._going), self.size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.
@@ -331,19 +331,7 @@ class OuterOptimizer:
         A run that loads it continues to the same numbers bit for bit (same machine, same numbers of threads and
         workers). It holds the generators of all CUDA devices where CUDA was used; a machine without them loads it too.
         """
-        return {
-            "format": FORMAT,
-            **self._movable(),
-            "hparams": [leaf.clone() for leaf in tree.leaves(self._hparams)],
-            "inner_state": None if self.carry.state is None else self.carry.state.to_dict(),
-            "adjoint": self.carry.adjoint,
-            "solver": type(self.solver).__name__,
-            "of": origin(self),
-            "history": self._saved_history(),
-            "best_loss": self.best[0],
-            "best_hparams": [leaf.clone() for leaf in tree.leaves(self.best[1])],
-            **generators(),
-        }
+        return saved(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`.
@@ -355,23 +343,8 @@ class OuterOptimizer:
             ValueError: for something else, another format, problem, inner solver, estimator, optimizer or scheduler;
                 nothing is loaded then.
         """
-        check_state(state, self)
-        before = {**self._movable(), **generators()}
-        hparams, carry, best = loaded(state, self)
-        history = self._read_history(state["history"])
-        try:
-            self._restore(state)
-            restore_generators(state)
-        except BaseException as error:
-            self._restore(before)
-            restore_generators(before)
-            if not isinstance(error, Exception):
-                raise
-            raise ValueError(f"this state cannot be loaded, and nothing of it was: {first_line(error)}") from error
-        self._hparams, self.carry, self.best, self.history = hparams, carry, best, history
+        load(self, state)
 
-    def _saved_history(self) -> list[Any]:
-        return [asdict(record) for record in self.history]
 
-    def _read_history(self, saved: Sequence[Any]) -> list[Any]:
-        return [Record(**record) for record in saved]
+BatchOuterOptimizer = OuterOptimizer
+"""The name of the loop of rows, for code that was written when it had a class of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel.base import Carry, InnerState
 from bilevel.core import tree
-from bilevel.core.options import shown_value
+from bilevel.core.options import first_line, shown_value
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_origin, shapes
 from bilevel.outer.records import Record
@@ -171,14 +171,45 @@ def _check_history(state: Mapping[str, Any], outer: Any) -> None:
         raise ValueError(f"{WANTED}, but its 'rng' is no state of a random generator.")
 
 
-def loaded(state: Mapping[str, Any], outer: Any) -> tuple[Tree, Carry, tuple[Any, Tree]]:
-    """Return hyperparameters, warm start and best (loss, hyperparameters) of a state that was accepted."""
+def saved(outer: Any) -> dict[str, Any]:
+    """Return the state of a run; see `OuterOptimizer.state_dict`."""
+    history = [[asdict(record) for record in records] for records in outer.histories]
+    return {
+        "format": FORMAT,
+        **outer.mover.saved(),
+        "hparams": [leaf.clone() for leaf in tree.leaves(outer.current)],
+        "inner_state": None if outer.carry.state is None else outer.carry.state.to_dict(),
+        "adjoint": outer.carry.adjoint,
+        "solver": type(outer.solver).__name__,
+        "of": origin(outer),
+        "history": history[0] if outer.size is None else history,
+        "best_loss": outer.best[0],
+        "best_hparams": [leaf.clone() for leaf in tree.leaves(outer.best[1])],
+        **generators(),
+    }
+
+
+def load(outer: Any, state: Mapping[str, Any]) -> None:
+    """Let a run go on from a state, or leave it as it is; see `OuterOptimizer.load_state_dict`."""
+    check_state(state, outer)
+    before = {**outer.mover.saved(), **generators()}
     inner = state["inner_state"]
     carry = Carry(None if inner is None else InnerState.from_dict(inner), state["adjoint"], type(outer.solver).__name__)
     hparams, best = (
         tree.rebuild(outer.hparams, [value.clone() for value in state[name]]) for name in ("hparams", "best_hparams")
     )
-    return hparams, carry, (state["best_loss"], best)
+    histories = [state["history"]] if outer.size is None else state["history"]
+    histories = [[Record(**record) for record in records] for records in histories]
+    try:
+        outer.mover.restore(state)
+        restore_generators(state)
+    except BaseException as error:
+        outer.mover.restore(before)
+        restore_generators(before)
+        if not isinstance(error, Exception):
+            raise
+        raise ValueError(f"this state cannot be loaded, and nothing of it was: {first_line(error)}") from error
+    outer.current, outer.carry, outer.best, outer.histories = hparams, carry, (state["best_loss"], best), histories
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import bilevel as bl
 from bilevel import curse, hypergrad, inner, linear, outer
 from bilevel.config import ConfigError
 from bilevel.config.build import SOLVER, make
-from bilevel.outer.records import StoppingRules
+from bilevel.outer.stopping import StoppingRules
 
 VALUES = (math.nan, math.inf, -math.inf, -1, -0.5, 0, True, "x", None, [], {}, torch.ones(2), object())
 NEEDED = {

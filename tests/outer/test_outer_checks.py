@@ -165,7 +165,7 @@ def test_an_interrupted_load_leaves_the_run_as_it_was(monkeypatch: pytest.Monkey
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("bilevel.outer.loop.restore_generators", interrupted)
+    monkeypatch.setattr("bilevel.outer.state.restore_generators", interrupted)
     with pytest.raises(KeyboardInterrupt):
         outer.load_state_dict(saved)
     unchanged(outer, before)

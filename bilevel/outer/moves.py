@@ -1,0 +1,153 @@
+"""How the hyperparameters move: free variables, the torch optimizer that moves them, and what undoes a move."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.core import rows, tree
+from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.core.tree import Tree
+from bilevel.outer.checks import check_made, check_makers, check_rowwise, check_scheduler
+from bilevel.outer.constraints import ConstraintTransform
+from bilevel.outer.options import MakeOptimizer, MakeScheduler
+from bilevel.outer.state import restore_optimizer
+
+
+def where(chosen: Sequence[int], size: int | None, x: Tree, y: Tree | float) -> Tree:
+    """Return the chosen rows of x, and those of y elsewhere; one problem (size None) is chosen or not."""
+    return (x if chosen else y) if size is None else rows.where(_mask(chosen, size, x), x, y)
+
+
+def _mask(chosen: Sequence[int], size: int, like: Tree) -> Tensor:
+    (leaf, *_), picked = tree.leaves(like), set(chosen)
+    return torch.tensor([index in picked for index in range(size)], device=leaf.device)
+
+
+class Mover:
+    """Moves free variables z by a torch optimizer; ``hparams = transform(z)``.
+
+    Args:
+        hparams: where to start.
+        optimizer: makes a torch optimizer from the list of free tensors; None for ``Adam(lr=0.1)``.
+        scheduler: makes a torch scheduler from the optimizer, or None.
+        constraints: see `ConstraintTransform`.
+        size: number of rows, None for one problem.
+
+    Raises:
+        ValueError: for what cannot move these hyperparameters.
+    """
+
+    def __init__(
+        self,
+        hparams: Tree,
+        optimizer: MakeOptimizer | None,
+        scheduler: MakeScheduler | None,
+        constraints: Any,
+        size: int | None,
+    ) -> None:
+        check_makers(optimizer, scheduler)
+        self.size, self._transform = size, ConstraintTransform(hparams, constraints)
+        self._free = self._transform.inverse(hparams)
+        make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
+        self.optimizer = make(tree.leaves(self._free))
+        check_made(self.optimizer, tree.leaves(self._free))
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        check_scheduler(self.scheduler, self.optimizer)
+        if size is not None:
+            check_rowwise(self.optimizer, self.scheduler)
+
+    def move(
+        self, hparams: Tree, estimate: Any, descent: Sequence[int], step: int, all_or_none: bool
+    ) -> tuple[Tree, list[Verdict]]:
+        """Move some rows; a step to NaN, or an interrupted one, is undone.
+
+        Args:
+            hparams: where the rows are.
+            estimate: the hypergradients there.
+            descent: the rows that move; one problem is row 0.
+            step: number of the outer step.
+            all_or_none: move none where one would become NaN.
+
+        Returns:
+            Where the rows are then, and for each what is to be said of its move: a failure where it was undone.
+        """
+        before = self.saved()
+        try:
+            moved = self._moved(where(descent, self.size, estimate.hypergradient, 0.0), estimate.outer_loss)
+            judged = self._judged(moved, step)
+            good = [index for index in descent if judged[index].status.usable]
+            if not good or (all_or_none and len(good) < len(descent)):
+                self.restore(before)
+                moved = hparams
+            elif self.size is not None and len(good) < self.size:
+                self._put_back(before, _mask(good, self.size, hparams))
+                moved = where(good, self.size, moved, hparams)
+        except BaseException:
+            self.restore(before)
+            raise
+        moving = set(descent)
+        return moved, [verdict if index in moving else GOOD for index, verdict in enumerate(judged)]
+
+    def _moved(self, gradient: Tree, loss: float) -> Tree:
+        """Hand the pulled-back gradient to the optimizer, step, and return the new hyperparameters."""
+        pairs = zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True)
+        for leaf, part in pairs:
+            leaf.grad = part
+        self.optimizer.step()
+        if self.scheduler is not None:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*([loss] if plateau else []))
+        # A copy: the identity transform returns the free tensors themselves, which the optimizer moves in place.
+        return tree.tree_map(torch.clone, tree.detach(self._transform(self._free)))
+
+    def _judged(self, hparams: Tree, step: int) -> list[Verdict]:
+        """Return what is to be said of the hyperparameters to which the optimizer moved, of each row."""
+        name = type(self.optimizer).__name__
+        if self.size is not None:
+            parts = [torch.isfinite(leaf).reshape(self.size, -1).all(dim=1) for leaf in tree.leaves(hparams)]
+            lost = Verdict(Status.NOT_FINITE, f"{name} made its hyperparameters NaN or infinite, so it was not moved")
+            return [GOOD if finite else lost for finite in torch.stack(parts).all(dim=0).tolist()]
+        for leaf_name, leaf in zip(tree.names(hparams), tree.leaves(hparams), strict=True):
+            if not tree.is_finite(leaf):
+                return [
+                    Verdict(
+                        Status.NOT_FINITE,
+                        f"{name} at outer step {step} made `hparams{leaf_name}` NaN or infinite, so it was not moved: "
+                        "use a smaller learning rate or constraints",
+                    )
+                ]
+        return [GOOD]
+
+    def saved(self) -> dict[str, Any]:
+        """Return copies of what a move changes, besides the hyperparameters themselves."""
+        return {
+            "free": [leaf.detach().clone() for leaf in tree.leaves(self._free)],
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `saved` returned."""
+        with torch.no_grad():
+            for leaf, value in zip(tree.leaves(self._free), state["free"], strict=True):
+                leaf.copy_(value)
+        restore_optimizer(self.optimizer, state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+
+    def _put_back(self, state: Mapping[str, Any], moved: Tensor) -> None:
+        """Undo the move of the rows that are False in `moved`, moments included; `state` is what `saved` returned."""
+        with torch.no_grad():
+            for leaf, old in zip(tree.leaves(self._free), state["free"], strict=True):
+                leaf.copy_(rows.where(moved, leaf, old))
+            moments = self.optimizer.state_dict()["state"]
+            for key, old_moments in state["optimizer"]["state"].items():
+                for name, old in old_moments.items():
+                    new = moments[key][name]
+                    if isinstance(new, Tensor) and new.dim() > 0 and len(new) == self.size:
+                        new.copy_(rows.where(moved, new, old))
