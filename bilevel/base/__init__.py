@@ -7,8 +7,6 @@ dataclasses of options; whatever changes is a value that is returned (`InnerStat
 from bilevel.base.batch import BatchEstimate as BatchEstimate
 from bilevel.base.batch import member_carry as member_carry
 from bilevel.base.batch import verdict_of as verdict_of
-from bilevel.base.estimator import BatchPullback as BatchPullback
-from bilevel.base.estimator import BatchSolution as BatchSolution
 from bilevel.base.estimator import Carry as Carry
 from bilevel.base.estimator import Certificate as Certificate
 from bilevel.base.estimator import ErrorKind as ErrorKind
@@ -20,8 +18,6 @@ from bilevel.base.inner_solver import InnerSolver as InnerSolver
 from bilevel.base.inner_solver import InnerState as InnerState
 from bilevel.base.inner_solver import Variables as Variables
 from bilevel.base.linear_solver import BLOW_UP as BLOW_UP
-from bilevel.base.linear_solver import BatchLinearSolution as BatchLinearSolution
-from bilevel.base.linear_solver import BatchLinearSystem as BatchLinearSystem
 from bilevel.base.linear_solver import LinearSolution as LinearSolution
 from bilevel.base.linear_solver import LinearSolver as LinearSolver
 from bilevel.base.linear_solver import LinearSystem as LinearSystem

@@ -45,7 +45,7 @@ class Carry:
 
 @dataclass(frozen=True)
 class Pullback:
-    """The VJP of the solution map at one cotangent, with its evidence.
+    """The VJP of the solution map at one cotangent, with its evidence; of rows, with a sequence of each figure.
 
     Attributes:
         hparams: the cotangent of the hyperparameters.
@@ -56,22 +56,25 @@ class Pullback:
         error: the estimator's own estimate of the distance to the exact hypergradient, where it makes one.
         error_note: how it was obtained, or why there is none.
         value_error: ``|a' g|``, with the adjoint vector a and the inner gradient g, a 0-d tensor: to first order the
-            distance of the outer loss to that at the inner solution; None where there is no adjoint vector.
+            distance of the outer loss to that at the inner solution; None where there is no adjoint vector. Of rows, of
+            shape (rows,).
+        counts: of rows, the oracle calls that each took part in.
     """
 
     hparams: Tree
     adjoint: Tree = None
-    residual: float | None = None
-    steps: int = 0
-    verdict: Verdict = GOOD
+    residual: Any = None
+    steps: Any = 0
+    verdict: Any = GOOD
     error: float | None = None
     error_note: str = ""
     value_error: Tensor | None = None
+    counts: Sequence[Counter[str]] = ()
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An approximate inner solution that can be differentiated.
+    """An approximate inner solution that can be differentiated; of rows, with a sequence of each figure.
 
     Attributes:
         params: the approximate solution; the residual was computed at exactly these.
@@ -80,62 +83,16 @@ class Solution:
         residual: norm of the inner gradient at `params`.
         steps: inner steps taken.
         verdict: status of the inner solve.
+        counts: of rows, the oracle calls that each took part in.
     """
 
     params: Tree
     state: InnerState
     pullback: Callable[[Tree], Pullback]
-    residual: float
-    steps: int
-    verdict: Verdict = GOOD
-
-
-@dataclass(frozen=True)
-class BatchPullback:
-    """The VJP of a batch's solution map, with the evidence of every member.
-
-    Attributes:
-        hparams: the cotangents of the hyperparameters, stacked.
-        steps: iterations of the linear solver, or differentiated steps.
-        counts: oracle calls that each member took part in.
-        verdicts: status of this half.
-        adjoint: the adjoint vectors, stacked, where the estimator has them.
-        residuals: relative adjoint residuals, where there are any.
-        error_note: what the certificates say where no error is asked for.
-        value_errors: see `Pullback.value_error`; of shape (members,).
-    """
-
-    hparams: Tree
-    steps: Sequence[int]
-    counts: Sequence[Counter[str]]
-    verdicts: Sequence[Verdict]
-    adjoint: Tree = None
-    residuals: Sequence[float] | None = None
-    error_note: str = ""
-    value_errors: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class BatchSolution:
-    """Approximate inner solutions of all members, to be differentiated together.
-
-    Attributes:
-        params: the solutions, stacked.
-        state: the inner state of all members, for a warm start; of a failed member, the state it started from.
-        pullback: cotangents of params -> `BatchPullback`.
-        residuals: norms of the inner gradients at `params`.
-        steps: inner steps taken.
-        counts: oracle calls that each member took part in.
-        verdicts: status of the inner solves.
-    """
-
-    params: Tree
-    state: InnerState
-    pullback: Callable[[Tree], BatchPullback]
-    residuals: Sequence[float]
-    steps: Sequence[int]
-    counts: Sequence[Counter[str]]
-    verdicts: Sequence[Verdict]
+    residual: Any
+    steps: Any
+    verdict: Any = GOOD
+    counts: Sequence[Counter[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -172,18 +129,20 @@ class HypergradEstimator(ABC):
             )
             raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
 
-    def solve_batch(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> BatchSolution:
-        """Run the inner solver for all members of a batch; the arguments are those of `solve`, stacked.
+    @property
+    def rowwise(self) -> bool:
+        """Whether `solve` takes rows: a problem that is a batch, of which each row ends by itself; default: no."""
+        return False
 
-        Raises:
-            ValueError: for an estimator that does not run batches.
+    def one_by_one(self, solver: InnerSolver) -> str:
+        """Return why the rows of a batch run one after the other, and not side by side; empty where they do not.
+
+        Args:
+            solver: the inner solver.
         """
-        raise ValueError(
-            f"{describe(self)} does not run batches: use FullUnroll(), TruncatedUnroll(tail=N), Implicit(CG()) or "
-            "Implicit(Direct()), or take rows='loop'."
-        )
+        if not self.rowwise:
+            return f"{describe(self)} takes one problem at a time"
+        return "" if solver.traits.rowwise else f"{describe(solver)} takes one problem at a time"
 
     def at_tolerance(self, tol: float) -> HypergradEstimator:
         """Return the estimator that a `target_error` asks for next, together with a smaller inner tolerance.

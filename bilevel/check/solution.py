@@ -15,8 +15,9 @@ from bilevel.check.subject import Subject
 from bilevel.core import tree
 from bilevel.core.options import default_tolerance
 from bilevel.core.tree import Tree
+from bilevel.engine.judge import InnerRun
 from bilevel.engine.kinks import kinked
-from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.engine.loop import begin, run_inner
 from bilevel.inner import QuasiNewton
 from bilevel.numerics.lanczos import lanczos
 

@@ -79,6 +79,9 @@ class _Batch:
     def __init__(self, plan: Plan, cells: Sequence[tuple[CellRun, dict[str, Any] | None]]) -> None:
         self.plan, self.runs = plan, [run for run, _ in cells]
         first = self.runs[0].cell
+        # Members that run one after the other gain nothing here, and leave no warm start that a cell could go on from.
+        if why := plan.estimators[first.estimator].one_by_one(plan.solver):
+            raise ValueError(why)
         self.setups = [plan.problems[first.problem](run.cell.seed) for run in self.runs]
         hparams = members.stack([setup.hparams for setup in self.setups])
         setup = Setup(stack([setup.problem for setup in self.setups]), hparams)

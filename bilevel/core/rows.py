@@ -47,6 +47,12 @@ def dots(x: Tree, y: Tree) -> Tensor:
     return torch.stack([(a * b).reshape(len(a), -1).sum(dim=1) for a, b in pairs]).sum(dim=0)
 
 
+def dot(x: Tree, y: Tree, size: int | None) -> Tensor:
+    """Return the inner product of two trees, 0-d; of a batch of `size` members, of shape (members,)."""
+    # torch.dot is up to four times faster on a vector than a sum of products over the rows of a batch of one.
+    return tree.dot(x, y) if size is None else dots(x, y)
+
+
 def where(mask: Tensor, x: Tree, y: Tree | float) -> Tree:
     """Return the members of x where the mask is True, and those of y (a tree, or one number) elsewhere.
 
@@ -147,3 +153,17 @@ class Raveler(tree.Raveler):
 
     def __init__(self, like: Tree) -> None:
         super().__init__(like, batched=True)
+
+
+def raveler(like: Tree, size: int | None) -> tree.Raveler:
+    """Return what moves between a tree and a vector; of a batch of `size` members, between it and a matrix."""
+    return tree.Raveler(like) if size is None else Raveler(like)
+
+
+def figure(value: Any, index: int) -> Any:
+    """Return one member's figure: of a sequence its entry; a figure that is that of all members as it is.
+
+    >>> figure([1.0, 2.0], 1), figure(3.0, 1)
+    (2.0, 3.0)
+    """
+    return value[index] if isinstance(value, Sequence) else value

@@ -22,7 +22,7 @@ from bilevel.core import tree
 from bilevel.core.cost import WEIGHTS
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
-from bilevel.engine.loop import InnerRun
+from bilevel.engine.judge import InnerRun
 from bilevel.oracles.inner_problem import InnerProblem
 
 OMEGA = WEIGHTS["vjp"] / WEIGHTS["gradient"]

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from bilevel.base import BatchSolution, InnerSolver, InnerState
+from bilevel.base import InnerSolver, InnerState, Solution
 from bilevel.core import device as look
 from bilevel.core import rows as members
 from bilevel.core import tree
@@ -199,7 +199,7 @@ def members_at_kinks(
     problem: BilevelProblem,
     hparams: Tree,
     solver: InnerSolver,
-    solved: BatchSolution,
+    solved: Solution,
     verdicts: Sequence[Verdict],
     start: Tree,
 ) -> list[Verdict]:
@@ -218,7 +218,7 @@ def members_at_kinks(
         if not verdict.status.usable or not (cause is None or cause or not verdict.status.ok):
             continue
         u, x, state = members.row(hparams, index), members.row(start, index), solved.state.row(index)
-        steps, residual = solved.steps[index], solved.residuals[index]
+        steps, residual = solved.steps[index], solved.residual[index]
         kink = ends_at_kink(problem.member(index), u, solver, state, residual, steps, cause is not None, x)
         cause = not kink.status.ok if cause is None else cause
         result[index] = verdict if kink.status.ok else kink

@@ -36,7 +36,8 @@ from bilevel.engine.extrapolation import (
     reduced_rank,
     with_steps,
 )
-from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.engine.judge import InnerRun
+from bilevel.engine.loop import begin, run_inner
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.problem import BilevelProblem

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bilevel.base import (
-    BatchSolution,
-    Carry,
-    HypergradEstimator,
-    InnerSolver,
-    Pullback,
-    Solution,
-    describe,
-)
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution, describe
 from bilevel.core import tree
 from bilevel.core.cost import Meter
 from bilevel.core.options import is_positive, require
@@ -81,6 +73,8 @@ class Auto(HypergradEstimator):
         require(self, "memory_limit", "a positive number of bytes", is_positive(self.memory_limit))
         require(self, "unroll", "True or False", isinstance(self.unroll, bool))
         require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
+
+    rowwise = True
 
     @property
     def resumes(self) -> bool:  # type: ignore[override]
@@ -165,17 +159,9 @@ class Auto(HypergradEstimator):
         def pullback(cotangent: Tree) -> Pullback:
             pulled = solved.pullback(cotangent)
             # A verdict that is fine says nothing, so that the one that names the choice stands.
-            return pulled if pulled.verdict.status.ok else replace(pulled, verdict=_named(choice, pulled.verdict))
+            return replace(pulled, verdict=_named(choice, pulled.verdict, doubts=True))
 
         return replace(solved, pullback=pullback, verdict=_named(choice, solved.verdict))
-
-    def solve_batch(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> BatchSolution:
-        """Choose, and let the choice solve all members."""
-        choice = self.choose(problem, solver, hparams, params)
-        solved = choice.estimator.solve_batch(problem, solver, hparams, params, carry, meter)
-        return replace(solved, verdicts=[_named(choice, verdict) for verdict in solved.verdicts])
 
 
 def as_estimator(given: Any) -> Any:
@@ -183,6 +169,10 @@ def as_estimator(given: Any) -> Any:
     return Auto() if isinstance(given, str) and given == "auto" else given
 
 
-def _named(choice: Choice, verdict: Verdict) -> Verdict:
-    """Put the choice in front of what a verdict says."""
+def _named(choice: Choice, verdict: Any, doubts: bool = False) -> Any:
+    """Put the choice in front of what a verdict says, or each of those of rows; `doubts`: of none that is fine."""
+    if not isinstance(verdict, Verdict):
+        return [_named(choice, each, doubts) for each in verdict]
+    if doubts and verdict.status.ok:
+        return verdict
     return replace(verdict, detail=f"{choice}; {verdict.detail}" if verdict.detail else str(choice))

@@ -33,7 +33,8 @@ from bilevel.engine.extrapolation import (
     reduced_rank,
     with_steps,
 )
-from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.engine.judge import InnerRun
+from bilevel.engine.loop import begin, run_inner
 from bilevel.hypergrad.adaptive_unroll import Sweep
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
 from bilevel.oracles.inner_problem import InnerProblem, Linearization

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bilevel.base import (
     BatchEstimate,
-    BatchPullback,
-    BatchSolution,
     Carry,
     Certificate,
     HypergradEstimator,
     InnerSolver,
+    Pullback,
+    Solution,
     verdict_of,
 )
 from bilevel.certify import ErrorEstimate, certify_error
@@ -86,13 +86,13 @@ def batch_hypergradient(
         on_failure: see `hypergradient`; a failure is reported when all members are done.
     """
     meter = Meter(tree.leaves(start)[0].device)
-    solved = estimator.solve_batch(problem, solver, hparams, start, carry, meter)
+    solved = estimator.solve(problem, solver, hparams, start, carry, meter)
     value, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
     meter.counts["outer"] += 1
     losses = value.cpu()
     verdicts = [
         verdict.worse(finite_loss(float(loss))) if verdict.status.usable else verdict
-        for verdict, loss in zip(solved.verdicts, losses, strict=True)
+        for verdict, loss in zip(solved.verdict, losses, strict=True)
     ]
     reached = [verdict.status.usable for verdict in verdicts]
     pulled = solved.pullback(by_params)
@@ -109,7 +109,7 @@ def batch_hypergradient(
     gradient = members.where(usable, gradient, float("nan"))
     costs, cost = _costs(solved, pulled, reached, meter)
     value = torch.where(
-        torch.tensor([v.status.usable for v in solved.verdicts], device=value.device), value, float("nan")
+        torch.tensor([v.status.usable for v in solved.verdict], device=value.device), value, float("nan")
     )
     errors = _errors(problem, solver, hparams, solved, gradient, pulled, verdicts, certify)
     certificates = [_certificate(solved, pulled, index, error) for index, error in enumerate(errors)]
@@ -132,13 +132,13 @@ def certified(
     return certify_error(problem.at_rest(), hparams, problem.trainable(params), gradient, adjoint)
 
 
-def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient: Tree) -> list[Verdict]:
+def _with_gradient(verdicts: Sequence[Verdict], pulled: Pullback, gradient: Tree) -> list[Verdict]:
     """Return the verdicts after the pullback."""
     result = []
     leaves = [torch.isfinite(leaf).reshape(len(leaf), -1).all(dim=1).cpu() for leaf in tree.leaves(gradient)]
     for index, verdict in enumerate(verdicts):
         if verdict.status.usable:
-            verdict = verdict.worse(pulled.verdicts[index])
+            verdict = verdict.worse(members.figure(pulled.verdict, index))
         if verdict.status.usable:
             for name, finite in zip(tree.names(gradient), leaves, strict=True):
                 if not bool(finite[index]):
@@ -149,13 +149,13 @@ def _with_gradient(verdicts: Sequence[Verdict], pulled: BatchPullback, gradient:
 
 
 def _far_from_solution(
-    verdicts: Sequence[Verdict], losses: Tensor, params: Tree, by_params: Tree, pulled: BatchPullback
+    verdicts: Sequence[Verdict], losses: Tensor, params: Tree, by_params: Tree, pulled: Pullback
 ) -> list[Verdict]:
     """Return the verdicts with a doubt where a member's outer loss is far from that at its inner solution."""
-    if pulled.value_errors is None:
+    if pulled.value_error is None:
         return list(verdicts)
     changes = members.dots(tree.tree_map(torch.abs, params), tree.tree_map(torch.abs, by_params))
-    figures = [map(float, figure) for figure in torch.stack([losses, pulled.value_errors, changes], dim=1).cpu()]
+    figures = [map(float, figure) for figure in torch.stack([losses, pulled.value_error, changes], dim=1).cpu()]
     return [
         verdict.worse(value_verdict(*figure)) if verdict.status.ok else verdict
         for verdict, figure in zip(verdicts, figures, strict=True)
@@ -167,7 +167,7 @@ def _doubted(
     hparams: Tree,
     params: Tree,
     gradient: Tree,
-    pulled: BatchPullback,
+    pulled: Pullback,
     verdicts: Sequence[Verdict],
     errors: Sequence[ErrorEstimate],
 ) -> list[Verdict]:
@@ -182,15 +182,13 @@ def _doubted(
     return result
 
 
-def _costs(
-    solved: BatchSolution, pulled: BatchPullback, reached: Sequence[bool], meter: Meter
-) -> tuple[list[Cost], Cost]:
+def _costs(solved: Solution, pulled: Pullback, reached: Sequence[bool], meter: Meter) -> tuple[list[Cost], Cost]:
     """Return the cost of each member, and of all; `reached` says which have come to the pullback."""
     read, size = meter.read(), len(solved.counts)
     counts = []
     for index, forward in enumerate(solved.counts):
-        outer = Counter(outer=1) if solved.verdicts[index].status.usable else Counter()
-        counts.append(forward + outer + (pulled.counts[index] if reached[index] else Counter()))
+        outer = Counter(outer=1) if solved.verdict[index].status.usable else Counter()
+        counts.append(forward + outer + (pulled.counts[index] if reached[index] and pulled.counts else Counter()))
     costs = [Cost(dict(each), read.seconds / size, None, "shared by a batch") for each in counts]
     return costs, replace(read, counts=dict(sum(counts, start=Counter())))
 
@@ -199,9 +197,9 @@ def _errors(
     problem: BilevelProblem,
     solver: InnerSolver,
     hparams: Tree,
-    solved: BatchSolution,
+    solved: Solution,
     gradient: Tree,
-    pulled: BatchPullback,
+    pulled: Pullback,
     verdicts: Sequence[Verdict],
     certify: bool,
 ) -> list[ErrorEstimate]:
@@ -216,19 +214,19 @@ def _errors(
     return errors
 
 
-def _certificate(solved: BatchSolution, pulled: BatchPullback, index: int, error: ErrorEstimate) -> Certificate:
-    usable = solved.verdicts[index].status.usable
+def _certificate(solved: Solution, pulled: Pullback, index: int, error: ErrorEstimate) -> Certificate:
+    usable = solved.verdict[index].status.usable
     return Certificate(
-        inner_residual=solved.residuals[index],
-        adjoint_residual=None if pulled.residuals is None or not usable else pulled.residuals[index],
+        inner_residual=solved.residual[index],
+        adjoint_residual=members.figure(pulled.residual, index) if usable else None,
         inner_steps=solved.steps[index],
-        adjoint_steps=pulled.steps[index] if usable else 0,
+        adjoint_steps=members.figure(pulled.steps, index) if usable else 0,
         **error.fields(),
         measured=dict(solved.state.row(index).measured),
     )
 
 
-def _following(solved: BatchSolution, pulled: BatchPullback, usable: Tensor, carry: Carry, solver: str) -> Carry:
+def _following(solved: Solution, pulled: Pullback, usable: Tensor, carry: Carry, solver: str) -> Carry:
     """Return the warm start for the next call: of a member whose pullback failed, the adjoint that it had."""
     adjoint = pulled.adjoint
     if adjoint is not None and not bool(usable.all()):

@@ -14,7 +14,8 @@ from bilevel.core.cost import Meter
 from bilevel.core.options import is_positive, require
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
-from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.engine.judge import InnerRun
+from bilevel.engine.loop import begin, run_inner
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -70,4 +71,4 @@ class FiniteDifference(HypergradEstimator):
             total = tree.Raveler(hparams).unravel(torch.stack(products))
             return Pullback(total, steps=2 * len(products), verdict=verdict)
 
-        return Solution(solver.params(run.state), run.state, pullback, run.residual, run.steps, run.verdict)
+        return run.solution(solver.params(run.state), pullback)

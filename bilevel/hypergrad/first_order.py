@@ -7,27 +7,15 @@ The inner solution is taken for a constant, so no derivative of the inner proble
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from bilevel.base import (
-    BatchPullback,
-    BatchSolution,
-    Carry,
-    HypergradEstimator,
-    InnerSolver,
-    Pullback,
-    Solution,
-)
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.cost import Meter
-from bilevel.core.status import GOOD
 from bilevel.core.tree import Tree
-from bilevel.engine.batch_loop import begin_batch, run_batch
 from bilevel.engine.loop import begin, run_inner
-from bilevel.hypergrad.batch_unroll import batch_solution
 from bilevel.oracles.problem import BilevelProblem
 
 DROPPED = "the indirect term, through the inner solution, is dropped: ask with certify=True what that costs"
@@ -56,6 +44,7 @@ class FirstOrder(HypergradEstimator):
 
     measures_memory = False
     second_derivatives = False
+    rowwise = True
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse hyperparameters that the outer loss does not depend on directly.
@@ -90,19 +79,4 @@ class FirstOrder(HypergradEstimator):
         def pullback(cotangent: Tree) -> Pullback:
             return Pullback(tree.zeros_like(inner.hparams), error_note=DROPPED)
 
-        return Solution(solver.params(run.state), run.state, pullback, run.residual, run.steps, run.verdict)
-
-    def solve_batch(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> BatchSolution:
-        """Run the inner solver for all members; their pullbacks are zero."""
-        inner = problem.bind(hparams, meter.counts)
-        run = run_batch(inner, solver, begin_batch(inner, solver, params, carry))
-
-        def pullback(cotangent: Tree) -> BatchPullback:
-            size = len(run.steps)
-            blank: list[Counter[str]] = [Counter() for _ in range(size)]
-            zeros = tree.zeros_like(inner.hparams)
-            return BatchPullback(zeros, [0] * size, blank, [GOOD] * size, error_note=DROPPED)
-
-        return batch_solution(solver, run, pullback)
+        return run.solution(solver.params(run.state), pullback)

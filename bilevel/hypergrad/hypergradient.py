@@ -124,6 +124,9 @@ def hypergradient(
     check_roles(problem, solver, rule)
     if batch is not None or rows != "auto":
         problem = as_batch(problem, batch, rows)
+    if problem.batch is not None and not problem.one_by_one and target_error is None:
+        alone = rule.one_by_one(solver)
+        problem = one_by_one(problem, alone) if alone else problem
     if problem.one_by_one:
         options = {"certify": certify, "target_error": target_error, "on_failure": "return"}
         single = partial(hypergradient, solver=solver, estimator=rule, **options)

@@ -9,16 +9,19 @@ and the only work is one linear solve (Bengio 2000; Pedregosa 2016; Lorraine et 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
+from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.cost import Meter
 from bilevel.core.options import is_number, is_positive, require
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.loop import begin, run_inner
-from bilevel.hypergrad import balanced, batch_implicit
+from bilevel.hypergrad import balanced
 from bilevel.hypergrad.damping import damped, damped_matrix
 from bilevel.linear import CG
 from bilevel.networks.gauss_newton import gauss_newton
@@ -66,6 +69,11 @@ class Implicit(HypergradEstimator):
     curvature: str = "hessian"
 
     resumes = True
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether it takes rows: where its linear solver does, and each part is solved by itself."""
+        return self.balance is None and self.linear_solver.rowwise
 
     def __post_init__(self) -> None:
         require(self, "balance", "'auto' or None", self.balance in (None, "auto"))
@@ -145,27 +153,32 @@ class Implicit(HypergradEstimator):
             )
         inner = problem.bind(hparams, meter.counts)
         run = run_inner(inner, solver, begin(inner, solver, params, carry))
-        solved = inner.at_rest(solver.params(run.state))
-        verdict, missed = run.verdict, solver.misses(inner, run.state, run.residual)
+        solved, size = inner.at_rest(solver.params(run.state)), problem.batch
+        missed = "" if size is not None else solver.misses(inner, run.state, run.residual)
         if missed:
-            verdict = verdict.worse(Verdict(Status.INACCURATE, missed))
+            run = replace(run, verdict=run.verdict.worse(Verdict(Status.INACCURATE, missed)))
 
         def pullback(cotangent: Tree) -> Pullback:
+            # A failed row has no cotangent, and so nothing to solve.
+            cotangent = cotangent if size is None else members.where(run.usable, cotangent, 0.0)
+            # The run has looked at it, and counted it, unless a row failed and its params were put back.
+            gradient = inner.grad(solved)
+            before = Counter() if size is None else Counter(meter.counts)
             point = inner.linearize(solved)
             cotangent, direct = inner.at_rest_vjp(solved, cotangent)
             loss = problem.module_loss if self.curvature == "gauss-newton" else None
             product = point.hvp if loss is None else gauss_newton(point, loss)
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
             kept = run.state.kept
-            precondition = None if kept is None else point.preconditioner(kept).apply
             solution = self.linear_solver.solve(
                 damped(product, self.damping),
                 cotangent,
                 carry.adjoint,
                 dense=damped_matrix(point, self.damping) if loss is None else None,
-                precondition=precondition,
+                precondition=None if kept is None else point.preconditioner(kept).apply,
                 damping=self.damping,
                 definite=problem.symmetric,
+                rows=size is not None,
             )
             meter.sample()
             total = tree.scale(-1.0, point.cross(solution.x))
@@ -175,15 +188,13 @@ class Implicit(HypergradEstimator):
                 solution.residual,
                 solution.steps,
                 solution.verdict,
-                value_error=tree.dot(solution.x, inner.grad(solved)).abs(),
+                value_error=members.dot(solution.x, gradient, size).abs(),
+                counts=() if size is None else _counts(meter.counts, before, solution.steps),
             )
 
-        return Solution(solved, run.state, pullback, run.residual, run.steps, verdict)
+        return run.solution(solved, pullback)
 
-    def solve_batch(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> BatchSolution:
-        """Run all members of a batch; their adjoint systems are solved side by side."""
-        if self.balance is not None:
-            return super().solve_batch(problem, solver, hparams, params, carry, meter)
-        return batch_implicit.solve(self.linear_solver, self.damping, problem, solver, hparams, params, carry, meter)
+
+def _counts(after: Counter[str], before: Counter[str], steps: Sequence[int]) -> list[Counter[str]]:
+    """Return the oracle calls of a linear solve that each row took part in: the last products are those of others."""
+    return [after - before - Counter(hvp=max(steps) - each) for each in steps]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bilevel.base import BatchSolution, Carry, HypergradEstimator, InnerSolver, Solution
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
 from bilevel.core.cost import Meter
 from bilevel.core.tree import Tree
 from bilevel.hypergrad.unroll import TruncatedUnroll
@@ -40,6 +40,8 @@ class OneStep(HypergradEstimator):
     True
     """
 
+    rowwise = True
+
     @property
     def differentiates_steps(self) -> bool:
         """It differentiates the last one."""
@@ -54,9 +56,3 @@ class OneStep(HypergradEstimator):
     ) -> Solution:
         """Run the inner solver and keep the state before its last step."""
         return LAST.solve(problem, solver, hparams, params, carry, meter)
-
-    def solve_batch(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> BatchSolution:
-        """Run the inner solver for all members and keep the states before their last steps."""
-        return LAST.solve_batch(problem, solver, hparams, params, carry, meter)

@@ -13,21 +13,14 @@ number. (Mehmood et al. 2026, sections 2 and 4; Scieur et al. 2022.)
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from bilevel.base import (
-    BatchSolution,
-    Carry,
-    HypergradEstimator,
-    InnerSolver,
-    InnerState,
-    Pullback,
-    Solution,
-    Variables,
-)
+from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution, Variables
+from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.cost import Meter
 from bilevel.core.options import is_int, is_number, is_positive, require
@@ -35,9 +28,10 @@ from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
 from bilevel.engine.checkpointing import CheckpointedStates
 from bilevel.engine.extrapolation import OMEGA
-from bilevel.engine.loop import InnerRun, begin, run_inner
+from bilevel.engine.judge import InnerRun
+from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.rows_sweep import RowStates, swept_rows
 from bilevel.hypergrad import adaptive_unroll as adaptive
-from bilevel.hypergrad import batch_unroll
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.oracles.inner_problem import InnerProblem
@@ -76,6 +70,11 @@ class FullUnroll(HypergradEstimator):
         """All of them."""
         return True
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether it takes rows: not what is recorded, or taken again from checkpoints."""
+        return self.memory == "iterates"
+
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a solver whose steps have no derivative; ValueError says what to use."""
         solver.check_unrolls()
@@ -91,24 +90,14 @@ class FullUnroll(HypergradEstimator):
         inner = problem.bind(hparams, meter.counts)
         state = begin(inner, solver, params, carry)
         if self.mode == "forward":
-            return _forward(inner, solver, state)
+            return _forward(inner, solver, state, meter)
         if self.memory == "graph":
             return _graph(inner, solver, state, meter)
-        kept: CheckpointedStates | list[InnerState] = []
-        if self.memory == "checkpoint":
-            kept = CheckpointedStates(inner, solver, meter.sample)
+        if self.memory == "iterates":
+            return _unrolled(inner, solver, state, meter, lambda steps: steps, 1)
+        kept = CheckpointedStates(inner, solver, meter.sample)
         run = run_inner(inner, solver, state, kept.append, at_least=1)
         return _reverse(inner, solver, run, kept, meter)
-
-    def solve_batch(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> BatchSolution:
-        """Run all members of a batch and keep what their derivatives need, if that is the iterates."""
-        if self.mode == "forward":
-            return batch_unroll.forward(problem, solver, hparams, params, carry, meter)
-        if self.memory != "iterates":
-            return super().solve_batch(problem, solver, hparams, params, carry, meter)
-        return batch_unroll.reverse(problem, solver, hparams, params, carry, meter, None, 1)
 
 
 @dataclass(frozen=True)
@@ -173,6 +162,11 @@ class TruncatedUnroll(HypergradEstimator):
         """A tail that chooses itself compares with the derivative of the inner solution."""
         return self.tail != "auto" and not self.extrapolate
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether it takes rows: a tail of a given length does."""
+        return self.tail != "auto" and self.budget is None and not self.extrapolate
+
     def length(self, steps: int) -> int:
         """Return the number of differentiated steps among `steps`; for "auto" the most there can be."""
         return self._adaptive.length(steps)
@@ -234,27 +228,46 @@ class TruncatedUnroll(HypergradEstimator):
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
         """Run the inner solver and keep the states of the tail."""
-        if self.tail == "auto" or self.budget is not None or self.extrapolate:
+        if not self.rowwise:
             return adaptive.solve(self._adaptive, problem, solver, hparams, params, carry, meter)
         inner = problem.bind(hparams, meter.counts)
-        state = begin(inner, solver, params, carry)
-        limit, _ = solver.limits(tree.leaves(state.params)[0].dtype)
-        # How many steps a fraction means is known only after a run that stops by tolerance.
-        kept: deque[InnerState] = deque(maxlen=self.length(limit))
         at_least = self.tail if isinstance(self.tail, int) else 1
-        run = run_inner(inner, solver, state, kept.append, at_least=at_least)
-        while len(kept) > self.length(max(run.steps, 1)):
-            kept.popleft()
-        return _reverse(inner, solver, run, kept, meter)
+        return _unrolled(inner, solver, begin(inner, solver, params, carry), meter, self.length, at_least)
 
-    def solve_batch(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> BatchSolution:
-        """Run all members of a batch; kept are the states from the tail of the first that ends to the last step."""
-        if self.tail == "auto" or self.budget is not None or self.extrapolate:
-            return super().solve_batch(problem, solver, hparams, params, carry, meter)
-        at_least = self.tail if isinstance(self.tail, int) else 1
-        return batch_unroll.reverse(problem, solver, hparams, params, carry, meter, self.length, at_least)
+
+def _unrolled(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    state: InnerState,
+    meter: Meter,
+    length: Callable[[int], int],
+    at_least: int,
+) -> Solution:
+    """Run the solver, then sweep back over the last steps.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver.
+        state: the first state.
+        meter: samples memory.
+        length: steps taken -> steps differentiated.
+        at_least: steps to take in any case.
+
+    Returns:
+        The solution; the states are kept for its pullback.
+    """
+    most = length(solver.limits(tree.leaves(state.params)[0].dtype)[0])
+    if inner.problem.batch is not None:
+        states = RowStates(most)
+        run = run_inner(inner, solver, state, states.visit, at_least=at_least)
+        meter.sample()
+        return run.solution(solver.params(run.state), swept_rows(inner, run, states, length))
+    # How many steps a fraction means is known only after a run that stops by tolerance.
+    kept: deque[InnerState] = deque(maxlen=most)
+    run = run_inner(inner, solver, state, kept.append, at_least=at_least)
+    while len(kept) > length(max(run.steps, 1)):
+        kept.popleft()
+    return _reverse(inner, solver, run, kept, meter)
 
 
 def _reverse(
@@ -270,7 +283,7 @@ def _reverse(
             return Pullback(tree.zeros_like(inner.hparams), steps=len(kept), verdict=failure.verdict)
         return Pullback(total, steps=len(kept))
 
-    return _solution(solver, run, pullback)
+    return run.solution(solver.params(run.state), pullback)
 
 
 def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
@@ -290,26 +303,30 @@ def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: M
         return Pullback(tree.rebuild(hparams, products), steps=run.steps)
 
     params, memory = tree.detach(run.state.variables)
-    return _solution(solver, replace(run, state=replace(run.state, params=params, memory=memory)), pullback)
+    run = replace(run, state=replace(run.state, params=params, memory=memory))
+    return run.solution(solver.params(run.state), pullback)
 
 
-def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Solution:
-    """Carry one tangent for each scalar hyperparameter along with the run."""
-    directions = tree.Raveler(inner.hparams).units()
+def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
+    """Carry one tangent for each scalar hyperparameter along with the run; of rows, the same one for all."""
+    size = inner.problem.batch
+    raveler = members.raveler(inner.hparams, size)
+    directions = raveler.units()
     zero: Variables = (tree.zeros_like(state.params), tree.zeros_like(state.memory))
     tangents: list[Variables] = [zero] * len(directions)
+    runner = solver if size is None else solver.for_members(state)
 
-    def push(before: InnerState) -> None:
-        tangents[:] = solver.step_jvp(inner.on_step(before.index), before, tangents, directions)
+    def push(before: InnerState, moving: Tensor | None = None, end: int = 0) -> None:
+        after = runner.step_jvp(inner.on_step(before.index), before, tangents, directions)
+        if moving is not None:
+            after = [members.where(moving, new, old) for new, old in zip(after, tangents, strict=True)]
+        tangents[:] = after
 
     run = run_inner(inner, solver, state, push, at_least=1)
+    meter.sample()
 
     def pullback(cotangent: Tree) -> Pullback:
-        products = torch.stack([tree.dot(by_params, cotangent) for by_params, _ in tangents])
-        return Pullback(tree.Raveler(inner.hparams).unravel(products), steps=run.steps)
+        products = torch.stack([members.dot(by_params, cotangent, size) for by_params, _ in tangents], dim=-1)
+        return Pullback(raveler.unravel(products), steps=run.steps)
 
-    return _solution(solver, run, pullback)
-
-
-def _solution(solver: InnerSolver, run: InnerRun, pullback: object) -> Solution:
-    return Solution(solver.params(run.state), run.state, pullback, run.residual, run.steps, run.verdict)  # type: ignore[arg-type]
+    return run.solution(solver.params(run.state), pullback)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
+from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.core import device as look
 from bilevel.core.options import is_int, is_positive, require
 from bilevel.core.status import GOOD, Status, Verdict
@@ -47,6 +47,7 @@ class CG(LinearSolver):
     steps: int | None = None
 
     needs_symmetry = True
+    rowwise = True
 
     def __post_init__(self) -> None:
         require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
@@ -57,7 +58,9 @@ class CG(LinearSolver):
         require(self, "steps", "None where `tol` or `max_steps` is given", alone)
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Run CG on vectors."""
+        """Run CG on a vector, or on rows, of which a finished one stands still."""
+        if system.b.dim() > 1:
+            return self._solve_rows(system)
         b, matvec = system.b, system.matvec
         tol, limit = self._goal(system.tol, b)
         goal = tol**2 * float(torch.dot(b, b))
@@ -82,15 +85,14 @@ class CG(LinearSolver):
         verdict = self._judge(residual, tol, run.steps, curvature, smallest, floor)
         return LinearSolution(run.x, residual, run.steps, verdict)
 
-    def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
-        """Run CG on rows; a finished row stands still."""
+    def _solve_rows(self, system: LinearSystem) -> LinearSolution:
         every = self.check_every or look.steps_between(system.b.device)
         tol, limit = self._goal(system.tol, system.b[0])
         goals = tol**2 * torch.linalg.vecdot(system.b, system.b)
         run = conjugate_gradients_of_rows(system.matvec, *system.start(), goals, limit, every)
         x, steps, *curvatures = run
         # One transfer each, not one for every member.
-        residuals = [float(value) for value in system.residuals(x).cpu()]
+        residuals = [float(value) for value in system.residual(x).cpu()]
         taken = [int(count) for count in steps.cpu()]
         floors = ROUNDING * torch.finfo(system.b.dtype).eps * curvatures[2]
         # One transfer for all of them.
@@ -99,7 +101,7 @@ class CG(LinearSolver):
             self._judge(residual, tol, count, *(float(number) for number in numbers))
             for residual, count, numbers in zip(residuals, taken, found, strict=True)
         ]
-        return BatchLinearSolution(x, residuals, taken, verdicts)
+        return LinearSolution(x, residuals, taken, verdicts)
 
     def _goal(self, tol: float, b: Tensor) -> tuple[float, int]:
         """Return the relative residual at which to stop, and the most steps, for a right-hand side like b."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import BatchLinearSolution, BatchLinearSystem, LinearSolution, LinearSolver, LinearSystem
+from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.core import device as look
 from bilevel.core.options import default_tolerance, is_int, require
 from bilevel.core.status import GOOD, Status, Verdict
@@ -34,11 +34,13 @@ class Direct(LinearSolver):
 
     max_size: int = 10_000
 
+    rowwise = True
+
     def __post_init__(self) -> None:
         require(self, "max_size", "a positive int", is_int(self.max_size))
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Factor and solve, with one step of iterative refinement.
+        """Factor and solve, with one step of iterative refinement; rows all at once, those without a factor by one.
 
         Args:
             system: the system; its start and its tolerance are not used.
@@ -50,7 +52,13 @@ class Direct(LinearSolver):
             ValueError: if the system is larger than `max_size`.
         """
         matvec, b = system.matvec, system.b
-        self._check_size(b.numel())
+        size = b.shape[-1]
+        if size > self.max_size:
+            raise ValueError(
+                f"`Direct.max_size` is {self.max_size:,} but the system has {size:,} unknowns: raise it, or use CG()."
+            )
+        if b.dim() > 1:
+            return _solved_rows(system)
         if system.dense is None:
             identity = torch.eye(b.numel(), dtype=b.dtype, device=b.device)
             matrix = torch.stack([matvec(row) for row in identity], dim=1)
@@ -59,42 +67,25 @@ class Direct(LinearSolver):
         x, residual, verdict = _solved(matrix, matvec, b, system.definite)
         return LinearSolution(x, residual, 1, verdict)
 
-    def solve_rows(self, system: BatchLinearSystem) -> BatchLinearSolution:
-        """Factor and solve all members at once, with one step of refinement; those without a Cholesky factor by one.
 
-        Args:
-            system: the systems; start and tolerance are not used.
-
-        Returns:
-            The solutions.
-
-        Raises:
-            ValueError: if a system is larger than `max_size`.
-        """
-        b = system.b
-        self._check_size(b.shape[1])
-        matrices = system.dense()
-        factors, info = torch.linalg.cholesky_ex(matrices)
-        x = torch.cholesky_solve(b[:, :, None], factors)[:, :, 0]
-        x = x + torch.cholesky_solve((b - system.matvec(x))[:, :, None], factors)[:, :, 0]
-        regular = (info == 0) & _far_from_singular(factors) & (system.definite is not False)
-        regular = regular & (_symmetric(matrices) | (system.definite is True))
-        x = torch.where(regular[:, None], x, 0.0)
-        residuals = [float(value) for value in system.residuals(x).cpu()]
-        verdicts = [_judge(residual, b.dtype) for residual in residuals]
-        for index, fits in enumerate(map(bool, regular.cpu())):
-            if fits or not bool(b[index].any()):
-                continue
-            matrix = matrices[index]
-            row, residuals[index], verdicts[index] = _solved(matrix, matrix.mv, b[index], system.definite)
-            x[index] = row
-        return BatchLinearSolution(x, residuals, [1] * len(b), verdicts)
-
-    def _check_size(self, size: int) -> None:
-        if size > self.max_size:
-            raise ValueError(
-                f"`Direct.max_size` is {self.max_size:,} but the system has {size:,} unknowns: raise it, or use CG()."
-            )
+def _solved_rows(system: LinearSystem) -> LinearSolution:
+    assert system.dense is not None
+    b, matrices = system.b, system.dense()
+    factors, info = torch.linalg.cholesky_ex(matrices)
+    x = torch.cholesky_solve(b[:, :, None], factors)[:, :, 0]
+    x = x + torch.cholesky_solve((b - system.matvec(x))[:, :, None], factors)[:, :, 0]
+    regular = (info == 0) & _far_from_singular(factors) & (system.definite is not False)
+    regular = regular & (_symmetric(matrices) | (system.definite is True))
+    x = torch.where(regular[:, None], x, 0.0)
+    residuals = [float(value) for value in system.residual(x).cpu()]
+    verdicts = [_judge(residual, b.dtype) for residual in residuals]
+    for index, fits in enumerate(map(bool, regular.cpu())):
+        if fits or not bool(b[index].any()):
+            continue
+        matrix = matrices[index]
+        row, residuals[index], verdicts[index] = _solved(matrix, matrix.mv, b[index], system.definite)
+        x[index] = row
+    return LinearSolution(x, residuals, [1] * len(b), verdicts)
 
 
 def _solved(

@@ -11,7 +11,7 @@ from batch_cases import F64, SIZE, case, close, general, inner_of_data, outer_of
 from helpers import normal, spd
 
 import bilevel as bl
-from bilevel.hypergrad.batch_unroll import _Kept
+from bilevel.engine.rows_sweep import RowStates
 from bilevel.problems import RidgeProblem
 
 
@@ -208,7 +208,7 @@ def test_a_module_runs_in_a_batch() -> None:
 
 
 def test_states_before_every_tail_are_dropped() -> None:
-    kept = _Kept(3)
+    kept = RowStates(3)
     states = [bl.InnerState(normal(t, 2)) for t in range(12)]
     for t, state in enumerate(states):
         # The first member to converge did so after 8 steps.
@@ -339,12 +339,6 @@ REFUSED = [
         {"params": torch.zeros(2, 3, dtype=F64)},
         "`params` must have the leading dimension 4 (one row for each member), got shape (2, 3).",
     ),
-    ({"solver": bl.Newton()}, "Newton does not run batches: use GradientDescent or another linear multistep method"),
-    ({"estimator": bl.Implicit(bl.GMRES())}, "GMRES does not run batches: use CG or Direct, or take rows='loop'."),
-    ({"estimator": bl.FiniteDifference()}, "FiniteDifference() does not run batches: use FullUnroll()"),
-    ({"estimator": bl.TruncatedUnroll(tail="auto")}, "TruncatedUnroll(tail='auto') does not run batches"),
-    ({"estimator": bl.Implicit(balance="auto")}, "Implicit(linear_solver=CG(), balance='auto') does not run batches"),
-    ({"estimator": bl.FullUnroll(memory="graph")}, "FullUnroll(memory='graph') does not run batches"),
     ({"estimator": bl.Implicit(bl.Direct(max_size=2))}, "`Direct.max_size` is 2 but the system has 3 unknowns"),
 ]
 
@@ -353,6 +347,30 @@ REFUSED = [
 def test_what_a_batch_cannot_do_is_refused_in_one_sentence(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(words)):
         call(**changes)
+
+
+GMRES = "Implicit(linear_solver=GMRES())"
+ALONE = [
+    ({"solver": bl.Newton()}, "Newton()"),
+    ({"solver": bl.QuasiNewton()}, "QuasiNewton()"),
+    ({"estimator": bl.Implicit(bl.GMRES())}, GMRES),
+    ({"estimator": bl.FiniteDifference()}, "FiniteDifference()"),
+    ({"estimator": bl.TruncatedUnroll(tail="auto")}, "TruncatedUnroll(tail='auto')"),
+    ({"estimator": bl.Implicit(balance="auto")}, "Implicit(linear_solver=CG(), balance='auto')"),
+    ({"estimator": bl.FullUnroll(memory="checkpoint")}, "FullUnroll(memory='checkpoint')"),
+    ({"estimator": bl.ClosedForm()}, "ClosedForm()"),
+]
+
+
+@pytest.mark.parametrize(("changes", "name"), ALONE, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_takes_one_problem_at_a_time_runs_the_members_one_after_the_other(
+    changes: dict[str, Any], name: str
+) -> None:
+    found, asked = call(**changes), call(**changes, rows="loop")
+    assert torch.equal(found.hypergradient, asked.hypergradient)
+    assert found.cost.counts == asked.cost.counts
+    for each in found:
+        assert each.certificate.measured["rows"] == f"one after the other, as {name} takes one problem at a time"
 
 
 def test_stacks_of_unlike_problems_are_refused() -> None:

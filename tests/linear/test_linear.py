@@ -305,8 +305,10 @@ def test_singular_members_of_a_batch_are_judged_as_single_systems_are(solver: bl
     matrix, regular = rows.t() @ rows, spd(84, 8)
     matrices = torch.stack([matrix, matrix, regular, -regular])
     b = torch.stack([rows.t() @ normal(82, 5), normal(83, 8), normal(83, 8), normal(83, 8)])
-    solution = solver.solve_batch(lambda v: (matrices @ v[..., None])[..., 0], b, dense=lambda: matrices, definite=True)
-    assert [v.status for v in solution.verdicts] == [
+    solution = solver.solve(
+        lambda v: (matrices @ v[..., None])[..., 0], b, dense=lambda: matrices, definite=True, rows=True
+    )
+    assert [v.status for v in solution.verdict] == [
         Status.OK, Status.SINGULAR, Status.OK, Status.NEGATIVE_CURVATURE
     ]  # fmt: skip
     torch.testing.assert_close(solution.x[0], torch.linalg.pinv(matrix) @ b[0])

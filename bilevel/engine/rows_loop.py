@@ -6,115 +6,49 @@ the residual and the verdict that it would have alone.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, InnerSolver, InnerState
+from bilevel.base import InnerSolver, InnerState
 from bilevel.core import device as look
 from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.status import GOOD, Status, StepFailure, Verdict
-from bilevel.core.tree import Tree
 from bilevel.engine.batch_tolerance import BatchGoal
 from bilevel.engine.expansion import watched
-from bilevel.engine.loop import LOOK, InnerRun, judge, not_finite
+from bilevel.engine.judge import LOOK, InnerRun, judge, not_finite
 from bilevel.engine.tolerance import Floor
 from bilevel.oracles.inner_problem import InnerProblem
 
-
-@dataclass
-class BatchRun:
-    """How the inner solves of a batch ended, an entry for each member.
-
-    Attributes:
-        solver: the solver that took the steps.
-        first: the state before the first step.
-        state: the last states.
-        taken: steps of the loop: those of the member that moved longest.
-        residuals: norms of the inner gradient at the last iterates.
-        steps: steps taken.
-        counts: oracle calls that the member took part in.
-        verdicts: statuses.
-    """
-
-    solver: InnerSolver
-    first: InnerState
-    state: InnerState
-    taken: int = 0
-    residuals: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    counts: list[Counter[str]] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    @property
-    def usable(self) -> Tensor:
-        """Which members have a result, of shape (members,)."""
-        device = tree.leaves(self.state.params)[0].device
-        return torch.tensor([verdict.status.usable for verdict in self.verdicts], device=device)
-
-    def carry_state(self) -> InnerState:
-        """Return the state for a warm start: where a member failed, the one that it started from."""
-        usable = self.usable
-        params, memory = self.state.variables
-        if not bool(usable.all()):
-            params = members.where(usable, params, self.first.params)
-            memory = members.where(usable, memory, self.first.memory)
-        steps: int | Tensor = self.first.steps + self.taken
-        taken = [
-            count if verdict.status.usable else 0 for count, verdict in zip(self.steps, self.verdicts, strict=True)
-        ]
-        if isinstance(steps, Tensor) or any(count != self.taken for count in taken):
-            steps = self.first.steps + torch.tensor(taken, device=usable.device, dtype=torch.float64)
-        return replace(self.state, params=params, memory=memory, steps=steps)
+RowsVisit: TypeAlias = Callable[[InnerState, Tensor | None, int], object]
+"""Is shown every state that a step starts from, which rows move (None: all do), and the end of the first run that has
+converged, this step if none has."""
 
 
-def begin_batch(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: Carry) -> InnerState:
-    """Return the first state of all members: warm where the carry holds one, else cold at `params`.
-
-    Raises:
-        ValueError: for a solver whose step would mix members.
-    """
-    if not solver.traits.rowwise:
-        raise ValueError(
-            f"{type(solver).__name__} does not run batches: use GradientDescent or another linear multistep method, or "
-            "SGD, Adam, AdamW or RMSprop (a solver of your own says `traits = Traits(rowwise=True)` where its step "
-            "mixes no rows), or take rows='loop'."
-        )
-    if carry.state is None:
-        return solver.init(inner, params)
-    state = solver.warm_start(inner, carry.state)
-    return replace(state, earlier=carry.state.index - state.steps)
-
-
-Visit = Callable[[InnerState, Tensor | None, int], object]
-"""Is shown every state that a step starts from, which members move (None: all do), and the end of the first run that
-has converged, this step if none has."""
-
-
-def run_batch(
-    inner: InnerProblem, solver: InnerSolver, state: InnerState, visit: Visit | None = None, *, at_least: int = 0
-) -> BatchRun:
-    """Run the solver until every member has reached the tolerance or the number of steps.
+def run_rows(
+    inner: InnerProblem, solver: InnerSolver, state: InnerState, visit: RowsVisit | None, at_least: int
+) -> InnerRun:
+    """Run the solver until every row has reached the tolerance or the number of steps.
 
     Args:
         inner: the bound batch.
         solver: the inner solver.
-        state: the first state, from `begin_batch`.
-        visit: see `Visit`.
+        state: the first state.
+        visit: see `RowsVisit`.
         at_least: steps to take even where a tolerance is reached before.
 
     Returns:
         The last states, each with its own residual and verdict.
     """
     loop = _Loop(inner, solver, state)
-    with torch.no_grad():
-        loop.run(visit, at_least)
-        loop.judge()
-    return loop.result
+    loop.run(visit, at_least)
+    return loop.judged()
 
 
 class _Loop:
@@ -132,12 +66,12 @@ class _Loop:
         self.taken = self.marked = 0
         self.moving = torch.ones(size, dtype=torch.bool, device=like.device)
         self.left, self.first_end = size, self.limit
-        self.start = torch.empty(0)
+        self.first, self.start = state, torch.empty(0)
         self.broken: dict[int, InnerState] = {}
-        blank: list[Counter[str]] = [Counter() for _ in range(size)]
-        self.result = BatchRun(self.runner, state, state, 0, [float("nan")] * size, [0] * size, blank, [GOOD] * size)
+        self.residuals, self.steps, self.verdicts = [math.nan] * size, [0] * size, [GOOD] * size
+        self.counts: list[Counter[str]] = [Counter() for _ in range(size)]
 
-    def run(self, visit: Visit | None, at_least: int) -> None:
+    def run(self, visit: RowsVisit | None, at_least: int) -> None:
         """Take the steps."""
         size = len(self.moving)
         if self.tol is not None:
@@ -163,14 +97,13 @@ class _Loop:
             self.before = self.state
             self.state = after if still is None else _kept(still, after, self.state)
             self.taken += 1
-        self.result.taken = self.taken
 
-    def judge(self) -> None:
-        """Look at the residuals of the members that used all steps, and judge them."""
+    def judged(self) -> InnerRun:
+        """Look at the residuals of the rows that used all steps, judge them, and return the run."""
         if self.left:
             residual = self._residual(self.state)
             if self.tol is None:
-                self.start = self._residual(self.result.first)
+                self.start = self._residual(self.first)
             broken = self.moving & ~torch.isfinite(residual)
             if bool(broken.any()):
                 self._fail(broken)
@@ -181,11 +114,22 @@ class _Loop:
         for index, state in self.broken.items():
             params = members.with_row(self.state.params, index, state.params)
             self.state = replace(self.state, params=params)
-        self.result.state = self.state
+        run = InnerRun(self.state, self.residuals, self.steps, self.verdicts, self.counts, self.runner)
+        return replace(run, warm=self._warm(run.usable))
+
+    def _warm(self, usable: Tensor) -> InnerState:
+        """Return the state for a warm start: where a row failed, the one that it started from."""
+        state = self.state if bool(usable.all()) else _kept(usable, self.state, self.first)
+        steps: int | Tensor = self.first.steps + self.taken
+        ends = zip(self.steps, self.verdicts, strict=True)
+        taken = [count if verdict.status.usable else 0 for count, verdict in ends]
+        if isinstance(steps, Tensor) or any(count != self.taken for count in taken):
+            steps = self.first.steps + torch.tensor(taken, device=usable.device, dtype=torch.float64)
+        return replace(state, steps=steps)
 
     def _judge(self, mask: Tensor, residual: Tensor, floors: dict[int, Floor] | None = None) -> None:
         """Judge members that end above their tolerance."""
-        first, start = self.result.first, self.start
+        first, start = self.first, self.start
         larger = (residual > start).cpu()
         start, residual = start.cpu(), residual.cpu()
         tol = None if self.goal.tol is None else self.goal.tol.cpu()
@@ -265,9 +209,8 @@ class _Loop:
         self._stand(self.moving)
 
     def _record(self, index: int, residual: float, steps: int, verdict: Verdict) -> None:
-        result = self.result
-        result.residuals[index], result.steps[index], result.verdicts[index] = residual, steps, verdict
-        result.counts[index] = Counter(self.inner.counts) + self.inner.alone[index]
+        self.residuals[index], self.steps[index], self.verdicts[index] = residual, steps, verdict
+        self.counts[index] = Counter(self.inner.counts) + self.inner.alone[index]
 
     def _stand(self, mask: Tensor) -> None:
         self.moving = self.moving & ~mask
@@ -282,7 +225,7 @@ class _Loop:
 
 
 def _kept(moving: Tensor, after: InnerState, before: InnerState) -> InnerState:
-    """Return the state after a step in which some members stand still."""
+    """Return the state `after` in the rows that move, and `before` in the others."""
     return replace(
         after,
         params=members.where(moving, after.params, before.params),
