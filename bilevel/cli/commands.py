@@ -130,7 +130,7 @@ def _tuned(plan: Plan, run: Any) -> dict[str, Any]:
     """Return the tuned hyperparameters of one run with their scores, in plain containers."""
     setup = plan.problems[run.cell.problem](run.cell.seed)
     usable = [row for row in run.rows if row["outer_loss"] is not None]
-    best = usable[-1] if setup.problem.renewed else min(usable, key=lambda row: row["outer_loss"])
+    best = usable[-1] if setup.problem.structure.resampled else min(usable, key=lambda row: row["outer_loss"])
     scores = [key for key in best if key.startswith(JUDGING)] or ["outer_loss"]
     start = tree.Raveler(setup.hparams).ravel(setup.hparams).tolist()
     return {

@@ -174,11 +174,11 @@ def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, es
         _end_of_budget(run, row, plan, setup)
         return False
     if estimate.status.usable and (
-        setup.problem.renewed or not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows)
+        setup.problem.structure.resampled or not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows)
     ):
         run.best = tree.Raveler(hparams).ravel(hparams).tolist()
     run.rows.append(row)
-    run.stopped = stop_reason(plan, run.rows, not setup.problem.renewed)
+    run.stopped = stop_reason(plan, run.rows, not setup.problem.structure.resampled)
     run.done = bool(run.stopped)
     if run.done and not run.failed:
         run.stopped = with_remark(run.stopped, setup.problem, estimate.params, hparams)
@@ -189,7 +189,7 @@ def _end_of_budget(run: CellRun, row: Row, plan: Plan, setup: Setup) -> None:
     budget = plan.budget
     run.done, run.stopped = True, f"used the budget of {budget:g} gradient-equivalents"
     if run.rows:
-        run.stopped = _rules(plan).end(run.stopped, *_columns(run.rows), not setup.problem.renewed)
+        run.stopped = _rules(plan).end(run.stopped, *_columns(run.rows), not setup.problem.structure.resampled)
     else:
         cost = row["gradient_equivalents"]
         run.stopped = f"failed: the first step costs {cost:g} gradient-equivalents, above the budget of {budget:g}"

@@ -34,9 +34,9 @@ def error_against_referee(problem: BilevelProblem, hparams: Tree, estimate: Esti
     """
     if not estimate.status.usable:
         return None, "none: the hypergradient is not usable"
-    if not problem.one_solution:
+    if not problem.structure.unique_solution:
         return None, "none: the inner problem has several solutions"
-    if problem.renewed:
+    if problem.structure.resampled:
         return None, "none: each outer step has an inner problem of its own"
     exact, name = problem.exact_hypergradient(hparams), "closed form"
     if exact is None:

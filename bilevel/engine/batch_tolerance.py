@@ -83,7 +83,7 @@ class BatchGoal:
         """Set the tolerances of a share at the first iterates."""
         assert self.share is not None
         parts = self._parts(params, moving)
-        known = self.cold & (parts == 0) & self.inner.problem.quadratic
+        known = self.cold & (parts == 0) & self.inner.problem.structure.quadratic
         self.length = torch.where(known, torch.inf, self.length)
         own = torch.where(self.cold | (parts == 0), residual, 0.0)
         self.tol = self.share * torch.maximum(parts, own)

@@ -97,7 +97,7 @@ class Goal:
             # A budget, which alone gives both, has no room for products: the start's gradient has to do.
             parts = self.parts(x) if self.solver.steps is None else 0.0
             # A quadratic loss that starts where its v is zero: the gradient there is ``-H v`` at the solution.
-            if self.cold and parts == 0 and self.inner.problem.quadratic:
+            if self.cold and parts == 0 and self.inner.problem.structure.quadratic:
                 self.measured_at = None
             self._set(max(parts, residual if self.cold or parts == 0 else 0.0))
         assert self.tol is not None

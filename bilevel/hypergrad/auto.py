@@ -112,7 +112,7 @@ class Auto(HypergradEstimator):
             return Choice(Implicit(CG()), "the members of a batch share the products of one linear solve")
         if problem.spectrum() is not None:
             return Choice(ClosedForm(), "the spectrum of the inner Hessian is known")
-        if problem.quadratic and size <= MAX_DENSE and 3 * size**2 * bytes_each <= self.memory_limit:
+        if problem.structure.quadratic and size <= MAX_DENSE and 3 * size**2 * bytes_each <= self.memory_limit:
             return Choice(ClosedForm(), "the inner loss is quadratic, and its Hessian fits into memory")
         if not problem.symmetric:
             return Choice(Implicit(GMRES()), "the Jacobian of an optimality map need not be symmetric")

@@ -58,10 +58,10 @@ class ClosedForm(HypergradEstimator):
             ValueError: for an inner loss that does not say it is quadratic, or more than 5,000 parameters.
         """
         super().check(problem, solver, hparams)
-        if not problem.quadratic:
+        if not problem.structure.quadratic:
             raise ValueError(
                 f"ClosedForm needs a quadratic inner loss, which this {type(problem).__name__} does not say it has: "
-                "use Implicit(), or set `quadratic = True` on a problem that has one."
+                "use Implicit(), or set `structure = Structure(quadratic=True)` on a problem that has one."
             )
 
     def solve(

@@ -35,6 +35,7 @@ from bilevel.networks.functional import FunctionalModule
 from bilevel.oracles.batching import NotSideBySide, vectorised
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.random_layers import random_layer
+from bilevel.oracles.structure import Structure
 
 
 class MetaProblem(BilevelProblem):
@@ -72,7 +73,7 @@ class MetaProblem(BilevelProblem):
     {'weight': (3, 1, 1), 'bias': (3, 1)}
     """
 
-    renewed = True
+    structure = Structure(resampled=True)
     unit = "initial weight"
 
     def __init__(

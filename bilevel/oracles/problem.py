@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.losses import Loss, Losses, Purity
 from bilevel.oracles.samplers import Sampler, fetched_anew
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
+from bilevel.oracles.structure import Structure, declared
 from bilevel.oracles.tracing import TracedInner, trace
 from bilevel.oracles.validation import (
     Reads,
@@ -84,17 +86,12 @@ class BilevelProblem(Losses):
     """
 
     inner_problem: type[InnerProblem] = InnerProblem
-    quadratic: bool = False
-    """Whether the inner loss is quadratic in params for every hparams, so that one linear solve gives its minimiser."""
+    structure: Structure = Structure()
+    """What is declared of the problem."""
 
-    one_solution: bool = True
-    """Whether the inner problem is taken to have one solution, so that a tight solve from anywhere is a referee."""
-    renewed: bool = False
-    """Whether each outer step has an inner variable of its own (`on_outer_step`), as where tasks are drawn anew.
-
-    Then no warm start is handed on, outer losses of different steps do not compare (the last hyperparameters are the
-    best), and comparisons have no referee.
-    """
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.structure = declared(cls, cls.structure)
 
     sampler: Sampler | None = None
     """Where every inner step sees a batch of its own: the batches."""
@@ -349,7 +346,8 @@ class BilevelProblem(Losses):
     def as_batch(self, single: Sequence[BilevelProblem]) -> BilevelProblem:
         """Declare this problem the batch of the given members, and return it."""
         self.batch, self._single = len(single), tuple(single)
-        self.quadratic = all(each.quadratic for each in single)
+        quadratic = all(each.structure.quadratic for each in single)
+        self.structure = replace(single[0].structure, quadratic=quadratic)
         return self
 
     def member(self, index: int) -> BilevelProblem:

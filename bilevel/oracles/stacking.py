@@ -31,7 +31,7 @@ class RowsProblem(BilevelProblem):
         starts = [problem.params for problem in problems]
         super().__init__(params=None if any(start is None for start in starts) else members.stack(starts))
         self.as_batch(problems)
-        self.why, self.renewed = why, problems[0].renewed
+        self.why = why
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the sum over members of the inner losses."""

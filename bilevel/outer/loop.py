@@ -127,7 +127,7 @@ class OuterOptimizer:
             check_target(first, problem, solver, rule, certify)
         self.problem, self.solver, self.estimator = problem, solver, rule
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
-        if problem.renewed:
+        if problem.structure.resampled:
             self.warm_start = WarmStart(state=False, adjoint=False)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
@@ -219,7 +219,7 @@ class OuterOptimizer:
     def _keep_best(self, losses: Any, usable: Mapping[int, Record]) -> None:
         """Keep the hyperparameters with the smallest loss, or the last where losses do not compare."""
         best = [self.best[0]] if self.size is None else self.best[0].tolist()
-        better = [i for i, record in usable.items() if self.problem.renewed or record.outer_loss < best[i]]
+        better = [i for i, record in usable.items() if self.problem.structure.resampled or record.outer_loss < best[i]]
         pairs = zip((losses, self.current), self.best, strict=True)
         self.best = tuple(where(better, self.size, new, old) for new, old in pairs)
 
@@ -290,7 +290,7 @@ class OuterOptimizer:
         taken = [
             reason
             or ("a callback asked to stop" if asked else "")
-            or rules.end(f"took {steps} steps", *columns(history), not self.problem.renewed)
+            or rules.end(f"took {steps} steps", *columns(history), not self.problem.structure.resampled)
             for reason, history in zip(reasons, self.histories, strict=True)
         ]
         ends = [end if estimate is None else self._remarked(end, estimate, i) for i, end in enumerate(taken)]

@@ -29,6 +29,7 @@ from bilevel.oracles.error_model import Certifiable, Rows, Tuned
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
+from bilevel.oracles.structure import Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
@@ -104,7 +105,7 @@ class LinearModelProblem(DataProblem):
             self.splits[name].y = y
         self.outputs = self.glm.outputs(self.train.y)
         self.class_curvature_at_zero = None if self.outputs is None else self.glm.curvature_at_zero(self.outputs)
-        self.quadratic = self.glm.quadratic
+        self.structure = Structure(quadratic=self.glm.quadratic)
         axes = self.penalty_axes()
         if not isinstance(penalty, str) or penalty not in axes:
             remedy = "" if isinstance(penalty, str) else " (values of penalties are hyperparameters)"

@@ -13,6 +13,7 @@ from bilevel.core.options import is_int, require
 from bilevel.core.tree import Tree
 from bilevel.networks.module_problem import ModuleProblem
 from bilevel.oracles.purity import look
+from bilevel.oracles.structure import Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.splits import Split, class_labels, training_classes
@@ -57,7 +58,7 @@ class MLPProblem(DataProblem, ModuleProblem):
     """
 
     task = "classification"
-    one_solution = False
+    structure = Structure(unique_solution=False)
 
     def __init__(
         self,

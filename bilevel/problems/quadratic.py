@@ -14,6 +14,7 @@ from bilevel.oracles.batching import check_own_data
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
+from bilevel.oracles.structure import Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.quadratic_batch import QuadraticProblemBatch
@@ -89,7 +90,7 @@ class QuadraticProblem(BilevelProblem):
     """
 
     inner_problem = QuadraticInner
-    quadratic = True
+    structure = Structure(quadratic=True)
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
 from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.structure import Structure
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
 from bilevel.problems.linear_model import LinearModelProblem
@@ -112,7 +113,7 @@ class RidgeProblem(LinearModelProblem):
     task = "regression"
     inner_problem: type[InnerProblem] = RidgeInner
     glm = Squared()
-    quadratic = True
+    structure = Structure(quadratic=True)
 
     def batch_class(self) -> type[LinearBatch]:
         """`RidgeBatch`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 import bilevel as bl
 from bilevel.engine.recurrence import SMALL, geometric
 from bilevel.numerics.eigenbasis import diagonalise
+from bilevel.oracles.structure import Structure
 from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem
 
 SOLVERS = {
@@ -244,7 +245,7 @@ def test_a_users_problem_enters_through_its_spectrum() -> None:
     A, b, target = spd(7, 4, 3.0), normal(8, 4), normal(9, 4)
 
     class Mine(bl.BilevelProblem):
-        quadratic = True
+        structure = Structure(quadratic=True)
 
         def spectrum(self):
             return diagonalise(A, b, lambda u: (u.exp(), u.exp()))
@@ -343,7 +344,7 @@ def test_closed_form_names_a_hessian_that_is_not_positive_definite(lowest, statu
 
 def test_closed_form_notices_a_loss_that_is_not_quadratic() -> None:
     class Wrong(bl.BilevelProblem):
-        quadratic = True
+        structure = Structure(quadratic=True)
 
     problem = Wrong(lambda x, u: (x**4).sum() + u.exp() * x @ x, lambda x, u: x.sum(), torch.ones(2, dtype=F64))
     u = torch.tensor(0.0, dtype=F64)
@@ -401,7 +402,7 @@ def test_a_sweep_over_one_vector_is_refused() -> None:
 
 def test_closed_form_refuses_more_parameters_than_it_can_factor() -> None:
     class Wide(bl.BilevelProblem):
-        quadratic = True
+        structure = Structure(quadratic=True)
 
     problem = Wide(lambda x, u: u * x @ x + x.sum(), lambda x, u: x.sum(), torch.zeros(5001))
     with pytest.raises(ValueError, match=r"^ClosedForm\(\) factors a dense Hessian, for at most 5,000 parameters"):

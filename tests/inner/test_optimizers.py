@@ -15,6 +15,7 @@ from torch import Tensor, optim
 
 import bilevel as bl
 from bilevel.inner import LeafwiseSolver
+from bilevel.oracles.structure import Structure
 
 # Equal to torch's ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +267,7 @@ def test_tuned_step_sizes_descend_in_the_outer_loop_and_resume_bit_for_bit() -> 
 )
 def test_what_rests_on_the_inner_solution_refuses_tuned_options(name: str, estimator: Any) -> None:
     problem, solver, u = tuned(name)
-    problem.quadratic = True
+    problem.structure = Structure(quadratic=True)
     sentence = (
         rf" rests on the inner solution, but `{name}.step_size` is a function of the hyperparameters, on which the "
         "solution does not depend: use FullUnroll, or TruncatedUnroll with a number as its tail."
