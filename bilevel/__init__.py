@@ -1,77 +1,144 @@
-"""Bilevel hyperparameter optimization in PyTorch: hypergradients that carry their own evidence."""
+"""Bilevel hyperparameter optimization in PyTorch: hypergradients that carry their own evidence.
 
-# ruff: noqa: E402  (the first call comes before anything that loads torch)
+A name is imported from its room when it is first used, so that `import bilevel` loads nothing and changes nothing.
+"""
 
-from bilevel.core.interrupt import quiet_interrupt
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-quiet_interrupt()
+if TYPE_CHECKING:
+    from bilevel import meta as meta
+    from bilevel import problems as problems
+    from bilevel import theory as theory
+    from bilevel.base import BatchEstimate as BatchEstimate
+    from bilevel.base import Carry as Carry
+    from bilevel.base import Certificate as Certificate
+    from bilevel.base import Estimate as Estimate
+    from bilevel.base import HypergradEstimator as HypergradEstimator
+    from bilevel.base import InnerSolver as InnerSolver
+    from bilevel.base import InnerState as InnerState
+    from bilevel.base import LinearSolution as LinearSolution
+    from bilevel.base import LinearSolver as LinearSolver
+    from bilevel.base import LinearSystem as LinearSystem
+    from bilevel.base import Pullback as Pullback
+    from bilevel.base import Solution as Solution
+    from bilevel.check import check_hypergradient as check_hypergradient
+    from bilevel.check import check_problem as check_problem
+    from bilevel.core import threads as threads
+    from bilevel.core import tree as tree
+    from bilevel.core.status import BilevelWarning as BilevelWarning
+    from bilevel.core.status import HypergradientError as HypergradientError
+    from bilevel.core.status import Status as Status
+    from bilevel.core.status import Verdict as Verdict
+    from bilevel.engine.loop import begin as begin
+    from bilevel.engine.loop import run_inner as run_inner
+    from bilevel.hypergrad import Auto as Auto
+    from bilevel.hypergrad import ClosedForm as ClosedForm
+    from bilevel.hypergrad import FiniteDifference as FiniteDifference
+    from bilevel.hypergrad import FirstOrder as FirstOrder
+    from bilevel.hypergrad import FullUnroll as FullUnroll
+    from bilevel.hypergrad import Implicit as Implicit
+    from bilevel.hypergrad import OneStep as OneStep
+    from bilevel.hypergrad import Spectral as Spectral
+    from bilevel.hypergrad import TruncatedUnroll as TruncatedUnroll
+    from bilevel.hypergrad import solution as solution
+    from bilevel.hypergrad.hypergradient import hypergradient as hypergradient
+    from bilevel.inner import SGD as SGD
+    from bilevel.inner import Adam as Adam
+    from bilevel.inner import AdamW as AdamW
+    from bilevel.inner import AsymptoticSobolev as AsymptoticSobolev
+    from bilevel.inner import Chebyshev as Chebyshev
+    from bilevel.inner import Coefficients as Coefficients
+    from bilevel.inner import FixedPoint as FixedPoint
+    from bilevel.inner import GradientDescent as GradientDescent
+    from bilevel.inner import HeavyBall as HeavyBall
+    from bilevel.inner import LinearMultistep as LinearMultistep
+    from bilevel.inner import Nesterov as Nesterov
+    from bilevel.inner import Newton as Newton
+    from bilevel.inner import QuasiNewton as QuasiNewton
+    from bilevel.inner import RMSprop as RMSprop
+    from bilevel.inner import Sobolev as Sobolev
+    from bilevel.inner import TorchOptimizer as TorchOptimizer
+    from bilevel.linear import CG as CG
+    from bilevel.linear import GMRES as GMRES
+    from bilevel.linear import Direct as Direct
+    from bilevel.linear import FixedPointIteration as FixedPointIteration
+    from bilevel.linear import Neumann as Neumann
+    from bilevel.linear import Nystrom as Nystrom
+    from bilevel.networks.module_problem import ModuleProblem as ModuleProblem
+    from bilevel.networks.weight_decay import weight_decay as weight_decay
+    from bilevel.oracles.inner_problem import InnerProblem as InnerProblem
+    from bilevel.oracles.inner_problem import Linearization as Linearization
+    from bilevel.oracles.inner_problem import Preconditioner as Preconditioner
+    from bilevel.oracles.loaders import LoaderBatches as LoaderBatches
+    from bilevel.oracles.problem import BilevelProblem as BilevelProblem
+    from bilevel.oracles.samplers import MiniBatches as MiniBatches
+    from bilevel.oracles.samplers import Sampler as Sampler
+    from bilevel.oracles.stacking import stack as stack
+    from bilevel.oracles.tracing import trace as trace
+    from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
+    from bilevel.outer import BatchOuterResult as BatchOuterResult
+    from bilevel.outer import OuterOptimizer as OuterOptimizer
+    from bilevel.outer import ToleranceSchedule as ToleranceSchedule
+    from bilevel.outer import WarmStart as WarmStart
+    from bilevel.problems import QuadraticProblem as QuadraticProblem
 
-from bilevel import meta as meta
-from bilevel import problems as problems
-from bilevel import theory as theory
-from bilevel.base import BatchEstimate as BatchEstimate
-from bilevel.base import Carry as Carry
-from bilevel.base import Certificate as Certificate
-from bilevel.base import Estimate as Estimate
-from bilevel.base import HypergradEstimator as HypergradEstimator
-from bilevel.base import InnerSolver as InnerSolver
-from bilevel.base import InnerState as InnerState
-from bilevel.base import LinearSolution as LinearSolution
-from bilevel.base import LinearSolver as LinearSolver
-from bilevel.base import Pullback as Pullback
-from bilevel.base import Solution as Solution
-from bilevel.check import check_hypergradient as check_hypergradient
-from bilevel.check import check_problem as check_problem
-from bilevel.core import threads as threads
-from bilevel.core import tree as tree
-from bilevel.core.status import BilevelWarning as BilevelWarning
-from bilevel.core.status import HypergradientError as HypergradientError
-from bilevel.core.status import Status as Status
-from bilevel.hypergrad import Auto as Auto
-from bilevel.hypergrad import ClosedForm as ClosedForm
-from bilevel.hypergrad import FiniteDifference as FiniteDifference
-from bilevel.hypergrad import FirstOrder as FirstOrder
-from bilevel.hypergrad import FullUnroll as FullUnroll
-from bilevel.hypergrad import Implicit as Implicit
-from bilevel.hypergrad import OneStep as OneStep
-from bilevel.hypergrad import Spectral as Spectral
-from bilevel.hypergrad import TruncatedUnroll as TruncatedUnroll
-from bilevel.hypergrad import hypergradient as hypergradient
-from bilevel.hypergrad import solution as solution
-from bilevel.inner import SGD as SGD
-from bilevel.inner import Adam as Adam
-from bilevel.inner import AdamW as AdamW
-from bilevel.inner import AsymptoticSobolev as AsymptoticSobolev
-from bilevel.inner import Chebyshev as Chebyshev
-from bilevel.inner import FixedPoint as FixedPoint
-from bilevel.inner import GradientDescent as GradientDescent
-from bilevel.inner import HeavyBall as HeavyBall
-from bilevel.inner import Nesterov as Nesterov
-from bilevel.inner import Newton as Newton
-from bilevel.inner import QuasiNewton as QuasiNewton
-from bilevel.inner import RMSprop as RMSprop
-from bilevel.inner import Sobolev as Sobolev
-from bilevel.inner import TorchOptimizer as TorchOptimizer
-from bilevel.linear import CG as CG
-from bilevel.linear import GMRES as GMRES
-from bilevel.linear import Direct as Direct
-from bilevel.linear import FixedPointIteration as FixedPointIteration
-from bilevel.linear import Neumann as Neumann
-from bilevel.linear import Nystrom as Nystrom
-from bilevel.networks.module_problem import ModuleProblem as ModuleProblem
-from bilevel.networks.weight_decay import weight_decay as weight_decay
-from bilevel.oracles.inner_problem import InnerProblem as InnerProblem
-from bilevel.oracles.inner_problem import Linearization as Linearization
-from bilevel.oracles.inner_problem import Preconditioner as Preconditioner
-from bilevel.oracles.loaders import LoaderBatches as LoaderBatches
-from bilevel.oracles.problem import BilevelProblem as BilevelProblem
-from bilevel.oracles.samplers import MiniBatches as MiniBatches
-from bilevel.oracles.samplers import Sampler as Sampler
-from bilevel.oracles.stacking import stack as stack
-from bilevel.oracles.tracing import trace as trace
-from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
-from bilevel.outer import BatchOuterResult as BatchOuterResult
-from bilevel.outer import OuterOptimizer as OuterOptimizer
-from bilevel.outer import ToleranceSchedule as ToleranceSchedule
-from bilevel.outer import WarmStart as WarmStart
-from bilevel.problems import QuadraticProblem as QuadraticProblem
+    __version__: str
+
+_NAMES = {
+    "base": (
+        "BatchEstimate Carry Certificate Estimate HypergradEstimator InnerSolver InnerState LinearSolution "
+        "LinearSolver LinearSystem Pullback Solution"
+    ),
+    "check": "check_hypergradient check_problem",
+    "core.status": "BilevelWarning HypergradientError Status Verdict",
+    "engine.loop": "begin run_inner",
+    "hypergrad": (
+        "Auto ClosedForm FiniteDifference FirstOrder FullUnroll Implicit OneStep Spectral TruncatedUnroll "
+        "hypergradient solution"
+    ),
+    "inner": (
+        "Adam AdamW AsymptoticSobolev Chebyshev Coefficients FixedPoint GradientDescent HeavyBall LinearMultistep "
+        "Nesterov Newton QuasiNewton RMSprop SGD Sobolev TorchOptimizer"
+    ),
+    "linear": "CG Direct FixedPointIteration GMRES Neumann Nystrom",
+    "networks.module_problem": "ModuleProblem",
+    "networks.weight_decay": "weight_decay",
+    "oracles.inner_problem": "InnerProblem Linearization Preconditioner",
+    "oracles.loaders": "LoaderBatches",
+    "oracles.problem": "BilevelProblem",
+    "oracles.samplers": "MiniBatches Sampler",
+    "oracles.stacking": "stack",
+    "oracles.tracing": "trace",
+    "outer": "BatchOuterOptimizer BatchOuterResult OuterOptimizer ToleranceSchedule WarmStart",
+    "problems": "QuadraticProblem",
+}
+"""The public names of each module."""
+_HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
+_MODULES = {"meta": "meta", "problems": "problems", "theory": "theory", "threads": "core.threads", "tree": "core.tree"}
+"""Public modules."""
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import a public name, or a room, and keep it."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value = version(__name__)
+        elif name in _HOME:
+            value = getattr(import_module(_HOME[name]), name)
+        else:
+            module = f"{__name__}.{_MODULES.get(name, name)}"
+            if name.startswith("_") or find_spec(module) is None:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            value = import_module(module)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,7 +16,7 @@ from bilevel.compare import RunFolderError
 from bilevel.compare.folder import unwritten
 from bilevel.config import ConfigError
 from bilevel.config.document import shortened
-from bilevel.core.interrupt import INTERRUPTED, loaded
+from bilevel.core.interrupt import INTERRUPTED
 from bilevel.core.options import first_line
 from bilevel.core.tracebacks import outside, told
 
@@ -106,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for a run that failed, 2 for input that cannot be used, 130 after Ctrl-C.
     """
-    loaded()
     debug = False
     try:
         arguments = _parser().parse_args(argv)

@@ -387,11 +387,17 @@ def test_an_exception_of_the_users_own_class_is_told_kept_and_raised_on_demand(
     assert "out holds a run with another source of faulty_solver.py, which has changed since" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["torch", "pydantic"])
-def test_ctrl_c_while_the_command_starts_is_one_line(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "start"),
+    [
+        ("torch", "runpy.run_module('bilevel', run_name='__main__')"),  # python -m bilevel
+        ("pydantic", "from bilevel.__main__ import main; sys.exit(main())"),  # the installed command
+    ],
+)
+def test_ctrl_c_while_the_command_starts_is_one_line(module: str, start: str) -> None:
     # The first import of the module, far inside the start-up, is the moment at which the signal comes.
     code = (
-        "import importlib.abc, os, signal, sys\n"
+        "import importlib.abc, os, runpy, signal, sys\n"
         # A suite that runs in the background has been told to ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Interrupt(importlib.abc.MetaPathFinder):\n"
@@ -399,8 +405,7 @@ def test_ctrl_c_while_the_command_starts_is_one_line(module: str, tmp_path: Path
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
         "sys.argv = ['bilevel', 'doctor']\n"
-        "from bilevel.cli import main\n"
-        "sys.exit(main())\n"
+        f"{start}\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130
