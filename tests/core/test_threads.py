@@ -133,7 +133,7 @@ def run(code: str) -> str:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_makes_its_own_pool_and_the_interpreter_ends_in_both() -> None:
     code = (
-        "import os\nfrom bilevel.threads import pool\n"
+        "import os\nfrom bilevel.core.threads import pool\n"
         "assert list(pool(2).map(abs, [-1, -2])) == [1, 2]\n"
         "child = os.fork()\n"
         "print('child' if child == 0 else 'parent', list(pool(2).map(abs, [-3, -4])), flush=True)\n"
@@ -146,7 +146,7 @@ def test_the_cores_of_the_process_are_counted_by_its_affinity() -> None:
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("needs os.sched_setaffinity")
     code = (
-        "import os\nfrom bilevel.threads import usable_cores\n"
+        "import os\nfrom bilevel.core.threads import usable_cores\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(usable_cores())"
     )
     assert run(code) == "1\n"
