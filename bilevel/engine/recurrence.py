@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerState
+from bilevel.core.rows import Weight
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import DiagonalProblem
@@ -114,9 +115,8 @@ def _geometric(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Movi
     """Advance a method with one stored vector, each part in closed form."""
     values = problem.values
     for numbers, count in parts:
-        mix = _column([each.mix[0][0] for each in numbers], values)
-        read = _column([each.read[0] for each in numbers], values)
-        write = _column([each.write[0] for each in numbers], values)
+        all_of = numbers[0] if len(numbers) == 1 else Coefficients.of_rows(numbers, values)
+        mix, read, write = map(_column, (all_of.mix[0][0], all_of.read[0], all_of.write[0]))
         slope, pushed = write * read, write * problem.linear
         power, power_slope, total, total_slope = geometric((1.0 - mix) - slope * values, count)
         moved = slope * torch.addcmul(total_slope * pushed, power_slope, now.vectors)
@@ -128,11 +128,9 @@ def _geometric(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Movi
     return now
 
 
-def _column(weights: list[float], like: Tensor) -> Tensor | float:
-    """Return one weight as a number, or one for each element of the batch as a column."""
-    if len(weights) == 1:
-        return weights[0]
-    return torch.tensor(weights, dtype=like.dtype, device=like.device)[:, None]
+def _column(weight: Weight) -> Weight:
+    """Return a weight that differs by element of the batch as a column."""
+    return weight[:, None] if isinstance(weight, Tensor) else weight
 
 
 def geometric(q: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from bilevel.base import InnerState
 from bilevel.core import rows as members
 from bilevel.core import tree
-from bilevel.core.rows import Weight
 from bilevel.inner.coefficient_step import CoefficientStep
 
-Numbers: TypeAlias = tuple[tuple[int, float], ...]
-Pairs: TypeAlias = tuple[tuple[int, Weight], ...]
+Number: TypeAlias = Any
+"""A float; of rows that differ, a tensor of shape (rows,)."""
+Pairs: TypeAlias = tuple[tuple[int, Number], ...]
 AHEAD = 64
 """Steps whose coefficients are made at once, at least; then as many again as there are."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The numbers of one step; constants of the differentiation.
+    """The numbers of one step, of rows tensors of shape (rows,) where they differ; constants of the differentiation.
 
     Make them once for each set of values (``functools.lru_cache``): the sparse forms that the sweeps use are prepared
     here, because a step of a small problem takes little longer than the Python around it.
@@ -35,13 +34,13 @@ class Coefficients:
         write: p weights of the gradient in the new vectors.
     """
 
-    read: tuple[float, ...]
-    mix: tuple[tuple[float, ...], ...]
-    write: tuple[float, ...]
-    reads: Numbers = field(init=False, repr=False)
-    writes: Numbers = field(init=False, repr=False)
-    rows: tuple[Numbers, ...] = field(init=False, repr=False)
-    columns: tuple[Numbers, ...] = field(init=False, repr=False)
+    read: tuple[Number, ...]
+    mix: tuple[tuple[Number, ...], ...]
+    write: tuple[Number, ...]
+    reads: Pairs = field(init=False, repr=False)
+    writes: Pairs = field(init=False, repr=False)
+    rows: tuple[Pairs, ...] = field(init=False, repr=False)
+    columns: tuple[Pairs, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         rows = tuple(_nonzero((*row, weight)) for row, weight in zip(self.mix, self.write, strict=True))
@@ -55,39 +54,25 @@ class Coefficients:
         ):
             object.__setattr__(self, name, value)
 
-
-def _nonzero(weights: Sequence[float]) -> Numbers:
-    return tuple((index, weight) for index, weight in enumerate(weights) if weight != 0)
-
-
-@dataclass(frozen=True)
-class BatchCoefficients:
-    """The numbers of one step; those that differ by member are tensors of shape (members,)."""
-
-    reads: Pairs
-    writes: Pairs
-    rows: tuple[Pairs, ...]
-    columns: tuple[Pairs, ...]
-
     @classmethod
-    def of(cls, each: Sequence[Coefficients], like: Tensor) -> BatchCoefficients:
-        """Return the numbers of all members, those that agree as floats."""
+    def of_rows(cls, each: Sequence[Coefficients], like: Tensor) -> Coefficients:
+        """Return the numbers of rows, those that agree as one.
 
-        def joined(values: Sequence[float]) -> Weight:
-            agree = all(value == values[0] for value in values)
-            return values[0] if agree else torch.tensor(values, dtype=like.dtype, device=like.device)
+        Args:
+            each: one `Coefficients` for each row.
+            like: gives dtype and device.
+        """
 
-        def pairs(vectors: Sequence[Sequence[float]]) -> Pairs:
-            weights = enumerate(joined(values) for values in zip(*vectors, strict=True))
-            return tuple((index, weight) for index, weight in weights if isinstance(weight, Tensor) or weight != 0)
+        def joined(rows: Sequence[tuple[Number, ...]]) -> tuple[Number, ...]:
+            columns = list(zip(*rows, strict=True))
+            return tuple(c[0] if all(weight == c[0] for weight in c) else like.new_tensor(c) for c in columns)
 
-        count = range(len(each[0].read))
-        return cls(
-            reads=pairs([one.read for one in each]),
-            writes=pairs([one.write for one in each]),
-            rows=tuple(pairs([(*one.mix[j], one.write[j]) for one in each]) for j in count),
-            columns=tuple(pairs([(*(row[i] for row in one.mix), one.read[i]) for one in each]) for i in count),
-        )
+        mix = tuple(joined(rows) for rows in zip(*[one.mix for one in each], strict=True))
+        return cls(joined([one.read for one in each]), mix, joined([one.write for one in each]))
+
+
+def _nonzero(weights: Sequence[Number]) -> Pairs:
+    return tuple((index, weight) for index, weight in enumerate(weights) if isinstance(weight, Tensor) or weight != 0)
 
 
 @dataclass(frozen=True)
@@ -103,11 +88,11 @@ class MemberwiseMultistep(CoefficientStep):
     of: Callable[[InnerState], Coefficients] = field(kw_only=True)
     settled: bool = field(kw_only=True)
     state: InnerState = field(kw_only=True, repr=False)
-    numbers: list[BatchCoefficients] = field(default_factory=list, kw_only=True, repr=False, compare=False)
+    numbers: list[Coefficients] = field(default_factory=list, kw_only=True, repr=False, compare=False)
 
     weighted_sum = staticmethod(members.weighted_sum)
 
-    def coefficients(self, state: InnerState) -> BatchCoefficients:
+    def coefficients(self, state: InnerState) -> Coefficients:
         """Return the numbers of the step that starts from `state`."""
         index = min(state.steps, 1) if self.settled else state.steps
         while index >= len(self.numbers):
@@ -126,4 +111,4 @@ class MemberwiseMultistep(CoefficientStep):
             table = [self.of(replace(state if ok else donor, steps=step)) for step in steps]
             # A member without numbers of its own must not go on with another's: its first step makes it NaN.
             tables.append(table if ok else [replace(one, write=(math.nan,) * len(one.write)) for one in table])
-        self.numbers.extend(BatchCoefficients.of(each, like) for each in zip(*tables, strict=True))
+        self.numbers.extend(Coefficients.of_rows(each, like) for each in zip(*tables, strict=True))

@@ -12,14 +12,13 @@ from torch import Tensor
 from bilevel.base import InnerSolver, InnerState
 from bilevel.core.options import is_int
 from bilevel.core.tree import Tree
-from bilevel.inner import LinearMultistep
+from bilevel.inner import Coefficients, LinearMultistep
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems import QuadraticProblem
 from bilevel.theory.one_at_a_time import Errors, single_errors
 from bilevel.theory.quadratic_batch import QuadraticBatch
 from bilevel.theory.sweeps import (
-    Numbers,
     Oracle,
     QuadraticOracle,
     VmapOracle,
@@ -208,7 +207,7 @@ def _broadcast(
 
 def _numbers(
     solvers: Sequence[Any], inners: Sequence[InnerProblem], starts: Sequence[Tree], steps: int, oracle: Oracle
-) -> tuple[list[InnerState], list[Numbers], int]:
+) -> tuple[list[InnerState], list[Coefficients], int]:
     """Return the first states, the numbers of all steps, and how many vectors a solver stores."""
     states = [each.init(inner, x) for each, inner, x in zip(solvers, inners, starts, strict=True)]
     vectors = 1 + len(states[0].memory)

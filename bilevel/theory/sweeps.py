@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,39 +19,13 @@ from bilevel.base import InnerState
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.inner import Coefficients, LinearMultistep
+from bilevel.inner.coefficients import Pairs
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.theory.one_at_a_time import Errors, reference
 from bilevel.theory.quadratic_batch import QuadraticBatch
 
-Weight: TypeAlias = float | Tensor
-Terms: TypeAlias = tuple[tuple[int, Weight], ...]
 
-
-class Numbers:
-    """The coefficients of one step of B solvers; a number that all share stays a float.
-
-    Args:
-        each: one `Coefficients` for each solver, all with the same zeros.
-        like: gives dtype and device.
-    """
-
-    def __init__(self, each: Sequence[Coefficients], like: Tensor) -> None:
-        def merged(rows: Sequence[Sequence[float]]) -> Terms:
-            columns = list(zip(*rows, strict=True))
-            return tuple(
-                (index, column[0] if len(set(column)) == 1 else like.new_tensor(column))
-                for index, column in enumerate(columns)
-                if any(column)
-            )
-
-        count = len(each[0].mix)
-        self.reads = merged([c.read for c in each])
-        self.writes = merged([c.write for c in each])
-        self.rows = [merged([(*c.mix[j], c.write[j]) for c in each]) for j in range(count)]
-        self.columns = [merged([(*(row[i] for row in c.mix), c.read[i]) for c in each]) for i in range(count)]
-
-
-def weighted(terms: Terms, tensors: Sequence[Tensor], lead: int, dims: int) -> Tensor:
+def weighted(terms: Pairs, tensors: Sequence[Tensor], lead: int, dims: int) -> Tensor:
     """Return ``sum_i weight_i tensors_i``; the batch is the axis `lead` of tensors with `dims` axes."""
     total: Tensor | None = None
     for index, weight in terms:
@@ -68,7 +41,7 @@ def weighted(terms: Terms, tensors: Sequence[Tensor], lead: int, dims: int) -> T
 
 def recurrence(
     solvers: Sequence[LinearMultistep], states: Sequence[InnerState], steps: int, like: Tensor
-) -> Iterator[Numbers]:
+) -> Iterator[Coefficients]:
     """Yield the numbers of every step of B solvers.
 
     Args:
@@ -78,17 +51,17 @@ def recurrence(
         like: gives dtype and device.
 
     Yields:
-        One `Numbers` for each step, the same object while nothing changes.
+        One `Coefficients` for each step, the same object while nothing changes.
     """
     held: tuple[Coefficients, ...] = ()
-    numbers: Numbers | None = None
+    numbers: Coefficients | None = None
     for k in range(steps):
         each = tuple(
             solver.coefficients(InnerState((), (), k, state.measured))
             for solver, state in zip(solvers, states, strict=True)
         )
         if numbers is None or any(a is not b for a, b in zip(each, held, strict=True)):
-            numbers, held = Numbers(each, like), each
+            numbers, held = Coefficients.of_rows(each, like), each
         yield numbers
 
 
@@ -221,7 +194,7 @@ class VmapOracle(Oracle):
         return cross @ cotangent.mT
 
 
-def batched_errors(oracle: Oracle, numbers: Sequence[Numbers], vectors: int, begins: Sequence[int]) -> Errors:
+def batched_errors(oracle: Oracle, numbers: Sequence[Coefficients], vectors: int, begins: Sequence[int]) -> Errors:
     """Run B problems at once.
 
     Args:
@@ -262,7 +235,7 @@ def batched_errors(oracle: Oracle, numbers: Sequence[Numbers], vectors: int, beg
 
 
 def _reverse(
-    oracle: Oracle, numbers: Sequence[Numbers], vectors: int, points: Sequence[tuple[Tensor, Tensor]]
+    oracle: Oracle, numbers: Sequence[Coefficients], vectors: int, points: Sequence[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Return the error of the reverse sweep after it has reached k, of shape (B, K+1)."""
     identity = oracle.identity()
