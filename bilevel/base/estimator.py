@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from bilevel.base.inner_solver import InnerSolver, InnerState
+from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.cost import Cost, Meter
 from bilevel.core.options import describe
@@ -71,6 +72,14 @@ class Pullback:
     value_error: Tensor | None = None
     counts: Sequence[Counter[str]] = ()
 
+    def row(self, index: int) -> Pullback:
+        """Return what is said of one row."""
+        residual, steps, verdict = (members.figure(each, index) for each in (self.residual, self.steps, self.verdict))
+        adjoint = None if self.adjoint is None else members.row(self.adjoint, index)
+        error = None if self.value_error is None else self.value_error[index]
+        hparams = members.row(self.hparams, index)
+        return Pullback(hparams, adjoint, residual, steps, verdict, error_note=self.error_note, value_error=error)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -93,6 +102,12 @@ class Solution:
     steps: Any
     verdict: Any = GOOD
     counts: Sequence[Counter[str]] = ()
+
+    def row(self, index: int) -> Solution:
+        """Return the solution of one row; its pullback is that of all."""
+        residual, steps, verdict = (members.figure(each, index) for each in (self.residual, self.steps, self.verdict))
+        params = members.row(self.params, index)
+        return Solution(params, self.state.row(index), self.pullback, residual, steps, verdict)
 
 
 @dataclass(frozen=True)

@@ -160,10 +160,10 @@ def raveler(like: Tree, size: int | None) -> tree.Raveler:
     return tree.Raveler(like) if size is None else Raveler(like)
 
 
-def figure(value: Any, index: int) -> Any:
-    """Return one member's figure: of a sequence its entry; a figure that is that of all members as it is.
+def figure(value: Any, index: int | None) -> Any:
+    """Return one member's figure: of a sequence its entry; a figure that is that of all members (None) as it is.
 
     >>> figure([1.0, 2.0], 1), figure(3.0, 1)
     (2.0, 3.0)
     """
-    return value[index] if isinstance(value, Sequence) else value
+    return value[index] if index is not None and isinstance(value, Sequence) else value

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import overload
 
 import torch
 
-from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, HypergradEstimator, InnerSolver
+from bilevel.base import BatchEstimate, Carry, Estimate, HypergradEstimator, InnerSolver
 from bilevel.certify import ErrorEstimate
 from bilevel.core import tree
 from bilevel.core.cost import Cost, Meter
 from bilevel.core.status import OnFailure, report
 from bilevel.core.tree import Tree
-from bilevel.engine.attempt import Attempt, attempt, error_verdict
+from bilevel.engine.attempt import Attempt, attempt
 from bilevel.engine.checks import check_carry, check_roles, read_by_steps
-from bilevel.engine.derivatives import check_derivatives
-from bilevel.engine.kinks import ends_at_kink
 from bilevel.engine.rowwise import loop_hypergradient, one_by_one
 from bilevel.hypergrad.auto import as_estimator
-from bilevel.hypergrad.batch_api import as_batch, batch_hypergradient, certified
+from bilevel.hypergrad.evidence import certificate, confirmed, judged
+from bilevel.hypergrad.side_by_side import as_batch, rows_hypergradient
 from bilevel.hypergrad.target_error import Pursuit, check_target
 from bilevel.oracles.autograd_errors import DerivativeError, explained
 from bilevel.oracles.batching import NotSideBySide, Rows
@@ -140,7 +138,7 @@ def hypergradient(
     warm = Carry() if carry is None else carry.copied()
     if problem.batch is not None:
         try:
-            together = batch_hypergradient(problem, solver, rule, given, start, warm, certify, on_failure)
+            together = rows_hypergradient(problem, solver, rule, given, start, warm, certify, on_failure)
         except NotSideBySide as reason:
             looped = one_by_one(problem, str(reason))
             return hypergradient(
@@ -153,56 +151,17 @@ def hypergradient(
     if target_error is None:
         found = attempt(problem, used, rule, given, start, warm, meter)
         cost = meter.read()
-        found = _confirmed(problem, solver, rule, given, found, start, asked=certify)
-        found, error = _judged(problem, solver, given, found, certify)
+        found = confirmed(problem, solver, rule, given, found, start, asked=certify)
+        found, error = judged(problem, solver, given, found, certify)
     else:
         found, error = Pursuit(problem, solver, rule, given, start, meter, target_error).run(warm)
         cost = meter.read()
-        found = _confirmed(problem, solver, rule, given, found, start, asked=True)
+        found = confirmed(problem, solver, rule, given, found, start, asked=True)
     if check:
         confirm(problem)
     estimate = _estimate(solver, given, found, error, cost, warm)
     report(found.verdict, on_failure, estimate)
     return estimate
-
-
-def _confirmed(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    estimator: HypergradEstimator,
-    hparams: Tree,
-    found: Attempt,
-    start: Tree,
-    asked: bool,
-) -> Attempt:
-    """Return the attempt with what differences say of it: wrong derivatives fail, an end at a kink is a doubt."""
-    solved, verdict = found.solved, found.verdict
-    if not estimator.second_derivatives or not verdict.status.usable:
-        return found
-    wrong = check_derivatives(problem, hparams, solved.params, again=asked)
-    if not wrong.status.ok:
-        return replace(found, gradient=None, verdict=verdict.worse(wrong))
-    doubtful = asked or not verdict.status.ok
-    kink = ends_at_kink(problem, hparams, solver, solved.state, solved.residual, solved.steps, doubtful, start)
-    return found if kink.status.ok else replace(found, verdict=kink)
-
-
-def _judged(
-    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, found: Attempt, certify: bool
-) -> tuple[Attempt, ErrorEstimate]:
-    """Return the attempt, in doubt where its error may be as large as itself, and what can be said of the error."""
-    pulled, status = found.pulled, found.verdict.status
-    params, adjoint = found.solved.params, pulled.adjoint
-    if certify and status.usable:
-        error = certified(solver, problem, hparams, params, found.gradient, adjoint)
-    elif pulled.error is not None and status.ok:
-        error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
-    else:
-        error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
-    if error.value is not None and status.ok:
-        doubt = error_verdict(problem, hparams, params, found.gradient, adjoint, error.value)
-        found = replace(found, verdict=found.verdict.worse(doubt))
-    return found, error
 
 
 def _estimate(
@@ -212,17 +171,9 @@ def _estimate(
     solved, pulled, gradient = found.solved, found.pulled, found.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    certificate = Certificate(
-        inner_residual=solved.residual,
-        adjoint_residual=pulled.residual,
-        inner_steps=solved.steps,
-        adjoint_steps=pulled.steps,
-        **error.fields(),
-        measured=dict(solved.state.measured),
-    )
     following = found.carry(solver) if found.verdict.status.usable else carry
     gradient, x = tree.copied(gradient), tree.copied(solved.params)
-    return Estimate(found.outer_loss, gradient, x, certificate, cost, found.verdict, following)
+    return Estimate(found.outer_loss, gradient, x, certificate(solved, pulled, error), cost, found.verdict, following)
 
 
 def prepare(

@@ -21,8 +21,8 @@ from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failu
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
 from bilevel.hypergrad.auto import as_estimator
-from bilevel.hypergrad.batch_api import as_batch
 from bilevel.hypergrad.hypergradient import hypergradient
+from bilevel.hypergrad.side_by_side import as_batch
 from bilevel.hypergrad.target_error import check_target
 from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem

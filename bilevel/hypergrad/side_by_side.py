@@ -12,24 +12,24 @@ from torch import Tensor
 from bilevel.base import (
     BatchEstimate,
     Carry,
-    Certificate,
     HypergradEstimator,
     InnerSolver,
     Pullback,
     Solution,
     verdict_of,
 )
-from bilevel.certify import ErrorEstimate, certify_error
+from bilevel.certify import ErrorEstimate
 from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.cost import Cost, Meter
 from bilevel.core.status import OnFailure, Status, Verdict, report
 from bilevel.core.tree import Tree
-from bilevel.engine.attempt import error_verdict, value_verdict
+from bilevel.engine.attempt import Attempt, value_verdict
 from bilevel.engine.derivatives import check_members
 from bilevel.engine.kinks import members_at_kinks
 from bilevel.engine.not_finite import finite_loss
 from bilevel.engine.rowwise import one_by_one
+from bilevel.hypergrad.evidence import certificate, judged
 from bilevel.oracles import batching as batches
 from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem
@@ -63,7 +63,7 @@ def as_batch(problem: BilevelProblem, batch: int | None, rows: Rows = "auto") ->
     return problem if batch is None or problem.batch is not None else problem.batched(batch)
 
 
-def batch_hypergradient(
+def rows_hypergradient(
     problem: BilevelProblem,
     solver: InnerSolver,
     estimator: HypergradEstimator,
@@ -111,25 +111,23 @@ def batch_hypergradient(
     value = torch.where(
         torch.tensor([v.status.usable for v in solved.verdict], device=value.device), value, float("nan")
     )
-    errors = _errors(problem, solver, hparams, solved, gradient, pulled, verdicts, certify)
-    certificates = [_certificate(solved, pulled, index, error) for index, error in enumerate(errors)]
-    verdicts = _doubted(problem, hparams, solved.params, gradient, pulled, verdicts, errors)
+    certificates = []
+    for index, verdict in enumerate(verdicts):
+        error, at = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True"), pulled
+        if certify and verdict.status.usable:
+            u, p = (members.row(each, index) for each in (hparams, gradient))
+            found = Attempt(solved.row(index), pulled.row(index), float(losses[index]), p, verdict)
+            found, error = judged(problem.member(index), solver, u, found, certify)
+            verdicts[index] = found.verdict
+        if not solved.verdict[index].status.usable:
+            at = Pullback(None)
+        certificates.append(certificate(solved, at, error, index))
     following = _following(solved, pulled, usable, carry, type(solver).__name__)
     estimate = BatchEstimate(
         value, gradient, tree.copied(solved.params), certificates, costs, cost, verdicts, following
     )
     report(verdict_of(verdicts), on_failure, estimate)
     return estimate
-
-
-def certified(
-    solver: InnerSolver, problem: BilevelProblem, hparams: Tree, params: Tree, gradient: Tree, adjoint: Tree
-) -> ErrorEstimate:
-    """Return `certify_error` of one problem, which compares with the inner solution, where that is what is tuned."""
-    reason = solver.bias_reason(problem)
-    if reason:
-        return ErrorEstimate(None, "none", f"errors are those of the inner solution's derivative, but {reason}")
-    return certify_error(problem.at_rest(), hparams, problem.trainable(params), gradient, adjoint)
 
 
 def _with_gradient(verdicts: Sequence[Verdict], pulled: Pullback, gradient: Tree) -> list[Verdict]:
@@ -162,26 +160,6 @@ def _far_from_solution(
     ]
 
 
-def _doubted(
-    problem: BilevelProblem,
-    hparams: Tree,
-    params: Tree,
-    gradient: Tree,
-    pulled: Pullback,
-    verdicts: Sequence[Verdict],
-    errors: Sequence[ErrorEstimate],
-) -> list[Verdict]:
-    """Return the verdicts with a doubt where a member's error may be as large as its hypergradient."""
-    result = []
-    for index, (verdict, error) in enumerate(zip(verdicts, errors, strict=True)):
-        if verdict.status.ok and error.value is not None:
-            u, x, p = (members.row(each, index) for each in (hparams, params, gradient))
-            adjoint = None if pulled.adjoint is None else members.row(pulled.adjoint, index)
-            verdict = verdict.worse(error_verdict(problem.member(index), u, x, p, adjoint, error.value))
-        result.append(verdict)
-    return result
-
-
 def _costs(solved: Solution, pulled: Pullback, reached: Sequence[bool], meter: Meter) -> tuple[list[Cost], Cost]:
     """Return the cost of each member, and of all; `reached` says which have come to the pullback."""
     read, size = meter.read(), len(solved.counts)
@@ -191,39 +169,6 @@ def _costs(solved: Solution, pulled: Pullback, reached: Sequence[bool], meter: M
         counts.append(forward + outer + (pulled.counts[index] if reached[index] and pulled.counts else Counter()))
     costs = [Cost(dict(each), read.seconds / size, None, "shared by a batch") for each in counts]
     return costs, replace(read, counts=dict(sum(counts, start=Counter())))
-
-
-def _errors(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    hparams: Tree,
-    solved: Solution,
-    gradient: Tree,
-    pulled: Pullback,
-    verdicts: Sequence[Verdict],
-    certify: bool,
-) -> list[ErrorEstimate]:
-    """Certify the members one by one, where they are asked for and have a hypergradient."""
-    errors = [ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")] * len(verdicts)
-    for index, verdict in enumerate(verdicts):
-        if not certify or not verdict.status.usable:
-            continue
-        adjoint = None if pulled.adjoint is None else members.row(pulled.adjoint, index)
-        u, x, p = (members.row(each, index) for each in (hparams, solved.params, gradient))
-        errors[index] = certified(solver, problem.member(index), u, x, p, adjoint)
-    return errors
-
-
-def _certificate(solved: Solution, pulled: Pullback, index: int, error: ErrorEstimate) -> Certificate:
-    usable = solved.verdict[index].status.usable
-    return Certificate(
-        inner_residual=solved.residual[index],
-        adjoint_residual=members.figure(pulled.residual, index) if usable else None,
-        inner_steps=solved.steps[index],
-        adjoint_steps=members.figure(pulled.steps, index) if usable else 0,
-        **error.fields(),
-        measured=dict(solved.state.row(index).measured),
-    )
 
 
 def _following(solved: Solution, pulled: Pullback, usable: Tensor, carry: Carry, solver: str) -> Carry:

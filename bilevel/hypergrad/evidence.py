@@ -1,0 +1,75 @@
+"""What is said of a hypergradient: differences that confirm it, its error, its certificate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bilevel.base import Certificate, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.certify import ErrorEstimate, certify_error
+from bilevel.core import rows as members
+from bilevel.core.tree import Tree
+from bilevel.engine.attempt import Attempt, error_verdict
+from bilevel.engine.derivatives import check_derivatives
+from bilevel.engine.kinks import ends_at_kink
+from bilevel.oracles.problem import BilevelProblem
+
+
+def confirmed(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    found: Attempt,
+    start: Tree,
+    asked: bool,
+) -> Attempt:
+    """Return the attempt with what differences say of it: wrong derivatives fail, an end at a kink is a doubt."""
+    solved, verdict = found.solved, found.verdict
+    if not estimator.second_derivatives or not verdict.status.usable:
+        return found
+    wrong = check_derivatives(problem, hparams, solved.params, again=asked)
+    if not wrong.status.ok:
+        return replace(found, gradient=None, verdict=verdict.worse(wrong))
+    doubtful = asked or not verdict.status.ok
+    kink = ends_at_kink(problem, hparams, solver, solved.state, solved.residual, solved.steps, doubtful, start)
+    return found if kink.status.ok else replace(found, verdict=kink)
+
+
+def judged(
+    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, found: Attempt, certify: bool
+) -> tuple[Attempt, ErrorEstimate]:
+    """Return the attempt, in doubt where its error may be as large as itself, and what can be said of the error."""
+    pulled, status = found.pulled, found.verdict.status
+    params, adjoint = found.solved.params, pulled.adjoint
+    if certify and status.usable:
+        error = _certified(solver, problem, hparams, params, found.gradient, adjoint)
+    elif pulled.error is not None and status.ok:
+        error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
+    else:
+        error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
+    if error.value is not None and status.ok:
+        doubt = error_verdict(problem, hparams, params, found.gradient, adjoint, error.value)
+        found = replace(found, verdict=found.verdict.worse(doubt))
+    return found, error
+
+
+def _certified(
+    solver: InnerSolver, problem: BilevelProblem, hparams: Tree, params: Tree, gradient: Tree, adjoint: Tree
+) -> ErrorEstimate:
+    """Return `certify_error` of one problem, which compares with the inner solution, where that is what is tuned."""
+    reason = solver.bias_reason(problem)
+    if reason:
+        return ErrorEstimate(None, "none", f"errors are those of the inner solution's derivative, but {reason}")
+    return certify_error(problem.at_rest(), hparams, problem.trainable(params), gradient, adjoint)
+
+
+def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index: int | None = None) -> Certificate:
+    """Return the evidence of a problem, or of the row `index`."""
+    return Certificate(
+        inner_residual=members.figure(solved.residual, index),
+        adjoint_residual=members.figure(pulled.residual, index),
+        inner_steps=members.figure(solved.steps, index),
+        adjoint_steps=members.figure(pulled.steps, index),
+        **error.fields(),
+        measured=dict((solved.state if index is None else solved.state.row(index)).measured),
+    )
