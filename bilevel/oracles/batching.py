@@ -127,6 +127,37 @@ def check_own_data(problem: Losses, size: Any, data: Tree) -> None:
         raise ValueError(f"{type(problem).__name__} holds its data itself: stack problems by `bilevel.stack`.")
 
 
+SAMPLED = "a problem with a sampler does not run in batches: give its data by `data=` instead, or take rows='loop'."
+
+
+def side_by_side(problem: Losses, size: int, data: Tree, make: Callable[..., Any]) -> Any:
+    """Return a batch of a general problem: its functions vectorised over members.
+
+    Args:
+        problem: a single problem.
+        size: number of members.
+        data: a row for each member, or None for the problem's own.
+        make: makes a problem of functions.
+    """
+    if data is None:
+        single: list[Any] = [problem] * size
+        functions: tuple[Function | None, ...] = (
+            getattr(problem, "inner_loss", None),
+            problem.outer_loss,
+            problem.optimality,
+        )
+    else:
+        members.check_rows("data", data, size)
+        functions = problem.functions
+        single = [
+            make(*functions[:2], problem.params, optimality=functions[2], data=row_of(data, index))
+            for index in range(size)
+        ]
+    inner, outer, optimality = (for_members(function, data) for function in functions)
+    params = None if problem.params is None else members.expand(problem.params, size)
+    return make(summed(inner), outer, params, optimality=optimality).as_batch(single)
+
+
 def start(size: int, own: Tree, params: Tree) -> Tree:
     """Return a start for every member; one that lacks the leading dimension is the same for all.
 

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.options import require_arguments
 from bilevel.core.tree import Tree
@@ -44,17 +43,9 @@ class BilevelProblem(Losses):
     Both losses are called as ``loss(params, hparams)`` and return a scalar Tensor; data are captured by the functions.
     The inner loss must be twice differentiable in ``(params, hparams)`` for anything but `FiniteDifference`.
 
-    With a sampler the inner loss is called as ``inner_loss(params, hparams, batch)``, and inner step k sees the batch
-    ``sampler(k)``: unrolling differentiates exactly those steps. Whatever is no step (the residual in the certificate,
-    a measured step size, the linear systems of `Implicit`) is evaluated on ``sampler.full()``, or on the batch that a
-    sampler draws for it. A cold start begins at batch 0, so the outer objective is one fixed function of the
-    hyperparameters; a warm start goes on to the batches after those of the carried state. Costs count calls, whatever
-    the size of a batch. With ``fresh_batch="outer step"`` all of outer step i is evaluated on ``sampler(i)``, as if
-    there were no other data. With an outer sampler outer step i sees ``outer_loss(params, hparams, outer_sampler(i))``.
-    A single call sees what outer step 0 of an `OuterOptimizer` sees.
-
-    The losses must be functions of their arguments: they write nothing, draw nothing, and depend on nothing that moves
-    from call to call. The first use of a problem looks at that (`bilevel.oracles.purity`) and refuses in one sentence.
+    With a sampler the inner loss is called as ``inner_loss(params, hparams, batch)``; `bilevel.oracles.sampling` says
+    which step sees which batch. The losses must be functions of their arguments: they write nothing, draw nothing, and
+    depend on nothing that moves from call to call, which the first use of a problem checks (`bilevel.oracles.purity`).
 
     Args:
         inner_loss: the loss that the inner solver minimises over params.
@@ -236,22 +227,11 @@ class BilevelProblem(Losses):
         return None
 
     def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
-        """Return named figures of merit, such as the test loss; none by default.
-
-        Args:
-            params: the inner solution.
-            hparams: its hyperparameters.
-            solver: the inner solver.
-        """
+        """Return named figures of merit at an inner solution, such as the test loss; none by default."""
         return {}
 
     def remark(self, params: Tree, hparams: Tree) -> str:
-        """Return what is odd about the outer loss where a run ends, in words; an empty string by default.
-
-        Args:
-            params: the inner solution.
-            hparams: its hyperparameters.
-        """
+        """Return what is odd about the outer loss where a run ends, in words; an empty string by default."""
         return ""
 
     def start(self, params: Tree = None) -> Tree:
@@ -310,24 +290,9 @@ class BilevelProblem(Losses):
         """
         batches.check_single(self, size)
         if self._sampling is not None:
-            raise ValueError(
-                "a problem with a sampler does not run in batches: give its data by `data=` instead, or take "
-                "rows='loop'."
-            )
-        single: list[BilevelProblem]
-        if data is None:
-            single = [self] * size
-            functions = (getattr(self, "inner_loss", None), self.outer_loss, self.optimality)
-        else:
-            members.check_rows("data", data, size)
-            functions = self.functions  # type: ignore[assignment]
-            single = [
-                BilevelProblem(*functions[:2], self.params, optimality=functions[2], data=batches.row_of(data, index))
-                for index in range(size)
-            ]
-        inner, outer, optimality = (batches.for_members(function, data) for function in functions)
-        params = None if self.params is None else members.expand(self.params, size)
-        return BilevelProblem(batches.summed(inner), outer, params, optimality=optimality).as_batch(single)
+            raise ValueError(batches.SAMPLED)
+        batch: BilevelProblem = batches.side_by_side(self, size, data, BilevelProblem)
+        return batch
 
     def stacked(self, problems: Sequence[Any]) -> BilevelProblem:
         """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them.

@@ -1,4 +1,13 @@
-"""Which batches the losses of a problem see: another one each inner step, another one each outer step, or all data."""
+"""Which batches the losses of a problem see: another one each inner step, another one each outer step, or all data.
+
+Inner step k sees the batch ``sampler(k)``: unrolling differentiates exactly those steps. Whatever is no step (the
+residual in the certificate, a measured step size, the linear systems of `Implicit`) is evaluated on ``sampler.full()``,
+or on the batch that a sampler draws for it. A cold start begins at batch 0, so the outer objective is one fixed
+function of the hyperparameters; a warm start goes on to the batches after those of the carried state. Costs count
+calls, whatever the size of a batch. With ``fresh_batch="outer step"`` all of outer step i is evaluated on
+``sampler(i)``, as if there were no other data. With an outer sampler outer step i sees
+``outer_loss(params, hparams, outer_sampler(i))``. A single call sees what outer step 0 of an `OuterOptimizer` sees.
+"""
 
 from __future__ import annotations
 

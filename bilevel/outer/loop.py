@@ -59,7 +59,7 @@ class OuterOptimizer:
         constraints: a ``torch.distributions.constraints`` object for all hyperparameters, or a dict of them by key for
             dict hyperparameters (missing keys are free): positive, interval(a, b), simplex, ...
         warm_start: True, False, or a `WarmStart` that switches each part; always off where each outer step has an inner
-            variable of its own (`BilevelProblem.renewed`).
+            variable of its own (`Structure.resampled`).
         params: where the inner solver starts; default: the problem's start.
         certify: estimate the error of every hypergradient; costs a refinement round each.
         target_error: the largest relative error of every hypergradient, see `hypergradient`. A step that misses it is
