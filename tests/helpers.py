@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,16 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SampleWeightProblem, SoftmaxProblem
+from bilevel.problems import (
+    HuberProblem,
+    LogisticProblem,
+    PoissonProblem,
+    QuadraticProblem,
+    RidgeProblem,
+    SampleWeightProblem,
+    SoftmaxProblem,
+    SquaredHingeProblem,
+)
 
 F64 = torch.float64
 STEP, MOMENTUM = 0.1, 0.5
@@ -233,6 +243,39 @@ def softmax_case() -> Case:
     )
 
 
+def glm_case(family: type) -> Case:
+    """A linear model of another loss, a penalty for each weight; torch.func on the loss written out."""
+    X, z, X_val, z_val = regression_data()
+    counts = family is PoissonProblem
+    hinge = family is SquaredHingeProblem
+    y, y_val = ((t.abs() / 3).round() if counts else t.sign() if hinge else t for t in (z, z_val))
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        if counts:
+            return (z.exp() - y * z).mean()
+        if hinge:
+            return 0.5 * torch.where(y * z < 1, 1 - y * z, 0.0).square().mean()
+        r = (z - y).abs()
+        return torch.where(r < 1, 0.5 * r.square(), r - 0.5).mean()
+
+    def inner(x: Tensor, u: Tensor) -> Tensor:
+        return loss(X @ x, y) + 0.5 * (u.exp() * x * x).sum()
+
+    def outer(x: Tensor, u: Tensor) -> Tensor:
+        return loss(X_val @ x, y_val) + 0.0 * u.sum()
+
+    grad = torch.func.grad(inner)
+    return Case(
+        family(X, y, X_val, y_val, penalty="per_feature"),
+        -2.0 + 0.5 * normal(18, X.shape[1]),
+        0.3 * normal(31, 5) if counts or hinge else normal(13, 5),  # whence Newton's own steps converge
+        grad,
+        torch.func.jacrev(grad),
+        torch.func.jacrev(grad, argnums=1),
+        torch.func.grad(outer, argnums=(0, 1)),
+    )
+
+
 def sample_weight_case() -> Case:
     """Softmax regression with a weight for each row; dense algebra by torch.func on the loss written out here."""
     X, X_val = normal(26, 12, 3), normal(27, 20, 3)
@@ -267,7 +310,13 @@ PROBLEMS: dict[type, Callable[[], Case]] = {
     LogisticProblem: logistic_case,
     SoftmaxProblem: softmax_case,
     SampleWeightProblem: sample_weight_case,
+    **{family: partial(glm_case, family) for family in (PoissonProblem, HuberProblem, SquaredHingeProblem)},
 }
+
+
+def descent(problem: type, **limits: Any) -> bl.GradientDescent:
+    """Gradient descent with a safe step: automatic, but for Poisson regression, whose curvature has no bound."""
+    return bl.GradientDescent(0.2 if problem is PoissonProblem else "auto", **limits)
 
 
 # Inner solvers: gold options, and the published step on flat vectors --------------------------------------------------

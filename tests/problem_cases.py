@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from bilevel import BilevelProblem
-from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem, SampleWeightProblem, SoftmaxProblem
+from bilevel.problems import (
+    HuberProblem,
+    LogisticProblem,
+    PoissonProblem,
+    QuadraticProblem,
+    RidgeProblem,
+    SampleWeightProblem,
+    SoftmaxProblem,
+    SquaredHingeProblem,
+)
 
 FEATURES, CLASSES = 4, 3
 
@@ -44,6 +53,18 @@ def multinomial(**options: str) -> SoftmaxProblem:
     return SoftmaxProblem(**data(classes=CLASSES), **options)
 
 
+def poisson(**options: str) -> PoissonProblem:
+    return PoissonProblem(**data(classes=4), **options)
+
+
+def huber(**options: str) -> HuberProblem:
+    return HuberProblem(**data(), width=0.7, **options)
+
+
+def hinge(**options: str) -> SquaredHingeProblem:
+    return SquaredHingeProblem(**data(classes=2), **options)
+
+
 def weighted(classes: int = CLASSES, **options: str) -> SampleWeightProblem:
     return SampleWeightProblem(**data(classes=classes), penalty=0.3, **options)
 
@@ -59,6 +80,9 @@ LINEAR_MODELS = {
     **dict(versions(ridge, ("scalar", "per_feature"), rows=13)),
     **dict(versions(ridge, ("scalar", "per_feature"), rows=3)),
     **dict(versions(logistic, ("scalar", "per_feature"))),
+    **dict(versions(poisson, ("per_feature",))),
+    **dict(versions(huber, ("per_feature",))),
+    **dict(versions(hinge, ("per_feature",))),
     **dict(versions(multinomial, ("scalar", "per_class", "per_feature", "per_weight"))),
 }
 WEIGHTED = {
@@ -77,6 +101,8 @@ KEEPING = {
     "logistic": partial(logistic, penalty="per_feature"),
     "softmax": partial(multinomial, penalty="per_weight"),
     "weighted": weighted,
+    "poisson": poisson,
+    "huber": huber,
 }
 """One version of each family, whose curvature can be kept."""
 RIDGES = {name: factory for name, factory in LINEAR_MODELS.items() if name.startswith("ridge")}

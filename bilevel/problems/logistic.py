@@ -28,6 +28,7 @@ class LogisticProblem(LinearModelProblem):
         loss: "mean" or "sum" over the training rows.
         parametrization: "log" or "direct".
 
+    >>> import torch
     >>> X = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64)
     >>> problem = LogisticProblem(X, torch.tensor([1, 0, 1]), X, torch.tensor([1, 0, 0]))
     >>> problem.bind(problem.initial_hparams()).grad(torch.zeros(1, dtype=torch.float64))

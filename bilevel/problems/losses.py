@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from bilevel.core.options import is_positive, require
 from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.splits import Split, class_labels, training_classes
 
@@ -37,9 +39,12 @@ class GLMLoss(ABC):
     are its own constants.
     """
 
-    max_curvature: float = math.inf
-    """Largest eigenvalue of ``loss''`` over all predictions and targets: it makes automatic step sizes safe."""
-    constants: LossConstants | None = None
+    max_curvature: ClassVar[float] = math.inf
+    """Largest eigenvalue of ``loss''`` over all predictions and targets: automatic step sizes are safe with it.
+
+    Where it is infinite, no step size is safe, and solvers refuse to choose one.
+    """
+    constants: ClassVar[LossConstants | None] = None
     """Proved constants, for error bounds; None where there are none: errors are estimated then."""
     quadratic: ClassVar[bool] = False
     """Whether the loss is quadratic in the predictions."""
@@ -159,7 +164,7 @@ class Logistic(GLMLoss):
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
         """Return the accuracy."""
-        return {"accuracy": float((z * y > 0).double().mean())}
+        return {"accuracy": accuracy(z, y)}
 
 
 class Softmax(GLMLoss):
@@ -219,6 +224,128 @@ class Softmax(GLMLoss):
         return {"accuracy": float((z.argmax(0) == y).double().mean())}
 
 
+class Poisson(GLMLoss):
+    """``exp(z) - y z + y log y - y``, half the deviance of counts or rates ``y >= 0`` whose expectation is ``exp(z)``.
+
+    Its curvature ``exp(z)`` has no bound, so no step size is safe everywhere, and errors are estimated, not bounded.
+
+    >>> Poisson().value(torch.zeros(2), torch.tensor([0.0, 1.0]))
+    tensor([1., 0.])
+    """
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``exp(z) - y z + y log y - y``."""
+        return z.exp() - y * z + (torch.xlogy(y, y) - y)
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """``exp(z) - y``."""
+        return z.exp() - y
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """``exp(z)``."""
+        return z.exp()
+
+    def encode(self, splits: Mapping[str, Split]) -> Targets:
+        """Return the targets as floating numbers.
+
+        Raises:
+            ValueError: for negative ones, and where all of training are zero.
+        """
+        for name, split in splits.items():
+            if bool((split.y < 0).any()):
+                row = int((split.y < 0).nonzero()[0])
+                raise ValueError(
+                    f"y_{name} is negative ({split.y[row].item():g} in row {row + 1}): PoissonProblem takes counts or "
+                    "rates, from 0 on."
+                )
+        if not bool(splits["train"].y.any()):
+            raise ValueError("y_train is all zeros: the logarithm of their mean, which PoissonProblem fits, is -inf.")
+        return super().encode(splits)
+
+    def constant_prediction(self, y: Tensor) -> Tensor:
+        """Return the logarithm of the mean of the targets."""
+        return y.mean().log()
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Return D^2, the share of the deviance that is explained; NaN where a constant explains all."""
+        alone = self.value(y.mean().log().expand_as(y), y).sum()
+        return {"d2": float(1.0 - self.value(z, y).sum() / alone) if bool(alone > 0) else float("nan")}
+
+
+@dataclass(frozen=True)
+class Huber(GLMLoss):
+    """``1/2 r^2`` of residuals ``r = z - y`` up to a width, and ``width |r| - width^2 / 2`` beyond (Huber 1964).
+
+    The curvature jumps from one to zero at the width: no bound of errors is proved, they are estimated.
+
+    Args:
+        width: in units of the targets.
+
+    >>> Huber(1.0).value(torch.tensor([0.5, 3.0]), torch.zeros(2))
+    tensor([0.1250, 2.5000])
+    """
+
+    width: float = 1.0
+
+    max_curvature: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        require(self, "width", "a positive number", is_positive(self.width))
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``s (r - s / 2)`` with s the slope."""
+        s = self.slope(z, y)
+        return s * (z - y - 0.5 * s)
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """The residual, at most the width."""
+        return (z - y).clamp(-self.width, self.width)
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """One up to the width, zero beyond."""
+        return ((z - y).abs() <= self.width).to(z.dtype)
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Return the coefficient of determination R^2; NaN for constant targets."""
+        return {"r2": r_squared(z, y)}
+
+
+class SquaredHinge(GLMLoss):
+    """``1/2 max(0, 1 - y z)^2`` for labels y of -1 and +1: the loss of an L2 support vector machine.
+
+    The curvature jumps from one to zero at the margin: no bound of errors is proved, they are estimated.
+
+    >>> SquaredHinge().value(torch.tensor([0.5, 3.0]), torch.tensor([-1.0, 1.0]))
+    tensor([1.1250, 0.0000])
+    """
+
+    max_curvature = 1.0
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``1/2 max(0, 1 - y z)^2``."""
+        return 0.5 * (1.0 - y * z).relu().square()
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        """``-y max(0, 1 - y z)``."""
+        return -y * (1.0 - y * z).relu()
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        """One within the margin, zero beyond."""
+        return (y * z < 1.0).to(z.dtype)
+
+    def encode(self, splits: Mapping[str, Split]) -> Targets:
+        """Return the two labels as -1 and +1."""
+        return signs(splits, "SquaredHingeProblem")
+
+    def constant_prediction(self, y: Tensor) -> Tensor:
+        """Return the mean of the signs."""
+        return y.mean()
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Return the accuracy."""
+        return {"accuracy": accuracy(z, y)}
+
+
 def _index(z: Tensor, y: Tensor) -> Tensor:
     """Return labels in a shape that gathers from predictions of shape (..., classes, rows)."""
     return y[None] if z.dim() == 2 else y.expand(*z.shape[:-2], z.shape[-1]).unsqueeze(-2)
@@ -238,6 +365,11 @@ def signs(splits: Mapping[str, Split], owner: str) -> Targets:
     if len(classes) != 2:
         raise ValueError(f"y_train holds {len(classes)} classes: {owner} takes two, SoftmaxProblem any number.")
     return {name: 2.0 * class_labels(split, classes).to(split.X.dtype) - 1.0 for name, split in splits.items()}
+
+
+def accuracy(z: Tensor, y: Tensor) -> float:
+    """Return the share of predictions with the sign of their label."""
+    return float((z * y > 0).double().mean())
 
 
 def r_squared(z: Tensor, y: Tensor) -> float:

@@ -31,6 +31,7 @@ class SoftmaxProblem(LinearModelProblem):
         loss: "mean" or "sum" over the training rows.
         parametrization: "log" or "direct".
 
+    >>> import torch
     >>> X = torch.eye(3, dtype=torch.float64)
     >>> problem = SoftmaxProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty="per_class")
     >>> problem.params.shape, problem.initial_hparams().shape

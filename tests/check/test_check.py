@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ESTIMATORS, F64, PROBLEMS, tree_case
+from helpers import ESTIMATORS, F64, PROBLEMS, descent, tree_case
 
 import bilevel as bl
 from bilevel.core import tree
@@ -37,7 +37,7 @@ class OffByFactor(bl.Implicit):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
 def test_right_estimators_pass(estimator: Any, problem: type) -> None:
     case = PROBLEMS[problem]()
-    report = bl.check_hypergradient(case.problem, bl.GradientDescent(tol=1e-10), estimator, case.hparams)
+    report = bl.check_hypergradient(case.problem, descent(problem, tol=1e-10), estimator, case.hparams)
     assert report.ok, report
     assert set(report.errors) == {"differences"} | ({"exact"} if hasattr(case.problem, "solve") else set())
     assert max(report.errors.values()) < 1e-5

@@ -23,6 +23,7 @@ from helpers import (
     STEP,
     UNROLLED,
     Case,
+    descent,
     exported,
     flat,
     logistic_case,
@@ -175,7 +176,7 @@ def test_implicit_equals_the_exact_jacobian_of_the_quadratic() -> None:
 def test_every_estimator_agrees_with_dense_algebra_at_convergence(estimator: Any, problem: type, params: str) -> None:
     case = PROBLEMS[problem]()
     start = None if params == "own start" else case.start
-    estimate = bl.hypergradient(case.problem, bl.GradientDescent(tol=1e-11), estimator, case.hparams, start)
+    estimate = bl.hypergradient(case.problem, descent(problem, tol=1e-11), estimator, case.hparams, start)
     tol = 1e-7 if isinstance(estimator, bl.FiniteDifference | bl.TruncatedUnroll) else 1e-8
     expected = case.hypergradient()
     assert (flat(estimate.hypergradient) - expected).norm() <= tol * expected.norm()

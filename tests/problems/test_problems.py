@@ -21,14 +21,31 @@ from problem_cases import (
     over,
     ridge,
 )
-from scipy.special import logsumexp, softmax
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import accuracy_score, log_loss, mean_squared_error, r2_score
+from scipy.special import huber, logsumexp, softmax
+from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
+from sklearn.metrics import (
+    accuracy_score,
+    d2_tweedie_score,
+    log_loss,
+    mean_poisson_deviance,
+    mean_squared_error,
+    r2_score,
+)
+from sklearn.svm import LinearSVC
 
 import bilevel as bl
 from bilevel import BilevelProblem
 from bilevel.core import tree
-from bilevel.problems import GLMLoss, LinearModelProblem, LogisticProblem, QuadraticProblem, SoftmaxProblem
+from bilevel.problems import (
+    GLMLoss,
+    HuberProblem,
+    LinearModelProblem,
+    LogisticProblem,
+    PoissonProblem,
+    QuadraticProblem,
+    SoftmaxProblem,
+    SquaredHingeProblem,
+)
 
 # Against autograd ----------------------------------------------------------------------------------------------------
 
@@ -127,13 +144,20 @@ def test_curvature_bound_holds_for_many_features(family):
 def independent_loss(problem, part: str, w: np.ndarray) -> float:
     """The mean unpenalised loss in numpy."""
     name = type(problem).__name__
-    splits = data({"RidgeProblem": 0, "LogisticProblem": 2, "SoftmaxProblem": CLASSES}[name], rows=problem.train.rows)
+    classes = {"LogisticProblem": 2, "SquaredHingeProblem": 2, "SoftmaxProblem": CLASSES, "PoissonProblem": 4}
+    splits = data(classes.get(name, 0), rows=problem.train.rows)
     X, y = splits[f"X_{part}"].numpy(), splits[f"y_{part}"].numpy()
     if name == "RidgeProblem":
         return float(np.mean([(X[i] @ w - y[i]) ** 2 / 2 for i in range(len(y))]))
     if name == "LogisticProblem":
         return float(np.mean(np.log1p(np.exp(-(2 * y - 1) * (X @ w)))))
     z = X @ w.T
+    if name == "PoissonProblem":
+        return mean_poisson_deviance(y, np.exp(z)) / 2
+    if name == "SquaredHingeProblem":
+        return float(np.mean([max(0.0, 1 - (2 * y[i] - 1) * z[i]) ** 2 / 2 for i in range(len(y))]))
+    if name == "HuberProblem":
+        return float(np.mean(huber(0.7, z - y)))
     return float(np.mean(logsumexp(z, axis=1) - z[np.arange(len(y)), y]))
 
 
@@ -183,6 +207,49 @@ def test_classifiers_have_no_gradient_at_the_solution_of_scikit_learn(family, lo
     w = torch.from_numpy(theirs.coef_).reshape(problem.params_shape())
     assert w.norm() > 0.1
     close(problem.bind(u).grad(w), torch.zeros_like(w), 1e-9)
+
+
+@pytest.mark.parametrize("family", [PoissonProblem, SquaredHingeProblem])
+def test_solvers_find_the_solution_of_scikit_learn(family):
+    splits = data(4 if family is PoissonProblem else 2, rows=40)
+    problem, u = family(**splits), torch.tensor(-3.0, dtype=torch.float64)
+    alpha = float(u.exp())
+    if family is PoissonProblem:
+        theirs = PoissonRegressor(alpha=alpha, fit_intercept=False, solver="newton-cholesky", tol=1e-10)
+    else:
+        theirs = LinearSVC(C=1 / (2 * 40 * alpha), fit_intercept=False, dual=False, tol=1e-12)
+    theirs.fit(splits["X_train"].numpy(), splits["y_train"].numpy())
+    w = torch.from_numpy(theirs.coef_).reshape(-1)
+    for solver in (bl.Newton(tol=1e-10), bl.QuasiNewton(tol=1e-10)):
+        close(bl.hypergradient(problem, solver, bl.Implicit(), u).params, w, 1e-6)
+
+
+def test_predictions_of_the_new_losses_are_scored_as_by_scikit_learn():
+    problem, splits = PoissonProblem(**data(4)), data(4)
+    w = 0.3 * draw(problem).x
+    mu = np.exp(splits["X_val"].numpy() @ w.numpy())
+    assert problem.metrics(w)["val_d2"] == pytest.approx(d2_tweedie_score(splits["y_val"], mu, power=1), rel=1e-12)
+    constant = mean_poisson_deviance(splits["y_val"], np.full(7, splits["y_train"].double().mean())) / 2
+    assert problem.constant_loss(problem.val) == pytest.approx(constant, rel=1e-12)
+    hinge = SquaredHingeProblem(**data(2))
+    grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[:, None]
+    best = hinge.glm.value(grid, hinge.train.y).mean(1).min()
+    assert hinge.constant_loss(hinge.train) == pytest.approx(float(best), abs=1e-8)
+
+
+def test_targets_that_a_loss_is_not_made_for_are_one_sentence():
+    splits = data(4)
+    for make, words in (
+        (
+            lambda: PoissonProblem(**splits | {"y_val": splits["y_val"] - 1}),
+            r"y_val is negative \(-1 in row 1\): Poisson",
+        ),
+        (lambda: PoissonProblem(**splits | {"y_train": 0 * splits["y_train"]}), "y_train is all zeros: the logarithm"),
+        (lambda: SquaredHingeProblem(**splits), "y_train holds 4 classes: SquaredHingeProblem takes two"),
+        (lambda: HuberProblem(**splits, width=0), "`Huber.width` must be a positive number, got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
 
 
 @over(RIDGES)
@@ -308,6 +375,7 @@ def test_a_loss_of_ones_own_is_a_problem_of_two_lines():
     ours, theirs = (bl.hypergradient(p, bl.Newton(), bl.Implicit(), u, certify=True) for p in (problem, plain))
     close(ours.hypergradient, theirs.hypergradient, 1e-9)
     assert (ours.certificate.error_kind, ours.status) == ("estimate", bl.Status.OK)
+    # Nothing is declared of its largest curvature.
     with pytest.raises(ValueError, match="largest curvature, which is inf here: give numbers, or use QuasiNewton"):
         bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), u)
     with pytest.raises(ValueError, match="LinearModelProblem needs a loss: name it in the class"):

@@ -1,0 +1,65 @@
+"""Huber regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.problems.linear_model import LinearModelProblem
+from bilevel.problems.losses import Huber
+
+
+class HuberProblem(LinearModelProblem):
+    """Regression with the Huber loss and tuned penalties: rows far off pull no harder than those at the width.
+
+        inner   c sum_i h(x_i'w - y_i) + 1/2 sum_j pen_j w_j^2,   c = 1/n (loss="mean") or 1 (loss="sum")
+        outer   1/m sum_i h(x_i'w - y_i) over the validation rows
+
+    with ``h(r) = r^2 / 2`` up to the width and ``width |r| - width^2 / 2`` beyond. The curvature jumps where a residual
+    is the width exactly: there the hypergradient has two sides, and near it an error is an estimate.
+
+    Args:
+        X_train: training inputs, shape (rows, features).
+        y_train: training targets, shape (rows,).
+        X_val: validation inputs, for the outer loss.
+        y_val: validation targets.
+        penalty: "scalar" or "per_feature".
+        width: up to which residuals count in squares, in units of the targets.
+        X_test: test inputs, for `metrics` alone.
+        y_test: test targets.
+        loss: "mean" or "sum" over the training rows.
+        parametrization: "log" or "direct".
+        unknown: nothing: an option of another name is refused.
+
+    >>> import torch
+    >>> X, y = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.5, 9.0], dtype=torch.float64)
+    >>> problem = HuberProblem(X, y, X, y, width=1.5)
+    >>> problem.bind(problem.initial_hparams()).grad(torch.zeros(1, dtype=torch.float64))
+    tensor([-1.], dtype=torch.float64)
+    """
+
+    task = "regression"
+
+    def __init__(
+        self,
+        X_train: Any,
+        y_train: Any,
+        X_val: Any,
+        y_val: Any,
+        penalty: str = "scalar",
+        *,
+        width: float = 1.0,
+        X_test: Any = None,
+        y_test: Any = None,
+        loss: str = "mean",
+        parametrization: str = "log",
+        **unknown: Any,
+    ) -> None:
+        self.glm = Huber(width)
+        super().__init__(
+            *(X_train, y_train, X_val, y_val, penalty),
+            X_test=X_test,
+            y_test=y_test,
+            loss=loss,
+            parametrization=parametrization,
+            **unknown,
+        )
