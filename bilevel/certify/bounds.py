@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bilevel.certify.instance import Evaluation
+from bilevel.certify.evaluation import Evaluation
 from bilevel.certify.metrics import Metric
 
 FAR = 100.0

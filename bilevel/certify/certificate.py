@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bilevel.certify.bounds import SUMS, Bound, bound_pair
-from bilevel.certify.instance import Evaluation, Instance, evaluate
+from bilevel.certify.evaluation import Evaluation, evaluate
+from bilevel.certify.instance import Instance
 from bilevel.certify.metrics import Cholesky, Diagonal, Metric, transport
 from bilevel.certify.nystrom import Nystrom, Sketch, sketch
 from bilevel.certify.refine import ErrorEstimate, refine

@@ -92,8 +92,8 @@ VERDICTS = (
     Break(
         "derivatives-of-the-outer-loss",
         "bilevel/engine/derivatives.py",
-        'for which, lines in (("inner", _inner_lines), ("outer", _outer_lines)):',
-        'for which, lines in (("inner", _inner_lines),):',
+        'for which, lines in (("inner", inner_lines), ("outer", outer_lines)):',
+        'for which, lines in (("inner", inner_lines),):',
         "test_evidence.py::test_a_wrong_outer_gradient_is_named",
     ),
     Break(

@@ -17,7 +17,8 @@ import bilevel as bl
 from bilevel.certify import ErrorEstimate, bound_error, bounds, certify_error
 from bilevel.certify.bounds import bound_pair
 from bilevel.certify.certificate import Metrics
-from bilevel.certify.instance import Instance, evaluate
+from bilevel.certify.evaluation import evaluate
+from bilevel.certify.instance import Instance
 from bilevel.certify.metrics import Cholesky, Diagonal, transport
 from bilevel.certify.nystrom import Nystrom, sketch
 from bilevel.oracles.error_model import Rows, blocked_product, gamma, roundings, top_eigenvalue
