@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +16,18 @@ from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.compare.referee import error_against_referee
 from bilevel.core import tree
+from bilevel.core.rows import row as member
 from bilevel.core.status import Status
 from bilevel.core.tracebacks import memory_ran_out, outside, told
 from bilevel.core.tree import Tree
-from bilevel.outer import OuterOptimizer, Record, StoppingRules, with_remark
+from bilevel.outer import OuterOptimizer, Record, StoppingRules, separated, with_remark
 
 FORMAT = 1
 SAVE_EVERY = 1.0
 """Seconds between two checkpoints of a running cell."""
 
 Row = dict[str, Any]
+OnRow = Callable[[Row], None]
 
 
 @dataclass
@@ -54,15 +56,15 @@ class CellRun:
         """Whether the last row is a failure."""
         return bool(self.rows) and self.rows[-1]["status"] not in {s.name for s in Status if s.usable}
 
-    def state(self, outer: OuterOptimizer | None) -> dict[str, Any]:
-        """Return the checkpoint, in plain containers and tensors."""
+    def state(self, outer: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the checkpoint, in plain containers and tensors; `outer` is the state of the outer loop."""
         return {
             "format": FORMAT,
             "rows": self.rows,
             "done": self.done,
             "stopped": self.stopped,
             "best": self.best,
-            "outer": None if outer is None or self.done else outer.state_dict(),
+            "outer": None if self.done else outer,
         }
 
 
@@ -84,7 +86,7 @@ def load_cell(folder: RunFolder, cell: Cell) -> tuple[CellRun, dict[str, Any] | 
     return CellRun(cell, rows, done, stopped, best), saved.get("outer")
 
 
-def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], None] | None = None) -> CellRun:
+def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: OnRow | None = None) -> CellRun:
     """Run or continue one cell until it ends or the folder's stop file appears.
 
     Args:
@@ -103,13 +105,12 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], 
     run, state = load_cell(folder, cell)
     if run.done:
         return run
-    outer: OuterOptimizer | None = None
     try:
         setup = plan.problems[cell.problem](cell.seed)
         outer = plan.outer.start(setup, plan.solver, plan.estimators[cell.estimator])
         if state is not None:
             outer.load_state_dict(state)
-        _steps(plan, run, outer, setup, folder, on_row)
+        take_steps(plan, [run], outer, [setup], folder, on_row)
     except RunFolderError:
         # No fault of the cell: it continues from its checkpoint once the folder can be written to.
         raise
@@ -126,33 +127,56 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: Callable[[Row], 
         folder.save_traceback(cell, "".join(traceback.format_exception(error)))
         if on_row is not None:
             on_row(run.rows[-1])
+        folder.save(cell, run.state(None))
     else:
         folder.save_traceback(cell, "")
-    folder.save(cell, run.state(outer))
     return run
 
 
-def _steps(
+def take_steps(
     plan: Plan,
-    run: CellRun,
+    runs: Sequence[CellRun],
     outer: OuterOptimizer,
-    setup: Setup,
+    setups: Sequence[Setup],
     folder: RunFolder,
-    on_row: Callable[[Row], None] | None,
+    on_row: OnRow | None,
 ) -> None:
-    """Take outer steps until a reason to stop or the stop file."""
+    """Take outer steps until every cell has ended or the stop file appears, and save how far each has come.
+
+    Args:
+        plan: the comparison.
+        runs: the cells: one, or those that are the rows of `outer`.
+        outer: their outer loop.
+        setups: their problems.
+        folder: holds their checkpoints.
+        on_row: is shown every new row.
+    """
     saved = time.monotonic()
-    while not folder.stopping:
+    while not folder.stopping and not all(run.done for run in runs):
         hparams = outer.hparams
         estimate = outer.step()
-        row = make_row(run, outer.history[-1], estimate, setup, plan.solver, hparams)
-        if take_row(plan, run, row, setup, hparams, estimate) and on_row is not None:
-            on_row(row)
-        if run.done:
-            return
+        for index, (run, setup) in enumerate(zip(runs, setups, strict=True)):
+            if run.done:
+                continue
+            alone = outer.size is None
+            here, one = (hparams, estimate) if alone else (member(hparams, index), estimate[index])
+            row = make_row(run, outer.histories[index][-1], one, setup, plan.solver, here)
+            row["seconds_shared_by"] = len(runs)
+            if take_row(plan, run, row, setup, here, one) and on_row is not None:
+                on_row(row)
+            if run.done:
+                outer.hold(index)
         if time.monotonic() - saved >= SAVE_EVERY:
-            folder.save(run.cell, run.state(outer))
+            _save(runs, outer, folder)
             saved = time.monotonic()
+    _save(runs, outer, folder)
+
+
+def _save(runs: Sequence[CellRun], outer: OuterOptimizer, folder: RunFolder) -> None:
+    state = None if all(run.done for run in runs) else outer.state_dict()
+    for index, run in enumerate(runs):
+        going = None if run.done or state is None else state if outer.size is None else separated(state, index)
+        folder.save(run.cell, run.state(going))
 
 
 def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, estimate: Estimate) -> bool:

@@ -9,6 +9,8 @@ from bilevel.outer.records import BatchOuterResult as BatchOuterResult
 from bilevel.outer.records import OuterResult as OuterResult
 from bilevel.outer.records import Record as Record
 from bilevel.outer.schedule import ToleranceSchedule as ToleranceSchedule
+from bilevel.outer.state import joined as joined
+from bilevel.outer.state import separated as separated
 from bilevel.outer.stopping import StoppingRules as StoppingRules
 from bilevel.outer.stopping import no_descent as no_descent
 from bilevel.outer.stopping import not_converged as not_converged

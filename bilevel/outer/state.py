@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, InnerState
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.options import first_line, shown_value
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_origin, shapes
@@ -240,3 +240,67 @@ def restore_generators(state: Mapping[str, Any]) -> None:
     known = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index, value in enumerate(state.get("cuda_rng", ())[:known]):
         torch.cuda.set_rng_state(value.cpu(), index)
+
+
+LEAVES = ("free", "hparams", "best_hparams")
+COUNTERS = ("step", "eta", "mu", "mu_product")
+"""Numbers of torch's optimizers that follow from the number of steps alone; scalar hyperparameters have their shape."""
+
+
+def separated(state: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return one row's part of a `state_dict` of rows, as its own outer loop would have written it.
+
+    Args:
+        state: from the `OuterOptimizer.state_dict` of rows.
+        index: the row.
+    """
+    size = len(state["history"])
+
+    def part(value: Any) -> Any:
+        return value[index] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
+
+    inner = state["inner_state"]
+    optimizer = state["optimizer"]
+    moments = {key: {name: part(value) for name, value in each.items()} for key, each in optimizer["state"].items()}
+    return state | {
+        "free": [leaf[index].clone() for leaf in state["free"]],
+        "hparams": [leaf[index].clone() for leaf in state["hparams"]],
+        "best_hparams": [leaf[index].clone() for leaf in state["best_hparams"]],
+        "optimizer": optimizer | {"state": moments},
+        "inner_state": None if inner is None else InnerState.from_dict(inner).row(index).to_dict(),
+        "adjoint": None if state["adjoint"] is None else rows.row(state["adjoint"], index),
+        "history": state["history"][index],
+        "best_loss": float(state["best_loss"][index]),
+    }
+
+
+def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the `state_dict` of the rows that some outer loops are, which have taken the same number of steps.
+
+    Args:
+        states: from `OuterOptimizer.state_dict` or `separated`.
+    """
+    first = states[0]
+    leaves = {name: [torch.stack(each) for each in zip(*(s[name] for s in states), strict=True)] for name in LEAVES}
+    moments = {
+        key: {
+            name: torch.stack([state["optimizer"]["state"][key][name] for state in states])
+            if isinstance(value, Tensor) and value.shape == first["free"][key].shape and name not in COUNTERS
+            else value
+            for name, value in each.items()
+        }
+        for key, each in first["optimizer"]["state"].items()
+    }
+    inner = [InnerState.from_dict(state["inner_state"]) for state in states if state["inner_state"] is not None]
+    (like, *_) = first["hparams"]
+    return (
+        first
+        | leaves
+        | {
+            "optimizer": first["optimizer"] | {"state": moments},
+            "inner_state": InnerState.stack(inner).to_dict() if inner else None,
+            "adjoint": None if first["adjoint"] is None else rows.stack([state["adjoint"] for state in states]),
+            "history": [state["history"] for state in states],
+            "best_loss": torch.tensor([state["best_loss"] for state in states], dtype=like.dtype, device=like.device),
+        }
+    )

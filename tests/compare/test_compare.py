@@ -51,11 +51,11 @@ from bilevel.compare import (
 )
 from bilevel.compare import folder as folder_module
 from bilevel.compare import run as run_module
-from bilevel.compare.batched import joined, run_group, separated
+from bilevel.compare.batched import run_group
 from bilevel.compare.cells import CellRun, run_cell
 from bilevel.compare.summary import summarize
 from bilevel.config import load_plan
-from bilevel.outer import OuterOptimizer
+from bilevel.outer import OuterOptimizer, joined, separated
 from bilevel.problems import LogisticProblem, RidgeProblem
 
 CONFIG: dict[str, Any] = {
