@@ -5,7 +5,6 @@ from bilevel.compare.figures import draw_figures as draw_figures
 from bilevel.compare.folder import RunFolder as RunFolder
 from bilevel.compare.folder import RunFolderError as RunFolderError
 from bilevel.compare.folder import locked as locked
-from bilevel.compare.plan import OuterOptions as OuterOptions
 from bilevel.compare.plan import Plan as Plan
 from bilevel.compare.plan import Setup as Setup
 from bilevel.compare.run import Comparison as Comparison
@@ -13,3 +12,4 @@ from bilevel.compare.run import compare as compare
 from bilevel.compare.summary import JUDGING as JUDGING
 from bilevel.compare.summary import summarize as summarize
 from bilevel.compare.summary import tables as tables
+from bilevel.outer import OuterOptions as OuterOptions

@@ -20,7 +20,7 @@ from bilevel.core.rows import row as member
 from bilevel.core.status import Status
 from bilevel.core.tracebacks import memory_ran_out, outside, told
 from bilevel.core.tree import Tree
-from bilevel.outer import OuterOptimizer, Record, StoppingRules, separated, with_remark
+from bilevel.outer import OuterOptimizer, Record, separated, with_remark
 
 FORMAT = 1
 SAVE_EVERY = 1.0
@@ -213,7 +213,7 @@ def _end_of_budget(run: CellRun, row: Row, plan: Plan, setup: Setup) -> None:
     budget = plan.budget
     run.done, run.stopped = True, f"used the budget of {budget:g} gradient-equivalents"
     if run.rows:
-        run.stopped = _rules(plan).end(run.stopped, *_columns(run.rows), not setup.problem.structure.resampled)
+        run.stopped = plan.outer.rules().end(run.stopped, *_columns(run.rows), not setup.problem.structure.resampled)
     else:
         cost = row["gradient_equivalents"]
         run.stopped = f"failed: the first step costs {cost:g} gradient-equivalents, above the budget of {budget:g}"
@@ -222,18 +222,13 @@ def _end_of_budget(run: CellRun, row: Row, plan: Plan, setup: Setup) -> None:
 
 def stop_reason(plan: Plan, rows: list[Row], comparable: bool = True) -> str:
     """Return why a run with these rows ends, or an empty string; a function of the rows alone, so that it resumes."""
-    last, rules, (norms, losses) = rows[-1], _rules(plan), _columns(rows)
+    last, rules, (norms, losses) = rows[-1], plan.outer.rules(), _columns(rows)
     if last["message"]:
         return f"failed: {last['message']}"
     met = rules.met(last["status"], last["error_estimate"], norms, losses)
     if not met and plan.budget is None and len(rows) >= plan.outer.steps:
         return rules.end(f"took {plan.outer.steps} steps", norms, losses, comparable)
     return met
-
-
-def _rules(plan: Plan) -> StoppingRules:
-    """Return the rules of a run; its budget is asked for before a row is part of it."""
-    return StoppingRules(None, plan.outer.tol, plan.outer.patience, plan.outer.min_progress)
 
 
 def _columns(rows: list[Row]) -> tuple[list[float], list[float]]:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from bilevel.base import HypergradEstimator, InnerSolver
 from bilevel.core.tree import Tree
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.outer import MakeOptimizer, MakeScheduler, OuterOptimizer, ToleranceSchedule, WarmStart
+from bilevel.outer import OuterOptions
 
 
 @dataclass(frozen=True)
@@ -33,54 +33,6 @@ class Setup:
 
 MakeSetup: TypeAlias = Callable[[int], Setup]
 """Makes the problem of a seed (of the data split); must be picklable for runs in several processes."""
-
-
-@dataclass(frozen=True)
-class OuterOptions:
-    """The outer loop, the same for every estimator.
-
-    Args:
-        steps: outer steps; not used where the plan has a budget.
-        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
-        scheduler: makes a torch scheduler from the optimizer.
-        constraints: see `OuterOptimizer`.
-        warm_start: see `OuterOptimizer`.
-        certify: estimate the error of every hypergradient.
-        target_error: see `OuterOptimizer`.
-        schedule: see `OuterOptimizer`.
-        tol: stop once the norm of the hypergradient is at most this.
-        patience: stop after this many steps without progress.
-        min_progress: by how much the outer loss has to fall to count as progress.
-    """
-
-    steps: int = 30
-    optimizer: MakeOptimizer | None = None
-    scheduler: MakeScheduler | None = None
-    constraints: Any = None
-    warm_start: bool | WarmStart = True
-    certify: bool = False
-    target_error: float | None = None
-    schedule: str | ToleranceSchedule | None = None
-    tol: float | None = None
-    patience: int | None = None
-    min_progress: float = 0.0
-
-    def start(self, setup: Setup, solver: InnerSolver, estimator: HypergradEstimator) -> OuterOptimizer:
-        """Return the outer loop at its start; a failed hypergradient is returned, not raised."""
-        return OuterOptimizer(
-            setup.problem,
-            solver,
-            estimator,
-            setup.hparams,
-            self.optimizer,
-            scheduler=self.scheduler,
-            constraints=self.constraints,
-            warm_start=self.warm_start,
-            certify=self.certify,
-            target_error=self.target_error,
-            schedule=self.schedule,
-            on_failure="return",
-        )
 
 
 @dataclass(frozen=True)

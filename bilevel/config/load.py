@@ -12,7 +12,7 @@ import torch
 from torch.distributions import constraints as dist_constraints
 
 from bilevel import data
-from bilevel.compare import OuterOptions, Plan, RunFolderError, Setup
+from bilevel.compare import Plan, RunFolderError, Setup
 from bilevel.compare.environment import package_version
 from bilevel.config.build import (
     DATA,
@@ -34,7 +34,7 @@ from bilevel.config.schema import ConfigForm, OuterForm, check_form
 from bilevel.core import tree
 from bilevel.engine.checks import read_by_steps
 from bilevel.oracles.autograd_errors import DerivativeError
-from bilevel.outer import ToleranceSchedule, WarmStart
+from bilevel.outer import OuterOptions, ToleranceSchedule, WarmStart
 from bilevel.problems import DataProblem
 
 CORRUPTED = "corrupted"
@@ -274,19 +274,14 @@ def _outer(form: OuterForm) -> OuterOptions:
         maker, given = split_spec(form.scheduler, SCHEDULER, "outer.scheduler")
         scheduler = partial(maker, **check_options(maker, given, "outer.scheduler", frozenset({"optimizer"})))
     warm_start = form.warm_start
-    return OuterOptions(
-        steps=form.steps,
-        optimizer=partial(owner, **check_options(owner, extra, "outer", frozenset({"params"}))),
-        scheduler=scheduler,
-        constraints=_constraint(form.constraints),
-        warm_start=warm_start if isinstance(warm_start, bool) else WarmStart(warm_start.state, warm_start.adjoint),
-        certify=form.certify,
-        target_error=form.target_error,
-        schedule=_schedule(form.schedule),
-        tol=form.tol,
-        patience=form.patience,
-        min_progress=form.min_progress,
-    )
+    made = {
+        "optimizer": partial(owner, **check_options(owner, extra, "outer", frozenset({"params"}))),
+        "scheduler": scheduler,
+        "constraints": _constraint(form.constraints),
+        "warm_start": warm_start if isinstance(warm_start, bool) else WarmStart(warm_start.state, warm_start.adjoint),
+        "schedule": _schedule(form.schedule),
+    }
+    return OuterOptions(**{name: made.get(name, getattr(form, name)) for name in known})
 
 
 def _schedule(spec: dict[str, Any] | str | None) -> str | ToleranceSchedule | None:

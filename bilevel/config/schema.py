@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bilevel.config.document import ConfigError, listed, shown, suggest
+from bilevel.outer import OuterOptions
 
 Spec = dict[str, Any] | str
 """``{class: Name, **options}``, or the bare name."""
@@ -44,12 +45,12 @@ class WarmStartForm(BaseModel):
 
 
 class OuterForm(BaseModel):
-    """The form of ``outer``; further keys are options of the torch optimizer."""
+    """The form of ``outer``: the fields of `OuterOptions`; further keys are options of the torch optimizer."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     optimizer: str = "Adam"
-    steps: Annotated[int, Field(ge=1)] = 30
+    steps: Annotated[int, Field(ge=1)] = OuterOptions.steps
     scheduler: Spec | None = None
     constraints: Spec | None = None
     warm_start: bool | WarmStartForm = True

@@ -2,9 +2,9 @@
 
 from bilevel.outer.loop import BatchOuterOptimizer as BatchOuterOptimizer
 from bilevel.outer.loop import OuterOptimizer as OuterOptimizer
-from bilevel.outer.options import MakeOptimizer as MakeOptimizer
-from bilevel.outer.options import MakeScheduler as MakeScheduler
-from bilevel.outer.options import WarmStart as WarmStart
+from bilevel.outer.moves import MakeOptimizer as MakeOptimizer
+from bilevel.outer.moves import MakeScheduler as MakeScheduler
+from bilevel.outer.options import OuterOptions as OuterOptions
 from bilevel.outer.records import BatchOuterResult as BatchOuterResult
 from bilevel.outer.records import OuterResult as OuterResult
 from bilevel.outer.records import Record as Record
@@ -15,3 +15,4 @@ from bilevel.outer.stopping import StoppingRules as StoppingRules
 from bilevel.outer.stopping import no_descent as no_descent
 from bilevel.outer.stopping import not_converged as not_converged
 from bilevel.outer.stopping import with_remark as with_remark
+from bilevel.outer.warm_start import WarmStart as WarmStart

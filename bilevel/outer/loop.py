@@ -28,12 +28,12 @@ from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
 from bilevel.outer.checks import check_callbacks, check_makers, check_steps
-from bilevel.outer.moves import Mover, where
-from bilevel.outer.options import MakeOptimizer, MakeScheduler, WarmStart
+from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.state import load, saved
 from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
+from bilevel.outer.warm_start import WarmStart
 
 Callback: TypeAlias = "Callable[[OuterOptimizer, Any], bool | None]"
 

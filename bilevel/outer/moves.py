@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.outer.checks import check_made, check_makers, check_rowwise, check_scheduler
 from bilevel.outer.constraints import ConstraintTransform
-from bilevel.outer.options import MakeOptimizer, MakeScheduler
 from bilevel.outer.state import restore_optimizer
+
+MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
+MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], Any]
 
 
 def where(chosen: Sequence[int], size: int | None, x: Tree, y: Tree | float) -> Tree:

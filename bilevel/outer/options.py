@@ -1,37 +1,64 @@
-"""The options of an outer run."""
+"""`OuterOptions`: the options of an outer run, as comparisons and configs hold them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from bilevel.base import Carry
-from bilevel.core.options import require
-
-MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
-MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], Any]
+from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.outer.loop import OuterOptimizer
+from bilevel.outer.moves import MakeOptimizer, MakeScheduler
+from bilevel.outer.schedule import ToleranceSchedule
+from bilevel.outer.stopping import StoppingRules
+from bilevel.outer.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
-class WarmStart:
-    """Which parts one outer step hands to the next.
+class OuterOptions:
+    """An outer run as a value: what `OuterOptimizer` and its `run` take besides a problem and its methods.
 
     Args:
-        state: the inner state (iterate, momentum, moments).
-        adjoint: the adjoint vector, the start of the linear solver.
+        steps: outer steps; not used where a comparison has a budget.
+        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
+        scheduler: makes a torch scheduler from the optimizer.
+        constraints: see `OuterOptimizer`.
+        warm_start: see `OuterOptimizer`.
+        certify: estimate the error of every hypergradient.
+        target_error: see `OuterOptimizer`.
+        schedule: see `OuterOptimizer`.
+        tol: stop once the norm of the hypergradient is at most this.
+        patience: stop after this many steps without progress.
+        min_progress: by how much the outer loss has to fall to count as progress.
     """
 
-    state: bool = True
-    adjoint: bool = True
+    steps: int = 30
+    optimizer: MakeOptimizer | None = None
+    scheduler: MakeScheduler | None = None
+    constraints: Any = None
+    warm_start: bool | WarmStart = True
+    certify: bool = False
+    target_error: float | None = None
+    schedule: str | ToleranceSchedule | None = None
+    tol: float | None = None
+    patience: int | None = None
+    min_progress: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name in ("state", "adjoint"):
-            require(self, name, "True or False", isinstance(getattr(self, name), bool))
+    def start(self, setup: Any, solver: InnerSolver, estimator: HypergradEstimator) -> OuterOptimizer:
+        """Return the outer loop at its start; a failed hypergradient is returned, not raised.
 
-    def part_of(self, carry: Carry) -> Carry:
-        """Return what the next step gets of what one has left."""
-        return Carry(carry.state if self.state else None, carry.adjoint if self.adjoint else None, carry.solver)
+        Args:
+            setup: has `problem` and `hparams`.
+            solver: the inner solver.
+            estimator: the hypergradient estimator.
+        """
+        names = [each.name for each in fields(self) if each.name not in ENDS]
+        options = {name: getattr(self, name) for name in names}
+        return OuterOptimizer(setup.problem, solver, estimator, setup.hparams, on_failure="return", **options)
+
+    def rules(self, budget: float | None = None) -> StoppingRules:
+        """Return the rules by which a run ends."""
+        return StoppingRules(budget, self.tol, self.patience, self.min_progress)
+
+
+ENDS = ("steps", "tol", "patience", "min_progress")
+"""Options that `OuterOptimizer.run` takes, or a comparison in its place."""
