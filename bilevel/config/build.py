@@ -27,8 +27,6 @@ from bilevel.core.tracebacks import told
 from bilevel.oracles.problem import BilevelProblem
 
 REQUIRED = inspect.Parameter.empty
-DATA = frozenset({"X_train", "y_train", "X_val", "y_val", "X_test", "y_test"})
-"""Arguments of a problem class that the data set gives."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class Kind:
 SOLVER = Kind("an inner solver", InnerSolver, (inner,))
 ESTIMATOR = Kind("a hypergradient estimator", HypergradEstimator, (hypergrad,))
 LINEAR_SOLVER = Kind("a linear solver", LinearSolver, (linear,))
-# Left out: what takes a module and functions.
-PROBLEM = Kind("a problem", BilevelProblem, (problems, meta), ("MetaProblem",))
+# Left out: what takes a module and functions, and the base of linear models, which has no loss.
+PROBLEM = Kind("a problem", BilevelProblem, (problems, meta), ("MetaProblem", "LinearModelProblem"))
 # Left out: those that need a closure, sparse gradients or matrices; and those that need functions, metrics or others.
 OPTIMIZER = Kind("a torch optimizer", torch.optim.Optimizer, (torch.optim,), ("LBFGS", "SparseAdam", "Muon"))
 SCHEDULER = Kind(

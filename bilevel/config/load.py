@@ -15,7 +15,6 @@ from bilevel import data
 from bilevel.compare import Plan, RunFolderError, Setup
 from bilevel.compare.environment import package_version
 from bilevel.config.build import (
-    DATA,
     ESTIMATOR,
     OPTIMIZER,
     PROBLEM,
@@ -37,8 +36,6 @@ from bilevel.oracles.autograd_errors import DerivativeError
 from bilevel.outer import OuterOptions, ToleranceSchedule, WarmStart
 from bilevel.problems import DataProblem
 
-CORRUPTED = "corrupted"
-"""An option of those problem classes that are told which training labels the data set made wrong."""
 NOT_IN_DATA = frozenset({"seed", "device", "dtype", "task"})
 """Options of `data.load` that a config states elsewhere."""
 
@@ -83,10 +80,7 @@ class DataSetup:
                 f"the data file {self.data['name']} has changed since this command began: run the same command again."
             )
         found = data.load(**self.data, task=self.kind.task, seed=seed, device=self.device)
-        parts: dict[str, Any] = found.splits()
-        if CORRUPTED in options_of(self.kind):
-            parts[CORRUPTED] = found.corrupted
-        problem = self.kind(**parts, **self.options)
+        problem = self.kind.from_data(found, **self.options)
         labels = problem.labels(found.feature_names)
         return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, found.note)
 
@@ -221,9 +215,10 @@ def _plan(form: ConfigForm) -> Plan:
 
 def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
     owner, given = split_spec(spec, PROBLEM, path)
-    if set(options_of(owner)) >= ELSEWHERE:
-        return ProblemSetup(owner, check_options(owner, given, path, ELSEWHERE), device=device)
-    if not set(options_of(owner)) >= DATA or not issubclass(owner, DataProblem):
+    takes = set(options_of(owner))
+    if not issubclass(owner, DataProblem) or not takes >= owner.from_dataset:
+        if takes >= ELSEWHERE:
+            return ProblemSetup(owner, check_options(owner, given, path, ELSEWHERE), device=device)
         raise ConfigError(
             f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem, "
             "SoftmaxProblem, SampleWeightProblem and MLPProblem are) nor from a seed (as SineProblem is): use it from "
@@ -246,15 +241,14 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
         raise ConfigError(f"`{path}.data.{key}` is not given here, but by {where}, got {shown(source[key])}.")
     if not isinstance(start, int | float) or isinstance(start, bool):
         raise ConfigError(f"`{path}.start` must be a number, got {shown(start)}.")
-    exclude = DATA | {CORRUPTED}
-    unknown = [key for key in given if key not in options_of(owner, exclude)]
+    unknown = [key for key in given if key not in takes - owner.from_dataset]
     if unknown:
-        allowed = ["data", "start", *options_of(owner, exclude)]
+        allowed = ["data", "start", *options_of(owner, owner.from_dataset)]
         raise ConfigError(
             f"`{path}.{unknown[0]}` is not an option of {owner.__name__} ({listed(allowed)})"
             f"{suggest(str(unknown[0]), allowed)}"
         )
-    options = check_options(owner, given, path, exclude)
+    options = check_options(owner, given, path, owner.from_dataset)
     given = check_options(data.load, source, f"{path}.data", NOT_IN_DATA)
     return DataSetup(owner, options, given, start, device=device, digest=digest_of(given["name"]))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from bilevel.core.tree import Tree
+from bilevel.data.load import Dataset
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems.splits import Split, numbered
 from bilevel.problems.tables import check_columns
@@ -28,18 +29,31 @@ ABSENT = {
 class DataProblem(BilevelProblem):
     """Base of the problems whose inner loss is over training rows and whose outer loss is over validation rows.
 
-    A config can name every exported subclass whose constructor takes X_train, y_train, X_val, y_val, X_test and y_test.
+    A config can name every exported subclass: `from_data` makes it of a data set and the options in the config.
 
     Attributes:
+        from_dataset: names of the constructor's arguments that are attributes of a data set, which `from_data` takes
+            from there and a config does not give.
         task: what the targets are, and so what a config's data set becomes: "regression" (numbers, which are centred),
             "classification" (labels, which may be strings and become 0, 1, ... in sorted order) or "raw" (numbers as
             they are in the data set).
     """
 
+    from_dataset: ClassVar[frozenset[str]] = frozenset({"X_train", "y_train", "X_val", "y_val", "X_test", "y_test"})
     task: str = "raw"
     train: Split
     val: Split
     test: Split | None
+
+    @classmethod
+    def from_data(cls, dataset: Dataset, **options: Any) -> Self:
+        """Return the problem of a data set.
+
+        Args:
+            dataset: from `bilevel.data.load`.
+            options: of the constructor.
+        """
+        return cls(**{name: getattr(dataset, name) for name in cls.from_dataset}, **options)
 
     def take_splits(self, X_train: Any, y_train: Any, X_val: Any, y_val: Any, X_test: Any, y_test: Any) -> None:
         """Keep the parts of the data.

@@ -143,6 +143,7 @@ class SampleWeightProblem(SoftmaxProblem):
     tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
 
+    from_dataset = SoftmaxProblem.from_dataset | {"corrupted"}
     inner_problem = SampleWeightInner
     parametrizations = ("sigmoid", "direct")
 

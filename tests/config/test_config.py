@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from paths import CONFIGS
 
 from bilevel import CG, SGD, Auto, GradientDescent, Implicit, ToleranceSchedule, TruncatedUnroll, WarmStart
 from bilevel.compare import RunFolderError
-from bilevel.config import ConfigError, load_plan
+from bilevel.config import ConfigError, DataSetup, load_plan
 from bilevel.config.document import parse_yaml
+from bilevel.problems import RidgeProblem
 
 BASE = """\
 name: tiny
@@ -506,3 +508,14 @@ def test_a_plan_knows_its_data_and_the_sources_of_its_classes(config: Path, monk
     (folder / "d.npz").write_bytes(b"")
     with pytest.raises(RunFolderError, match=r"the data file d\.npz has changed since this command began"):
         build(0)
+
+
+def test_a_problem_class_says_how_a_data_set_makes_it() -> None:
+    class Halved(RidgeProblem):
+        @classmethod
+        def from_data(cls, dataset: Any, **options: Any) -> Any:
+            return cls(dataset.X_train / 2, dataset.y_train, dataset.X_val / 2, dataset.y_val, **options)
+
+    made = [DataSetup(kind, {"penalty": "scalar"}, {"name": "diabetes"}, 0.0)(0) for kind in (RidgeProblem, Halved)]
+    assert torch.equal(made[1].problem.train.X * 2, made[0].problem.train.X)
+    assert made[0].labels == made[1].labels
