@@ -4,7 +4,7 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test coverage lint figures bench bars clean
+.PHONY: demo test coverage lint docs figures bench bars clean
 
 demo: .venv/.demo  ## tune two models with three hypergradient estimators and plot the comparison
 	$(BIN)/bilevel compare configs/quickstart.yaml
@@ -19,6 +19,10 @@ lint: .venv/.dev  ## style, documentation and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.docs  ## the pages of docs/ and the reference of all public names: build/docs/index.html
+	$(BIN)/mkdocs build --quiet --config-file scripts/docs/mkdocs.yml
+	@echo "wrote build/docs/index.html"
 
 figures: .venv/.demo  ## every figure of both papers on the curse of unrolling, with numbers and claims
 	$(BIN)/bilevel curse configs/curse/*.yaml
@@ -43,6 +47,10 @@ clean:
 
 .venv/.dev: .venv/.demo
 	$(INSTALL) -e '.[plot,test,lint]'
+	@touch $@
+
+.venv/.docs: .venv/.demo
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 # The peers have a venv of their own. Without the constraints they would replace torch by a CUDA build.

@@ -220,9 +220,9 @@ def contest_table(contest: Mapping[str, Any], task: str) -> str:
 
 INTRODUCTION = """# Benchmarks
 
-This library beside its peers, on the same problems in the same run: `make bench` writes this page and the JSON file
-beside it. Each contestant lives in a process of its own; after a first call, calls go round in turn, and the table
-shows the median of the rounds. All contestants have the same cores and threads and work in float64.
+This page is for comparing this library with its peers, on the same problems in the same run: `make bench` writes it
+from its JSON file. Each contestant lives in a process of its own; after a first call, calls go round in turn, and the
+table shows the median of the rounds. All contestants have the same cores and threads and work in float64.
 
 - **CPU ms**, **wall ms**: processor time over all threads, and elapsed time, of a warm call (divided by the number of
   results where a task says "each").
