@@ -12,7 +12,7 @@ from typing import Any
 
 from bilevel.compare.cells import CellRun, Row
 from bilevel.compare.summary import readable_bytes
-from bilevel.core.figures import STYLE, legend_below, looks, thin_labels, tidy_log_axis
+from bilevel.core.figures import STYLE, legend_below, looks, panels, thin_labels, tidy_log_axis
 from bilevel.core.files import write_figure
 
 Curve = tuple[list[float], list[float], list[float], list[float]]
@@ -37,7 +37,7 @@ def draw_figures(runs: Sequence[CellRun], folder: Path) -> list[Path]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    # A style of its own and the Agg canvas: whatever the caller's session has set up stays as it is.
+    # A style of its own: whatever the caller's session has set up stays as it is.
     with matplotlib.rc_context(STYLE):
         for name, draw in FIGURES.items():
             if name == "hypergradient_error" and not any(_known(run.rows, name) for run in good):
@@ -50,13 +50,8 @@ def draw_figures(runs: Sequence[CellRun], folder: Path) -> list[Path]:
 
 def _panels(runs: Sequence[CellRun], height: float) -> tuple[Any, dict[str, Any]]:
     """Return a figure and its axes by problem."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     problems = list(dict.fromkeys(run.cell.problem for run in runs))
-    figure = Figure(figsize=(4.6 * len(problems) + 0.2, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(problems), squeeze=False)[0]
+    figure, (axes, *_) = panels(1, len(problems), (4.6 * len(problems) + 0.2, height))
     for problem, panel in zip(problems, axes, strict=True):
         panel.set_title(problem.replace("_", " "))
     return figure, dict(zip(problems, axes, strict=True))
@@ -93,10 +88,10 @@ def _known(rows: Sequence[Row], key: str) -> list[float]:
 
 def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log: tuple[bool, bool]) -> Any:
     """Draw one line with a band for each estimator in every panel."""
-    figure, panels = _panels(runs, 3.6)
+    figure, places = _panels(runs, 3.6)
     look = _look(runs)
     drawn: dict[str, Any] = {}
-    for problem, panel in panels.items():
+    for problem, panel in places.items():
         for estimator, group in _groups(runs, problem).items():
             xs, ys, low, high = _curve(group, x, y)
             if not xs:
@@ -118,7 +113,7 @@ def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log
             panel.set_yscale("log")
             tidy_log_axis(panel.yaxis)
         panel.set_xlabel(labels[0])
-    next(iter(panels.values())).set_ylabel(labels[1])
+    next(iter(places.values())).set_ylabel(labels[1])
     if drawn:
         seeds = len({run.cell.seed for run in runs})
         title = f"lines: medians of {seeds} seeds; bands: from the smallest to the largest" if seeds > 1 else ""
@@ -130,8 +125,8 @@ def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log
 def _memory(runs: Sequence[CellRun]) -> Any:
     """Draw the peak memory as horizontal bars with their numbers."""
     look = _look(runs)
-    figure, panels = _panels(runs, 1.3 + 0.45 * len(look))
-    for problem, panel in panels.items():
+    figure, places = _panels(runs, 1.3 + 0.45 * len(look))
+    for problem, panel in places.items():
         peaks = {}
         for estimator, group in _groups(runs, problem).items():
             highest = [max(known) for rows in group if (known := _known(rows, "memory_peak_bytes"))]

@@ -27,6 +27,16 @@ ROW = 0.22
 """Inches of a row of the legend."""
 
 
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """Return a figure on a canvas of its own, whatever the session draws on, and its axes; `size` is in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def looks(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
     """Return colour and line style by name; of more than seven names no two have both in common.
 

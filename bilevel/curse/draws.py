@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver
+from bilevel.data.sources import read_bundled
 from bilevel.inner import GradientDescent, HeavyBall, Nesterov
 from bilevel.problems import LogisticProblem, RidgeProblem
 
@@ -202,10 +203,7 @@ _DATA = (("ridge", "breast_cancer"), ("logistic", "breast_cancer"), ("ridge", "d
 
 def _tabular(kind: str, name: str, steps: int, seeds: Sequence[int], index: int) -> Iterator[Draw]:
     """Regression on scikit-learn's data: a 70 % subsample, penalties, v and the start are drawn."""
-    from sklearn import datasets  # slow to import, and the other draws need none
-
-    read = getattr(datasets, f"load_{name}")
-    X, y = (torch.as_tensor(part, dtype=torch.float64) for part in read(return_X_y=True))
+    X, y = (torch.as_tensor(part, dtype=torch.float64) for part in read_bundled(name).parts[""])
     X = X[:, X.std(0) > 0]
     X = (X - X.mean(0)) / X.std(0)
     classes = (y >= 5).long() if name == "digits" else y.long()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bilevel.core.figures import COLOURS, STYLE, legend_below, looks, thin_labels, tidy_log_axis
+from bilevel.core.figures import COLOURS, STYLE, legend_below, looks, panels, thin_labels, tidy_log_axis
 from bilevel.core.files import write_figure
 from bilevel.curse.outcome import Line, Outcome, Panel
 
@@ -33,8 +33,6 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
     """
     try:
         import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError:
         return False
     rows = [row for row in outcome.rows if any(panel.lines for panel in row)]
@@ -43,9 +41,7 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
     columns = max(map(len, rows))
     with matplotlib.rc_context(STYLE | SMALL):
         look = _look(rows)
-        figure = Figure(figsize=(outcome.panel_width * columns, HEIGHT * len(rows) + 0.75), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(len(rows), columns, squeeze=False)
+        figure, axes = panels(len(rows), columns, (outcome.panel_width * columns, HEIGHT * len(rows) + 0.75))
         drawn: dict[str, Any] = {}
         for row, line_of_axes in zip(rows, axes, strict=True):
             for panel, place in zip(row, line_of_axes, strict=False):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.data.sources import read_bundled
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import QuadraticBatch
 
@@ -43,9 +44,7 @@ def load(name: str, *, scaled: bool = True, seed: int = 0) -> tuple[Tensor, Tens
         ValueError: for another name.
     """
     if name == "breast_cancer":
-        from sklearn.datasets import load_breast_cancer  # slow to import, and the other data need none
-
-        features, target = load_breast_cancer(return_X_y=True)
+        features, target = read_bundled(name).parts[""]
         X, y = _standardized(features), torch.as_tensor(2.0 * target - 1.0)
     elif name == "bodyfat":
         X, y = _bodyfat()

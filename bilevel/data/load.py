@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilevel.core.options import is_int, is_number
 from bilevel.data.prepare import TASKS, corrupt, encode, split, standardized
-from bilevel.data.sources import Array, Raw, check_part, read_csv, read_mnist, read_npz
+from bilevel.data.sources import Array, Raw, check_part, read_bundled, read_csv, read_mnist, read_npz
 
 BUNDLED = {
     "breast_cancer": "classification, 569 rows, 30 features, 2 classes (scikit-learn)",
@@ -229,12 +229,8 @@ def _read(name: str, seed: int, target: str | None, rows: int, features: int, no
     if name in MNIST:
         return read_mnist()
     if name in BUNDLED:
-        from sklearn import datasets  # slow to import, and a command may need no data
-
         # scikit-learn's scaled diabetes would carry statistics of the test rows.
-        options = {"scaled": False} if name == "diabetes" else {}
-        bunch = getattr(datasets, f"load_{name}")(**options)
-        return Raw(name, {"": (bunch.data, bunch.target)}, tuple(map(str, bunch.feature_names)))
+        return read_bundled(name, **({"scaled": False} if name == "diabetes" else {}))
     path = Path(name).expanduser()
     if path.suffix.lower() not in {".npz", ".csv"}:
         raise ValueError(

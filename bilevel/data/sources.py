@@ -57,6 +57,14 @@ def read_mnist() -> Raw:
     return Raw("mnist", {"": (X, y)}, tuple(f"pixel_{row}_{column}" for row in range(28) for column in range(28)))
 
 
+def read_bundled(name: str, **options: Any) -> Raw:
+    """Return a table that scikit-learn brings; `options` are those of its function."""
+    from sklearn import datasets  # slow to import, and a command may need no data
+
+    bunch = getattr(datasets, f"load_{name}")(**options)
+    return Raw(name, {"": (bunch.data, bunch.target)}, tuple(map(str, bunch.feature_names)))
+
+
 def read_npz(source: str, path: Path) -> Raw:
     """Read an .npz file, never unpickling.
 
