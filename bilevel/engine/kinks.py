@@ -30,6 +30,8 @@ STEPS = 8
 """Further steps that are looked at."""
 FALLEN = 0.2
 """A gradient that falls to this share of itself in one of them says that the run is on its way."""
+STALLED = 1000
+"""Steps after which, and after each doubling of which, a run whose gradient has hardly fallen is looked at."""
 CHANGED = 0.3
 """How much of the gradient's norm a step has to change before its segment is looked at."""
 LOW = 1e-3

@@ -17,13 +17,10 @@ from bilevel.core.status import StepFailure, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.expansion import watched
 from bilevel.engine.judge import LOOK, InnerRun, judge, not_finite
-from bilevel.engine.kinks import FALLEN, kinked
+from bilevel.engine.kinks import FALLEN, STALLED, kinked
 from bilevel.engine.rows_loop import run_rows
 from bilevel.engine.tolerance import Goal
 from bilevel.oracles.inner_problem import InnerProblem
-
-STALLED = 1000
-"""Steps after which, and after each doubling of which, a residual that has hardly fallen makes us look for a kink."""
 
 
 def begin(inner: InnerProblem, solver: InnerSolver, params: Tree, carry: Carry) -> InnerState:

@@ -1,7 +1,8 @@
-"""The inner loop for a batch: every member stops, converges or fails by itself.
+"""The inner loop for rows: every row stops, converges or fails by itself.
 
-A member that has ended stands still, its state kept by `torch.where`, while others go on; so each ends with the state,
-the residual and the verdict that it would have alone.
+A row that has ended stands still, its state kept by `torch.where`, while others go on; so each ends with the state, the
+residual and the verdict that it would have alone. It is not written as one with the loop of a single problem, which
+decides by floats at every step: masks of one row would cost it more than the step of a small problem.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bilevel.core.status import GOOD, Status, StepFailure, Verdict
 from bilevel.engine.batch_tolerance import BatchGoal
 from bilevel.engine.expansion import watched
 from bilevel.engine.judge import LOOK, InnerRun, judge, not_finite
+from bilevel.engine.kinks import FALLEN, STALLED, kinked
 from bilevel.engine.tolerance import Floor
 from bilevel.oracles.inner_problem import InnerProblem
 
@@ -67,6 +69,7 @@ class _Loop:
         self.moving = torch.ones(size, dtype=torch.bool, device=like.device)
         self.left, self.first_end = size, self.limit
         self.first, self.start = state, torch.empty(0)
+        self.doubling, self.before_doubling = STALLED, torch.full((size,), math.inf, device=like.device)
         self.broken: dict[int, InnerState] = {}
         self.residuals, self.steps, self.verdicts = [math.nan] * size, [0] * size, [GOOD] * size
         self.counts: list[Counter[str]] = [Counter() for _ in range(size)]
@@ -175,6 +178,21 @@ class _Loop:
                 mask = torch.zeros_like(self.moving)
                 mask[list(floors)] = True
                 self._judge(mask, residual, floors)
+        if self.left and self.taken >= max(at_least, self.doubling):
+            self._look_for_kinks(residual)
+
+    def _look_for_kinks(self, residual: Tensor) -> None:
+        """End the rows whose residual has hardly fallen since the last such look because their steps cross kinks."""
+        ended = torch.zeros_like(self.moving)
+        for index in self._indices(self.moving & (residual > FALLEN * self.before_doubling)):
+            inner, state = self.inner.member(index), self.state.row(index)
+            size = float(residual[index])
+            kink = kinked(inner.problem, inner.hparams, self.solver, state, size, float(self.before_doubling[index]))
+            if not kink.status.ok:
+                self._record(index, size, self.taken, kink)
+                ended[index] = True
+        self._stand(ended)
+        self.doubling, self.before_doubling = 2 * self.taken, residual
 
     def _end(self, mask: Tensor, residual: Tensor) -> None:
         residual = residual.cpu()

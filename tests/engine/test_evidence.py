@@ -366,6 +366,11 @@ def test_solution_and_batches_say_so_too_and_a_target_ends() -> None:
         bl.solution(lasso(), solver, bl.Implicit(), u)
     batch = bl.hypergradient(lasso(), solver, bl.Implicit(), torch.zeros(2, dtype=F64), batch=2, on_failure="return")
     assert [member.status for member in batch] == [bl.Status.NOT_SMOOTH] * 2
+    # Towards a tolerance, rows end as soon as each would alone.
+    alone, solver = status_of(lasso(), u.detach(), bl.Implicit(), bl.GradientDescent(0.1)), bl.GradientDescent(0.1)
+    batch = bl.hypergradient(lasso(), solver, bl.Implicit(), torch.zeros(2, dtype=F64), batch=2, on_failure="return")
+    assert [member.verdict for member in batch] == [alone.verdict] * 2
+    assert [member.certificate.inner_steps for member in batch] == [alone.certificate.inner_steps] * 2
     found = status_of(lasso(), u.detach(), bl.Implicit(), bl.GradientDescent(0.1), target_error=1e-3)
     assert found.status is bl.Status.NOT_SMOOTH
     assert found.certificate.inner_steps <= 4000
