@@ -21,11 +21,10 @@ from bilevel.core import device as look
 from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.status import GOOD, Status, StepFailure, Verdict
-from bilevel.engine.batch_tolerance import BatchGoal
 from bilevel.engine.expansion import watched
 from bilevel.engine.judge import LOOK, InnerRun, judge, not_finite
 from bilevel.engine.kinks import FALLEN, STALLED, kinked
-from bilevel.engine.tolerance import Floor
+from bilevel.engine.tolerance import Floor, Goal, indices_of
 from bilevel.oracles.inner_problem import InnerProblem
 
 RowsVisit: TypeAlias = Callable[[InnerState, Tensor | None, int], object]
@@ -64,7 +63,7 @@ class _Loop:
         self.every = max(solver.traits.check_every, look.steps_between(like.device))
         self.runner = solver.for_members(state)
         self.state = self.before = self.checkpoint = state
-        self.goal = BatchGoal(inner, solver, state, self.tol)
+        self.goal = Goal(inner, solver, state, self.tol)
         self.taken = self.marked = 0
         self.moving = torch.ones(size, dtype=torch.bool, device=like.device)
         self.left, self.first_end = size, self.limit
@@ -135,8 +134,8 @@ class _Loop:
         first, start = self.first, self.start
         larger = (residual > start).cpu()
         start, residual = start.cpu(), residual.cpu()
-        tol = None if self.goal.tol is None else self.goal.tol.cpu()
-        for index in self._indices(mask):
+        tol = self.goal.tol.cpu().tolist() if isinstance(self.goal.tol, Tensor) else self.goal.tol
+        for index in indices_of(mask):
             # Only where a residual has grown does the verdict look at the member's curvature.
             inner = self.inner.member(index) if bool(larger[index]) else self.inner
             verdict = judge(
@@ -147,7 +146,7 @@ class _Loop:
                 float(start[index]),
                 float(residual[index]),
                 self.taken,
-                None if tol is None else float(tol[index]),
+                members.figure(tol, index),
                 None if floors is None else floors[index],
             )
             if bool(larger[index]):
@@ -184,7 +183,7 @@ class _Loop:
     def _look_for_kinks(self, residual: Tensor) -> None:
         """End the rows whose residual has hardly fallen since the last such look because their steps cross kinks."""
         ended = torch.zeros_like(self.moving)
-        for index in self._indices(self.moving & (residual > FALLEN * self.before_doubling)):
+        for index in indices_of(self.moving & (residual > FALLEN * self.before_doubling)):
             inner, state = self.inner.member(index), self.state.row(index)
             size = float(residual[index])
             kink = kinked(inner.problem, inner.hparams, self.solver, state, size, float(self.before_doubling[index]))
@@ -196,15 +195,15 @@ class _Loop:
 
     def _end(self, mask: Tensor, residual: Tensor) -> None:
         residual = residual.cpu()
-        for index in self._indices(mask):
+        for index in indices_of(mask):
             self.first_end = min(self.first_end, self.taken)
-            verdict = GOOD if self.taken else self.goal.verdict(index, float(residual[index]), 0)
+            verdict = GOOD if self.taken else self.goal.row(index).verdict(float(residual[index]), 0)
             self._record(index, float(residual[index]), self.taken, verdict)
         self._stand(mask)
 
     def _fail(self, mask: Tensor) -> None:
         """Name for each broken member the first step that is not finite, by running it alone from the last look."""
-        for index in self._indices(mask):
+        for index in indices_of(mask):
             run = self._replayed(index)
             self._record(index, run.residual, run.steps, run.verdict)
             self.broken[index] = run.state
@@ -222,7 +221,7 @@ class _Loop:
 
     def _stop_all(self, failure: StepFailure) -> None:
         detail = f"{type(self.solver).__name__} at step {self.taken + 1}: {failure.verdict.detail}"
-        for index in self._indices(self.moving):
+        for index in indices_of(self.moving):
             self._record(index, float("nan"), self.taken, Verdict(failure.verdict.status, detail))
         self._stand(self.moving)
 
@@ -236,10 +235,6 @@ class _Loop:
 
     def _residual(self, state: InnerState) -> Tensor:
         return members.norms(self.inner.grad(self.solver.params(state)))
-
-    @staticmethod
-    def _indices(mask: Tensor) -> list[int]:
-        return [int(index) for index in torch.nonzero(mask.cpu())[:, 0]]
 
 
 def _kept(moving: Tensor, after: InnerState, before: InnerState) -> InnerState:

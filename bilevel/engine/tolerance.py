@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState
 from bilevel.core import device as look
+from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.options import Relative, default_tolerance
 from bilevel.core.status import GOOD, Status, Verdict
@@ -56,7 +59,9 @@ class Floor:
 
 
 class Goal:
-    """The tolerance of one run, and what it has to know to judge it.
+    """The tolerance of one run, or of each row of a batch, and what it has to know to judge it.
+
+    Figures (residuals, lengths, what is reached) are a number each; of rows, a tensor of shape (rows,).
 
     Args:
         inner: the bound problem.
@@ -66,49 +71,110 @@ class Goal:
     """
 
     def __init__(self, inner: InnerProblem, solver: InnerSolver, first: InnerState, tol: float | None) -> None:
-        self.inner, self.solver = inner, solver
+        self.inner, self.solver, self.begun, self.given = inner, solver, first, tol
         self.share = float(tol) if isinstance(tol, Relative) else None
-        self.tol = inner.tolerance = None if isinstance(tol, Relative) else tol
+        self.tol: Any = None
+        self._set(None if isinstance(tol, Relative) else tol)
         self.first = inner.trainable(solver.params(first))
-        self.cold = not first.index
+        self.cold = first.index == 0
         (like, *_) = tree.leaves(self.first)
         self.eps = torch.finfo(like.dtype).eps
-        self.best, self.best_at = math.inf, 0
-        self.start: Tree = None
-        self.measured_at: tuple[Tree, float] | None = None
-        """Where ``|H v|`` was measured, and the length of v; None where it needs no further look."""
-        if tol is not None:
-            self.start = start_of(inner, self.first)
+        rows = inner.problem.batch is not None
+        self.best: Any = like.new_full((len(like),), math.inf) if rows else math.inf
+        self.best_at: Any = torch.zeros(len(like), dtype=torch.int64, device=like.device) if rows else 0
+        self.start: Tree = None if tol is None else start_of(inner, self.first)
+        self.at, self.length = self.first, self.best
+        """Where ``|H v|`` was measured, and the length of v; infinite where it needs no further look."""
 
-    def reached(self, residual: float, params: Tree) -> bool:
-        """Whether the residual at params is small enough.
+    def below(self, residual: Any, params: Tree, moving: Any = True) -> Any:
+        """Return whether the residual may be small enough: `reached` has to be asked where it may.
 
         Args:
             residual: norm of the inner gradient at params.
             params: as `InnerSolver.params` gives them.
+            moving: the rows that have not ended.
 
         Returns:
-            True where the run ends.
+            A bool; of rows a mask, of which the host need not know to go on.
         """
-        if self.share is None:
-            return self.tol is not None and residual <= self.tol
-        x = self.inner.trainable(params)
+        if self.given is None:
+            return moving & False
         if self.tol is None:
-            # A budget, which alone gives both, has no room for products: the start's gradient has to do.
-            parts = self.parts(x) if self.solver.steps is None else 0.0
-            # A quadratic loss that starts where its v is zero: the gradient there is ``-H v`` at the solution.
-            if self.cold and parts == 0 and self.inner.problem.structure.quadratic:
-                self.measured_at = None
-            self._set(max(parts, residual if self.cold or parts == 0 else 0.0))
-        assert self.tol is not None
-        if not residual <= self.tol or residual == 0:
-            return residual <= self.tol
-        if self.measured_at is not None:
-            at, length = self.measured_at
-            if float(tree.norm(tree.add(x, at, -1.0))) > AWAY * length:
-                parts = self.parts(x)
-                self._set(parts if parts > 0 else residual)
+            self._begin(residual, self.inner.trainable(params), moving)
         return residual <= self.tol
+
+    def reached(self, residual: Any, params: Tree, moving: Any = True) -> Any:
+        """Return whether the residual at params is small enough to end the run; the arguments are those of `below`."""
+        reached = self.below(residual, params, moving) if self.tol is None else residual <= self.tol
+        if reached is False or self.share is None:
+            return reached
+        x = self.inner.trainable(params)
+        again = moving & reached & (residual > 0) & (self._norm(tree.add(x, self.at, -1.0)) > AWAY * self.length)
+        if _any(again):
+            at, length, parts = self.at, self.length, self.parts(x, again)
+            self.at, self.length = _pick(again, x, at), _pick(again, self.length, length)
+            self._set(_pick(again, self.share * _pick(parts > 0, parts, residual), self.tol))
+            reached = residual <= self.tol
+        return reached
+
+    def _begin(self, residual: Any, x: Tree, moving: Any) -> None:
+        """Set the tolerance of a share at the first iterate."""
+        assert self.share is not None
+        # A budget, which alone gives both, has no room for products: the start's gradient has to do.
+        parts = self.parts(x, moving) if self.solver.steps is None else 0.0
+        # A quadratic loss that starts where its v is zero: the gradient there is ``-H v`` at the solution.
+        known = self.cold & (parts == 0) & self.inner.problem.structure.quadratic
+        self.length = _pick(known, math.inf, self.length)
+        own = _pick(self.cold | (parts == 0), residual, 0.0)
+        self._set(self.share * _pick(own > parts, own, parts))
+
+    def _set(self, tol: Any) -> None:
+        self.tol = self.inner.tolerance = tol
+
+    def _norm(self, x: Tree) -> Any:
+        return float(tree.norm(x)) if self.inner.problem.batch is None else members.norms(x)
+
+    def parts(self, x: Tree, asked: Any = True) -> Any:
+        """Measure ``|H v|`` at the trainable params x; 0 where v is zero, or the loss has no such product.
+
+        Args:
+            x: params.
+            asked: the rows whose figure is wanted, to whom the product is counted.
+
+        Returns:
+            The norm.
+        """
+        candidates = ways(self.start, self.first, x)
+        rows = self.inner.problem.batch is not None
+        lengths = [members.norms(way) for way in candidates] if rows else look.numbers(list(map(tree.norm, candidates)))
+        way: Tree = candidates[0]
+        length: Any = lengths[0]
+        for other, size in zip(candidates[1:], lengths[1:], strict=True):
+            way, length = _pick(size > length, other, way), _pick(size > length, size, length)
+        self.at, self.length = x, length
+        asked = asked & (length > 0) & (length < math.inf)
+        nothing = torch.zeros_like(length) if rows else 0.0
+        indices = indices_of(asked) if rows else []
+        if not indices and asked is not True:
+            return nothing
+        before = self.inner.counts["hvp"]
+        try:
+            size = self._norm(self.inner.hvp_at(x, way))
+        except (ValueError, RuntimeError):
+            return nothing
+        finally:
+            if rows:
+                self.inner.counts["hvp"] = before
+        for index in indices:
+            self.inner.alone[index]["hvp"] += 1
+        return _pick((length > 0) & (size < math.inf), size, 0.0)
+
+    def row(self, index: int) -> Goal:
+        """Return the goal of one row as that of a problem of its own."""
+        goal = Goal(self.inner.member(index), self.solver, self.begun.row(index), self.given)
+        if self.tol is not None:
+            goal._set(float(self.tol[index]) if isinstance(self.tol, Tensor) else self.tol)
+        return goal
 
     def verdict(self, residual: float, taken: int) -> Verdict:
         """Return the verdict of a run that has reached its tolerance; a start that is small in a unit alone is none."""
@@ -121,26 +187,6 @@ class Goal:
             f"tol={self.tol:.1e}; leave `tol` out, or give one below the size of the gradient"
         )
         return Verdict(Status.INNER_NOT_CONVERGED, detail)
-
-    def _set(self, scale: float) -> None:
-        assert self.share is not None
-        self.tol = self.share * scale
-        self.inner.tolerance = self.tol
-
-    def parts(self, x: Tree) -> float:
-        """Measure ``|H v|`` at the trainable params x; 0 where v is zero, or the loss has no such product."""
-        candidates = ways(self.start, self.first, x)
-        lengths = look.numbers([tree.norm(way) for way in candidates])
-        length = max(lengths)
-        way = candidates[lengths.index(length)]
-        self.measured_at = (x, length)
-        if not 0 < length < math.inf:
-            return 0.0
-        try:
-            size = float(tree.norm(self.inner.hvp_at(x, way)))
-        except (ValueError, RuntimeError):
-            return 0.0
-        return size if math.isfinite(size) else 0.0
 
     def floor(self, residual: float, taken: int, before: Tree, params: Tree) -> Floor | None:
         """Return why the run has come to rest, or None where it has not.
@@ -158,6 +204,23 @@ class Goal:
         if taken % WINDOW or waited < max(WINDOW, taken // 2):
             return None
         return self.rest(residual, waited, before, params)
+
+    def floors(
+        self, residual: Tensor, taken: int, before: InnerState, state: InnerState, moving: Tensor
+    ) -> dict[int, Floor]:
+        """Return why rows have come to rest, by their index; the arguments are those of `floor`, as states."""
+        better = residual < self.best
+        self.best, self.best_at = torch.minimum(self.best, residual), torch.where(better, taken, self.best_at)
+        if taken % WINDOW:
+            return {}
+        waited = taken - self.best_at
+        found = {}
+        for index in indices_of(moving & (waited >= max(WINDOW, taken // 2))):
+            old, new = (self.solver.params(each.row(index)) for each in (before, state))
+            floor = self.row(index).rest(float(residual[index]), int(waited[index]), old, new)
+            if floor is not None:
+                found[index] = floor
+        return found
 
     def rest(self, residual: float, waited: int, before: Tree, params: Tree) -> Floor | None:
         """Look whether a run whose residual has not become smaller for `waited` steps has come to rest."""
@@ -193,3 +256,19 @@ class Goal:
         except (ValueError, RuntimeError):
             return False
         return curvature > 0 and length * (length / curvature) <= self.eps * value
+
+
+def _pick(mask: Any, x: Any, y: Any) -> Any:
+    """Return x where the mask holds, else y: trees or figures, of rows those of each."""
+    if not isinstance(mask, Tensor):
+        return x if mask else y
+    return torch.where(mask, x, y) if isinstance(x, float) else members.where(mask, x, y)
+
+
+def _any(mask: Any) -> bool:
+    return bool(mask.any()) if isinstance(mask, Tensor) else mask
+
+
+def indices_of(mask: Tensor) -> list[int]:
+    """Return the rows of a mask, by one look at it."""
+    return [int(index) for index in torch.nonzero(mask.cpu())[:, 0]]

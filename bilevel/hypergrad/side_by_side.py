@@ -98,13 +98,13 @@ def rows_hypergradient(
     pulled = solved.pullback(by_params)
     gradient = tree.add(by_hparams, pulled.hparams)
     verdicts = _with_gradient(verdicts, pulled, gradient)
-    verdicts = _far_from_solution(verdicts, value, solved.params, by_params, pulled)
     if estimator.second_derivatives:
         good = [verdict.status.usable for verdict in verdicts]
         # Members share their losses, and so a mistake in them.
         wrong = check_members(problem, hparams, solved.params, good, certify)
         verdicts = [verdict.worse(wrong) for verdict in verdicts]
         verdicts = members_at_kinks(problem, hparams, solver, solved, verdicts, start)
+    verdicts = _far_from_solution(verdicts, value, solved.params, by_params, pulled)
     usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
     gradient = members.where(usable, gradient, float("nan"))
     costs, cost = _costs(solved, pulled, reached, meter)
