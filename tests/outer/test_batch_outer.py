@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,31 @@ def test_a_member_that_stands_still_keeps_its_moments() -> None:
     for old, new in zip(before, moments(), strict=True):
         assert torch.equal(old[1], new[1])
         assert not torch.equal(old[0], new[0])
+
+
+def test_rows_of_which_none_moves_leave_no_trace_in_what_follows() -> None:
+    _, batch, hparams = case("ridge", shared=True)
+    options: dict[str, Any] = {"on_failure": "return", "warm_start": False}
+    spoiled, plain = (
+        bl.OuterOptimizer(batch, bl.GradientDescent(steps=20), bl.Implicit(), hparams, ADAM, **options)
+        for _ in range(2)
+    )
+    (group,) = spoiled.optimizer.param_groups
+    usual, group["lr"] = group["lr"], math.nan
+    assert [verdict.status for verdict in spoiled.step().verdicts] == [bl.Status.NOT_FINITE] * 4
+    (group,) = spoiled.optimizer.param_groups
+    group["lr"] = usual
+    for outer in (spoiled, plain):
+        outer.step()
+    assert torch.equal(spoiled.hparams, plain.hparams)
+
+
+def test_rows_of_a_problem_that_changes_keep_the_last_as_the_best() -> None:
+    problem = bl.meta.SineProblem(shots=2, queries=2, hidden=[2], batch_size=1)
+    start = problem.initial_hparams()
+    hparams = bl.tree.tree_map(lambda leaf: torch.stack([leaf, 2 * leaf]), start)
+    solver = bl.GradientDescent(step_size=0.01, steps=1)
+    result = bl.OuterOptimizer(problem, solver, bl.FullUnroll(), hparams, batch=2, rows="loop").run(2, progress=False)
+    losses = torch.tensor([[record.outer_loss for record in records] for records in result.history])
+    assert torch.equal(result.best_loss, losses[:, -1])
+    assert bool((losses[:, -1] > losses.min(dim=1).values).all())

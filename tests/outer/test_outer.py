@@ -334,6 +334,10 @@ def test_every_callback_is_called_and_any_of_them_can_stop_the_run() -> None:
     assert result.stopped == "a callback asked to stop"
     losses = [record.outer_loss for record in result.history]
     assert seen == [(name, step, losses[step - 1]) for step in (1, 2, 3) for name in ("one", "two")]
+    ended = make(callbacks=(one,)).run(10, budget=1.0, progress=False)
+    assert ended.stopped.startswith("the budget of 1 gradient-equivalents is used")
+    both = make(callbacks=(lambda outer, estimate: True,)).run(10, budget=1.0, progress=False)
+    assert both.stopped == ended.stopped  # a rule that is met says more than the callback
 
 
 def test_the_best_hyperparameters_are_those_of_the_smallest_loss_and_do_not_move_on() -> None:
