@@ -117,7 +117,7 @@ def solve(
     )
     if tail.extrapolate and point is not None:
         return Solution(point.params, run.state, sweep, point.residual, run.steps, run.verdict)
-    return Solution(solver.params(run.state), run.state, sweep, run.residual, run.steps, run.verdict)
+    return run.solution(solver.params(run.state), sweep)
 
 
 def _forward(

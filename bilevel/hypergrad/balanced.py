@@ -245,7 +245,7 @@ def solve(
         run = excuse(run, solver)
     meter.sample()
     if not run.verdict.status.usable:
-        return Solution(solver.params(run.state), run.state, _nothing, run.residual, run.steps, run.verdict)
+        return run.solution(solver.params(run.state), _nothing)
     if not balance.done:
         balance.record.close(run.state)
         balance.pause(run.state)
@@ -277,7 +277,7 @@ def _finish(balance: Balance, run: InnerRun) -> Solution:
     note = f"no estimate: {reason}, so a truncated tail took the place of the adjoint system"
     allowance = float("inf") if balance.budget is None else max(balance.left(), OMEGA)
     sweep = Sweep(balance.inner, solver, balance.record.tail(length), allowance, note=note)
-    return Solution(solver.params(run.state), run.state, sweep, run.residual, run.steps, run.verdict)
+    return run.solution(solver.params(run.state), sweep)
 
 
 def _estimate(balance: Balance, probe: int) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from bilevel.core.status import OnFailure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, attempt
 from bilevel.engine.checks import check_carry, check_roles, read_by_steps
-from bilevel.engine.rowwise import loop_hypergradient, one_by_one
+from bilevel.engine.one_by_one import loop_hypergradient, one_by_one
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.evidence import certificate, confirmed, judged
 from bilevel.hypergrad.side_by_side import as_batch, rows_hypergradient

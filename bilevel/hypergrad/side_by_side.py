@@ -28,7 +28,7 @@ from bilevel.engine.attempt import Attempt, value_verdict
 from bilevel.engine.derivatives import check_members
 from bilevel.engine.kinks import members_at_kinks
 from bilevel.engine.not_finite import finite_loss
-from bilevel.engine.rowwise import one_by_one
+from bilevel.engine.one_by_one import one_by_one
 from bilevel.hypergrad.evidence import certificate, judged
 from bilevel.oracles import batching as batches
 from bilevel.oracles.batching import Rows

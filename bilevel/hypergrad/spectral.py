@@ -91,7 +91,7 @@ class Spectral(HypergradEstimator):
             weights = basis.turn(cotangent)
             return Pullback(diagonal.pull(weights * by_value, weights * by_linear), steps=tail)
 
-        return Solution(last, run.state, pullback, run.residual, run.steps, run.verdict)
+        return run.solution(last, pullback)
 
     def sweep(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tensor, params: Tree = None) -> Sweep:
         """Return outer losses and hypergradients at many hyperparameter vectors at once, each from a cold start.

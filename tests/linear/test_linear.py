@@ -315,6 +315,22 @@ def test_singular_members_of_a_batch_are_judged_as_single_systems_are(solver: bl
     torch.testing.assert_close(solution.x[2], torch.linalg.solve(regular, b[2]))
 
 
+def test_rows_are_refused_by_a_solver_of_one_system() -> None:
+    with pytest.raises(ValueError, match=r"^GMRES\(\) takes one system at a time: use CG\(\) or Direct\(\) for rows."):
+        bl.GMRES().solve(lambda v: v, torch.ones(2, 3), rows=True)
+
+
+def test_rows_of_any_tree_and_of_any_size_are_solved() -> None:
+    sizes = torch.tensor([1e-200, 2.0, 1e200], dtype=F64)
+    b = {"a": normal(1, 3, 2) * sizes[:, None], "b": normal(2, 3) * sizes}
+    matrices = 4.0 * torch.eye(3, dtype=F64).expand(3, 3, 3)
+    for solver in (bl.CG(), bl.Direct()):
+        found = solver.solve(lambda v: {k: 4.0 * x for k, x in v.items()}, b, dense=lambda: matrices, rows=True)
+        assert max(found.residual) < 1e-12
+        for name in b:
+            torch.testing.assert_close(found.x[name], b[name] / 4.0, rtol=1e-12, atol=0)
+
+
 def test_gmres_reports_negative_curvature_of_what_should_be_a_hessian() -> None:
     matrix, b = torch.diag(torch.tensor([3.0, 1.0, -0.25], dtype=F64)), torch.ones(3, dtype=F64)
     assert bl.GMRES().solve(lambda v: matrix @ v, b).verdict.status.ok
