@@ -1,11 +1,14 @@
 """Every Python example in the README and the guides runs."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
 
 import bilevel as bl
+from bilevel.cli import main
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -13,12 +16,24 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```(python|yaml|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL)
     # One namespace a page: later examples use what earlier ones made, as a reader would.
     namespace: dict[str, object] = {"__name__": page.stem}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
-    assert blocks or "```python" not in page.read_text()
+    files = set()
+    for language, block in blocks:
+        # A block that begins with the name of a file is that file, and commands that name one are run.
+        if named := re.match(r"# (my_\w+\.\w+)\n", block):
+            Path(named[1]).write_text(block)
+            files.add(named[1])
+            monkeypatch.syspath_prepend(str(tmp_path))
+        elif language == "python":
+            exec(compile(block, str(page), "exec"), namespace)
+        elif language == "sh":
+            for line in block.splitlines():
+                if line.startswith("bilevel ") and line.split()[2].partition(":")[0] in files:
+                    assert main(line.split()[1:]) == 0
+    for file in files:
+        sys.modules.pop(Path(file).stem, None)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -218,6 +218,11 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
     takes = set(options_of(owner))
     if not issubclass(owner, DataProblem) or not takes >= owner.from_dataset:
         if takes >= ELSEWHERE:
+            if not hasattr(owner, "initial_hparams"):
+                raise ConfigError(
+                    f"`{path}.class` is {owner.__name__}, which does not say where tuning starts: give it a method "
+                    "`initial_hparams(self)`, or use it from Python."
+                )
             return ProblemSetup(owner, check_options(owner, given, path, ELSEWHERE), device=device)
         raise ConfigError(
             f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem, "

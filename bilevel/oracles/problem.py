@@ -230,6 +230,11 @@ class BilevelProblem(Losses):
         """Return named figures of merit at an inner solution, such as the test loss; none by default."""
         return {}
 
+    @property
+    def unit(self) -> str:
+        """What a hyperparameter is, such as "log penalty", as tables call it."""
+        return "hyperparameter"
+
     def remark(self, params: Tree, hparams: Tree) -> str:
         """Return what is odd about the outer loss where a run ends, in words; an empty string by default."""
         return ""
