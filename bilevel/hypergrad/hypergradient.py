@@ -87,9 +87,10 @@ def hypergradient(
         batch: number of members to run side by side as one problem. Every leaf of `hparams` then has this leading
             dimension; `params` may have it too, and is the same for all members otherwise. A problem that is a batch
             already (`BilevelProblem.batched`, `bilevel.stack`) needs none.
-        rows: how the members of a batch run: "auto" side by side, or where torch cannot vectorise a loss over them
-            (recurrent layers, values that decide) one after the other, with a note in `certificate.measured`; "loop"
-            one after the other: any solver, estimator and problem, each result that of a single call bit for bit.
+        rows: how the members of a batch run: "auto" side by side, or one after the other, with a note in
+            `certificate.measured`, where torch cannot vectorise a loss over them (recurrent layers, values that decide)
+            or the solver or the estimator takes one problem at a time; "loop" one after the other: each result is that
+            of a single call bit for bit.
         carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
         certify: bound the distance to the exact hypergradient where a proof exists, and estimate it elsewhere (see
             `bilevel.certify.certify_error`).
@@ -122,8 +123,8 @@ def hypergradient(
     check_roles(problem, solver, rule)
     if batch is not None or rows != "auto":
         problem = as_batch(problem, batch, rows)
-    if problem.batch is not None and not problem.one_by_one and target_error is None:
-        alone = rule.one_by_one(solver)
+    if problem.batch is not None and not problem.one_by_one:
+        alone = rule.one_by_one(solver) if target_error is None else "each has a `target_error` of its own to reach"
         problem = one_by_one(problem, alone) if alone else problem
     if problem.one_by_one:
         options = {"certify": certify, "target_error": target_error, "on_failure": "return"}

@@ -343,13 +343,20 @@ def test_networks_whose_steps_vary_are_refused(make: Any, has: str) -> None:
             bl.hypergradient(make(), bl.GradientDescent(0.1), estimator, u, target_error=0.1)
 
 
-def test_batches_samplers_and_optimality_maps_are_refused() -> None:
+def test_members_of_a_batch_reach_their_targets_one_after_the_other_and_outer_loops_of_batches_are_refused() -> None:
     case = logistic_case()
-    stacked = torch.stack([case.hparams, case.hparams])
+    stacked = torch.stack([case.hparams, case.hparams + 1.0])
     given = (case.problem, bl.GradientDescent(), bl.Implicit(), stacked)
-    for call in (bl.hypergradient, bl.OuterOptimizer):
-        with pytest.raises(ValueError, match="`target_error` is for one problem at a time, but this is a batch"):
-            call(*given, batch=2, target_error=0.1)
+    for index, each in enumerate(bl.hypergradient(*given, batch=2, target_error=0.1)):
+        alone = bl.hypergradient(*given[:3], stacked[index], target_error=0.1)
+        assert torch.equal(each.hypergradient, alone.hypergradient)
+        assert each.certificate.error_kind == alone.certificate.error_kind == "bound"
+        assert "`target_error`" in each.certificate.measured["rows"]
+    with pytest.raises(ValueError, match="`target_error` is for one problem at a time, but this is a batch"):
+        bl.OuterOptimizer(*given, batch=2, target_error=0.1)
+
+
+def test_optimality_maps_are_refused() -> None:
     fixed = bl.BilevelProblem.from_fixed_point(lambda x, u: 0.5 * x + u, lambda x, u: (x**2).sum(), torch.zeros(2))
     with pytest.raises(ValueError, match="`target_error` needs a certificate, and an optimality map"):
         bl.hypergradient(
