@@ -26,7 +26,7 @@ class Design:
     workers changes no bit of a result.
 
     Args:
-        X: inputs of shape (features, rows).
+        X: inputs of shape (features, rows), or of problems side by side (batch, features, rows).
 
     >>> design = Design(torch.eye(2))
     >>> design.total(lambda block, X, rows: X.sum(1))
@@ -34,10 +34,10 @@ class Design:
     """
 
     def __init__(self, X: Tensor) -> None:
-        rows = X.shape[1]
+        rows = X.shape[-1]
         length = ROWS if X.device.type == "cpu" and X.numel() >= LARGE else rows
         self.rows = [slice(start, min(start + length, rows)) for start in range(0, rows, length)]
-        self.blocks = [X] if len(self.rows) == 1 else [X[:, part] for part in self.rows]
+        self.blocks = [X] if len(self.rows) == 1 else [X[..., part] for part in self.rows]
 
     def sweep(self, visit: Callable[[int, Tensor, slice], Part]) -> list[Part]:
         """Return what `visit` makes of every block, in their order; autograd does not record it.
@@ -45,6 +45,9 @@ class Design:
         Args:
             visit: (index of the block, its inputs, its rows) -> anything; called in any order, in other threads.
         """
+        if len(self.blocks) == 1:
+            with torch.no_grad():
+                return [visit(0, self.blocks[0], self.rows[0])]
 
         def share(first: int, step: int) -> list[Part]:
             # Whether autograd records is each thread's own.
@@ -52,7 +55,7 @@ class Design:
                 every = range(first, len(self.blocks), step)
                 return [visit(block, self.blocks[block], self.rows[block]) for block in every]
 
-        count = min(threads.workers(), len(self.blocks)) if len(self.blocks) > 1 else 1
+        count = min(threads.workers(), len(self.blocks))
         if count == 1:
             return share(0, 1)
         shares = list(threads.pool(count).map(lambda first: share(first, count), range(count)))

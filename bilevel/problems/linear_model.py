@@ -13,31 +13,33 @@ Data are kept feature-major (a contiguous (features, rows) copy): matrix-vector 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.core import rows as members
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import lanczos
-from bilevel.oracles.batching import check_own_data
+from bilevel.oracles import batching as batches
+from bilevel.oracles.batching import check_own_data, stacked_trees
 from bilevel.oracles.error_model import Certifiable, Rows, Tuned
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
-from bilevel.oracles.structure import Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
-from bilevel.problems.linear_batch import LinearBatch
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.old_hooks import with_hooks
-from bilevel.problems.splits import Split
+from bilevel.problems.splits import Split, check_equal, stacked_splits
 
 
 class LinearModelProblem(DataProblem):
@@ -105,7 +107,7 @@ class LinearModelProblem(DataProblem):
             self.splits[name].y = y
         self.outputs = self.glm.outputs(self.train.y)
         self.class_curvature_at_zero = None if self.outputs is None else self.glm.curvature_at_zero(self.outputs)
-        self.structure = Structure(quadratic=self.glm.quadratic)
+        self.structure = replace(self.structure, quadratic=self.glm.quadratic)
         axes = self.penalty_axes()
         if not isinstance(penalty, str) or penalty not in axes:
             remedy = "" if isinstance(penalty, str) else " (values of penalties are hyperparameters)"
@@ -120,7 +122,7 @@ class LinearModelProblem(DataProblem):
 
     def params_shape(self) -> tuple[int, ...]:
         """Return the shape of the weights: (features,), or (outputs, features) for several predictions for each row."""
-        features = self.train.X.shape[0]
+        features = self.train.X.shape[-2]
         return (features,) if self.outputs is None else (self.outputs, features)
 
     def penalty_axes(self) -> Mapping[str, tuple[int, ...]]:
@@ -130,12 +132,20 @@ class LinearModelProblem(DataProblem):
         return {"scalar": (), "per_class": (0,), "per_feature": (1,), "per_weight": (0, 1)}
 
     def predict(self, X: Tensor, w: Tensor) -> Tensor:
-        """Return the predictions for feature-major X: (rows,), or (outputs, rows)."""
-        return torch.mv(X.t(), w) if self.outputs is None else w @ X
+        """Return the predictions for feature-major X, of shape ([batch,] [outputs,] rows)."""
+        if self.outputs is not None:
+            return w @ X
+        if w.dim() == 1:
+            return torch.mv(X.t(), w)
+        return w @ X if X.dim() == 2 else torch.bmm(w[:, None], X)[:, 0]
 
     def collect(self, X: Tensor, slopes: Tensor) -> Tensor:
         """Return ``X' slopes``, shaped as the weights; the transpose of `predict`."""
-        return torch.mv(X, slopes) if self.outputs is None else slopes @ X.t()
+        if self.outputs is not None:
+            return slopes @ X.mT
+        if slopes.dim() == 1:
+            return torch.mv(X, slopes)
+        return slopes @ X.t() if X.dim() == 2 else torch.bmm(X, slopes[:, :, None])[:, :, 0]
 
     def hparams_shape(self) -> tuple[int, ...]:
         """Return the shape of the hyperparameters."""
@@ -156,14 +166,6 @@ class LinearModelProblem(DataProblem):
             return [f"{label}, {feature}" for label in classes for feature in features]
         return list(features) if self.penalty == "per_feature" else classes
 
-    def batch_class(self) -> type[LinearBatch]:
-        """Return the class of a batch of such problems.
-
-        Raises:
-            ValueError: for a family without one.
-        """
-        raise ValueError(f"{type(self).__name__} does not run in batches: state it by two functions instead.")
-
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Return `size` members that share these data, with the closed forms on a leading dimension.
 
@@ -175,13 +177,25 @@ class LinearModelProblem(DataProblem):
             ValueError: for a size that is no positive int, and for `data`.
         """
         check_own_data(self, size, data)
-        batch: BilevelProblem = self.batch_class().of(self, [self] * size)
-        return batch
+        return self._rows([self] * size)
 
     def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
         """Return such problems as one batch, their data stacked: see `bilevel.stack`."""
-        batch: BilevelProblem = self.batch_class().stack(problems)
-        return batch
+        check_equal(problems, ("penalty", "loss", "parametrization", "glm"))
+        stacked_trees("the inner variable", [problem.params for problem in problems])
+        # The test data are looked at by each member's own `metrics`, so they need no equal shapes.
+        parts = [[getattr(each, name) for each in problems] for name in ("train", "val")]
+        return self._rows(problems, *map(stacked_splits, parts))
+
+    def _rows(self, single: Sequence[BilevelProblem], *data: Split) -> BilevelProblem:
+        """Return members side by side, on these data or on those given, whose leading dimension is the members'."""
+        rows, size = copy.copy(self), len(single)
+        if data:
+            rows.train, rows.val = data
+            rows.design, rows._val_design = Design(rows.train.X), Design(rows.val.X)
+        rows.params = members.expand(self.params, size)
+        rows._hparams_shape, rows._group_shape = (size, *self._hparams_shape), (size, *self._group_shape)
+        return rows.as_batch(single)
 
     def initial_hparams(self, value: float = 0.0) -> Tensor:
         """Return hyperparameters that all have one value."""
@@ -211,15 +225,15 @@ class LinearModelProblem(DataProblem):
         return loss + 0.5 * (self.penalties(hparams) * params * params).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """Return the mean validation loss, in plain torch."""
-        return self.glm.value(self.predict(self.val.X, params), self.val.y).sum() / self.val.rows
+        """Return the mean validation loss, of a batch of shape (batch,), in plain torch."""
+        return self.glm.value(self.predict(self.val.X, params), self.val.y).sum(-1) / self.val.rows
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
         """Return the validation loss and its gradients, in closed form."""
 
         def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            z, y = self.predict(X, params), self.val.y[rows]
-            return self.glm.value(z, y).sum(), self.collect(X, self.glm.slope(z, y))
+            z, y = self.predict(X, params), self.val.y[..., rows]
+            return self.glm.value(z, y).sum(-1), self.collect(X, self.glm.slope(z, y))
 
         loss, gradient = (
             functools.reduce(torch.add, part) for part in zip(*self._val_design.sweep(visit), strict=True)
@@ -270,6 +284,8 @@ class LinearModelProblem(DataProblem):
 
     def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
         """Return loss and scores on every split, such as ``test_loss`` and ``test_accuracy``."""
+        if self.batch is not None:
+            raise ValueError("a batch has no metrics of its own: use batch.member(i).metrics(params[i]).")
         figures = {}
         for name, split in self.splits.items():
             z = self.predict(split.X, params)
@@ -283,6 +299,9 @@ class LinearModelProblem(DataProblem):
         Raises:
             ValueError: in one sentence.
         """
+        if self.batch is not None:
+            batches.check(self, params, hparams)
+            return self.check_range(hparams)
         self.refuse_no_penalty(hparams)
         check_trees(params, hparams)
         owner = f"{type(self).__name__}(penalty={self.penalty!r})"

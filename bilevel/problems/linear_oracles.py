@@ -60,32 +60,48 @@ class LinearModelPoint(PenalisedPoint):
     inner: LinearModelInner
     closed_form = True
 
-    @cached_property
+    def __init__(
+        self,
+        inner: InnerProblem,
+        params: Tree,
+        predictions: list[Tensor] | None = None,
+        curvature: list[Tensor] | None = None,
+        data_gradient: Tensor | None = None,
+    ) -> None:
+        super().__init__(inner, params)
+        self._predictions, self._curvature, self._data_gradient = predictions, curvature, data_gradient
+
+    @property
     def predictions(self) -> list[Tensor]:
         """The predictions of the training rows, by block."""
-        problem = self.inner.problem
-        return problem.design.sweep(lambda block, X, rows: problem.predict(X, self.params))
+        if self._predictions is None:
+            problem = self.inner.problem
+            self._predictions = problem.design.sweep(lambda block, X, rows: problem.predict(X, self.params))
+        return self._predictions
 
-    @cached_property
+    @property
     def data_gradient(self) -> Tensor:
-        """``c X' loss'(z)``: the gradient without the penalty."""
-        problem = self.inner.problem
-        known: list[Tensor] | None = self.__dict__.get("predictions")
+        """``c X' loss'(z)``: the gradient without the penalty; made where autograd does not record."""
+        if self._data_gradient is None:
+            problem, known = self.inner.problem, self._predictions
 
-        def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            z = problem.predict(X, self.params) if known is None else known[block]
-            return z, problem.collect(X, self.slopes(z, rows))
+            def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+                z = problem.predict(X, self.params) if known is None else known[block]
+                return z, problem.collect(X, self.slopes(z, rows))
 
-        found = problem.design.sweep(visit)
-        self.__dict__["predictions"] = [z for z, _ in found]
-        return problem.scale * functools.reduce(torch.add, [part for _, part in found])
+            found = problem.design.sweep(visit)
+            self._predictions = [z for z, _ in found]
+            self._data_gradient = problem.scale * functools.reduce(torch.add, [part for _, part in found])
+        return self._data_gradient
 
-    @cached_property
+    @property
     def curvature(self) -> list[Tensor]:
         """The curvatures of the losses at the predictions, by block."""
-        problem = self.inner.problem
-        blocks = zip(self.predictions, problem.design.rows, strict=True)
-        return [problem.glm.curvature(z, problem.train.y[rows]) for z, rows in blocks]
+        if self._curvature is None:
+            problem = self.inner.problem
+            blocks = zip(self.predictions, problem.design.rows, strict=True)
+            self._curvature = [problem.glm.curvature(z, self.targets(rows)) for z, rows in blocks]
+        return self._curvature
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -102,15 +118,31 @@ class LinearModelPoint(PenalisedPoint):
             data = problem.scale * functools.reduce(torch.add, losses)
             return data + 0.5 * (self.inner.penalty * self.params * self.params).sum()
 
+    @property
+    def has_predictions(self) -> bool:
+        """Whether the value takes no pass over the data."""
+        return self._predictions is not None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the gradient takes none."""
+        return self._data_gradient is not None
+
+    def targets(self, rows: slice) -> Tensor:
+        """Return the targets of some training rows."""
+        problem = self.inner.problem
+        y: Tensor = problem.train.y
+        return y if len(problem.design.rows) == 1 else y[..., rows]
+
     # What weights of the training rows would change -----------------------------------------------------------------
 
     def loss(self, z: Tensor, rows: slice) -> Tensor:
         """Return the sum of the losses of some training rows."""
-        return self.inner.problem.glm.value(z, self.inner.problem.train.y[rows]).sum()
+        return self.inner.problem.glm.value(z, self.targets(rows)).sum()
 
     def slopes(self, z: Tensor, rows: slice) -> Tensor:
         """Return the slopes of the losses of some training rows."""
-        return self.inner.problem.glm.slope(z, self.inner.problem.train.y[rows])
+        return self.inner.problem.glm.slope(z, self.targets(rows))
 
     def hessian_product(self, block: int, rows: slice, dz: Tensor) -> Tensor:
         """Return the second derivative of the losses of a block applied to dz."""
@@ -119,6 +151,10 @@ class LinearModelPoint(PenalisedPoint):
     def weighted_gram(self, block: int, X: Tensor, rows: slice) -> Tensor:
         """Return a block's ``X' D X`` in the dtype of X, which may be lower than that of the data."""
         return gram(self.inner.problem.glm, X, self.curvature[block], self.inner.problem.outputs)
+
+    def _lasting_gradient(self) -> Tensor | None:
+        """Return the data gradient, where it is known and does not depend on the hyperparameters."""
+        return self._data_gradient
 
     def row_gram(self, X: Tensor, rows: slice) -> Tensor:
         """Return ``X'X`` of some training rows."""
@@ -129,13 +165,15 @@ class LinearModelPoint(PenalisedPoint):
     def _data_hvp(self, v: Tensor) -> Tensor:
         problem = self.inner.problem
         _ = self.curvature  # made here, by one thread
-        return problem.scale * problem.design.total(
-            lambda block, X, rows: problem.collect(X, self.hessian_product(block, rows, problem.predict(X, v)))
-        )
 
-    @torch.no_grad()
+        def visit(block: int, X: Tensor, rows: slice) -> Tensor:
+            return problem.collect(X, self.hessian_product(block, rows, problem.predict(X, v)))
+
+        return problem.scale * problem.design.total(visit)
+
     def _hvp(self, v: Tensor) -> Tensor:
-        return torch.addcmul(self._data_hvp(v), self.inner.penalty, v)
+        with torch.no_grad():
+            return torch.addcmul(self._data_hvp(v), self.inner.penalty, v)
 
     def data_hessian(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``c X' D X`` over the flattened weights; in a lower precision it is sooner there."""
@@ -147,7 +185,7 @@ class LinearModelPoint(PenalisedPoint):
 
     def dense_hessian(self) -> Tensor:
         """Return ``c X' D X + diag(pen)`` over the flattened weights."""
-        return self.data_hessian() + torch.diag(self.inner.flat_penalty)
+        return self.data_hessian() + torch.diag_embed(self.inner.flat_penalty)
 
     def preconditioner(self, kept: Tree = None, lasting: bool = False) -> Preconditioner:
         """Return the inverse of ``c X' D X + diag(pen)``, for up to 2,000 weights, in float32.
@@ -159,8 +197,11 @@ class LinearModelPoint(PenalisedPoint):
             lasting: without it, nothing is measured that costs more than the products that it would save.
 
         Returns:
-            A preconditioner; the identity for more weights, or where even the shifted matrix cannot be factored.
+            A preconditioner; the identity for more weights, where even the shifted matrix cannot be factored, and for
+            problems side by side.
         """
+        if self.inner.problem.batch is not None:
+            return Preconditioner()
         rough = kept is None or "inverse" in kept
         if rough and (self.params.numel() > MAX_DENSE or not (lasting or self.inner.problem.outputs is None)):
             return self._rough(kept)
@@ -199,9 +240,7 @@ class LinearModelPoint(PenalisedPoint):
         So the gradient at these params is known to `inner` from now on, and it is not counted as one.
         """
         assert isinstance(inner, LinearModelInner)
-        other = inner.linearization(inner, self.params)
-        shared = {name: value for name, value in self.__dict__.items() if name in inner.shared}
-        other.__dict__.update(shared)
+        other = inner.linearization(inner, self.params, self._predictions, self._curvature, self._lasting_gradient())
         # The two hold each other: let go, so that the old ones are freed now and not by the garbage collector.
         self.inner.forget()
         inner.adopt(other)
@@ -240,17 +279,16 @@ def _by_class(inverse: Tensor, v: Tensor) -> Tensor:
 class LinearModelInner(PenalisedInner):
     """A linear model at fixed penalties."""
 
-    linearization = LinearModelPoint
+    linearization: type[LinearModelPoint] = LinearModelPoint
     convex = True
-    shared: tuple[str, ...] = ("predictions", "curvature", "data_gradient")
-    """What a linearization knows that does not depend on the hyperparameters."""
 
     def __init__(self, problem: Losses, hparams: Tree, counts: Counter[str] | None = None) -> None:
         super().__init__(problem, hparams, counts)
         self.factored: Preconditioner | None = None
-        self._point: Linearization | None = None
+        self._point: LinearModelPoint | None = None
         self.penalty: Tensor = self.problem.penalties(self.hparams)
-        if not tree.is_finite(self.penalty):
+        # Of problems side by side, one whose penalty is not finite fails by itself.
+        if self.problem.batch is None and not tree.is_finite(self.penalty):
             raise ValueError(
                 f"a penalty is not finite: hyperparameters go up to {float(self.hparams.max()):.4g}, "
                 "where exp(u) overflows; start lower or use a smaller learning rate."
@@ -260,9 +298,10 @@ class LinearModelInner(PenalisedInner):
     @property
     def flat_penalty(self) -> Tensor:
         """The penalty of every weight, flattened."""
-        return self.penalty.expand(self.problem.params_shape()).reshape(-1)
+        penalty = self.penalty.expand(self.problem.params.shape)
+        return penalty.reshape(-1) if self.problem.batch is None else penalty.reshape(len(penalty), -1)
 
-    def linearize(self, params: Tree) -> Linearization:
+    def linearize(self, params: Tree) -> LinearModelPoint:
         """Return the gradient linearised at `params`; the last one is kept, so that its pass is not taken again."""
         if self._point is None or self._point.params is not params:
             self._point = self.linearization(self, params)
@@ -271,7 +310,7 @@ class LinearModelInner(PenalisedInner):
     def adopt(self, point: LinearModelPoint) -> None:
         """Make `point` the last linearization, and its gradient the last gradient if that takes no pass."""
         self._point = point
-        if "data_gradient" in point.__dict__:
+        if point.has_gradient:
             self._last = (point.params, point.gradient)
 
     def forget(self) -> None:
@@ -280,7 +319,7 @@ class LinearModelInner(PenalisedInner):
 
     def value(self, params: Tree) -> Tensor:
         """Return the inner loss; where a gradient was taken last, it takes no pass and is not counted."""
-        if self._point is None or self._point.params is not params or "predictions" not in self._point.__dict__:
+        if self._point is None or self._point.params is not params or not self._point.has_predictions:
             self.counts["value"] += 1
         return self._value(params)
 
@@ -288,8 +327,13 @@ class LinearModelInner(PenalisedInner):
         return self.linearize(params).value
 
     def _grad(self, params: Tensor) -> Tensor:
-        gradient: Tensor = self.linearize(params).gradient  # type: ignore[attr-defined]
-        return gradient
+        problem = self.problem
+        if problem.batch is None:
+            return self.linearize(params).gradient
+        # Steps of many small problems feel the time that a linearization takes to make.
+        X, y = problem.train.X, problem.train.y
+        data = problem.collect(X, problem.glm.slope(problem.predict(X, params), y))
+        return torch.addcmul(problem.scale * data, self.penalty, params)
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""

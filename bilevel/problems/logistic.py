@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.losses import Logistic
 
@@ -37,13 +36,3 @@ class LogisticProblem(LinearModelProblem):
 
     task = "classification"
     glm = Logistic()
-
-    def batch_class(self) -> type[LinearBatch]:
-        """`LogisticBatch`."""
-        return LogisticBatch
-
-
-class LogisticBatch(LinearBatch, LogisticProblem):
-    """Logistic regressions side by side; see `LogisticProblem.batched` and `bilevel.stack`."""
-
-    inner_problem = LinearBatchInner

@@ -186,8 +186,8 @@ class Softmax(GLMLoss):
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
         """``softmax(z) - onehot(y)``."""
-        p, label = torch.softmax(z, -2), _index(z, y)
-        return p.scatter(-2, label, p.gather(-2, label) - 1.0)
+        label = _index(z, y)
+        return torch.softmax(z, -2).scatter_add(-2, label, z.new_full((), -1.0).expand_as(label))
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         """Return ``p = softmax(z)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,12 +16,13 @@ from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
 from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.structure import Structure
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
-from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner, LinearBatchPoint
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import Squared
+from bilevel.problems.splits import Split
 
 DENSE = 300
 """Up to this many features the spectrum is computed exactly."""
@@ -50,14 +52,19 @@ class RidgeInner(LinearModelInner):
     def __init__(self, problem: RidgeProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
         super().__init__(problem, hparams, counts)
         self.hessian: Tensor | None = None
-        if problem.on_gram:
+        if problem.on_gram and problem.batch is None:
             self.hessian = torch.addcmul(problem.gram, self.penalty, problem.identity)
 
     def product(self, v: Tensor) -> Tensor:
         """Return ``H v``, not counted."""
         if self.hessian is not None:
             return torch.mv(self.hessian, v)
-        return self._collect(torch.mv(self.problem.train.X.t(), v), v)
+        problem = self.problem
+        if problem.batch is None:
+            return self._collect(torch.mv(problem.train.X.t(), v), v)
+        if problem.on_gram:
+            return torch.addcmul(problem.gram_product(v), self.penalty, v)
+        return self._collect_rows(problem.predict(problem.train.X, v), v)
 
     def product_sum(self) -> ProductSum:
         """Return a sum that shares the Hessian of all points."""
@@ -67,11 +74,24 @@ class RidgeInner(LinearModelInner):
         problem = self.problem
         if self.hessian is not None:
             return torch.addmv(problem.moment, self.hessian, params, beta=-1.0)
-        return self._collect(torch.addmv(problem.train.y, problem.train.X.t(), params, beta=-1.0), params)
+        if problem.batch is None:
+            return self._collect(torch.addmv(problem.train.y, problem.train.X.t(), params, beta=-1.0), params)
+        if not problem.on_gram:
+            return self._collect_rows(problem.predict(problem.train.X, params) - problem.train.y, params)
+        if problem.gram.dim() == 2:
+            data = torch.addmm(problem.moment, params, problem.gram, beta=-1.0)
+        else:
+            data = problem.gram_product(params) - problem.moment
+        return torch.addcmul(data, self.penalty, params)
 
     def _collect(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Return ``c X' rows + pen weights``."""
         return torch.addmv(self.penalty * weights, self.problem.train.X, rows, alpha=self.problem.scale)
+
+    def _collect_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Return it for problems side by side."""
+        problem = self.problem
+        return torch.add(self.penalty * weights, problem.collect(problem.train.X, rows), alpha=problem.scale)
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return the ends of the spectrum: exact up to 300 features, else the upper by Lanczos and a lower bound."""
@@ -115,19 +135,15 @@ class RidgeProblem(LinearModelProblem):
     glm = Squared()
     structure = Structure(quadratic=True)
 
-    def batch_class(self) -> type[LinearBatch]:
-        """`RidgeBatch`."""
-        return RidgeBatch
-
     @property
     def on_gram(self) -> bool:
         """Whether products go through the Gram matrix: cheaper with no fewer rows than features."""
-        return self.train.rows >= self.train.X.shape[0]
+        return self.train.rows >= self.train.X.shape[-2]
 
     @cached_property
     def gram(self) -> Tensor:
-        """``c X'X``, of shape (features, features)."""
-        return self.scale * (self.train.X @ self.train.X.t())
+        """``c X'X``, of shape (features, features), or (batch, features, features) for stacked data."""
+        return self.scale * (self.train.X @ self.train.X.mT)
 
     @cached_property
     def identity(self) -> Tensor:
@@ -136,11 +152,27 @@ class RidgeProblem(LinearModelProblem):
 
     @cached_property
     def moment(self) -> Tensor:
-        """``c X'y``, of shape (features,)."""
-        return self.scale * (self.train.X @ self.train.y)
+        """``c X'y``, of shape (features,), or (batch, features) for stacked data."""
+        X, y = self.train.X, self.train.y
+        return self.scale * (X @ y if X.dim() == 2 else torch.bmm(X, y[:, :, None])[:, :, 0])
+
+    def gram_product(self, v: Tensor) -> Tensor:
+        """Return ``c X'X v`` of problems side by side."""
+        return v @ self.gram if self.gram.dim() == 2 else torch.bmm(self.gram, v[:, :, None])[:, :, 0]
+
+    def _rows(self, single: Sequence[BilevelProblem], *data: Split) -> BilevelProblem:
+        if self.on_gram and not data:
+            _ = self.gram, self.moment  # kept here, for the next batch of these data, too
+        rows: Any = super()._rows(single, *data)
+        for name in ("gram", "moment") if data else ():
+            if name in vars(rows):
+                delattr(rows, name)  # those of the first problem's data
+        return rows
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
         """Return the validation loss and its gradients, from one vector of residuals."""
+        if self.batch is not None:
+            return super().outer_value_and_grads(params, hparams)
         X, y = self.val.X, self.val.y
         residuals = torch.addmv(y, X.t(), params, beta=-1.0)
         scaled = residuals / self.val.rows
@@ -152,7 +184,8 @@ class RidgeProblem(LinearModelProblem):
         Returns:
             None with a penalty for each feature, or with more than 5,000 features.
         """
-        return self._eigenbasis if self.penalty == "scalar" and len(self.train.X) <= MOST_FEATURES else None
+        usable = self.batch is None and self.penalty == "scalar" and len(self.train.X) <= MOST_FEATURES
+        return self._eigenbasis if usable else None
 
     @cached_property
     def _eigenbasis(self) -> Eigenbasis:
@@ -166,10 +199,16 @@ class RidgeProblem(LinearModelProblem):
 
     def solve(self, hparams: Tensor) -> Tensor:
         """Return the exact inner solution ``(c X'X + diag(pen))^-1 c X'y``."""
+        if self.batch is not None:
+            return torch.stack([self.member(index).solve(u) for index, u in enumerate(hparams)])  # type: ignore[attr-defined]
         return self._apply_inverse(hparams.detach(), self.moment)
 
     def exact_hypergradient(self, hparams: Tensor) -> Tensor:
         """Return ``-(d pen/du) w H^-1 f_w``, summed over each group, by dense algebra."""
+        if self.batch is not None:
+            exact = batches.exact_hypergradient(self, hparams)
+            assert exact is not None
+            return exact
         hparams = hparams.detach()
         w = self.solve(hparams)
         _, by_params, _ = self.outer_value_and_grads(w, hparams)
@@ -185,78 +224,3 @@ class RidgeProblem(LinearModelProblem):
         x = torch.cholesky_solve(right[:, None], factor)
         # One step of iterative refinement.
         return (x + torch.cholesky_solve(right[:, None] - hessian @ x, factor))[:, 0]
-
-
-class RidgeBatchPoint(LinearBatchPoint):
-    """The gradients of some ridge regressions, linearised."""
-
-    inner: RidgeBatchInner
-
-    def _hvp(self, v: Tensor) -> Tensor:
-        if not self.inner.problem.on_gram:
-            return super()._hvp(v)
-        return torch.addcmul(self.inner.problem.gram_product(v), self.inner.penalty, v)
-
-
-class RidgeBatchInner(LinearBatchInner):
-    """Some ridge regressions at fixed penalties; with no fewer rows than features, on their Gram matrices."""
-
-    linearization = RidgeBatchPoint
-
-    def _grad(self, params: Tensor) -> Tensor:
-        problem = self.problem
-        if not problem.on_gram:
-            return super()._grad(params)
-        if problem.gram.dim() == 2:
-            data = torch.addmm(problem.moment, params, problem.gram, beta=-1.0)
-        else:
-            data = problem.gram_product(params) - problem.moment
-        return torch.addcmul(data, self.penalty, params)
-
-
-class RidgeBatch(LinearBatch, RidgeProblem):
-    """Ridge regressions side by side; see `RidgeProblem.batched` and `bilevel.stack`."""
-
-    inner_problem = RidgeBatchInner
-
-    @property
-    def on_gram(self) -> bool:
-        """Whether products go through the Gram matrices."""
-        return self.train.X.shape[-1] >= self.train.X.shape[-2]
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """``c X'X``, of shape (features, features), or (batch, features, features) for stacked data."""
-        if self.train.X.dim() == 2:
-            # Kept by the problem whose data are shared, also for the next batch of it.
-            return self._shared.gram
-        return self.scale * (self.train.X @ self.train.X.mT)
-
-    @cached_property
-    def moment(self) -> Tensor:
-        """``c X'y``, of shape (features,), or (batch, features) for stacked data."""
-        if self.train.X.dim() == 2:
-            return self._shared.moment
-        return self.scale * (self.train.X @ self.train.y[..., None])[..., 0]
-
-    @property
-    def _shared(self) -> Any:
-        return self.member(0)
-
-    def solve(self, hparams: Tensor) -> Tensor:
-        """Return the exact inner solutions, of shape (batch, features)."""
-        return torch.stack([self.member(index).solve(u) for index, u in enumerate(hparams)])  # type: ignore[attr-defined]
-
-    def exact_hypergradient(self, hparams: Tensor) -> Tensor:
-        """Return the members' exact hypergradients, stacked."""
-        exact = batches.exact_hypergradient(self, hparams)
-        assert exact is not None
-        return exact
-
-    def gram_product(self, v: Tensor) -> Tensor:
-        """Return ``c X'X v`` of every member."""
-        return v @ self.gram if self.gram.dim() == 2 else torch.bmm(self.gram, v[:, :, None])[:, :, 0]
-
-    def data_hessian(self, curvature: Any) -> Tensor:
-        """Return ``c X'X``, which broadcasts to (batch, features, features)."""
-        return self.gram

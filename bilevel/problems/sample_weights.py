@@ -13,11 +13,12 @@ from bilevel.core.options import is_number, require
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.error_model import Tuned
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.stacking import RowsProblem
 from bilevel.oracles.vjp_sum import ProductSum
-from bilevel.problems.linear_batch import LinearBatch
-from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.softmax import SoftmaxProblem
+from bilevel.problems.splits import Split
 
 
 class SampleWeightPoint(LinearModelPoint):
@@ -45,6 +46,9 @@ class SampleWeightPoint(LinearModelPoint):
     def weighted_gram(self, block: int, X: Tensor, rows: slice) -> Tensor:
         """Return a block's ``X' D X``, the weights included."""
         return super().weighted_gram(block, X * self.inner.weights[rows].sqrt().to(X.dtype), rows)
+
+    def _lasting_gradient(self) -> None:
+        """Return nothing: the gradient depends on the weights."""
 
     def row_gram(self, X: Tensor, rows: slice) -> Tensor:
         """Return ``X' diag(weights) X`` of some training rows."""
@@ -95,7 +99,6 @@ class SampleWeightInner(LinearModelInner):
     """Softmax regression at fixed weights of the rows."""
 
     linearization = SampleWeightPoint
-    shared = ("predictions", "curvature")
 
     def __init__(self, problem: SampleWeightProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
         super().__init__(problem, hparams, counts)
@@ -185,9 +188,9 @@ class SampleWeightProblem(SoftmaxProblem):
         """(rows,)."""
         return (self.train.rows,)
 
-    def batch_class(self) -> type[LinearBatch]:
-        """Refuse: a batch of softmax regressions has penalties, and no weights of rows."""
-        return LinearModelProblem.batch_class(self)
+    def _rows(self, single: Sequence[BilevelProblem], *data: Split) -> BilevelProblem:
+        """Return members that run one after the other."""
+        return RowsProblem(single, "SampleWeightProblem has its closed forms for one problem")
 
     def weights(self, hparams: Tensor) -> Tensor:
         """Return the weight of every training row."""

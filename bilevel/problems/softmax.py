@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bilevel.problems.linear_batch import LinearBatch, LinearBatchInner
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.losses import Softmax
 
@@ -40,13 +39,3 @@ class SoftmaxProblem(LinearModelProblem):
 
     task = "classification"
     glm = Softmax()
-
-    def batch_class(self) -> type[LinearBatch]:
-        """`SoftmaxBatch`."""
-        return SoftmaxBatch
-
-
-class SoftmaxBatch(LinearBatch, SoftmaxProblem):
-    """Softmax regressions side by side: weights (batch, classes, features), predictions (batch, classes, rows)."""
-
-    inner_problem = LinearBatchInner

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.data.sources import Array
+from bilevel.oracles.batching import stacked_trees
 from bilevel.problems.tables import column_names, features, first_not_finite, targets
 
 
@@ -54,7 +57,27 @@ class Split:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self.X.shape[1]
+        return self.X.shape[-1]
+
+
+def stacked_splits(parts: Sequence[Split]) -> Split:
+    """Return one part of the data of several problems, of equal shapes, with X of shape (problems, features, rows)."""
+    split, name = copy.copy(parts[0]), parts[0].name
+    split.X = stacked_trees(f"X_{name}", [part.X for part in parts])
+    split.y = stacked_trees(f"y_{name}", [part.y for part in parts])
+    return split
+
+
+def check_equal(problems: Sequence[Any], options: Sequence[str]) -> None:
+    """Refuse to stack problems with different options; ValueError names the first that differs."""
+    for index, problem in enumerate(problems):
+        for name in options:
+            value, wanted = getattr(problem, name), getattr(problems[0], name)
+            if value != wanted:
+                raise ValueError(
+                    f"`stack` takes problems with equal options, but `{name}` is {wanted!r} in problem 0 and "
+                    f"{value!r} in problem {index}."
+                )
 
 
 def numbered(named: dict[str, Any], like: Any) -> dict[str, Any]:

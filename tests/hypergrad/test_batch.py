@@ -443,12 +443,33 @@ def test_a_problem_with_a_sampler_is_refused_in_batches_and_beside_data() -> Non
         )
 
 
+@pytest.mark.parametrize("kind", ["PoissonProblem", "HuberProblem", "SquaredHingeProblem"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared data", "stacked data"])
+def test_every_loss_runs_side_by_side(kind: str, shared: bool) -> None:
+    def made(seed: int) -> Any:
+        X, y = normal(seed, 14, 3), (normal(seed + 1, 14) > 0).long()
+        return getattr(bl.problems, kind)(X, y, X, y, "per_feature")
+
+    single = [made(5)] * 2 if shared else [made(5), made(6)]
+    batch = single[0].batched(2) if shared else bl.stack(single)
+    hparams = normal(4, 2, 3) - 2.0
+    for estimator in (bl.FullUnroll(), bl.Implicit(bl.Direct())):
+        solver = bl.GradientDescent(step_size=0.1, steps=30)
+        together = bl.hypergradient(batch, solver, estimator, hparams, batch=2)
+        agree(together, [bl.hypergradient(p, solver, estimator, u) for p, u in zip(single, hparams, strict=True)])
+
+
 @pytest.mark.parametrize("make", [lambda problem: problem.batched(2), lambda problem: bl.stack([problem, problem])])
-def test_tuned_weights_of_rows_do_not_run_in_batches(make: Any) -> None:
-    X, labels = torch.eye(3, dtype=F64), torch.tensor([0, 1, 2])
+def test_tuned_weights_of_rows_run_one_after_the_other(make: Any) -> None:
+    X, labels = normal(3, 6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     problem = bl.problems.SampleWeightProblem(X, labels, X, labels)
-    with pytest.raises(ValueError, match=r"^SampleWeightProblem does not run in batches: state it by two functions"):
-        make(problem)
+    hparams = normal(4, 2, 6)
+    for solver in (bl.GradientDescent(steps=8), bl.Newton()):
+        found = bl.hypergradient(make(problem), solver, bl.Implicit(), hparams, batch=2)
+        for each, u in zip(found, hparams, strict=True):
+            alone = bl.hypergradient(problem, solver, bl.Implicit(), u)
+            assert torch.equal(each.hypergradient, alone.hypergradient)
+            assert each.certificate.measured["rows"].startswith("one after the other, as SampleWeightProblem has")
 
 
 def test_the_warm_start_of_a_batch_and_of_its_members_knows_its_solver() -> None:
