@@ -280,7 +280,10 @@ def _outer(form: OuterForm) -> OuterOptions:
         "warm_start": warm_start if isinstance(warm_start, bool) else WarmStart(warm_start.state, warm_start.adjoint),
         "schedule": _schedule(form.schedule),
     }
-    return OuterOptions(**{name: made.get(name, getattr(form, name)) for name in known})
+    try:
+        return OuterOptions(**{name: made.get(name, getattr(form, name)) for name in known})
+    except ValueError as error:
+        raise ConfigError(located(error, "outer", OuterOptions)) from None
 
 
 def _schedule(spec: dict[str, Any] | str | None) -> str | ToleranceSchedule | None:

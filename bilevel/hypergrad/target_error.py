@@ -24,7 +24,7 @@ from bilevel.base import Carry, HypergradEstimator, InnerSolver
 from bilevel.certify import ErrorBound, ErrorEstimate, Refinement, certify_error, rounding_floor
 from bilevel.core import tree
 from bilevel.core.cost import Meter
-from bilevel.core.options import default_tolerance, is_number
+from bilevel.core.options import default_tolerance, is_number, shown_value
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, attempt
@@ -50,6 +50,19 @@ ABOVE_FLOOR = 3.0
 """How far above the measured rounding floor a target has to be."""
 
 
+def check_relative_error(target: Any) -> None:
+    """Refuse a target that is no relative error below one.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not is_number(target) or not 0 < target < 1:
+        raise ValueError(
+            "`target_error` must be a number in (0, 1), the relative error of the hypergradient, got "
+            f"{shown_value(target)}."
+        )
+
+
 def check_target(
     target: Any, problem: BilevelProblem, solver: InnerSolver, estimator: HypergradEstimator, certify: bool
 ) -> None:
@@ -65,10 +78,7 @@ def check_target(
     Raises:
         ValueError: in one sentence with the remedy.
     """
-    if not is_number(target) or not 0 < target < 1:
-        raise ValueError(
-            f"`target_error` must be a number in (0, 1), the relative error of the hypergradient, got {target!r}."
-        )
+    check_relative_error(target)
     if certify:
         raise ValueError("`target_error` brings its own certificate: leave out certify=True.")
     if problem.batch is not None:

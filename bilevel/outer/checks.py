@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core.options import is_int, shown_value
+from bilevel.outer.warm_start import WarmStart
 
 
 def check_makers(optimizer: Any, scheduler: Any) -> None:
@@ -107,6 +108,18 @@ def check_callbacks(callbacks: Any) -> tuple[Callable[..., Any], ...]:
         if not callable(callback):
             raise ValueError(f"{wanted}, got {shown_value(callback)} in it.")
     return tuple(callbacks)
+
+
+def check_switches(certify: Any, warm_start: Any) -> None:
+    """Refuse what does not say whether errors are estimated, or what one step hands to the next.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not isinstance(certify, bool):
+        raise ValueError(f"`certify` must be True or False, got {shown_value(certify)}.")
+    if not isinstance(warm_start, bool | WarmStart):
+        raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {shown_value(warm_start)}.")
 
 
 def check_steps(steps: Any) -> None:

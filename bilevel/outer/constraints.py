@@ -15,6 +15,18 @@ from bilevel.core.options import shown_value
 from bilevel.core.tree import Tree
 
 
+def check_constraints(constraints: Any) -> None:
+    """Refuse what is no constraint, and no dict of them, before there are hyperparameters.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if isinstance(constraints, Mapping) and not constraints:
+        raise ValueError("`constraints` is an empty dict: leave it out.")
+    for each in constraints.values() if isinstance(constraints, Mapping) else [constraints]:
+        _transform(each)
+
+
 class ConstraintTransform:
     """From free variables z to constrained hyperparameters ``u = transform(z)``, leaf by leaf.
 

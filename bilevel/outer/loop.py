@@ -16,7 +16,6 @@ from tqdm import tqdm
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, verdict_of
 from bilevel.core import rows as members
 from bilevel.core import tree
-from bilevel.core.options import shown_value
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
@@ -27,7 +26,7 @@ from bilevel.hypergrad.target_error import check_target
 from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
-from bilevel.outer.checks import check_callbacks, check_makers, check_steps
+from bilevel.outer.checks import check_callbacks, check_makers, check_steps, check_switches
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
@@ -110,10 +109,7 @@ class OuterOptimizer:
         if batch is not None or rows != "auto":
             problem = as_batch(problem, batch, rows)
         check_on_failure(on_failure)
-        if not isinstance(certify, bool):
-            raise ValueError(f"`certify` must be True or False, got {shown_value(certify)}.")
-        if not isinstance(warm_start, bool | WarmStart):
-            raise ValueError(f"`warm_start` must be True, False or a WarmStart, got {warm_start!r}.")
+        check_switches(certify, warm_start)
         rule: HypergradEstimator = as_estimator(estimator)
         check_roles(problem, solver, rule)
         check_tensors("hparams", hparams)

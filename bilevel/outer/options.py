@@ -6,9 +6,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.hypergrad.target_error import check_relative_error
+from bilevel.outer.checks import check_makers, check_steps, check_switches
+from bilevel.outer.constraints import check_constraints
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler
-from bilevel.outer.schedule import ToleranceSchedule
+from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.stopping import StoppingRules
 from bilevel.outer.warm_start import WarmStart
 
@@ -42,6 +45,16 @@ class OuterOptions:
     tol: float | None = None
     patience: int | None = None
     min_progress: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        check_makers(self.optimizer, self.scheduler)
+        check_constraints(self.constraints)
+        check_switches(self.certify, self.warm_start)
+        if self.target_error is not None:
+            check_relative_error(self.target_error)
+        as_schedule(self.schedule, self.target_error)
+        self.rules()
 
     def start(self, setup: Any, solver: InnerSolver, estimator: HypergradEstimator) -> OuterOptimizer:
         """Return the outer loop at its start; a failed hypergradient is returned, not raised.

@@ -193,7 +193,7 @@ SENTENCES = {
         "`problems.ridge.penalty`: `RidgeProblem.penalty` must be one of 'scalar', 'per_feature', got 'per_class'."
     ),
     "problems.ridge.class=QuadraticProblem": "`problems.ridge.class` is QuadraticProblem, which is not made",
-    "problems.ridge.class=LinearModelProblem": "got 'LinearModelProblem'",
+    "problems.ridge.class=LinearModelProblem": "`problems.ridge.class` must be a problem (HuberProblem, ",
     "seeds=[0, 0]": "`seeds` must not repeat a seed, got [0, 0].",
     "seeds=[-1]": "`seeds.0` must be at least 0, got -1.",
     "seeds=3": "`seeds` must be a list, got 3.",

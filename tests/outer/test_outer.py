@@ -18,7 +18,7 @@ from torch.distributions import constraints
 import bilevel as bl
 from bilevel.compare.cells import stop_reason
 from bilevel.core import tree
-from bilevel.outer import Record, StoppingRules, not_converged
+from bilevel.outer import OuterOptions, Record, StoppingRules, not_converged
 from bilevel.problems import LogisticProblem, MLPProblem, RidgeProblem, SoftmaxProblem
 
 OPTIMIZERS = {
@@ -603,7 +603,7 @@ def test_runs_and_cells_of_comparisons_end_by_the_same_rules_in_any_unit(
     scale: float, status: str, error: float | None, norms: list[float], losses: list[float], said: str
 ) -> None:
     rules = {"tol": 1e-2 * scale, "patience": 2, "min_progress": 0.0}
-    plan = SimpleNamespace(outer=SimpleNamespace(**rules, steps=10), budget=None)
+    plan = SimpleNamespace(outer=OuterOptions(**rules, steps=10), budget=None)
     keys = ("hypergradient_norm", "outer_loss", "status", "error_estimate", "message")
     scaled = [
         (scale * norm, scale * loss, status, error and scale * error) for norm, loss in zip(norms, losses, strict=True)
