@@ -283,19 +283,13 @@ class OuterOptimizer:
                     reasons = self._ends(rules, estimate)
         finally:
             self._going = [True] * len(self.histories)
-        taken = [
-            reason
-            or ("a callback asked to stop" if asked else "")
-            or rules.end(f"took {steps} steps", *columns(history), not self.problem.structure.resampled)
-            for reason, history in zip(reasons, self.histories, strict=True)
-        ]
-        ends = [end if estimate is None else self._remarked(end, estimate, i) for i, end in enumerate(taken)]
+        reasons = [reason or ("a callback asked to stop" if asked else "") for reason in reasons]
+        ends = [self._end(rules, reason, steps, estimate, index) for index, reason in enumerate(reasons)]
         history = tuple(tuple(records) for records in self.histories)
-        best_loss, best_hparams = self.best
         return OuterResult(
             self.hparams,
-            tree.copied(best_hparams),
-            best_loss,
+            tree.copied(self.best[1]),
+            self.best[0],
             history[0] if self.size is None else history,
             ends[0] if self.size is None else tuple(ends),
         )
@@ -307,9 +301,11 @@ class OuterOptimizer:
         self._going = [not reason for reason in reasons]
         return reasons
 
-    def _remarked(self, end: str, estimate: Any, index: int) -> str:
-        """Return why a row ended, with what is odd about its outer loss."""
-        if failure(self.histories[index]):
+    def _end(self, rules: StoppingRules, reason: str, steps: int, estimate: Any, index: int) -> str:
+        """Return why a row ended, without a reason by its steps, with what is odd about its outer loss."""
+        history = self.histories[index]
+        end = reason or rules.end(f"took {steps} steps", *columns(history), not self.problem.structure.resampled)
+        if estimate is None or failure(history):
             return end
         if self.size is None:
             return with_remark(end, self.problem, estimate.params, self.current)
