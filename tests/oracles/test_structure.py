@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,3 +34,17 @@ def test_a_batch_is_quadratic_where_all_its_members_are() -> None:
     quadratic = bl.QuadraticProblem.random(size=2, hyperparameters=2, condition=3.0, seed=0)
     assert bl.stack([quadratic, quadratic], rows="loop").structure.quadratic
     assert not bl.stack([quadratic, general], rows="loop").structure.quadratic
+
+
+def test_from_module_and_traced_forward_with_a_warning() -> None:
+    def loss(model: Any, params: Any, decay: torch.Tensor) -> torch.Tensor:
+        return model(torch.ones(2, 2)).square().mean() + decay * params["weight"].square().sum()
+
+    with pytest.warns(DeprecationWarning, match="BilevelProblem.from_module is now bilevel.ModuleProblem."):
+        problem = bl.BilevelProblem.from_module(torch.nn.Linear(2, 1, bias=False), loss, loss)
+    assert type(problem) is bl.ModuleProblem
+    with pytest.warns(DeprecationWarning, match=r"BilevelProblem.traced is now bilevel.trace\(problem\)."):
+        traced = problem.traced()
+    u = torch.tensor(0.5)
+    gradients = [each.bind(u).grad(problem.params)["weight"] for each in (problem, traced)]
+    torch.testing.assert_close(*gradients)
