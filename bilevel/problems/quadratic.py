@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.core.tree import Tree
 from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
-from bilevel.oracles.batching import check_own_data
+from bilevel.oracles import batching as batches
+from bilevel.oracles.batching import check_own_data, stacked_trees
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
 from bilevel.oracles.structure import Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
-from bilevel.problems.quadratic_batch import QuadraticProblemBatch
+
+
+def product(matrix: Tensor, v: Tensor) -> Tensor:
+    """Return ``matrix v``, of one problem or of each side by side."""
+    return torch.mv(matrix, v) if v.dim() == 1 else torch.bmm(matrix, v[:, :, None])[:, :, 0]
 
 
 class QuadraticPoint(Linearization):
@@ -26,15 +33,20 @@ class QuadraticPoint(Linearization):
     inner: QuadraticInner
 
     def _hvp(self, v: Tensor) -> Tensor:
-        return torch.mv(self.inner.hessian, v)
+        return product(self.inner.hessian, v)
 
     def _cross(self, v: Tensor) -> Tensor:
-        problem = self.inner.problem
-        return (problem.hessian_directions @ self.params + problem.linear_directions) @ v
+        return product(self._derivatives(), v)
 
     def _cross_jvp(self, hparams_tangent: Tensor) -> Tensor:
+        return product(self._derivatives().mT, hparams_tangent)
+
+    def _derivatives(self) -> Tensor:
+        """Return ``H_j x + b_j``, of shape (p, d), or (batch, p, d)."""
         problem = self.inner.problem
-        return (problem.hessian_directions @ self.params + problem.linear_directions).t() @ hparams_tangent
+        params = self.params if problem.batch is None else self.params[:, None, :, None]
+        turned = problem.hessian_directions @ params
+        return (turned if problem.batch is None else turned[..., 0]) + problem.linear_directions
 
     def dense_hessian(self) -> Tensor:
         """Return H(u)."""
@@ -52,6 +64,8 @@ class QuadraticInner(InnerProblem):
 
     def product_sum(self) -> ProductSum:
         """Return a sum that shares the Hessian of all points."""
+        if self.problem.batch is not None:
+            return super().product_sum()
         return BilinearSum(self.hparams, self.counts, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
@@ -60,7 +74,9 @@ class QuadraticInner(InnerProblem):
         return by_hessian + problem.linear_directions @ vectors.sum(0)
 
     def _grad(self, params: Tensor) -> Tensor:
-        return torch.addmv(self.linear, self.hessian, params)
+        if params.dim() == 1:
+            return torch.addmv(self.linear, self.hessian, params)
+        return self.linear + product(self.hessian, params)
 
 
 class QuadraticProblem(BilevelProblem):
@@ -170,12 +186,15 @@ class QuadraticProblem(BilevelProblem):
 
     def coefficients(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
         """Return H(u) and b(u)."""
+        if self.batch is not None:
+            hessian = self.hessian + torch.einsum("bp,bpij->bij", hparams, self.hessian_directions)
+            return hessian, self.linear + torch.einsum("bp,bpi->bi", hparams, self.linear_directions)
         hessian = self.hessian + torch.tensordot(hparams, self.hessian_directions, 1)
         return hessian, self.linear + hparams @ self.linear_directions
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of H_0, computed once, where every H_j is a multiple of the identity, else None."""
-        return self._eigenbasis
+        return self._eigenbasis if self.batch is None else None
 
     @cached_property
     def _eigenbasis(self) -> Eigenbasis | None:
@@ -191,18 +210,22 @@ class QuadraticProblem(BilevelProblem):
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """``1/2 x' H(u) x + b(u)' x``."""
         hessian, linear = self.coefficients(hparams)
+        if self.batch is not None:
+            return 0.5 * (params * product(hessian, params)).sum() + (linear * params).sum()
         return 0.5 * torch.dot(params, hessian @ params) + torch.dot(linear, params)
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """``1/2 |x - target|^2``."""
-        return 0.5 * (params - self.target).square().sum()
+        return 0.5 * (params - self.target).square().sum(-1)
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
         """Return the outer loss, ``x - target`` and zero."""
         return self.outer_loss(params, hparams), params - self.target, torch.zeros_like(hparams)
 
     def solve(self, hparams: Tensor) -> Tensor:
-        """Return ``x* = -H(u)^-1 b(u)``, of shape (d,)."""
+        """Return ``x* = -H(u)^-1 b(u)``, of shape (d,), or (batch, d)."""
+        if self.batch is not None:
+            return torch.stack([self.member(index).solve(u) for index, u in enumerate(hparams)])  # type: ignore[attr-defined]
         hessian, linear = self.coefficients(hparams.detach())
         return -torch.linalg.solve(hessian, linear)
 
@@ -214,6 +237,10 @@ class QuadraticProblem(BilevelProblem):
 
     def exact_hypergradient(self, hparams: Tensor) -> Tensor:
         """Return ``(dx*/du)' (x* - target)``, of shape (p,)."""
+        if self.batch is not None:
+            exact = batches.exact_hypergradient(self, hparams)
+            assert exact is not None
+            return exact
         return self.exact_jacobian(hparams).t() @ (self.solve(hparams) - self.target)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
@@ -227,11 +254,18 @@ class QuadraticProblem(BilevelProblem):
             ValueError: for a size that is no positive int, and for `data`.
         """
         check_own_data(self, size, data)
-        return QuadraticProblemBatch([self] * size)
+        return self.stacked([self] * size)
 
     def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
         """Return quadratics of equal sizes as one batch: see `bilevel.stack`."""
-        return QuadraticProblemBatch(problems)
+        rows: Any = copy.copy(self)
+        for name in ("hessian", "linear", "hessian_directions", "linear_directions", "target", "params"):
+            values = [getattr(problem, name) for problem in problems]
+            shared = all(value is values[0] for value in values)
+            each = values[0].expand(len(values), *values[0].shape) if shared else stacked_trees(name, values)
+            setattr(rows, name, each)
+        rows.params = rows.params.contiguous()
+        return rows.as_batch(problems)
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at shapes, dtype and device.
@@ -239,6 +273,8 @@ class QuadraticProblem(BilevelProblem):
         Raises:
             ValueError: in one sentence.
         """
+        if self.batch is not None:
+            return batches.check(self, params, hparams, reads)
         check_trees(params, hparams)
         for name, value, size in (
             ("params", params, len(self.linear)),
