@@ -25,7 +25,8 @@ from torch.nn.functional import softplus
 
 from bilevel.core.options import is_positive, require
 from bilevel.oracles.error_model import LossConstants
-from bilevel.problems.splits import Split, class_labels, training_classes
+from bilevel.problems.scores import accuracy, r_squared
+from bilevel.problems.splits import Split, class_labels, signs, training_classes
 
 Targets = Mapping[str, Tensor]
 """Targets by the name of their part of the data, "train" among them."""
@@ -349,30 +350,3 @@ class SquaredHinge(GLMLoss):
 def _index(z: Tensor, y: Tensor) -> Tensor:
     """Return labels in a shape that gathers from predictions of shape (..., classes, rows)."""
     return y[None] if z.dim() == 2 else y.expand(*z.shape[:-2], z.shape[-1]).unsqueeze(-2)
-
-
-def signs(splits: Mapping[str, Split], owner: str) -> Targets:
-    """Return two labels as -1 and +1, the larger one as +1.
-
-    Args:
-        splits: the parts of the data.
-        owner: how messages call the problem.
-
-    Raises:
-        ValueError: unless there are exactly two labels.
-    """
-    classes = training_classes(splits["train"])
-    if len(classes) != 2:
-        raise ValueError(f"y_train holds {len(classes)} classes: {owner} takes two, SoftmaxProblem any number.")
-    return {name: 2.0 * class_labels(split, classes).to(split.X.dtype) - 1.0 for name, split in splits.items()}
-
-
-def accuracy(z: Tensor, y: Tensor) -> float:
-    """Return the share of predictions with the sign of their label."""
-    return float((z * y > 0).double().mean())
-
-
-def r_squared(z: Tensor, y: Tensor) -> float:
-    """Return ``1 - |z - y|^2 / |y - mean(y)|^2``; NaN for constant targets."""
-    spread = (y - y.mean()).square().sum()
-    return float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")

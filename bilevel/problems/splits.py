@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,3 +141,19 @@ def training_classes(split: Split) -> Tensor:
     if len(classes) < 2:
         raise ValueError(f"y_train holds one class only ({classes[0].item():g}): there is nothing to separate.")
     return classes
+
+
+def signs(splits: Mapping[str, Split], owner: str) -> dict[str, Tensor]:
+    """Return two labels as -1 and +1, the larger one as +1.
+
+    Args:
+        splits: the parts of the data.
+        owner: how messages call the problem.
+
+    Raises:
+        ValueError: unless there are exactly two labels.
+    """
+    classes = training_classes(splits["train"])
+    if len(classes) != 2:
+        raise ValueError(f"y_train holds {len(classes)} classes: {owner} takes two, SoftmaxProblem any number.")
+    return {name: 2.0 * class_labels(split, classes).to(split.X.dtype) - 1.0 for name, split in splits.items()}
