@@ -1,14 +1,7 @@
 """Losses of generalised linear models: what `LinearModelProblem` needs to know of a row's predictions and its target.
 
-A loss of one's own is a subclass of `GLMLoss` with three methods, and its problem is a class of two lines:
-
-    class Probit(GLMLoss):
-        def value(self, z, y): ...
-        def slope(self, z, y): ...
-        def curvature(self, z, y): ...
-
-    class ProbitProblem(LinearModelProblem):
-        glm = Probit()
+A loss of one's own is a subclass of `GLMLoss` with three methods: value, slope and curvature. Its problem is a subclass
+of `LinearModelProblem` whose class attribute `glm` is the loss.
 """
 
 from __future__ import annotations
