@@ -147,12 +147,10 @@ class Truncation:
         same = float(((late - truncated).abs() / curves.jacobian_norm[:, None]).max())
         assert curves.forward_bound is not None
         assert curves.late_bound is not None
-        floor = 1e-12 * curves.jacobian_norm[:, None]
-        ratio = float((curves.forward / (curves.forward_bound + floor)).max())
-        late_ratio = float((curves.late / (curves.late_bound + floor[..., None])).max())
-        heights = [
-            float((curves.late[:, j].amax(-1) / curves.jacobian_norm).median()) for j in range(len(self.indices))
-        ]
+        norms = curves.jacobian_norm
+        ratio = float((curves.forward / (curves.forward_bound + 1e-12 * norms[:, None])).max())
+        late_ratio = float((curves.late / (curves.late_bound + 1e-12 * norms[:, None, None])).max())
+        heights = [float((curves.late[:, j].amax(-1) / norms).median()) for j in range(len(self.indices))]
         best = budget.median(0).values
         j = int(best.argmin())
         chosen, gain = self.dropped()[j], float(best[0] / best[j])

@@ -328,15 +328,9 @@ class BilevelProblem(Losses):
     def from_fixed_point(
         cls, update: Callable[[Tree, Tree], Tree], outer_loss: Loss, params: Tree = None
     ) -> BilevelProblem:
-        """Make a problem whose inner solution is the fixed point of ``update(params, hparams)``.
+        """Return the problem of the optimality map ``params - update(params, hparams)``, for `FixedPoint(update)`.
 
-        Args:
-            update: a map that contracts in params.
-            outer_loss: the outer loss.
-            params: where the inner solver starts.
-
-        Returns:
-            A problem with the optimality map ``params - update(params, hparams)``; solve it with `FixedPoint(update)`.
+        `update` contracts in params, and its fixed point is the inner solution.
         """
         require_arguments("update", update, "params", "hparams")
         return cls(
