@@ -717,7 +717,7 @@ from bilevel.outer import OuterOptimizer
 from bilevel.problems import LogisticProblem, RidgeProblem
 step, cells.SAVE_EVERY = OuterOptimizer.step, 0.0
 def slow(self):
-    time.sleep(0.1)
+    time.sleep(0.05)
     return step(self)
 OuterOptimizer.step = slow
 sys.exit(main(["compare", sys.argv[1], "--out", sys.argv[2], "--device", "cpu"]))
