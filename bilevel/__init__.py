@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bilevel.base import LinearSystem as LinearSystem
     from bilevel.base import Pullback as Pullback
     from bilevel.base import Solution as Solution
+    from bilevel.base import Traits as Traits
     from bilevel.check import check_hypergradient as check_hypergradient
     from bilevel.check import check_problem as check_problem
     from bilevel.core import threads as threads
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from bilevel.oracles.samplers import MiniBatches as MiniBatches
     from bilevel.oracles.samplers import Sampler as Sampler
     from bilevel.oracles.stacking import stack as stack
+    from bilevel.oracles.structure import Structure as Structure
     from bilevel.oracles.tracing import trace as trace
     from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
     from bilevel.outer import BatchOuterResult as BatchOuterResult
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "base": (
         "BatchEstimate Carry Certificate Estimate HypergradEstimator InnerSolver InnerState LinearSolution "
-        "LinearSolver LinearSystem Pullback Solution"
+        "LinearSolver LinearSystem Pullback Solution Traits"
     ),
     "check": "check_hypergradient check_problem",
     "core.status": "BilevelWarning HypergradientError Status Verdict",
@@ -110,6 +112,7 @@ _NAMES = {
     "oracles.problem": "BilevelProblem",
     "oracles.samplers": "MiniBatches Sampler",
     "oracles.stacking": "stack",
+    "oracles.structure": "Structure",
     "oracles.tracing": "trace",
     "outer": "BatchOuterOptimizer BatchOuterResult OuterOptimizer ToleranceSchedule WarmStart",
     "problems": "QuadraticProblem",
