@@ -51,10 +51,11 @@ RISEN = 3.0
 
 @dataclass(frozen=True)
 class Seen:
-    """What the last look at a problem has found, and the norm of the inner gradient there."""
+    """What the last look at a problem has found, the norm of the inner gradient there, and the steps that led there."""
 
     verdict: Verdict
     residual: float
+    steps: int
 
 
 def kinked(
@@ -166,6 +167,7 @@ def ends_at_kink(
     steps: int,
     doubtful: bool,
     start: Tree,
+    again: bool = False,
 ) -> Verdict:
     """Look for a kink where a run that no tolerance has ended stands, unless the look would be dear.
 
@@ -181,6 +183,7 @@ def ends_at_kink(
         steps: steps taken.
         doubtful: whether there is a doubt, or evidence is asked for.
         start: params of a cold start.
+        again: look, also where an earlier look has found nothing.
 
     Returns:
         `GOOD`, or what `kinked` says.
@@ -189,11 +192,13 @@ def ends_at_kink(
     if (steps < SHORT and not doubtful) or not steps or (tol is not None and residual <= tol):
         return GOOD
     seen: Seen | None = problem.derivatives_seen.get("kinks")
-    if seen is not None and seen.verdict.status.ok and steps < LONG and residual <= RISEN * seen.residual:
+    smooth = seen is not None and seen.verdict.status.ok and residual <= RISEN * seen.residual
+    # A shorter run may have ended on its way to the kink.
+    if seen is not None and smooth and steps <= seen.steps and steps < LONG and not again:
         return GOOD
     begun = float(tree.norm(problem.bind(hparams).grad(start)))
     verdict = kinked(problem, hparams, solver, state, residual, begun)
-    problem.derivatives_seen["kinks"] = Seen(verdict, residual)
+    problem.derivatives_seen["kinks"] = Seen(verdict, residual, steps)
     return verdict
 
 
@@ -221,7 +226,8 @@ def members_at_kinks(
             continue
         u, x, state = members.row(hparams, index), members.row(start, index), solved.state.row(index)
         steps, residual = solved.steps[index], solved.residual[index]
-        kink = ends_at_kink(problem.member(index), u, solver, state, residual, steps, cause is not None, x)
+        further = cause is not None  # members may be one problem, which the first look has found smooth
+        kink = ends_at_kink(problem.member(index), u, solver, state, residual, steps, further, x, further)
         cause = not kink.status.ok if cause is None else cause
         result[index] = verdict if kink.status.ok else kink
     return result

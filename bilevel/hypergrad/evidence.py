@@ -31,7 +31,8 @@ def confirmed(
     if not wrong.status.ok:
         return replace(found, gradient=None, verdict=verdict.worse(wrong))
     doubtful = asked or not verdict.status.ok
-    kink = ends_at_kink(problem, hparams, solver, solved.state, solved.residual, solved.steps, doubtful, start)
+    end = solved.state, solved.residual, solved.steps
+    kink = ends_at_kink(problem, hparams, solver, *end, doubtful, start, again=asked)
     return found if kink.status.ok else replace(found, verdict=kink)
 
 

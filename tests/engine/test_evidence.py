@@ -11,7 +11,9 @@ from helpers import F64, normal
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.core.status import GOOD
 from bilevel.engine.derivatives import check_derivatives
+from bilevel.engine.kinks import Seen
 
 F32 = torch.float32
 DESCENT = bl.GradientDescent(step_size=0.1, steps=50)
@@ -343,6 +345,15 @@ def test_a_short_run_of_a_problem_that_was_smooth_is_looked_at_again() -> None:
     assert status_of(problem, torch.tensor(-9.0, dtype=F64), bl.Implicit(), solver).status.ok
     problem.outer_loss = lambda w, u: 1e3 + w.sum()
     assert status_of(problem, torch.tensor(0.0, dtype=F64), bl.Implicit(), solver).status is bl.Status.NOT_SMOOTH
+
+
+def test_where_evidence_is_asked_for_and_after_longer_runs_a_smooth_problem_is_looked_at_again() -> None:
+    problem, solver, u = lasso(), bl.GradientDescent(0.1, steps=150), torch.tensor(0.0, dtype=F64)
+    problem.outer_loss = lambda w, u: 1e3 + w.sum()
+    for steps, certify, status in ((150, False, "OK"), (150, True, "NOT_SMOOTH"), (149, False, "NOT_SMOOTH")):
+        # Runs that ended much further away; one of them was shorter.
+        problem.derivatives_seen["kinks"] = Seen(GOOD, 1e9, steps)
+        assert status_of(problem, u, bl.Implicit(), solver, certify=certify).status.name == status
 
 
 def test_the_same_problem_by_its_proximal_step_is_right() -> None:
