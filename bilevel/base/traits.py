@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
+
+from bilevel.core.deprecated import with_old_names
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,7 @@ def declared(cls: type[Any], traits: Traits) -> Traits:
         cls: the class.
         traits: those of its body, or else of its parent.
     """
-    own = vars(cls)
-    if "coefficients" in own and "traits" not in own:
+    if "coefficients" in vars(cls) and "traits" not in vars(cls):
         traits = replace(traits, stationary_from=None)
-    if old := [name for name in RENAMED if name in own]:
-        said = ", ".join(f"{RENAMED[name]}={own[name]!r}" for name in old)
-        warnings.warn(f"{cls.__name__}.{old[0]} is now `traits = Traits({said})`.", DeprecationWarning, stacklevel=3)
-        traits = replace(traits, **{RENAMED[name]: own[name] for name in old})
-    return traits
+    found: Traits = with_old_names(cls, "traits", traits, RENAMED)
+    return found

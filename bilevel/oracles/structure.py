@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from bilevel.core.deprecated import with_old_names
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,5 @@ def declared(cls: type[Any], structure: Structure) -> Structure:
         cls: the class; its old attributes are taken away.
         structure: that of its body, or else of its parent.
     """
-    if not (old := [name for name in RENAMED if name in vars(cls)]):
-        return structure
-    said = {RENAMED[name]: vars(cls)[name] for name in old}
-    shown = ", ".join(f"{name}={value!r}" for name, value in said.items())
-    warnings.warn(f"{cls.__name__}.{old[0]} is now `structure = Structure({shown})`.", DeprecationWarning, stacklevel=3)
-    for name in old:
-        delattr(cls, name)
-    return replace(structure, **said)
+    found: Structure = with_old_names(cls, "structure", structure, RENAMED)
+    return found

@@ -1,0 +1,27 @@
+"""Attributes of classes by the names that they had before, taken for one release with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+
+def with_old_names(cls: type[Any], attribute: str, value: Any, renamed: Mapping[str, str]) -> Any:
+    """Return a declared value with what the body of a class says by old names, which are taken away from it.
+
+    Args:
+        cls: the class, at its making (``__init_subclass__``).
+        attribute: the attribute that holds the value now.
+        value: a frozen dataclass: that of the class's body, or else of its parent.
+        renamed: the fields of the value by their old names.
+    """
+    if not (old := [name for name in renamed if name in vars(cls)]):
+        return value
+    said = {renamed[name]: vars(cls)[name] for name in old}
+    shown = f"{type(value).__name__}({', '.join(f'{name}={each!r}' for name, each in said.items())})"
+    warnings.warn(f"{cls.__name__}.{old[0]} is now `{attribute} = {shown}`.", DeprecationWarning, stacklevel=4)
+    for name in old:
+        delattr(cls, name)
+    return replace(value, **said)
