@@ -1,5 +1,9 @@
 """Every Python example in the README and the guides runs."""
 
+import functools
+import importlib
+import inspect
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -59,3 +63,18 @@ def test_the_reference_has_every_public_name():
         re.findall(r"^::: bilevel\.(?:core\.)?(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
     )
     assert listed == set(bl.__all__)
+
+
+def test_every_public_method_has_a_docstring_of_its_own_or_inherits_one():
+    bare = []
+    for module in pkgutil.walk_packages(bl.__path__, "bilevel."):
+        for name, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            own = cls.__module__ == module.name and not name.startswith("_")
+            bare += [
+                f"{module.name}.{name}.{method}"
+                for method, value in vars(cls).items()
+                if own and not method.startswith("_")
+                if inspect.isroutine(value) or isinstance(value, property | functools.cached_property)
+                if not inspect.getdoc(getattr(cls, method))
+            ]
+    assert not bare

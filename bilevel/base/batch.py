@@ -9,7 +9,7 @@ from typing import overload
 from torch import Tensor
 
 from bilevel.base.estimator import Carry, Certificate, Estimate
-from bilevel.core import rows as members
+from bilevel.core import rows
 from bilevel.core.cost import Cost
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
@@ -57,8 +57,8 @@ class BatchEstimate(Sequence[Estimate]):
         index %= len(self)
         return Estimate(
             float(self.outer_loss[index]),
-            members.row(self.hypergradient, index),
-            members.row(self.params, index),
+            rows.row(self.hypergradient, index),
+            rows.row(self.params, index),
             self.certificates[index],
             self.costs[index],
             self.verdicts[index],
@@ -111,6 +111,6 @@ def member_carry(carry: Carry, index: int) -> Carry:
     """Return the warm start of one member."""
     return Carry(
         None if carry.state is None else carry.state.row(index),
-        None if carry.adjoint is None else members.row(carry.adjoint, index),
+        None if carry.adjoint is None else rows.row(carry.adjoint, index),
         carry.solver,
     )

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from bilevel.base.inner_solver import InnerSolver, InnerState
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.cost import Cost, Meter
 from bilevel.core.options import describe
 from bilevel.core.status import GOOD, Status, Verdict
@@ -74,10 +73,10 @@ class Pullback:
 
     def row(self, index: int) -> Pullback:
         """Return what is said of one row."""
-        residual, steps, verdict = (members.figure(each, index) for each in (self.residual, self.steps, self.verdict))
-        adjoint = None if self.adjoint is None else members.row(self.adjoint, index)
+        residual, steps, verdict = (rows.figure(each, index) for each in (self.residual, self.steps, self.verdict))
+        adjoint = None if self.adjoint is None else rows.row(self.adjoint, index)
         error = None if self.value_error is None else self.value_error[index]
-        hparams = members.row(self.hparams, index)
+        hparams = rows.row(self.hparams, index)
         return Pullback(hparams, adjoint, residual, steps, verdict, error_note=self.error_note, value_error=error)
 
 
@@ -105,8 +104,8 @@ class Solution:
 
     def row(self, index: int) -> Solution:
         """Return the solution of one row; its pullback is that of all."""
-        residual, steps, verdict = (members.figure(each, index) for each in (self.residual, self.steps, self.verdict))
-        params = members.row(self.params, index)
+        residual, steps, verdict = (rows.figure(each, index) for each in (self.residual, self.steps, self.verdict))
+        params = rows.row(self.params, index)
         return Solution(params, self.state.row(index), self.pullback, residual, steps, verdict)
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base.traits import Traits, declared
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.autograd import pushforward
 from bilevel.core.options import Relative, default_tolerance, is_int, is_positive, require
 from bilevel.core.tree import Tree
@@ -37,7 +36,7 @@ class InnerState:
         steps: steps taken since `init`; of a batch whose members took different numbers, a tensor of shape (members,).
         measured: numbers measured for this solve (step size, largest curvature): constants of the differentiation. Of a
             batch, tuples of them.
-        kept: curvature to use again in later solves, a tree of tensors that a checkpoint stores.
+        cache: curvature to use again in later solves, a tree of tensors that a checkpoint stores.
         point: the linearization at `params`, where the solver has one, so that the next solve need not take its data
             pass again; a checkpoint leaves it out.
         earlier: steps of the solves that a warm start goes on from, which `steps` no longer counts.
@@ -47,7 +46,7 @@ class InnerState:
     memory: Tree = ()
     steps: Any = 0
     measured: Mapping[str, Any] = field(default_factory=dict)
-    kept: Tree = None
+    cache: Tree = None
     point: Linearization | None = field(default=None, repr=False, compare=False)
     earlier: Any = 0
 
@@ -69,11 +68,11 @@ class InnerState:
         """Return the state of one member of a batch."""
         steps, earlier = (int(n[index]) if isinstance(n, Tensor) else n for n in (self.steps, self.earlier))
         return InnerState(
-            members.row(self.params, index),
-            members.row(self.memory, index),
+            rows.row(self.params, index),
+            rows.row(self.memory, index),
             steps,
             {name: value[index] if isinstance(value, tuple) else value for name, value in self.measured.items()},
-            None if self.kept is None else members.row(self.kept, index),
+            None if self.cache is None else rows.row(self.cache, index),
             earlier=earlier,
         )
 
@@ -88,11 +87,11 @@ class InnerState:
             return numbers[0] if equal else torch.tensor(numbers, dtype=torch.float64, device=like.device)
 
         return InnerState(
-            members.stack([state.params for state in states]),
-            members.stack([state.memory for state in states]),
+            rows.stack([state.params for state in states]),
+            rows.stack([state.memory for state in states]),
             counts([state.steps for state in states]),
             {name: tuple(state.measured[name] for state in states) for name in first.measured},
-            None if first.kept is None else members.stack([state.kept for state in states]),
+            None if first.cache is None else rows.stack([state.cache for state in states]),
             earlier=counts([state.earlier for state in states]),
         )
 
@@ -107,6 +106,7 @@ class InnerState:
         Raises:
             ValueError: for a dict of something else.
         """
+        saved = {"cache" if name == "kept" else name: value for name, value in saved.items()}  # as older files have it
         if not {"params"} <= set(saved) <= set(SAVED):
             raise ValueError(f"an inner state holds {', '.join(SAVED)}, got {', '.join(map(str, saved)) or 'nothing'}.")
         return InnerState(**saved)
@@ -158,7 +158,7 @@ class InnerSolver(ABC):
         """Return the state before the first step."""
         return InnerState(params)
 
-    def at_rest(self, inner: InnerProblem, params: Tree) -> InnerState:
+    def cold_state(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return a state at `params` for a later `warm_start`; a solver whose `init` measures leaves that out here."""
         return self.init(inner, params)
 
@@ -198,7 +198,7 @@ class InnerSolver(ABC):
         """
         return ""
 
-    def for_members(self, state: InnerState) -> InnerSolver:
+    def for_rows(self, state: InnerState) -> InnerSolver:
         """Return the solver that takes the steps of a batch; itself, unless measured numbers differ by member."""
         return self
 

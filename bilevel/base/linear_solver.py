@@ -11,9 +11,9 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.core import rows as members
 from bilevel.core import tree
 from bilevel.core.options import default_tolerance, describe
+from bilevel.core.rows import Raveler as RowsRaveler
 from bilevel.core.status import GOOD
 from bilevel.core.tree import Tree
 
@@ -128,7 +128,7 @@ class LinearSolver(ABC):
         """
         if rows and not self.rowwise:
             raise ValueError(f"{describe(self)} takes one system at a time: use CG() or Direct() for rows.")
-        raveler = members.Raveler(b) if rows else tree.Raveler(b)
+        raveler = RowsRaveler(b) if rows else tree.Raveler(b)
         flat = raveler.ravel(b)
         unit: float | Tensor = _scales(flat) if rows else _scale(flat)
         if not rows and unit == 0.0:

@@ -115,10 +115,10 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
         moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
     if M:
         spread = instance.extent(at.v) + width * at.blur_adjoint
-        bent = (at.v * instance.turned(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
-        bent = bent + (instance.constants.curvature * classes) ** 0.5 * at.blur_adjoint
+        curved = (at.v * instance.hessian_product(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
+        curved = curved + (instance.constants.curvature * classes) ** 0.5 * at.blur_adjoint
         growth = torch.expm1((M * moves).clamp_max(t))
-        change = float((instance.tuned.weights * (growth * bent).square()).sum().sqrt())
+        change = float((instance.tuned.weights * (growth * curved).square()).sum().sqrt())
         change = min(change, (math.expm1(t) / t if t > 0 else 1.0) * M * float(spread.max()) * E) * blur
     grown = math.exp(t) * blur
     W = grown * (norms.r + metric.outer_curvature * E + change)

@@ -105,7 +105,7 @@ def bound_error(
         params: the inner iterate.
         hypergradient: p; it need not be ``p(params, adjoint)``, the difference is added.
         adjoint: an approximate ``H^-1 f_x`` at `params`.
-        metric: "diagonal", "cheap", "nystrom", "cholesky" or "auto"; the later ones are sharper and dearer.
+        metric: "diagonal", "cheap", "nystrom", "cholesky" or "auto"; the later ones are sharper and more expensive.
 
     Returns:
         Kind "bound" with value and components; kind "none" where the problem is not certifiable or unpenalised weights
@@ -157,8 +157,8 @@ class ErrorBound:
         made = self._metrics.factored
         metric = self._metrics.at(at.z)
         self.counts["curvature"] += self._metrics.factored - made
-        found = _interval(self.hparams, _given(hypergradient), at, bound_pair(at, metric, floor=False))
-        return found or ErrorEstimate(None, "none", _UNBOUNDED)
+        result = _interval(self.hparams, _given(hypergradient), at, bound_pair(at, metric, floor=False))
+        return result or ErrorEstimate(None, "none", _UNBOUNDED)
 
 
 _UNBOUNDED = "an unpenalised weight or a singular Hessian leaves nothing to bound the error with"
@@ -230,9 +230,9 @@ def certify_error(
     assert best is not None
     counts.update(gradient=2 * turn, outer=2 * turn, hvp=instance.products + turn, curvature=metrics.factored)
     work = f"{turn} correction{'s' if turn > 1 else ''}, {instance.products} HVPs, metric {metrics.kind}"
-    found = _interval(hparams, given, *best, work=work)
-    if found is not None:
-        return found
+    result = _interval(hparams, given, *best, work=work)
+    if result is not None:
+        return result
     estimate = refine(problem, hparams, params, hypergradient, adjoint, counts)
     return ErrorEstimate(estimate.value, estimate.kind, f"{_UNBOUNDED}; {estimate.note}")
 

@@ -91,9 +91,12 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
     both = train.predict(torch.cat((x.reshape(-1, instance.features), w.reshape(-1, instance.features))))
     half = len(both) // 2
     z, v = (both[:half], both[half:]) if instance.several else (both[0], both[1])
-    slopes, bent = model.loss.slope(z, train.y), instance.turned(z, v)
+    slopes, curved = model.loss.slope(z, train.y), instance.hessian_product(z, v)
     sums = train.collect(
-        torch.cat(((tuned.weights * slopes).reshape(-1, train.count), (tuned.weights * bent).reshape(-1, train.count)))
+        torch.cat((
+            (tuned.weights * slopes).reshape(-1, train.count),
+            (tuned.weights * curved).reshape(-1, train.count),
+        ))
     )
     s = sums[:half].reshape(instance.shape) + instance.penalty * x
     product = sums[half:].reshape(instance.shape) + instance.penalty * w
@@ -115,10 +118,10 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
 
     slope_errors = slope_error(slopes, rate, blur)
     turned = instance.constants.concordance * width * blur * (width * blur).exp() * instance.extent(v)
-    bent_size = _largest(v) if instance.several else bent.abs()
-    bent_errors = rate * (width * blur_adjoint + turned) + 2 * gamma(terms) * bent_size
+    curved_size = _largest(v) if instance.several else curved.abs()
+    curved_errors = rate * (width * blur_adjoint + turned) + 2 * gamma(terms) * curved_size
     s_rounding = _collected(train, tuned.weights * (slope_errors + add * slopes.abs()))
-    r_rounding = _collected(train, tuned.weights * (bent_errors + add * bent.abs()))
+    r_rounding = _collected(train, tuned.weights * (curved_errors + add * curved.abs()))
     r_rounding = r_rounding + _collected(
         val, (slope_error(slopes_val, rate_val, blur_val) + add_val * slopes_val.abs()) / val.count
     )

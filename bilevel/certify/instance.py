@@ -68,7 +68,7 @@ class Instance:
         slopes = self.model.loss.slope(z, self.model.train.y)
         return self.collect(self.model.train, self.tuned.weights * slopes) + self.penalty * x
 
-    def turned(self, z: Tensor, dz: Tensor) -> Tensor:
+    def hessian_product(self, z: Tensor, dz: Tensor) -> Tensor:
         """Return the second derivatives of the training losses at predictions z, applied to dz."""
         loss = self.model.loss
         return loss.hessian_product(loss.curvature(z, self.model.train.y), dz)
@@ -79,7 +79,7 @@ class Instance:
         if self.gram_scale is not None:
             return self.gram_scale * (self.model.train.gram @ v) + self.penalty * v
         X = self.model.train.X
-        return (self.tuned.weights * self.turned(z, v @ X)) @ X.t() + self.penalty * v
+        return (self.tuned.weights * self.hessian_product(z, v @ X)) @ X.t() + self.penalty * v
 
     def outer_gradient(self, x: Tensor) -> Tensor:
         """Return the outer gradient at x."""

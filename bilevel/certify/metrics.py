@@ -112,7 +112,6 @@ class Diagonal(Metric):
         return (self.instance.penalty + most * self.instance.model.train.columns.square()).rsqrt()
 
     def half(self, v: Tensor) -> Tensor:
-        """Scale every weight."""
         return self._half * v
 
     half_transposed = half
@@ -176,7 +175,6 @@ class Cholesky(Metric):
         return min(super().inverse_size, self.stretch**2 * self._inverse_top)
 
     def own_rounding_norm(self, v: Tensor) -> float:
-        """Return the norm in the factor's absolute values."""
         return self.stretch * float(torch.linalg.vector_norm(self._inverse.abs() @ v.reshape(-1)))
 
     @cached_property
@@ -221,8 +219,8 @@ def _dense(instance: Instance, z: Tensor) -> Tensor:
     for c in range(classes):
         direction = torch.zeros_like(z)
         (direction[c] if instance.several else direction).fill_(1.0)
-        bent = (weights * instance.turned(z, direction)).reshape(classes, -1)
-        blocks.append(torch.cat([(X * row) @ X.t() for row in bent]))
+        curved = (weights * instance.hessian_product(z, direction)).reshape(classes, -1)
+        blocks.append(torch.cat([(X * row) @ X.t() for row in curved]))
     hessian = torch.cat(blocks, 1)
     hessian = 0.5 * (hessian + hessian.t())
     return hessian + torch.diag(instance.penalty.reshape(-1))

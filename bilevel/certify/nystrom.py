@@ -59,10 +59,10 @@ def sketch(instance: Instance, z: Tensor, rank: int) -> Sketch:
     largest = instance.constants.curvature * float((instance.tuned.weights * train.square_lengths).sum())
     rounded = gamma(train.count + instance.features + 32) * largest + 4 * UNIT * float(instance.penalty.max())
     nu = max(3 * rounded * rank**0.5, 20 * UNIT * size**0.5 * float(torch.linalg.matrix_norm(Y)))
-    found = low_rank(omega, Y + nu * omega, nu)
-    if found is None:
+    result = low_rank(omega, Y + nu * omega, nu)
+    if result is None:
         return Sketch(omega[:, :0], omega.new_zeros(0), 0.0, z, instance.tuned.weights)
-    return Sketch(*found, 4 * nu, z, instance.tuned.weights)
+    return Sketch(*result, 4 * nu, z, instance.tuned.weights)
 
 
 class Nystrom(Metric):

@@ -22,21 +22,21 @@ ROUNDS = 100
 """Steps over which a contraction is measured."""
 
 
-def contraction(subject: Subject, solved: Solved, found: Curvature) -> tuple[Finding, int | None]:
+def contraction(subject: Subject, solved: Solved, result: Curvature) -> tuple[Finding, int | None]:
     """Measure how fast steps that start beside the solution approach it; recommend a step size and a tail.
 
     Args:
         subject: the problem.
         solved: its solution.
-        found: the curvature there.
+        result: the curvature there.
 
     Returns:
         The finding, and the tail that reaches `TARGET`, where a rate was measured.
     """
     name = "contraction"
-    if not math.isfinite(found.largest) or found.smallest <= 0:
+    if not math.isfinite(result.largest) or result.smallest <= 0:
         return Finding(name, "not applicable", "the solution is no strict minimum, so steps need not contract."), None
-    l, L = found.smallest, found.largest  # noqa: E741 (the field's names of the ends of the spectrum)
+    l, L = result.smallest, result.largest  # noqa: E741 (the field's names of the ends of the spectrum)
     advice = (
         f"condition number {L / l:.3g}; the fastest fixed step of gradient descent is 2/(l+L) = {2 / (l + L):.3g}, "
         f"a safe one 1/L = {1 / L:.3g}"
@@ -56,7 +56,7 @@ def contraction(subject: Subject, solved: Solved, found: Curvature) -> tuple[Fin
         )
     # The solution is known to this distance; closer than that there is nothing to measure.
     blur = 100 * (solved.residual / l + subject.eps * float(tree.norm(solved.params)))
-    rates = [_rate(subject, solved, tree.scale(size, found.ends), blur) for size in (1e-2, 1e-3)]
+    rates = [_rate(subject, solved, tree.scale(size, result.ends), blur) for size in (1e-2, 1e-3)]
     if any(rate is None for rate in rates):
         return Finding(name, "not applicable", f"no steps to measure beside the solution; {advice}."), None
     fast, slow = sorted(rate for rate in rates if rate is not None)

@@ -133,12 +133,12 @@ def _implicit(
 ) -> Finding:
     name = "Implicit"
     linear_solver = CG() if subject.problem.symmetric else GMRES()
-    found, message, _ = _taken(subject, subject.problem, solver, Implicit(linear_solver), solved.params)
-    if found is None:
+    result, message, _ = _taken(subject, subject.problem, solver, Implicit(linear_solver), solved.params)
+    if result is None:
         return Finding(name, "fault", message)
     if not _trusted(truth):
         return Finding(name, "note", "differences of inner solves are too rough here to judge it.")
-    error = _error(found, directions, truth)
+    error = _error(result, directions, truth)
     if error > _allowed(subject):
         return Finding(
             name,
@@ -167,16 +167,16 @@ def _full(
     subject: Subject, solved: Solved, directions: Sequence[Tree], truth: Sequence[tuple[float, float]]
 ) -> Finding:
     name = "FullUnroll"
-    found, message, _ = _taken(subject, subject.given, subject.solver, FullUnroll(), subject.given_start)
-    if found is None:
+    result, message, _ = _taken(subject, subject.given, subject.solver, FullUnroll(), subject.given_start)
+    if result is None:
         return Finding(name, "fault", message)
-    off = _error(found, directions, truth)
+    off = _error(result, directions, truth)
     if _trusted(truth) and off <= _allowed(subject):
         return Finding(name, "ok", "agrees with differences of inner solves.", off)
     own = [_slope(subject, subject.given, subject.solver, subject.given_start, direction) for direction in directions]
     if not _trusted(own):
         return Finding(name, "note", "differences of your inner runs are too rough here to judge it.", off)
-    error = _error(found, directions, own)
+    error = _error(result, directions, own)
     if error > _allowed(subject):
         return Finding(
             name,
@@ -205,10 +205,10 @@ def _truncated(
     if tail is None or not _trusted(truth):
         return Finding(name, "not applicable", "no tail to recommend, or no truth to compare it with.")
     used = min(tail, max(1, solved.run.steps))
-    found, message, _ = _taken(subject, subject.given, subject.solver, TruncatedUnroll(tail=used), subject.given_start)
-    if found is None:
+    result, message, _ = _taken(subject, subject.given, subject.solver, TruncatedUnroll(tail=used), subject.given_start)
+    if result is None:
         return Finding(name, "fault", message)
-    off = _error(found, directions, truth)
+    off = _error(result, directions, truth)
     close = off <= 1e-2
     what = f"tail={used} of {solved.run.steps} steps is {off:.1e} away from the truth"
     if close:

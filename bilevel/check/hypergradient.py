@@ -154,7 +154,7 @@ def _text(
         floatfmt=".8g",
     )
     more = f"\n({len(rows) - len(body)} more components agree at least as well)" if len(rows) > len(body) else ""
-    found = ", ".join(f"{error:.2e} from {name}" for name, error in errors.items())
+    result = ", ".join(f"{error:.2e} from {name}" for name, error in errors.items())
     far = [name for name, error in errors.items() if error > rtol]
     outcome = f"is OFF, most at {worst}" if not ok else f"agrees, though not with {far[0]}" if far else "agrees"
     if ok and far:
@@ -162,4 +162,4 @@ def _text(
             "\nthe solver's own map is differentiated rightly; more inner steps would bring it to the exact solution"
         )
     status = "" if verdict.status.ok else f"\nstatus: {verdict}"
-    return f"{title} {outcome}: relative error {found} (allowed {rtol:.0e})\n{table}{more}{status}"
+    return f"{title} {outcome}: relative error {result} (allowed {rtol:.0e})\n{table}{more}{status}"

@@ -79,8 +79,8 @@ def _endless_slope(subject: Subject) -> str:
     return ""
 
 
-def _others(found: list[str]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+def _others(result: list[str]) -> str:
+    return f" (and {len(result) - 1} more)" if len(result) > 1 else ""
 
 
 def gradients(subject: Subject, which: str) -> Finding:
@@ -224,7 +224,7 @@ def kinks(subject: Subject, reached: Tree) -> Finding:
         return subject.gradient(tree.add(x, chord, t), subject.hparams)
 
     size = float(tree.norm(gradient(0.0)))
-    ends, found = [index / PIECES for index in range(PIECES + 1)], 0.0
+    ends, result = [index / PIECES for index in range(PIECES + 1)], 0.0
     values = [gradient(t) for t in ends]
     changes = [float(tree.norm(tree.add(b, a, -1.0))) for a, b in pairwise(values)]
     piece = changes.index(max(changes))
@@ -233,17 +233,17 @@ def kinks(subject: Subject, reached: Tree) -> Finding:
         middle = (a + b) / 2
         at_middle = gradient(middle)
         left, right = (float(tree.norm(tree.add(at_middle, end, -1.0))) for end in (at_a, at_b))
-        found = max(left, right)
+        result = max(left, right)
         (a, at_a, b, at_b) = (a, at_a, middle, at_middle) if left > right else (middle, at_middle, b, at_b)
-    if not found > KINK * size:
-        return Finding("kinks", "ok", "the inner gradient is continuous from the start to the end of the run.", found)
+    if not result > KINK * size:
+        return Finding("kinks", "ok", "the inner gradient is continuous from the start to the end of the run.", result)
     return Finding(
         "kinks",
         "note",
-        f"the inner loss has a kink on the way of the run: the inner gradient jumps there by {found:.2g}, beside its "
+        f"the inner loss has a kink on the way of the run: the inner gradient jumps there by {result:.2g}, beside its "
         f"norm {size:.2g} at the start; derivatives see no kink, so a solution at one needs a proximal step "
         "(`BilevelProblem.from_fixed_point`) or a smooth stand-in.",
-        found,
+        result,
     )
 
 

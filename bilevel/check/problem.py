@@ -71,8 +71,8 @@ def check_problem(
 
 
 def _default_solver(hparams: Tree) -> InnerSolver:
-    found = [leaf for leaf in tree.leaves(hparams) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return GradientDescent(steps=DEFAULT_STEPS, tol=10 * default_tolerance(found[0].dtype) if found else None)
+    result = [leaf for leaf in tree.leaves(hparams) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return GradientDescent(steps=DEFAULT_STEPS, tol=10 * default_tolerance(result[0].dtype) if result else None)
 
 
 def examine(
@@ -131,11 +131,11 @@ def _at_the_solution(subject: Subject, solved: solution.Solved, judge_estimators
     if solved.params is None:
         finding = _guarded("curvature", solution.no_solution, subject, solved)
         return [finding, _skipped("no inner solution was found")]
-    found, finding = _attempt("curvature", solution.curvature, subject, solved.params)
-    if found is None:
+    result, finding = _attempt("curvature", solution.curvature, subject, solved.params)
+    if result is None:
         return [finding, _skipped("the curvature is unknown")]
-    findings = [_guarded("curvature", solution.definiteness, subject, solved, found)]
-    measured, finding = _attempt("contraction", contraction, subject, solved, found)
+    findings = [_guarded("curvature", solution.definiteness, subject, solved, result)]
+    measured, finding = _attempt("contraction", contraction, subject, solved, result)
     findings.append(finding if measured is None else measured[0])
     if findings[0].verdict == "fault" or not solved.run.verdict.status.usable:
         why = "there is no strict minimum" if findings[0].verdict == "fault" else "the inner solver fails"
@@ -149,8 +149,8 @@ def _at_the_solution(subject: Subject, solved: solution.Solved, judge_estimators
 
 def _guarded(name: str, check: Callable[..., Finding], *arguments: Any) -> Finding:
     """Make one check; an exception is its finding."""
-    found, finding = _attempt(name, check, *arguments)
-    return finding if found is None else found
+    result, finding = _attempt(name, check, *arguments)
+    return finding if result is None else result
 
 
 def _attempt(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Finding]:

@@ -203,8 +203,8 @@ def _silent(subject: Subject, silent: list[int]) -> Finding:
             "outer loss alone: its hypergradient needs no inner derivative.",
             len(silent),
         )
-    found = detached or nothing or outer
-    return Finding("influence", "fault", f"{component_names(subject.hparams, found)} {verb}.", len(found))
+    result = detached or nothing or outer
+    return Finding("influence", "fault", f"{component_names(subject.hparams, result)} {verb}.", len(result))
 
 
 def _moves(subject: Subject, unit: Tree) -> bool:

@@ -105,11 +105,11 @@ def _polished(subject: Subject, params: Tree) -> tuple[Tree, float]:
         solver = QuasiNewton(tol=default_tolerance(subject.dtype), steps=500)
         run = run_inner(inner, solver, solver.init(inner, params))
         # At the rounding floor the last search may fail; the state is still the best one.
-        found = solver.params(run.state)
+        result = solver.params(run.state)
     else:
-        found = _newton(subject, params)
-    after = float(tree.norm(inner.grad(found)))
-    return (found, after) if after <= before or not math.isfinite(before) else (params, before)
+        result = _newton(subject, params)
+    after = float(tree.norm(inner.grad(result)))
+    return (result, after) if after <= before or not math.isfinite(before) else (params, before)
 
 
 def _newton(subject: Subject, params: Tree) -> Tree:
@@ -167,19 +167,19 @@ def _share(basis: Tensor, vector: Tensor) -> float:
     return float((basis.t() @ vector).norm()) / size if size > 0 and basis.shape[1] else 0.0
 
 
-def definiteness(subject: Subject, solved: Solved, found: Curvature) -> Finding:
+def definiteness(subject: Subject, solved: Solved, result: Curvature) -> Finding:
     """Judge the curvature at the solution, and at the params that the user's solver returned."""
-    name, low, high = "curvature", found.smallest, found.largest
+    name, low, high = "curvature", result.smallest, result.largest
     flat = _flat_below(subject, high)
     if low < -max(flat, 1e-8 * abs(high)):
         return Finding(name, "fault", _negative(subject, low, high), low)
     if low <= flat:
-        if found.flat > 1e-6:
+        if result.flat > 1e-6:
             return Finding(
                 name,
                 "fault",
                 f"the inner Hessian is singular at the solution (eigenvalues from {low:.1e} to {high:.2g}), and "
-                f"{found.flat:.0%} of the outer gradient lies in flat directions: the inner solution is not unique; "
+                f"{result.flat:.0%} of the outer gradient lies in flat directions: the inner solution is not unique; "
                 "add a penalty, or `Implicit(damping=...)`.",
                 low,
             )
@@ -218,15 +218,15 @@ def definiteness(subject: Subject, solved: Solved, found: Curvature) -> Finding:
 def no_solution(subject: Subject, solved: Solved) -> Finding:
     """Say what the curvature is where the search for a solution ended, or at the start."""
     usable = solved.run.verdict.status.usable
-    found = curvature(subject, solved.reached if usable else subject.start)
-    if found.smallest < -1e-8 * abs(found.largest):
+    result = curvature(subject, solved.reached if usable else subject.start)
+    if result.smallest < -1e-8 * abs(result.largest):
         where = "at the last inner iterate" if usable else "at the start"
         return Finding(
             "curvature",
             "fault",
-            f"the inner Hessian has the eigenvalue {found.smallest:.3g} {where} (negative curvature; the largest is "
-            f"{found.largest:.3g}) and no minimum was found: add a penalty or a damping above {-found.smallest:.2g}.",
-            found.smallest,
+            f"the inner Hessian has the eigenvalue {result.smallest:.3g} {where} (negative curvature; the largest is "
+            f"{result.largest:.3g}) and no minimum was found: add a penalty or a damping above {-result.smallest:.2g}.",
+            result.smallest,
         )
     return Finding(
         "curvature",

@@ -43,7 +43,7 @@ class Subject:
     @cached_property
     def problem(self) -> BilevelProblem:
         """The problem with the same inner loss at every step; all but the runs of `solver` is examined on it."""
-        return self.given.at_rest()
+        return self.given.deterministic()
 
     @cached_property
     def start(self) -> Tree:
@@ -64,8 +64,8 @@ class Subject:
     @cached_property
     def read_by_steps(self) -> Tensor:
         """Of every component of the hyperparameters, whether the inner solver reads it by itself."""
-        found = read_by_steps(self.solver, self.problem, self.start, self.hparams)
-        pairs = zip(tree.leaves(self.hparams), found, strict=True)
+        result = read_by_steps(self.solver, self.problem, self.start, self.hparams)
+        pairs = zip(tree.leaves(self.hparams), result, strict=True)
         return torch.cat([torch.full((leaf.numel(),), read, device=leaf.device) for leaf, read in pairs])
 
     def normal(self, like: Tree, index: int) -> Tree:

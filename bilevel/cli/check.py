@@ -79,15 +79,15 @@ def _of_config(path: str, name: str, allow_import: bool) -> list[Named]:
 def _of_file(path: str, name: str, hparams_name: str | None) -> Named:
     """Run a user's file and return the problem that it defines under a name."""
     module = _imported(Path(path))
-    found = getattr(module, name, None)
-    if found is None:
+    result = getattr(module, name, None)
+    if result is None:
         problems = [key for key, value in vars(module).items() if isinstance(value, BilevelProblem)]
         hint = f"it has {', '.join(problems)}: bilevel check {path}:{problems[0]}" if problems else "define one there"
         raise ConfigError(f"{path} defines no {name!r}; {hint}.")
     what = f"{path}:{name}"
-    if isinstance(found, Callable) and not isinstance(found, BilevelProblem):  # type: ignore[arg-type]
-        found = _called(what, found)
-    parts = _parts(what, found)
+    if isinstance(result, Callable) and not isinstance(result, BilevelProblem):  # type: ignore[arg-type]
+        result = _called(what, result)
+    parts = _parts(what, result)
     for part in PARTS[1:]:
         if parts.get(part) is None:
             parts[part] = getattr(module, (hparams_name if part == "hparams" else None) or part, None)
@@ -130,16 +130,16 @@ def _where(error: Exception) -> str:
     return f"SyntaxError: {error.msg} (line {error.lineno})." if isinstance(error, SyntaxError) else told(error)
 
 
-def _parts(what: str, found: Any) -> dict[str, Any]:
+def _parts(what: str, result: Any) -> dict[str, Any]:
     """Return problem, hparams and solver of a problem, a tuple or a dict of them."""
-    if isinstance(found, BilevelProblem):
-        parts: dict[str, Any] = {"problem": found}
-    elif isinstance(found, Mapping):
-        parts = dict(found)
-    elif isinstance(found, tuple):
-        parts = dict(zip(PARTS, found, strict=False))
+    if isinstance(result, BilevelProblem):
+        parts: dict[str, Any] = {"problem": result}
+    elif isinstance(result, Mapping):
+        parts = dict(result)
+    elif isinstance(result, tuple):
+        parts = dict(zip(PARTS, result, strict=False))
     else:
-        parts = {"problem": found}
+        parts = {"problem": result}
     for part, kind in (("problem", BilevelProblem), ("solver", InnerSolver)):
         if not isinstance(parts.get(part), kind) and (part == "problem" or parts.get(part) is not None):
             raise ConfigError(

@@ -52,8 +52,8 @@ def _tuned_all(plan: Plan, folder: RunFolder, arguments: Namespace) -> int:
         return _interrupted(result)
     tuned = {run.cell.problem: _tuned(plan, run) for run in result.runs if run.best is not None}
     folder.write_json("tuned.json", tuned)
-    for problem, found in tuned.items():
-        print(f"\n{_tuned_text(problem, found)}")
+    for problem, run in tuned.items():
+        print(f"\n{_tuned_text(problem, run)}")
     print()
     _finish(result, folder)
     return _report_failures(result, folder)
@@ -147,18 +147,18 @@ def _tuned(plan: Plan, run: Any) -> dict[str, Any]:
     }
 
 
-def _tuned_text(problem: str, found: dict[str, Any]) -> str:
+def _tuned_text(problem: str, run: dict[str, Any]) -> str:
     """Return what `tune` prints about one problem."""
-    before, after = found["scores_start"], found["scores_tuned"]
+    before, after = run["scores_start"], run["scores_tuned"]
     scores = tabulate(
         [(key.replace("_", " "), before[key], after[key]) for key in before],
         headers=("score", "untuned start", "tuned"),
         floatfmt=".5g",
     )
-    log = found["unit"].startswith("log ")
+    log = run["unit"].startswith("log ")
     lines = [
         (label, start, tuned, *([math.exp(tuned)] if log else []))
-        for label, start, tuned in zip(found["labels"], found["start"], found["tuned"], strict=True)
+        for label, start, tuned in zip(run["labels"], run["start"], run["tuned"], strict=True)
     ]
     lines.sort(key=lambda line: -line[2])
     note = ""
@@ -166,11 +166,10 @@ def _tuned_text(problem: str, found: dict[str, Any]) -> str:
         half = SHOWN // 2
         note = f"\n(the {half} largest and the {half} smallest of {len(lines)}; tuned.json holds all)"
         lines = lines[:half] + lines[-half:]
-    unit = found["unit"]
+    unit = run["unit"]
     headers = ("hyperparameter", f"{unit}, start", "tuned", *([unit.removeprefix("log ")] if log else []))
     table = tabulate(lines, headers=headers, floatfmt=".4g")
     title = (
-        f"{problem}, {found['estimator']}, seed {found['seed']}: best at step {found['best_step']}\n"
-        f"ended: {found['stopped']}"
+        f"{problem}, {run['estimator']}, seed {run['seed']}: best at step {run['best_step']}\nended: {run['stopped']}"
     )
     return f"{title}\n\n{scores}\n\n{table}{note}"

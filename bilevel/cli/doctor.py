@@ -32,9 +32,9 @@ def run_doctor(arguments: Namespace) -> int:
     device = choose_device(arguments.device or "auto")
     chosen = chosen_threads(arguments)
     environment = describe_environment(device, chosen)
-    for name, found in environment["versions"].items():
+    for name, result in environment["versions"].items():
         missing = "not installed: no figures (pip install 'bilevel[plot]')" if name == "matplotlib" else "not installed"
-        print(f"{name:<14}{found or missing}")
+        print(f"{name:<14}{result or missing}")
     print(f"{'system':<14}{environment['platform']}")
     print(f"{'processor':<14}{environment['processor']}, {environment['processors']} cores")
     print(f"{'threads':<14}{measured_threads(chosen)}")

@@ -22,11 +22,11 @@ from bilevel.outer import separated as separated  # both were made here
 
 def groups(plan: Plan, cells: Sequence[Cell]) -> list[list[Cell]]:
     """Return the cells in groups that run as one batch; groups of one where the plan asks for no batches."""
-    found: dict[tuple[Any, ...], list[Cell]] = {}
+    result: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         key = (cell.problem, cell.estimator) if plan.batch else (cell.index,)
-        found.setdefault(key, []).append(cell)
-    return list(found.values())
+        result.setdefault(key, []).append(cell)
+    return list(result.values())
 
 
 def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRow | None = None) -> list[CellRun]:

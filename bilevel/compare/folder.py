@@ -196,10 +196,10 @@ class RunFolder:
         if mark is not None and mark["kind"] != "run":
             raise RunFolderError(f"{self.path} holds the results of `bilevel {mark['kind']}`: {ELSEWHERE}.")
         if not earlier:
-            found = [name for name in names(self.cells) if os.path.lexists(self.path / name)]
-            if found:
+            result = [name for name in names(self.cells) if os.path.lexists(self.path / name)]
+            if result:
                 raise RunFolderError(
-                    f"{self.path} holds {found[0]}, but nothing says that a run of this program wrote it: {ELSEWHERE}."
+                    f"{self.path} holds {result[0]}, but nothing says that a run of this program wrote it: {ELSEWHERE}."
                 )
         hindrance = misplaced(self.path, {*names(self.cells), *earlier})
         if hindrance:
@@ -218,9 +218,9 @@ class RunFolder:
             return
         if held is None:
             # A run killed before it wrote its configuration leaves nothing else.
-            found = [name for name in names(self.cells) if (self.path / name).exists() and name not in EARLY]
-            if found:
-                raise RunFolderError(f"{self.path} holds {found[0]} without a config.yaml: {remedy}")
+            result = [name for name in names(self.cells) if (self.path / name).exists() and name not in EARLY]
+            if result:
+                raise RunFolderError(f"{self.path} holds {result[0]} without a config.yaml: {remedy}")
             return
         if not isinstance(held, dict):
             raise RunFolderError(f"{self.path}/config.yaml cannot be read: {remedy}")

@@ -90,9 +90,9 @@ def first_difference(held: Any, wanted: Any, path: str = "") -> str:
             if key not in held or key not in wanted:
                 where = ("only in this one", "only there")[key in held]
                 return f"where `{inside}` is {where}"
-            found = first_difference(held[key], wanted[key], inside)
-            if found:
-                return found
+            result = first_difference(held[key], wanted[key], inside)
+            if result:
+                return result
         # The order of problems and estimators is the order of the results.
         return f"where `{path}` has another order" if list(held) != list(wanted) and path in ORDERED else ""
     return "" if held == wanted else f"where `{path}` is {brief(held)} there and {brief(wanted)} here"

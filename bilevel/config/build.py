@@ -107,11 +107,11 @@ def options_of(owner: Callable[..., Any], exclude: frozenset[str] = frozenset())
     except NameError:
         # Some of torch's annotations name what is imported for type checkers alone; such options are not checked here.
         hints = {}
-    found = {}
+    result = {}
     for name, parameter in inspect.signature(owner).parameters.items():
         if name not in exclude and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            found[name] = (hints.get(name, Any), parameter.default)
-    return found
+            result[name] = (hints.get(name, Any), parameter.default)
+    return result
 
 
 def check_options(

@@ -36,7 +36,7 @@ def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
         the modules beside them that they import.
     """
     digests: dict[str, str] = {}
-    found = _found.set(digests)
+    result = _found.set(digests)
     token = _allowed.set(allowed)
     if allowed and str(folder.resolve()) not in sys.path:
         # It stays there: worker processes and checkpoints look the classes up again.
@@ -45,7 +45,7 @@ def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
         yield digests
     finally:
         _allowed.reset(token)
-        _found.reset(found)
+        _found.reset(result)
 
 
 def imported(name: str, base: type, what: str, path: str) -> type:
@@ -73,13 +73,13 @@ def imported(name: str, base: type, what: str, path: str) -> type:
         raise ConfigError(
             f"`{path}`: {module_name!r} cannot be imported ({type(error).__name__}: {reason})."
         ) from error
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type) or not issubclass(found, base):
+    result = getattr(module, class_name, None)
+    if not isinstance(result, type) or not issubclass(result, base):
         raise ConfigError(f"`{path}`: {module_name!r} has no class {class_name!r} that is {what}.")
     digests = _found.get()
     if digests is not None and isinstance(getattr(module, "__file__", None), str):
         _add_sources(Path(str(module.__file__)), len(module_name.split(".")), digests)
-    return found
+    return result
 
 
 def digest(file: Path) -> str:
@@ -127,8 +127,8 @@ def _imports(source: Path, root: Path) -> Iterator[tuple[str, ...]]:
 
 def _files(root: Path, words: tuple[str, ...]) -> list[Path]:
     """Return the files that may stand for a module: it and the packages that it is in."""
-    found = []
+    result = []
     for end in range(1, len(words) + 1):
         place = root.joinpath(*words[:end])
-        found += [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
-    return found
+        result += [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    return result

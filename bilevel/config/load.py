@@ -79,10 +79,10 @@ class DataSetup:
             raise RunFolderError(
                 f"the data file {self.data['name']} has changed since this command began: run the same command again."
             )
-        found = data.load(**self.data, task=self.kind.task, seed=seed, device=self.device)
-        problem = self.kind.from_data(found, **self.options)
-        labels = problem.labels(found.feature_names)
-        return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, found.note)
+        result = data.load(**self.data, task=self.kind.task, seed=seed, device=self.device)
+        problem = self.kind.from_data(result, **self.options)
+        labels = problem.labels(result.feature_names)
+        return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, result.note)
 
 
 @dataclass(frozen=True)
@@ -309,12 +309,12 @@ def _constraint(spec: Any) -> Any:
             f"`outer.constraints` must be one of {listed(names)} (of torch.distributions), got {shown(name)}"
             f"{suggest(str(name), names)}"
         )
-    found = getattr(dist_constraints, name)
-    if isinstance(found, type):
-        return found(**check_options(found, spec, "outer.constraints"))
+    result = getattr(dist_constraints, name)
+    if isinstance(result, type):
+        return result(**check_options(result, spec, "outer.constraints"))
     if spec:
         raise ConfigError(f"`outer.constraints.{next(iter(spec))}` is not an option of {name} (it has none).")
-    return found
+    return result
 
 
 def _check_fit(plan: Plan) -> None:

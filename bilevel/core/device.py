@@ -15,7 +15,7 @@ ON_ACCELERATOR = 8
 """Steps between two looks on an accelerator: the wait is then small beside the steps, and so are steps in vain."""
 
 
-def steps_between(device: torch.device) -> int:
+def check_interval(device: torch.device) -> int:
     """Return how many steps a loop takes between two looks: 1 on the CPU, `ON_ACCELERATOR` elsewhere.
 
     >>> steps_between(torch.device("cpu")), steps_between(torch.device("cuda"))
@@ -24,7 +24,7 @@ def steps_between(device: torch.device) -> int:
     return 1 if device.type == "cpu" else ON_ACCELERATOR
 
 
-def numbers(scalars: Sequence[Tensor]) -> list[float]:
+def to_floats(scalars: Sequence[Tensor]) -> list[float]:
     """Return 0-d tensors of one device as Python floats, by one look.
 
     >>> numbers([torch.tensor(1.5), torch.tensor(2.0)])

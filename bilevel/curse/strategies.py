@@ -69,9 +69,9 @@ def _hessian_times(draw: Draw, points: Tensor, vectors: Tensor) -> Tensor:
         return draw.hessian @ vectors
     X = draw.problem.train.X
     predictions = X.t() @ points
-    bent = (X.t() @ vectors) * torch.sigmoid(predictions) * torch.sigmoid(-predictions)
+    curved = (X.t() @ vectors) * torch.sigmoid(predictions) * torch.sigmoid(-predictions)
     penalty: Tensor = draw.problem.bind(draw.hparams).penalty  # type: ignore[attr-defined]
-    return draw.problem.scale * (X @ bent) + penalty[:, None] * vectors
+    return draw.problem.scale * (X @ curved) + penalty[:, None] * vectors
 
 
 def bound_tail(draw: Draw, steps: int) -> int:
@@ -85,12 +85,12 @@ def bound_tail(draw: Draw, steps: int) -> int:
 def estimators(draw: Draw, steps: int) -> dict[str, HypergradEstimator]:
     """Return the estimators that the library runs with a budget of their own."""
     budget = (1 + OMEGA) * steps
-    found: dict[str, HypergradEstimator] = {AUTO: TruncatedUnroll("auto", budget=budget)}
+    result: dict[str, HypergradEstimator] = {AUTO: TruncatedUnroll("auto", budget=budget)}
     # Refused there: ripples.
     if not isinstance(draw.solver, HeavyBall):
-        found[EXTRAPOLATED] = TruncatedUnroll("auto", budget=budget, extrapolate=True)
-    found[BALANCED] = Implicit(balance="auto", budget=budget)
-    return found
+        result[EXTRAPOLATED] = TruncatedUnroll("auto", budget=budget, extrapolate=True)
+    result[BALANCED] = Implicit(balance="auto", budget=budget)
+    return result
 
 
 def half_and_half(draw: Draw, steps: int) -> tuple[float, float]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
-from bilevel.core import device as look
 from bilevel.core import tree
 from bilevel.core.cost import Meter
+from bilevel.core.device import to_floats
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.not_finite import finite_gradient, finite_loss, not_finite_part
@@ -106,7 +106,7 @@ def far_from_solution(value: float, params: Tree, by_params: Tree, pulled: Pullb
     if pulled.value_error is None:
         return GOOD
     parts = [(a * b).abs().sum() for a, b in zip(tree.leaves(params), tree.leaves(by_params), strict=True)]
-    error, *changes = look.numbers([pulled.value_error, *parts])
+    error, *changes = to_floats([pulled.value_error, *parts])
     return value_verdict(value, error, sum(changes))
 
 
@@ -162,5 +162,5 @@ def _rounding(problem: BilevelProblem, hparams: Tree, params: Tree) -> float:
     """Return by how many times itself the outer gradient by params changes with half of their digits."""
     moved = tree.tree_map(lambda leaf: leaf * (1.0 + torch.finfo(leaf.dtype).eps ** 0.5), params)
     here, there = (problem.outer_value_and_grads(x, hparams)[1] for x in (params, moved))
-    size, change = look.numbers([tree.norm(here), tree.norm(tree.add(there, here, -1.0))])
+    size, change = to_floats([tree.norm(here), tree.norm(tree.add(there, here, -1.0))])
     return change / size if size > 0 else 0.0

@@ -60,9 +60,9 @@ def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hp
     inner = _Still(problem, hparams)
     inner.hparams = tree.attach(hparams)
     roots = tree.leaves(inner.hparams)
-    found = [False] * len(roots)
+    result = [False] * len(roots)
     if not solver.traits.differentiable:
-        return found
+        return result
     state = solver.init(inner, tree.detach(params))
     for _ in range(solver.steps or SHOWN):
         with torch.enable_grad():
@@ -72,12 +72,12 @@ def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hp
             break
         ones = [torch.ones_like(leaf) for leaf in moved]
         parts = torch.autograd.grad(moved, roots, ones, allow_unused=True)
-        found = [before or part is not None for before, part in zip(found, parts, strict=True)]
+        result = [before or part is not None for before, part in zip(result, parts, strict=True)]
         params, memory = tree.detach(state.variables)
         state = replace(state, params=params, memory=memory)
-        if all(found):
+        if all(result):
             break
-    return found
+    return result
 
 
 def check_carry(carry: Any, solver: InnerSolver, start: Tree, trainable: Tree) -> None:

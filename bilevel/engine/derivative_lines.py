@@ -192,10 +192,10 @@ def inner_lines(point: Point) -> Lines:
     def loss(positions: Sequence[int]) -> Line:
         along, name = _only(d, positions), f"the gradient of the inner loss by {_named('params', x, positions)}"
         # At a solution the gradient is zero: what counts is how far an error moves the solution.
-        bend = abs(float(_dot(d, here.pulled[0][0])))
+        curvature = abs(float(_dot(d, here.pulled[0][0])))
         return Line(
             lambda t: [point.value(problem.inner_loss, tree.add(x, along, t), u)],
-            lambda t: [_claim(name, "that loss", point.gradient(tree.add(x, along, t), u), along, bend)],
+            lambda t: [_claim(name, "that loss", point.gradient(tree.add(x, along, t), u), along, curvature)],
         )
 
     yield in_params, [[0]] if problem.symmetric else [range(len(tree.leaves(x)))]

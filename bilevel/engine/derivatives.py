@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.derivative_lines import FAILURES, LONGEST, Claim, Line, Point, inner_lines, outer_lines
@@ -71,14 +70,14 @@ def check_members(problem: BilevelProblem, hparams: Tree, params: Tree, usable: 
     """Look at the members of a batch: at the first that is usable, or at each; the arguments are stacked."""
     verdict = GOOD
     for index in [index for index, good in enumerate(usable) if good][: None if each else 1]:
-        u, x = members.row(hparams, index), members.row(params, index)
+        u, x = rows.row(hparams, index), rows.row(params, index)
         verdict = verdict.worse(check_derivatives(problem.member(index), u, x, again=each))
     return verdict
 
 
 def _judged(problem: BilevelProblem, hparams: Tree, params: Tree, lines: Any) -> Verdict:
     """Judge all lines, in float64 where the dtype of the problem leaves a doubt."""
-    rest = problem.at_rest()
+    rest = problem.deterministic()
     point = Point(rest, problem.trainable(params), hparams)
     try:
         if all(_agrees(line, point.eps) for make, groups in lines(point) for line in map(make, groups)):
@@ -87,12 +86,12 @@ def _judged(problem: BilevelProblem, hparams: Tree, params: Tree, lines: Any) ->
             x, u = (tree.tree_map(widened, each) for each in (point.params, hparams))
             point = Point(rest, x, u, wide=True)
         for make, groups in lines(point):
-            found = [each for each in (_wrong(make(group), point.eps) for group in groups) if each is not None]
-            if not found:
+            result = [each for each in (_wrong(make(group), point.eps) for group in groups) if each is not None]
+            if not result:
                 continue
             # A direction in several leaves has found it: which of them is it?
             single = [_wrong(make([leaf]), point.eps) for group in groups if len(group) > 1 for leaf in group]
-            error, claim = max([each for each in single if each is not None] or found, key=lambda each: each[0])
+            error, claim = max([each for each in single if each is not None] or result, key=lambda each: each[0])
             detail = f"{claim.what} differs from differences of {claim.values} by {error:.2g} times its size"
             return Verdict(Status.WRONG_DERIVATIVE, detail)
     except FAILURES:
@@ -154,7 +153,7 @@ class _Seen:
         slope: the central difference.
         gap: its distance to the claim.
         size: what that is relative to.
-        bend: forward minus backward difference.
+        curvature: forward minus backward difference.
         noise: what rounding makes of the difference.
     """
 
@@ -162,7 +161,7 @@ class _Seen:
     slope: Tensor
     gap: float
     size: float
-    bend: float
+    curvature: float
     noise: float
 
     @classmethod
@@ -170,11 +169,11 @@ class _Seen:
         """Return it, or None where a value is not finite."""
         slope = (up - down) / (2 * h)
         gap, size = claim.error(slope)
-        bend = float((up - 2 * middle + down).norm()) / h
+        curvature = float((up - 2 * middle + down).norm()) / h
         # Sums that cancel have more rounding than their result shows: a thousand units of it.
         sizes = float(up.norm()), float(down.norm()), float(claim.slope.norm()), claim.size, claim.parts
         noise = 1e3 * eps * max(sizes) / h
-        return cls(h, slope, gap, size, bend, noise) if gap < float("inf") else None
+        return cls(h, slope, gap, size, curvature, noise) if gap < float("inf") else None
 
 
 def _certain(seen: Sequence[_Seen]) -> float:
@@ -184,6 +183,6 @@ def _certain(seen: Sequence[_Seen]) -> float:
         return 0.0
     gap = min(each.gap for each in last)
     apart = max(float((a.slope - b.slope).norm()) for a in last for b in last)
-    if max(apart, *(each.bend for each in last)) > SHARE * gap:
+    if max(apart, *(each.curvature for each in last)) > SHARE * gap:
         return 0.0
     return gap / max(each.size for each in last)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState
-from bilevel.core import device as look
 from bilevel.core import tree
 from bilevel.core.cost import WEIGHTS
+from bilevel.core.device import to_floats
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.judge import InnerRun
@@ -81,10 +81,10 @@ def reduced_rank(vectors: Sequence[Tensor], orders: Sequence[int]) -> list[Extra
         weights, trace = _weights(D)
         vectors.append(weights @ stacked[-(order + 1) :])
         scalars += [trace, torch.linalg.vector_norm(weights @ D)]
-    size, *pairs = look.numbers(scalars)
+    size, *pairs = to_floats(scalars)
     if any(not trace > 1e-30 * size for trace in pairs[::2]):
         return [Extrapolation(stacked[-1], 0.0, 0)]
-    return [Extrapolation(*found) for found in zip(vectors, pairs[1::2], tried, strict=True)]
+    return [Extrapolation(*result) for result in zip(vectors, pairs[1::2], tried, strict=True)]
 
 
 def _weights(D: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ def with_steps(solver: InnerSolver, steps: int, dtype: torch.dtype) -> InnerSolv
     return replace(solver, steps=max(1, steps), tol=solver.limits(dtype)[1])
 
 
-def excuse(run: InnerRun, solver: InnerSolver) -> InnerRun:
+def discount_doubt(run: InnerRun, solver: InnerSolver) -> InnerRun:
     """Return the run without a doubt about a tolerance that the user did not ask for: a budget ends before it."""
     if run.verdict.status is Status.INNER_NOT_CONVERGED and solver.tol is None:
         return replace(run, verdict=Verdict())

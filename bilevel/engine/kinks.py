@@ -18,9 +18,8 @@ from itertools import pairwise
 import torch
 
 from bilevel.base import InnerSolver, InnerState, Solution
-from bilevel.core import device as look
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
+from bilevel.core.device import to_floats
 from bilevel.core.status import GOOD, Status, StepFailure, Verdict
 from bilevel.core.tree import Tree
 from bilevel.oracles.inner_problem import InnerProblem
@@ -82,7 +81,7 @@ def kinked(
     Returns:
         NOT_SMOOTH where jumps of the gradient keep the run from settling, else `GOOD`.
     """
-    inner = problem.at_rest().bind(hparams)
+    inner = problem.deterministic().bind(hparams)
     state = replace(state, params=tree.detach(problem.trainable(state.params)), point=None)
     with torch.no_grad():
         leaves = tree.leaves(state.params)
@@ -111,7 +110,7 @@ def _chatters(inner: InnerProblem, solver: InnerSolver, state: InnerState, anywh
         there = solver.params(state)
         step, following = tree.add(there, x, -1.0), inner.grad(there)
         jump = tree.add(following, gradient, -1.0)
-        taken, size, left, change = look.numbers([tree.norm(each) for each in (step, x, following, jump)])
+        taken, size, left, change = to_floats([tree.norm(each) for each in (step, x, following, jump)])
         # Closer together than that all differences are rounding.
         if not taken > eps ** (2 / 3) * size:
             break
@@ -151,7 +150,7 @@ def _jumps(inner: InnerProblem, x: Tree, step: Tree, least: float, anywhere: boo
             return False
         values = [gradient(tree.add(x, step, piece / PIECES)) for piece in range(PIECES + 1)]
         pairs = [(values[0], values[-1]), *pairwise(values)]
-        whole, *changes = look.numbers([tree.norm(tree.add(b, a, -1.0)) for a, b in pairs])
+        whole, *changes = to_floats([tree.norm(tree.add(b, a, -1.0)) for a, b in pairs])
         if not JUMPY[0] <= sum(change**2 for change in changes) / whole**2 <= JUMPY[1]:
             return False
         x, step, least = tree.add(x, step, changes.index(max(changes)) / PIECES), tree.scale(1 / PIECES, step), 0.0
@@ -169,7 +168,7 @@ def ends_at_kink(
     start: Tree,
     again: bool = False,
 ) -> Verdict:
-    """Look for a kink where a run that no tolerance has ended stands, unless the look would be dear.
+    """Look for a kink where a run that no tolerance has ended stands, unless the look would be expensive.
 
     A problem is looked at after its first run, and again where one has been found, after long runs, and where the
     gradient is larger than it was.
@@ -224,7 +223,7 @@ def members_at_kinks(
     for index, verdict in enumerate(verdicts):
         if not verdict.status.usable or not (cause is None or cause or not verdict.status.ok):
             continue
-        u, x, state = members.row(hparams, index), members.row(start, index), solved.state.row(index)
+        u, x, state = rows.row(hparams, index), rows.row(start, index), solved.state.row(index)
         steps, residual = solved.steps[index], solved.residual[index]
         further = cause is not None  # members may be one problem, which the first look has found smooth
         kink = ends_at_kink(problem.member(index), u, solver, state, residual, steps, further, x, further)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, InnerSolver, InnerState
-from bilevel.core import device as look
 from bilevel.core import tree
+from bilevel.core.device import check_interval, to_floats
 from bilevel.core.status import StepFailure, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.expansion import watched
@@ -72,7 +72,7 @@ def _run(
 ) -> InnerRun:
     device, dtype = tree.leaves(state.params)[0].device, tree.leaves(state.params)[0].dtype
     limit, tol = solver.limits(dtype)
-    every = max(solver.traits.check_every, look.steps_between(device))
+    every = max(solver.traits.check_every, check_interval(device))
     first = checkpoint = before = state
     taken, marked, doubling, before_doubling = 0, 0, STALLED, math.inf
     goal, floor = Goal(inner, solver, first, tol), None
@@ -108,14 +108,14 @@ def _run(
             taken += 1
             # A solver that hands back the same params says that no step helps: the rounding floor.
             if tol is not None and taken >= at_least and inner.unmoved(before.params, state.params):
-                floor = goal.at_rest(_residual(inner, solver, state), inner.trainable(solver.params(state)))
+                floor = goal.unmoved_floor(_residual(inner, solver, state), inner.trainable(solver.params(state)))
                 break
     except StepFailure as failure:
         name = solver.title
         verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
         return InnerRun(state, float("nan"), taken, verdict)
     # At the start by a copy: the gradient of the last state, which estimators look at before and after, stays at hand.
-    begun, residual = look.numbers([
+    begun, residual = to_floats([
         _norm(copy.copy(inner), solver, first) if start is None else start,
         _norm(inner, solver, state),
     ])
@@ -141,7 +141,7 @@ def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state:
         The state with its residual and a verdict, as `run_inner` gives them.
     """
     inner = solver.own_problem(inner)
-    start, residual = look.numbers([_norm(inner, solver, each) for each in (first, state)])
+    start, residual = to_floats([_norm(inner, solver, each) for each in (first, state)])
     if not math.isfinite(residual):
         return not_finite(inner, solver, first, 0, taken)
     verdict = judge(inner, solver, first, state, start, residual, taken)

@@ -92,7 +92,7 @@ def not_finite_pullback(problem: BilevelProblem, params: Tree, hparams: Tree, pu
 
 def _inner_curvature(problem: BilevelProblem, params: Tree, hparams: Tree) -> str:
     """Return which operation has no finite second derivative, at the solution or at the problem's own start."""
-    rest = problem.at_rest()
+    rest = problem.deterministic()
     for x in (params, problem.params):
         if x is None:
             continue

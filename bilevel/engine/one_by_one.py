@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 
 from bilevel.base import BatchEstimate, Carry, Estimate, InnerSolver, InnerState, member_carry
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.cost import Cost
 from bilevel.core.status import OnFailure, report
 from bilevel.core.tree import Tree
@@ -59,33 +58,33 @@ def loop_hypergradient(
     """
     assert problem.batch is not None
     start = problem.start(params)
-    members.check_rows("hparams", hparams, problem.batch)
-    members.check_rows("params", start, problem.batch)
+    rows.check_rows("hparams", hparams, problem.batch)
+    rows.check_rows("params", start, problem.batch)
     if check and carry is not None:
         check_carry(carry, solver, start, problem.trainable(start))
 
     def member(index: int, check: bool) -> Estimate:
         return single(
             problem.member(index),
-            hparams=members.row(hparams, index),
-            params=members.row(start, index),
+            hparams=rows.row(hparams, index),
+            params=rows.row(start, index),
             carry=None if carry is None else member_carry(carry, index),
             check=check,
         )
 
-    found: dict[int, Estimate] = {}
+    result: dict[int, Estimate] = {}
     errors: list[ValueError] = []
     for index in range(problem.batch):
         try:
-            found[index] = member(index, check and not found)
+            result[index] = member(index, check and not result)
         except ValueError as error:
             # A mistake in the call breaks every member; what breaks one of them alone becomes its verdict.
-            if not check or found:
+            if not check or result:
                 raise
             errors.append(error)
-    if not found:
+    if not result:
         raise errors[0]
-    estimates = [found[i] if i in found else member(i, False) for i in range(problem.batch)]
+    estimates = [result[i] if i in result else member(i, False) for i in range(problem.batch)]
     estimate = _assembled(problem, solver, hparams, start, estimates)
     report(estimate.verdict, on_failure, estimate)
     return estimate
@@ -106,8 +105,8 @@ def _assembled(
     cost = Cost(dict(counts), sum(each.seconds for each in costs), max(peaks, default=None), costs[0].memory_kind)
     return BatchEstimate(
         torch.tensor([each.outer_loss for each in estimates], dtype=like.dtype, device=like.device),
-        members.stack([each.hypergradient for each in estimates]),
-        members.stack([each.params for each in estimates]),
+        rows.stack([each.hypergradient for each in estimates]),
+        rows.stack([each.params for each in estimates]),
         certificates,
         costs,
         cost,
@@ -124,9 +123,9 @@ def _joined(
         return Carry(solver=type(solver).__name__)
 
     def begun(index: int, params: Tree) -> InnerState:
-        return solver.init(problem.member(index).bind(members.row(hparams, index)), params)
+        return solver.init(problem.member(index).bind(rows.row(hparams, index)), params)
 
-    states = [each.state or begun(index, members.row(start, index)) for index, each in enumerate(carries)]
+    states = [each.state or begun(index, rows.row(start, index)) for index, each in enumerate(carries)]
     try:
         state = InnerState.stack(states)
     except (RuntimeError, TypeError, ValueError, KeyError):
@@ -134,4 +133,4 @@ def _joined(
         state = InnerState.stack([begun(index, each.params) for index, each in enumerate(states)])
     known = [carry.adjoint for carry in carries if carry.adjoint is not None]
     adjoints = [tree.zeros_like(known[0]) if each.adjoint is None else each.adjoint for each in carries if known]
-    return Carry(state, members.stack(adjoints) if known else None, type(solver).__name__)
+    return Carry(state, rows.stack(adjoints) if known else None, type(solver).__name__)

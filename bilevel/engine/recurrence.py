@@ -57,7 +57,7 @@ class Moving:
     by_linear: Tensor
 
     @classmethod
-    def at_rest(cls, vectors: Tensor) -> Moving:
+    def standing(cls, vectors: Tensor) -> Moving:
         """Return vectors that depend on nothing."""
         return cls(vectors, torch.zeros_like(vectors), torch.zeros_like(vectors))
 
@@ -77,10 +77,10 @@ def unroll(
     """
     steps = solver.steps or 0
     advance = _geometric if len(vectors) == 1 else _dual
-    now = Moving.at_rest(vectors.expand(len(vectors), *problem.values.shape))
+    now = Moving.standing(vectors.expand(len(vectors), *problem.values.shape))
     if tail < steps:
         head = advance(now, problem, list(schedule(solver, states, 0, steps - tail)))
-        now = Moving.at_rest(head.vectors)
+        now = Moving.standing(head.vectors)
     return advance(now, problem, list(schedule(solver, states, steps - tail, steps)))
 
 

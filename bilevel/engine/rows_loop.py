@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState
-from bilevel.core import device as look
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
+from bilevel.core.device import check_interval
 from bilevel.core.status import GOOD, Status, StepFailure, Verdict
 from bilevel.engine.expansion import watched
 from bilevel.engine.judge import LOOK, InnerRun, judge, not_finite
@@ -60,8 +59,8 @@ class _Loop:
         size = len(like)
         self.inner, self.solver = inner, solver
         self.limit, self.tol = solver.limits(like.dtype)
-        self.every = max(solver.traits.check_every, look.steps_between(like.device))
-        self.runner = solver.for_members(state)
+        self.every = max(solver.traits.check_every, check_interval(like.device))
+        self.runner = solver.for_rows(state)
         self.state = self.before = self.checkpoint = state
         self.goal = Goal(inner, solver, state, self.tol)
         self.taken = self.marked = 0
@@ -82,7 +81,7 @@ class _Loop:
             if self.tol is not None and self.taken % self.every == 0:
                 self._look(at_least)
             if self.left and self.taken - self.marked >= LOOK:
-                broken = self.moving & ~torch.isfinite(members.norms(self.state.params))
+                broken = self.moving & ~torch.isfinite(rows.norms(self.state.params))
                 if bool(broken.any()):
                     self._fail(broken)
                 self.checkpoint, self.marked = self.state, self.taken
@@ -114,7 +113,7 @@ class _Loop:
         if self.left:
             self._judge(self.moving, residual)
         for index, state in self.broken.items():
-            params = members.with_row(self.state.params, index, state.params)
+            params = rows.with_row(self.state.params, index, state.params)
             self.state = replace(self.state, params=params)
         run = InnerRun(self.state, self.residuals, self.steps, self.verdicts, self.counts, self.runner)
         return replace(run, warm=self._warm(run.usable))
@@ -146,7 +145,7 @@ class _Loop:
                 float(start[index]),
                 float(residual[index]),
                 self.taken,
-                members.figure(tol, index),
+                rows.figure(tol, index),
                 None if floors is None else floors[index],
             )
             if bool(larger[index]):
@@ -234,13 +233,13 @@ class _Loop:
         self.left = int(self.moving.sum())
 
     def _residual(self, state: InnerState) -> Tensor:
-        return members.norms(self.inner.grad(self.solver.params(state)))
+        return rows.norms(self.inner.grad(self.solver.params(state)))
 
 
 def _kept(moving: Tensor, after: InnerState, before: InnerState) -> InnerState:
     """Return the state `after` in the rows that move, and `before` in the others."""
     return replace(
         after,
-        params=members.where(moving, after.params, before.params),
-        memory=members.where(moving, after.memory, before.memory),
+        params=rows.where(moving, after.params, before.params),
+        memory=rows.where(moving, after.memory, before.memory),
     )

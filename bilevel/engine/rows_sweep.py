@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState, Pullback, Variables
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.status import GOOD, StepFailure, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.judge import InnerRun
@@ -94,5 +93,5 @@ def _sweep(
         return solver.sweep_vjp(inner, states, cotangent)
     if not bool(mask.any()):
         return cotangent, tree.zeros_like(inner.hparams)
-    before, part = solver.sweep_vjp(inner, states, members.where(mask, cotangent, 0.0))
-    return members.where(mask, before, cotangent), members.where(mask, part, 0.0)
+    before, part = solver.sweep_vjp(inner, states, rows.where(mask, cotangent, 0.0))
+    return rows.where(mask, before, cotangent), rows.where(mask, part, 0.0)

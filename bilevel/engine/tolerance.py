@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState
-from bilevel.core import device as look
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
+from bilevel.core.device import to_floats
 from bilevel.core.options import Relative, default_tolerance
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
@@ -132,7 +131,7 @@ class Goal:
         self.tol = self.inner.tolerance = tol
 
     def _norm(self, x: Tree) -> Any:
-        return float(tree.norm(x)) if self.inner.problem.batch is None else members.norms(x)
+        return float(tree.norm(x)) if self.inner.problem.batch is None else rows.norms(x)
 
     def parts(self, x: Tree, asked: Any = True) -> Any:
         """Measure ``|H v|`` at the trainable params x; 0 where v is zero, or the loss has no such product.
@@ -145,8 +144,8 @@ class Goal:
             The norm.
         """
         candidates = ways(self.start, self.first, x)
-        rows = self.inner.problem.batch is not None
-        lengths = [members.norms(way) for way in candidates] if rows else look.numbers(list(map(tree.norm, candidates)))
+        one = self.inner.problem.batch is None
+        lengths = to_floats(list(map(tree.norm, candidates))) if one else [rows.norms(way) for way in candidates]
         way: Tree = candidates[0]
         length: Any = lengths[0]
         for other, size in zip(candidates[1:], lengths[1:], strict=True):
@@ -214,27 +213,27 @@ class Goal:
         if taken % WINDOW:
             return {}
         waited = taken - self.best_at
-        found = {}
+        result = {}
         for index in indices_of(moving & (waited >= max(WINDOW, taken // 2))):
             old, new = (self.solver.params(each.row(index)) for each in (before, state))
             floor = self.row(index).rest(float(residual[index]), int(waited[index]), old, new)
             if floor is not None:
-                found[index] = floor
-        return found
+                result[index] = floor
+        return result
 
     def rest(self, residual: float, waited: int, before: Tree, params: Tree) -> Floor | None:
         """Look whether a run whose residual has not become smaller for `waited` steps has come to rest."""
         x = self.inner.trainable(params)
         moved = tree.add(x, self.inner.trainable(before), -1.0)
-        step, *lengths = look.numbers([tree.norm(each) for each in (moved, *ways(self.start, self.first, x))])
+        step, *lengths = to_floats([tree.norm(each) for each in (moved, *ways(self.start, self.first, x))])
         if step <= ROUNDING * self.eps * max(lengths):
-            return self.at_rest(residual, x)
+            return self.unmoved_floor(residual, x)
         # Ripples of a momentum are long; and a small step size is no floor.
         if waited >= LONG_WINDOW and self._below_rounding_of_the_loss(x, residual * step):
             return Floor("the loss cannot tell its steps apart", True)
         return None
 
-    def at_rest(self, residual: float, x: Tree) -> Floor:
+    def unmoved_floor(self, residual: float, x: Tree) -> Floor:
         """Judge a run whose steps no longer move the trainable params x."""
         attained = residual <= self.eps**0.5 * self.parts(x) or self._below_rounding_of_the_loss(x, 0.0)
         return Floor("its steps no longer change params", attained)
@@ -262,7 +261,7 @@ def _pick(mask: Any, x: Any, y: Any) -> Any:
     """Return x where the mask holds, else y: trees or figures, of rows those of each."""
     if not isinstance(mask, Tensor):
         return x if mask else y
-    return torch.where(mask, x, y) if isinstance(x, float) else members.where(mask, x, y)
+    return torch.where(mask, x, y) if isinstance(x, float) else rows.where(mask, x, y)
 
 
 def _any(mask: Any) -> bool:

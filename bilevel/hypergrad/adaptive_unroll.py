@@ -32,7 +32,7 @@ from bilevel.engine.extrapolation import (
     Record,
     best,
     counted,
-    excuse,
+    discount_doubt,
     reduced_rank,
     with_steps,
 )
@@ -100,7 +100,7 @@ def solve(
     record = Record(solver, state.params)
     run, length, exact = _forward(tail, inner, solver, state, record, budget)
     if budget is not None:
-        run = excuse(run, solver)
+        run = discount_doubt(run, solver)
     meter.sample()
     choose = tail.tail is None and not exact and not tail.extrapolate
     wanted = (choose or tail.extrapolate) and run.verdict.status.usable
@@ -244,17 +244,17 @@ class Sweep:
             states = list(self.kept)[-max(1, int(most)) :]
             _, total = self.solver.sweep_vjp(self.inner, states, moving)
             return _Swept(total, len(states))
-        dearest = 0.0
+        most_expensive = 0.0
         for before in reversed(self.kept):
             spent = counted(self.inner) - start
-            if spent + dearest > limit + 1e-9:
+            if spent + most_expensive > limit + 1e-9:
                 break
             try:
                 moving, part = self.solver.step_vjp(tape, before, moving)
             except StepFailure as failure:
                 swept.verdict = failure.verdict
                 return swept
-            dearest = max(dearest, counted(self.inner) - start - spent)
+            most_expensive = max(most_expensive, counted(self.inner) - start - spent)
             swept.total = tree.add(swept.total, part)
             swept.steps += 1
             if remember and tape.adjoint is not None:
@@ -342,5 +342,4 @@ class _TapedPoint(Linearization):
         return self._point._hvp_vjp(v, w)
 
     def dense_hessian(self) -> Tensor:
-        """Return the Hessian as the linearization does."""
         return self._point.dense_hessian()

@@ -83,11 +83,9 @@ class Auto(HypergradEstimator):
 
     @property
     def differentiates_steps(self) -> bool:
-        """Whether what it chooses does."""
         return self.unroll
 
     def at_tolerance(self, tol: float) -> Auto:
-        """Return this rule with the tolerance for whatever it chooses."""
         return replace(self, tol=max(tol, self.tol or 0.0))
 
     def choose(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
@@ -152,7 +150,6 @@ class Auto(HypergradEstimator):
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
-        """Choose, and let the choice solve."""
         choice = self.choose(problem, solver, hparams, params)
         solved = choice.estimator.solve(problem, solver, hparams, params, carry, meter)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, InnerSolver, InnerState, Pullback, Solution
-from bilevel.core import device as look
 from bilevel.core import tree
 from bilevel.core.cost import WEIGHTS, Meter
+from bilevel.core.device import to_floats
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.extrapolation import (
@@ -29,7 +29,7 @@ from bilevel.engine.extrapolation import (
     OMEGA,
     Budget,
     Record,
-    excuse,
+    discount_doubt,
     reduced_rank,
     with_steps,
 )
@@ -131,12 +131,12 @@ class Balance:
     def _look(self, state: InnerState) -> None:
         """Linearise where the gradient is smallest: at the last iterate or one of its extrapolations."""
         vectors = self.record.end(ITERATE_ORDERS[-1] + 2)
-        found = reduced_rank(vectors, ITERATE_ORDERS) if len(vectors) > 2 else []
-        candidates = [self.record.unravel(candidate.vector) for candidate in found]
+        result = reduced_rank(vectors, ITERATE_ORDERS) if len(vectors) > 2 else []
+        candidates = [self.record.unravel(candidate.vector) for candidate in result]
         # The last iterate comes last: its gradient is then at hand for the next step.
         candidates.append(self.solver.params(state))
         gradients = [self.inner.grad(params) for params in candidates]
-        norms = look.numbers([tree.norm(gradient) for gradient in gradients])
+        norms = to_floats([tree.norm(gradient) for gradient in gradients])
         index = min(range(len(norms)), key=lambda i: norms[i] if norms[i] == norms[i] else float("inf"))
         self.residual, self.gradient = norms[index], gradients[index]
         self.point = self.inner.linearize(tree.detach(candidates[index]))
@@ -183,10 +183,10 @@ class Balance:
         goal = max(BALANCE * self.forward_residual, self._rounding())
         paid = max(0.0, self.left() - FINISH) / WEIGHTS["hvp"]
         limit = int(min(self.max_steps, paid)) if scale > 0 else 0
-        found = conjugate_gradients(matvec, start, r, lambda run: run.residual <= goal * run.size, limit)
-        self.steps += found.steps
-        self.lam, self.adjoint_residual, self.negative = found.x, found.residual, found.negative
-        smallest, largest = found.spectrum()
+        result = conjugate_gradients(matvec, start, r, lambda run: run.residual <= goal * run.size, limit)
+        self.steps += result.steps
+        self.lam, self.adjoint_residual, self.negative = result.x, result.residual, result.negative
+        smallest, largest = result.spectrum()
         self.largest = max(self.largest, largest)
         self.smallest = float("inf") if self.negative is not None else min(self.smallest, smallest)
 
@@ -242,7 +242,7 @@ def solve(
         used = with_steps(solver, int(shared.left()), dtype)
     run = run_inner(inner, used, state, balance.visit, at_least=1)
     if shared is not None:
-        run = excuse(run, solver)
+        run = discount_doubt(run, solver)
     meter.sample()
     if not run.verdict.status.usable:
         return run.solution(solver.params(run.state), _nothing)
@@ -320,11 +320,11 @@ def _estimate(balance: Balance, probe: int) -> tuple[float, float]:
     moved_h, moved_c = there.vjp(raveler.unravel(lam))
     cross = point.cross(raveler.unravel(lam))
     total = tree.add(here_u, cross, -1.0)
-    bent = raveler.ravel(moved_h) + balance.damping * lam - product
+    curved = raveler.ravel(moved_h) + balance.damping * lam - product
     turned = raveler.ravel(there_x) - raveler.ravel(here_x)
     balance.adjoint_residual = float(torch.linalg.vector_norm(v - product))
     parts = [
-        *(tree.norm(point.cross(raveler.unravel(invert(b)))) for b in (v - product, turned, bent)),
+        *(tree.norm(point.cross(raveler.unravel(invert(b)))) for b in (v - product, turned, curved)),
         tree.norm(tree.add(there_u, here_u, -1.0)),
         tree.norm(tree.add(moved_c, cross, -1.0)),
     ]
@@ -359,12 +359,12 @@ class Adjoint:
             return self._result(raveler.unravel(balance.lam), v, balance.adjoint_residual, steps, self.error, note)
         goal = max(BALANCE * balance.forward_residual, balance._rounding())
         matvec, limit = balance.product(point), balance.max_steps
-        found = conjugate_gradients(matvec, torch.zeros_like(v), v, lambda run: run.residual <= goal * run.size, limit)
-        if found.negative is not None:
-            verdict = Verdict(Status.NEGATIVE_CURVATURE, f"CG met the curvature {found.negative:.3g}")
-            return Pullback(tree.zeros_like(balance.inner.hparams), steps=found.steps, verdict=verdict)
+        result = conjugate_gradients(matvec, torch.zeros_like(v), v, lambda run: run.residual <= goal * run.size, limit)
+        if result.negative is not None:
+            verdict = Verdict(Status.NEGATIVE_CURVATURE, f"CG met the curvature {result.negative:.3g}")
+            return Pullback(tree.zeros_like(balance.inner.hparams), steps=result.steps, verdict=verdict)
         note = "the balanced run's estimate is for the gradient of the outer loss alone"
-        return self._result(raveler.unravel(found.x), v, found.residual, found.steps, None, note)
+        return self._result(raveler.unravel(result.x), v, result.residual, result.steps, None, note)
 
     def _result(self, lam: Tree, v: Tensor, residual: float, steps: int, error: float | None, note: str) -> Pullback:
         point = self.balance.point

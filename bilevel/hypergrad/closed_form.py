@@ -67,19 +67,18 @@ class ClosedForm(HypergradEstimator):
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
-        """Solve for the params, and keep what solves the adjoint system."""
         self.check(problem, solver, hparams)
         inner = problem.bind(hparams, meter.counts)
         basis = problem.spectrum()
-        found = _dense(inner, params) if basis is None else _diagonal(inner, basis)
-        if isinstance(found, Verdict):
-            return Solution(params, solver.at_rest(inner, params), _no_pullback, float("nan"), 0, found)
-        residual = float(tree.norm(inner.grad(found.params)))
+        result = _dense(inner, params) if basis is None else _diagonal(inner, basis)
+        if isinstance(result, Verdict):
+            return Solution(params, solver.cold_state(inner, params), _no_pullback, float("nan"), 0, result)
+        residual = float(tree.norm(inner.grad(result.params)))
         verdict = GOOD
-        if residual > found.limit:
+        if residual > result.limit:
             detail = f"ClosedForm ends at the inner residual {residual:.2e}: is the inner loss quadratic?"
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
-        return Solution(found.params, solver.at_rest(inner, found.params), found.pullback, residual, 0, verdict)
+        return Solution(result.params, solver.cold_state(inner, result.params), result.pullback, residual, 0, verdict)
 
     def sweep(self, problem: BilevelProblem, hparams: Tensor) -> Sweep:
         """Return exact outer losses and hypergradients at many hyperparameter vectors at once.

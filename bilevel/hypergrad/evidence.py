@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bilevel.base import Certificate, HypergradEstimator, InnerSolver, Pullback, Solution
 from bilevel.certify import ErrorEstimate, certify_error
-from bilevel.core import rows as members
+from bilevel.core import rows
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, error_verdict
 from bilevel.engine.derivatives import check_derivatives
@@ -19,39 +19,39 @@ def confirmed(
     solver: InnerSolver,
     estimator: HypergradEstimator,
     hparams: Tree,
-    found: Attempt,
+    result: Attempt,
     start: Tree,
     asked: bool,
 ) -> Attempt:
     """Return the attempt with what differences say of it: wrong derivatives fail, an end at a kink is a doubt."""
-    solved, verdict = found.solved, found.verdict
+    solved, verdict = result.solved, result.verdict
     if not estimator.second_derivatives or not verdict.status.usable:
-        return found
+        return result
     wrong = check_derivatives(problem, hparams, solved.params, again=asked)
     if not wrong.status.ok:
-        return replace(found, gradient=None, verdict=verdict.worse(wrong))
+        return replace(result, gradient=None, verdict=verdict.worse(wrong))
     doubtful = asked or not verdict.status.ok
     end = solved.state, solved.residual, solved.steps
     kink = ends_at_kink(problem, hparams, solver, *end, doubtful, start, again=asked)
-    return found if kink.status.ok else replace(found, verdict=kink)
+    return result if kink.status.ok else replace(result, verdict=kink)
 
 
 def judged(
-    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, found: Attempt, certify: bool
+    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, result: Attempt, certify: bool
 ) -> tuple[Attempt, ErrorEstimate]:
     """Return the attempt, in doubt where its error may be as large as itself, and what can be said of the error."""
-    pulled, status = found.pulled, found.verdict.status
-    params, adjoint = found.solved.params, pulled.adjoint
+    pulled, status = result.pulled, result.verdict.status
+    params, adjoint = result.solved.params, pulled.adjoint
     if certify and status.usable:
-        error = _certified(solver, problem, hparams, params, found.gradient, adjoint)
+        error = _certified(solver, problem, hparams, params, result.gradient, adjoint)
     elif pulled.error is not None and status.ok:
         error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     else:
         error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
     if error.value is not None and status.ok:
-        doubt = error_verdict(problem, hparams, params, found.gradient, adjoint, error.value)
-        found = replace(found, verdict=found.verdict.worse(doubt))
-    return found, error
+        doubt = error_verdict(problem, hparams, params, result.gradient, adjoint, error.value)
+        result = replace(result, verdict=result.verdict.worse(doubt))
+    return result, error
 
 
 def _certified(
@@ -61,16 +61,16 @@ def _certified(
     reason = solver.bias_reason(problem)
     if reason:
         return ErrorEstimate(None, "none", f"errors are those of the inner solution's derivative, but {reason}")
-    return certify_error(problem.at_rest(), hparams, problem.trainable(params), gradient, adjoint)
+    return certify_error(problem.deterministic(), hparams, problem.trainable(params), gradient, adjoint)
 
 
 def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index: int | None = None) -> Certificate:
     """Return the evidence of a problem, or of the row `index`."""
     return Certificate(
-        inner_residual=members.figure(solved.residual, index),
-        adjoint_residual=members.figure(pulled.residual, index),
-        inner_steps=members.figure(solved.steps, index),
-        adjoint_steps=members.figure(pulled.steps, index),
+        inner_residual=rows.figure(solved.residual, index),
+        adjoint_residual=rows.figure(pulled.residual, index),
+        inner_steps=rows.figure(solved.steps, index),
+        adjoint_steps=rows.figure(pulled.steps, index),
         **error.fields(),
         measured=dict((solved.state if index is None else solved.state.row(index)).measured),
     )

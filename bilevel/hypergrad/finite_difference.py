@@ -42,7 +42,6 @@ class FiniteDifference(HypergradEstimator):
 
     @property
     def differentiates_steps(self) -> bool:
-        """The perturbed runs take them."""
         return True
 
     def solve(

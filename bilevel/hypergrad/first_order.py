@@ -57,12 +57,12 @@ class FirstOrder(HypergradEstimator):
         params, attached = tree.attach(problem.start()), tree.attach(hparams)
         with torch.enable_grad():
             value = problem.outer_loss(params, attached).sum()
-        found = (
+        result = (
             torch.autograd.grad(value, tree.leaves(attached), allow_unused=True)
             if value.requires_grad
             else [None] * len(tree.leaves(attached))
         )
-        for name, part in zip(tree.names(hparams), found, strict=True):
+        for name, part in zip(tree.names(hparams), result, strict=True):
             if part is None:
                 raise ValueError(
                     f"`outer_loss` does not depend on `hparams{name}` directly, and FirstOrder drops the indirect "

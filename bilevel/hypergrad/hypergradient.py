@@ -19,7 +19,7 @@ from bilevel.engine.one_by_one import loop_hypergradient, one_by_one
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.evidence import certificate, confirmed, judged
 from bilevel.hypergrad.side_by_side import as_batch, rows_hypergradient
-from bilevel.hypergrad.target_error import Pursuit, check_target
+from bilevel.hypergrad.target_error import TargetErrorLoop, check_target
 from bilevel.oracles.autograd_errors import DerivativeError, explained
 from bilevel.oracles.batching import NotSideBySide, Rows
 from bilevel.oracles.problem import BilevelProblem
@@ -150,31 +150,31 @@ def hypergradient(
         return together
     meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
-        found = attempt(problem, used, rule, given, start, warm, meter)
+        result = attempt(problem, used, rule, given, start, warm, meter)
         cost = meter.read()
-        found = confirmed(problem, solver, rule, given, found, start, asked=certify)
-        found, error = judged(problem, solver, given, found, certify)
+        result = confirmed(problem, solver, rule, given, result, start, asked=certify)
+        result, error = judged(problem, solver, given, result, certify)
     else:
-        found, error = Pursuit(problem, solver, rule, given, start, meter, target_error).run(warm)
+        result, error = TargetErrorLoop(problem, solver, rule, given, start, meter, target_error).run(warm)
         cost = meter.read()
-        found = confirmed(problem, solver, rule, given, found, start, asked=True)
+        result = confirmed(problem, solver, rule, given, result, start, asked=True)
     if check:
         confirm(problem)
-    estimate = _estimate(solver, given, found, error, cost, warm)
-    report(found.verdict, on_failure, estimate)
+    estimate = _estimate(solver, given, result, error, cost, warm)
+    report(result.verdict, on_failure, estimate)
     return estimate
 
 
 def _estimate(
-    solver: InnerSolver, hparams: Tree, found: Attempt, error: ErrorEstimate, cost: Cost, carry: Carry
+    solver: InnerSolver, hparams: Tree, result: Attempt, error: ErrorEstimate, cost: Cost, carry: Carry
 ) -> Estimate:
     """Return the estimate of an attempt; `carry` is the warm start that it was given, and leaves where it fails."""
-    solved, pulled, gradient = found.solved, found.pulled, found.gradient
+    solved, pulled, gradient = result.solved, result.pulled, result.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    following = found.carry(solver) if found.verdict.status.usable else carry
+    following = result.carry(solver) if result.verdict.status.usable else carry
     gradient, x = tree.copied(gradient), tree.copied(solved.params)
-    return Estimate(found.outer_loss, gradient, x, certificate(solved, pulled, error), cost, found.verdict, following)
+    return Estimate(result.outer_loss, gradient, x, certificate(solved, pulled, error), cost, result.verdict, following)
 
 
 def prepare(

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.cost import Meter
 from bilevel.core.options import is_number, is_positive, require
 from bilevel.core.status import Status, Verdict
@@ -153,29 +152,29 @@ class Implicit(HypergradEstimator):
             )
         inner = problem.bind(hparams, meter.counts)
         run = run_inner(inner, solver, begin(inner, solver, params, carry))
-        solved, size = inner.at_rest(solver.params(run.state)), problem.batch
+        solved, size = inner.equilibrium(solver.params(run.state)), problem.batch
         missed = "" if size is not None else solver.misses(inner, run.state, run.residual)
         if missed:
             run = replace(run, verdict=run.verdict.worse(Verdict(Status.INACCURATE, missed)))
 
         def pullback(cotangent: Tree) -> Pullback:
             # A failed row has no cotangent, and so nothing to solve.
-            cotangent = cotangent if size is None else members.where(run.usable, cotangent, 0.0)
+            cotangent = cotangent if size is None else rows.where(run.usable, cotangent, 0.0)
             # The run has looked at it, and counted it, unless a row failed and its params were put back.
             gradient = inner.grad(solved)
             before = Counter() if size is None else Counter(meter.counts)
             point = inner.linearize(solved)
-            cotangent, direct = inner.at_rest_vjp(solved, cotangent)
+            cotangent, direct = inner.equilibrium_vjp(solved, cotangent)
             loss = problem.module_loss if self.curvature == "gauss-newton" else None
             product = point.hvp if loss is None else gauss_newton(point, loss)
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
-            kept = run.state.kept
+            cache = run.state.cache
             solution = self.linear_solver.solve(
                 damped(product, self.damping),
                 cotangent,
                 carry.adjoint,
                 dense=damped_matrix(point, self.damping) if loss is None else None,
-                precondition=None if kept is None else point.preconditioner(kept).apply,
+                precondition=None if cache is None else point.preconditioner(cache).apply,
                 damping=self.damping,
                 definite=problem.symmetric,
                 rows=size is not None,
@@ -188,7 +187,7 @@ class Implicit(HypergradEstimator):
                 solution.residual,
                 solution.steps,
                 solution.verdict,
-                value_error=members.dot(solution.x, gradient, size).abs(),
+                value_error=rows.dot(solution.x, gradient, size).abs(),
                 counts=() if size is None else _counts(meter.counts, before, solution.steps),
             )
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
-from bilevel.core import device as look
 from bilevel.core import tree
 from bilevel.core.cost import Meter
+from bilevel.core.device import to_floats
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import FAR
@@ -114,7 +114,7 @@ class _Call:
     like: Tree
     check: bool
     on_failure: OnFailure
-    found: list[Solution] = field(default_factory=list)
+    result: list[Solution] = field(default_factory=list)
 
 
 class _Solution(torch.autograd.Function):
@@ -134,8 +134,8 @@ class _Solution(torch.autograd.Function):
         if call.estimator.second_derivatives:
             solved = _confirmed(call, hparams, solved)
         report(solved.verdict, call.on_failure)
-        call.found.append(solved)
-        return torch.tensor(len(call.found) - 1), *_unless_failed(solved.verdict, solved.params)
+        call.result.append(solved)
+        return torch.tensor(len(call.result) - 1), *_unless_failed(solved.verdict, solved.params)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -166,7 +166,7 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     @explained()
     def forward(call: _Call, index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        solved = call.found[int(index)]
+        solved = call.result[int(index)]
         if not solved.verdict.status.usable:
             return tuple(_unless_failed(solved.verdict, call.like))
         cotangents = tensors[len(tree.leaves(call.like)) :]
@@ -220,7 +220,7 @@ def _far_from_solution(params: Tree, cotangent: Tree, pulled: Pullback) -> Verdi
     """Return a doubt where params are far from the inner solution along a cotangent; the outer loss is not known."""
     if pulled.value_error is None:
         return GOOD
-    error, size, length = look.numbers([pulled.value_error, tree.norm(params), tree.norm(cotangent)])
+    error, size, length = to_floats([pulled.value_error, tree.norm(params), tree.norm(cotangent)])
     if not error > FAR * size * length:
         return GOOD
     detail = (

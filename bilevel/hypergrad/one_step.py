@@ -44,7 +44,6 @@ class OneStep(HypergradEstimator):
 
     @property
     def differentiates_steps(self) -> bool:
-        """It differentiates the last one."""
         return True
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
@@ -54,5 +53,4 @@ class OneStep(HypergradEstimator):
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
-        """Run the inner solver and keep the state before its last step."""
         return LAST.solve(problem, solver, hparams, params, carry, meter)

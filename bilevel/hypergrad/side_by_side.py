@@ -19,8 +19,7 @@ from bilevel.base import (
     verdict_of,
 )
 from bilevel.certify import ErrorEstimate
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.cost import Cost, Meter
 from bilevel.core.status import OnFailure, Status, Verdict, report
 from bilevel.core.tree import Tree
@@ -106,7 +105,7 @@ def rows_hypergradient(
         verdicts = members_at_kinks(problem, hparams, solver, solved, verdicts, start)
     verdicts = _far_from_solution(verdicts, value, solved.params, by_params, pulled)
     usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
-    gradient = members.where(usable, gradient, float("nan"))
+    gradient = rows.where(usable, gradient, float("nan"))
     costs, cost = _costs(solved, pulled, reached, meter)
     value = torch.where(
         torch.tensor([v.status.usable for v in solved.verdict], device=value.device), value, float("nan")
@@ -115,10 +114,10 @@ def rows_hypergradient(
     for index, verdict in enumerate(verdicts):
         error, at = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True"), pulled
         if certify and verdict.status.usable:
-            u, p = (members.row(each, index) for each in (hparams, gradient))
-            found = Attempt(solved.row(index), pulled.row(index), float(losses[index]), p, verdict)
-            found, error = judged(problem.member(index), solver, u, found, certify)
-            verdicts[index] = found.verdict
+            u, p = (rows.row(each, index) for each in (hparams, gradient))
+            attempt = Attempt(solved.row(index), pulled.row(index), float(losses[index]), p, verdict)
+            attempt, error = judged(problem.member(index), solver, u, attempt, certify)
+            verdicts[index] = attempt.verdict
         if not solved.verdict[index].status.usable:
             at = Pullback(None)
         certificates.append(certificate(solved, at, error, index))
@@ -136,7 +135,7 @@ def _with_gradient(verdicts: Sequence[Verdict], pulled: Pullback, gradient: Tree
     leaves = [torch.isfinite(leaf).reshape(len(leaf), -1).all(dim=1).cpu() for leaf in tree.leaves(gradient)]
     for index, verdict in enumerate(verdicts):
         if verdict.status.usable:
-            verdict = verdict.worse(members.figure(pulled.verdict, index))
+            verdict = verdict.worse(rows.figure(pulled.verdict, index))
         if verdict.status.usable:
             for name, finite in zip(tree.names(gradient), leaves, strict=True):
                 if not bool(finite[index]):
@@ -152,7 +151,7 @@ def _far_from_solution(
     """Return the verdicts with a doubt where a member's outer loss is far from that at its inner solution."""
     if pulled.value_error is None:
         return list(verdicts)
-    changes = members.dots(tree.tree_map(torch.abs, params), tree.tree_map(torch.abs, by_params))
+    changes = rows.dots(tree.tree_map(torch.abs, params), tree.tree_map(torch.abs, by_params))
     figures = [map(float, figure) for figure in torch.stack([losses, pulled.value_error, changes], dim=1).cpu()]
     return [
         verdict.worse(value_verdict(*figure)) if verdict.status.ok else verdict
@@ -176,5 +175,5 @@ def _following(solved: Solution, pulled: Pullback, usable: Tensor, carry: Carry,
     adjoint = pulled.adjoint
     if adjoint is not None and not bool(usable.all()):
         before = tree.zeros_like(adjoint) if carry.adjoint is None else carry.adjoint
-        adjoint = members.where(usable, adjoint, before)
+        adjoint = rows.where(usable, adjoint, before)
     return Carry(solved.state, adjoint, solver)

@@ -74,7 +74,6 @@ class Spectral(HypergradEstimator):
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
-        """Go to the last state and its derivative at once."""
         basis, multistep, steps = self._parts(problem, solver)
         tail = self._length(steps)
         inner = problem.bind(hparams, meter.counts)

@@ -113,7 +113,7 @@ class Tolerances:
     adjoint: float
 
 
-class Pursuit:
+class TargetErrorLoop:
     """The passes of one hypergradient towards its target.
 
     Args:
@@ -162,27 +162,27 @@ class Pursuit:
         tolerances = self._clamped(Tolerances(residual if warm else FIRST * residual, FIRST))
         best: tuple[Attempt, ErrorEstimate] | None = None
         for _ in range(LOOKS):
-            found = self._pass(tolerances, carry, residual)
-            if not found.verdict.status.usable:
+            result = self._pass(tolerances, carry, residual)
+            if not result.verdict.status.usable:
                 if best is None:
-                    return found, ErrorEstimate(None, "none", "the hypergradient failed")
-                return self._refused(best, found.verdict.detail)
-            if found.verdict.status is Status.NOT_SMOOTH:
-                return found, ErrorEstimate(None, "none", "the run ends at a kink, where no tolerance leads further")
-            allowed = self.target / (1.0 + self.target) * float(tree.norm(found.gradient))
-            error = self._figure(found, allowed)
+                    return result, ErrorEstimate(None, "none", "the hypergradient failed")
+                return self._refused(best, result.verdict.detail)
+            if result.verdict.status is Status.NOT_SMOOTH:
+                return result, ErrorEstimate(None, "none", "the run ends at a kink, where no tolerance leads further")
+            allowed = self.target / (1.0 + self.target) * float(tree.norm(result.gradient))
+            error = self._figure(result, allowed)
             if error.value is not None and error.value <= allowed:
-                return (found if found.verdict.status.ok else replace(found, verdict=GOOD)), error
+                return (result if result.verdict.status.ok else replace(result, verdict=GOOD)), error
             closer = best is None or _size(error) < _size(best[1])
             stuck = not closer and tolerances.inner <= self.near * self.scale
-            best = (found, error) if closer or best is None else best
-            following = self._clamped(self._tightened(tolerances, found, error, allowed))
-            reason = self._hopeless(found, tolerances, following, allowed)
+            best = (result, error) if closer or best is None else best
+            following = self._clamped(self._tightened(tolerances, result, error, allowed))
+            reason = self._hopeless(result, tolerances, following, allowed)
             if reason or stuck:
                 return self._refused(best, reason or "smaller tolerances do not lower the figure any more: rounding")
             tolerances = following
             if self.estimator.resumes:
-                carry, residual = found.carry(self.solver, ongoing=True), found.solved.residual
+                carry, residual = result.carry(self.solver, ongoing=True), result.solved.residual
         assert best is not None
         return self._refused(best, f"{LOOKS} looks were not enough")
 
@@ -192,25 +192,25 @@ class Pursuit:
         if self.estimator.resumes and self.solver.steps is not None:
             solver = replace(solver, steps=max(1, self.solver.steps - self.steps))
         estimator = self.estimator.at_tolerance(tolerances.adjoint)
-        found = attempt(self.problem, solver, estimator, self.hparams, self.start, carry, self.meter)
-        if found.solved.steps and 0 < found.solved.residual < before:
-            self.rate = found.solved.steps / math.log(before / found.solved.residual)
-        self.steps = found.solved.steps + (self.steps if self.estimator.resumes else 0)
-        self.adjoint_steps += found.pulled.steps
-        pulled = replace(found.pulled, steps=self.adjoint_steps) if self.estimator.resumes else found.pulled
-        return replace(found, solved=replace(found.solved, steps=self.steps), pulled=pulled)
+        result = attempt(self.problem, solver, estimator, self.hparams, self.start, carry, self.meter)
+        if result.solved.steps and 0 < result.solved.residual < before:
+            self.rate = result.solved.steps / math.log(before / result.solved.residual)
+        self.steps = result.solved.steps + (self.steps if self.estimator.resumes else 0)
+        self.adjoint_steps += result.pulled.steps
+        pulled = replace(result.pulled, steps=self.adjoint_steps) if self.estimator.resumes else result.pulled
+        return replace(result, solved=replace(result.solved, steps=self.steps), pulled=pulled)
 
-    def _figure(self, found: Attempt, allowed: float) -> ErrorEstimate:
+    def _figure(self, result: Attempt, allowed: float) -> ErrorEstimate:
         """Return what is proved of an attempt, or else estimated."""
-        given = (found.solved.params, found.gradient, found.pulled.adjoint)
+        given = (result.solved.params, result.gradient, result.pulled.adjoint)
         if self.bound is None:
-            own = found.pulled.error if found.verdict.status.ok else None
+            own = result.pulled.error if result.verdict.status.ok else None
             if own is not None and own > allowed:
-                return ErrorEstimate(own, "estimate", found.pulled.error_note)
+                return ErrorEstimate(own, "estimate", result.pulled.error_note)
             # An estimator that judges itself does so with what its own solves have seen: it is not its own witness.
             return self.refinement(*given)
         cheap = None
-        if self.bound is not None and found.pulled.adjoint is not None:
+        if self.bound is not None and result.pulled.adjoint is not None:
             cheap = self.bound(*given)
             if cheap.value is not None and (cheap.value <= allowed or self._work(cheap, allowed) <= SHARP):
                 return cheap
@@ -226,9 +226,9 @@ class Pursuit:
         of_inner = error.value - (error.adjoint_part or 0.0)
         return (self.rate or 0.0) * math.log(max(1.0, of_inner / (SHARE * allowed))) if allowed > 0 else 0.0
 
-    def _tightened(self, tolerances: Tolerances, found: Attempt, error: ErrorEstimate, allowed: float) -> Tolerances:
+    def _tightened(self, tolerances: Tolerances, result: Attempt, error: ErrorEstimate, allowed: float) -> Tolerances:
         """Return smaller tolerances: from the parts of a bound, from an estimate as a whole, or blindly."""
-        inner, adjoint = found.solved.residual, found.pulled.residual
+        inner, adjoint = result.solved.residual, result.pulled.residual
         adjoint = tolerances.adjoint if adjoint is None else adjoint
         if error.value is None:
             return Tolerances(SMALLER * min(inner, tolerances.inner), SMALLER * tolerances.adjoint)
@@ -251,15 +251,15 @@ class Pursuit:
         inner = max(tolerances.inner, self.solver.tol or 0.0, self.least * self.scale, torch.finfo(torch.float32).tiny)
         return Tolerances(inner, max(tolerances.adjoint, self.least))
 
-    def _hopeless(self, found: Attempt, before: Tolerances, after: Tolerances, allowed: float) -> str:
+    def _hopeless(self, result: Attempt, before: Tolerances, after: Tolerances, allowed: float) -> str:
         """Return why no further pass can help, or an empty string."""
-        solver, adjoint = self.solver, found.pulled.adjoint
-        if solver.steps is not None and self.steps >= solver.steps and found.solved.residual > before.inner:
+        solver, adjoint = self.solver, result.pulled.adjoint
+        if solver.steps is not None and self.steps >= solver.steps and result.solved.residual > before.inner:
             return f"{type(solver).__name__} has used its {solver.steps} steps"
         if after.inner < self.near * self.scale or after.adjoint < self.near:
             if self.floor is None and adjoint is not None:
                 inverse = self.refinement.inverse
-                self.floor = rounding_floor(self.problem, self.hparams, found.solved.params, adjoint, inverse)
+                self.floor = rounding_floor(self.problem, self.hparams, result.solved.params, adjoint, inverse)
             if self.floor is not None and allowed < ABOVE_FLOOR * self.floor:
                 dtype = str(tree.leaves(self.start)[0].dtype).removeprefix("torch.")
                 remedy = "use a larger penalty" if dtype == "float64" else "use float64 or a larger penalty"
@@ -277,13 +277,13 @@ class Pursuit:
 
     def _refused(self, best: tuple[Attempt, ErrorEstimate], reason: str) -> tuple[Attempt, ErrorEstimate]:
         """Return the best attempt with the verdict that it is not good enough."""
-        found, error = best
+        result, error = best
         figure = "no reliable figure" if error.value is None else f"the {error.kind} {error.value:.2e}"
-        size = float(tree.norm(found.gradient))
+        size = float(tree.norm(result.gradient))
         detail = f"target_error={self.target:g} was not reached ({figure} at |hypergradient| {size:.2e}): {reason}"
-        if found.verdict.status.ok and found.verdict.detail:
-            detail = f"{found.verdict.detail}; {detail}"
-        return replace(found, verdict=Verdict(Status.TARGET_NOT_REACHED, detail)), error
+        if result.verdict.status.ok and result.verdict.detail:
+            detail = f"{result.verdict.detail}; {detail}"
+        return replace(result, verdict=Verdict(Status.TARGET_NOT_REACHED, detail)), error
 
 
 def _size(error: ErrorEstimate) -> float:

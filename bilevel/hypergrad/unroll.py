@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution, Variables
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.cost import Meter
 from bilevel.core.options import is_int, is_number, is_positive, require
 from bilevel.core.status import StepFailure
@@ -67,7 +66,6 @@ class FullUnroll(HypergradEstimator):
 
     @property
     def differentiates_steps(self) -> bool:
-        """All of them."""
         return True
 
     @property
@@ -86,7 +84,6 @@ class FullUnroll(HypergradEstimator):
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
-        """Run the inner solver and keep what its derivative needs."""
         inner = problem.bind(hparams, meter.counts)
         state = begin(inner, solver, params, carry)
         if self.mode == "forward":
@@ -227,7 +224,6 @@ class TruncatedUnroll(HypergradEstimator):
     def solve(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
     ) -> Solution:
-        """Run the inner solver and keep the states of the tail."""
         if not self.rowwise:
             return adaptive.solve(self._adaptive, problem, solver, hparams, params, carry, meter)
         inner = problem.bind(hparams, meter.counts)
@@ -310,23 +306,23 @@ def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: M
 def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
     """Carry one tangent for each scalar hyperparameter along with the run; of rows, the same one for all."""
     size = inner.problem.batch
-    raveler = members.raveler(inner.hparams, size)
+    raveler = rows.raveler(inner.hparams, size)
     directions = raveler.units()
     zero: Variables = (tree.zeros_like(state.params), tree.zeros_like(state.memory))
     tangents: list[Variables] = [zero] * len(directions)
-    runner = solver if size is None else solver.for_members(state)
+    runner = solver if size is None else solver.for_rows(state)
 
     def push(before: InnerState, moving: Tensor | None = None, end: int = 0) -> None:
         after = runner.step_jvp(inner.on_step(before.index), before, tangents, directions)
         if moving is not None:
-            after = [members.where(moving, new, old) for new, old in zip(after, tangents, strict=True)]
+            after = [rows.where(moving, new, old) for new, old in zip(after, tangents, strict=True)]
         tangents[:] = after
 
     run = run_inner(inner, solver, state, push, at_least=1)
     meter.sample()
 
     def pullback(cotangent: Tree) -> Pullback:
-        products = torch.stack([members.dot(by_params, cotangent, size) for by_params, _ in tangents], dim=-1)
+        products = torch.stack([rows.dot(by_params, cotangent, size) for by_params, _ in tangents], dim=-1)
         return Pullback(raveler.unravel(products), steps=run.steps)
 
     return run.solution(solver.params(run.state), pullback)

@@ -1,13 +1,16 @@
 """Inner solvers: one file per method."""
 
+import warnings
+from typing import Any
+
 from bilevel.inner.adam import Adam as Adam
 from bilevel.inner.adam import AdamW as AdamW
 from bilevel.inner.chebyshev import Chebyshev as Chebyshev
 from bilevel.inner.coefficients import Coefficients as Coefficients
+from bilevel.inner.elementwise import ElementwiseSolver as ElementwiseSolver
 from bilevel.inner.fixed_point import FixedPoint as FixedPoint
 from bilevel.inner.gradient_descent import GradientDescent as GradientDescent
 from bilevel.inner.heavy_ball import HeavyBall as HeavyBall
-from bilevel.inner.leafwise import LeafwiseSolver as LeafwiseSolver
 from bilevel.inner.multistep import LinearMultistep as LinearMultistep
 from bilevel.inner.multistep import StepSizeMethod as StepSizeMethod
 from bilevel.inner.nesterov import Nesterov as Nesterov
@@ -18,3 +21,10 @@ from bilevel.inner.sgd import SGD as SGD
 from bilevel.inner.sobolev import AsymptoticSobolev as AsymptoticSobolev
 from bilevel.inner.sobolev import Sobolev as Sobolev
 from bilevel.inner.torch_optimizer import TorchOptimizer as TorchOptimizer
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LeafwiseSolver":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("`LeafwiseSolver` is now `ElementwiseSolver`.", DeprecationWarning, stacklevel=2)
+    return ElementwiseSolver

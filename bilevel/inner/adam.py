@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel.core.options import is_positive, require
-from bilevel.inner.leafwise import (
-    LeafwiseSolver,
+from bilevel.inner.elementwise import (
+    ElementwiseSolver,
     Parts,
     Value,
     mean_of_squares,
@@ -25,7 +25,7 @@ from bilevel.inner.tuned import Option
 
 @accepts_lr
 @dataclass(frozen=True)
-class Adam(LeafwiseSolver):
+class Adam(ElementwiseSolver):
     """Adam with bias correction, equal to ``torch.optim.Adam`` step for step.
 
         g <- grad(x) + d x,   m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
@@ -36,7 +36,7 @@ class Adam(LeafwiseSolver):
     differentiation look at the inner residual in the certificate.
 
     Args:
-        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `ElementwiseSolver`).
         betas: (b1, b2), both in [0, 1) or functions likewise.
         eps: positive.
         weight_decay: d, not negative, or a function likewise.
@@ -64,7 +64,6 @@ class Adam(LeafwiseSolver):
         super().__post_init__()
 
     def options(self) -> dict[str, Option]:
-        """Step size, both betas and weight decay."""
         betas = {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
         return super().options() | betas | {"weight_decay": self.weight_decay}
 
@@ -75,7 +74,6 @@ class Adam(LeafwiseSolver):
     def move(
         self, x: Tensor, gradient: Tensor, parts: Parts, options: Mapping[str, Value], index: Any
     ) -> tuple[Tensor, Parts]:
-        """Take the step of one leaf."""
         b1, b2, step_size, decay = (options[name] for name in ("betas[0]", "betas[1]", "step_size", "weight_decay"))
         if self.decoupled:
             x = x * (1 - step_size * decay)
@@ -99,7 +97,7 @@ class AdamW(Adam):
         x <- (1 - h d) x,   then the step of `Adam` without weight decay
 
     Args:
-        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `ElementwiseSolver`).
         betas: (b1, b2), both in [0, 1) or functions likewise.
         eps: positive.
         weight_decay: d, not negative, or a function likewise.

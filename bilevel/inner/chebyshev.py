@@ -34,7 +34,6 @@ class Chebyshev(IntervalMethod):
     """
 
     def vectors(self, params: Tree) -> tuple[Tree, ...]:
-        """The previous iterate."""
         return (params,)
 
     def coefficients(self, state: InnerState) -> Coefficients:

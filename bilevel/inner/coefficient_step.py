@@ -31,7 +31,6 @@ class CoefficientStep(InnerSolver):
         """
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Take one step."""
         numbers, weighted_sum = self.coefficients(state), self.weighted_sum
         vectors = (state.params, *state.memory)
         terms = (*vectors, inner.grad(weighted_sum(numbers.reads, vectors)))

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from bilevel.base import InnerState
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.inner.coefficient_step import CoefficientStep
 
 Number: TypeAlias = Any
@@ -76,7 +75,7 @@ def _nonzero(weights: Sequence[Number]) -> Pairs:
 
 
 @dataclass(frozen=True)
-class MemberwiseMultistep(CoefficientStep):
+class RowwiseMultistep(CoefficientStep):
     """The steps of a linear multistep method, with the coefficients of each member.
 
     Args:
@@ -90,7 +89,7 @@ class MemberwiseMultistep(CoefficientStep):
     state: InnerState = field(kw_only=True, repr=False)
     numbers: list[Coefficients] = field(default_factory=list, kw_only=True, repr=False, compare=False)
 
-    weighted_sum = staticmethod(members.weighted_sum)
+    weighted_sum = staticmethod(rows.weighted_sum)
 
     def coefficients(self, state: InnerState) -> Coefficients:
         """Return the numbers of the step that starts from `state`."""

@@ -45,7 +45,6 @@ class FixedPoint(InnerSolver):
         require_arguments("FixedPoint.update", self.update, "params", "hparams")
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Apply the update."""
         # The graph is kept only where the step is differentiated.
         recording = torch.is_grad_enabled()
         new: Any = self._updated(state.params, inner.hparams)

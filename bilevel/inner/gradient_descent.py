@@ -33,7 +33,6 @@ class GradientDescent(StepSizeMethod):
         return _coefficients(self.option("step_size", state))
 
     def max_step_size(self, state: InnerState, curvature: float) -> float:
-        """2 / L."""
         return 2.0 / curvature
 
 

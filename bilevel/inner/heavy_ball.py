@@ -50,7 +50,6 @@ class HeavyBall(MomentumMethod):
         return _coefficients(h, m)
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:
-        """Polyak's parameters, or 1/L for a given momentum."""
         tuned = super().tune(spectrum)
         if self.momentum != "auto":
             return tuned
@@ -59,7 +58,6 @@ class HeavyBall(MomentumMethod):
         return {"step_size": step_size, "momentum": ((1.0 - root) / (1.0 + root)) ** 2}
 
     def max_step_size(self, state: InnerState, curvature: float) -> float:
-        """2 (1 + m) / L."""
         return 2.0 * (1.0 + self.option("momentum", state)) / curvature
 
 

@@ -40,7 +40,6 @@ class IntervalMethod(LinearMultistep):
 
     @property
     def automatic(self) -> bool:
-        """Whether an end is "auto"."""
         return "auto" in (self.l, self.L)
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:
@@ -80,7 +79,6 @@ class IntervalMethod(LinearMultistep):
         return float(self.option("l", state)), float(self.option("L", state))
 
     def advice(self, state: InnerState, spectrum: Spectrum) -> str:
-        """Name the measured eigenvalue that lies above L, or the negative one."""
         l, L = self.interval(state)
         if spectrum.smallest < 0:
             outside, remedy = spectrum.smallest, "add a penalty, as no such method works there"

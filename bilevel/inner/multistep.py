@@ -20,12 +20,11 @@ from typing import Any
 import torch
 
 from bilevel.base import InnerSolver, InnerState, Traits, Variables
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.options import is_number, is_positive, require
 from bilevel.core.tree import Tree
 from bilevel.inner.coefficient_step import CoefficientStep
-from bilevel.inner.coefficients import Coefficients, MemberwiseMultistep
+from bilevel.inner.coefficients import Coefficients, RowwiseMultistep
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem
 
@@ -57,11 +56,9 @@ class LinearMultistep(CoefficientStep):
         return {}
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
-        """Return the cold start, with "auto" options measured."""
-        return replace(self.at_rest(inner, params), measured=self._measure(inner, params))
+        return replace(self.cold_state(inner, params), measured=self._measure(inner, params))
 
-    def at_rest(self, inner: InnerProblem, params: Tree) -> InnerState:
-        """Return all stored vectors at a cold start, nothing measured."""
+    def cold_state(self, inner: InnerProblem, params: Tree) -> InnerState:
         return InnerState(params, self.vectors(params))
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
@@ -91,7 +88,7 @@ class LinearMultistep(CoefficientStep):
         failure: Exception | None = None
         for index in range(inner.problem.batch):
             try:
-                measured.append(self._measure(inner.member(index), members.row(params, index)))
+                measured.append(self._measure(inner.member(index), rows.row(params, index)))
             except (ValueError, RuntimeError) as error:
                 measured.append(None)
                 failure = failure or error
@@ -101,11 +98,10 @@ class LinearMultistep(CoefficientStep):
             raise failure
         return {name: tuple(float("nan") if each is None else each[name] for each in measured) for name in names}
 
-    def for_members(self, state: InnerState) -> InnerSolver:
-        """Return the steps of a batch whose measured numbers differ by member."""
+    def for_rows(self, state: InnerState) -> InnerSolver:
         if not state.measured:
             return self
-        return MemberwiseMultistep(of=self.coefficients, settled=self.traits.stationary_from is not None, state=state)
+        return RowwiseMultistep(of=self.coefficients, settled=self.traits.stationary_from is not None, state=state)
 
     def option(self, name: str, state: InnerState) -> float:
         """Return the value of an option that may be "auto"."""
@@ -155,7 +151,6 @@ class StepSizeMethod(LinearMultistep):
 
     @property
     def automatic(self) -> bool:
-        """Whether the step size is "auto"."""
         return self.step_size == "auto"
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:

@@ -37,7 +37,6 @@ class Nesterov(MomentumMethod):
         return _coefficients(self.option("step_size", state), self.option("momentum", state))
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:
-        """1/L, and the momentum of the constant scheme."""
         tuned = super().tune(spectrum)
         if self.momentum == "auto":
             root = math.sqrt(self.inverse_condition(spectrum))
@@ -45,7 +44,6 @@ class Nesterov(MomentumMethod):
         return tuned
 
     def max_step_size(self, state: InnerState, curvature: float) -> float:
-        """2 (1 + m) / ((1 + 2 m) L)."""
         m = self.option("momentum", state)
         return 2.0 * (1.0 + m) / ((1.0 + 2.0 * m) * curvature)
 

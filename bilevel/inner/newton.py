@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from bilevel.base import InnerSolver, InnerState, LinearSolver, Variables
-from bilevel.core import device as look
 from bilevel.core import tree
+from bilevel.core.device import to_floats
 from bilevel.core.options import is_number, require
 from bilevel.core.status import Status, StepFailure
 from bilevel.core.tree import Tree
@@ -69,7 +69,7 @@ class Newton(InnerSolver):
         (like, *_) = tree.leaves(params)
         eps = torch.finfo(like.dtype).eps
         both = (direction, params, tree.add(params, direction, -1.0))
-        moved, *sizes = look.numbers([tree.norm(each) for each in both])
+        moved, *sizes = to_floats([tree.norm(each) for each in both])
         relative = moved / max(*sizes, torch.finfo(like.dtype).tiny)
         # So close to the solution only the full step makes sense: a shorter one would follow rounding noise, and its
         # derivative would be scaled by the noise.

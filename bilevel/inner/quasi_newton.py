@@ -67,9 +67,9 @@ class QuasiNewton(InnerSolver):
         """Return the state at the same iterate with the curvature; problems that can, measure it now to last."""
         known = state.point is not None and state.point.inner.problem is inner.problem
         point = state.point.rebind(inner) if known and state.point is not None else inner.linearize(state.params)
-        kept = point.preconditioner(state.kept, lasting=True).kept
+        cache = point.preconditioner(state.cache, lasting=True).cache
         # The pairs correct the curvature at other hyperparameters; without a metric of its own they are all there is.
-        return replace(state, memory=state.memory if kept is None else (), measured={}, kept=kept, point=None)
+        return replace(state, memory=state.memory if cache is None else (), measured={}, cache=cache, point=None)
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step; at the rounding floor, where no step helps, stay."""
@@ -81,7 +81,7 @@ class QuasiNewton(InnerSolver):
         params, raveler = state.params, tree.Raveler(state.params)
         gradient = raveler.ravel(inner.grad(params))
         point = inner.linearize(params)
-        metric = point.preconditioner(state.kept)
+        metric = point.preconditioner(state.cache)
         pairs: Sequence[Pair] = state.memory
         if point.closed_form and (metric.apply is None or metric.rough):
             direction, length = self._newton_direction(point, raveler, gradient, state, metric.apply), 1.0
@@ -89,22 +89,25 @@ class QuasiNewton(InnerSolver):
             direction = _corrected(pairs, gradient, metric.apply)
             length = 1.0 if pairs or metric.apply is not None else _first_length(point, raveler, gradient)
         stuck = state.measured.get("stalled", 0.0) >= STALLED and _below_rounding(point, gradient, direction)
-        found = None if stuck else self._search(Ray(point, raveler, gradient, direction), length)
-        if found is None:
-            return replace(state, steps=state.steps + 1, kept=metric.kept)
-        kept, pairs = metric.kept, _with(pairs, found.params, params, found.gradient, gradient, raveler)[-self.pairs :]
-        there = inner.linearize(found.params)
+        result = None if stuck else self._search(Ray(point, raveler, gradient, direction), length)
+        if result is None:
+            return replace(state, steps=state.steps + 1, cache=metric.cache)
+        cache, pairs = (
+            metric.cache,
+            _with(pairs, result.params, params, result.gradient, gradient, raveler)[-self.pairs :],
+        )
+        there = inner.linearize(result.params)
         # Curvature as of the last step is not measured again: pairs get their chance first.
-        slow = metric.apply is not None and not metric.rough and bool(state.memory) and found.rate > self.refresh
-        if slow and not _reached(inner, found.gradient):
-            kept, pairs = there.preconditioner(lasting=True).kept, ()
+        slow = metric.apply is not None and not metric.rough and bool(state.memory) and result.rate > self.refresh
+        if slow and not _reached(inner, result.gradient):
+            cache, pairs = there.preconditioner(lasting=True).cache, ()
         return replace(
             state,
-            params=found.params,
+            params=result.params,
             memory=tuple(pairs),
             steps=state.steps + 1,
-            measured=_progress(state.measured, found),
-            kept=kept,
+            measured=_progress(state.measured, result),
+            cache=cache,
             point=there,
         )
 
@@ -185,12 +188,12 @@ def _below_rounding(point: Linearization, gradient: Tensor, direction: Tensor) -
     return bool(torch.dot(gradient, direction) <= torch.finfo(gradient.dtype).eps * point.value.abs())
 
 
-def _progress(measured: Mapping[str, float], found: Found) -> Mapping[str, float]:
+def _progress(measured: Mapping[str, float], result: Found) -> Mapping[str, float]:
     """Return the rate of the last step, the smallest gradient norm, and the steps since then."""
-    norm = float(tree.norm(found.gradient))
+    norm = float(tree.norm(result.gradient))
     best = measured.get("smallest_gradient", math.inf)
     stalled = 0.0 if norm < best else measured.get("stalled", 0.0) + 1.0
-    return {"rate": found.rate, "smallest_gradient": min(norm, best), "stalled": stalled}
+    return {"rate": result.rate, "smallest_gradient": min(norm, best), "stalled": stalled}
 
 
 def _with(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel.core.options import is_positive, require
-from bilevel.inner.leafwise import (
-    LeafwiseSolver,
+from bilevel.inner.elementwise import (
+    ElementwiseSolver,
     Parts,
     Value,
     mean_of_squares,
@@ -25,7 +25,7 @@ from bilevel.inner.tuned import Option
 
 @accepts_lr
 @dataclass(frozen=True)
-class RMSprop(LeafwiseSolver):
+class RMSprop(ElementwiseSolver):
     """Gradient descent with a running root mean square, equal to ``torch.optim.RMSprop`` step for step.
 
         g <- grad(x) + d x,   v <- a v + (1 - a) g^2,   x <- x - h g / (sqrt(v) + eps)
@@ -35,7 +35,7 @@ class RMSprop(LeafwiseSolver):
     taken as zero. With a constant step size the iterates end in a cycle of its size about a minimum.
 
     Args:
-        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `ElementwiseSolver`).
         alpha: a in [0, 1), or a function likewise.
         eps: positive.
         weight_decay: d, not negative, or a function likewise.
@@ -61,18 +61,15 @@ class RMSprop(LeafwiseSolver):
         require(self, "centered", "a bool", isinstance(self.centered, bool))
 
     def options(self) -> dict[str, Option]:
-        """Step size, alpha, weight decay and momentum."""
         names = ("alpha", "weight_decay", "momentum")
         return super().options() | {name: getattr(self, name) for name in names}
 
     def vectors(self) -> tuple[str, ...]:
-        """The mean square, and what centering and momentum need."""
         return ("square", *(("mean",) if self.centered else ()), *(("buffer",) if self.momentum else ()))
 
     def move(
         self, x: Tensor, gradient: Tensor, parts: Parts, options: Mapping[str, Value], index: Any
     ) -> tuple[Tensor, Parts]:
-        """Take the step of one leaf."""
         alpha, step_size = options["alpha"], options["step_size"]
         gradient = plus(gradient, options["weight_decay"], x)
         square = variance = mean_of_squares(parts["square"], alpha, gradient)

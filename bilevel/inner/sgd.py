@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.core.options import is_number, require
-from bilevel.inner.leafwise import LeafwiseSolver, Parts, Value, plus
+from bilevel.inner.elementwise import ElementwiseSolver, Parts, Value, plus
 from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
 
 
 @accepts_lr
 @dataclass(frozen=True)
-class SGD(LeafwiseSolver):
+class SGD(ElementwiseSolver):
     """Stochastic gradient descent, equal to ``torch.optim.SGD`` step for step.
 
         g <- grad(x) + d x,   b <- m b + (1 - a) g   (b = g in the first step),   x <- x - h b
@@ -26,7 +26,7 @@ class SGD(LeafwiseSolver):
     same steps without dampening and weight decay, faster and with step sizes that they measure.
 
     Args:
-        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `LeafwiseSolver`).
+        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `ElementwiseSolver`).
         momentum: m in [0, 1), or a function likewise.
         dampening: a in [0, 1].
         weight_decay: d, not negative, or a function likewise.
@@ -52,17 +52,14 @@ class SGD(LeafwiseSolver):
         require(self, "nesterov", "a bool, and False without momentum or with dampening", ok)
 
     def options(self) -> dict[str, Option]:
-        """Step size, momentum and weight decay."""
         return super().options() | {"momentum": self.momentum, "weight_decay": self.weight_decay}
 
     def vectors(self) -> tuple[str, ...]:
-        """The momentum buffer, where there is momentum."""
         return ("buffer",) if self.momentum else ()
 
     def move(
         self, x: Tensor, gradient: Tensor, parts: Parts, options: Mapping[str, Value], index: Any
     ) -> tuple[Tensor, Parts]:
-        """Take the step of one leaf."""
         momentum, step_size = options["momentum"], options["step_size"]
         gradient = plus(gradient, options["weight_decay"], x)
         if not parts:

@@ -57,11 +57,9 @@ class Sobolev(IntervalMethod):
         require(self, "eta", "a positive number or 'auto'", self.eta == "auto" or is_positive(self.eta))
 
     def vectors(self, params: Tree) -> tuple[Tree, ...]:
-        """(y, previous y, w, previous w), all equal to the first iterate."""
         return (params, params, params, params)
 
     def coefficients(self, state: InnerState) -> Coefficients:
-        """Combine the three lines above on the vectors (x, y, y_prev, w, w_prev)."""
         l, L = self.interval(state)  # noqa: E741
         eta = L * L if isinstance(self.eta, str) else float(self.eta)
         return _coefficients(l, L, float(self.alpha), eta, state.steps)
@@ -118,11 +116,9 @@ class AsymptoticSobolev(IntervalMethod):
         require(self, "first_step", "'full' or 'half'", self.first_step in ("full", "half"))
 
     def vectors(self, params: Tree) -> tuple[Tree, ...]:
-        """(y, previous y), both equal to the first iterate."""
         return (params, params)
 
     def coefficients(self, state: InnerState) -> Coefficients:
-        """Combine the two lines above on the vectors (x, y, y_prev)."""
         l, L = self.interval(state)  # noqa: E741
         return _asymptotic(l, L, self.first_step == "half" and state.steps == 0)
 

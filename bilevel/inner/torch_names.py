@@ -6,9 +6,9 @@ import functools
 import inspect
 from typing import Any, TypeVar
 
-from bilevel.inner.leafwise import LeafwiseSolver
+from bilevel.inner.elementwise import ElementwiseSolver
 
-Solver = TypeVar("Solver", bound=type[LeafwiseSolver])
+Solver = TypeVar("Solver", bound=type[ElementwiseSolver])
 
 
 def accepts_lr(solver: Solver) -> Solver:

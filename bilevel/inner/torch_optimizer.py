@@ -67,7 +67,6 @@ class TorchOptimizer(InnerSolver):
         )
 
     def bias_reason(self, problem: BilevelProblem) -> str:
-        """Name a weight decay, which an optimizer may have by default."""
         if problem.params is None:
             return ""
         optimizer = self._made([leaf.clone() for leaf in tree.leaves(problem.params)])

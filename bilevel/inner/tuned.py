@@ -67,13 +67,13 @@ def values_at(what: str, option: Callable[..., Any], inner: InnerProblem, step: 
 
     batch = inner.problem.batch
     try:
-        found = function(inner.hparams) if batch is None else torch.func.vmap(function)(inner.hparams)
+        result = function(inner.hparams) if batch is None else torch.func.vmap(function)(inner.hparams)
     except IndexError as error:
         raise ValueError(f"`{what}` has no value for step {step} of the solve, counted from 0: {error}.") from error
     names, leaves = tree.names(params), tree.leaves(params)
     return [
         _fitted(what, name, value, leaf, batch is not None)
-        for name, value, leaf in zip(names, _spread(what, found, params), leaves, strict=True)
+        for name, value, leaf in zip(names, _spread(what, result, params), leaves, strict=True)
     ]
 
 
@@ -103,16 +103,16 @@ def check_range(what: str, values: list[Tensor], below_one: bool) -> None:
             )
 
 
-def _spread(what: str, found: Any, params: Tree) -> list[Any]:
+def _spread(what: str, result: Any, params: Tree) -> list[Any]:
     """Return what a function returned, once for each leaf of params."""
-    if isinstance(found, Tensor):
-        return [found] * len(tree.leaves(params))
+    if isinstance(result, Tensor):
+        return [result] * len(tree.leaves(params))
     try:
-        return tree.leaves(pytree.tree_map(lambda _, value: value, params, found))
+        return tree.leaves(pytree.tree_map(lambda _, value: value, params, result))
     except (ValueError, AttributeError, TypeError):
-        got = type(found).__name__
-        if tree.leaves(found) != [found]:
-            given, wanted = tree.names(found), tree.names(params)
+        got = type(result).__name__
+        if tree.leaves(result) != [result]:
+            given, wanted = tree.names(result), tree.names(params)
             lacking = ", ".join(name for name in wanted if name not in given)
             more = ", ".join(name for name in given if name not in wanted)
             faults = [f"lacks {lacking}"] * bool(lacking) + [f"has {more}, which no step moves,"] * bool(more)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
-from bilevel.core import device as look
+from bilevel.core.device import check_interval, to_floats
 from bilevel.core.options import is_int, is_positive, require
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.numerics.conjugate_gradients import conjugate_gradients, conjugate_gradients_of_rows
@@ -58,7 +58,6 @@ class CG(LinearSolver):
         require(self, "steps", "None where `tol` or `max_steps` is given", alone)
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Run CG on a vector, or on rows, of which a finished one stands still."""
         if system.b.dim() > 1:
             return self._solve_rows(system)
         b, matvec = system.b, system.matvec
@@ -74,7 +73,7 @@ class CG(LinearSolver):
         if curvature <= 0 or (self.steps is None and run.rr > goal):
             asked.append(matvec(b))
         size = torch.linalg.vector_norm(b)
-        residual, *scales = look.numbers([torch.linalg.vector_norm(each) / size for each in asked])
+        residual, *scales = to_floats([torch.linalg.vector_norm(each) / size for each in asked])
         smallest = floor = 0.0
         if curvature <= 0 or (self.steps is None and residual > 10 * tol):
             # What is rounding beside the other curvatures is no curvature.
@@ -86,7 +85,7 @@ class CG(LinearSolver):
         return LinearSolution(run.x, residual, run.steps, verdict)
 
     def _solve_rows(self, system: LinearSystem) -> LinearSolution:
-        every = self.check_every or look.steps_between(system.b.device)
+        every = self.check_every or check_interval(system.b.device)
         tol, limit = self._goal(system.tol, system.b[0])
         goals = tol**2 * torch.linalg.vecdot(system.b, system.b)
         run = conjugate_gradients_of_rows(system.matvec, *system.start(), goals, limit, every)
@@ -96,10 +95,10 @@ class CG(LinearSolver):
         taken = [int(count) for count in steps.cpu()]
         floors = ROUNDING * torch.finfo(system.b.dtype).eps * curvatures[2]
         # One transfer for all of them.
-        found = torch.stack((*curvatures[:2], floors), dim=1).cpu().unbind()
+        result = torch.stack((*curvatures[:2], floors), dim=1).cpu().unbind()
         verdicts = [
             self._judge(residual, tol, count, *(float(number) for number in numbers))
-            for residual, count, numbers in zip(residuals, taken, found, strict=True)
+            for residual, count, numbers in zip(residuals, taken, result, strict=True)
         ]
         return LinearSolution(x, residuals, taken, verdicts)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
-from bilevel.core import device as look
+from bilevel.core.device import to_floats
 from bilevel.core.options import default_tolerance, is_int, require
 from bilevel.core.status import GOOD, Status, Verdict
 
@@ -99,7 +99,7 @@ def _solved(
     else:
         factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
         apart = _pivots_apart(factor.diagonal().abs())
-    finite, regular = look.numbers([torch.isfinite(matrix).all(), (info == 0) & apart])
+    finite, regular = to_floats([torch.isfinite(matrix).all(), (info == 0) & apart])
     if not finite:
         verdict = Verdict(Status.NOT_FINITE, "the dense Hessian holds NaN or infinite values")
         return torch.zeros_like(b), 1.0, verdict

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
-from bilevel.core import device as look
 from bilevel.core import tree
+from bilevel.core.device import check_interval, to_floats
 from bilevel.core.options import is_int, is_positive, require
 from bilevel.core.status import GOOD, Status, Verdict
 
@@ -47,7 +47,6 @@ class GMRES(LinearSolver):
         require(self, "restart", "a positive int", is_int(self.restart))
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Run restarted GMRES on vectors."""
         matvec, b, tol = system.matvec, system.b, system.tol
         limit = self.max_steps or max(100, 10 * b.numel())
         scale = torch.linalg.vector_norm(b)
@@ -89,8 +88,8 @@ class GMRES(LinearSolver):
         length = torch.linalg.vector_norm(r)
         basis = [r / length]
         hessenberg = r.new_zeros(size + 1, size)
-        every = look.steps_between(r.device)
-        start, enough = look.numbers([length, goal])
+        every = check_interval(r.device)
+        start, enough = to_floats([length, goal])
         target = torch.zeros(size + 1, dtype=r.dtype)
         target[0] = start
         seen, weights = 0, None

@@ -75,10 +75,10 @@ class Nystrom(LinearSolver):
         omega = gaussian_basis(size, rank, self.seed, b)
         Y = torch.stack([matvec(column) for column in omega.t()], dim=1) - rho * omega
         nu = torch.finfo(b.dtype).eps * size**0.5 * tree.vector_norm(Y.reshape(-1))
-        found = low_rank(omega, Y + nu * omega, nu)
-        if found is None:
+        result = low_rank(omega, Y + nu * omega, nu)
+        if result is None:
             return LinearSolution(torch.zeros_like(b), 1.0, rank, _refused(omega, Y))
-        U, values = found
+        U, values = result
         if rank == size and bool(values[-1] + rho <= ROUNDING * torch.finfo(b.dtype).eps * values[0]):
             detail = f"the eigenvalues go from {float(values[-1]) + rho:.3g} to {float(values[0]) + rho:.3g}"
             return LinearSolution(torch.zeros_like(b), 1.0, rank, Verdict(Status.SINGULAR, detail))

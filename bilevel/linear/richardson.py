@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
-from bilevel.core import device as look
+from bilevel.core.device import check_interval
 from bilevel.core.options import is_int, is_positive, require
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.numerics.lanczos import Spectrum, lanczos
@@ -42,7 +42,7 @@ class _Richardson(LinearSolver):
         else:
             h = self.step_size
         scale = torch.linalg.vector_norm(b)
-        every = look.steps_between(b.device)
+        every = check_interval(b.device)
         x, r = system.start()
         first = float(torch.linalg.vector_norm(r) / scale)
         steps = 0
@@ -93,7 +93,6 @@ class FixedPointIteration(_Richardson):
         require(self, "max_steps", "a positive int", is_int(self.max_steps))
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Iterate on vectors."""
         return self._iterate(system, self.max_steps, system.tol)
 
 
@@ -122,7 +121,6 @@ class Neumann(_Richardson):
         require(self, "steps", "a positive int", is_int(self.steps))
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Sum the series on vectors."""
         return self._iterate(replace(system, x0=None), self.steps, None)
 
 

@@ -53,15 +53,15 @@ class Evaluation:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"after {count} step{'s' * (count != 1)}: " + ", ".join(f"{name} {score}" for name, score in found.items())
-            for count, found in self.scores.items()
+            f"after {count} step{'s' * (count != 1)}: " + ", ".join(f"{name} {score}" for name, score in result.items())
+            for count, result in self.scores.items()
         )
 
     def flat(self, prefix: str) -> dict[str, float]:
         """Return all numbers by names such as ``val_loss_after_5`` and ``val_loss_after_5_interval``."""
         flat = {}
-        for count, found in self.scores.items():
-            for name, score in found.items():
+        for count, result in self.scores.items():
+            for name, score in result.items():
                 flat[f"{prefix}_{name}_after_{count}"] = score.mean
                 flat[f"{prefix}_{name}_after_{count}_interval"] = score.half_width
         return flat
@@ -110,18 +110,18 @@ def evaluate(
         raise ValueError(f"`count` must be an int of at least 2 tasks, got {count!r}.")
     if not steps or not all(is_int(each, 0) for each in steps):
         raise ValueError(f"`steps` must be numbers of steps, such as (1, 5), got {steps!r}.")
-    found: dict[int, list[dict[str, Tensor]]] = {each: [] for each in sorted(steps)}
+    result: dict[int, list[dict[str, Tensor]]] = {each: [] for each in sorted(steps)}
     for first in range(0, count, SIDE_BY_SIDE):
         part = problem.on_tasks(tasks, range(first, min(first + SIDE_BY_SIDE, count)))
         inner = part.bind(hparams)
         state = solver.init(inner, part.start())
         for taken in range(max(steps) + 1):
             with torch.no_grad():
-                if taken in found:
-                    found[taken].append(part.task_scores(solver.params(state), inner.hparams))
+                if taken in result:
+                    result[taken].append(part.task_scores(solver.params(state), inner.hparams))
                 if taken < max(steps):
                     state = solver.step(inner.on_step(state.index), state)
-    return Evaluation({taken: _means(parts) for taken, parts in found.items()}, count)
+    return Evaluation({taken: _means(parts) for taken, parts in result.items()}, count)
 
 
 def _means(parts: list[dict[str, Any]]) -> dict[str, Score]:

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.base import InnerSolver
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.options import is_int, is_number, require, require_arguments
 from bilevel.core.tree import Tree
 from bilevel.meta.evaluation import evaluate
@@ -135,10 +134,10 @@ class MetaProblem(BilevelProblem):
         """Return the figures of merit of one adapted task: the loss and, where targets are ints, the accuracy."""
         inputs, targets = query
         outputs = self.model_at(self.adapted(offset, hparams))(inputs)
-        found = {"loss": self.loss(outputs, targets)}
+        result = {"loss": self.loss(outputs, targets)}
         if not targets.is_floating_point():
-            found["accuracy"] = (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
-        return found
+            result["accuracy"] = (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
+        return result
 
     # All tasks of a meta-batch --------------------------------------------------------------------------------------
 
@@ -152,10 +151,10 @@ class MetaProblem(BilevelProblem):
 
     def task_scores(self, params: Tree, hparams: Tree) -> dict[str, Tensor]:
         """Return the figures of merit of every task, each of shape (tasks,)."""
-        found: dict[str, Tensor] = self._for_tasks(
+        result: dict[str, Tensor] = self._for_tasks(
             lambda offset, query: self.scores(offset, hparams, query), params, self.query
         )
-        return found
+        return result
 
     def _losses(self, loss: Callable[..., Tensor], params: Tree, hparams: Tree, data: Tree) -> Tensor:
         losses: Tensor = self._for_tasks(lambda offset, each: loss(offset, hparams, each), params, data)
@@ -173,8 +172,8 @@ class MetaProblem(BilevelProblem):
             except NotSideBySide:
                 self._vectorises[0] = False
         count = len(tree.leaves(params)[0])
-        each = [members.row(data, index) for index in range(count)] if self._alike else data
-        return members.stack([function(members.row(params, index), each[index]) for index in range(count)])
+        each = [rows.row(data, index) for index in range(count)] if self._alike else data
+        return rows.stack([function(rows.row(params, index), each[index]) for index in range(count)])
 
     # Which tasks ----------------------------------------------------------------------------------------------------
 
@@ -203,11 +202,9 @@ class MetaProblem(BilevelProblem):
         return view
 
     def sources(self) -> list[tuple[str, Callable[[int], Tree]]]:
-        """Return the function that draws tasks."""
         return [("function `tasks`", self.tasks)]
 
     def on_outer_step(self, index: int) -> BilevelProblem:
-        """Return this problem on the tasks of an outer step."""
         return self.on_tasks(self.tasks, range(index * self.batch_size, (index + 1) * self.batch_size))
 
     def metrics(self, params: Tree, hparams: Tree = None, solver: InnerSolver | None = None) -> dict[str, float]:
@@ -220,8 +217,8 @@ class MetaProblem(BilevelProblem):
         """
         if self.held_out is None or solver is None:
             return {}
-        found = evaluate(self, solver, hparams, self.held_out, self.evaluated_tasks, self.evaluated_steps)
-        return found.flat("val")
+        result = evaluate(self, solver, hparams, self.held_out, self.evaluated_tasks, self.evaluated_steps)
+        return result.flat("val")
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
         """Refuse: the tasks are side by side already.

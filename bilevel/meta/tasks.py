@@ -7,8 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.options import is_int, require
 from bilevel.core.tree import Tree
 from bilevel.oracles.samplers import keyed_generator
@@ -40,7 +39,7 @@ def draw(tasks: Tasks, indices: Iterable[int]) -> tuple[Tree, Tree, bool]:
     Raises:
         ValueError: for what is no pair of trees of tensors.
     """
-    found: list[Any] = []
+    result: list[Any] = []
     for index in indices:
         task = tasks(index)
         if not isinstance(task, tuple) or len(task) != 2 or not _all_tensors(task):
@@ -48,11 +47,11 @@ def draw(tasks: Tasks, indices: Iterable[int]) -> tuple[Tree, Tree, bool]:
                 f"`tasks({index})` must return (support, query), each (inputs, targets) of tensors, "
                 f"got {type(task).__name__}."
             )
-        found.append(task)
-    shapes = [[(name, leaf.shape) for name, leaf in zip(tree.names(t), tree.leaves(t), strict=True)] for t in found]
+        result.append(task)
+    shapes = [[(name, leaf.shape) for name, leaf in zip(tree.names(t), tree.leaves(t), strict=True)] for t in result]
     if any(each != shapes[0] for each in shapes):
-        return [support for support, _ in found], [query for _, query in found], False
-    return *members.stack(found), True
+        return [support for support, _ in result], [query for _, query in result], False
+    return *rows.stack(result), True
 
 
 def _all_tensors(task: Any) -> bool:

@@ -46,14 +46,14 @@ class BatchNormLayers:
 
     def start(self) -> Statistics:
         """Return the present running statistics by name; counts as numbers of the statistics' dtype, like params."""
-        found: Statistics = {}
+        statistics: Statistics = {}
         for name in self._moving:
             layer = self._layers[name]
             assert layer.running_mean is not None
             for key in _keys(name):
                 buffer: Tensor = getattr(layer, key.rpartition(".")[2])
-                found[key] = buffer.detach().to(layer.running_mean.dtype, copy=True)
-        return found
+                statistics[key] = buffer.detach().to(layer.running_mean.dtype, copy=True)
+        return statistics
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
@@ -111,7 +111,7 @@ class BatchNormLayers:
                 result[key] = torch.lerp(result[key], value, weight)
         return result
 
-    def at_rest(self, statistics: Statistics, tape: Tape) -> Statistics:
+    def equilibrium(self, statistics: Statistics, tape: Tape) -> Statistics:
         """Return the running statistics that the recorded batches, again and again, would end at.
 
         Of a layer called n times they are the mean of its records, weighted by ``(1 - m)^(n-1), ..., 1 - m, 1``; counts

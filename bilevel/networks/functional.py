@@ -17,7 +17,7 @@ from bilevel.networks.batch_norm import BatchNormLayers, Statistics
 from bilevel.networks.module_checks import check_module
 from bilevel.networks.replicas import Replicas, replicable
 from bilevel.oracles.contents import same
-from bilevel.oracles.random_layers import Draws
+from bilevel.oracles.random_layers import DropoutRNG
 from bilevel.oracles.watch import changes
 
 
@@ -92,20 +92,20 @@ class FunctionalModule:
 
     def _note(self, copies: dict[str, Tensor], left: dict[str, Tensor], module: nn.Module) -> None:
         """Note, where somebody watches, what a forward pass has changed, which the next one does not see."""
-        if (found := changes.get()) is None:
+        if (made := changes.get()) is None:
             return
         for name, buffer in self._buffers.items():
             if name not in self.statistics and (left.get(name) is not copies[name] or not _holds(copies[name], buffer)):
                 part = name.rpartition(".")[0]
                 where = f"its part {part!r}" if part else "it"
-                found.append(
+                made.append(
                     f"changes its buffer {name!r} in every forward pass in this mode, which inner steps would leave "
                     f"out: put {where} in evaluation mode (.eval()) before `ModuleProblem` "
                     "if that stops it, or make it without that buffer (track_running_stats=False of InstanceNorm)"
                 )
         for name, _ in module.named_parameters():
             if name not in self.params and name not in self._frozen and name not in self._tied:
-                found.append(f"makes its parameter {name!r} in forward: run it on one batch before `ModuleProblem`")
+                made.append(f"makes its parameter {name!r} in forward: run it on one batch before `ModuleProblem`")
 
     @contextmanager
     def _mode(self, evaluate: bool) -> Iterator[None]:
@@ -188,22 +188,22 @@ class _Recording(Model):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.found: list[Tree] = []
+        self.made: list[Tree] = []
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        self.found.append(super().__call__(*inputs, **options))
-        return self.found[-1]
+        self.made.append(super().__call__(*inputs, **options))
+        return self.made[-1]
 
 
 class _Replaying(Model):
     """A model whose calls give the next of some outputs."""
 
-    def __init__(self, outputs: list[Tree], draws: bool, *arguments: Any) -> None:
+    def __init__(self, outputs: list[Tree], dropout_rng: bool, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._feed, self._draws = iter(outputs), draws
+        self._feed, self._random = iter(outputs), dropout_rng
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        if self._draws:
+        if self._random:
             # The loss may draw further numbers, which follow those of the layers.
             with torch.no_grad():
                 super().__call__(*inputs, **options)
@@ -221,13 +221,13 @@ class ModuleLoss:
         loss: the user's function; it is given the trainable parameters alone.
         functional: the module.
         reads_statistics: whether evaluation mode reads running statistics, which are then among params.
-        draws: the random numbers of its layers.
+        dropout_rng: the random numbers of its layers.
     """
 
     loss: Callable[..., Tensor]
     functional: FunctionalModule
     reads_statistics: bool = False
-    draws: Draws | None = None
+    dropout_rng: DropoutRNG | None = None
 
     def __call__(self, params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
         """Return the loss."""
@@ -239,12 +239,12 @@ class ModuleLoss:
         parts = self._parts(params)
         model = _Recording(self.functional, *parts)
         self._drawn(model, parts[0], hparams, *batch)
-        return model.found
+        return model.made
 
     def at_outputs(self, outputs: list[Tree], params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
         """Return the loss where each call of the model gives the next of `outputs`; it is run for its draws alone."""
         parts = self._parts(params)
-        model = _Replaying(outputs, self.draws is not None, self.functional, *parts)
+        model = _Replaying(outputs, self.dropout_rng is not None, self.functional, *parts)
         return self._drawn(model, parts[0], hparams, *batch)
 
     def _parts(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor], Statistics | None]:
@@ -252,4 +252,4 @@ class ModuleLoss:
         return trainable, {n: params[n] for n in self.functional.statistics} if self.reads_statistics else None
 
     def _drawn(self, *arguments: Any) -> Tensor:
-        return (self.loss if self.draws is None else self.draws.seeded(self.loss))(*arguments)
+        return (self.loss if self.dropout_rng is None else self.dropout_rng.seeded(self.loss))(*arguments)

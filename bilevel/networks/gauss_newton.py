@@ -48,10 +48,10 @@ def gauss_newton(point: Linearization, loss: SplitLoss) -> Callable[[Tree], Tree
     def product(v: Tree) -> Tree:
         point.inner.counts["hvp"] += 1
         direct = tree.leaves(v)
-        bent = vector_jacobian(slope, variables, push(direct) + direct)
-        by_outputs, by_params = bent[: len(moving)], bent[len(moving) :]
+        product = vector_jacobian(slope, variables, push(direct) + direct)
+        by_outputs, by_params = product[: len(moving)], product[len(moving) :]
         through = vector_jacobian(moving, tree.leaves(params), by_outputs)
-        del bent
+        del product
         # One leaf after the other is let go of.
         return tree.rebuild(point.params, [through.pop(0) + by_params.pop(0) for _ in direct])
 

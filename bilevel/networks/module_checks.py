@@ -39,10 +39,10 @@ def check_module(module: nn.Module) -> None:
 
 
 def _parallel(name: str, part: nn.Module) -> Iterator[str]:
-    if (found := parallel_class(part)) is not None:
+    if (result := parallel_class(part)) is not None:
         where = f"the module's part {name!r}" if name else "the module"
         yield (
-            f"{where} is a {found}, which averages gradients over ranks in .backward() alone: hand over the module "
+            f"{where} is a {result}, which averages gradients over ranks in .backward() alone: hand over the module "
             "inside it (wrapper.module), with the same data on every rank."
         )
 

@@ -24,7 +24,7 @@ from bilevel.networks.running_statistics import (
 from bilevel.oracles.batching import with_last
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.random_layers import Draws, random_layer
+from bilevel.oracles.random_layers import DropoutRNG, random_layer
 from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch
 
@@ -90,12 +90,12 @@ class ModuleProblem(BilevelProblem):
                 f"the module's random layer {random!r} (dropout) is active, so the inner loss is random and has no "
                 "hypergradient: give `seed=` to fix its draws at each inner step, or call module.eval() first."
             )
-        self.draws = None if seed is None else Draws(seed, tree.leaves(functional.params)[0].device)
+        self.dropout_rng = None if seed is None else DropoutRNG(seed, tree.leaves(functional.params)[0].device)
         """The random numbers of the losses; None: they draw none."""
-        self._module_loss = ModuleLoss(inner_loss, functional, False, self.draws)
+        self._module_loss = ModuleLoss(inner_loss, functional, False, self.dropout_rng)
         super().__init__(
             self._module_loss,
-            ModuleLoss(outer_loss, functional, True, self.draws),
+            ModuleLoss(outer_loss, functional, True, self.dropout_rng),
             functional.params | functional.statistics,
             sampler=sampler,
             fresh_batch=fresh_batch,
@@ -112,7 +112,7 @@ class ModuleProblem(BilevelProblem):
         Raises:
             ValueError: for a problem with a seed, whose draws no recording repeats.
         """
-        if self.draws is not None:
+        if self.dropout_rng is not None:
             raise ValueError("a problem with a `seed` for random layers cannot be traced: leave out `trace`.")
         return super().traced_inner if self.statistics is None else TracedStatisticsInner
 
@@ -135,34 +135,34 @@ class ModuleProblem(BilevelProblem):
         """Why inner steps differ in more than params; an empty string where they do not."""
         if super().variation:
             return super().variation
-        if self.draws is not None:
+        if self.dropout_rng is not None:
             return "random layers, whose steps see different draws"
         return "" if self.statistics is None else "running statistics, which move besides the parameters"
 
     def on_step(self, index: int) -> BilevelProblem:
         """Return the view of this problem that inner step `index` sees: with the batch and the draws of the step."""
         view = super().on_step(index)
-        if self.draws is None:
+        if self.dropout_rng is None:
             return view
         view = copy.copy(view)
-        view.inner_loss = self.draws.seeded(view.inner_loss, index)
+        view.inner_loss = self.dropout_rng.seeded(view.inner_loss, index)
         return view
 
     def trainable(self, params: Tree) -> Tree:
         """Return the part of params that inner solvers move: all of it, but for running statistics."""
         return params if self.statistics is None else self.statistics.trainable(params)
 
-    def at_rest(self) -> ModuleProblem:
+    def deterministic(self) -> ModuleProblem:
         """Return this problem without `variation`, over the trainable part alone.
 
         Random layers have the draws of what is no step. Running statistics are those of the batch at the params.
         """
         view = copy.copy(self)
-        view.sampler, view.draws = None, None  # the losses draw by themselves
+        view.sampler, view.dropout_rng = None, None  # the losses draw by themselves
         if (statistics := self.statistics) is not None:
 
             def outer(x: Tree, hparams: Tree) -> Tensor:
-                return self.outer_loss(statistics.at_rest(self, x, hparams), hparams)
+                return self.outer_loss(statistics.equilibrium(self, x, hparams), hparams)
 
             view.params, view.outer_loss, view.statistics = self.trainable(self.params), outer, None
             view.inner_problem = InnerProblem
@@ -179,7 +179,7 @@ class ModuleProblem(BilevelProblem):
         Raises:
             ValueError: for random layers and running statistics, too.
         """
-        if self.draws is not None or self.statistics is not None:
+        if self.dropout_rng is not None or self.statistics is not None:
             raise ValueError(
                 f"a problem with {self.variation} does not run in batches: run its members one after the other "
                 "by rows='loop', or put the module in evaluation mode before `ModuleProblem`."

@@ -54,15 +54,15 @@ class Replicas:
     def make(self) -> list[nn.Module]:
         """Return a replica: its modules, in the order of ``module.modules()``, itself first."""
         made: dict[int, Any] = {id(part): object.__new__(type(part)) for part, *_ in self._parts}
-        found = list(made.values())
-        for each, (_, shared, empty, rest) in zip(found, self._parts, strict=True):
+        result = list(made.values())
+        for each, (_, shared, empty, rest) in zip(result, self._parts, strict=True):
             attributes = vars(each)
             attributes.update(shared)
             for name, kind in empty.items():
                 attributes[name] = kind()
             for name, value in rest.items():
                 attributes[name] = _replicated(value, made)
-        return found
+        return result
 
     def changed(self, parts: list[nn.Module]) -> bool:
         """Return whether running a replica has given one of its modules another attribute, or filled a container."""

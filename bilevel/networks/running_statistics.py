@@ -66,10 +66,10 @@ class RunningStatistics:
         """Return the statistics of params after a step of the problem from there, with their graph."""
         return self.moved(params, self.record(problem, self.trainable(params), hparams))
 
-    def at_rest(self, problem: Any, params: Tree, hparams: Tree) -> Tree:
+    def equilibrium(self, problem: Any, params: Tree, hparams: Tree) -> Tree:
         """Return params with statistics that the problem's batch no longer moves, with their graph."""
         x = self.trainable(params)
-        return x | self._layers.at_rest(self._of(params), self.record(problem, x, hparams))
+        return x | self._layers.equilibrium(self._of(params), self.record(problem, x, hparams))
 
     def record(self, problem: Any, x: Tree, hparams: Tree) -> Tape:
         """Run the inner loss and return what its layers saw."""
@@ -98,24 +98,19 @@ class StatisticsInner(InnerProblem):
         return self._split[1]
 
     def unmoved(self, before: Tree, after: Tree) -> bool:
-        """Whether a step has handed back the same trainable tensors."""
         pairs = zip(*(tree.leaves(self.problem.trainable(each)) for each in (before, after)), strict=True)
         return all(old is new for old, new in pairs)
 
     def value(self, params: Tree) -> Tensor:
-        """Return the inner loss."""
         return super().value(self.trainable(params))
 
     def grad(self, params: Tree) -> Tree:
-        """Return the gradient by the trainable part."""
         return super().grad(self.trainable(params))
 
     def linearize(self, params: Tree) -> Linearization:
-        """Return that gradient linearised."""
         return super().linearize(self.trainable(params))
 
     def curvature(self, params: Tree) -> Spectrum:
-        """Return the ends of its spectrum."""
         return super().curvature(self.trainable(params))
 
     def statistics_after(self, params: Tree) -> Tree:
@@ -127,18 +122,16 @@ class StatisticsInner(InnerProblem):
                 self._seen = (x, self.problem.statistics.record(self.problem, x, self.hparams))
         return self.problem.statistics.moved(params, self._seen[1])
 
-    def at_rest(self, params: Tree) -> Tree:
-        """Return params with the statistics of the inner batch at them."""
+    def equilibrium(self, params: Tree) -> Tree:
         self.counts["value"] += 1
         with torch.no_grad():
-            return self.problem.statistics.at_rest(self.problem, params, self.hparams)
+            return self.problem.statistics.equilibrium(self.problem, params, self.hparams)
 
-    def at_rest_vjp(self, params: Tree, cotangent: Tree) -> tuple[Tree, Tree]:
-        """Return the VJP of (x, u) -> (x, s(x, u))."""
+    def equilibrium_vjp(self, params: Tree, cotangent: Tree) -> tuple[Tree, Tree]:
         self.counts["gradient"] += 1
         x, hparams = tree.attach(self.trainable(params)), tree.attach(self.hparams)
         with torch.enable_grad():
-            rest = self.problem.statistics.at_rest(self.problem, x, hparams)
+            rest = self.problem.statistics.equilibrium(self.problem, x, hparams)
         roots = tree.leaves(x) + tree.leaves(hparams)
         moving = [(rest[name], part) for name, part in cotangent.items() if rest[name].requires_grad]
         products = torch.autograd.grad([b for b, _ in moving], roots, [c for _, c in moving], materialize_grads=True)
@@ -174,41 +167,33 @@ class MovingStatistics(InnerSolver):
 
     @property
     def title(self) -> str:
-        """The name of the solver."""
         return self.solver.title
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
-        """Return the state before the first step."""
         return _joined(params, self.solver.init(inner, inner.trainable(params)))
 
-    def at_rest(self, inner: InnerProblem, params: Tree) -> InnerState:
+    def equilibrium(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return a state for a later warm start."""
-        return _joined(params, self.solver.at_rest(inner, inner.trainable(params)))
+        return _joined(params, self.solver.cold_state(inner, inner.trainable(params)))
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Take one step."""
         after = self.solver.step(inner, _part(inner, state))
         return _joined(_after(inner, state.params), after)
 
     def params(self, state: InnerState) -> Tree:
-        """Return the solution with the statistics."""
         solution = self.solver.params(state)
         return solution if solution is state.params else state.params | solution
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Keep what the solver keeps, and the statistics."""
         return _joined(state.params, self.solver.warm_start(inner, _part(inner, state)))
 
     def bias_reason(self, problem: BilevelProblem) -> str:
-        """Return the solver's reason."""
         return self.solver.bias_reason(problem)
 
     def advice(self, state: InnerState, spectrum: Spectrum) -> str:
-        """Return the solver's clause."""
         return self.solver.advice(state, spectrum)
 
     def limits(self, dtype: torch.dtype) -> tuple[int, float | None]:
-        """Return (most steps, tolerance or None)."""
         return self.solver.limits(dtype)
 
     def sweep_vjp(
@@ -223,7 +208,6 @@ class MovingStatistics(InnerSolver):
         return (by_params | x, by_memory), total
 
     def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
-        """Pull a cotangent back through one step."""
         by_params, by_memory = cotangent
         x = inner.trainable(by_params)
         (x, by_memory), total = self.solver.step_vjp(inner, _part(inner, state), (x, by_memory))
@@ -242,7 +226,6 @@ class MovingStatistics(InnerSolver):
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
     ) -> list[Variables]:
-        """Push tangents forward through one step."""
         parts = [(inner.trainable(by_params), by_memory) for by_params, by_memory in tangents]
         results = self.solver.step_jvp(inner, _part(inner, state), parts, hparams_tangents)
         before, hparams, after = _graph(inner, state)

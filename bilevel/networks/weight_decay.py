@@ -82,9 +82,9 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         w, u, g = ctx.saved_tensors
-        bent, (need_w, need_u, need_g) = u.exp() * v, ctx.needs_input_grad
+        product, (need_w, need_u, need_g) = u.exp() * v, ctx.needs_input_grad
         return (
-            bent * g if need_w else None,
-            (bent * w * g).sum_to_size(u.shape) if need_u else None,
-            (bent * w).sum() if need_g else None,
+            product * g if need_w else None,
+            (product * w * g).sum_to_size(u.shape) if need_u else None,
+            (product * w).sum() if need_g else None,
         )

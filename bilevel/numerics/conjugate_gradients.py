@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.core import device as look
+from bilevel.core.device import check_interval, to_floats
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -127,7 +127,7 @@ def conjugate_gradients(
     >>> bool((A @ run.x - b).norm() < 1e-6)
     True
     """
-    every = check_every or look.steps_between(x.device)
+    every = check_every or check_interval(x.device)
     most = sys.maxsize if limit is None else limit
     if every == 1:
         return _step_by_step(matvec, x, r, enough, most, precondition)
@@ -201,7 +201,7 @@ def _in_blocks(
             p = torch.addcmul(z, rz / before, p)
             iterates.append(x)
             scalars += [energy, rr, rz, torch.dot(x, x)]
-        values = look.numbers(scalars)
+        values = to_floats(scalars)
         looked_at = zip(values[::4], values[1::4], values[2::4], values[3::4], strict=True)
         for iterate, direction, (along, squared, measured, size) in zip(iterates, directions, looked_at, strict=True):
             if enough(run) or not run.rr > 0:

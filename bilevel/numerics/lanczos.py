@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.core import device as look
 from bilevel.core import tree
+from bilevel.core.device import check_interval
 
 SEED = 0x5EED_1A5C
 
@@ -51,7 +51,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30, r
     5.0
     """
     size, limit = like.numel(), min(steps, like.numel())
-    every = look.steps_between(like.device)
+    every = check_interval(like.device)
     # Drawn on the CPU so that the start is the same on every device; the seed is one that no data set starts from.
     generator = torch.Generator().manual_seed(SEED)
     vector = torch.randn(size, generator=generator, dtype=torch.float64).to(like)

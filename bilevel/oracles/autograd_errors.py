@@ -95,9 +95,9 @@ def explain(error: BaseException, what: str = "a loss") -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     for pattern, sentence in SENTENCES:
-        found = re.search(pattern, str(error), re.DOTALL)
-        if found:
-            return sentence.format(*found.groups(), what=what)
+        result = re.search(pattern, str(error), re.DOTALL)
+        if result:
+            return sentence.format(*result.groups(), what=what)
     return None
 
 

@@ -13,8 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.options import is_int
 from bilevel.core.tree import Tree
 from bilevel.oracles.losses import Losses
@@ -35,7 +34,7 @@ def with_last(function: Function, value: Tree) -> Function:
     return lambda *arguments: function(*arguments, value)
 
 
-def for_members(function: Function | None, data: Tree) -> Function | None:
+def for_rows(function: Function | None, data: Tree) -> Function | None:
     """Return a function of one member, applied to each; `data` has a row for each member, or is None."""
     if function is None:
         return None
@@ -60,7 +59,7 @@ def vectorised(function: Function) -> Function:
         try:
             return each(*trees)
         except Exception as error:
-            function(*[members.row(tree, 0) for tree in trees])
+            function(*[rows.row(tree, 0) for tree in trees])
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise NotSideBySide(
                 f"a loss cannot be vectorised over members by torch.func.vmap: {reason} (members can run one after the "
@@ -147,14 +146,14 @@ def side_by_side(problem: Losses, size: int, data: Tree, make: Callable[..., Any
             problem.optimality,
         )
     else:
-        members.check_rows("data", data, size)
+        rows.check_rows("data", data, size)
         functions = problem.functions
         single = [
             make(*functions[:2], problem.params, optimality=functions[2], data=row_of(data, index))
             for index in range(size)
         ]
-    inner, outer, optimality = (for_members(function, data) for function in functions)
-    params = None if problem.params is None else members.expand(problem.params, size)
+    inner, outer, optimality = (for_rows(function, data) for function in functions)
+    params = None if problem.params is None else rows.expand(problem.params, size)
     return make(summed(inner), outer, params, optimality=optimality).as_batch(single)
 
 
@@ -171,12 +170,12 @@ def start(size: int, own: Tree, params: Tree) -> Tree:
         ValueError: for a start that fits neither case.
     """
     if own is None:
-        rows = all(leaf.dim() > 0 and len(leaf) == size for leaf in tree.leaves(params))
-        return tree.detach(params) if rows else members.expand(params, size)
+        one_each = all(leaf.dim() > 0 and len(leaf) == size for leaf in tree.leaves(params))
+        return tree.detach(params) if one_each else rows.expand(params, size)
     given = [tuple(leaf.shape) for leaf in tree.leaves(params)]
     if given == [tuple(leaf.shape[1:]) for leaf in tree.leaves(own)]:
-        return members.expand(params, size)
-    members.check_rows("params", params, size)
+        return rows.expand(params, size)
+    rows.check_rows("params", params, size)
     return tree.detach(params)
 
 
@@ -195,12 +194,12 @@ def check(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None = No
         ValueError: for a wrong leading dimension; if no member can be solved, what the first one's check says.
     """
     assert problem.batch is not None
-    members.check_rows("hparams", hparams, problem.batch)
-    members.check_rows("params", params, problem.batch)
+    rows.check_rows("hparams", hparams, problem.batch)
+    rows.check_rows("params", params, problem.batch)
     first: ValueError | None = None
     for index in range(problem.batch):
         try:
-            return problem.member(index).check(members.row(params, index), members.row(hparams, index), reads)
+            return problem.member(index).check(rows.row(params, index), rows.row(hparams, index), reads)
         except ValueError as error:
             first = first or error
     assert first is not None
@@ -210,8 +209,8 @@ def check(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None = No
 def exact_hypergradient(problem: Losses, hparams: Tree) -> Tree | None:
     """Return the exact hypergradients of all members, stacked, or None where one has none."""
     assert problem.batch is not None
-    rows = [problem.member(i).exact_hypergradient(members.row(hparams, i)) for i in range(problem.batch)]
-    return None if any(row is None for row in rows) else members.stack(rows)
+    exact = [problem.member(i).exact_hypergradient(rows.row(hparams, i)) for i in range(problem.batch)]
+    return None if any(each is None for each in exact) else rows.stack(exact)
 
 
 def check_shared_functions(problems: Sequence[Losses]) -> None:
@@ -250,7 +249,7 @@ def stacked_trees(what: str, trees: Sequence[Tree]) -> Tree:
                 f"`stack` takes problems of equal shapes, but {what} has {_shown(shapes[0])} in problem 0 and "
                 f"{_shown(each).split(' ', 1)[1]} in problem {index}."
             )
-    return members.stack(trees)
+    return rows.stack(trees)
 
 
 def _shown(shapes: list[tuple[int, ...]]) -> str:

@@ -55,11 +55,11 @@ def check_captured(problem: Losses, params: Tree, hparams: Tree) -> None:
 
 def _graph(values: Tree) -> set[Any]:
     """Return the nodes of the autograd graph of some tensors."""
-    found: set[Any] = set()
+    result: set[Any] = set()
     nodes = [leaf.grad_fn for leaf in tree.leaves(values) if isinstance(leaf, Tensor) and leaf.requires_grad]
     while nodes:
         node = nodes.pop()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in result:
+            result.add(node)
             nodes += [parent for parent, _ in node.next_functions]
-    return found
+    return result

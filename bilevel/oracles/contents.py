@@ -34,10 +34,10 @@ class Contents:
 
     def storages(self) -> dict[int, str]:
         """Return the names of the tensors by where their numbers are."""
-        found: dict[int, str] = {}
+        result: dict[int, str] = {}
         for name, (_, where, _, _) in self._tensors.items():
-            found.setdefault(where, name)
-        return found
+            result.setdefault(where, name)
+        return result
 
     def changed(self) -> str | None:
         """Return the name of the first that holds something else or lies elsewhere, or None."""
@@ -148,12 +148,12 @@ class Generators:
 
     def states(self) -> dict[str, Any]:
         """Return the state of each by name."""
-        found: dict[str, Any] = {"torch's global generator": torch.get_rng_state()}
+        result: dict[str, Any] = {"torch's global generator": torch.get_rng_state()}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            found["CUDA's generator"] = torch.cuda.get_rng_state()
-        found["numpy's global generator"] = np.random.get_state()  # noqa: NPY002 (the global one is meant)
-        found["Python's `random`"] = random.getstate()
-        return found | {f"the generator `{name}`": _state(each) for name, each in self._captured.items()}
+            result["CUDA's generator"] = torch.cuda.get_rng_state()
+        result["numpy's global generator"] = np.random.get_state()  # noqa: NPY002 (the global one is meant)
+        result["Python's `random`"] = random.getstate()
+        return result | {f"the generator `{name}`": _state(each) for name, each in self._captured.items()}
 
     def put_back(self, states: Mapping[str, Any]) -> None:
         """Put those back whose state has moved."""

@@ -30,15 +30,12 @@ class DifferentiableInner(InnerProblem):
         self.augmented = inner.augmented
 
     def trainable(self, params: Tree) -> Tree:
-        """Return the part of params that inner solvers move."""
         return self._inner.trainable(params)
 
     def grad(self, params: Tree) -> Tree:
-        """Return the gradient with its graph."""
         return super().grad(self.trainable(params))
 
     def value(self, params: Tree) -> Tensor:
-        """Return the inner loss with its graph."""
         self.counts["value"] += 1
         value: Tensor = self.problem.inner_loss(params, self.hparams)
         return value

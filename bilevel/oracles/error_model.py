@@ -219,7 +219,7 @@ class Rows:
         """Return an upper bound of the largest eigenvalue of ``diag(half) gram diag(half)``.
 
         Factors that differ little are taken out of the product, for `gram_top` is there already; that costs at most a
-        factor 2 of the bound, and above 300 features, where factoring is dearer than the rest of a bound, at most 100.
+        factor 2 of the bound, and above 300 features, where factoring costs more than the rest of a bound, at most 100.
         It depends on nothing that was asked before, so that resumed runs stay the same.
 
         Args:

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
 from bilevel.core.autograd import edges, pushforward, vector_jacobian
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum, lanczos
@@ -39,12 +38,12 @@ class Preconditioner:
 
     Attributes:
         apply: flat v of shape (size,) -> flat approximation of ``H^-1 v``; None for the identity.
-        kept: a tree of tensors from which one for other params and hparams can be made cheaply; None for nothing.
+        cache: a tree of tensors from which one for other params and hparams can be made cheaply; None for nothing.
         rough: whether it only helps CG: a step that takes it for the Hessian would be poor.
     """
 
     apply: Callable[[Tensor], Tensor] | None = None
-    kept: Tree = None
+    cache: Tree = None
     rough: bool = False
 
 
@@ -112,8 +111,8 @@ class Linearization:
         For a batch, the matrices of all members: (batch, size, size).
         """
         if self.inner.problem.batch is not None:
-            rows = members.Raveler(self.params)
-            return torch.stack([rows.ravel(self.hvp(unit)) for unit in rows.units()], dim=1)
+            along = rows.Raveler(self.params)
+            return torch.stack([along.ravel(self.hvp(unit)) for unit in along.units()], dim=1)
         raveler = tree.Raveler(self.params)
         # Row i of the stack is H' e_i, so the stack is H itself.
         return torch.stack([raveler.ravel(self.hvp(unit)) for unit in raveler.units()])
@@ -122,11 +121,11 @@ class Linearization:
         """Return the linearization at the same params for other hparams; structured problems keep their data pass."""
         return inner.linearize(self.params)
 
-    def preconditioner(self, kept: Tree = None, lasting: bool = False) -> Preconditioner:
+    def preconditioner(self, cache: Tree = None, lasting: bool = False) -> Preconditioner:
         """Return a preconditioner for H; the default is the identity.
 
         Args:
-            kept: what an earlier preconditioner of this problem kept; None to measure anew.
+            cache: what an earlier preconditioner of this problem kept; None to measure anew.
             lasting: whether it is meant for several solves, so that more work now pays.
         """
         return Preconditioner()
@@ -299,11 +298,11 @@ class InnerProblem:
         """Whether a step has handed back what it was given: it says that no step helps."""
         return before is after
 
-    def at_rest(self, params: Tree) -> Tree:
+    def equilibrium(self, params: Tree) -> Tree:
         """Return params at a solution: running statistics are then a function of the trainable part."""
         return params
 
-    def at_rest_vjp(self, params: Tree, cotangent: Tree) -> tuple[Tree, Tree]:
+    def equilibrium_vjp(self, params: Tree, cotangent: Tree) -> tuple[Tree, Tree]:
         """Return the VJP of that function: cotangents of the trainable part and of hparams (None: no dependence)."""
         return cotangent, None
 
@@ -315,7 +314,7 @@ class InnerProblem:
 
     def member(self, index: int) -> InnerProblem:
         """Return one member of a batch as an inner problem of its own, whose calls go to ``alone[index]``."""
-        inner: InnerProblem = self.problem.member(index).bind(members.row(self.hparams, index), self.alone[index])
+        inner: InnerProblem = self.problem.member(index).bind(rows.row(self.hparams, index), self.alone[index])
         return inner
 
     # Hooks -----------------------------------------------------------------------------------------------------------

@@ -183,8 +183,8 @@ def _order(loader: DataLoader[Any]) -> Any:
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
     """Return the generators that a loader and its samplers were given."""
     parts = (loader, loader.batch_sampler, _order(loader))
-    found = [getattr(part, "generator", None) for part in parts]
-    return [each for each in found if isinstance(each, torch.Generator)]
+    result = [getattr(part, "generator", None) for part in parts]
+    return [each for each in result if isinstance(each, torch.Generator)]
 
 
 @contextmanager

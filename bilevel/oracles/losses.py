@@ -118,10 +118,10 @@ class Losses:
             total = value if self.batch is None else value.sum()
         if not value.requires_grad:
             return value.detach(), tree.zeros_like(params), tree.zeros_like(hparams)
-        found = torch.autograd.grad(total, x + u, allow_unused=True)
+        result = torch.autograd.grad(total, x + u, allow_unused=True)
         # Zeros of a single number: there may be millions of hyperparameters, which few outer losses depend on.
         both = [
             leaf.new_zeros(()).expand_as(leaf) if part is None else part
-            for part, leaf in zip(found, x + u, strict=True)
+            for part, leaf in zip(result, x + u, strict=True)
         ]
         return value.detach(), tree.rebuild(params, both[: len(x)]), tree.rebuild(hparams, both[len(x) :])

@@ -177,7 +177,7 @@ class BilevelProblem(Losses):
         """Return the solver that runs this problem: the given one, unless running statistics move beside params."""
         return solver
 
-    def at_rest(self) -> BilevelProblem:
+    def deterministic(self) -> BilevelProblem:
         """Return this problem without `variation`: every inner step sees what everything else of it is evaluated on."""
         if self.sampler is None:
             return self
@@ -321,7 +321,6 @@ class BilevelProblem(Losses):
         return self
 
     def member(self, index: int) -> BilevelProblem:
-        """Return one member of a batch as a problem of its own."""
         return self._single[index]
 
     @classmethod

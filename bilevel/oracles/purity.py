@@ -109,12 +109,12 @@ def _evaluated(problem: Losses, what: str, roots: Point) -> Values:
     if not all(leaf.requires_grad for leaf in tree.leaves(roots)):
         roots = tree.attach(tree.copied(roots))
     with torch.enable_grad():
-        found = tree.leaves(getattr(problem, what)(*roots))
-        moving = [each.sum() for each in found if isinstance(each, Tensor) and each.requires_grad]
+        result = tree.leaves(getattr(problem, what)(*roots))
+        moving = [each.sum() for each in result if isinstance(each, Tensor) and each.requires_grad]
     if not moving:
-        return [each.detach() if isinstance(each, Tensor) else None for each in found]
+        return [each.detach() if isinstance(each, Tensor) else None for each in result]
     gradients = torch.autograd.grad(moving, tree.leaves(roots), allow_unused=True)
-    return [None if each is None else each.detach() for each in (*found, *gradients)]
+    return [None if each is None else each.detach() for each in (*result, *gradients)]
 
 
 class _Look:
@@ -216,19 +216,19 @@ class _Look:
 
     def _called(self, what: str, point: Point) -> Values:
         roots = tree.attach(tree.copied(point))
-        found = _evaluated(self.problem, what, roots)
+        result = _evaluated(self.problem, what, roots)
         self._no_writes(what, roots, point)
-        return found
+        return result
 
     def _tried(self, what: str, point: Point) -> Values | None:
         """Call a loss where it may have no values."""
         roots = tree.attach(tree.copied(point))
         try:
-            found = _evaluated(self.problem, what, roots)
+            result = _evaluated(self.problem, what, roots)
         except Exception:  # whatever a function says outside of its domain
-            found = None
+            result = None
         self._no_writes(what, roots, point)
-        return found
+        return result
 
     def _no_writes(self, what: str, roots: Point, point: Point, written: tuple[str, str] | None = None) -> None:
         """Refuse a loss that wrote: as seen by an operation, or by what its arguments and captured data hold."""
@@ -264,18 +264,18 @@ class _Look:
         after = [(place, place.read()) for place, _ in self._places]
         ahead = [(place, _ahead(b, a)) for (place, b), (_, a) in zip(self._places, after, strict=True)]
         for what in _losses(self.problem):
-            found = []
+            result = []
             try:
                 for entries in (self._places, ahead):
                     for place, values in entries:
                         place.write(values)
-                    found += [self._tried(what, beside) for _ in range(2)]
+                    result += [self._tried(what, beside) for _ in range(2)]
             finally:
                 for place, values in after:
                     place.write(values)
-            if found[0] is not None:
-                for each in found[1:]:
-                    _must_agree(what, found[0], [] if each is None else each, name)
+            if result[0] is not None:
+                for each in result[1:]:
+                    _must_agree(what, result[0], [] if each is None else each, name)
 
     def _samplers_repeat(self) -> None:
         for what, source in self.problem.sources():

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bilevel.core.threads import PROCESS_STATE
 
-_active: ContextVar[Draws | None] = ContextVar("active", default=None)
+_active: ContextVar[DropoutRNG | None] = ContextVar("active", default=None)
 """Whose numbers are drawn at present."""
 
 
-class Draws:
+class DropoutRNG:
     """The random numbers that losses draw.
 
     Args:

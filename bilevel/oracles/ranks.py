@@ -147,16 +147,16 @@ class _StoreAgreement(Agreement):
 
 def _numbers(values: Sequence[Tensor | None]) -> list[list[float] | None]:
     """Return two numbers of each tensor that any change of it changes, and its rounding."""
-    found: list[list[float] | None] = []
+    result: list[list[float] | None] = []
     for value in values:
         if value is None:
-            found.append(None)
+            result.append(None)
             continue
         flat = value.detach().double().reshape(-1)
         mixed = torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device).cos() * flat
         eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-        found.append([float(torch.linalg.vector_norm(flat)), float(mixed.sum()), eps])
-    return found
+        result.append([float(torch.linalg.vector_norm(flat)), float(mixed.sum()), eps])
+    return result
 
 
 def _apart(one: list[Any], other: list[Any]) -> float:

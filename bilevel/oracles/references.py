@@ -76,24 +76,24 @@ def references(roots: Iterable[tuple[str, Any]]) -> Found:
     Args:
         roots: pairs of (name, object).
     """
-    found = Found()
+    result = Found()
     # Breadth first: what is near has the shorter name.
     queue = deque((name, value, 0) for name, value in roots)
-    while queue and len(found.seen) < MOST:
+    while queue and len(result.seen) < MOST:
         name, value, depth = queue.popleft()
-        if id(value) in found.seen or isinstance(value, str | bytes | int | float | complex | None):
+        if id(value) in result.seen or isinstance(value, str | bytes | int | float | complex | None):
             continue
-        found.seen[id(value)] = value
+        result.seen[id(value)] = value
         kept = next((kind for kind, classes in _KEPT.items() if isinstance(value, classes)), None)
         if kept is not None:
-            known = getattr(found, kept)
+            known = getattr(result, kept)
             known[name if name and name not in known else f"{name} ({len(known)})"] = value
         elif depth < DEPTH:
             queue.extend(
                 (f"{name}{key}" if name else key.lstrip("."), part, depth + 1)
-                for key, part in _parts(name, value, found)
+                for key, part in _parts(name, value, result)
             )
-    return found
+    return result
 
 
 _KEPT: dict[str, Any] = {
@@ -112,10 +112,10 @@ def is_library(value: Any) -> bool:
     return str(file or "").startswith(_INSTALLED)
 
 
-def _parts(name: str, value: Any, found: Found) -> Iterator[tuple[str, Any]]:
-    """Yield (how its name goes on, part) of what an object refers to; places of plain values go to `found`."""
+def _parts(name: str, value: Any, result: Found) -> Iterator[tuple[str, Any]]:
+    """Yield (how its name goes on, part) of what an object refers to; places of plain values go to `result`."""
     if isinstance(value, FunctionType):
-        yield from _of_function(name, value, found)
+        yield from _of_function(name, value, result)
     elif isinstance(value, MethodType):
         yield from (("", value.__func__), (".self", value.__self__))
     elif isinstance(value, partial):
@@ -123,31 +123,31 @@ def _parts(name: str, value: Any, found: Found) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{index}]", each) for index, each in enumerate(value.args))
         yield from ((f".{key}", each) for key, each in value.keywords.items())
     elif isinstance(value, nn.Module):
-        yield from _of_module(name, value, found)
+        yield from _of_module(name, value, result)
     elif isinstance(value, ModuleType | BuiltinFunctionType):
         return
     elif isinstance(value, type):
         if not is_library(value):
-            found.places.append(_of_class(name, value))
+            result.places.append(_of_class(name, value))
             yield from ((f".{key}", part) for key, part in vars(value).items() if not key.startswith("__"))
     elif isinstance(value, dict):
-        found.places.append(of_dict(name, value))
+        result.places.append(of_dict(name, value))
         yield from ((f"[{key!r}]", part) for key, part in list(value.items()))
     elif isinstance(value, list | tuple | set | frozenset | deque):
         if isinstance(value, list | deque):
-            found.places.append(_of_list(name, value))
+            result.places.append(_of_list(name, value))
         yield from ((f"[{index}]", part) for index, part in enumerate(list(value)[:MOST]))
     else:
-        yield from _of_object(name, value, found)
+        yield from _of_object(name, value, result)
 
 
-def _of_function(name: str, function: FunctionType, found: Found) -> Iterator[tuple[str, Any]]:
+def _of_function(name: str, function: FunctionType, result: Found) -> Iterator[tuple[str, Any]]:
     names = set(_names(function.__code__))
-    found.names |= names
+    result.names |= names
     library = is_library(function)
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if not library:
-            found.places.append(_of_cell(variable, cell))
+            result.places.append(_of_cell(variable, cell))
         for part in _of_cell(variable, cell).read().values():
             yield "" if library else f".{variable}", part
     yield from ((f"[{index}]", each) for index, each in enumerate(function.__defaults__ or ()))
@@ -156,7 +156,7 @@ def _of_function(name: str, function: FunctionType, found: Found) -> Iterator[tu
         yield "", wrapped
     if library:
         return
-    found.places.append(of_dict(name, vars(function)))
+    result.places.append(of_dict(name, vars(function)))
     spaces = [("", function.__globals__)]
     # Of a module of the user's the loss may change an attribute.
     for key in sorted(names & function.__globals__.keys()):
@@ -164,7 +164,7 @@ def _of_function(name: str, function: FunctionType, found: Found) -> Iterator[tu
         if isinstance(part, ModuleType) and not is_library(part):
             spaces.append((f".{key}", vars(part)))
     for prefix, space in spaces:
-        found.places.append(of_dict(prefix.lstrip("."), space, names))
+        result.places.append(of_dict(prefix.lstrip("."), space, names))
         yield from ((f"{prefix}.{key}", space[key]) for key in sorted(names & space.keys()))
 
 
@@ -175,24 +175,24 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _of_module(name: str, module: nn.Module, found: Found) -> Iterator[tuple[str, Any]]:
-    found.modules[name] = module
+def _of_module(name: str, module: nn.Module, result: Found) -> Iterator[tuple[str, Any]]:
+    result.modules[name] = module
     for key, part in (*module._parameters.items(), *module._buffers.items(), *module._modules.items()):
         yield f".{key}", part
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         yield from ((".hook", hook) for hook in hooks.values())
     if not is_library(type(module)):
         own = {key for key in vars(module) if key not in vars(_PLAIN)}
-        found.places.append(of_dict(name, vars(module), own))
+        result.places.append(of_dict(name, vars(module), own))
         yield from ((f".{key}", vars(module)[key]) for key in sorted(own))
         yield "", type(module).forward
-        found.places.append(_of_class(name, type(module)))
+        result.places.append(_of_class(name, type(module)))
 
 
 _PLAIN = nn.Module()
 
 
-def _of_object(name: str, value: Any, found: Found) -> Iterator[tuple[str, Any]]:
+def _of_object(name: str, value: Any, result: Found) -> Iterator[tuple[str, Any]]:
     library = is_library(type(value))
     if library and not type(value).__module__.startswith("bilevel"):
         if (wrapped := getattr(value, "__wrapped__", None)) is not None:
@@ -201,7 +201,7 @@ def _of_object(name: str, value: Any, found: Found) -> Iterator[tuple[str, Any]]
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         if not library:
-            found.places.append(of_dict(name, attributes))
+            result.places.append(of_dict(name, attributes))
         # Parts of this package stand for what they were given.
         prefixes = {key: "" if library and key in _WRAPPED else f".{key.lstrip('_')}" for key in attributes}
         yield from ((prefixes[key], part) for key, part in list(attributes.items()))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bilevel.core import rows as members
+from bilevel.core import rows
 from bilevel.core.tree import Tree
 from bilevel.oracles.batching import Rows, check_rows_option
 from bilevel.oracles.problem import BilevelProblem
@@ -29,28 +29,26 @@ class RowsProblem(BilevelProblem):
 
     def __init__(self, problems: Sequence[BilevelProblem], why: str = "") -> None:
         starts = [problem.params for problem in problems]
-        super().__init__(params=None if any(start is None for start in starts) else members.stack(starts))
+        super().__init__(params=None if any(start is None for start in starts) else rows.stack(starts))
         self.as_batch(problems)
         self.why = why
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the sum over members of the inner losses."""
-        losses = [p.inner_loss(members.row(params, i), members.row(hparams, i)) for i, p in enumerate(self._single)]
+        losses = [p.inner_loss(rows.row(params, i), rows.row(hparams, i)) for i, p in enumerate(self._single)]
         return torch.stack(losses).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """Return the outer losses, of shape (members,)."""
         return torch.stack([
-            problem.outer_loss(members.row(params, index), members.row(hparams, index))
+            problem.outer_loss(rows.row(params, index), rows.row(hparams, index))
             for index, problem in enumerate(self._single)
         ])
 
     def trainable(self, params: Tree) -> Tree:
-        """Return the part of params that inner solvers move."""
         return self._single[0].trainable(params)
 
     def on_outer_step(self, index: int) -> RowsProblem:
-        """Return the members of an outer step."""
         return RowsProblem([problem.on_outer_step(index) for problem in self._single], self.why)
 
 

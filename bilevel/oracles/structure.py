@@ -36,5 +36,5 @@ def declared(cls: type[Any], structure: Structure) -> Structure:
         cls: the class; its old attributes are taken away.
         structure: that of its body, or else of its parent.
     """
-    found: Structure = with_old_names(cls, "structure", structure, RENAMED)
-    return found
+    result: Structure = with_old_names(cls, "structure", structure, RENAMED)
+    return result

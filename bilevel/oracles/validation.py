@@ -33,7 +33,7 @@ def check_trees(params: Tree, hparams: Tree) -> None:
         ValueError: one sentence for leaves that are no tensors, empty or not floating, NaN or infinite values, and for
             dtypes or devices that differ.
     """
-    found = []
+    result = []
     for what, value in (("params", params), ("hparams", hparams)):
         check_tensors(what, value)
         for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
@@ -41,15 +41,15 @@ def check_trees(params: Tree, hparams: Tree) -> None:
                 raise ValueError(f"`{what}{name}` must have a floating dtype, got {leaf.dtype}.")
             if leaf.numel() == 0:
                 raise ValueError(f"`{what}{name}` is empty, of shape {tuple(leaf.shape)}.")
-            found.append((what, name, leaf))
-    dtype, device = found[0][2].dtype, found[0][2].device
-    for what, name, leaf in found:
+            result.append((what, name, leaf))
+    dtype, device = result[0][2].dtype, result[0][2].device
+    for what, name, leaf in result:
         if leaf.dtype != dtype or leaf.device != device:
             raise ValueError(
                 f"`{what}{name}` is {leaf.dtype} on {leaf.device}, but params are {dtype} on {device}: "
                 "params and hparams must share dtype and device."
             )
-    for what, name, leaf in found:
+    for what, name, leaf in result:
         if leaf.is_meta:
             raise ValueError(f"`{what}{name}` is on the meta device and holds no values.")
         if not tree.is_finite(leaf):
@@ -66,11 +66,11 @@ def check_tensors(what: str, value: Tree) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    found = tree.leaves(value)
-    if not found:
+    result = tree.leaves(value)
+    if not result:
         raise ValueError(f"`{what}` holds no tensors.")
     # Every outer step comes here; the names take longer than the look.
-    if all(isinstance(leaf, Tensor) for leaf in found):
+    if all(isinstance(leaf, Tensor) for leaf in result):
         return
     for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
         if not isinstance(leaf, Tensor):

@@ -86,7 +86,6 @@ class BilinearSum(ProductSum):
         return self._product(params, v)
 
     def total(self) -> Tree:
-        """Return the sum so far."""
         self._flush()
         return self._total
 

@@ -57,9 +57,9 @@ changes: ContextVar[list[str] | None] = ContextVar("moved", default=None)
 @contextmanager
 def watching_modules() -> Iterator[list[str]]:
     """Yield a list of what forward passes inside the block change of modules; each entry continues "the module"."""
-    found: list[str] = []
-    token = changes.set(found)
+    result: list[str] = []
+    token = changes.set(result)
     try:
-        yield found
+        yield result
     finally:
         changes.reset(token)

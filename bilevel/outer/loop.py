@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from bilevel.base import Carry, HypergradEstimator, InnerSolver, verdict_of
-from bilevel.core import rows as members
-from bilevel.core import tree
+from bilevel.core import rows, tree
+from bilevel.core.rows import check_rows
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
@@ -115,7 +115,7 @@ class OuterOptimizer:
         check_tensors("hparams", hparams)
         self.size: int | None = problem.batch
         if self.size is not None:
-            members.check_rows("hparams", hparams, self.size)
+            check_rows("hparams", hparams, self.size)
         check_makers(optimizer, scheduler)
         self.target_error, self.schedule = target_error, as_schedule(schedule, target_error)
         first = target_error if self.schedule is None else self.schedule.at(1)
@@ -309,7 +309,7 @@ class OuterOptimizer:
             return end
         if self.size is None:
             return with_remark(end, self.problem, estimate.params, self.current)
-        params, hparams = members.row(estimate.params, index), members.row(self.current, index)
+        params, hparams = rows.row(estimate.params, index), rows.row(self.current, index)
         return with_remark(end, self.problem.member(index), params, hparams)
 
     def _postfix(self) -> str:

@@ -132,13 +132,13 @@ class DataProblem(BilevelProblem):
         rows, constant = self.row_losses(params, self.val), self.constant_loss(self.val)
         if rows is None or not bool(torch.isfinite(rows).all()):
             return ""
-        found, loss, total = [], float(rows.mean()), float(rows.sum())
+        result, loss, total = [], float(rows.mean()), float(rows.sum())
         if constant is not None and loss > constant * (1.0 + 1e-6):
-            found.append(f"the outer loss {loss:.4g} is above {constant:.4g}, that of a constant prediction")
+            result.append(f"the outer loss {loss:.4g} is above {constant:.4g}, that of a constant prediction")
         if len(rows) >= ROWS and float(rows.max()) > 0.5 * total:
             share = float(rows.max()) / total
-            found.append(f"row {int(rows.argmax()) + 1} of X_val alone makes {share:.0%} of the outer loss")
-        return "; ".join(found)
+            result.append(f"row {int(rows.argmax()) + 1} of X_val alone makes {share:.0%} of the outer loss")
+        return "; ".join(result)
 
     @property
     @abstractmethod

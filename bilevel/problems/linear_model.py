@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.core import rows as members
+from bilevel.core import rows
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import lanczos
 from bilevel.oracles import batching as batches
@@ -153,11 +153,9 @@ class LinearModelProblem(DataProblem):
 
     @property
     def unit(self) -> str:
-        """What a hyperparameter is, in words."""
         return "log penalty" if self.parametrization == "log" else "penalty"
 
     def labels(self, features: Sequence[str]) -> list[str]:
-        """Return a name for every hyperparameter, given those of the features."""
         shape = self.hparams_shape()
         if not shape:
             return ["all weights"]
@@ -189,16 +187,15 @@ class LinearModelProblem(DataProblem):
 
     def _rows(self, single: Sequence[BilevelProblem], *data: Split) -> BilevelProblem:
         """Return members side by side, on these data or on those given, whose leading dimension is the members'."""
-        rows, size = copy.copy(self), len(single)
+        batch, size = copy.copy(self), len(single)
         if data:
-            rows.train, rows.val = data
-            rows.design, rows._val_design = Design(rows.train.X), Design(rows.val.X)
-        rows.params = members.expand(self.params, size)
-        rows._hparams_shape, rows._group_shape = (size, *self._hparams_shape), (size, *self._group_shape)
-        return rows.as_batch(single)
+            batch.train, batch.val = data
+            batch.design, batch._val_design = Design(batch.train.X), Design(batch.val.X)
+        batch.params = rows.expand(self.params, size)
+        batch._hparams_shape, batch._group_shape = (size, *self._hparams_shape), (size, *self._group_shape)
+        return batch.as_batch(single)
 
     def initial_hparams(self, value: float = 0.0) -> Tensor:
-        """Return hyperparameters that all have one value."""
         return torch.full(self.hparams_shape(), value, dtype=self.train.X.dtype, device=self.train.X.device)
 
     def spread(self, hparams: Tensor) -> Tensor:
@@ -229,8 +226,6 @@ class LinearModelProblem(DataProblem):
         return self.glm.value(self.predict(self.val.X, params), self.val.y).sum(-1) / self.val.rows
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
-        """Return the validation loss and its gradients, in closed form."""
-
         def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             z, y = self.predict(X, params), self.val.y[..., rows]
             return self.glm.value(z, y).sum(-1), self.collect(X, self.glm.slope(z, y))
@@ -272,7 +267,6 @@ class LinearModelProblem(DataProblem):
         )
 
     def row_losses(self, params: Tree, split: Split) -> Tensor:
-        """Return the loss of every row of a split."""
         return self.glm.value(self.predict(split.X, params), split.y)
 
     def constant_loss(self, split: Split) -> float | None:

@@ -43,7 +43,6 @@ class PenalisedInner(InnerProblem):
     slope: Tensor
 
     def product_sum(self) -> ProductSum:
-        """Return a sum whose cross products are one contraction."""
         return BilinearSum(self.hparams, self.counts, lambda params, v: self.linearize(params)._hvp(v), self._cross_sum)
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
@@ -89,9 +88,9 @@ class LinearModelPoint(PenalisedPoint):
                 z = problem.predict(X, self.params) if known is None else known[block]
                 return z, problem.collect(X, self.slopes(z, rows))
 
-            found = problem.design.sweep(visit)
-            self._predictions = [z for z, _ in found]
-            self._data_gradient = problem.scale * functools.reduce(torch.add, [part for _, part in found])
+            result = problem.design.sweep(visit)
+            self._predictions = [z for z, _ in result]
+            self._data_gradient = problem.scale * functools.reduce(torch.add, [part for _, part in result])
         return self._data_gradient
 
     @property
@@ -187,13 +186,13 @@ class LinearModelPoint(PenalisedPoint):
         """Return ``c X' D X + diag(pen)`` over the flattened weights."""
         return self.data_hessian() + torch.diag_embed(self.inner.flat_penalty)
 
-    def preconditioner(self, kept: Tree = None, lasting: bool = False) -> Preconditioner:
+    def preconditioner(self, cache: Tree = None, lasting: bool = False) -> Preconditioner:
         """Return the inverse of ``c X' D X + diag(pen)``, for up to 2,000 weights, in float32.
 
         What is kept is ``c X' D X`` at some earlier params; the present penalties are added before it is factored.
 
         Args:
-            kept: of an earlier preconditioner.
+            cache: of an earlier preconditioner.
             lasting: without it, nothing is measured that costs more than the products that it would save.
 
         Returns:
@@ -202,18 +201,18 @@ class LinearModelPoint(PenalisedPoint):
         """
         if self.inner.problem.batch is not None:
             return Preconditioner()
-        rough = kept is None or "inverse" in kept
+        rough = cache is None or "inverse" in cache
         if rough and (self.params.numel() > MAX_DENSE or not (lasting or self.inner.problem.outputs is None)):
-            return self._rough(kept)
-        kept = None if rough else kept
-        if kept is None:
+            return self._rough(cache)
+        cache = None if rough else cache
+        if cache is None:
             self.inner.counts["curvature"] += 1
             self.inner.factored = factored(self.data_hessian(torch.float32), self.inner.flat_penalty)
-        elif self.inner.factored is None or self.inner.factored.kept is not kept:
-            self.inner.factored = factored(kept["gram"], self.inner.flat_penalty, kept)
+        elif self.inner.factored is None or self.inner.factored.cache is not cache:
+            self.inner.factored = factored(cache["gram"], self.inner.flat_penalty, cache)
         return self.inner.factored
 
-    def _rough(self, kept: Tree) -> Preconditioner:
+    def _rough(self, cache: Tree) -> Preconditioner:
         """Return the inverse of the Hessian's class blocks at zero weights, where they share one matrix.
 
         It costs about two products with the Hessian. Classes with penalties of their own would need an inverse each,
@@ -224,15 +223,15 @@ class LinearModelPoint(PenalisedPoint):
         separate = penalty.dim() == 2 and len(penalty) > 1
         if share is None or features > MAX_DENSE or separate:
             return Preconditioner()
-        if kept is None:
+        if cache is None:
             self.inner.counts["hvp"] += 2
             gram = problem.design.total(lambda block, X, rows: self.row_gram(X.float(), rows))
             block = problem.scale * share * gram + torch.diag(penalty.expand(1, features)[0])
             factor, info = torch.linalg.cholesky_ex(block)
             if bool(info):
                 return Preconditioner()
-            kept = {"inverse": torch.cholesky_inverse(factor)}
-        return Preconditioner(functools.partial(_by_class, kept["inverse"]), kept, rough=True)
+            cache = {"inverse": torch.cholesky_inverse(factor)}
+        return Preconditioner(functools.partial(_by_class, cache["inverse"]), cache, rough=True)
 
     def rebind(self, inner: InnerProblem) -> Linearization:
         """Return the linearization for other penalties; gradient and products take no further pass over the data.

@@ -108,7 +108,6 @@ class Squared(GLMLoss):
         return z - y
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
-        """One."""
         return torch.ones_like(z)
 
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
@@ -116,7 +115,6 @@ class Squared(GLMLoss):
         return dz
 
     def constant_prediction(self, y: Tensor) -> Tensor:
-        """Return the mean of the targets."""
         return y.mean()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
@@ -149,15 +147,12 @@ class Logistic(GLMLoss):
         return torch.sigmoid(z) * torch.sigmoid(-z)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
-        """Return the two labels as -1 and +1."""
         return signs(splits, "LogisticProblem")
 
     def constant_prediction(self, y: Tensor) -> Tensor:
-        """Return the logit of the share of +1."""
         return torch.logit((y > 0).to(y.dtype).mean())
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """Return the accuracy."""
         return {"accuracy": accuracy(z, y)}
 
 
@@ -197,12 +192,10 @@ class Softmax(GLMLoss):
         return (1.0 - torch.softmax(z, -2).amax(-2)).clamp(0.0, 0.25)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
-        """Return the labels as indices of the sorted training labels."""
         classes = training_classes(splits["train"])
         return {name: class_labels(split, classes) for name, split in splits.items()}
 
     def outputs(self, y: Tensor) -> int:
-        """Return the number of classes, each of which training has seen."""
         return int(y.max()) + 1
 
     def curvature_at_zero(self, outputs: int) -> float:
@@ -210,11 +203,9 @@ class Softmax(GLMLoss):
         return (outputs - 1) / outputs**2
 
     def constant_prediction(self, y: Tensor) -> Tensor:
-        """Return the logarithms of the shares of the labels."""
         return (torch.bincount(y).double() / len(y)).log()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """Return the accuracy."""
         return {"accuracy": float((z.argmax(0) == y).double().mean())}
 
 
@@ -257,7 +248,6 @@ class Poisson(GLMLoss):
         return super().encode(splits)
 
     def constant_prediction(self, y: Tensor) -> Tensor:
-        """Return the logarithm of the mean of the targets."""
         return y.mean().log()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
@@ -292,11 +282,9 @@ class Huber(GLMLoss):
         return s * (z - y - 0.5 * s)
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
-        """The residual, at most the width."""
         return (z - y).clamp(-self.width, self.width)
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
-        """One up to the width, zero beyond."""
         return ((z - y).abs() <= self.width).to(z.dtype)
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
@@ -324,19 +312,15 @@ class SquaredHinge(GLMLoss):
         return -y * (1.0 - y * z).relu()
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
-        """One within the margin, zero beyond."""
         return (y * z < 1.0).to(z.dtype)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
-        """Return the two labels as -1 and +1."""
         return signs(splits, "SquaredHingeProblem")
 
     def constant_prediction(self, y: Tensor) -> Tensor:
-        """Return the mean of the signs."""
         return y.mean()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """Return the accuracy."""
         return {"accuracy": accuracy(z, y)}
 
 

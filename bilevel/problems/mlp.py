@@ -124,11 +124,9 @@ class MLPProblem(DataProblem, ModuleProblem):
 
     @property
     def unit(self) -> str:
-        """What a hyperparameter is, in words."""
         return "log decay"
 
     def labels(self, features: Sequence[str]) -> list[str]:
-        """Return a name for every scalar hyperparameter."""
         if self.decay == "shared":
             return ["all weights"]
         if self.decay == "per_layer":
@@ -140,19 +138,16 @@ class MLPProblem(DataProblem, ModuleProblem):
         ]
 
     def initial_hparams(self, value: float = 0.0) -> Tree:
-        """Return hyperparameters that all have one value."""
         if self.decay == "per_weight":
             return {name: torch.full_like(each, value) for name, each in self.params.items()}
         return self.train.X.new_full(() if self.decay == "shared" else (len(self.hidden) + 1,), value)
 
     def row_losses(self, params: Tree, split: Split) -> Tensor | None:
-        """Return the loss of every row of a split."""
         with torch.no_grad():
             z = torch.func.functional_call(self.module, params, (split.X.t(),))
             return nn.functional.cross_entropy(z, split.y, reduction="none")
 
     def constant_loss(self, split: Split) -> float | None:
-        """Return the mean loss of a split under the shares of the training labels."""
         shares = torch.bincount(self.train.y).to(self.train.X.dtype) / self.train.rows
         return float(nn.functional.nll_loss(shares.log().expand(split.rows, -1), split.y))
 

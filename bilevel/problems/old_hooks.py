@@ -40,33 +40,33 @@ def with_hooks(problem: Any, loss: GLMLoss | None) -> GLMLoss | None:
         DeprecationWarning,
         stacklevel=4,
     )
-    found = _Nothing() if loss is None else copy.copy(loss)
+    result = _Nothing() if loss is None else copy.copy(loss)
     for name, value in _methods(given).items():
-        setattr(found, name, value)
-    return found
+        setattr(result, name, value)
+    return result
 
 
 def _methods(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the members of a `GLMLoss` that old ones stand for, by name."""
     names = {"slope_at": "slope", "max_loss_curvature": "max_curvature", "loss_constants": "constants"}
-    found = {new: given[old] for old, new in (names | {"scores": "scores"}).items() if old in given}
+    result = {new: given[old] for old, new in (names | {"scores": "scores"}).items() if old in given}
     if "loss_at" in given:
-        found["value"] = _by_row(given["loss_at"])
+        result["value"] = _by_row(given["loss_at"])
     if "curvature_at" in given:
         bend = given.get("bend", torch.mul)
-        found["curvature"] = lambda z, y: bend(given["curvature_at"](z), torch.ones_like(z))
+        result["curvature"] = lambda z, y: bend(given["curvature_at"](z), torch.ones_like(z))
     if "rate_at" in given:
-        found["curvature_norm"] = lambda z, y: given["rate_at"](z)
+        result["curvature_norm"] = lambda z, y: given["rate_at"](z)
     if "constant_prediction" in given:
-        found["constant_prediction"] = lambda y: given["constant_prediction"]()
+        result["constant_prediction"] = lambda y: given["constant_prediction"]()
     if "prepare_targets" in given:
 
         def encode(splits: Mapping[str, Split]) -> Targets:
             given["prepare_targets"]()
             return {name: split.y for name, split in splits.items()}
 
-        found["encode"] = encode
-    return found
+        result["encode"] = encode
+    return result
 
 
 def _by_row(loss_at: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -18,7 +18,7 @@ SHIFTS = (0.0, 1e-6, 1e-3)
 """What is added to the diagonal, relative to its mean, until the factorisation succeeds."""
 
 
-def factored(gram: Tensor, diagonal: Tensor, kept: Tree = None) -> Preconditioner:
+def factored(gram: Tensor, diagonal: Tensor, cache: Tree = None) -> Preconditioner:
     """Return ``v -> (gram + diag(diagonal))^-1 v``, computed in the dtype of `gram`.
 
     A factor made for another diagonal is used again while no entry has moved by more than `DRIFT` of itself: that costs
@@ -29,15 +29,15 @@ def factored(gram: Tensor, diagonal: Tensor, kept: Tree = None) -> Preconditione
     Args:
         gram: symmetric, of shape (size, size).
         diagonal: of shape (size,).
-        kept: of an earlier result for this `gram`.
+        cache: of an earlier result for this `gram`.
 
     >>> inverse = factored(torch.zeros(2, 2), torch.tensor([2.0, 4.0]))
     >>> inverse.apply(torch.tensor([2.0, 2.0]))
     tensor([1.0000, 0.5000])
     """
     diagonal = diagonal.to(gram.dtype)
-    if kept is not None and bool(((diagonal - kept["diagonal"]).abs() <= DRIFT * kept["diagonal"]).all()):
-        return Preconditioner(_inverse(kept["factor"]), kept)
+    if cache is not None and bool(((diagonal - cache["diagonal"]).abs() <= DRIFT * cache["diagonal"]).all()):
+        return Preconditioner(_inverse(cache["factor"]), cache)
     matrix = gram.clone()
     matrix.diagonal().add_(diagonal)
     mean = matrix.diagonal().mean()

@@ -49,7 +49,6 @@ class QuadraticPoint(Linearization):
         return (turned if problem.batch is None else turned[..., 0]) + problem.linear_directions
 
     def dense_hessian(self) -> Tensor:
-        """Return H(u)."""
         return self.inner.hessian
 
 
@@ -63,7 +62,6 @@ class QuadraticInner(InnerProblem):
         self.hessian, self.linear = problem.coefficients(self.hparams)
 
     def product_sum(self) -> ProductSum:
-        """Return a sum that shares the Hessian of all points."""
         if self.problem.batch is not None:
             return super().product_sum()
         return BilinearSum(self.hparams, self.counts, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)

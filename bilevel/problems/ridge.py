@@ -67,7 +67,6 @@ class RidgeInner(LinearModelInner):
         return self._collect_rows(problem.predict(problem.train.X, v), v)
 
     def product_sum(self) -> ProductSum:
-        """Return a sum that shares the Hessian of all points."""
         return BilinearSum(self.hparams, self.counts, lambda params, v: self.product(v), self._cross_sum)
 
     def _grad(self, params: Tensor) -> Tensor:
@@ -170,7 +169,6 @@ class RidgeProblem(LinearModelProblem):
         return rows
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
-        """Return the validation loss and its gradients, from one vector of residuals."""
         if self.batch is not None:
             return super().outer_value_and_grads(params, hparams)
         X, y = self.val.X, self.val.y

@@ -31,12 +31,10 @@ class SampleWeightPoint(LinearModelPoint):
     inner: SampleWeightInner
 
     def loss(self, z: Tensor, rows: slice) -> Tensor:
-        """Return the weighted sum of the losses of some training rows."""
         problem = self.inner.problem
         return torch.dot(self.inner.weights[rows], problem.glm.value(z, problem.train.y[rows]))
 
     def slopes(self, z: Tensor, rows: slice) -> Tensor:
-        """Return the slopes of the weighted losses."""
         return super().slopes(z, rows).mul_(self.inner.weights[rows])
 
     def hessian_product(self, block: int, rows: slice, dz: Tensor) -> Tensor:
@@ -111,7 +109,6 @@ class SampleWeightInner(LinearModelInner):
         return ProductSum(self.hparams)
 
     def curvature(self, params: Tensor) -> Spectrum:
-        """Return bounds of the spectrum that hold at every params."""
         unweighted = super().curvature(params)
         penalty = float(self.penalty)
         return Spectrum(penalty, float(self.weights.max()) * (unweighted.largest - penalty) + penalty)
@@ -177,19 +174,15 @@ class SampleWeightProblem(SoftmaxProblem):
 
     @property
     def unit(self) -> str:
-        """What a hyperparameter is, in words."""
         return "logit of a weight" if self.parametrization == "sigmoid" else "weight"
 
     def labels(self, features: Sequence[str]) -> list[str]:
-        """Return a name for every hyperparameter."""
         return [f"row {index}" for index in range(self.train.rows)]
 
     def hparams_shape(self) -> tuple[int, ...]:
-        """(rows,)."""
         return (self.train.rows,)
 
     def _rows(self, single: Sequence[BilevelProblem], *data: Split) -> BilevelProblem:
-        """Return members that run one after the other."""
         return RowsProblem(single, "SampleWeightProblem has its closed forms for one problem")
 
     def weights(self, hparams: Tensor) -> Tensor:
@@ -224,7 +217,6 @@ class SampleWeightProblem(SoftmaxProblem):
         return mask
 
     def penalties(self, hparams: Tensor) -> Tensor:
-        """Return the fixed penalty."""
         return self._fixed
 
     def tuned(self, hparams: Tree) -> Tuned:
@@ -244,6 +236,5 @@ class SampleWeightProblem(SoftmaxProblem):
         )
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """Return the penalised weighted training loss, in plain torch."""
         losses = self.glm.value(self.predict(self.train.X, params), self.train.y)
         return self.scale * (self.weights(hparams) * losses).sum() + 0.5 * self.penalty * (params * params).sum()

@@ -90,18 +90,18 @@ def numbered(named: dict[str, Any], like: Any) -> dict[str, Any]:
     Raises:
         ValueError: for one label alone, a label that training has not seen, and strings beside numbers.
     """
-    found = {part: targets(f"y_{part}", y) for part, y in named.items()}
-    words = [part for part, y in found.items() if not isinstance(y, Tensor)]
+    result = {part: targets(f"y_{part}", y) for part, y in named.items()}
+    words = [part for part, y in result.items() if not isinstance(y, Tensor)]
     if not words:
-        return found
-    if len(words) < len(found):
-        numbers = next(part for part in found if part not in words)
+        return result
+    if len(words) < len(result):
+        numbers = next(part for part in result if part not in words)
         raise ValueError(f"y_{words[0]} holds strings, but y_{numbers} numbers: give all labels in one form.")
-    labels = np.unique(found["train"])
+    labels = np.unique(result["train"])
     if len(labels) == 1:
         raise ValueError(f"y_train holds one class only ({str(labels[0])!r}): there is nothing to separate.")
     device = like.device if isinstance(like, Tensor) else None
-    return {part: _indices(part, y, labels).to(device) for part, y in found.items()}
+    return {part: _indices(part, y, labels).to(device) for part, y in result.items()}
 
 
 def _indices(part: str, y: Any, labels: Array) -> Tensor:

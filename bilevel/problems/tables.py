@@ -36,17 +36,17 @@ def features(name: str, X: Any) -> Tensor:
                 "index_col=0, or drop the column."
             )
     if isinstance(X, Tensor):
-        found = X.detach()
+        result = X.detach()
     else:
         array = _array(name, X)
         if array.ndim == 2 and array.dtype.kind not in "fiub":
             array = np.stack([_numbers(name, array[:, i], _called(columns, i)) for i in range(array.shape[1])], axis=1)
-        found = torch.as_tensor(_plain(name, array))
-    if found.is_complex():
-        raise ValueError(f"{name} must hold real numbers, got {found.dtype}.")
-    if not found.is_floating_point():
-        return found.to(torch.float64)
-    return found.float() if found.dtype in HALVES else found
+        result = torch.as_tensor(_plain(name, array))
+    if result.is_complex():
+        raise ValueError(f"{name} must hold real numbers, got {result.dtype}.")
+    if not result.is_floating_point():
+        return result.to(torch.float64)
+    return result.float() if result.dtype in HALVES else result
 
 
 def targets(name: str, y: Any) -> Tensor | Array:
@@ -61,19 +61,19 @@ def targets(name: str, y: Any) -> Tensor | Array:
     """
     refuse_sparse(name, y)
     if isinstance(y, Tensor):
-        found: Tensor | Array = y.detach()
+        result: Tensor | Array = y.detach()
     else:
         array = _array(name, y)
         if array.dtype.kind == "O":
             array = _labels(name, array)
-        found = array.astype(str) if array.dtype.kind in "US" else torch.as_tensor(_plain(name, array))
-    if found.ndim == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if isinstance(found, Tensor):
-        if found.is_complex():
-            raise ValueError(f"{name} must hold real numbers, got {found.dtype}.")
-        return found.long() if found.dtype == torch.bool else found.float() if found.dtype in HALVES else found
-    return found
+        result = array.astype(str) if array.dtype.kind in "US" else torch.as_tensor(_plain(name, array))
+    if result.ndim == 2 and result.shape[1] == 1:
+        result = result[:, 0]
+    if isinstance(result, Tensor):
+        if result.is_complex():
+            raise ValueError(f"{name} must hold real numbers, got {result.dtype}.")
+        return result.long() if result.dtype == torch.bool else result.float() if result.dtype in HALVES else result
+    return result
 
 
 def refuse_sparse(name: str, values: Any) -> None:

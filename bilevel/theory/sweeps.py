@@ -123,19 +123,15 @@ class QuadraticOracle(Oracle):
         return self.values, self.batch.cross(points)
 
     def identity(self) -> Tensor:
-        """Ones."""
         return torch.ones_like(self.values)
 
     def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
-        """Elementwise."""
         return hessian[:, None] * tangents
 
     def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
-        """Elementwise."""
         return cotangent * hessian
 
     def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
-        """Elementwise."""
         return cotangent[:, None] * cross
 
 
@@ -164,11 +160,9 @@ class VmapOracle(Oracle):
         self.jacobian = torch.stack([derivative for _, derivative in known])
 
     def gradient(self, points: Tensor) -> Tensor:
-        """By autograd."""
         return self._gradient(points, self.hparams)
 
     def excess(self, points: Tensor) -> Tensor:
-        """The difference of the losses."""
         return self._loss(points, self.hparams) - self._loss(self.solution, self.hparams)
 
     def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,20 +171,16 @@ class VmapOracle(Oracle):
         return hessian, cross.mT
 
     def identity(self) -> Tensor:
-        """Unit matrices."""
         count, size = self.start.shape
         return torch.eye(size, dtype=self.start.dtype, device=self.start.device).expand(count, size, size)
 
     def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
-        """Rows are tangents and H is symmetric."""
         return tangents @ hessian
 
     def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
-        """Matrix products."""
         return cotangent @ hessian
 
     def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
-        """Matrix products."""
         return cross @ cotangent.mT
 
 

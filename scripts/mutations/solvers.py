@@ -270,14 +270,14 @@ SOLVERS = (
     ),
     Break(
         "safe-sqrt",
-        "bilevel/inner/leafwise.py",
+        "bilevel/inner/elementwise.py",
         "torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)",
         "torch.where(positive, v.sqrt(), 0.0)",
         "test_inner.py test_optimizers.py",
     ),
     Break(
         "leafwise-goes-on",
-        "bilevel/inner/leafwise.py",
+        "bilevel/inner/elementwise.py",
         "steps=0, earlier=state.index)",
         "steps=0, earlier=0)",
         "test_inner.py",

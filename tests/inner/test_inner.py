@@ -217,9 +217,9 @@ def test_warm_start_continues_from_the_iterate_with_what_the_method_remembers(cl
     warm = solver.warm_start(moved, state)
     torch.testing.assert_close(flat(warm.params), flat(state.params), rtol=0, atol=0)
     # Coefficients and tuned options count the steps of the solve; all others go on.
-    anew = issubclass(cls, bl.inner.LinearMultistep | bl.inner.LeafwiseSolver)
+    anew = issubclass(cls, bl.inner.LinearMultistep | bl.inner.ElementwiseSolver)
     assert warm.steps == (0 if anew else state.steps)
-    if issubclass(cls, bl.inner.LeafwiseSolver):
+    if issubclass(cls, bl.inner.ElementwiseSolver):
         assert warm.index == state.index
     if cls in (bl.HeavyBall, bl.Nesterov, bl.Adam, bl.AdamW, bl.SGD, bl.RMSprop):
         torch.testing.assert_close(flat(warm.memory), flat(state.memory), rtol=0, atol=0)

@@ -14,7 +14,7 @@ from helpers import F64, Case, flat, normal, tree_case
 from torch import Tensor, optim
 
 import bilevel as bl
-from bilevel.inner import LeafwiseSolver
+from bilevel.inner import ElementwiseSolver
 from bilevel.oracles.structure import Structure
 
 # Equal to torch's ----------------------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ class Lion(bl.InnerSolver):
 
 
 @dataclass(frozen=True)
-class Adagrad(LeafwiseSolver):
-    """Its step size may be a function of the hyperparameters because it is a `LeafwiseSolver`."""
+class Adagrad(ElementwiseSolver):
+    """Its step size may be a function of the hyperparameters because it is a `ElementwiseSolver`."""
 
     def vectors(self) -> tuple[str, ...]:
         return ("sum",)
@@ -585,3 +585,15 @@ def test_a_wrapped_optimizer_that_stands_still_ends_the_run_above_its_tolerance(
     estimate = bl.hypergradient(case.problem, stubborn, bl.Implicit(), case.hparams, on_failure="return")
     assert estimate.status is bl.Status.INNER_NOT_CONVERGED
     assert estimate.certificate.inner_steps < 100
+
+
+def test_the_old_name_of_elementwise_solvers_forwards():
+    with pytest.warns(DeprecationWarning, match="`LeafwiseSolver` is now `ElementwiseSolver`"):
+        assert bl.inner.LeafwiseSolver is ElementwiseSolver
+
+
+def test_states_of_older_files_are_read():
+    problem, solver = bl.RidgeProblem(torch.eye(3), torch.ones(3), torch.eye(3), torch.ones(3)), bl.QuasiNewton()
+    saved = bl.hypergradient(problem, solver, torch.zeros(3)).carry.state.to_dict()
+    older = {"kept" if name == "cache" else name: value for name, value in saved.items()}
+    assert bl.InnerState.from_dict(older).to_dict() == saved

@@ -29,10 +29,10 @@ def solve(problem: Any, solver: bl.InnerSolver, u: Any, start: Any = None) -> An
 
 def test_a_pair_without_positive_curvature_is_not_kept():
     x, step, raveler = normal(1, 3), normal(2, 3), tree.Raveler(normal(1, 3))
-    for curvature, kept in ((2.0, 1), (0.0, 0), (-2.0, 0)):
+    for curvature, cache in ((2.0, 1), (0.0, 0), (-2.0, 0)):
         gradient = curvature * step
         pairs = kept_pairs((), x + step, x, gradient, torch.zeros(3, dtype=F64), raveler)
-        assert len(pairs) == kept
+        assert len(pairs) == cache
         for s, y, inverse in pairs:
             # Scaled to a step of length one, which leaves the metric that they stand for.
             torch.testing.assert_close(s, step / step.norm())
@@ -179,7 +179,7 @@ def test_a_resumed_run_continues_bit_for_bit_with_its_curvature(factory):
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
     assert second.carry.state is not None
-    assert second.carry.state.kept is not None
+    assert second.carry.state.cache is not None
     assert second.carry.state.point is None
     second.run(4, progress=False)
     assert torch.equal(whole.hparams, second.hparams)
@@ -264,7 +264,7 @@ def test_options_that_cannot_work(options, message):
 
 def test_a_state_has_nothing_kept_unless_a_solver_keeps_it():
     state = InnerState(torch.zeros(2))
-    assert (state.kept, state.point) == (None, None)
+    assert (state.cache, state.point) == (None, None)
 
 
 # Weights of the rows --------------------------------------------------------------------------------------------------

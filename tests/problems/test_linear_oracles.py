@@ -165,25 +165,25 @@ def test_a_kept_preconditioner_takes_the_present_penalties(factory, passes):
     problem = factory()
     at = draw(problem)
     old, new = problem.bind(at.u), problem.bind(at.u + 1.0)
-    kept = old.linearize(at.x).preconditioner(lasting=True).kept
+    cache = old.linearize(at.x).preconditioner(lasting=True).cache
     point = new.linearize(at.x)
     before = passes[0]
-    inverse = point.preconditioner(kept)
+    inverse = point.preconditioner(cache)
     assert (passes[0], new.counts["curvature"], old.counts["curvature"]) == (before, 0, 1)
     if not isinstance(problem, SampleWeightProblem):
         v = at.v.reshape(-1)
         got = inverse.apply(point.dense_hessian() @ v)
         torch.testing.assert_close(got, v, rtol=1e-3, atol=1e-3)
     # Asked for again, it is the same one: it is factored once.
-    assert point.preconditioner(inverse.kept) is inverse
+    assert point.preconditioner(inverse.cache) is inverse
 
 
 def test_a_factor_is_used_again_while_penalties_move_little():
     gram, diagonal = spd(1, 5).float(), torch.ones(5)
     first = factored(gram, diagonal)
-    assert factored(gram, 1.2 * diagonal, first.kept).kept is first.kept
-    moved = factored(gram, 1.3 * diagonal, first.kept)
-    assert moved.kept is not first.kept
+    assert factored(gram, 1.2 * diagonal, first.cache).cache is first.cache
+    moved = factored(gram, 1.3 * diagonal, first.cache)
+    assert moved.cache is not first.cache
     v = normal(2, 5)
     torch.testing.assert_close(moved.apply((gram + torch.diag(1.3 * diagonal)).double() @ v), v, rtol=1e-4, atol=1e-4)
 
@@ -194,9 +194,9 @@ def test_an_indefinite_matrix_is_shifted_or_given_up_never_wrong():
     hopeless = factored(nearly, -torch.ones(3))
     assert hopeless.apply is None
     assert factored(nearly, torch.full((3,), float("nan"))).apply is None
-    assert factored(nearly, -torch.ones(3), hopeless.kept).apply is None
+    assert factored(nearly, -torch.ones(3), hopeless.cache).apply is None
     # What is kept of it is still of use at other penalties.
-    again = factored(nearly, torch.ones(3), hopeless.kept)
+    again = factored(nearly, torch.ones(3), hopeless.cache)
     torch.testing.assert_close(again.apply(torch.ones(3)), torch.full((3,), 0.25), rtol=1e-5, atol=0)
 
 
@@ -224,10 +224,10 @@ def test_a_first_solve_of_softmax_regression_has_the_class_blocks_of_the_hessian
     assert rough.rough
     v = at.v.reshape(-1)
     torch.testing.assert_close(rough.apply(blocks @ v), v, rtol=1e-3, atol=1e-4)
-    again = problem.bind(at.u + 0.1).linearize(at.x).preconditioner(rough.kept)
+    again = problem.bind(at.u + 0.1).linearize(at.x).preconditioner(rough.cache)
     torch.testing.assert_close(again.apply(v), rough.apply(v), rtol=0, atol=0)
     # What is to last is measured in full, whatever was kept before.
-    assert not problem.bind(at.u).linearize(at.x).preconditioner(rough.kept, lasting=True).rough
+    assert not problem.bind(at.u).linearize(at.x).preconditioner(rough.cache, lasting=True).rough
 
 
 def test_the_class_blocks_save_half_of_the_products_of_a_first_solve(monkeypatch):

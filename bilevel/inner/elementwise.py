@@ -28,7 +28,7 @@ FRACTIONS = ("momentum", "alpha", "betas[0]", "betas[1]")
 
 
 @dataclass(frozen=True)
-class LeafwiseSolver(InnerSolver):
+class ElementwiseSolver(InnerSolver):
     """Base of the optimizers of torch: a subclass gives `move`, what one step does to one leaf.
 
     Each of its `options` is a number or a function of the hyperparameters, ``(hparams)`` or ``(hparams, step)``, so
@@ -79,7 +79,6 @@ class LeafwiseSolver(InnerSolver):
         """
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
-        """Start with zeros in the further vectors."""
         self._check_ranges(inner, params)
         return InnerState(params, {name: tree.zeros_like(params) for name in self.vectors()})
 
@@ -91,7 +90,6 @@ class LeafwiseSolver(InnerSolver):
         return replace(state, memory=memory, steps=0, earlier=state.index)
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Take one step."""
         leaves, gradients = tree.leaves(state.params), tree.leaves(inner.grad(state.params))
         options = self.options()
         tuned = {
@@ -112,7 +110,6 @@ class LeafwiseSolver(InnerSolver):
         )
 
     def bias_reason(self, problem: BilevelProblem) -> str:
-        """Name a function among the options, or a weight decay."""
         name = type(self).__name__
         for option, value in self.options().items():
             if callable(value):
