@@ -152,8 +152,8 @@ class Goal:
             way, length = _pick(size > length, other, way), _pick(size > length, size, length)
         self.at, self.length = x, length
         asked = asked & (length > 0) & (length < math.inf)
-        nothing = torch.zeros_like(length) if rows else 0.0
-        indices = indices_of(asked) if rows else []
+        nothing = 0.0 if one else torch.zeros_like(length)
+        indices = [] if one else indices_of(asked)
         if not indices and asked is not True:
             return nothing
         before = self.inner.counts["hvp"]
@@ -162,7 +162,7 @@ class Goal:
         except (ValueError, RuntimeError):
             return nothing
         finally:
-            if rows:
+            if not one:
                 self.inner.counts["hvp"] = before
         for index in indices:
             self.inner.alone[index]["hvp"] += 1
