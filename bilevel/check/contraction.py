@@ -23,16 +23,7 @@ ROUNDS = 100
 
 
 def contraction(subject: Subject, solved: Solved, result: Curvature) -> tuple[Finding, int | None]:
-    """Measure how fast steps that start beside the solution approach it; recommend a step size and a tail.
-
-    Args:
-        subject: the problem.
-        solved: its solution.
-        result: the curvature there.
-
-    Returns:
-        The finding, and the tail that reaches `TARGET`, where a rate was measured.
-    """
+    """Return how fast steps that start beside the solution approach it, and the tail that reaches `TARGET`."""
     name = "contraction"
     if not math.isfinite(result.largest) or result.smallest <= 0:
         return Finding(name, "not applicable", "the solution is no strict minimum, so steps need not contract."), None
@@ -44,16 +35,11 @@ def contraction(subject: Subject, solved: Solved, result: Curvature) -> tuple[Fi
     step_size = _step_size(subject, solved.run.state)
     limit = subject.solver.max_step_size(solved.run.state, L)
     if limit is not None and step_size is not None and step_size > limit * (1 + 1e-6):
-        return (
-            Finding(
-                name,
-                "fault",
-                f"step_size={step_size:.3g} is above the stability limit {limit:.3g} at the solution, so the step map "
-                f"does not contract; {advice}.",
-                step_size,
-            ),
-            None,
+        sentence = (
+            f"step_size={step_size:.3g} is above the stability limit {limit:.3g} at the solution, so the step map "
+            f"does not contract; {advice}."
         )
+        return Finding(name, "fault", sentence, step_size), None
     # The solution is known to this distance; closer than that there is nothing to measure.
     blur = 100 * (solved.residual / l + subject.eps * float(tree.norm(solved.params)))
     rates = [_rate(subject, solved, tree.scale(size, result.ends), blur) for size in (1e-2, 1e-3)]

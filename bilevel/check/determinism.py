@@ -22,24 +22,20 @@ def determinism(subject: Subject) -> Finding:
     """Call both losses twice, with calls elsewhere in between: the bits must be the same."""
     first = evaluation(subject)
     subject.values(subject.away[0], subject.hparams)
+    return still_the_same(first, subject)
+
+
+def still_the_same(first: list[Tensor], subject: Subject) -> Finding:
+    """Judge whether the losses still give the bits that they gave first."""
     difference = _apart(first, evaluation(subject))
-    if difference > 0:
-        return Finding("determinism", "fault", _cause(difference), difference)
-    return Finding("determinism", "ok", "two calls with the same arguments give the same bits.", 0.0)
-
-
-def still_the_same(first: list[Tensor], subject: Subject) -> Finding | None:
-    """Return a fault if the losses no longer give the bits that they gave before all other checks."""
-    difference = _apart(first, evaluation(subject))
-    return None if difference == 0 else Finding("determinism", "fault", _cause(difference), difference)
-
-
-def _cause(difference: float) -> str:
-    return (
+    if not difference > 0:
+        return Finding("determinism", "ok", "two calls with the same arguments give the same bits.", 0.0)
+    sentence = (
         f"the same call gives other numbers (relative difference {difference:.1e}): a loss depends on a state that "
         "moves from call to call (a counter, a running statistic, a cache); make it a function of params and hparams "
         "alone."
     )
+    return Finding("determinism", "fault", sentence, difference)
 
 
 def _apart(first: list[Tensor], second: list[Tensor]) -> float:

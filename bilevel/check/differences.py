@@ -19,17 +19,9 @@ HALVINGS = 30
 
 
 def derivative(function: Callable[[float], float], first: float = FIRST, levels: int = LEVELS) -> tuple[float, float]:
-    """Return the derivative at zero of a function of one number, and how far it can be trusted.
+    """Return the derivative of a function of one number at zero, and its uncertainty: infinite where all is NaN.
 
-    Steps at which the function is not finite are left out.
-
-    Args:
-        function: t -> value.
-        first: the largest step.
-        levels: the most steps.
-
-    Returns:
-        (derivative, uncertainty); infinite uncertainty where nothing could be evaluated.
+    `first` is the largest step, `levels` the most steps; those at which the function is not finite are left out.
 
     >>> value, uncertainty = derivative(math.exp)
     >>> abs(value - 1) < 1e-10, uncertainty < 1e-9
@@ -58,16 +50,10 @@ def derivative(function: Callable[[float], float], first: float = FIRST, levels:
 
 
 def largest_jump(function: Callable[[float], tuple[float, float]]) -> tuple[float, float]:
-    """Return the largest jump on [0, 1] of a function that comes with its slope, and the largest of its values.
+    """Return the largest jump on [0, 1] of a function t -> (value, slope), and the largest of its values.
 
     A piece whose values differ by what the integral of the slope does not explain is halved again and again: at a jump
-    the difference stays, at a kink or a steep slope it vanishes.
-
-    Args:
-        function: t -> (value, slope).
-
-    Returns:
-        (jump, size); zero where a value is not finite.
+    the difference stays, at a kink or a steep slope it vanishes. Where a value is not finite, the jump is zero.
 
     >>> round(largest_jump(lambda t: (t**2 + (t > 0.7), 2 * t))[0], 6)
     1.0

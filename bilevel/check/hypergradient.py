@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.base import Estimate, HypergradEstimator, InnerSolver, describe
 from bilevel.check.problem import examine
-from bilevel.check.report import Finding, findings_table, summary
+from bilevel.check.report import Finding, ProblemReport
 from bilevel.check.second import component_labels
 from bilevel.core import tree
 from bilevel.core.status import Verdict
@@ -73,11 +73,9 @@ def check_hypergradient(
 
     Central differences see the map that the solver computes: they check a full unroll at any number of steps, and an
     implicit or truncated estimate where the inner solver has converged. The closed form is the derivative of the exact
-    solution. An estimator that agrees with one of them is implemented rightly; the text says how far the other is,
-    which is what more inner steps would remove. Cost: two inner solves for each hyperparameter.
-
-    The problem itself is examined, too, as by `check_problem` without its own estimators: losses whose derivatives are
-    wrong would mislead the estimator and its referee alike.
+    solution. To agree with one of them is enough; more inner steps would remove the distance to the other. The problem
+    is examined, too, as by `check_problem`: losses whose derivatives are wrong mislead estimator and referee alike.
+    Cost: two inner solves for each hyperparameter.
 
     Args:
         problem: the problem.
@@ -105,9 +103,9 @@ def check_hypergradient(
             f"`check_hypergradient` takes one problem, got a batch of {problem.batch}: check batch.member(i)."
         )
     findings = examine(problem, solver, hparams, params, judge_estimators=False)
+    examined = ProblemReport(findings)
     if findings[-1].verdict == "not applicable" and findings[0].verdict == "fault":
-        text = f"{findings_table(findings)}\n\n{summary(findings)}"
-        return CheckReport(False, [], {}, "", rtol or 0.0, None, text, findings)
+        return CheckReport(False, [], {}, "", rtol or 0.0, None, str(examined), findings)
     dtype = tree.leaves(hparams)[0].dtype
     allowed = rtol if rtol is not None else (1e-4 if dtype == torch.float64 else 1e-2)
     estimate = hypergradient(problem, solver, estimator, hparams, params, on_failure="return")
@@ -121,14 +119,12 @@ def check_hypergradient(
     labels = component_labels(hparams)
     errors, worst = _errors(ours, referees, labels)
     agrees = estimate.status.usable and referee.status.usable and min(errors.values()) <= allowed
-    columns = [ours, *referees.values()]
-    rows = [Row(label, *map(float, values)) for label, *values in zip(labels, *columns, strict=True)]
+    rows = [Row(label, *map(float, values)) for label, *values in zip(labels, ours, *referees.values(), strict=True)]
     title = f"{describe(solver)} with {describe(estimator)}"
     text = _text(agrees, rows, errors, worst, allowed, title, estimate.verdict)
-    faults = [finding for finding in findings if finding.verdict == "fault"]
-    if faults:
-        text += f"\n\n{findings_table(findings)}\n\n{summary(findings)}"
-    return CheckReport(agrees and not faults, rows, errors, worst, allowed, estimate, text, findings)
+    if examined.faults:
+        text += f"\n\n{examined}"
+    return CheckReport(agrees and examined.ok, rows, errors, worst, allowed, estimate, text, findings)
 
 
 def _errors(ours: Tensor, referees: dict[str, Tensor], labels: Sequence[str]) -> tuple[dict[str, float], str]:
@@ -158,8 +154,7 @@ def _text(
     far = [name for name, error in errors.items() if error > rtol]
     outcome = f"is OFF, most at {worst}" if not ok else f"agrees, though not with {far[0]}" if far else "agrees"
     if ok and far:
-        more += (
-            "\nthe solver's own map is differentiated rightly; more inner steps would bring it to the exact solution"
-        )
+        more += "\nthe solver's own map is differentiated rightly; "
+        more += "more inner steps would bring it to the exact solution"
     status = "" if verdict.status.ok else f"\nstatus: {verdict}"
     return f"{title} {outcome}: relative error {result} (allowed {rtol:.0e})\n{table}{more}{status}"

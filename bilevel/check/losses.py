@@ -38,23 +38,19 @@ def inputs(subject: Subject) -> Finding:
         if tensor.is_floating_point() and (tensor.dtype, tensor.device) != (like.dtype, like.device)
     ]
     if odd:
-        return Finding(
-            "inputs",
-            "note",
+        sentence = (
             f"{odd[0]}, but params are {like.dtype} on {like.device}: torch converts or refuses at every call; "
-            f"move it once{_others(odd)}.",
-            len(odd),
+            f"move it once{_others(odd)}."
         )
+        return Finding("inputs", "note", sentence, len(odd))
     for name, leaf in zip(tree.names(subject.hparams), tree.leaves(subject.hparams), strict=True):
         largest = float(leaf.abs().max())
         if largest > 30:
-            return Finding(
-                "inputs",
-                "note",
+            sentence = (
                 f"`hparams{name}` holds a number as large as {largest:.3g}: as a logarithm that is beyond what the "
-                "dtype resolves, and as it stands it needs large steps: change the scale.",
-                largest,
+                "dtype resolves, and as it stands it needs large steps: change the scale."
             )
+            return Finding("inputs", "note", sentence, largest)
     return Finding("inputs", "ok", "trees, shapes, dtypes, devices and values fit.")
 
 
@@ -96,13 +92,11 @@ def gradients(subject: Subject, which: str) -> Finding:
                     worst, where = error, f"`{what}{leaf}` {place}"
     if worst <= subject.tolerance():
         return Finding(name, "ok", "agrees with differences of the loss's values.", worst)
-    return Finding(
-        name,
-        "fault",
+    sentence = (
         f"the gradient of the {which} loss by {where} differs from differences of its values by {worst:.1e}: a "
-        "hand-written backward is wrong, a part is detached or turned into a number, or the dtype cancels digits.",
-        worst,
+        "hand-written backward is wrong, a part is detached or turned into a number, or the dtype cancels digits."
     )
+    return Finding(name, "fault", sentence, worst)
 
 
 def _partial_gradients(subject: Subject, which: str, params: Tree) -> list[tuple[str, Tree, Tree]]:
@@ -152,14 +146,7 @@ def only_leaf(values: Tree, position: int) -> Tree:
 def relative_error(claimed: float, measured: float, uncertainty: float, floor: float) -> float:
     """Return how far a claimed derivative is from a measured one, relative to the larger of them and to a floor.
 
-    Args:
-        claimed: the derivative that is checked.
-        measured: the derivative by differences.
-        uncertainty: how far `measured` can be trusted.
-        floor: a size below which differences do not count.
-
-    Returns:
-        The error; zero where the measurement decides nothing.
+    The error is zero where the uncertainty of the measurement is too large to decide.
     """
     size = max(abs(claimed), abs(measured), floor)
     if not math.isfinite(claimed):
@@ -174,26 +161,22 @@ def jumps(subject: Subject) -> Finding:
     for which in ("inner", "outer"):
         if which == "inner" and subject.problem.optimality is not None:
             continue
-        for what, a, b in (
-            ("params", subject.start, subject.away[0]),
-            ("hparams", subject.hparams, subject.away[1]),
-        ):
-            jump, size = largest_jump(_segment(subject, which, what, a, b))
+        for what in ("params", "hparams"):
+            jump, size = largest_jump(_segment(subject, which, what))
             if jump > JUMP * size:
-                return Finding(
-                    "jumps",
-                    "fault",
+                sentence = (
                     f"the {which} loss jumps by {jump:.2g} as {what} move (rounding, argmax, a comparison, a count), "
-                    "and its derivative does not see that: use a smooth stand-in, such as a sigmoid or softmax.",
-                    jump,
+                    "and its derivative does not see that: use a smooth stand-in, such as a sigmoid or softmax."
                 )
+                return Finding("jumps", "fault", sentence, jump)
     return Finding("jumps", "ok", "both losses are continuous along random segments.", 0.0)
 
 
-def _segment(subject: Subject, which: str, what: str, a: Tree, b: Tree) -> Callable[[float], tuple[float, float]]:
-    """Return t -> (loss, slope) on the way from a to b of one argument."""
-    loss = subject.loss(which)
-    a, b, start, hparams = (subject.widened(each) for each in (a, b, subject.start, subject.hparams))
+def _segment(subject: Subject, which: str, what: str) -> Callable[[float], tuple[float, float]]:
+    """Return t -> (loss, slope) on the way from the start to the point beside it, of one argument."""
+    loss, index = subject.loss(which), ("params", "hparams").index(what)
+    start, hparams, b = (subject.widened(each) for each in (subject.start, subject.hparams, subject.away[index]))
+    a = (start, hparams)[index]
     chord = tree.add(b, a, -1.0)
 
     def function(t: float) -> tuple[float, float]:
@@ -209,15 +192,7 @@ def _segment(subject: Subject, which: str, what: str, a: Tree, b: Tree) -> Calla
 
 
 def kinks(subject: Subject, reached: Tree) -> Finding:
-    """Search the inner gradient for jumps on the way from the start to where the inner solver ended.
-
-    Args:
-        subject: the problem.
-        reached: the params that the inner solver returned.
-
-    Returns:
-        The finding; a kink that a run crosses is worth knowing, and no fault.
-    """
+    """Search the inner gradient for jumps on the way from the start to where the inner solver ended: never a fault."""
     x, chord = subject.start, tree.add(reached, subject.start, -1.0)
 
     def gradient(t: float) -> Tree:
@@ -237,14 +212,12 @@ def kinks(subject: Subject, reached: Tree) -> Finding:
         (a, at_a, b, at_b) = (a, at_a, middle, at_middle) if left > right else (middle, at_middle, b, at_b)
     if not result > KINK * size:
         return Finding("kinks", "ok", "the inner gradient is continuous from the start to the end of the run.", result)
-    return Finding(
-        "kinks",
-        "note",
+    sentence = (
         f"the inner loss has a kink on the way of the run: the inner gradient jumps there by {result:.2g}, beside its "
         f"norm {size:.2g} at the start; derivatives see no kink, so a solution at one needs a proximal step "
-        "(`BilevelProblem.from_fixed_point`) or a smooth stand-in.",
-        result,
+        "(`BilevelProblem.from_fixed_point`) or a smooth stand-in."
     )
+    return Finding("kinks", "note", sentence, result)
 
 
 def precision(subject: Subject) -> Finding:
@@ -265,10 +238,8 @@ def precision(subject: Subject) -> Finding:
     allowed = 2e3 * subject.eps
     if worst <= allowed:
         return Finding("precision", "ok", f"the inner gradient in {subject.dtype} agrees with float64.", worst)
-    return Finding(
-        "precision",
-        "fault",
+    sentence = (
         f"the inner gradient in {subject.dtype} is off by {worst:.1e} from the same operations in float64 "
-        "(cancellation): use float64, center the data, or write it with logsumexp, log1p, expm1 and the like.",
-        worst,
+        "(cancellation): use float64, center the data, or write it with logsumexp, log1p, expm1 and the like."
     )
+    return Finding("precision", "fault", sentence, worst)

@@ -103,8 +103,7 @@ def examine(
     # Differences of whole inner runs say nothing where the losses themselves have lost their digits.
     findings += _of_second_order(subject, judge_estimators and precise.verdict != "fault")
     # A state that moves slowly shows after some hundred calls.
-    moved = determinism.still_the_same(first, subject)
-    return findings if moved is None else [findings[0], moved, *findings[2:]]
+    return [findings[0], determinism.still_the_same(first, subject), *findings[2:]]
 
 
 def _of_second_order(subject: Subject, judge_estimators: bool) -> list[Finding]:
@@ -118,11 +117,8 @@ def _of_second_order(subject: Subject, judge_estimators: bool) -> list[Finding]:
     if solved is None:
         influence = _guarded("influence", second.influence, subject, None)
         return [*findings, finding, influence, _skipped("the inner solver fails")]
-    findings += [
-        solved.finding,
-        _guarded("kinks", solution.kinks, subject, solved),
-        _guarded("influence", second.influence, subject, solved.params),
-    ]
+    findings += [solved.finding, _guarded("kinks", solution.kinks, subject, solved)]
+    findings.append(_guarded("influence", second.influence, subject, solved.params))
     return findings + _at_the_solution(subject, solved, judge_estimators)
 
 
@@ -137,9 +133,10 @@ def _at_the_solution(subject: Subject, solved: solution.Solved, judge_estimators
     findings = [_guarded("curvature", solution.definiteness, subject, solved, result)]
     measured, finding = _attempt("contraction", contraction, subject, solved, result)
     findings.append(finding if measured is None else measured[0])
-    if findings[0].verdict == "fault" or not solved.run.verdict.status.usable:
-        why = "there is no strict minimum" if findings[0].verdict == "fault" else "the inner solver fails"
-        return [*findings, _skipped(why)]
+    if findings[0].verdict == "fault":
+        return [*findings, _skipped("there is no strict minimum")]
+    if not solved.run.verdict.status.usable:
+        return [*findings, _skipped("the inner solver fails")]
     if not judge_estimators:
         return findings
     tail = None if measured is None else measured[1]

@@ -54,13 +54,11 @@ def second_derivatives(subject: Subject) -> Finding:
     # In single precision differences of a gradient are differences of rounded numbers.
     if worst <= 10 * subject.tolerance():
         return Finding("second derivatives", "ok", "agree with differences of the inner gradient.", worst)
-    return Finding(
-        "second derivatives",
-        "fault",
+    sentence = (
         f"the derivative of the inner gradient by {where} differs from differences of that gradient by {worst:.1e}: "
-        "a backward is not differentiable itself (detached, `ctx` values, numpy), or a hyperparameter is detached.",
-        worst,
+        "a backward is not differentiable itself (detached, `ctx` values, numpy), or a hyperparameter is detached."
     )
+    return Finding("second derivatives", "fault", sentence, worst)
 
 
 def _endless(subject: Subject) -> str:
@@ -106,28 +104,18 @@ def symmetry(subject: Subject) -> Finding:
             worst = max(worst, apart / size if size > 0 else 0.0)
     if worst <= max(1e-9, 1e3 * subject.eps):
         return Finding("symmetry", "ok", "<H v, w> = <v, H w>.", worst)
-    return Finding(
-        "symmetry",
-        "fault",
+    sentence = (
         f"the Hessian of the inner loss is not symmetric (relative difference {worst:.1e}), so what is called its "
-        "gradient is the gradient of nothing: correct the backward, or state the map as `optimality=` and use GMRES.",
-        worst,
+        "gradient is the gradient of nothing: correct the backward, or state the map as `optimality=` and use GMRES."
     )
+    return Finding("symmetry", "fault", sentence, worst)
 
 
 # Influence ---------------------------------------------------------------------------------------------------------
 
 
 def influence(subject: Subject, solution: Tree | None) -> Finding:
-    """Look at which components of the hyperparameters move the inner gradient, here and beside here.
-
-    Args:
-        subject: the problem.
-        solution: the inner solution, where there is one.
-
-    Returns:
-        The finding.
-    """
+    """Look at which hyperparameters move the inner gradient: here, beside here, and at the solution if there is one."""
     raveler = tree.Raveler(subject.hparams)
     places = [(params, u) for _, params in subject.points() for u in (subject.hparams, subject.away[1])]
     if solution is not None:
@@ -143,32 +131,26 @@ def influence(subject: Subject, solution: Tree | None) -> Finding:
         return _silent(subject, silent)
     if bool((largest == 0).any()):
         tuned = [int(index) for index in torch.nonzero(largest == 0)[:, 0]]
-        return Finding(
-            "influence",
-            "note",
+        sentence = (
             f"{component_names(subject.hparams, tuned)} moves the steps of the inner solver, not the inner gradient: "
-            "only estimators that differentiate the steps see it, such as FullUnroll.",
-            len(tuned),
+            "only estimators that differentiate the steps see it, such as FullUnroll."
         )
+        return Finding("influence", "note", sentence, len(tuned))
     if solution is not None and bool((sizes[-1] == 0).any()):
         idle = [int(index) for index in torch.nonzero(sizes[-1] == 0)[:, 0]]
-        return Finding(
-            "influence",
-            "note",
+        sentence = (
             f"{component_names(subject.hparams, idle)} moves the inner gradient elsewhere, but not at the solution: "
-            "its hypergradient there is what the outer loss says directly.",
-            len(idle),
+            "its hypergradient there is what the outer loss says directly."
         )
+        return Finding("influence", "note", sentence, len(idle))
     ratio = float(largest.min() / largest.max())
     if ratio < 1e-8:
         weakest = component_names(subject.hparams, [int(largest.argmin())])
-        return Finding(
-            "influence",
-            "note",
+        sentence = (
             f"{weakest} moves the inner gradient {1 / ratio:.0e} times less than the strongest: rescale the "
-            "hyperparameters, such as by logarithms.",
-            ratio,
+            "hyperparameters, such as by logarithms."
         )
+        return Finding("influence", "note", sentence, ratio)
     return Finding("influence", "ok", "every hyperparameter moves the inner gradient.", ratio)
 
 
@@ -196,13 +178,11 @@ def _silent(subject: Subject, silent: list[int]) -> Finding:
             "inner solution"
         )
     else:
-        return Finding(
-            "influence",
-            "note",
+        sentence = (
             f"{component_names(subject.hparams, silent)} has no influence on the inner problem, and acts through the "
-            "outer loss alone: its hypergradient needs no inner derivative.",
-            len(silent),
+            "outer loss alone: its hypergradient needs no inner derivative."
         )
+        return Finding("influence", "note", sentence, len(silent))
     result = detached or nothing or outer
     return Finding("influence", "fault", f"{component_names(subject.hparams, result)} {verb}.", len(result))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.base import Carry
 from bilevel.check.losses import kinks as kinks_between
-from bilevel.check.report import Finding
+from bilevel.check.report import Finding, Judgement
 from bilevel.check.subject import Subject
 from bilevel.core import tree
 from bilevel.core.options import default_tolerance
@@ -68,18 +68,14 @@ def solve(subject: Subject) -> Solved:
     first = float(tree.norm(inner.grad(subject.start)))
     given, solver = subject.given.bind(subject.hparams), subject.given.augmented(subject.solver)
     run = run_inner(given, solver, begin(given, solver, subject.given_start, Carry()))
-    status = run.verdict.status
+    status, sentence = run.verdict.status, str(run.verdict)
     reached = subject.given.trainable(solver.params(run.state))
     params, residual = _polished(subject, reached if status.usable else subject.start)
-    if not status.usable:
-        finding = Finding("inner solve", "fault", str(run.verdict), run.residual, status)
-    elif not status.ok:
-        finding = Finding("inner solve", "note", str(run.verdict), run.residual, status)
-    else:
-        sentence = (
-            f"{type(subject.solver).__name__} took {run.steps} steps; the inner gradient norm fell from {first:.2g}."
-        )
-        finding = Finding("inner solve", "ok", sentence, run.residual)
+    if status.ok:
+        name = type(subject.solver).__name__
+        sentence = f"{name} took {run.steps} steps; the inner gradient norm fell from {first:.2g}."
+    judgement: Judgement = "ok" if status.ok else "note" if status.usable else "fault"
+    finding = Finding("inner solve", judgement, sentence, run.residual, status)
     scale = max(first, float(tree.norm(inner.grad(subject.away[0]))))
     if not residual <= max(1e3 * default_tolerance(subject.dtype), 1e-5 * scale):
         params = None
@@ -175,40 +171,32 @@ def definiteness(subject: Subject, solved: Solved, result: Curvature) -> Finding
         return Finding(name, "fault", _negative(subject, low, high), low)
     if low <= flat:
         if result.flat > 1e-6:
-            return Finding(
-                name,
-                "fault",
+            sentence = (
                 f"the inner Hessian is singular at the solution (eigenvalues from {low:.1e} to {high:.2g}), and "
                 f"{result.flat:.0%} of the outer gradient lies in flat directions: the inner solution is not unique; "
-                "add a penalty, or `Implicit(damping=...)`.",
-                low,
+                "add a penalty, or `Implicit(damping=...)`."
             )
-        return Finding(
-            name,
-            "note",
+            return Finding(name, "fault", sentence, low)
+        sentence = (
             f"the inner Hessian is singular to rounding at the solution (eigenvalues from {low:.1e} to {high:.2g}), in "
-            "directions that the outer loss does not see.",
-            low,
+            "directions that the outer loss does not see."
         )
+        return Finding(name, "note", sentence, low)
     if subject.problem.symmetric and solved.run.verdict.status.usable:
         there = curvature(subject, solved.reached)
         if there.smallest < -1e-8 * abs(there.largest):
-            return Finding(
-                name,
-                "note",
+            sentence = (
                 "positive definite at the solution, but at the last inner iterate the Hessian has the eigenvalue "
-                f"{there.smallest:.2g}: take more inner steps before Implicit, or unroll.",
-                there.smallest,
+                f"{there.smallest:.2g}: take more inner steps before Implicit, or unroll."
             )
+            return Finding(name, "note", sentence, there.smallest)
     condition = high / low
     if condition > 1e8:
-        return Finding(
-            name,
-            "note",
+        sentence = (
             f"the inner Hessian is nearly singular (condition number {condition:.1e}): linear solves and unrolls need "
-            "very many steps; add a penalty.",
-            condition,
+            "very many steps; add a penalty."
         )
+        return Finding(name, "note", sentence, condition)
     what = "spectrum" if subject.problem.symmetric else "real parts of the eigenvalues"
     return Finding(
         name, "ok", f"{what} in [{low:.3g}, {high:.3g}] at the solution, condition number {condition:.3g}.", low
@@ -221,20 +209,16 @@ def no_solution(subject: Subject, solved: Solved) -> Finding:
     result = curvature(subject, solved.reached if usable else subject.start)
     if result.smallest < -1e-8 * abs(result.largest):
         where = "at the last inner iterate" if usable else "at the start"
-        return Finding(
-            "curvature",
-            "fault",
+        sentence = (
             f"the inner Hessian has the eigenvalue {result.smallest:.3g} {where} (negative curvature; the largest is "
-            f"{result.largest:.3g}) and no minimum was found: add a penalty or a damping above {-result.smallest:.2g}.",
-            result.smallest,
+            f"{result.largest:.3g}) and no minimum was found: add a penalty or a damping above {-result.smallest:.2g}."
         )
-    return Finding(
-        "curvature",
-        "note",
+        return Finding("curvature", "fault", sentence, result.smallest)
+    sentence = (
         f"no inner solution was found (the gradient norm stays at {solved.residual:.1e}), so implicit differentiation "
-        "does not apply: take more inner steps, add a penalty, or unroll.",
-        solved.residual,
+        "does not apply: take more inner steps, add a penalty, or unroll."
     )
+    return Finding("curvature", "note", sentence, solved.residual)
 
 
 def _negative(subject: Subject, low: float, high: float) -> str:

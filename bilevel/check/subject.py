@@ -53,8 +53,7 @@ class Subject:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of params and hparams."""
-        dtype: torch.dtype = tree.leaves(self.start)[0].dtype
-        return dtype
+        return tree.leaves(self.start)[0].dtype
 
     @property
     def eps(self) -> float:
@@ -83,19 +82,18 @@ class Subject:
     @cached_property
     def away(self) -> tuple[Tree, Tree]:
         """A random (params, hparams) beside the start at which both losses are finite."""
-        return (self._moved(0, self.start, self.hparams), self._moved(1, self.start, self.hparams))
+        return self._moved(0), self._moved(1)
 
-    def _moved(self, which: int, params: Tree, hparams: Tree) -> Tree:
+    def _moved(self, which: int) -> Tree:
         """Move one of the two by normal numbers, halved until the losses are finite."""
-        moving = (params, hparams)[which]
-        step, size = self.normal(moving, 100 + which), 1.0
-        for _ in range(HALVINGS):
-            moved = tree.add(moving, step, size)
-            values = self.values(moved, hparams) if which == 0 else self.values(params, moved)
-            if all(bool(torch.isfinite(value).all()) for value in values):
-                return moved
-            size /= 2
-        return moving
+        here = [self.start, self.hparams]
+        step = self.normal(here[which], 100 + which)
+        for halving in range(HALVINGS):
+            there = [*here]
+            there[which] = tree.add(here[which], step, 0.5**halving)
+            if all(bool(torch.isfinite(value).all()) for value in self.values(*there)):
+                return there[which]
+        return here[which]
 
     def points(self) -> Iterator[tuple[str, Tree]]:
         """The params at which derivatives are looked at."""
