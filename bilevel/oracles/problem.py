@@ -26,13 +26,9 @@ from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.losses import Loss, Losses, Purity
 from bilevel.oracles.samplers import Sampler, fetched_anew
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
-from bilevel.oracles.structure import Structure, declared
+from bilevel.oracles.structure import QuadraticForm, Structure, declared
 from bilevel.oracles.tracing import TracedInner, trace
-from bilevel.oracles.validation import (
-    Reads,
-    check_losses,
-    check_tensors,
-)
+from bilevel.oracles.validation import Reads, check_losses, check_tensors
 
 Solver = TypeVar("Solver")
 
@@ -220,6 +216,10 @@ class BilevelProblem(Losses):
         A problem that has one should compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then
         take d numbers of work for each hyperparameter vector.
         """
+        return None
+
+    def quadratic_form(self, hparams: Tree) -> QuadraticForm | None:
+        """Return the coefficients of a quadratic inner loss of one tensor, where they are known; None by default."""
         return None
 
     def certifiable(self) -> Certifiable | None:

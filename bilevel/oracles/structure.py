@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from bilevel.core.deprecated import with_old_names
 
@@ -24,6 +26,22 @@ class Structure:
     quadratic: bool = False
     unique_solution: bool = True
     resampled: bool = False
+
+
+class QuadraticForm(NamedTuple):
+    """The inner loss ``1/2 x' H x + b' x`` at fixed hyperparameters, with the derivatives of H and b.
+
+    Attributes:
+        hessian: H, of shape (d, d).
+        linear: b, of shape (d,).
+        hessian_derivatives: dH/du_j, of shape (p, d, d), or their diagonals, (p, d), where they have nothing else.
+        linear_derivatives: db/du_j, of shape (p, d).
+    """
+
+    hessian: Tensor
+    linear: Tensor
+    hessian_derivatives: Tensor
+    linear_derivatives: Tensor
 
 
 RENAMED = {"quadratic": "quadratic", "one_solution": "unique_solution", "renewed": "resampled"}

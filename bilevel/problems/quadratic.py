@@ -17,7 +17,7 @@ from bilevel.oracles.batching import check_own_data, stacked_trees
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
-from bilevel.oracles.structure import Structure
+from bilevel.oracles.structure import QuadraticForm, Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 
@@ -189,6 +189,9 @@ class QuadraticProblem(BilevelProblem):
             return hessian, self.linear + torch.einsum("bp,bpi->bi", hparams, self.linear_directions)
         hessian = self.hessian + torch.tensordot(hparams, self.hessian_directions, 1)
         return hessian, self.linear + hparams @ self.linear_directions
+
+    def quadratic_form(self, hparams: Tensor) -> QuadraticForm:
+        return QuadraticForm(*self.coefficients(hparams), self.hessian_directions, self.linear_directions)
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of H_0, computed once, where every H_j is a multiple of the identity, else None."""

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import Structure
+from bilevel.oracles.structure import QuadraticForm, Structure
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
@@ -175,6 +176,14 @@ class RidgeProblem(LinearModelProblem):
         residuals = torch.addmv(y, X.t(), params, beta=-1.0)
         scaled = residuals / self.val.rows
         return 0.5 * torch.dot(residuals, scaled), torch.mv(X, scaled), torch.zeros_like(hparams)
+
+    def quadratic_form(self, hparams: Tensor) -> QuadraticForm:
+        u, shape = hparams.detach(), self.params_shape()
+        penalties, flat = self.penalties(u).expand(shape), tree.Raveler(u)
+        units = torch.eye(flat.size, dtype=u.dtype, device=u.device)
+        slopes = torch.stack([self.spread(flat.unravel(row)).expand(shape) for row in units])
+        slopes = slopes * penalties if self.parametrization == "log" else slopes
+        return QuadraticForm(self.gram + torch.diag(penalties), -self.moment, slopes, torch.zeros_like(slopes))
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of the Gram matrix, computed once.

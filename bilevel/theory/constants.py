@@ -13,7 +13,6 @@ all but rho proportional to h. Norms of derivatives are Frobenius norms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from bilevel.core import tree
 from bilevel.core.options import is_int, is_positive
 from bilevel.core.tree import Tree
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.problems import QuadraticProblem, RidgeProblem
 from bilevel.theory.checks import demand
 
 
@@ -70,6 +68,7 @@ def contraction_constants(
     Raises:
         ValueError: for other problems, or a map that does not contract.
 
+    >>> from bilevel import QuadraticProblem
     >>> problem = QuadraticProblem(
     ...     hessian=torch.diag(torch.tensor([1.0, 3.0])), linear=torch.ones(2), hessian_directions=torch.eye(2)[None]
     ... )
@@ -77,21 +76,14 @@ def contraction_constants(
     >>> constants.rho, constants.C
     (0.5, 0.5)
     """
-    hparams = hparams.detach()
-    if isinstance(problem, QuadraticProblem):
-        squares = (problem.hessian_directions @ problem.hessian_directions).sum(0)
-        solution = problem.solve(hparams)
-    elif isinstance(problem, RidgeProblem):
-        inner: Any = problem.bind(hparams)
-        solution = problem.solve(hparams)
-        squares = torch.diag(inner.slope.square().expand_as(solution))
-    else:
+    form = problem.quadratic_form(hparams.detach())
+    if form is None:
         raise ValueError(
             "`contraction_constants.problem` must be a QuadraticProblem or RidgeProblem, got "
             f"{type(problem).__name__}: use `estimate_constants` for others."
         )
-    point = problem.bind(hparams).linearize(solution)
-    hessian = point.dense_hessian()
+    hessian, linear, directions, linear_directions = form
+    solution = -torch.linalg.solve(hessian, linear)
     spectrum = torch.linalg.eigvalsh(hessian)
     l, L = float(spectrum[0]), float(spectrum[-1])
     first = problem.params if start is None else start
@@ -103,10 +95,12 @@ def contraction_constants(
             f"gradient descent with step_size={h:.3g} does not contract on a spectrum of [{l:.3g}, {L:.3g}]: "
             f"rho={rho:.3g}."
         )
-    cross = torch.stack([point.jvp(torch.zeros_like(solution), direction) for direction in _units(hparams)], -1)
+    diagonal = directions.dim() == 2
+    cross = (directions * solution if diagonal else directions @ solution) + linear_directions
+    squares = torch.diag(directions.square().sum(0)) if diagonal else (directions @ directions).sum(0)
     lipschitz = float(torch.linalg.eigvalsh(squares)[-1].clamp(min=0).sqrt())
     e0 = float((first - solution).norm())
-    d0 = float(torch.linalg.solve(hessian, cross).norm())
+    d0 = float(torch.linalg.solve(hessian, cross.mT).norm())
     largest = h * (float(cross.norm()) + lipschitz * e0)
     return Constants(rho, 0.0, h * lipschitz, largest, h * lipschitz, e0, d0)
 
@@ -153,7 +147,7 @@ def estimate_constants(problem: BilevelProblem, solver: InnerSolver, hparams: Tr
     Raises:
         ValueError: if `steps` is too small.
 
-    >>> from bilevel import GradientDescent
+    >>> from bilevel import GradientDescent, QuadraticProblem
     >>> problem = QuadraticProblem.random(3, 1, condition=4.0, seed=0)
     >>> u = torch.zeros(1, dtype=torch.float64)
     >>> exact, measured = contraction_constants(problem, u), estimate_constants(problem, GradientDescent(0.3), u, 60)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState
-from bilevel.core.options import is_int
+from bilevel.core.options import describe, is_int
 from bilevel.core.tree import Tree
-from bilevel.inner import Coefficients, LinearMultistep
+from bilevel.inner import Coefficients
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems import QuadraticProblem
@@ -156,14 +156,16 @@ def error_curves(
     tails = tuple(tails)
     _check_tails(tails, steps)
     begins = (0, *(steps - tail for tail in tails))
-    if isinstance(problem, QuadraticBatch):
+    if isinstance(problem, QuadraticBatch):  # stacked quadratics are no problem
         given: Any = solver
         solvers: list[InnerSolver] = list(given) if isinstance(given, list | tuple) else [given] * len(problem.start)
         if len(solvers) != len(problem.start):
             raise ValueError(f"{len(problem.start)} stacked problems got {len(solvers)} solvers.")
+        if odd := [describe(each) for each in solvers if not each.traits.multistep]:
+            raise ValueError(f"stacked quadratics are run by linear multistep solvers alone, got {odd[0]}.")
         return _quadratic(problem, solvers, _bound(problem, solvers), steps, tails, begins)
     problems, solvers, hparams_list, starts, single = _broadcast(problem, solver, hparams, params)
-    linear = all(isinstance(each, LinearMultistep) for each in solvers)
+    linear = all(each.traits.multistep for each in solvers)
     inners = [each.bind(u) for each, u in zip(problems, hparams_list, strict=True)]
     batch = QuadraticBatch.stack(problems, hparams_list, starts) if linear else None
     if batch is not None:
@@ -285,7 +287,7 @@ def _first(curves: ErrorCurves) -> ErrorCurves:
 
 def _bound(batch: QuadraticBatch, solvers: Sequence[Any]) -> list[InnerProblem]:
     """Return the bound problems that "auto" options are measured from; without such options one serves all."""
-    count = len(solvers) if any(getattr(each, "automatic", True) for each in solvers) else 1
+    count = len(solvers) if any(each.automatic for each in solvers) else 1
     parts = (batch.hessian, batch.linear, batch.hessian_derivatives, batch.linear_derivatives)
     bound: list[InnerProblem] = [
         QuadraticProblem(hessian, linear, directions, derivatives).bind(linear.new_zeros(len(derivatives)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.base import InnerState, describe
+from bilevel.base import InnerSolver, InnerState, describe
 from bilevel.core.options import is_int
 from bilevel.inner import Chebyshev, LinearMultistep, Sobolev
 from bilevel.numerics import polynomials
@@ -49,7 +49,7 @@ def residual_polynomial(method: LinearMultistep, t: int, lam: Any) -> tuple[Arra
 
 def residual_polynomials(function: str, method: LinearMultistep, t: int, lam: Any) -> Iterator[tuple[Array, Array]]:
     """Yield (P_0, P_0'), ..., (P_t, P_t') at eigenvalues; see `residual_polynomial`. `function` is who asks."""
-    if not isinstance(method, LinearMultistep):
+    if not isinstance(method, InnerSolver) or not method.traits.multistep:
         raise ValueError(f"`{function}.method` must be a linear multistep solver, got {method!r}.")
     if method.automatic:
         raise ValueError(f"`{function}.method` must have numbers in place of 'auto', got {describe(method)}.")

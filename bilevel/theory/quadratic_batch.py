@@ -14,10 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.problems import QuadraticProblem, RidgeProblem
 
 COMMUTES = 1e-13
 """Off-diagonal entries of ``Q' dH Q`` below this multiple of the largest entry are rounding."""
@@ -77,11 +75,15 @@ class QuadraticBatch:
         Returns:
             The batch; None where a problem is not known to be quadratic, or their sizes differ.
         """
-        parts = [_parts(*each) for each in zip(problems, hparams, starts, strict=True)]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts) or len({tuple(part[2].shape) for part in known}) > 1:
+        forms = [problem.quadratic_form(u) for problem, u in zip(problems, hparams, strict=True)]
+        known = [form for form in forms if form is not None]
+        if len(known) < len(forms) or len({tuple(form.linear_derivatives.shape) for form in known}) > 1:
             return None
-        return cls(*(torch.stack(field) for field in zip(*known, strict=True)))
+        parts = [
+            (H, b, dH if dH.dim() == 3 else torch.diag_embed(dH), db, start)
+            for (H, b, dH, db), start in zip(known, starts, strict=True)
+        ]
+        return cls(*(torch.stack(field) for field in zip(*parts, strict=True)))
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
@@ -136,24 +138,3 @@ class QuadraticBatch:
         if directions.dim() == 3:
             return directions.square().sum(1).amax(-1).sqrt()
         return torch.linalg.eigvalsh((directions.mT @ directions).sum(1))[:, -1].clamp(min=0).sqrt()
-
-
-def _parts(problem: BilevelProblem, hparams: Tree, start: Tree) -> tuple[Tensor, ...] | None:
-    """Return H, b, dH, db and x_0 of a problem that is known to be quadratic, else None."""
-    if isinstance(problem, QuadraticProblem):
-        hessian, linear = problem.coefficients(hparams)
-        return hessian, linear, problem.hessian_directions, problem.linear_directions, start
-    if isinstance(problem, RidgeProblem):
-        u = hparams.detach()
-        penalties = problem.penalties(u).expand(problem.params_shape())
-        hessian = problem.gram + torch.diag(penalties)
-        flat = tree.Raveler(u)
-        identity = torch.eye(flat.size, dtype=u.dtype, device=u.device)
-        slopes = [
-            problem.spread(flat.unravel(row)).expand(problem.params_shape())
-            * (penalties if problem.parametrization == "log" else 1.0)
-            for row in identity
-        ]
-        directions = torch.stack([torch.diag(slope) for slope in slopes])
-        return hessian, -problem.moment, directions, hessian.new_zeros(flat.size, len(hessian)), start
-    return None
