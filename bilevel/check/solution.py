@@ -19,6 +19,7 @@ from bilevel.engine.judge import InnerRun
 from bilevel.engine.kinks import kinked
 from bilevel.engine.loop import begin, run_inner
 from bilevel.inner import QuasiNewton
+from bilevel.inner.newton import newton_to_rounding
 from bilevel.numerics.lanczos import lanczos
 
 MAX_DENSE = 300
@@ -103,29 +104,10 @@ def _polished(subject: Subject, params: Tree) -> tuple[Tree, float]:
         # At the rounding floor the last search may fail; the state is still the best one.
         result = solver.params(run.state)
     else:
-        result = _newton(subject, params)
+        small = tree.size(params) <= MAX_DENSE
+        result = newton_to_rounding(inner, params)[0] if small else params
     after = float(tree.norm(inner.grad(result)))
     return (result, after) if after <= before or not math.isfinite(before) else (params, before)
-
-
-def _newton(subject: Subject, params: Tree) -> Tree:
-    """Take undamped Newton steps on a small optimality map."""
-    if tree.size(params) > MAX_DENSE:
-        return params
-    inner, raveler = subject.problem.bind(subject.hparams), tree.Raveler(params)
-    best, least = params, math.inf
-    for _ in range(20):
-        gradient = inner.grad(params)
-        length = float(tree.norm(gradient))
-        if not length < least:
-            break
-        best, least = params, length
-        # Row i of `dense_hessian` is J' e_i, so that it is the Jacobian itself.
-        step, info = torch.linalg.solve_ex(inner.linearize(params).dense_hessian(), raveler.ravel(gradient))
-        if bool(info):
-            break
-        params = raveler.unravel(raveler.ravel(params) - step)
-    return best
 
 
 # Curvature -----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver
+from bilevel.base import InnerState
 from bilevel.data.sources import read_bundled
-from bilevel.inner import GradientDescent, HeavyBall, Nesterov
+from bilevel.inner import GradientDescent, HeavyBall, LinearMultistep, Nesterov
+from bilevel.inner.newton import newton_to_rounding
 from bilevel.problems import LogisticProblem, RidgeProblem
 
 FAMILIES = ("M", "ridge", "logistic", "ill-conditioned")
@@ -46,7 +47,7 @@ class LinearLogistic(_LinearOuter, LogisticProblem):
 
 
 Problem = LinearRidge | LinearLogistic
-MakeSolver = Callable[[float, float], InnerSolver]
+MakeSolver = Callable[[float, float], LinearMultistep]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Draw:
     group: str
     setting: str
     problem: Problem
-    solver: InnerSolver
+    solver: LinearMultistep
     hparams: Tensor
     start: Tensor
     solution: Tensor
@@ -89,20 +90,26 @@ class Draw:
     @property
     def quadratic(self) -> bool:
         """Whether the inner loss is quadratic."""
-        return isinstance(self.problem, LinearRidge)
+        return self.problem.structure.quadratic
 
     @property
     def step(self) -> tuple[float, float]:
-        """Step size and momentum."""
-        return float(getattr(self.solver, "step_size", 0.0)), float(getattr(self.solver, "momentum", 0.0))
+        """Step size and momentum, as the numbers of a step tell them."""
+        numbers = self.solver.coefficients(InnerState(None))
+        return -numbers.write[0], -numbers.mix[0][1] if len(numbers.mix) > 1 else 0.0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether momentum moves the point where the gradient is taken (Nesterov's method)."""
+        return self.solver.coefficients(InnerState(None)).read[0] != 1.0
 
     @cached_property
     def rate(self) -> float:
         """Spectral radius of the inner map at the solution."""
         h, m = self.step
         decay = 1 - h * torch.linalg.eigvalsh(self.hessian)
-        heavy = isinstance(self.solver, HeavyBall)
-        first, second = (m + decay, torch.full_like(decay, -m)) if heavy else ((1 + m) * decay, -m * decay)
+        ahead = self.looks_ahead
+        first, second = ((1 + m) * decay, -m * decay) if ahead else (m + decay, torch.full_like(decay, -m))
         rows = torch.stack([first, second, torch.ones_like(first), torch.zeros_like(first)], -1)
         return float(torch.linalg.eigvals(rows.reshape(-1, 2, 2)).abs().max())
 
@@ -145,16 +152,9 @@ def _normal(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
-def _newton(problem: Problem, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inner solution and the Hessian there."""
-    inner = problem.bind(u)
-    x = torch.zeros(problem.params_shape(), dtype=torch.float64)
-    for _ in range(60):
-        step = torch.linalg.solve(inner.linearize(x).dense_hessian(), inner.grad(x))
-        x = x - step
-        if float(step.norm()) <= 1e-15 * float(x.norm()):
-            break
-    return x, inner.linearize(x).dense_hessian()
+def _solution(problem: Problem, u: Tensor) -> Tensor:
+    solution: Tensor = newton_to_rounding(problem.bind(u), u.new_zeros(problem.params_shape()))[0]
+    return solution
 
 
 def _drawn(
@@ -162,18 +162,18 @@ def _drawn(
 ) -> Draw:
     """Solve, and give the solver the ends of the spectrum at the solution."""
     problem.v = v
-    x, hessian = _newton(problem, u)
+    x = _solution(problem, u)
+    hessian = problem.bind(u).linearize(x).dense_hessian()
     values = torch.linalg.eigvalsh(hessian)
     # Away from its solution, logistic regression may be steeper.
-    quadratic = isinstance(problem, LinearRidge)
-    largest = float(values[-1]) if quadratic else problem.bind(u).curvature(start).largest
+    largest = float(values[-1]) if problem.structure.quadratic else problem.bind(u).curvature(start).largest
     return Draw(*names, problem, make(float(values[0]), largest), u, start, x, hessian)
 
 
 def _method(kind: str, steps: int) -> MakeSolver:
     """Return a maker of the solver from the ends of the spectrum."""
 
-    def make(low: float, high: float) -> InnerSolver:
+    def make(low: float, high: float) -> LinearMultistep:
         root = math.sqrt(low / high)
         momentum = (1 - root) / (1 + root)
         if kind == "Nesterov":
@@ -219,7 +219,7 @@ def _tabular(kind: str, name: str, steps: int, seeds: Sequence[int], index: int)
                     problem = family(X[rows], y[rows], X[rows], y[rows], "per_feature")
                     u = math.log(strength) + 0.5 * _normal(g, size)
                     near = u + 0.1 * _normal(g, size)
-                    start = _newton(problem, near)[0] if warm else _normal(g, size)
+                    start = _solution(problem, near) if warm else _normal(g, size)
                     group = f"{'warm' if warm else 'cold'} {'GD' if method == '1/L' else method}"
                     names = kind, group, f"{name}, penalty {strength:g}, seed {seed}"
                     yield _drawn(names, problem, _method(method, steps), u, start, _normal(g, size))

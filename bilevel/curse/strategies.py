@@ -18,7 +18,6 @@ from bilevel.core.cost import Meter
 from bilevel.curse.draws import Draw
 from bilevel.engine.extrapolation import OMEGA as WEIGHT
 from bilevel.hypergrad import Implicit, TruncatedUnroll, hypergradient
-from bilevel.inner import GradientDescent, HeavyBall
 from bilevel.linear import CG
 from bilevel.theory import optimal_truncation
 
@@ -37,12 +36,12 @@ def fixed_tails(draw: Draw, steps: int) -> Tensor:
     is used, so that the oracle is independent of it.
     """
     h, m = draw.step
-    heavy = isinstance(draw.solver, HeavyBall)
+    ahead = draw.looks_ahead
     inner: Any = draw.problem.bind(draw.hparams)
     x, previous, points = draw.start, draw.start, []
     for _ in range(steps + OMEGA * (steps - 1)):
         look = x + m * (x - previous)
-        points.append(x if heavy else look)
+        points.append(look if ahead else x)
         x, previous = look - h * inner.grad(points[-1]), x
     states = torch.stack(points, 1)
     last = steps + OMEGA * torch.arange(steps) - 1
@@ -56,10 +55,10 @@ def fixed_tails(draw: Draw, steps: int) -> Tensor:
         g = -h * first
         total[:, :active] += inner.slope[:, None] * at * g
         pulled = _hessian_times(draw, at, g)
-        if heavy:
-            first, second = (1 + m) * first + pulled + second, -m * first
-        else:
+        if ahead:
             first, second = (1 + m) * (first + pulled) + second, -m * (first + pulled)
+        else:
+            first, second = (1 + m) * first + pulled + second, -m * first
     return draw.error(total)
 
 
@@ -86,8 +85,8 @@ def estimators(draw: Draw, steps: int) -> dict[str, HypergradEstimator]:
     """Return the estimators that the library runs with a budget of their own."""
     budget = (1 + OMEGA) * steps
     result: dict[str, HypergradEstimator] = {AUTO: TruncatedUnroll("auto", budget=budget)}
-    # Refused there: ripples.
-    if not isinstance(draw.solver, HeavyBall):
+    # Refused there.
+    if not draw.solver.traits.oscillates:
         result[EXTRAPOLATED] = TruncatedUnroll("auto", budget=budget, extrapolate=True)
     result[BALANCED] = Implicit(balance="auto", budget=budget)
     return result
@@ -119,7 +118,7 @@ def measure(draw: Draw, steps: int) -> dict[str, Any]:
     row: dict[str, Any] = {"family": draw.family, "group": draw.group, "setting": draw.setting, "rho": rho}
     row |= {"sK": -steps * math.log(min(rho, 1.0)), "oracle": float(tails.min()), "oracle N": int(tails.argmin())}
     row |= {FULL: float(tails[0]), EIGHTH: float(tails[steps // 8])}
-    if draw.quadratic and isinstance(draw.solver, GradientDescent):
+    if draw.quadratic and not draw.step[1]:
         n = bound_tail(draw, steps)
         row |= {BOUND: float(tails[n]), f"{BOUND}: N": n}
     row[HALVES], row[f"{HALVES}: cost"] = half_and_half(draw, steps)

@@ -174,3 +174,36 @@ class Newton(InnerSolver):
     ) -> list[Variables]:
         """Refuse: forward mode through a Newton step is not offered."""
         raise ValueError("forward mode does not cover Newton: use FullUnroll(mode='reverse') or Implicit.")
+
+
+def newton_to_rounding(inner: InnerProblem, params: Tree, steps: int = 100) -> tuple[Tree, float]:
+    """Find a zero of the inner gradient by dense Newton steps, down to where rounding stops them.
+
+    For referees of small problems: unlike `Newton` it has no tolerance. A step is halved while the norm of the gradient
+    does not fall; the systems are solved by LU, so that an optimality map may have any regular Jacobian.
+
+    Args:
+        inner: the bound problem.
+        params: where to start.
+        steps: most steps.
+
+    Returns:
+        The best params, with the norm of the inner gradient there.
+    """
+    raveler = tree.Raveler(params)
+    x, gradient = raveler.ravel(params), raveler.ravel(inner.grad(params))
+    least = torch.linalg.vector_norm(gradient)
+    for _ in range(steps):
+        # Row i of `dense_hessian` is J' e_i, so that it is the Jacobian itself.
+        step, info = torch.linalg.solve_ex(inner.linearize(raveler.unravel(x)).dense_hessian(), gradient)
+        t = 1.0
+        while not bool(info) and t > 1e-8:
+            trial = x - t * step
+            there = raveler.ravel(inner.grad(raveler.unravel(trial)))
+            if bool((length := torch.linalg.vector_norm(there)) < least):
+                break
+            t /= 2
+        else:
+            break
+        x, gradient, least = trial, there, length
+    return raveler.unravel(x), float(least)

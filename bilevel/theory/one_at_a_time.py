@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel.base import InnerSolver, InnerState, Variables
 from bilevel.core import tree
 from bilevel.core.tree import Tree
+from bilevel.inner.newton import newton_to_rounding
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 
@@ -94,7 +95,7 @@ def reference(problem: BilevelProblem, hparams: Tree, start: Tree) -> tuple[Tens
     Args:
         problem: the problem.
         hparams: its hyperparameters.
-        start: where Newton's method starts; a damped step is taken while the residual does not fall.
+        start: where Newton's method starts.
 
     Returns:
         (x*, dx*/du).
@@ -104,28 +105,14 @@ def reference(problem: BilevelProblem, hparams: Tree, start: Tree) -> tuple[Tens
     """
     inner = problem.bind(hparams)
     flat, outside = tree.Raveler(start), tree.Raveler(hparams)
-    x = flat.ravel(start)
-    residual = flat.ravel(inner.grad(flat.unravel(x)))
-    first, best = torch.linalg.vector_norm(residual), torch.linalg.vector_norm(residual)
-    for _ in range(100):
-        step = torch.linalg.solve(inner.linearize(flat.unravel(x)).dense_hessian(), residual)
-        size = 1.0
-        while size > 1e-8:
-            trial = x - size * step
-            residual_there = flat.ravel(inner.grad(flat.unravel(trial)))
-            if bool(torch.linalg.vector_norm(residual_there) < best):
-                break
-            size /= 2
-        else:
-            break
-        x, residual, best = trial, residual_there, torch.linalg.vector_norm(residual_there)
-    eps = torch.finfo(x.dtype).eps
-    if not bool(best <= eps**0.5 * first.clamp(min=eps)):
+    first = max(float(tree.norm(inner.grad(start))), eps := torch.finfo(tree.leaves(start)[0].dtype).eps)
+    params, residual = newton_to_rounding(inner, start)
+    if not residual <= eps**0.5 * first:
         raise ValueError(
-            f"the inner solution was not found: Newton's method stopped at a residual of {float(best):.2e}; "
+            f"the inner solution was not found: Newton's method stopped at a residual of {residual:.2e}; "
             "error curves need a start from which it converges."
         )
-    point = inner.linearize(flat.unravel(x))
+    point, x = inner.linearize(params), flat.ravel(params)
     identity = torch.eye(flat.size, dtype=x.dtype, device=x.device)
     cross = torch.stack([outside.ravel(point.cross(flat.unravel(row))) for row in identity])
     return x, -torch.linalg.solve(point.dense_hessian(), cross).mT
