@@ -71,7 +71,7 @@ ESTIMATORS = (
     Break(
         "closed-form-judge",
         "bilevel/hypergrad/closed_form.py",
-        "if residual > found.limit:",
+        "if residual > result.limit:",
         "if residual != residual:",
         "test_spectral.py test_auto.py",
     ),
@@ -141,8 +141,8 @@ ESTIMATORS = (
     Break(
         "failed-carry",
         "bilevel/hypergrad/hypergradient.py",
-        "following = found.carry(solver) if found.verdict.status.usable else carry",
-        "following = found.carry(solver)",
+        "following = result.carry(solver) if result.verdict.status.usable else carry",
+        "following = result.carry(solver)",
         "test_on_failure.py::test_return_is_silent_and_leaves_nan_with_its_verdict",
     ),
     Break(

@@ -64,7 +64,7 @@ INPUTS = (
     Break(
         "decay-broadcast",
         "bilevel/networks/weight_decay.py",
-        "(bent * w * g).sum_to_size(u.shape)",
+        "(product * w * g).sum_to_size(u.shape)",
         "(w * g).sum_to_size(u.shape)",
         "test_decay.py",
     ),

@@ -9,7 +9,7 @@ SOLVERS = (
     Break(
         "cg-residual-recursive",
         "bilevel/linear/cg.py",
-        "residual, *scales = look.numbers([torch.linalg.vector_norm(each) / size for each in asked])",
+        "residual, *scales = to_floats([torch.linalg.vector_norm(each) / size for each in asked])",
         "scales, residual = [], run.residual / float(size)",
         "test_linear.py",
     ),
@@ -334,8 +334,8 @@ SOLVERS = (
     Break(
         "quasi-newton-keeps-stale-curvature",
         "bilevel/inner/quasi_newton.py",
-        "if slow and not _reached(inner, found.gradient):",
-        "if False and not _reached(inner, found.gradient):",
+        "if slow and not _reached(inner, result.gradient):",
+        "if False and not _reached(inner, result.gradient):",
         "test_quasi_newton.py",
     ),
     Break(

@@ -86,7 +86,7 @@ VERDICTS = (
     Break(
         "derivatives-at-a-kink",
         "bilevel/engine/derivatives.py",
-        "if max(apart, *(each.bend for each in last)) > SHARE * gap:",
+        "if max(apart, *(each.curvature for each in last)) > SHARE * gap:",
         "if gap == 0:",
         "test_evidence.py::test_a_kink_near_or_at_the_point_is_no_wrong_derivative",
     ),
