@@ -47,25 +47,14 @@ class DataProblem(BilevelProblem):
 
     @classmethod
     def from_data(cls, dataset: Dataset, **options: Any) -> Self:
-        """Return the problem of a data set.
-
-        Args:
-            dataset: from `bilevel.data.load`.
-            options: of the constructor.
-        """
+        """Return the problem of a data set from `bilevel.data.load`; options are the constructor's."""
         return cls(**{name: getattr(dataset, name) for name in cls.from_dataset}, **options)
 
     def take_splits(self, X_train: Any, y_train: Any, X_val: Any, y_val: Any, X_test: Any, y_test: Any) -> None:
-        """Keep the parts of the data.
+        """Keep the parts of the data; inputs have the shape (rows, features), targets (rows,) or (rows, 1).
 
-        Args:
-            X_train: training inputs of shape (rows, features): a tensor, an array, nested lists or a DataFrame. Half
-                precision becomes float32, other numbers that are not floating float64.
-            y_train: training targets of shape (rows,) or (rows, 1); labels of a classification may be strings.
-            X_val: validation inputs.
-            y_val: validation targets.
-            X_test: test inputs, or None.
-            y_test: test targets, or None.
+        Inputs are a tensor, an array, nested lists or a DataFrame: half precision becomes float32, other numbers that
+        are not floating float64. Labels of a classification may be strings. Test data may be None.
 
         Raises:
             ValueError: in one sentence, for what is no data and for parts that do not fit each other, such as tables
@@ -98,33 +87,17 @@ class DataProblem(BilevelProblem):
         return parts if self.test is None else parts | {"test": self.test}
 
     def refuse_options(self, unknown: Mapping[str, Any]) -> None:
-        """Refuse options that this problem does not have.
-
-        Args:
-            unknown: what the constructor was given besides its options.
-
-        Raises:
-            ValueError: with what to do in place of the first.
-        """
+        """Refuse options that this problem does not have, with what to do in place of the first."""
         for name in unknown:
             remedy = ABSENT.get(name, "its options are in help(bilevel.problems." + type(self).__name__ + ")")
             raise ValueError(f"`{name}` is no option of {type(self).__name__}: {remedy}.")
 
     def row_losses(self, params: Tree, split: Split) -> Tensor | None:
-        """Return the loss of every row of a split, whose mean is the outer loss; None where a problem does not say.
-
-        Args:
-            params: the inner solution.
-            split: the part of the data.
-        """
+        """Return the loss of every row of a split, whose mean is the outer loss; None where a problem does not say."""
         return None
 
     def constant_loss(self, split: Split) -> float | None:
-        """Return the mean loss of a split under the best constant prediction of the training rows; None if not known.
-
-        Args:
-            split: the part of the data.
-        """
+        """Return the mean loss of a split under the best constant prediction of the training rows, or None."""
         return None
 
     def remark(self, params: Tree, hparams: Tree) -> str:

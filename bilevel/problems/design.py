@@ -19,14 +19,10 @@ Part = TypeVar("Part")
 
 
 class Design:
-    """Feature-major inputs, of shape (features, rows), as blocks of columns that are views of them.
+    """Feature-major inputs, of shape ([batch,] features, rows), as blocks of columns that are views of them.
 
-    Large inputs in main memory are split; torch works without Python's lock, so `threads.workers` threads sweep them at
-    once. The blocks depend on the shape alone and their results are joined in their order, so that the number of
-    workers changes no bit of a result.
-
-    Args:
-        X: inputs of shape (features, rows), or of problems side by side (batch, features, rows).
+    Large inputs in main memory are split, and `threads.workers` threads sweep the blocks at once. The blocks depend on
+    the shape alone and their results are joined in their order: the number of workers changes no bit of a result.
 
     >>> design = Design(torch.eye(2))
     >>> design.total(lambda block, X, rows: X.sum(1))

@@ -17,18 +17,8 @@ class HuberProblem(LinearModelProblem):
     with ``h(r) = r^2 / 2`` up to the width and ``width |r| - width^2 / 2`` beyond. The curvature jumps where a residual
     is the width exactly: there the hypergradient has two sides, and near it an error is an estimate.
 
-    Args:
-        X_train: training inputs, shape (rows, features).
-        y_train: training targets, shape (rows,).
-        X_val: validation inputs, for the outer loss.
-        y_val: validation targets.
-        penalty: "scalar" or "per_feature".
-        width: up to which residuals count in squares, in units of the targets.
-        X_test: test inputs, for `metrics` alone.
-        y_test: test targets.
-        loss: "mean" or "sum" over the training rows.
-        parametrization: "log" or "direct".
-        unknown: nothing: an option of another name is refused.
+    Options are those of `LinearModelProblem`, and `width`: up to which residuals count in squares, in units of the
+    targets.
 
     >>> import torch
     >>> X, y = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.5, 9.0], dtype=torch.float64)

@@ -165,20 +165,10 @@ class LinearModelProblem(DataProblem):
         return list(features) if self.penalty == "per_feature" else classes
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
-        """Return `size` members that share these data, with the closed forms on a leading dimension.
-
-        Args:
-            size: number of members.
-            data: not taken.
-
-        Raises:
-            ValueError: for a size that is no positive int, and for `data`.
-        """
         check_own_data(self, size, data)
         return self._rows([self] * size)
 
     def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
-        """Return such problems as one batch, their data stacked: see `bilevel.stack`."""
         check_equal(problems, ("penalty", "loss", "parametrization", "glm"))
         stacked_trees("the inner variable", [problem.params for problem in problems])
         # The test data are looked at by each member's own `metrics`, so they need no equal shapes.
@@ -217,12 +207,10 @@ class LinearModelProblem(DataProblem):
         return lanczos(lambda v: X @ (X.t() @ v), X[:, 0], steps=60, rtol=1e-6).largest
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """Return the penalised training loss, in plain torch."""
         loss = self.scale * self.glm.value(self.predict(self.train.X, params), self.train.y).sum()
         return loss + 0.5 * (self.penalties(hparams) * params * params).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """Return the mean validation loss, of a batch of shape (batch,), in plain torch."""
         return self.glm.value(self.predict(self.val.X, params), self.val.y).sum(-1) / self.val.rows
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
@@ -270,7 +258,6 @@ class LinearModelProblem(DataProblem):
         return self.glm.value(self.predict(split.X, params), split.y)
 
     def constant_loss(self, split: Split) -> float | None:
-        """Return the mean loss of a split under the best constant prediction of the training rows."""
         z = self.glm.constant_prediction(self.train.y)
         if z is None:
             return None
@@ -288,11 +275,6 @@ class LinearModelProblem(DataProblem):
         return figures
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
-        """Look at shapes, dtype and device.
-
-        Raises:
-            ValueError: in one sentence.
-        """
         if self.batch is not None:
             batches.check(self, params, hparams)
             return self.check_range(hparams)
@@ -308,11 +290,7 @@ class LinearModelProblem(DataProblem):
         look(self, params, hparams)  # a subclass may have losses of its own
 
     def refuse_no_penalty(self, hparams: Tree) -> None:
-        """Refuse the logarithm of a zero penalty, which has no derivative.
-
-        Raises:
-            ValueError: in one sentence.
-        """
+        """Refuse the logarithm of a zero penalty, which has no derivative."""
         known = isinstance(hparams, Tensor) and not hparams.is_meta
         if known and self.parametrization == "log" and bool((hparams == -math.inf).any()):
             raise ValueError(
@@ -321,11 +299,7 @@ class LinearModelProblem(DataProblem):
             )
 
     def check_range(self, hparams: Tensor) -> None:
-        """Refuse negative penalties (in another family, what its hyperparameters are).
-
-        Raises:
-            ValueError: in one sentence.
-        """
+        """Refuse negative penalties (in another family, what its hyperparameters are)."""
         if self.parametrization == "direct" and bool((hparams < 0).any()):
             raise ValueError(
                 f"a {self.unit} is negative ({float(hparams.min()):.3g}): declare a positive constraint, "

@@ -104,13 +104,11 @@ class LinearModelPoint(PenalisedPoint):
 
     @cached_property
     def gradient(self) -> Tensor:
-        """The inner gradient; autograd does not record it."""
         with torch.no_grad():
             return torch.addcmul(self.data_gradient, self.inner.penalty, self.params)
 
     @cached_property
     def value(self) -> Tensor:
-        """The inner loss, a 0-d tensor."""
         with torch.no_grad():
             problem = self.inner.problem
             losses = [self.loss(z, rows) for z, rows in zip(self.predictions, problem.design.rows, strict=True)]
@@ -183,21 +181,13 @@ class LinearModelPoint(PenalisedPoint):
         )
 
     def dense_hessian(self) -> Tensor:
-        """Return ``c X' D X + diag(pen)`` over the flattened weights."""
         return self.data_hessian() + torch.diag_embed(self.inner.flat_penalty)
 
     def preconditioner(self, cache: Tree = None, lasting: bool = False) -> Preconditioner:
-        """Return the inverse of ``c X' D X + diag(pen)``, for up to 2,000 weights, in float32.
+        """Return the inverse of ``c X' D X + diag(pen)``, for up to 2,000 weights, in float32; else the identity.
 
         What is kept is ``c X' D X`` at some earlier params; the present penalties are added before it is factored.
-
-        Args:
-            cache: of an earlier preconditioner.
-            lasting: without it, nothing is measured that costs more than the products that it would save.
-
-        Returns:
-            A preconditioner; the identity for more weights, where even the shifted matrix cannot be factored, and for
-            problems side by side.
+        Unless it is to last, nothing is measured that costs more than the products that it would save.
         """
         if self.inner.problem.batch is not None:
             return Preconditioner()
@@ -247,14 +237,7 @@ class LinearModelPoint(PenalisedPoint):
 
 
 def gram(loss: GLMLoss, X: Tensor, curvature: Tensor, outputs: int | None) -> Tensor:
-    """Return ``X' D X`` over the flattened weights, in the dtype of X; of several outputs, a block for each pair.
-
-    Args:
-        loss: the loss.
-        X: inputs of shape (..., features, rows).
-        curvature: what `GLMLoss.curvature` returned for their predictions.
-        outputs: predictions for each row; None for one.
-    """
+    """Return ``X' D X`` over the flattened weights, in the dtype of X; of several outputs, a block for each pair."""
     if outputs is None:
         return (X * curvature.to(X.dtype).unsqueeze(-2)) @ X.mT
     shape, features = curvature.shape[:-2], X.shape[-2]

@@ -12,20 +12,7 @@ class LogisticProblem(LinearModelProblem):
         inner   c sum_i log(1 + exp(-y_i x_i'w)) + 1/2 sum_j pen_j w_j^2,   c = 1/n (loss="mean") or 1 (loss="sum")
         outer   1/m sum_i log(1 + exp(-y_i x_i'w)) over the validation rows
 
-    y holds two labels (0/1, -1/+1, ...); the larger one counts as +1. Hyperparameters: u of shape () for
-    penalty="scalar", (features,) for "per_feature"; ``pen = exp(u)``, or u itself with parametrization="direct".
-    There is no intercept: add a column of ones, which is penalised as the others are.
-
-    Args:
-        X_train: training inputs, shape (rows, features).
-        y_train: training labels, shape (rows,).
-        X_val: validation inputs, for the outer loss.
-        y_val: validation labels.
-        penalty: "scalar" or "per_feature".
-        X_test: test inputs, for `metrics` alone.
-        y_test: test labels.
-        loss: "mean" or "sum" over the training rows.
-        parametrization: "log" or "direct".
+    y holds two labels (0/1, -1/+1, ...); the larger one counts as +1. Options are those of `LinearModelProblem`.
 
     >>> import torch
     >>> X = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64)

@@ -18,7 +18,6 @@ from torch.nn.functional import softplus
 
 from bilevel.core.options import is_positive, require
 from bilevel.oracles.error_model import LossConstants
-from bilevel.problems.scores import accuracy, r_squared
 from bilevel.problems.splits import Split, class_labels, signs, training_classes
 
 Targets = Mapping[str, Tensor]
@@ -100,26 +99,22 @@ class Squared(GLMLoss):
     quadratic = True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """``1/2 (z - y)^2``."""
         return 0.5 * (z - y).square()
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
-        """``z - y``."""
         return z - y
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.ones_like(z)
 
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
-        """``dz``."""
         return dz
 
     def constant_prediction(self, y: Tensor) -> Tensor:
         return y.mean()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """Return the coefficient of determination R^2; NaN for constant targets."""
-        return {"r2": r_squared(z, y)}
+        return {"r2": _r_squared(z, y)}
 
 
 class Logistic(GLMLoss):
@@ -135,15 +130,12 @@ class Logistic(GLMLoss):
     constants = LossConstants(curvature=0.25, concordance=1.0, third=1.0 / (6.0 * math.sqrt(3.0)), slope=0.25)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """``log(1 + exp(-y z))``."""
         return softplus(-y * z)
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
-        """``-y sigma(-y z)``."""
         return -y * torch.sigmoid(-y * z)
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
-        """``sigma(z) sigma(-z)``."""
         return torch.sigmoid(z) * torch.sigmoid(-z)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
@@ -153,7 +145,7 @@ class Logistic(GLMLoss):
         return torch.logit((y > 0).to(y.dtype).mean())
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"accuracy": accuracy(z, y)}
+        return {"accuracy": _accuracy(z, y)}
 
 
 class Softmax(GLMLoss):
@@ -170,11 +162,9 @@ class Softmax(GLMLoss):
     constants = LossConstants(curvature=0.5, concordance=1.0, third=1.0 / (2.0 * math.sqrt(2.0)), slope=0.25)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """``logsumexp(z) - z[y]``."""
         return torch.logsumexp(z, -2) - z.gather(-2, _index(z, y)).squeeze(-2)
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
-        """``softmax(z) - onehot(y)``."""
         label = _index(z, y)
         return torch.softmax(z, -2).scatter_add(-2, label, z.new_full((), -1.0).expand_as(label))
 
@@ -219,23 +209,15 @@ class Poisson(GLMLoss):
     """
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """``exp(z) - y z + y log y - y``."""
         return z.exp() - y * z + (torch.xlogy(y, y) - y)
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
-        """``exp(z) - y``."""
         return z.exp() - y
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
-        """``exp(z)``."""
         return z.exp()
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
-        """Return the targets as floating numbers.
-
-        Raises:
-            ValueError: for negative ones, and where all of training are zero.
-        """
         for name, split in splits.items():
             if bool((split.y < 0).any()):
                 row = int((split.y < 0).nonzero()[0])
@@ -262,9 +244,6 @@ class Huber(GLMLoss):
 
     The curvature jumps from one to zero at the width: no bound of errors is proved, they are estimated.
 
-    Args:
-        width: in units of the targets.
-
     >>> Huber(1.0).value(torch.tensor([0.5, 3.0]), torch.zeros(2))
     tensor([0.1250, 2.5000])
     """
@@ -288,8 +267,7 @@ class Huber(GLMLoss):
         return ((z - y).abs() <= self.width).to(z.dtype)
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """Return the coefficient of determination R^2; NaN for constant targets."""
-        return {"r2": r_squared(z, y)}
+        return {"r2": _r_squared(z, y)}
 
 
 class SquaredHinge(GLMLoss):
@@ -304,11 +282,9 @@ class SquaredHinge(GLMLoss):
     max_curvature = 1.0
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """``1/2 max(0, 1 - y z)^2``."""
         return 0.5 * (1.0 - y * z).relu().square()
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
-        """``-y max(0, 1 - y z)``."""
         return -y * (1.0 - y * z).relu()
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
@@ -321,9 +297,20 @@ class SquaredHinge(GLMLoss):
         return y.mean()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"accuracy": accuracy(z, y)}
+        return {"accuracy": _accuracy(z, y)}
 
 
 def _index(z: Tensor, y: Tensor) -> Tensor:
     """Return labels in a shape that gathers from predictions of shape (..., classes, rows)."""
     return y[None] if z.dim() == 2 else y.expand(*z.shape[:-2], z.shape[-1]).unsqueeze(-2)
+
+
+def _accuracy(z: Tensor, y: Tensor) -> float:
+    """Return the share of predictions with the sign of their label."""
+    return float((z * y > 0).double().mean())
+
+
+def _r_squared(z: Tensor, y: Tensor) -> float:
+    """Return ``1 - |z - y|^2 / |y - mean(y)|^2``; NaN for constant targets."""
+    spread = (y - y.mean()).square().sum()
+    return float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")

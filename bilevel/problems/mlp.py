@@ -110,11 +110,7 @@ class MLPProblem(DataProblem, ModuleProblem):
         return _loss(model, self.val)
 
     def decays(self, hparams: Tree) -> dict[str, Tensor]:
-        """Return the decay of every parameter by its name, broadcastable to the parameter.
-
-        Args:
-            hparams: logarithms of decays.
-        """
+        """Return the decay of every parameter by its name, broadcastable to the parameter."""
         names = list(self.params)
         if self.decay == "per_weight":
             return {name: hparams[name].exp() for name in names}
@@ -152,7 +148,6 @@ class MLPProblem(DataProblem, ModuleProblem):
         return float(nn.functional.nll_loss(shares.log().expand(split.rows, -1), split.y))
 
     def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
-        """Return loss and accuracy on every split, such as ``test_loss`` and ``test_accuracy``."""
         figures = {}
         with torch.no_grad():
             for name, split in self.splits.items():
@@ -162,11 +157,6 @@ class MLPProblem(DataProblem, ModuleProblem):
         return figures
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
-        """Look at shapes, dtype and device.
-
-        Raises:
-            ValueError: in one sentence.
-        """
         check_trees(params, hparams)
         for what, value, wanted in (("params", params, self.params), ("hparams", hparams, self.initial_hparams())):
             _check_like(what, value, wanted, f"MLPProblem(decay={self.decay!r})", self.train.X)

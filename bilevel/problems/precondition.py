@@ -19,17 +19,11 @@ SHIFTS = (0.0, 1e-6, 1e-3)
 
 
 def factored(gram: Tensor, diagonal: Tensor, cache: Tree = None) -> Preconditioner:
-    """Return ``v -> (gram + diag(diagonal))^-1 v``, computed in the dtype of `gram`.
+    """Return ``v -> (gram + diag(diagonal))^-1 v``, computed in the dtype of `gram`, which is symmetric.
 
-    A factor made for another diagonal is used again while no entry has moved by more than `DRIFT` of itself: that costs
-    a CG step or two, and a factorisation costs as much as dozens. A matrix that rounding or a negative diagonal makes
-    indefinite is shifted; if that does not help, the result is the identity, for which CG and quasi-Newton steps remain
-    right.
-
-    Args:
-        gram: symmetric, of shape (size, size).
-        diagonal: of shape (size,).
-        cache: of an earlier result for this `gram`.
+    A factor made for another diagonal (`cache`) is used again while no entry has moved by more than `DRIFT` of itself.
+    A matrix that rounding or a negative diagonal makes indefinite is shifted; if that does not help, the result is the
+    identity, for which CG and quasi-Newton steps remain right.
 
     >>> inverse = factored(torch.zeros(2, 2), torch.tensor([2.0, 4.0]))
     >>> inverse.apply(torch.tensor([2.0, 2.0]))

@@ -151,18 +151,9 @@ class QuadraticProblem(BilevelProblem):
 
     @classmethod
     def random(cls, size: int, hyperparameters: int, condition: float = 10.0, seed: int = 0) -> QuadraticProblem:
-        """Make a random problem in float64 with spectrum [1, condition] at u = 0.
+        """Return a random problem in float64 with spectrum [1, condition] at u = 0, the same on every machine.
 
         The directions are positive semidefinite and small, so that H(u) stays positive definite for u > -1.
-
-        Args:
-            size: d.
-            hyperparameters: p.
-            condition: condition number of H_0.
-            seed: of the generator.
-
-        Returns:
-            The problem; the same seed gives the same problem on every machine.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -209,18 +200,15 @@ class QuadraticProblem(BilevelProblem):
         return hparams @ rates, rates.expand_as(hparams)
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """``1/2 x' H(u) x + b(u)' x``."""
         hessian, linear = self.coefficients(hparams)
         if self.batch is not None:
             return 0.5 * (params * product(hessian, params)).sum() + (linear * params).sum()
         return 0.5 * torch.dot(params, hessian @ params) + torch.dot(linear, params)
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """``1/2 |x - target|^2``."""
         return 0.5 * (params - self.target).square().sum(-1)
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
-        """Return the outer loss, ``x - target`` and zero."""
         return self.outer_loss(params, hparams), params - self.target, torch.zeros_like(hparams)
 
     def solve(self, hparams: Tensor) -> Tensor:
@@ -237,28 +225,16 @@ class QuadraticProblem(BilevelProblem):
         return -torch.linalg.solve(hessian, (self.hessian_directions @ x + self.linear_directions).t())
 
     def exact_hypergradient(self, hparams: Tensor) -> Tensor:
-        """Return ``(dx*/du)' (x* - target)``, of shape (p,)."""
         if self.batch is not None:
-            exact = batches.exact_hypergradient(self, hparams)
-            assert exact is not None
+            exact: Tensor = batches.exact_hypergradient(self, hparams)
             return exact
         return self.exact_jacobian(hparams).t() @ (self.solve(hparams) - self.target)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
-        """Return `size` members with these coefficients, in closed form.
-
-        Args:
-            size: number of members.
-            data: not taken.
-
-        Raises:
-            ValueError: for a size that is no positive int, and for `data`.
-        """
         check_own_data(self, size, data)
         return self.stacked([self] * size)
 
     def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
-        """Return quadratics of equal sizes as one batch: see `bilevel.stack`."""
         rows: Any = copy.copy(self)
         for name in ("hessian", "linear", "hessian_directions", "linear_directions", "target", "params"):
             values = [getattr(problem, name) for problem in problems]
@@ -269,11 +245,6 @@ class QuadraticProblem(BilevelProblem):
         return rows.as_batch(problems)
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
-        """Look at shapes, dtype and device.
-
-        Raises:
-            ValueError: in one sentence.
-        """
         if self.batch is not None:
             return batches.check(self, params, hparams, reads)
         check_trees(params, hparams)

@@ -40,7 +40,6 @@ class RidgePoint(LinearModelPoint):
         return self.inner.product(v)
 
     def data_hessian(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return ``c X'X``."""
         gram: Tensor = self.inner.problem.gram
         return gram if dtype is None else gram.to(dtype)
 
@@ -109,19 +108,7 @@ class RidgeProblem(LinearModelProblem):
         inner   c/2 |X w - y|^2 + 1/2 sum_j pen_j w_j^2,   c = 1/n (loss="mean") or 1 (loss="sum")
         outer   1/(2m) |X_val w - y_val|^2
 
-    Hyperparameters: u of shape () for penalty="scalar", (features,) for "per_feature"; ``pen = exp(u)``, or u itself
-    with parametrization="direct". There is no intercept: centre X and y, or add a column of ones.
-
-    Args:
-        X_train: training inputs, shape (rows, features).
-        y_train: training targets, shape (rows,).
-        X_val: validation inputs, for the outer loss.
-        y_val: validation targets.
-        penalty: "scalar" or "per_feature".
-        X_test: test inputs, for `metrics` alone.
-        y_test: test targets.
-        loss: "mean" or "sum" over the training rows.
-        parametrization: "log" or "direct".
+    Options are those of `LinearModelProblem`. There is no intercept: centre X and y, or add a column of ones.
 
     >>> X = torch.eye(3, dtype=torch.float64)
     >>> y = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -186,11 +173,7 @@ class RidgeProblem(LinearModelProblem):
         return QuadraticForm(self.gram + torch.diag(penalties), -self.moment, slopes, torch.zeros_like(slopes))
 
     def spectrum(self) -> Eigenbasis | None:
-        """Return the eigenbasis of the Gram matrix, computed once.
-
-        Returns:
-            None with a penalty for each feature, or with more than 5,000 features.
-        """
+        """Return the eigenbasis of the Gram matrix of up to 5,000 features, for one penalty; computed once."""
         usable = self.batch is None and self.penalty == "scalar" and len(self.train.X) <= MOST_FEATURES
         return self._eigenbasis if usable else None
 
@@ -213,8 +196,7 @@ class RidgeProblem(LinearModelProblem):
     def exact_hypergradient(self, hparams: Tensor) -> Tensor:
         """Return ``-(d pen/du) w H^-1 f_w``, summed over each group, by dense algebra."""
         if self.batch is not None:
-            exact = batches.exact_hypergradient(self, hparams)
-            assert exact is not None
+            exact: Tensor = batches.exact_hypergradient(self, hparams)
             return exact
         hparams = hparams.detach()
         w = self.solve(hparams)

@@ -38,18 +38,15 @@ class SampleWeightPoint(LinearModelPoint):
         return super().slopes(z, rows).mul_(self.inner.weights[rows])
 
     def hessian_product(self, block: int, rows: slice, dz: Tensor) -> Tensor:
-        """Return the second derivative of the weighted losses of a block applied to dz."""
         return super().hessian_product(block, rows, dz).mul_(self.inner.weights[rows])
 
     def weighted_gram(self, block: int, X: Tensor, rows: slice) -> Tensor:
-        """Return a block's ``X' D X``, the weights included."""
         return super().weighted_gram(block, X * self.inner.weights[rows].sqrt().to(X.dtype), rows)
 
     def _lasting_gradient(self) -> None:
         """Return nothing: the gradient depends on the weights."""
 
     def row_gram(self, X: Tensor, rows: slice) -> Tensor:
-        """Return ``X' diag(weights) X`` of some training rows."""
         return (X * self.inner.weights[rows].to(X.dtype)) @ X.t()
 
     def _cross(self, v: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ class SampleWeightProblem(SoftmaxProblem):
         outer   1/m sum_i (logsumexp(z_i) - z_i[y_i]) over the validation rows
 
     W has the shape (classes, features). Hyperparameters: u of shape (rows,); ``s = sigmoid(u)``, or u itself with
-    parametrization="direct". Two classes are softmax regression of two classes.
+    parametrization="direct". Other options are those of `LinearModelProblem`.
 
     Args:
         X_train: training inputs, shape (rows, features).
@@ -194,11 +191,6 @@ class SampleWeightProblem(SoftmaxProblem):
 
         Where `corrupted` and hparams are known, ``corrupted_in_lower_half`` is the share of the corrupted rows among
         the ``floor(rows / 2)`` rows with the smallest weights; equal weights count in the order of the rows.
-
-        Args:
-            params: the weights of the model.
-            hparams: those of the rows.
-            solver: not needed here.
         """
         figures = super().metrics(params)
         if self.corrupted is None or hparams is None:
@@ -220,7 +212,6 @@ class SampleWeightProblem(SoftmaxProblem):
         return self._fixed
 
     def tuned(self, hparams: Tree) -> Tuned:
-        """Return the inner coefficients at some hyperparameters, and how they depend on them."""
         penalty = self.penalties(hparams).double().expand(self.params_shape())
         weights = self.weights(hparams)
         sigmoid = self.parametrization == "sigmoid"

@@ -19,16 +19,7 @@ class SoftmaxProblem(LinearModelProblem):
         penalty="per_feature"  shape (features,)             one for each column of W
         penalty="per_weight"   shape (classes, features)     one for each (class, feature)
 
-    Args:
-        X_train: training inputs, shape (rows, features).
-        y_train: training labels, shape (rows,).
-        X_val: validation inputs, for the outer loss.
-        y_val: validation labels.
-        penalty: see above.
-        X_test: test inputs, for `metrics` alone.
-        y_test: test labels.
-        loss: "mean" or "sum" over the training rows.
-        parametrization: "log" or "direct".
+    Other options are those of `LinearModelProblem`.
 
     >>> import torch
     >>> X = torch.eye(3, dtype=torch.float64)

@@ -16,13 +16,10 @@ from bilevel.problems.tables import column_names, features, first_not_finite, ta
 
 
 class Split:
-    """One part of the data: feature-major X of shape (features, rows), and y.
+    """One part of the data, which messages call by its name: feature-major X of shape (features, rows), and y.
 
-    Args:
-        name: how messages call it.
-        X: of shape (rows, features): a tensor, an array, nested lists or a table with named columns.
-        y: of shape (rows,) or (rows, 1), numbers.
-        dtype: of X, and of a floating y; default: that of X.
+    `X`, of shape (rows, features), is a tensor, an array, nested lists or a table with named columns; `y` holds
+    numbers, of shape (rows,) or (rows, 1). X and a floating y get the dtype that is asked for, else that of X.
     """
 
     def __init__(self, name: str, X: Any, y: Any, dtype: torch.dtype | None = None) -> None:
@@ -83,10 +80,6 @@ def check_equal(problems: Sequence[Any], options: Sequence[str]) -> None:
 def numbered(named: dict[str, Any], like: Any) -> dict[str, Any]:
     """Return the targets of all parts, with labels that are strings as indices of the sorted training labels.
 
-    Args:
-        named: the targets by the name of their part, "train" among them.
-        like: the training inputs, to whose device strings go as indices.
-
     Raises:
         ValueError: for one label alone, a label that training has not seen, and strings beside numbers.
     """
@@ -112,15 +105,7 @@ def _indices(part: str, y: Any, labels: Array) -> Tensor:
 
 
 def class_labels(split: Split, classes: Tensor) -> Tensor:
-    """Return the labels of a split as indices into `classes`.
-
-    Args:
-        split: part of the data.
-        classes: sorted labels seen in training.
-
-    Raises:
-        ValueError: for a label that training has not seen.
-    """
+    """Return the labels of a split as indices into the sorted labels of training; ValueError for another label."""
     index = torch.searchsorted(classes, split.y.to(classes.dtype).contiguous()).clamp(max=len(classes) - 1)
     unknown = classes[index] != split.y
     if bool(unknown.any()):
@@ -130,11 +115,7 @@ def class_labels(split: Split, classes: Tensor) -> Tensor:
 
 
 def training_classes(split: Split) -> Tensor:
-    """Return the sorted labels of the training targets.
-
-    Raises:
-        ValueError: if there is one label alone, or labels are not whole numbers.
-    """
+    """Return the sorted labels of the training targets; ValueError for one alone, and for no whole numbers."""
     if split.y.is_floating_point() and bool((split.y != split.y.round()).any()):
         raise ValueError("y_train holds labels that are not whole numbers: a regression target?")
     classes = split.y.unique()
@@ -144,15 +125,7 @@ def training_classes(split: Split) -> Tensor:
 
 
 def signs(splits: Mapping[str, Split], owner: str) -> dict[str, Tensor]:
-    """Return two labels as -1 and +1, the larger one as +1.
-
-    Args:
-        splits: the parts of the data.
-        owner: how messages call the problem.
-
-    Raises:
-        ValueError: unless there are exactly two labels.
-    """
+    """Return two labels as -1 and +1, the larger one as +1; ValueError unless there are exactly two."""
     classes = training_classes(splits["train"])
     if len(classes) != 2:
         raise ValueError(f"y_train holds {len(classes)} classes: {owner} takes two, SoftmaxProblem any number.")

@@ -15,14 +15,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def features(name: str, X: Any) -> Tensor:
-    """Return inputs as a floating tensor of shape (rows, features).
+    """Return inputs as a floating tensor of shape (rows, features), from a tensor, an array, nested lists or a table.
 
     Tensors and arrays of 32 or 64 bits keep their dtype; half precision becomes float32, in which linear algebra
     exists, and all other numbers become float64.
-
-    Args:
-        name: how messages call the inputs.
-        X: a tensor, an array, nested lists, or a table with named columns.
 
     Raises:
         ValueError: in one sentence, for sparse inputs, for what is no number (with its column) and for an index column.
@@ -52,10 +48,6 @@ def features(name: str, X: Any) -> Tensor:
 def targets(name: str, y: Any) -> Tensor | Array:
     """Return targets as a tensor of shape (rows,), or labels that are strings as an array of them.
 
-    Args:
-        name: how messages call the targets.
-        y: a tensor, an array, a list, a series of pandas, or one column of a table.
-
     Raises:
         ValueError: in one sentence, for sparse targets, for missing ones, and for what is neither number nor string.
     """
@@ -77,11 +69,7 @@ def targets(name: str, y: Any) -> Tensor | Array:
 
 
 def refuse_sparse(name: str, values: Any) -> None:
-    """Refuse sparse matrices and tensors, with the way to a dense one.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse sparse matrices and tensors, with the way to a dense one."""
     if isinstance(values, Tensor) and values.layout != torch.strided:
         kind, dense = f"a sparse tensor, {values.layout}", f"{name}.to_dense()"
     elif hasattr(values, "toarray") and hasattr(values, "nnz"):
@@ -95,12 +83,7 @@ def refuse_sparse(name: str, values: Any) -> None:
 
 
 def first_not_finite(values: Tensor, columns: Sequence[Any] = ()) -> str:
-    """Return where the first NaN or infinite value is, such as "(3 of 40), the first in row 2, column 'age'".
-
-    Args:
-        values: of shape (rows,) or (rows, features); one of them is not finite.
-        columns: the names of the features; their numbers where there are none.
-    """
+    """Return where the first NaN or infinite value is, such as "(3 of 40), the first in row 2, column 'age'"."""
     bad = ~torch.isfinite(values)
     row, *column = (int(index) for index in bad.nonzero()[0])
     at = f", column {_called(columns, column[0])}" if column else ""
@@ -118,14 +101,7 @@ def column_names(X: Any) -> list[str]:
 
 
 def check_columns(tables: Mapping[str, Any]) -> None:
-    """Refuse tables whose columns differ in name or order from those of the training part.
-
-    Args:
-        tables: inputs by the name of their part, "train" first.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse tables whose columns differ in name or order from those of the training part, the first."""
     first, *others = [(part, column_names(X)) for part, X in tables.items()]
     for part, columns in others:
         if first[1] and columns and columns != first[1]:
