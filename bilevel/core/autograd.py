@@ -1,8 +1,8 @@
-"""Products with Jacobians by autograd: reverse mode, and forward mode by two reverse passes."""
+"""Products with Jacobians by autograd: reverse mode, and forward mode by two reverse passes; the nodes of a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ def vector_jacobian(
 def edges(outputs: Sequence[Tensor]) -> list[Tensor | GradientEdge]:
     """Return what `vector_jacobian` takes in place of outputs whose values are not needed: their graph alone."""
     return [get_gradient_edge(each) if each.requires_grad else each for each in outputs]
+
+
+def graph_nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield every node of the autograd graph of some tensors, each once."""
+    seen: set[Any] = set()
+    nodes: list[Any] = [each.grad_fn for each in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+            yield node
 
 
 def pushforward(outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:

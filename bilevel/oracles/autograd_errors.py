@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bilevel.core.autograd import graph_nodes
+
 COPY = "write y = y * 2 instead of y *= 2 or y.mul_(2), and leave out inplace=True of layers"
 SENTENCES = (
     (
@@ -78,14 +80,7 @@ class DerivativeError(ValueError):
 
 
 def explain(error: BaseException, what: str = "a loss") -> str | None:
-    """Return what an error of torch's means for a loss that is differentiated, or None for any other error.
-
-    Args:
-        error: what torch raised while a loss was evaluated or differentiated.
-        what: how the sentence calls the loss.
-
-    Returns:
-        One sentence, with the operation where torch names it, and the remedy.
+    """Return what torch's error about the derivatives of a loss means, with the remedy; None for any other error.
 
     >>> explain(RuntimeError("derivative for aten::_ctc_loss_backward is not implemented"), "the loss").split(",")[0]
     'the loss cannot be differentiated twice'
@@ -103,15 +98,7 @@ def explain(error: BaseException, what: str = "a loss") -> str | None:
 
 @contextmanager
 def explained(what: str = "a loss") -> Iterator[None]:
-    """Raise what `explain` says of an error that passes through, from that error; other errors pass unchanged.
-
-    Args:
-        what: how the sentence calls the loss.
-
-    Raises:
-        DerivativeError: with the sentence.
-        RuntimeError: any other, as it was.
-    """
+    """Raise what `explain` says of an error that passes through, as a DerivativeError; others pass unchanged."""
     try:
         yield
     except RuntimeError as error:
@@ -127,26 +114,15 @@ def check_second_derivatives(what: str, loss: Tensor) -> None:
     A backward that is marked ``@once_differentiable`` cuts the graph of the gradient, and torch raises only where
     something asks for a derivative at the cut; an HVP stops before it.
 
-    Args:
-        what: how messages call the loss.
-        loss: its value with the graph.
-
     Raises:
         DerivativeError: with the name of the function's class.
     """
-    seen: set[object] = set()
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [parent for parent, _ in node.next_functions]
+    for node in graph_nodes([loss]):
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         # The mark leaves no flag: it is the code of the wrapper that it puts around a backward.
         if getattr(backward, "__code__", None) in once_differentiable.__code__.co_consts and backward is not None:
             raise DerivativeError(
-                f"{what} cannot be differentiated twice, as `{node._forward_cls.__name__}.backward` is marked "  # type: ignore[attr-defined]
+                f"{what} cannot be differentiated twice, as `{node._forward_cls.__name__}.backward` is marked "
                 "@once_differentiable, which would make its Hessian zero: write that backward in torch operations and "
                 "leave out the mark."
             )

@@ -48,11 +48,7 @@ class NotSideBySide(ValueError):
 
 
 def vectorised(function: Function) -> Function:
-    """Return ``torch.func.vmap(function)``.
-
-    It raises `NotSideBySide` where torch cannot vectorise the function, and the function's own error where it fails for
-    one member alone.
-    """
+    """Return ``torch.func.vmap(function)``; its errors are `NotSideBySide` where the function works for one member."""
     each = torch.func.vmap(function)
 
     def batched(*trees: Tree) -> Any:
@@ -96,31 +92,14 @@ def check_size(size: Any) -> None:
 
 
 def check_single(problem: Losses, size: Any) -> None:
-    """Refuse to make a batch of what is one, or of a size that is none.
-
-    Args:
-        problem: the problem.
-        size: number of members.
-
-    Raises:
-        ValueError: for a size that is no positive int, and for a problem that is a batch.
-    """
+    """Refuse to make a batch of what is one, or of a size that is no positive int."""
     check_size(size)
     if problem.batch is not None:
         raise ValueError(f"this problem is a batch of {problem.batch} already.")
 
 
 def check_own_data(problem: Losses, size: Any, data: Tree) -> None:
-    """Refuse, besides what `check_single` refuses, data for a problem that holds its own.
-
-    Args:
-        problem: a problem with closed forms.
-        size: number of members.
-        data: should be None.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse, besides what `check_single` refuses, data for a problem that holds its own."""
     check_single(problem, size)
     if data is not None:
         raise ValueError(f"{type(problem).__name__} holds its data itself: stack problems by `bilevel.stack`.")
@@ -130,14 +109,7 @@ SAMPLED = "a problem with a sampler does not run in batches: give its data by `d
 
 
 def side_by_side(problem: Losses, size: int, data: Tree, make: Callable[..., Any]) -> Any:
-    """Return a batch of a general problem: its functions vectorised over members.
-
-    Args:
-        problem: a single problem.
-        size: number of members.
-        data: a row for each member, or None for the problem's own.
-        make: makes a problem of functions.
-    """
+    """Return a batch of a general problem: its functions vectorised over members, made a problem by `make`."""
     if data is None:
         single: list[Any] = [problem] * size
         functions: tuple[Function | None, ...] = (
@@ -160,11 +132,8 @@ def side_by_side(problem: Losses, size: int, data: Tree, make: Callable[..., Any
 def start(size: int, own: Tree, params: Tree) -> Tree:
     """Return a start for every member; one that lacks the leading dimension is the same for all.
 
-    Args:
-        size: number of members.
-        own: the problem's own start, with the leading dimension; None where it has none.
-        params: the start that was asked for. Where the problem has a start, shapes tell the two cases apart; else
-            params whose leaves all have `size` rows are taken for one start for each member.
+    Where the problem has a start of its own, shapes tell the two cases apart; else params whose leaves all have `size`
+    rows are taken for one start for each member.
 
     Raises:
         ValueError: for a start that fits neither case.
@@ -184,12 +153,6 @@ def check(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None = No
 
     A mistake in the call breaks every member; what breaks one of them alone becomes that member's verdict.
 
-    Args:
-        problem: the batch.
-        params: starts.
-        hparams: hyperparameters.
-        reads: as in `BilevelProblem.check`.
-
     Raises:
         ValueError: for a wrong leading dimension; if no member can be solved, what the first one's check says.
     """
@@ -206,7 +169,7 @@ def check(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None = No
     raise first
 
 
-def exact_hypergradient(problem: Losses, hparams: Tree) -> Tree | None:
+def exact_hypergradient(problem: Losses, hparams: Tree) -> Any:
     """Return the exact hypergradients of all members, stacked, or None where one has none."""
     assert problem.batch is not None
     exact = [problem.member(i).exact_hypergradient(rows.row(hparams, i)) for i in range(problem.batch)]
@@ -214,14 +177,7 @@ def exact_hypergradient(problem: Losses, hparams: Tree) -> Tree | None:
 
 
 def check_shared_functions(problems: Sequence[Losses]) -> None:
-    """Refuse problems stated by functions that cannot be stacked.
-
-    Args:
-        problems: problems of one kind.
-
-    Raises:
-        ValueError: for one without data of its own, and for one whose functions are not those of the first.
-    """
+    """Refuse problems without data of their own, or whose functions are not those of the first."""
     for index, problem in enumerate(problems):
         if problem.data is None:
             raise ValueError(
@@ -233,15 +189,7 @@ def check_shared_functions(problems: Sequence[Losses]) -> None:
 
 
 def stacked_trees(what: str, trees: Sequence[Tree]) -> Tree:
-    """Return the batch of some trees of equal shapes.
-
-    Args:
-        what: how messages call them.
-        trees: one for each problem.
-
-    Raises:
-        ValueError: with the first that differs.
-    """
+    """Return the batch of some trees; ValueError with the first whose shapes differ."""
     shapes = [[tuple(leaf.shape) for leaf in tree.leaves(each)] for each in trees]
     for index, each in enumerate(shapes):
         if each != shapes[0]:

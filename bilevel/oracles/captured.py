@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from bilevel.core import tree
+from bilevel.core.autograd import graph_nodes
 from bilevel.core.tree import Tree
 from bilevel.oracles.losses import Losses
 from bilevel.oracles.purity import referred_to
 
 
-def captured(problem: Losses) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for the tensors that the functions of a problem refer to, each once.
-
-    Args:
-        problem: the problem; its own attributes count where its losses are methods.
-    """
-    yield from referred_to(problem).tensors.items()
-
-
 def check_captured(problem: Losses, params: Tree, hparams: Tree) -> None:
-    """Refuse an inner problem that holds tensors that require gradients, which it would not get.
-
-    Args:
-        problem: the problem.
-        params: a start.
-        hparams: hyperparameters.
-
-    Raises:
-        ValueError: with the name of the first such tensor.
-    """
+    """Refuse an inner problem that holds tensors that require gradients, which it would not get."""
     named, what = list(problem.detached), ""
     if not named:
         function = problem.inner_loss if problem.optimality is None else problem.optimality
@@ -41,7 +23,7 @@ def check_captured(problem: Losses, params: Tree, hparams: Tree) -> None:
         # A loss may make leaves of its own, for a derivative inside it: those are others in the next call.
         again = _graph(function(params, hparams)) if first else set()
         leaves = [node.variable for node in first & again if hasattr(node, "variable")]
-        for name, each in captured(problem) if leaves else ():
+        for name, each in referred_to(problem).tensors.items() if leaves else ():
             if each.grad_fn in first or any(each is leaf for leaf in leaves):
                 named.append(name)
         what = f"a tensor of shape {tuple(max(leaves, key=Tensor.numel).shape)}" if leaves else ""
@@ -54,12 +36,4 @@ def check_captured(problem: Losses, params: Tree, hparams: Tree) -> None:
 
 
 def _graph(values: Tree) -> set[Any]:
-    """Return the nodes of the autograd graph of some tensors."""
-    result: set[Any] = set()
-    nodes = [leaf.grad_fn for leaf in tree.leaves(values) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in result:
-            result.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-    return result
+    return set(graph_nodes(leaf for leaf in tree.leaves(values) if isinstance(leaf, Tensor) and leaf.requires_grad))

@@ -21,12 +21,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Contents:
-    """What some tensors and arrays hold at present.
-
-    Args:
-        tensors: by name.
-        arrays: arrays of numpy by name.
-    """
+    """What some tensors and arrays of numpy, given by name, hold at present."""
 
     def __init__(self, tensors: Mapping[str, Tensor], arrays: Mapping[str, Any]) -> None:
         self._tensors = {name: (t, pointer(t), _version(t), _held(t)) for name, t in tensors.items()}
@@ -137,11 +132,7 @@ def _array_held(array: Any) -> Any:
 
 
 class Generators:
-    """The random generators that a loss may draw from: the global ones and those that it refers to.
-
-    Args:
-        captured: generators of torch, numpy or Python by name.
-    """
+    """The random generators that a loss may draw from: the global ones and those that it refers to, by name."""
 
     def __init__(self, captured: Mapping[str, Any]) -> None:
         self._captured = dict(captured)

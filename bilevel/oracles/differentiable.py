@@ -41,12 +41,10 @@ class DifferentiableInner(InnerProblem):
         return value
 
     def on_step(self, index: int) -> InnerProblem:
-        """Return the problem that step `index` sees, differentiable likewise."""
         inner = self._inner.on_step(index)
         return self if inner is self._inner else DifferentiableInner(inner, self.hparams, self._graph)
 
     def hvp_at(self, params: Tree, v: Tree) -> Tree:
-        """Return ``H' v`` at params."""
         return self._inner.hvp_at(params, v)
 
     def linearize(self, params: Tree) -> Linearization:

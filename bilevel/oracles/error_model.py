@@ -53,11 +53,6 @@ def roundings(length: int, block: int = BLOCK) -> int:
 def blocked_product(A: Tensor, B: Tensor, block: int = BLOCK) -> Tensor:
     """Return ``A @ B``, summed in blocks: ``|error| <= gamma(roundings(n, block)) |A| |B|``; one of them is small.
 
-    Args:
-        A: of shape (rows, n).
-        B: of shape (n, columns).
-        block: terms that are added in an unknown order.
-
     >>> blocked_product(torch.ones(1, 70), torch.ones(70, 2))
     tensor([[70., 70.]])
     """
@@ -77,10 +72,6 @@ def blocked_product(A: Tensor, B: Tensor, block: int = BLOCK) -> Tensor:
 def pairwise_product(A: Tensor, B: Tensor) -> Tensor:
     """Return ``A @ B``, summed pairwise over chunks: ``|error| <= gamma(chunk_roundings(n)) |A| |B|``, for large n.
 
-    Args:
-        A: of shape (rows, n).
-        B: of shape (n, columns).
-
     >>> pairwise_product(torch.ones(1, 700), torch.ones(700, 2))
     tensor([[700., 700.]])
     """
@@ -99,11 +90,7 @@ def chunk_roundings(length: int) -> int:
 def top_eigenvalue(matrix: Tensor) -> float:
     """Return an upper bound of the largest eigenvalue of a symmetric positive semidefinite matrix.
 
-    A few power steps make a guess; a Cholesky factorisation of ``bound I - matrix`` proves it, rounding included. Power
-    steps alone would give a lower bound.
-
-    Args:
-        matrix: of shape (size, size).
+    A few power steps make a guess; a Cholesky factorisation of ``bound I - matrix`` proves it, rounding included.
 
     >>> 5.0 <= top_eigenvalue(torch.diag(torch.tensor([1.0, 5.0], dtype=torch.float64))) <= 5.6
     True
@@ -216,14 +203,10 @@ class Rows:
         return self._top(torch.ones_like(self.columns))
 
     def scaled_gram_top(self, half: Tensor) -> float:
-        """Return an upper bound of the largest eigenvalue of ``diag(half) gram diag(half)``.
+        """Return an upper bound of the top eigenvalue of ``diag(half) gram diag(half)``, for half > 0, (features,).
 
-        Factors that differ little are taken out of the product, for `gram_top` is there already; that costs at most a
-        factor 2 of the bound, and above 300 features, where factoring costs more than the rest of a bound, at most 100.
-        It depends on nothing that was asked before, so that resumed runs stay the same.
-
-        Args:
-            half: positive factors, of shape (features,).
+        Factors that differ little are taken out of the product, for `gram_top` is there already: that costs at most a
+        factor 2 of the bound, and 100 above 300 features. The result depends on nothing that was asked before.
         """
         largest = float(half.max())
         spread = 2.0 if len(half) <= MAX_FACTORED else 100.0

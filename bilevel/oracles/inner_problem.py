@@ -55,14 +55,9 @@ class Linearization:
     """The inner gradient linearised at ``(params, hparams)``; what several products share is computed once.
 
     A structured problem overrides `_hvp` and `_cross` (or `_vjp` alone), and `_cross_jvp` for forward mode. The
-    defaults do one backward pass through the graph of the gradient for each product. `hvp` and `cross` build that graph
-    once and keep it; `vjp`, which a reverse sweep calls once at each point, frees it unless they hold it already. Where
-    there are as many hyperparameters as parameters, the graph that is kept for `hvp` is smaller for being without them,
-    and `cross` builds one of its own.
-
-    Args:
-        inner: the bound problem.
-        params: the point.
+    defaults do one backward pass through the graph of the gradient for each product. `hvp` and `cross` keep that graph;
+    `vjp`, which a reverse sweep calls once at each point, frees it unless they hold it. Where there are as many
+    hyperparameters as parameters, the graph of `hvp` is smaller for being without them, and `cross` builds its own.
     """
 
     closed_form = False
@@ -251,8 +246,7 @@ class InnerProblem:
     def grad(self, params: Tree) -> Tree:
         """Return the gradient of the inner loss (or the optimality map), shaped as `params`.
 
-        The last result is kept, so that looking at the residual of an iterate and then stepping from it costs one
-        gradient. Treat both `params` and the result as read-only.
+        The last result is kept: a residual and then a step at one iterate cost one gradient. Treat both as read-only.
         """
         if self._last is None or self._last[0] is not params:
             self.counts["gradient"] += 1

@@ -85,7 +85,6 @@ class LoaderBatches:
         self._evaluations = _Kept(1, self._fetch_evaluation)
 
     def __call__(self, step: int) -> Tree:
-        """Return the batch of a step."""
         return self._batches(step)
 
     def full(self) -> Tree:

@@ -22,11 +22,9 @@ Point: TypeAlias = Tree
 
 @dataclass
 class Purity:
-    """What is known of the losses of a problem; its views share it.
+    """Whether the losses of a problem have been looked at, and where, and what came, until a run has ended.
 
-    Attributes:
-        known: whether they have been looked at.
-        first: where they were, and what came, until a run has ended.
+    Views of the problem share it.
     """
 
     known: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel.core import tree
+from bilevel.core.autograd import graph_nodes
 
 FILLS = frozenset({"masked_fill", "masked_fill_", "full", "full_like", "fill_", "tensor", "where"})
 """Operations that are asked for infinite entries, such as those of an attention mask."""
@@ -49,13 +50,7 @@ def _sentence(name: str, given: list[Tensor]) -> str:
 
 
 def first_not_finite(function: Callable[[], Any]) -> str:
-    """Run a function again, and return which operation made the first value that is not finite.
-
-    Args:
-        function: computes something with torch.
-
-    Returns:
-        A clause with the name of the operation and what it was given; empty where everything is finite.
+    """Return which operation made the first value of a function that is not finite, or ""; the function is run again.
 
     >>> first_not_finite(lambda: (torch.zeros(2).log() * 0.0).sum())
     '`log` made the first value that is not finite, from a tensor of shape (2,) with entries from 0 to 0'
@@ -67,14 +62,7 @@ def first_not_finite(function: Callable[[], Any]) -> str:
 
 
 def first_not_finite_slope(loss: Tensor, inputs: list[Tensor]) -> str:
-    """Return which operation's derivative is the first that is not finite on the way back from a finite loss.
-
-    Args:
-        loss: a 0-d tensor with its graph, which is kept.
-        inputs: the tensors by which it is differentiated.
-
-    Returns:
-        A clause with the name of the operation; empty where everything is finite.
+    """Return which operation's derivative is the first that is not finite on the way back from a finite loss, or "".
 
     >>> x = torch.zeros(2, requires_grad=True)
     >>> first_not_finite_slope(x.sqrt().sum(), [x])
@@ -90,18 +78,8 @@ def first_not_finite_slope(loss: Tensor, inputs: list[Tensor]) -> str:
 
         return look
 
-    nodes, seen = [loss.grad_fn], set()
-    handles = []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        # A node of a gradient's graph that was built in anomaly mode knows the operation that it is of.
-        metadata: Any = node.metadata
-        origin = metadata.get("parent_")
-        handles.append(node.register_hook(hook((node if origin is None else origin).name())))
-        nodes += [parent for parent, _ in node.next_functions]
+    # A node of a gradient's graph that was built in anomaly mode knows the operation that it is of.
+    handles = [node.register_hook(hook((node.metadata.get("parent_") or node).name())) for node in graph_nodes([loss])]
     try:
         torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
     finally:
@@ -113,11 +91,7 @@ def first_not_finite_slope(loss: Tensor, inputs: list[Tensor]) -> str:
 def first_not_finite_curvature(gradient: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> str:
     """Return which operation's second derivative is the first that is not finite on the way back from a gradient.
 
-    Args:
-        gradient: builds a finite gradient with its graph; returns its leaves, and those by which it is differentiated.
-
-    Returns:
-        A clause with the name of the operation; empty where everything is finite.
+    `gradient` builds a finite gradient with its graph; it returns its leaves, and those by which it is differentiated.
 
     >>> def gradient():
     ...     x = torch.zeros(2, requires_grad=True)

@@ -20,7 +20,6 @@ class DoublePrecision(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Widen what goes in and what comes out."""
         with torch._C.DisableTorchFunction():
             given, options = pytree.tree_map(widened, (args, kwargs or {}))
             return pytree.tree_map(widened, func(*given, **options))

@@ -142,16 +142,10 @@ class BilevelProblem(Losses):
         return "" if self.sampler is None else "a sampler, whose steps see different batches"
 
     def bind(self, hparams: Tree, counts: Counter[str] | None = None) -> InnerProblem:
-        """Return the inner problem at fixed hyperparameters.
-
-        Args:
-            hparams: hyperparameters.
-            counts: where its oracle calls are counted; a new counter by default.
-        """
+        """Return the inner problem at fixed hyperparameters; its oracle calls are counted in `counts`."""
         return self.inner_problem(self, hparams, counts)
 
     def on_batch(self, batch: Tree) -> BilevelProblem:
-        """Return a view of this problem whose inner loss is that of `batch`; without a sampler, the problem itself."""
         if self._sampling is None or self._sampling.sampler is None:
             return self
         view = copy.copy(self)
@@ -159,11 +153,9 @@ class BilevelProblem(Losses):
         return view
 
     def on_step(self, index: int) -> BilevelProblem:
-        """Return the view of this problem that inner step `index` sees: with the batch of the step."""
         return self if self.sampler is None else self.on_batch(self.sampler(index))
 
     def sources(self) -> list[tuple[str, Callable[[int], Tree]]]:
-        """Return what hands data to the losses by an index, with how messages call it: the samplers."""
         if self._sampling is None:
             return []
         made = (("sampler", self._sampling.sampler), ("outer sampler", self._sampling.outer_sampler))
@@ -240,11 +232,7 @@ class BilevelProblem(Losses):
         return ""
 
     def start(self, params: Tree = None) -> Tree:
-        """Return where the inner solver starts: `params`, or else the problem's own start.
-
-        Raises:
-            ValueError: if neither is given, or what is given is no tree of tensors.
-        """
+        """Return where the inner solver starts: `params`, or else the problem's own start; ValueError without one."""
         params = self.params if params is None else params
         if params is None:
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
@@ -300,14 +288,7 @@ class BilevelProblem(Losses):
         return batch
 
     def stacked(self, problems: Sequence[Any]) -> BilevelProblem:
-        """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them.
-
-        Args:
-            problems: problems of the same kind, this one first.
-
-        Raises:
-            ValueError: for problems that differ in more than values of their data.
-        """
+        """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them."""
         batches.check_shared_functions(problems)
         batch = self.batched(len(problems), batches.stacked_trees("data", [problem.data for problem in problems]))
         batch.params = batches.stacked_trees("params", [problem.start() for problem in problems])

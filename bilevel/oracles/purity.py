@@ -35,13 +35,7 @@ VIEWS = {"numpy", "asarray", "array", "__array__", "from_numpy"}
 
 @contextmanager
 def looked_at(problem: Losses, params: Tree, hparams: Tree, together: ranks.Agreement) -> Iterator[None]:
-    """Look at the losses of a problem around the other checks of it, unless that was done.
-
-    Args:
-        problem: the problem, not a batch.
-        params: where the inner solver starts.
-        hparams: hyperparameters.
-        together: compares with other ranks.
+    """Look at the losses of a problem, which is no batch, around the other checks of it, unless that was done.
 
     Raises:
         ValueError: in one sentence, for losses that write into what they are given or refer to, that draw random
@@ -72,14 +66,7 @@ def look(problem: Losses, params: Tree, hparams: Tree) -> None:
 
 
 def confirm(problem: Losses) -> None:
-    """Call the losses once more after the first run: what moves slowly shows then.
-
-    Args:
-        problem: the problem, or a batch.
-
-    Raises:
-        ValueError: if they give other numbers than before the run.
-    """
+    """Call the losses once more after the first run: what moves slowly shows then, as a ValueError."""
     one = problem if problem.batch is None else problem.member(0)
     if one.purity.first is None:
         return
@@ -118,13 +105,7 @@ def _evaluated(problem: Losses, what: str, roots: Point) -> Values:
 
 
 class _Look:
-    """One look at the losses of a problem.
-
-    Args:
-        problem: the problem.
-        start: (params, hparams).
-        before_communication: called before an operation of a loss that waits for other ranks.
-    """
+    """One look at the losses of a problem."""
 
     def __init__(self, problem: Losses, start: Point, before_communication: Callable[[], None]) -> None:
         self.problem, self.start, self._before_communication = problem, start, before_communication

@@ -22,17 +22,10 @@ _active: ContextVar[DropoutRNG | None] = ContextVar("active", default=None)
 
 
 class DropoutRNG:
-    """The random numbers that losses draw.
+    """The random numbers that losses draw: on the CPU and on one device.
 
-    Args:
-        seed: an int that is not negative.
-        device: where they are drawn, besides the CPU.
-
-    Raises:
-        ValueError: for another seed.
-
-    >>> draws = Draws(0, torch.device("cpu"))
-    >>> loss = draws.seeded(lambda: torch.rand(2), step=3)
+    >>> dropout = DropoutRNG(0, torch.device("cpu"))
+    >>> loss = dropout.seeded(lambda: torch.rand(2), step=3)
     >>> torch.equal(loss(), loss())
     True
     """

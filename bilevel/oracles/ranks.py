@@ -59,11 +59,7 @@ class Agreement:
 
 @contextmanager
 def agreement(problem: Losses) -> Iterator[Agreement]:
-    """Yield what compares a problem between ranks; what fails inside the block is told to the others.
-
-    Args:
-        problem: the problem; one that has been compared is not compared again.
-    """
+    """Yield what compares a problem between ranks; what fails inside the block is told to the others."""
     if problem.purity.known or not active():
         yield Agreement()
         return

@@ -49,16 +49,7 @@ class Place:
 
 @dataclass
 class Found:
-    """What functions refer to, by name.
-
-    Attributes:
-        tensors: tensors, parameters and buffers.
-        arrays: arrays of numpy.
-        generators: random generators of torch, numpy and Python.
-        modules: modules of networks.
-        places: containers of other values.
-        names: every name that the code of a function uses.
-    """
+    """What functions refer to, by name; `places` are containers of other values, `names` those that their code uses."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
@@ -71,11 +62,7 @@ class Found:
 
 
 def references(roots: Iterable[tuple[str, Any]]) -> Found:
-    """Return what some objects, such as loss functions, refer to, each object once.
-
-    Args:
-        roots: pairs of (name, object).
-    """
+    """Return what some objects, such as loss functions, refer to, each object once; roots are (name, object)."""
     result = Found()
     # Breadth first: what is near has the shorter name.
     queue = deque((name, value, 0) for name, value in roots)

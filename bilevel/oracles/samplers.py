@@ -33,22 +33,13 @@ class Sampler(Protocol):
 
 
 def between_steps(sampler: Sampler, outer_step: int) -> Tree:
-    """Return the batch of everything that is not an inner step, in a given outer step.
-
-    Args:
-        sampler: a sampler.
-        outer_step: index of the outer step.
-    """
+    """Return the batch of everything that is not an inner step, in a given outer step."""
     own = getattr(sampler, "between_steps", None)
     return sampler.full() if own is None else own(outer_step)
 
 
 def fetched_anew(sampler: Sampler) -> Callable[[int], Tree]:
-    """Return the batch of a step as a function that remembers nothing.
-
-    Args:
-        sampler: a sampler; one that holds batches for later has a method ``fetched(step)``.
-    """
+    """Return the batch of a step as a function that remembers nothing: the sampler's `fetched`, if it has one."""
     fetched: Callable[[int], Tree] = getattr(sampler, "fetched", sampler)
     return fetched
 
@@ -72,17 +63,7 @@ def _number(*key: int) -> int:
 
 
 def check_options(owner: str, seed: Any, evaluation_size: Any, rows: int) -> None:
-    """Refuse what is no seed, and an evaluation batch that the data cannot fill.
-
-    Args:
-        owner: the class that messages name.
-        seed: should be an int that is not negative.
-        evaluation_size: should be None or an int from 1 to `rows`.
-        rows: number of rows of the data.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse what is no seed, and an evaluation batch that the data cannot fill."""
     if not is_int(seed, 0):
         raise ValueError(f"`{owner}.seed` must be an int that is not negative, got {seed!r}.")
     if evaluation_size is not None and not (is_int(evaluation_size) and evaluation_size <= rows):
@@ -132,7 +113,6 @@ class MiniBatches:
         self._shuffled: tuple[int, Tensor] | None = None
 
     def __call__(self, step: int) -> Tree:
-        """Return the batch of a step."""
         epoch, position = divmod(step, self._rows // self._size)
         # Another thread may be in another epoch: the attribute is read once.
         shuffled = self._shuffled
@@ -141,7 +121,6 @@ class MiniBatches:
         return self._at(shuffled[1][position * self._size : (position + 1) * self._size])
 
     def full(self) -> Tree:
-        """Return all rows."""
         return self._data
 
     def between_steps(self, outer_step: int) -> Tree:

@@ -58,18 +58,7 @@ class Sampling:
 
 
 def sampling(sampler: Any, fresh_batch: Any, inner_loss: Any, outer_sampler: Any, outer_loss: Any) -> Sampling | None:
-    """Return the sampling of a problem, with DataLoaders as samplers; None for a problem without batches.
-
-    Args:
-        sampler: the batches of the inner loss, or None.
-        fresh_batch: when it sees another one.
-        inner_loss: the inner loss.
-        outer_sampler: the batches of the outer loss, or None.
-        outer_loss: the outer loss.
-
-    Raises:
-        ValueError: for a sampler that is none, or whose loss is missing, and for another time of fresh batches.
-    """
+    """Return the sampling of a problem, with DataLoaders as samplers; None for a problem without batches."""
     if fresh_batch not in get_args(FreshBatch):
         raise ValueError(f"`fresh_batch` must be 'inner step', 'outer step' or 'never', got {fresh_batch!r}.")
     if fresh_batch != "inner step" and sampler is None:

@@ -16,9 +16,8 @@ from bilevel.oracles.problem import BilevelProblem
 class RowsProblem(BilevelProblem):
     """A batch whose members run one after the other, each as it would alone, bit for bit.
 
-    Args:
-        problems: the members; their data, samplers and modules may differ, the shapes of params and hparams may not.
-        why: why they do not run side by side; empty where that was asked for.
+    Data, samplers and modules of the members may differ, the shapes of params and hparams may not. `why` says why they
+    do not run side by side; it is empty where that was asked for.
 
     >>> problem = BilevelProblem(lambda w, u: (w - u) ** 2, lambda w, u: w**2, torch.tensor(0.0))
     >>> RowsProblem([problem, problem]).outer_loss(torch.tensor([1.0, 2.0]), torch.zeros(2))
@@ -34,12 +33,10 @@ class RowsProblem(BilevelProblem):
         self.why = why
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """Return the sum over members of the inner losses."""
         losses = [p.inner_loss(rows.row(params, i), rows.row(hparams, i)) for i, p in enumerate(self._single)]
         return torch.stack(losses).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """Return the outer losses, of shape (members,)."""
         return torch.stack([
             problem.outer_loss(rows.row(params, index), rows.row(hparams, index))
             for index, problem in enumerate(self._single)
@@ -56,14 +53,11 @@ def stack(problems: Sequence[BilevelProblem], rows: Rows = "auto") -> BilevelPro
     """Return problems of one kind with equal shapes and options as one batch, such as 50 seeds of a split.
 
     Problems with closed forms (`RidgeProblem`, ...) stack their data. A general `BilevelProblem` must have been given
-    its data by ``data=``, and all must share the same loss functions.
+    its data by ``data=``, and all must share the same loss functions. ``member(i)`` of the result is ``problems[i]``.
 
     Args:
         problems: at least one.
         rows: "auto" for members side by side; "loop" for members one after the other, whose data and kinds may differ.
-
-    Returns:
-        A problem of ``len(problems)`` members; ``member(i)`` is ``problems[i]``.
 
     Raises:
         ValueError: for problems that cannot be stacked, with the first difference.

@@ -48,11 +48,6 @@ RENAMED = {"quadratic": "quadratic", "one_solution": "unique_solution", "renewed
 
 
 def declared(cls: type[Any], structure: Structure) -> Structure:
-    """Return the structure of a problem's class, with attributes by their old names, for one release.
-
-    Args:
-        cls: the class; its old attributes are taken away.
-        structure: that of its body, or else of its parent.
-    """
+    """Return the structure of a problem's class, with attributes by their old names, for one release."""
     result: Structure = with_old_names(cls, "structure", structure, RENAMED)
     return result

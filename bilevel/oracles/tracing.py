@@ -41,9 +41,6 @@ def trace(problem: Problem, mode: str = "fx") -> Problem:
         problem: a problem without closed-form oracles.
         mode: "fx" or "inductor".
 
-    Returns:
-        The traced problem.
-
     Raises:
         ValueError: for another mode, and for a problem with closed-form oracles.
 
@@ -93,11 +90,7 @@ def _products(problem: Losses, params: Tree, hparams: Tree, v: Tree) -> list[Ten
 
 
 class Traces:
-    """The recordings of a problem, made when they are first needed.
-
-    Args:
-        mode: "fx" or "inductor".
-    """
+    """The recordings of a problem, made when they are first needed; `mode` is "fx" or "inductor"."""
 
     def __init__(self, mode: str) -> None:
         self._mode = mode
@@ -107,16 +100,7 @@ class Traces:
         return Traces, (self._mode,)  # a copy in another process records anew
 
     def replay(self, oracle: Callable[..., list[Tensor]], problem: Losses, *trees: Tree) -> list[Tensor]:
-        """Return ``oracle(problem, *trees)`` from its recording; the batch of the problem is an argument of it.
-
-        Args:
-            oracle: a pure function of its trees.
-            problem: the problem.
-            trees: trees of tensors.
-
-        Returns:
-            The oracle's list of tensors.
-        """
+        """Return ``oracle(problem, *trees)`` from its recording; the batch of the problem is an argument of it."""
         arguments = (*trees, problem.minibatch)
         key = (oracle, _signature(arguments))
         with torch.no_grad():
@@ -218,14 +202,7 @@ aten = torch.ops.aten
 
 
 def check_shapes(module: fx.GraphModule) -> None:
-    """Refuse a recording in which the number of entries of a result depends on the values of the arguments.
-
-    Args:
-        module: a graph of aten operations.
-
-    Raises:
-        ValueError: with the operation.
-    """
+    """Refuse a recording in which the number of entries of a result depends on the values of the arguments."""
     follow: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.op == "placeholder" or follow.intersection(node.all_input_nodes):
@@ -252,9 +229,6 @@ def clean(module: fx.GraphModule) -> None:
     """Remove operations without effect: references to references, ``x * 1``, ``x + 0``, repetitions, unused results.
 
     Only identities that change no digit are used, so results stay those of autograd.
-
-    Args:
-        module: a graph of aten operations; it is changed in place.
     """
     graph = module.graph
     calls = [node for node in graph.nodes if node.op == "call_function"]

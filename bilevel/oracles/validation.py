@@ -23,16 +23,7 @@ NO_PARAMS_NOR_HPARAMS = "`outer_loss` does not depend on `params` nor on `hparam
 
 
 def check_trees(params: Tree, hparams: Tree) -> None:
-    """Refuse trees that cannot be worked on.
-
-    Args:
-        params: inner variable.
-        hparams: outer variable.
-
-    Raises:
-        ValueError: one sentence for leaves that are no tensors, empty or not floating, NaN or infinite values, and for
-            dtypes or devices that differ.
-    """
+    """Refuse trees with leaves that are no finite floating tensors, that are empty, or of several dtypes or devices."""
     result = []
     for what, value in (("params", params), ("hparams", hparams)):
         check_tensors(what, value)
@@ -57,15 +48,7 @@ def check_trees(params: Tree, hparams: Tree) -> None:
 
 
 def check_tensors(what: str, value: Tree) -> None:
-    """Refuse a tree whose leaves are not tensors, or that has none.
-
-    Args:
-        what: how messages call the tree.
-        value: the tree.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse a tree, which messages call `what`, whose leaves are not tensors, or that has none."""
     result = tree.leaves(value)
     if not result:
         raise ValueError(f"`{what}` holds no tensors.")
@@ -104,16 +87,7 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
 
 
 def partial_gradients(what: str, loss: Tensor, roots: Tree) -> list[Tensor | None]:
-    """Return the gradient of a loss by each leaf, None for a leaf that is not in its graph.
-
-    Args:
-        what: how messages call the loss.
-        loss: its value with the graph.
-        roots: leaves that require gradients.
-
-    Raises:
-        DerivativeError: for a loss that cannot be differentiated.
-    """
+    """Return the gradient of a loss by each leaf, None for a leaf that is not in its graph."""
     with explained(f"`{what}`"):
         return list(torch.autograd.grad(loss, tree.leaves(roots), allow_unused=True))
 
@@ -122,11 +96,6 @@ def check_use(by_inner: list[Tensor | None], by_outer: list[Tensor | None], para
     """Refuse params that cannot move, or whose motion nobody sees.
 
     A leaf counts as used where it is in the graph of a loss: its gradient may be zero at the start.
-
-    Args:
-        by_inner: the gradient of the inner loss by each leaf of params, None where it is not in its graph.
-        by_outer: that of the outer loss.
-        params: inner variable.
 
     Raises:
         ValueError: for an inner loss that uses no params, else with the first leaf that neither loss uses.
@@ -216,7 +185,7 @@ def check_tensor(name: str, value: Tree, shape: tuple[int, ...], like: Tensor, o
         name: how messages call the value.
         value: the value.
         shape: the shape that it must have.
-        like: a tensor of the right dtype and device.
+        like: a tensor of the right dtype and device, which messages call `source`.
         owner: what has this shape, such as a class with its options.
         source: how messages call that which `like` stands for.
 

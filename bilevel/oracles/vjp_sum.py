@@ -28,23 +28,13 @@ VJP: TypeAlias = Callable[[Tree, Tree], tuple[Tree, Tree]]
 
 
 class ProductSum:
-    """The default: one `vjp` at each point.
-
-    Args:
-        hparams: the sum is shaped as they are.
-    """
+    """The default: one `vjp` at each point; the sum is shaped as the hyperparameters."""
 
     def __init__(self, hparams: Tree) -> None:
         self._total = tree.zeros_like(hparams)
 
     def pull(self, vjp: VJP, params: Tree, v: Tree) -> Tree:
-        """Return ``H' v`` at params, and add ``C' v`` to the sum.
-
-        Args:
-            vjp: that of the problem as the step saw it (`InnerProblem.on_step`).
-            params: the point.
-            v: shaped as params.
-        """
+        """Return ``H' v`` at params, and add ``C' v`` to the sum; `vjp` is that of the problem as the step saw it."""
         by_params, by_hparams = vjp(params, v)
         self._total = tree.add(self._total, by_hparams)
         return by_params
@@ -78,7 +68,6 @@ class BilinearSum(ProductSum):
         self._vectors: list[Tensor] = []
 
     def pull(self, vjp: VJP, params: Tree, v: Tree) -> Tree:
-        """Return ``H' v`` at params, and keep both for the sum."""
         self._points.append(params)
         self._vectors.append(v)
         if len(self._points) == CHUNK or len(self._points) * params.numel() >= NUMBERS:

@@ -16,12 +16,7 @@ from bilevel.oracles.contents import pointer
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the first write into known storages and whether random numbers are drawn.
-
-    Args:
-        storages: names by the places of storages.
-        before_communication: called before an operation that waits for other ranks.
-    """
+    """Notes the first write into known storages and whether random numbers are drawn."""
 
     def __init__(self, storages: dict[int, str], before_communication: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -34,7 +29,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # or the first operation would import torch.compile, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at one operation, then run it."""
         kwargs = kwargs or {}
         if func.namespace in ("c10d", "_c10d_functional"):
             self._before_communication()
