@@ -121,6 +121,7 @@ class MiniBatches:
         return self._at(shuffled[1][position * self._size : (position + 1) * self._size])
 
     def full(self) -> Tree:
+        """Return all rows."""
         return self._data
 
     def between_steps(self, outer_step: int) -> Tree:

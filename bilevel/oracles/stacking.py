@@ -33,10 +33,12 @@ class RowsProblem(BilevelProblem):
         self.why = why
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the sum over members of the inner losses."""
         losses = [p.inner_loss(rows.row(params, i), rows.row(hparams, i)) for i, p in enumerate(self._single)]
         return torch.stack(losses).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the outer losses, of shape (members,)."""
         return torch.stack([
             problem.outer_loss(rows.row(params, index), rows.row(hparams, index))
             for index, problem in enumerate(self._single)

@@ -207,10 +207,12 @@ class LinearModelProblem(DataProblem):
         return lanczos(lambda v: X @ (X.t() @ v), X[:, 0], steps=60, rtol=1e-6).largest
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the penalised training loss, in plain torch."""
         loss = self.scale * self.glm.value(self.predict(self.train.X, params), self.train.y).sum()
         return loss + 0.5 * (self.penalties(hparams) * params * params).sum()
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """Return the mean validation loss, of a batch of shape (batch,), in plain torch."""
         return self.glm.value(self.predict(self.val.X, params), self.val.y).sum(-1) / self.val.rows
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:

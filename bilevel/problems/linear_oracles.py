@@ -104,11 +104,13 @@ class LinearModelPoint(PenalisedPoint):
 
     @cached_property
     def gradient(self) -> Tensor:
+        """The inner gradient; autograd does not record it."""
         with torch.no_grad():
             return torch.addcmul(self.data_gradient, self.inner.penalty, self.params)
 
     @cached_property
     def value(self) -> Tensor:
+        """The inner loss, a 0-d tensor."""
         with torch.no_grad():
             problem = self.inner.problem
             losses = [self.loss(z, rows) for z, rows in zip(self.predictions, problem.design.rows, strict=True)]

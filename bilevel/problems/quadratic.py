@@ -200,12 +200,14 @@ class QuadraticProblem(BilevelProblem):
         return hparams @ rates, rates.expand_as(hparams)
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """``1/2 x' H(u) x + b(u)' x``."""
         hessian, linear = self.coefficients(hparams)
         if self.batch is not None:
             return 0.5 * (params * product(hessian, params)).sum() + (linear * params).sum()
         return 0.5 * torch.dot(params, hessian @ params) + torch.dot(linear, params)
 
     def outer_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """``1/2 |x - target|^2``."""
         return 0.5 * (params - self.target).square().sum(-1)
 
     def outer_value_and_grads(self, params: Tree, hparams: Tree) -> tuple[Tensor, Tree, Tree]:
