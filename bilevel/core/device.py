@@ -18,7 +18,7 @@ ON_ACCELERATOR = 8
 def check_interval(device: torch.device) -> int:
     """Return how many steps a loop takes between two looks: 1 on the CPU, `ON_ACCELERATOR` elsewhere.
 
-    >>> steps_between(torch.device("cpu")), steps_between(torch.device("cuda"))
+    >>> check_interval(torch.device("cpu")), check_interval(torch.device("cuda"))
     (1, 8)
     """
     return 1 if device.type == "cpu" else ON_ACCELERATOR
@@ -27,7 +27,7 @@ def check_interval(device: torch.device) -> int:
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
     """Return 0-d tensors of one device as Python floats, by one look.
 
-    >>> numbers([torch.tensor(1.5), torch.tensor(2.0)])
+    >>> to_floats([torch.tensor(1.5), torch.tensor(2.0)])
     [1.5, 2.0]
     """
     if scalars[0].device.type == "cpu":

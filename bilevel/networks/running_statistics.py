@@ -172,7 +172,7 @@ class MovingStatistics(InnerSolver):
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
         return _joined(params, self.solver.init(inner, inner.trainable(params)))
 
-    def equilibrium(self, inner: InnerProblem, params: Tree) -> InnerState:
+    def cold_state(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return a state for a later warm start."""
         return _joined(params, self.solver.cold_state(inner, inner.trainable(params)))
 
