@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from bilevel.base import Carry as Carry
     from bilevel.base import Certificate as Certificate
     from bilevel.base import Estimate as Estimate
-    from bilevel.base import HypergradEstimator as HypergradEstimator
     from bilevel.base import InnerSolver as InnerSolver
     from bilevel.base import InnerState as InnerState
     from bilevel.base import LinearSolution as LinearSolution
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
     from bilevel.core.status import HypergradientError as HypergradientError
     from bilevel.core.status import Status as Status
     from bilevel.core.status import Verdict as Verdict
-    from bilevel.engine.loop import begin as begin
-    from bilevel.engine.loop import run_inner as run_inner
+    from bilevel.engine.estimator import HypergradEstimator as HypergradEstimator
+    from bilevel.engine.estimator import Run as Run
+    from bilevel.engine.judge import InnerRun as InnerRun
     from bilevel.hypergrad import Auto as Auto
     from bilevel.hypergrad import ClosedForm as ClosedForm
     from bilevel.hypergrad import FiniteDifference as FiniteDifference
@@ -90,12 +90,13 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "base": (
-        "BatchEstimate Carry Certificate Estimate HypergradEstimator InnerSolver InnerState LinearSolution "
-        "LinearSolver LinearSystem Pullback Solution Traits"
+        "BatchEstimate Carry Certificate Estimate InnerSolver InnerState LinearSolution LinearSolver "
+        " LinearSystem Pullback Solution Traits"
     ),
     "check": "check_hypergradient check_problem",
     "core.status": "BilevelWarning HypergradientError Status Verdict",
-    "engine.loop": "begin run_inner",
+    "engine.estimator": "HypergradEstimator Run",
+    "engine.judge": "InnerRun",
     "hypergrad": (
         "Auto ClosedForm FiniteDifference FirstOrder FullUnroll Implicit OneStep Spectral TruncatedUnroll "
         "hypergradient solution"
@@ -121,6 +122,8 @@ _NAMES = {
 _HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 _MODULES = {"meta": "meta", "problems": "problems", "theory": "theory", "threads": "core.threads", "tree": "core.tree"}
 """Public modules."""
+_OLD = ("begin", "run_inner")
+"""Functions of `engine.loop` that were public, and forward for one release."""
 
 __all__ = sorted([*_HOME, *_MODULES])
 
@@ -132,6 +135,11 @@ if not TYPE_CHECKING:
             from importlib.metadata import version
 
             value = version(__name__)
+        elif name in _OLD:
+            from warnings import warn
+
+            warn(f"bilevel.{name} is now a part of `Run.solve`: use run.solve().", DeprecationWarning, stacklevel=2)
+            return getattr(import_module(f"{__name__}.engine.loop"), name)
         elif name in _HOME:
             value = getattr(import_module(_HOME[name]), name)
         else:

@@ -15,7 +15,6 @@ import torch
 from helpers import ridge_case, tree_case
 
 import bilevel as bl
-from bilevel.engine.loop import begin, run_inner
 
 ROOT = Path(bl.__file__).parent
 FLOORS = (
@@ -139,15 +138,14 @@ class IdentityHessian(bl.HypergradEstimator):
 
     rate: float = 0.1
 
-    def solve(self, problem: Any, solver: Any, hparams: Any, params: Any, carry: Any, meter: Any) -> bl.Solution:
-        inner = problem.bind(hparams, meter.counts)
-        run = run_inner(inner, solver, begin(inner, solver, params, carry))
-        solved = solver.params(run.state)
+    def solve(self, run: bl.Run) -> bl.Solution:
+        inner, end = run.inner(), run.solve()
+        solved = run.solver.params(end.state)
 
         def pullback(cotangent: Any) -> bl.Pullback:
             return bl.Pullback(bl.tree.scale(-self.rate, inner.linearize(solved).cross(cotangent)), steps=1)
 
-        return bl.Solution(solved, run.state, pullback, run.residual, run.steps, run.verdict)
+        return end.solution(solved, pullback)
 
 
 @pytest.mark.parametrize("params", ["tensor", "0-d", "dict"])

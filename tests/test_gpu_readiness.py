@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bilevel as bl
 import bilevel.hypergrad
 from bilevel.core.device import ON_ACCELERATOR
-from bilevel.engine.loop import LOOK, begin, run_inner
+from bilevel.engine.loop import LOOK, run_inner
 from bilevel.numerics.lanczos import lanczos
 
 
@@ -39,7 +39,7 @@ def inner_run(solver: bl.InnerSolver, make: Callable[[Any], cases.Placed] = case
     with accelerator() as log:
         placed = make(DEVICE)
         inner = placed.problem.bind(placed.hparams)
-        run_inner(inner, solver, begin(inner, solver, placed.problem.params, bl.Carry()))
+        run_inner(inner, solver, solver.init(inner, placed.problem.params))
     return log
 
 

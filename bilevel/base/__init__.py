@@ -1,4 +1,4 @@
-"""The contracts: what an inner solver, a linear solver and a hypergradient estimator are, and what they return.
+"""The contracts: what an inner solver and a linear solver are, and what solvers and estimators return.
 
 Parts never import each other; they meet in one call above, `bilevel.hypergradient`. Solvers and estimators are frozen
 dataclasses of options; whatever changes is a value that is returned (`InnerState`, `Carry`).
@@ -7,13 +7,12 @@ dataclasses of options; whatever changes is a value that is returned (`InnerStat
 from bilevel.base.batch import BatchEstimate as BatchEstimate
 from bilevel.base.batch import member_carry as member_carry
 from bilevel.base.batch import verdict_of as verdict_of
-from bilevel.base.estimator import Carry as Carry
-from bilevel.base.estimator import Certificate as Certificate
-from bilevel.base.estimator import ErrorKind as ErrorKind
-from bilevel.base.estimator import Estimate as Estimate
-from bilevel.base.estimator import HypergradEstimator as HypergradEstimator
-from bilevel.base.estimator import Pullback as Pullback
-from bilevel.base.estimator import Solution as Solution
+from bilevel.base.estimate import Carry as Carry
+from bilevel.base.estimate import Certificate as Certificate
+from bilevel.base.estimate import ErrorKind as ErrorKind
+from bilevel.base.estimate import Estimate as Estimate
+from bilevel.base.estimate import Pullback as Pullback
+from bilevel.base.estimate import Solution as Solution
 from bilevel.base.inner_solver import InnerSolver as InnerSolver
 from bilevel.base.inner_solver import InnerState as InnerState
 from bilevel.base.inner_solver import Variables as Variables

@@ -8,7 +8,7 @@ from typing import overload
 
 from torch import Tensor
 
-from bilevel.base.estimator import Carry, Certificate, Estimate
+from bilevel.base.estimate import Carry, Certificate, Estimate
 from bilevel.core import rows
 from bilevel.core.cost import Cost
 from bilevel.core.status import GOOD, Status, Verdict

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from bilevel.base import Carry, InnerState
+from bilevel.base import InnerState
 from bilevel.check.report import Finding
 from bilevel.check.solution import Curvature, Solved
 from bilevel.check.subject import Subject
 from bilevel.core import tree
 from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
-from bilevel.engine.loop import begin
 
 TARGET = 1e-3
 """The relative error of a truncated unroll that the recommended tail is for."""
@@ -74,7 +73,7 @@ def _rate(subject: Subject, solved: Solved, offset: Tree, blur: float) -> float 
     inner = subject.problem.bind(subject.hparams)
     solution, solver = solved.params, subject.solver
     scale = max(1.0, float(tree.norm(solution)))
-    state = begin(inner, solver, tree.add(solution, offset, scale), Carry())
+    state = solver.init(inner, tree.add(solution, offset, scale))
     # Constants of the map as the user's run had them; curvature measured here would be that of another point.
     state = replace(state, measured=solved.run.state.measured or state.measured)
     distances = []

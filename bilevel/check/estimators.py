@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 import torch
 
-from bilevel.base import Carry, Estimate, HypergradEstimator, InnerSolver
+from bilevel.base import Estimate, InnerSolver
 from bilevel.check.differences import derivative
 from bilevel.check.report import Finding
 from bilevel.check.solution import Solved
@@ -17,7 +17,8 @@ from bilevel.check.subject import Subject
 from bilevel.core import tree
 from bilevel.core.options import default_tolerance, describe
 from bilevel.core.tree import Tree
-from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.estimator import HypergradEstimator
+from bilevel.engine.loop import run_inner
 from bilevel.hypergrad import FullUnroll, Implicit, TruncatedUnroll, hypergradient
 from bilevel.inner import QuasiNewton
 from bilevel.linear import CG, GMRES
@@ -45,12 +46,12 @@ class _Way:
     def slopes(self) -> list[tuple[float, float]]:
         """The derivative along every direction, and its uncertainty; measured step sizes are constants."""
         bind, solver = self.problem.bind, self.problem.augmented(self.solver)
-        measured = begin(bind(self.hparams), solver, self.start, Carry()).measured
+        measured = solver.init(bind(self.hparams), self.start).measured
 
         def outer_loss(direction: Tree, t: float) -> float:
             hparams = tree.add(self.hparams, direction, t)
             inner = bind(hparams)
-            state = replace(begin(inner, solver, self.start, Carry()), measured=measured)
+            state = replace(solver.init(inner, self.start), measured=measured)
             run = run_inner(inner, solver, state, at_least=1)
             with torch.no_grad():
                 value = self.problem.outer_loss(solver.params(run.state), hparams)

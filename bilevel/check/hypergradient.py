@@ -9,7 +9,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from bilevel.base import Estimate, HypergradEstimator, InnerSolver, describe
+from bilevel.base import Estimate, InnerSolver, describe
 from bilevel.check.problem import examine
 from bilevel.check.report import Finding, ProblemReport
 from bilevel.check.second import component_labels
@@ -17,6 +17,7 @@ from bilevel.core import tree
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.hypergrad import FiniteDifference, hypergradient
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.oracles.problem import BilevelProblem

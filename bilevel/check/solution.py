@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry
 from bilevel.check.losses import kinks as kinks_between
 from bilevel.check.report import Finding, Judgement
 from bilevel.check.subject import Subject
@@ -17,7 +16,7 @@ from bilevel.core.options import default_tolerance
 from bilevel.core.tree import Tree
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.kinks import kinked
-from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.loop import run_inner
 from bilevel.inner import QuasiNewton
 from bilevel.inner.newton import newton_to_rounding
 from bilevel.numerics.lanczos import lanczos
@@ -68,7 +67,7 @@ def solve(subject: Subject) -> Solved:
     inner = subject.problem.bind(subject.hparams)
     first = float(tree.norm(inner.grad(subject.start)))
     given, solver = subject.given.bind(subject.hparams), subject.given.augmented(subject.solver)
-    run = run_inner(given, solver, begin(given, solver, subject.given_start, Carry()))
+    run = run_inner(given, solver, solver.init(given, subject.given_start))
     status, sentence = run.verdict.status, str(run.verdict)
     reached = subject.given.trainable(solver.params(run.state))
     params, residual = _polished(subject, reached if status.usable else subject.start)

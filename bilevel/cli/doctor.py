@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from bilevel import data
-from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.base import InnerSolver
 from bilevel.check import check_hypergradient
 from bilevel.cli.threads import chosen_threads, measured_threads
 from bilevel.compare import describe_environment
 from bilevel.config import choose_device
 from bilevel.core.threads import short_operations
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.hypergrad import FullUnroll, Implicit, TruncatedUnroll
 from bilevel.inner import GradientDescent, Newton
 from bilevel.problems import LogisticProblem, RidgeProblem

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.base import InnerSolver
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer import OuterOptions
 

@@ -19,11 +19,12 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from bilevel import hypergrad, inner, linear, meta, problems
-from bilevel.base import HypergradEstimator, InnerSolver, LinearSolver
+from bilevel.base import InnerSolver, LinearSolver
 from bilevel.config.document import ConfigError, listed, shown, suggest
 from bilevel.config.imports import imported
 from bilevel.core.options import first_line
 from bilevel.core.tracebacks import told
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.problem import BilevelProblem
 
 REQUIRED = inspect.Parameter.empty

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.base import InnerSolver
 from bilevel.core import tree
 from bilevel.core.options import is_int, is_list, is_number, is_positive, require
 from bilevel.curse.methods import METHODS, method
 from bilevel.curse.outcome import Claim, Line, Outcome, Panel
 from bilevel.curse.problems import load
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.hypergrad import FullUnroll, TruncatedUnroll
 from bilevel.inner import GradientDescent
 from bilevel.outer import OuterOptimizer

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, HypergradEstimator
+from bilevel.base import Carry
 from bilevel.core.cost import Meter
 from bilevel.curse.draws import Draw
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import OMEGA as WEIGHT
 from bilevel.hypergrad import Implicit, TruncatedUnroll, hypergradient
 from bilevel.linear import CG
@@ -98,7 +99,7 @@ def half_and_half(draw: Draw, steps: int) -> tuple[float, float]:
     # An HVP costs two; what is left pays for the cross product.
     estimator, solver = Implicit(CG(tol=1e-15, max_steps=budget // 4 - 2)), replace(draw.solver, steps=budget // 2)
     # A call of `hypergradient` would refuse the result where CG has not converged.
-    solved = estimator.solve(draw.problem, solver, draw.hparams, draw.start, Carry(), meter)
+    solved = estimator.solve(Run(draw.problem, solver, draw.hparams, draw.start, Carry(), meter))
     value = solved.pullback(draw.problem.v).hparams
     return float(draw.error(value)), meter.read().gradient_equivalents
 

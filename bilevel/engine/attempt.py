@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.base import Carry, InnerSolver, Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.device import to_floats
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.not_finite import finite_gradient, finite_loss, not_finite_part
 from bilevel.oracles.problem import BilevelProblem
 
@@ -47,33 +47,13 @@ class Attempt:
         return Carry(self.solved.state, self.pulled.adjoint, type(solver).__name__, ongoing)
 
 
-def attempt(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    estimator: HypergradEstimator,
-    hparams: Tree,
-    start: Tree,
-    carry: Carry,
-    meter: Meter,
-) -> Attempt:
-    """Solve, and pull the gradient of the outer loss back.
-
-    Args:
-        problem: the problem.
-        solver: the inner solver.
-        estimator: the estimator.
-        hparams: hyperparameters, detached.
-        start: where a cold start begins.
-        carry: the warm start.
-        meter: counts the work.
-
-    Returns:
-        The attempt; failure is a verdict.
-    """
-    solved = estimator.solve(problem, solver, hparams, start, carry, meter)
+def attempt(estimator: HypergradEstimator, run: Run) -> Attempt:
+    """Solve, and pull the gradient of the outer loss back; failure is a verdict."""
+    problem, hparams = run.problem, run.hparams
+    solved = estimator.solve(run)
     value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
     if solved.verdict.status.usable:
-        meter.counts["outer"] += 1
+        run.meter.counts["outer"] += 1
         outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
         value = float(outer)
         verdict = verdict.worse(finite_loss(value, lambda: problem.outer_loss(solved.params, hparams)))

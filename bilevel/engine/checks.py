@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver
+from bilevel.base import Carry, InnerSolver
 from bilevel.core import tree
 from bilevel.core.options import shown_value
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 

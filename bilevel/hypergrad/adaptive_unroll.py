@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, InnerSolver, InnerState, Pullback, Solution, Variables
+from bilevel.base import InnerSolver, InnerState, Pullback, Solution, Variables
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.status import GOOD, StepFailure, Verdict
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import Run
 from bilevel.engine.extrapolation import (
     ADJOINT_ORDERS,
     OMEGA,
@@ -37,10 +37,9 @@ from bilevel.engine.extrapolation import (
     with_steps,
 )
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.loop import run_inner
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
-from bilevel.oracles.problem import BilevelProblem
 
 SAFEGUARDS = 6.0
 """Gradient-equivalents of a look at the extrapolated iterate (1), two adjoint residuals (4) and a cross product (1)."""
@@ -77,47 +76,40 @@ def fraction_of(fraction: float, steps: int) -> int:
     return max(1, -int(-(fraction * steps - 1e-9) // 1))
 
 
-def solve(
-    tail: Tail, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-) -> Solution:
+def solve(tail: Tail, run: Run) -> Solution:
     """Run the inner solver as the budget or its own rule says, and keep what the sweep will need.
 
     Args:
         tail: what is asked for.
-        problem: the problem.
-        solver: the inner solver.
-        hparams: hyperparameters.
-        params: where a cold start begins.
-        carry: the warm start.
-        meter: counts the work.
+        run: the inner solve.
 
     Returns:
         A solution whose pullback sweeps; with an accepted extrapolation, at the extrapolated iterate.
     """
-    inner = problem.bind(hparams, meter.counts)
+    inner, solver = run.inner(), run.solver
     budget = None if tail.budget is None else Budget.of(tail.budget, inner)
-    state = begin(inner, solver, params, carry)
+    state = run.begin()
     record = Record(solver, state.params)
-    run, length, exact = _forward(tail, inner, solver, state, record, budget)
+    end, length, exact = _forward(tail, inner, solver, state, record, budget)
     if budget is not None:
-        run = discount_doubt(run, solver)
-    meter.sample()
+        end = discount_doubt(end, solver)
+    run.meter.sample()
     choose = tail.tail is None and not exact and not tail.extrapolate
-    wanted = (choose or tail.extrapolate) and run.verdict.status.usable
-    point, note = _extrapolated(inner, record, run) if wanted else (None, "")
+    wanted = (choose or tail.extrapolate) and end.verdict.status.usable
+    point, note = _extrapolated(inner, record, end) if wanted else (None, "")
     sweep = Sweep(
         inner=inner,
         solver=solver,
         kept=record.tail(length),
-        allowance=float("inf") if budget is None else max(budget.left(run.steps), OMEGA * length),
+        allowance=float("inf") if budget is None else max(budget.left(end.steps), OMEGA * length),
         choose=choose,
         extrapolate=tail.extrapolate,
         point=point,
         note=note if tail.extrapolate else "",
     )
     if tail.extrapolate and point is not None:
-        return Solution(point.params, run.state, sweep, point.residual, run.steps, run.verdict)
-    return run.solution(solver.params(run.state), sweep)
+        return Solution(point.params, end.state, sweep, point.residual, end.steps, end.verdict)
+    return end.solution(solver.params(end.state), sweep)
 
 
 def _forward(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution, describe
+from bilevel.base import InnerSolver, Pullback, Solution, describe
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.options import is_positive, require
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.balanced import FALLBACK
 from bilevel.hypergrad.closed_form import MAX_DENSE, ClosedForm
 from bilevel.hypergrad.implicit import Implicit
@@ -147,11 +147,9 @@ class Auto(HypergradEstimator):
         super().check(problem, solver, hparams)
         self.choose(problem, solver, hparams, problem.start()).estimator.check(problem, solver, hparams)
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
-        choice = self.choose(problem, solver, hparams, params)
-        solved = choice.estimator.solve(problem, solver, hparams, params, carry, meter)
+    def solve(self, run: Run) -> Solution:
+        choice = self.choose(run.problem, run.solver, run.hparams, run.params)
+        solved = choice.estimator.solve(run)
 
         def pullback(cotangent: Tree) -> Pullback:
             pulled = solved.pullback(cotangent)

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, InnerSolver, InnerState, Pullback, Solution
+from bilevel.base import InnerSolver, InnerState, Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.cost import WEIGHTS, Meter
+from bilevel.core.cost import WEIGHTS
 from bilevel.core.device import to_floats
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import Run
 from bilevel.engine.extrapolation import (
     ITERATE_ORDERS,
     OMEGA,
@@ -34,7 +35,7 @@ from bilevel.engine.extrapolation import (
     with_steps,
 )
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.loop import run_inner
 from bilevel.hypergrad.adaptive_unroll import Sweep
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
@@ -191,27 +192,11 @@ class Balance:
         self.smallest = float("inf") if self.negative is not None else min(self.smallest, smallest)
 
 
-def solve(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    hparams: Tree,
-    params: Tree,
-    carry: Carry,
-    meter: Meter,
-    *,
-    budget: float | None,
-    damping: float,
-    max_steps: int | None,
-) -> Solution:
+def solve(run: Run, budget: float | None, damping: float, max_steps: int | None) -> Solution:
     """Run forward and adjoint in turns, then say whether the result is used or a truncated tail takes over.
 
     Args:
-        problem: the problem.
-        solver: the inner solver.
-        hparams: hyperparameters.
-        params: where a cold start begins.
-        carry: the warm start; its adjoint starts CG.
-        meter: counts the work.
+        run: what is asked for; the adjoint of its carry starts CG.
         budget: gradient-equivalents, or None where the solver's own rule ends the forward run.
         damping: added to the diagonal of the Hessian.
         max_steps: most CG steps of one pause.
@@ -222,12 +207,12 @@ def solve(
     Raises:
         ValueError: if a measured step size has used up the budget.
     """
-    inner = problem.bind(hparams, meter.counts)
+    inner, solver, carry = run.inner(), run.solver, run.carry
     shared = None if budget is None else Budget.of(budget, inner)
-    state = begin(inner, solver, params, carry)
+    state = run.begin()
     dtype = tree.leaves(state.params)[0].dtype
     limit = max(100, 10 * tree.size(state.params)) if max_steps is None else max_steps
-    balance = Balance(problem, inner, solver, shared, Record(solver, state.params), damping, limit)
+    balance = Balance(run.problem, inner, solver, shared, Record(solver, state.params), damping, limit)
     raveler = tree.Raveler(state.params)
     balance.lam = None if carry.adjoint is None else raveler.ravel(carry.adjoint)
     used = solver
@@ -240,16 +225,16 @@ def solve(
         balance.mark = max(1, min(int(shared.left() / 2), int(shared.left() - PAUSE - FINISH - 4.0)))
         balance.kept = int(shared.left() / 2 / OMEGA) + 1
         used = with_steps(solver, int(shared.left()), dtype)
-    run = run_inner(inner, used, state, balance.visit, at_least=1)
+    end = run_inner(inner, used, state, balance.visit, at_least=1)
     if shared is not None:
-        run = discount_doubt(run, solver)
-    meter.sample()
-    if not run.verdict.status.usable:
-        return run.solution(solver.params(run.state), _nothing)
+        end = discount_doubt(end, solver)
+    run.meter.sample()
+    if not end.verdict.status.usable:
+        return end.solution(solver.params(end.state), _nothing)
     if not balance.done:
-        balance.record.close(run.state)
-        balance.pause(run.state)
-    return _finish(balance, run)
+        balance.record.close(end.state)
+        balance.pause(end.state)
+    return _finish(balance, end)
 
 
 def _nothing(cotangent: Tree) -> Pullback:

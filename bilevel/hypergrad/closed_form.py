@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.base import InnerSolver, Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.inner_problem import InnerProblem
@@ -64,12 +64,9 @@ class ClosedForm(HypergradEstimator):
                 "use Implicit(), or set `structure = Structure(quadratic=True)` on a problem that has one."
             )
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
-        self.check(problem, solver, hparams)
-        inner = problem.bind(hparams, meter.counts)
-        basis = problem.spectrum()
+    def solve(self, run: Run) -> Solution:
+        self.check(run.problem, run.solver, run.hparams)
+        inner, basis, params, solver = run.inner(), run.problem.spectrum(), run.params, run.solver
         result = _dense(inner, params) if basis is None else _diagonal(inner, basis)
         if isinstance(result, Verdict):
             return Solution(params, solver.cold_state(inner, params), _no_pullback, float("nan"), 0, result)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bilevel.base import Certificate, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.base import Certificate, InnerSolver, Pullback, Solution
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.core import rows
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, error_verdict
 from bilevel.engine.derivatives import check_derivatives
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.engine.kinks import ends_at_kink
 from bilevel.oracles.problem import BilevelProblem
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.base import Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.options import is_positive, require
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.loop import begin, run_inner
-from bilevel.oracles.problem import BilevelProblem
+from bilevel.engine.loop import run_inner
 
 
 @dataclass(frozen=True)
@@ -44,30 +42,28 @@ class FiniteDifference(HypergradEstimator):
     def differentiates_steps(self) -> bool:
         return True
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
+    def solve(self, run: Run) -> Solution:
         """Run the inner solver at the hyperparameters; the perturbed runs follow in the pullback."""
+        hparams, solver = run.hparams, run.solver
+        middle = run.solve()
 
-        def at(u: Tree, measured: Mapping[str, float] | None = None) -> InnerRun:
-            inner = problem.bind(u, meter.counts)
-            state = begin(inner, solver, params, carry)
+        def at(u: Tree) -> InnerRun:
+            there = replace(run, hparams=u)
             # What the solver measures (an automatic step size) is a constant of the map, for every estimator alike.
-            return run_inner(inner, solver, state if measured is None else replace(state, measured=measured))
+            return run_inner(there.inner(), solver, replace(there.begin(), measured=middle.state.measured))
 
-        run = at(hparams)
         step = self.step or torch.finfo(tree.leaves(hparams)[0].dtype).eps ** (1 / 3)
 
         def pullback(cotangent: Tree) -> Pullback:
-            verdict: Verdict = run.verdict
+            verdict: Verdict = middle.verdict
             products = []
             for direction in tree.Raveler(hparams).units():
                 size = step * max(1.0, abs(float(tree.dot(direction, hparams))))
-                ends = [at(tree.add(hparams, direction, sign * size), run.state.measured) for sign in (1.0, -1.0)]
+                ends = [at(tree.add(hparams, direction, sign * size)) for sign in (1.0, -1.0)]
                 up, down = (solver.params(end.state) for end in ends)
                 products.append(tree.dot(tree.add(up, down, -1.0), cotangent) / (2 * size))
                 verdict = verdict.worse(ends[0].verdict).worse(ends[1].verdict)
             total = tree.Raveler(hparams).unravel(torch.stack(products))
             return Pullback(total, steps=2 * len(products), verdict=verdict)
 
-        return run.solution(solver.params(run.state), pullback)
+        return middle.solution(solver.params(middle.state), pullback)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.base import InnerSolver, Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.tree import Tree
-from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.oracles.problem import BilevelProblem
 
 DROPPED = "the indirect term, through the inner solution, is dropped: ask with certify=True what that costs"
@@ -69,14 +68,11 @@ class FirstOrder(HypergradEstimator):
                     "term: its hypergradient would be a silent zero. Use OneStep(), TruncatedUnroll or Implicit."
                 )
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
+    def solve(self, run: Run) -> Solution:
         """Run the inner solver; its pullback is zero."""
-        inner = problem.bind(hparams, meter.counts)
-        run = run_inner(inner, solver, begin(inner, solver, params, carry))
+        end = run.solve()
 
         def pullback(cotangent: Tree) -> Pullback:
-            return Pullback(tree.zeros_like(inner.hparams), error_note=DROPPED)
+            return Pullback(tree.zeros_like(run.hparams), error_note=DROPPED)
 
-        return run.solution(solver.params(run.state), pullback)
+        return end.solution(run.solver.params(end.state), pullback)

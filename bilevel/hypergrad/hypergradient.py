@@ -7,7 +7,7 @@ from typing import overload
 
 import torch
 
-from bilevel.base import BatchEstimate, Carry, Estimate, HypergradEstimator, InnerSolver
+from bilevel.base import BatchEstimate, Carry, Estimate, InnerSolver
 from bilevel.certify import ErrorEstimate
 from bilevel.core import tree
 from bilevel.core.cost import Cost, Meter
@@ -15,6 +15,7 @@ from bilevel.core.status import OnFailure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, attempt
 from bilevel.engine.checks import check_carry, check_roles, read_by_steps
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.one_by_one import loop_hypergradient, one_by_one
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.evidence import certificate, confirmed, judged
@@ -150,7 +151,7 @@ def hypergradient(
         return together
     meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
-        result = attempt(problem, used, rule, given, start, warm, meter)
+        result = attempt(rule, Run(problem, used, given, start, warm, meter))
         cost = meter.read()
         result = confirmed(problem, solver, rule, given, result, start, asked=certify)
         result, error = judged(problem, solver, given, result, certify)

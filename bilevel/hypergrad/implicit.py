@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, LinearSolver, Pullback, Solution
+from bilevel.base import InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.core import rows, tree
-from bilevel.core.cost import Meter
 from bilevel.core.options import is_number, is_positive, require
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
-from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad import balanced
 from bilevel.hypergrad.damping import damped, damped_matrix
 from bilevel.linear import CG
@@ -134,52 +133,40 @@ class Implicit(HypergradEstimator):
             )
         return self if self.balance else replace(self, linear_solver=self.linear_solver.at_tolerance(tol))
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
+    def solve(self, run: Run) -> Solution:
         """Run the inner solver, keeping nothing but its state; balanced, the adjoint system is solved on the way."""
         if self.balance == "auto" and isinstance(self.linear_solver, CG):
-            return balanced.solve(
-                problem,
-                solver,
-                hparams,
-                params,
-                carry,
-                meter,
-                budget=self.budget,
-                damping=self.damping,
-                max_steps=self.linear_solver.max_steps,
-            )
-        inner = problem.bind(hparams, meter.counts)
-        run = run_inner(inner, solver, begin(inner, solver, params, carry))
-        solved, size = inner.equilibrium(solver.params(run.state)), problem.batch
-        missed = "" if size is not None else solver.misses(inner, run.state, run.residual)
+            return balanced.solve(run, self.budget, self.damping, self.linear_solver.max_steps)
+        problem, solver, counts = run.problem, run.solver, run.meter.counts
+        inner, end = run.inner(), run.solve()
+        solved, size = inner.equilibrium(solver.params(end.state)), problem.batch
+        missed = "" if size is not None else solver.misses(inner, end.state, end.residual)
         if missed:
-            run = replace(run, verdict=run.verdict.worse(Verdict(Status.INACCURATE, missed)))
+            end = replace(end, verdict=end.verdict.worse(Verdict(Status.INACCURATE, missed)))
 
         def pullback(cotangent: Tree) -> Pullback:
             # A failed row has no cotangent, and so nothing to solve.
-            cotangent = cotangent if size is None else rows.where(run.usable, cotangent, 0.0)
+            cotangent = cotangent if size is None else rows.where(end.usable, cotangent, 0.0)
             # The run has looked at it, and counted it, unless a row failed and its params were put back.
             gradient = inner.grad(solved)
-            before = Counter() if size is None else Counter(meter.counts)
+            before = Counter() if size is None else Counter(counts)
             point = inner.linearize(solved)
             cotangent, direct = inner.equilibrium_vjp(solved, cotangent)
             loss = problem.module_loss if self.curvature == "gauss-newton" else None
             product = point.hvp if loss is None else gauss_newton(point, loss)
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
-            cache = run.state.cache
+            cache = end.state.cache
             solution = self.linear_solver.solve(
                 damped(product, self.damping),
                 cotangent,
-                carry.adjoint,
+                run.carry.adjoint,
                 dense=damped_matrix(point, self.damping) if loss is None else None,
                 precondition=None if cache is None else point.preconditioner(cache).apply,
                 damping=self.damping,
                 definite=problem.symmetric,
                 rows=size is not None,
             )
-            meter.sample()
+            run.meter.sample()
             total = tree.scale(-1.0, point.cross(solution.x))
             return Pullback(
                 total if direct is None else tree.add(total, direct),
@@ -188,10 +175,10 @@ class Implicit(HypergradEstimator):
                 solution.steps,
                 solution.verdict,
                 value_error=rows.dot(solution.x, gradient, size).abs(),
-                counts=() if size is None else _counts(meter.counts, before, solution.steps),
+                counts=() if size is None else _counts(counts, before, solution.steps),
             )
 
-        return run.solution(solved, pullback)
+        return end.solution(solved, pullback)
 
 
 def _counts(after: Counter[str], before: Counter[str], steps: Sequence[int]) -> list[Counter[str]]:

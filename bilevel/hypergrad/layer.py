@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Pullback, Solution
+from bilevel.base import Carry, InnerSolver, Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.cost import Meter
 from bilevel.core.device import to_floats
@@ -18,6 +18,7 @@ from bilevel.core.tree import Tree
 from bilevel.engine.attempt import FAR
 from bilevel.engine.checks import check_roles
 from bilevel.engine.derivatives import check_derivatives
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.kinks import ends_at_kink
 from bilevel.engine.not_finite import not_finite_pullback
 from bilevel.hypergrad.auto import as_estimator
@@ -130,7 +131,7 @@ class _Solution(torch.autograd.Function):
         hparams = tree.rebuild(call.like, [leaf.detach() for leaf in leaves])
         solver, hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
         meter = Meter(leaves[0].device, memory=False)
-        solved = call.estimator.solve(call.problem, solver, hparams, start, Carry(), meter)
+        solved = call.estimator.solve(Run(call.problem, solver, hparams, start, Carry(), meter))
         if call.estimator.second_derivatives:
             solved = _confirmed(call, hparams, solved)
         report(solved.verdict, call.on_failure)

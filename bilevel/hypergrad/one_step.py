@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, Solution
-from bilevel.core.cost import Meter
+from bilevel.base import InnerSolver, Solution
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.unroll import TruncatedUnroll
 from bilevel.oracles.problem import BilevelProblem
 
@@ -50,7 +50,5 @@ class OneStep(HypergradEstimator):
         """Refuse a solver whose steps have no derivative; ValueError says what to use."""
         LAST.check(problem, solver, hparams)
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
-        return LAST.solve(problem, solver, hparams, params, carry, meter)
+    def solve(self, run: Run) -> Solution:
+        return LAST.solve(run)

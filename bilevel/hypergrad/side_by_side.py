@@ -12,7 +12,6 @@ from torch import Tensor
 from bilevel.base import (
     BatchEstimate,
     Carry,
-    HypergradEstimator,
     InnerSolver,
     Pullback,
     Solution,
@@ -25,6 +24,7 @@ from bilevel.core.status import OnFailure, Status, Verdict, report
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, value_verdict
 from bilevel.engine.derivatives import check_members
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.kinks import members_at_kinks
 from bilevel.engine.not_finite import finite_loss
 from bilevel.engine.one_by_one import one_by_one
@@ -85,7 +85,7 @@ def rows_hypergradient(
         on_failure: see `hypergradient`; a failure is reported when all members are done.
     """
     meter = Meter(tree.leaves(start)[0].device)
-    solved = estimator.solve(problem, solver, hparams, start, carry, meter)
+    solved = estimator.solve(Run(problem, solver, hparams, start, carry, meter))
     value, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
     meter.counts["outer"] += 1
     losses = value.cpu()

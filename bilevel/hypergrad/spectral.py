@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution
-from bilevel.core.cost import Meter
+from bilevel.base import InnerSolver, InnerState, Pullback, Solution
 from bilevel.core.options import is_int, is_number, require
 from bilevel.core.tree import Tree
-from bilevel.engine.loop import begin, conclude
+from bilevel.engine.estimator import HypergradEstimator, Run
+from bilevel.engine.loop import conclude
 from bilevel.engine.recurrence import unroll
 from bilevel.hypergrad.adaptive_unroll import fraction_of
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
@@ -71,26 +71,22 @@ class Spectral(HypergradEstimator):
         """
         self._parts(problem, solver)
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
-        basis, multistep, steps = self._parts(problem, solver)
-        tail = self._length(steps)
-        inner = problem.bind(hparams, meter.counts)
-        first = begin(inner, multistep, params, carry)
+    def solve(self, run: Run) -> Solution:
+        basis, multistep, steps = self._parts(run.problem, run.solver)
+        tail, inner, first = self._length(steps), run.inner(), run.begin()
         diagonal = basis.bind(inner.hparams)
         vectors = torch.stack([basis.turn(vector) for vector in (first.params, *first.memory)])
         moving = unroll(multistep, [first], diagonal, vectors, tail)
         last, *memory = [basis.back(vector) for vector in moving.vectors]
         state = InnerState(last, tuple(memory), first.steps + steps, first.measured)
-        run = conclude(inner, multistep, first, state, steps)
+        end = conclude(inner, multistep, first, state, steps)
         by_value, by_linear = moving.by_value[0], moving.by_linear[0]
 
         def pullback(cotangent: Tree) -> Pullback:
             weights = basis.turn(cotangent)
             return Pullback(diagonal.pull(weights * by_value, weights * by_linear), steps=tail)
 
-        return run.solution(last, pullback)
+        return end.solution(last, pullback)
 
     def sweep(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tensor, params: Tree = None) -> Sweep:
         """Return outer losses and hypergradients at many hyperparameter vectors at once, each from a cold start.

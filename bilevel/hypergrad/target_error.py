@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver
+from bilevel.base import Carry, InnerSolver
 from bilevel.certify import ErrorBound, ErrorEstimate, Refinement, certify_error, rounding_floor
 from bilevel.core import tree
 from bilevel.core.cost import Meter
@@ -28,6 +28,7 @@ from bilevel.core.options import default_tolerance, is_number, shown_value
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, attempt
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.oracles.problem import BilevelProblem
 
 FIRST = 0.1
@@ -192,7 +193,7 @@ class TargetErrorLoop:
         if self.estimator.resumes and self.solver.steps is not None:
             solver = replace(solver, steps=max(1, self.solver.steps - self.steps))
         estimator = self.estimator.at_tolerance(tolerances.adjoint)
-        result = attempt(self.problem, solver, estimator, self.hparams, self.start, carry, self.meter)
+        result = attempt(estimator, Run(self.problem, solver, self.hparams, self.start, carry, self.meter))
         if result.solved.steps and 0 < result.solved.residual < before:
             self.rate = result.solved.steps / math.log(before / result.solved.residual)
         self.steps = result.solved.steps + (self.steps if self.estimator.resumes else 0)

@@ -19,21 +19,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, InnerState, Pullback, Solution, Variables
+from bilevel.base import InnerSolver, InnerState, Pullback, Solution, Variables
 from bilevel.core import rows, tree
-from bilevel.core.cost import Meter
 from bilevel.core.options import is_int, is_number, is_positive, require
 from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
 from bilevel.engine.checkpointing import CheckpointedStates
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import OMEGA
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.loop import begin, run_inner
+from bilevel.engine.loop import run_inner
 from bilevel.engine.rows_sweep import RowStates, swept_rows
 from bilevel.hypergrad import adaptive_unroll as adaptive
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.differentiable import DifferentiableInner
-from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -81,20 +80,15 @@ class FullUnroll(HypergradEstimator):
         """Return itself: the inner tolerance is all there is."""
         return self
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
-        inner = problem.bind(hparams, meter.counts)
-        state = begin(inner, solver, params, carry)
+    def solve(self, run: Run) -> Solution:
         if self.mode == "forward":
-            return _forward(inner, solver, state, meter)
+            return _forward(run)
         if self.memory == "graph":
-            return _graph(inner, solver, state, meter)
+            return _graph(run)
         if self.memory == "iterates":
-            return _unrolled(inner, solver, state, meter, lambda steps: steps, 1)
-        kept = CheckpointedStates(inner, solver, meter.sample)
-        run = run_inner(inner, solver, state, kept.append, at_least=1)
-        return _reverse(inner, solver, run, kept, meter)
+            return _unrolled(run, lambda steps: steps, 1)
+        kept = CheckpointedStates(run.inner(), run.solver, run.meter.sample)
+        return _reverse(run, run.solve(kept.append, at_least=1), kept)
 
 
 @dataclass(frozen=True)
@@ -221,91 +215,77 @@ class TruncatedUnroll(HypergradEstimator):
             )
         return self
 
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
+    def solve(self, run: Run) -> Solution:
         if not self.rowwise:
-            return adaptive.solve(self._adaptive, problem, solver, hparams, params, carry, meter)
-        inner = problem.bind(hparams, meter.counts)
-        at_least = self.tail if isinstance(self.tail, int) else 1
-        return _unrolled(inner, solver, begin(inner, solver, params, carry), meter, self.length, at_least)
+            return adaptive.solve(self._adaptive, run)
+        return _unrolled(run, self.length, self.tail if isinstance(self.tail, int) else 1)
 
 
-def _unrolled(
-    inner: InnerProblem,
-    solver: InnerSolver,
-    state: InnerState,
-    meter: Meter,
-    length: Callable[[int], int],
-    at_least: int,
-) -> Solution:
+def _unrolled(run: Run, length: Callable[[int], int], at_least: int) -> Solution:
     """Run the solver, then sweep back over the last steps.
 
     Args:
-        inner: the bound problem.
-        solver: the inner solver.
-        state: the first state.
-        meter: samples memory.
+        run: the inner solve.
         length: steps taken -> steps differentiated.
         at_least: steps to take in any case.
 
     Returns:
         The solution; the states are kept for its pullback.
     """
-    most = length(solver.limits(tree.leaves(state.params)[0].dtype)[0])
-    if inner.problem.batch is not None:
+    most = length(run.solver.limits(tree.leaves(run.params)[0].dtype)[0])
+    if run.problem.batch is not None:
         states = RowStates(most)
-        run = run_inner(inner, solver, state, states.visit, at_least=at_least)
-        meter.sample()
-        return run.solution(solver.params(run.state), swept_rows(inner, run, states, length))
+        end = run.solve(states.visit, at_least=at_least)
+        run.meter.sample()
+        return end.solution(run.solver.params(end.state), swept_rows(run.inner(), end, states, length))
     # How many steps a fraction means is known only after a run that stops by tolerance.
     kept: deque[InnerState] = deque(maxlen=most)
-    run = run_inner(inner, solver, state, kept.append, at_least=at_least)
-    while len(kept) > length(max(run.steps, 1)):
+    end = run.solve(kept.append, at_least=at_least)
+    while len(kept) > length(max(end.steps, 1)):
         kept.popleft()
-    return _reverse(inner, solver, run, kept, meter)
+    return _reverse(run, end, kept)
 
 
-def _reverse(
-    inner: InnerProblem, solver: InnerSolver, run: InnerRun, kept: Sequence[InnerState], meter: Meter
-) -> Solution:
+def _reverse(run: Run, end: InnerRun, kept: Sequence[InnerState]) -> Solution:
     """Sweep back over the states that a run has kept."""
-    meter.sample()
+    run.meter.sample()
+    inner, solver = run.inner(), run.solver
 
     def pullback(cotangent: Tree) -> Pullback:
         try:
-            _, total = solver.sweep_vjp(inner, kept, (cotangent, tree.zeros_like(run.state.memory)))
+            _, total = solver.sweep_vjp(inner, kept, (cotangent, tree.zeros_like(end.state.memory)))
         except StepFailure as failure:
             return Pullback(tree.zeros_like(inner.hparams), steps=len(kept), verdict=failure.verdict)
         return Pullback(total, steps=len(kept))
 
-    return run.solution(solver.params(run.state), pullback)
+    return end.solution(solver.params(end.state), pullback)
 
 
-def _graph(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
+def _graph(run: Run) -> Solution:
     """Let autograd record the whole run."""
-    hparams = tree.attach(inner.hparams)
-    run = run_inner(DifferentiableInner(inner, hparams, graph=True), solver, state, at_least=1, record=True)
-    meter.sample()
-    result, roots = tree.leaves(solver.params(run.state)), tree.leaves(hparams)
+    inner, solver, hparams = run.inner(), run.solver, tree.attach(run.inner().hparams)
+    recorded = DifferentiableInner(inner, hparams, graph=True)
+    end = run_inner(recorded, solver, run.begin(), at_least=1, record=True)
+    run.meter.sample()
+    result, roots = tree.leaves(solver.params(end.state)), tree.leaves(hparams)
 
     def pullback(cotangent: Tree) -> Pullback:
         # The recorded graph calls no oracle on the way back; its work is one VJP for each step.
-        inner.counts["vjp"] += run.steps
+        inner.counts["vjp"] += end.steps
         pairs = [(p, c) for p, c in zip(result, tree.leaves(cotangent), strict=True) if p.requires_grad]
         products = torch.autograd.grad(
             [p for p, _ in pairs], roots, [c for _, c in pairs], retain_graph=True, materialize_grads=True
         )
-        return Pullback(tree.rebuild(hparams, products), steps=run.steps)
+        return Pullback(tree.rebuild(hparams, products), steps=end.steps)
 
-    params, memory = tree.detach(run.state.variables)
-    run = replace(run, state=replace(run.state, params=params, memory=memory))
-    return run.solution(solver.params(run.state), pullback)
+    params, memory = tree.detach(end.state.variables)
+    end = replace(end, state=replace(end.state, params=params, memory=memory))
+    return end.solution(solver.params(end.state), pullback)
 
 
-def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter: Meter) -> Solution:
+def _forward(run: Run) -> Solution:
     """Carry one tangent for each scalar hyperparameter along with the run; of rows, the same one for all."""
-    size = inner.problem.batch
+    inner, solver, size, state = run.inner(), run.solver, run.problem.batch, run.begin()
     raveler = rows.raveler(inner.hparams, size)
     directions = raveler.units()
     zero: Variables = (tree.zeros_like(state.params), tree.zeros_like(state.memory))
@@ -318,11 +298,11 @@ def _forward(inner: InnerProblem, solver: InnerSolver, state: InnerState, meter:
             after = [rows.where(moving, new, old) for new, old in zip(after, tangents, strict=True)]
         tangents[:] = after
 
-    run = run_inner(inner, solver, state, push, at_least=1)
-    meter.sample()
+    end = run_inner(inner, solver, state, push, at_least=1)
+    run.meter.sample()
 
     def pullback(cotangent: Tree) -> Pullback:
         products = torch.stack([rows.dot(by_params, cotangent, size) for by_params, _ in tangents], dim=-1)
-        return Pullback(raveler.unravel(products), steps=run.steps)
+        return Pullback(raveler.unravel(products), steps=end.steps)
 
-    return run.solution(solver.params(run.state), pullback)
+    return end.solution(solver.params(end.state), pullback)

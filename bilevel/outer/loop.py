@@ -13,12 +13,13 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
-from bilevel.base import Carry, HypergradEstimator, InnerSolver, verdict_of
+from bilevel.base import Carry, InnerSolver, verdict_of
 from bilevel.core import rows, tree
 from bilevel.core.rows import check_rows
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.side_by_side import as_batch

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from bilevel.base import HypergradEstimator, InnerSolver
+from bilevel.base import InnerSolver
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.hypergrad.target_error import check_relative_error
 from bilevel.outer.checks import check_makers, check_steps, check_switches
 from bilevel.outer.constraints import check_constraints

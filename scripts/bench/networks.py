@@ -64,7 +64,7 @@ class Network:
     def solve(self, name: str) -> bl.Solution:
         """Return the inner solution, which the measurements leave aside."""
         estimator, solver, meter = ESTIMATORS[name], bl.GradientDescent(0.1, steps=1), Meter(torch.device("cpu"))
-        return estimator.solve(self.problem, solver, self.log_decay, self.problem.start(), bl.Carry(), meter)
+        return estimator.solve(bl.Run(self.problem, solver, self.log_decay, self.problem.start(), bl.Carry(), meter))
 
     def differentiate(self, solved: bl.Solution) -> bl.Pullback:
         """Return the hypergradient at an inner solution, as `bilevel.hypergradient` takes it."""

@@ -15,7 +15,7 @@ ESTIMATORS = (
     Break(
         "tail-of-the-limit",
         "bilevel/hypergrad/unroll.py",
-        "while len(kept) > length(max(run.steps, 1)):",
+        "while len(kept) > length(max(end.steps, 1)):",
         "while len(kept) > length(limit):",
         "test_hypergrad.py",
     ),
@@ -29,15 +29,15 @@ ESTIMATORS = (
     Break(
         "full-unroll-of-no-step",
         "bilevel/hypergrad/unroll.py",
-        "return _unrolled(inner, solver, state, meter, lambda steps: steps, 1)",
-        "return _unrolled(inner, solver, state, meter, lambda steps: steps, 0)",
+        "return _unrolled(run, lambda steps: steps, 1)",
+        "return _unrolled(run, lambda steps: steps, 0)",
         "test_hypergrad.py",
     ),
     Break(
         "tail-of-no-step",
         "bilevel/hypergrad/unroll.py",
-        "run = run_inner(inner, solver, state, kept.append, at_least=at_least)",
-        "run = run_inner(inner, solver, state, kept.append, at_least=0)",
+        "end = run.solve(kept.append, at_least=at_least)",
+        "end = run.solve(kept.append, at_least=0)",
         "test_hypergrad.py",
     ),
     Break(

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel.base import Carry
 from bilevel.core import tree
 from bilevel.core.cost import Meter
 from bilevel.problems import LogisticProblem, RidgeProblem, SoftmaxProblem
@@ -99,7 +98,8 @@ def close(a: Any, b: Any, tolerance: float = 1e-9) -> None:
 
 
 def pullback(random: Random, estimator: Any, solver: Any) -> Callable[[Tensor], Tensor]:
-    solution = estimator.solve(random.problem(), solver, random.hparams, random.start, Carry(), Meter(CPU, False))
+    run = bl.Run(random.problem(), solver, random.hparams, random.start, bl.Carry(), Meter(CPU, False))
+    solution = estimator.solve(run)
     return lambda cotangent: solution.pullback(cotangent).hparams
 
 

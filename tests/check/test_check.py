@@ -20,8 +20,8 @@ class OffByFactor(bl.Implicit):
     leaf: int = 0
     factor: float = 1.01
 
-    def solve(self, *arguments: Any) -> bl.Solution:
-        solved = super().solve(*arguments)
+    def solve(self, run: bl.Run) -> bl.Solution:
+        solved = super().solve(run)
 
         def pullback(cotangent: Any) -> bl.Pullback:
             pulled = solved.pullback(cotangent)

@@ -401,7 +401,7 @@ def test_only_the_iterates_that_the_derivative_needs_stay_alive(estimator: Any, 
     solver = Watched(STEP, steps=40)
     Watched.seen.clear()
     meter = Meter(torch.device("cpu"))
-    solved = estimator.solve(case.problem, solver, case.hparams, case.problem.params, bl.Carry(), meter)
+    solved = estimator.solve(bl.Run(case.problem, solver, case.hparams, case.problem.params, bl.Carry(), meter))
     gc.collect()
     alive = sum(ref() is not None for ref in Watched.seen)
     # The start is no product of a step; the last iterate and what the oracle keeps of it belong to the solution.

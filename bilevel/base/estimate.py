@@ -1,22 +1,19 @@
-"""`HypergradEstimator`: a rule for the VJP of the solution map; `Estimate`: its result with the evidence."""
+"""`Estimate`: a hypergradient with its evidence; `Solution`, `Pullback` and `Carry`: what it is made of."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from bilevel.base.inner_solver import InnerSolver, InnerState
+from bilevel.base.inner_solver import InnerState
 from bilevel.core import rows, tree
-from bilevel.core.cost import Cost, Meter
-from bilevel.core.options import describe
+from bilevel.core.cost import Cost
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
-from bilevel.oracles.problem import BilevelProblem
 
 
 @dataclass(frozen=True)
@@ -107,85 +104,6 @@ class Solution:
         residual, steps, verdict = (rows.figure(each, index) for each in (self.residual, self.steps, self.verdict))
         params = rows.row(self.params, index)
         return Solution(params, self.state.row(index), self.pullback, residual, steps, verdict)
-
-
-@dataclass(frozen=True)
-class HypergradEstimator(ABC):
-    """A rule for the vector-Jacobian product of the solution map; it owns the inner loop.
-
-    A subclass is a frozen dataclass with a `solve`.
-    """
-
-    measures_memory: ClassVar[bool] = True
-    """Whether peak memory is measured: not worth the time where nothing grows with the number of steps."""
-    second_derivatives: ClassVar[bool] = True
-    """Whether derivatives of the inner gradient are taken, so that a loss without them is refused before the work."""
-    resumes: ClassVar[bool] = False
-    """Whether a run that goes on from its `carry` gives what one longer run gives."""
-
-    @property
-    def differentiates_steps(self) -> bool:
-        """Whether the derivative is that of the steps, whose options may then be hyperparameters; default: no."""
-        return False
-
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a combination that the estimator does not cover.
-
-        The default refuses a solver whose steps decide the hypergradient, unless the estimator differentiates them.
-
-        Raises:
-            ValueError: with the remedy.
-        """
-        reason = "" if self.differentiates_steps else solver.bias_reason(problem)
-        if reason:
-            remedy = (
-                ": use FullUnroll, or TruncatedUnroll with a number as its tail" if solver.traits.differentiable else ""
-            )
-            raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
-
-    @property
-    def rowwise(self) -> bool:
-        """Whether `solve` takes rows: a problem that is a batch, of which each row ends by itself; default: no."""
-        return False
-
-    def one_by_one(self, solver: InnerSolver) -> str:
-        """Return why the rows of a batch run one after the other, and not side by side; empty where they do not.
-
-        Args:
-            solver: the inner solver.
-        """
-        if not self.rowwise:
-            return f"{describe(self)} takes one problem at a time"
-        return "" if solver.traits.rowwise else f"{describe(solver)} takes one problem at a time"
-
-    def at_tolerance(self, tol: float) -> HypergradEstimator:
-        """Return the estimator that a `target_error` asks for next, together with a smaller inner tolerance.
-
-        Args:
-            tol: relative residual of the adjoint system, for an estimator that solves one; its own tolerance, where
-                one is given, stays the smallest.
-
-        Raises:
-            ValueError: for an estimator whose error no tolerance makes as small as one likes.
-        """
-        raise ValueError(
-            f"{describe(self)} has no tolerance that leads to a `target_error`: use Implicit() or FullUnroll()."
-        )
-
-    @abstractmethod
-    def solve(
-        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry, meter: Meter
-    ) -> Solution:
-        """Run the inner solver and say how its result is differentiated.
-
-        Args:
-            problem: the problem.
-            solver: the inner solver.
-            hparams: hyperparameters, detached.
-            params: where a cold start begins.
-            carry: what the previous outer step left; empty for a cold start.
-            meter: counts oracle calls (``problem.bind(hparams, meter.counts)``) and samples memory.
-        """
 
 
 ErrorKind: TypeAlias = Literal["bound", "estimate", "none"]

@@ -1,0 +1,150 @@
+"""`Run` and `HypergradEstimator`: an inner solve, and a rule for the VJP of the solution map that it approximates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from inspect import signature
+from typing import Any, ClassVar
+from warnings import warn
+
+from bilevel.base import Carry, InnerSolver, InnerState, Solution, describe
+from bilevel.core.cost import Meter
+from bilevel.core.tree import Tree
+from bilevel.engine.judge import InnerRun
+from bilevel.engine.loop import begin, run_inner
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
+
+
+@dataclass(frozen=True)
+class Run:
+    """One inner solve that an estimator is asked to differentiate. It stands in `engine`, as it runs the loop.
+
+    Attributes:
+        problem: the problem.
+        solver: the inner solver.
+        hparams: hyperparameters, detached.
+        params: where a cold start begins.
+        carry: what the previous outer step left; empty for a cold start.
+        meter: counts the oracle calls of `inner`; an estimator calls ``meter.sample()`` where it holds most memory.
+    """
+
+    problem: BilevelProblem
+    solver: InnerSolver
+    hparams: Tree
+    params: Tree
+    carry: Carry
+    meter: Meter
+
+    @cached_property
+    def _inner(self) -> InnerProblem:
+        return self.problem.bind(self.hparams, self.meter.counts)
+
+    def inner(self) -> InnerProblem:
+        """Return the problem at `hparams`, bound once."""
+        return self._inner
+
+    def begin(self) -> InnerState:
+        """Return a first state: warm where `carry` holds one, else cold at `params`."""
+        return begin(self.inner(), self.solver, self.params, self.carry)
+
+    def solve(self, visit: Callable[..., object] | None = None, *, at_least: int = 0) -> InnerRun:
+        """Run the solver from a first state to its tolerance or its number of steps.
+
+        Args:
+            visit: is shown every state that a step starts from; a result of True ends the run there, before the step.
+                Of rows, it is also given what `RowsVisit` says, and ends nothing.
+            at_least: steps to take even where the tolerance is reached before.
+
+        Returns:
+            The last state, its own residual (never that of an iterate before it), and a verdict; failure is a verdict.
+        """
+        return run_inner(self.inner(), self.solver, self.begin(), visit, at_least=at_least)
+
+
+@dataclass(frozen=True)
+class HypergradEstimator(ABC):
+    """A rule for the vector-Jacobian product of the solution map; it owns the inner loop.
+
+    A subclass is a frozen dataclass with a `solve`.
+    """
+
+    measures_memory: ClassVar[bool] = True
+    """Whether peak memory is measured: not worth the time where nothing grows with the number of steps."""
+    second_derivatives: ClassVar[bool] = True
+    """Whether derivatives of the inner gradient are taken, so that a loss without them is refused before the work."""
+    resumes: ClassVar[bool] = False
+    """Whether a run that goes on from its `carry` gives what one longer run gives."""
+
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether the derivative is that of the steps, whose options may then be hyperparameters; default: no."""
+        return False
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a combination that the estimator does not cover.
+
+        The default refuses a solver whose steps decide the hypergradient, unless the estimator differentiates them.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        reason = "" if self.differentiates_steps else solver.bias_reason(problem)
+        if reason:
+            remedy = (
+                ": use FullUnroll, or TruncatedUnroll with a number as its tail" if solver.traits.differentiable else ""
+            )
+            raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether `solve` takes rows: a problem that is a batch, of which each row ends by itself; default: no."""
+        return False
+
+    def one_by_one(self, solver: InnerSolver) -> str:
+        """Return why the rows of a batch run one after the other, and not side by side; empty where they do not.
+
+        Args:
+            solver: the inner solver.
+        """
+        if not self.rowwise:
+            return f"{describe(self)} takes one problem at a time"
+        return "" if solver.traits.rowwise else f"{describe(solver)} takes one problem at a time"
+
+    def at_tolerance(self, tol: float) -> HypergradEstimator:
+        """Return the estimator that a `target_error` asks for next, together with a smaller inner tolerance.
+
+        Args:
+            tol: relative residual of the adjoint system, for an estimator that solves one; its own tolerance, where
+                one is given, stays the smallest.
+
+        Raises:
+            ValueError: for an estimator whose error no tolerance makes as small as one likes.
+        """
+        raise ValueError(
+            f"{describe(self)} has no tolerance that leads to a `target_error`: use Implicit() or FullUnroll()."
+        )
+
+    @abstractmethod
+    def solve(self, run: Run) -> Solution:
+        """Run the inner solver (``run.solve()``), and say how its result is differentiated."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).get("solve")
+        if own is not None and "meter" in signature(own).parameters:
+            warn(f"{cls.__name__}.solve takes one argument now: `solve(self, run)`.", DeprecationWarning, stacklevel=2)
+            cls.solve = _of_six(own)  # type: ignore[method-assign, assignment]
+
+
+def _of_six(solve: Callable[..., Solution]) -> Callable[[Any, Run], Solution]:
+    """Return `solve(self, run)` of a method that takes the six values of a `Run` as arguments."""
+
+    @wraps(solve)
+    def of_run(self: Any, run: Run) -> Solution:
+        return solve(self, run.problem, run.solver, run.hparams, run.params, run.carry, run.meter)
+
+    return of_run
