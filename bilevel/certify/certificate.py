@@ -28,6 +28,7 @@ from bilevel.certify.nystrom import Nystrom, Sketch, sketch
 from bilevel.certify.refine import ErrorEstimate, refine
 from bilevel.core import tree
 from bilevel.core.tree import Tree
+from bilevel.numerics.dense import METRIC
 from bilevel.oracles.error_model import UNIT, gamma
 from bilevel.oracles.problem import BilevelProblem
 
@@ -41,8 +42,6 @@ MAX_STEPS = 500
 MOST_PRODUCTS = 3_000
 """Products after which no further correction is tried; what is proved by then stands."""
 LEAST_STEP = 1e-6
-SMALL = 300
-"""Up to this many weights a Cholesky factor costs less than the products that it saves."""
 RANK = 20
 METRICS = ("auto", "cheap", "diagonal", "nystrom", "cholesky")
 
@@ -60,7 +59,7 @@ class Metrics:
     def __init__(self, instance: Instance, kind: str = "auto", sketch: Sketch | None = None) -> None:
         if kind not in METRICS:
             raise ValueError(f"`metric` must be one of {', '.join(map(repr, METRICS))}, got {kind!r}.")
-        small = instance.penalty.numel() <= SMALL
+        small = instance.penalty.numel() <= METRIC
         small = small and (kind != "cheap" or instance.gram_scale is not None)
         self.kind = kind if kind not in ("auto", "cheap") else "cholesky" if small else "diagonal"
         if self.kind == "nystrom" and instance.least_penalty == 0:

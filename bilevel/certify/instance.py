@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
-from bilevel.oracles.error_model import MAX_DENSE, Certifiable, Rows, Tuned, gamma
+from bilevel.numerics.dense import BOUNDED
+from bilevel.oracles.error_model import Certifiable, Rows, Tuned, gamma
 
 
 class Instance:
@@ -100,7 +101,7 @@ class Instance:
     def gram_scale(self) -> float | None:
         """The data part of the Hessian in units of the Gram matrix, where it is a multiple; None elsewhere."""
         train, weights = self.model.train, self.tuned.weights
-        fits = self.constants.concordance == 0 and not self.several and self.features <= min(MAX_DENSE, train.count)
+        fits = self.constants.concordance == 0 and not self.several and self.features <= min(BOUNDED, train.count)
         return float(weights[0]) * train.count if fits and self.tuned.weight_slope is None else None
 
     @cached_property
@@ -130,7 +131,7 @@ class Instance:
         val = self.model.val
         # At most a row's worth of roundings, in `mean_squares` and here.
         trace = float(torch.dot(inverse, val.mean_squares)) * (1 + 2 * gamma(val.count + self.features))
-        if self.features > MAX_DENSE:
+        if self.features > BOUNDED:
             return self.constants.curvature * trace
         return self.constants.curvature * min(val.scaled_gram_top(inverse.sqrt()), trace)
 

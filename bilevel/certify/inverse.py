@@ -3,7 +3,7 @@
 Where one eigenvalue is far below the others, neither the residual nor the energy norm of a linear solve shows what is
 missing along its eigenvector v: a component e of the error there leaves the residual ``lambda e``. Two things show it:
 
-- Up to `DENSE` weights the Hessian itself, from one product for each weight; its factor then preconditions every CG
+- Up to `REFINED` weights the Hessian itself, from one product for each weight; its factor then preconditions every CG
   run, whose preconditioned residual is close to the error.
 - Beyond, the smallest eigenvalue mu, from a CG run whose right-hand side is random (it is the Lanczos process, and a
   random vector has a part along v; Kuczynski & Wozniakowski 1992): ``|e| <= |r| / mu``.
@@ -21,11 +21,10 @@ from torch import Tensor
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.numerics.conjugate_gradients import Krylov, conjugate_gradients
+from bilevel.numerics.dense import REFINED
 from bilevel.numerics.lanczos import SEED
 from bilevel.oracles.inner_problem import Linearization
 
-DENSE = 150
-"""Most weights for which the Hessian is made from products: about as many as the search and the solves take beyond."""
 ACCURACY = 0.01
 """Relative Euclidean error at which a solve ends."""
 MAX_STEPS = 100
@@ -86,7 +85,7 @@ class Inverse:
         if not point.inner.problem.symmetric:
             return self._by_elimination(point, raveler.size, b, transposed)
         product = flat_product(point, raveler)
-        if raveler.size > DENSE:
+        if raveler.size > REFINED:
             return self._by_smallest(product, b)
         fresh = self._factor is None
         if fresh:
@@ -138,8 +137,8 @@ class Inverse:
 
     def _by_elimination(self, point: Linearization, size: int, b: Tensor, transposed: bool) -> Solved:
         """Solve with the Jacobian of an optimality map as a matrix, made anew at every point."""
-        if size > DENSE:
-            reason = f"errors of an optimality map are estimated up to {DENSE} unknowns, and here are {size:,}"
+        if size > REFINED:
+            reason = f"errors of an optimality map are estimated up to {REFINED} unknowns, and here are {size:,}"
             return Solved.failed(b, reason)
         if self._jacobian is None or self._jacobian[0] is not point:
             self._jacobian = point, point.dense_hessian()

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bilevel.certify.instance import Instance
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
-from bilevel.oracles.error_model import MAX_DENSE, UNIT, gamma, top_eigenvalue
+from bilevel.numerics.dense import BOUNDED
+from bilevel.oracles.error_model import UNIT, gamma, top_eigenvalue
 
 
 class Metric(ABC):
@@ -229,7 +230,7 @@ def _dense(instance: Instance, z: Tensor) -> Tensor:
 def relative_curvature(instance: Instance, half_columns: Callable[[Tensor], Tensor]) -> float:
     """Bound the largest eigenvalue of ``P (loss'' bound x Gram matrix of the validation rows) P'``."""
     val, size = instance.model.val, instance.penalty.numel()
-    if size > MAX_DENSE:
+    if size > BOUNDED:
         return math.inf
     gram = torch.kron(torch.eye(size // instance.features, dtype=val.gram.dtype, device=val.gram.device), val.gram)
     matrix = half_columns(half_columns(gram).t())

@@ -19,10 +19,9 @@ from bilevel.engine.kinks import kinked
 from bilevel.engine.loop import run_inner
 from bilevel.inner import QuasiNewton
 from bilevel.inner.newton import newton_to_rounding
+from bilevel.numerics.dense import EIGENVALUES
 from bilevel.numerics.lanczos import lanczos
 
-MAX_DENSE = 300
-"""The Hessian of at most so many params is looked at as a matrix."""
 LANCZOS_STEPS = 100
 
 
@@ -103,7 +102,7 @@ def _polished(subject: Subject, params: Tree) -> tuple[Tree, float]:
         # At the rounding floor the last search may fail; the state is still the best one.
         result = solver.params(run.state)
     else:
-        small = tree.size(params) <= MAX_DENSE
+        small = tree.size(params) <= EIGENVALUES
         result = newton_to_rounding(inner, params)[0] if small else params
     after = float(tree.norm(inner.grad(result)))
     return (result, after) if after <= before or not math.isfinite(before) else (params, before)
@@ -116,7 +115,7 @@ def curvature(subject: Subject, params: Tree) -> Curvature:
     """Measure the ends of the spectrum, by a dense eigenproblem or by Lanczos."""
     point = subject.problem.bind(subject.hparams).linearize(params)
     raveler, random = tree.Raveler(params), subject.direction(params, 700)
-    if raveler.size > MAX_DENSE:
+    if raveler.size > EIGENVALUES:
         measured = lanczos(
             lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), raveler.ravel(params), LANCZOS_STEPS, rtol=0.0
         )

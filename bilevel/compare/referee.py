@@ -11,10 +11,9 @@ from bilevel.core.tree import Tree
 from bilevel.hypergrad import Implicit, hypergradient
 from bilevel.inner import Newton
 from bilevel.linear import CG, Direct
+from bilevel.numerics.dense import REFEREE
 from bilevel.oracles.problem import BilevelProblem
 
-DENSE = 1_500
-"""Up to this many parameters the referee factors the dense Hessian."""
 TOL = 1e-12
 
 
@@ -56,7 +55,7 @@ def _tight(problem: BilevelProblem, hparams: Tree, params: Tree) -> tuple[Tree, 
     tol = TOL * max(1.0, float(tree.norm(problem.bind(hparams).grad(problem.start()))))
     if not problem.symmetric:
         raise ValueError("a problem stated by an optimality map has no referee")
-    linear_solver: LinearSolver = Direct() if tree.size(params) <= DENSE else CG(tol=TOL)
+    linear_solver: LinearSolver = Direct() if tree.size(params) <= REFEREE else CG(tol=TOL)
     solver = Newton(linear_solver, tol=tol, steps=30)
     estimate = hypergradient(
         problem, solver, Implicit(linear_solver), hparams, params, check=False, on_failure="return"

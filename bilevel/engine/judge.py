@@ -22,7 +22,7 @@ LOOK = 64
 """Steps between two looks at whether the iterate is finite: on an accelerator each look waits for it."""
 GROWTH = 10.0
 """A residual that ends above this multiple of where it began makes us look for divergence."""
-BLOW_UP = 1e4
+DIVERGED = 1e4
 """A residual that ends above this multiple of where it began is called divergence, whatever the reason."""
 
 
@@ -94,7 +94,7 @@ def judge(
     if residual > GROWTH * start and not near_rounding(inner, solver, last, residual):
         # Of a map there is no Hessian to ask, and it may grow for long before it contracts.
         advice = _advice(inner, solver, first) if inner.problem.symmetric else ""
-        if advice or residual > BLOW_UP * start:
+        if advice or residual > DIVERGED * start:
             detail = (
                 f"{solver.title} diverges: the inner gradient norm grew from {start:.3g} to {residual:.3g} "
                 f"by step {steps}{advice}"

@@ -12,12 +12,13 @@ from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.balanced import FALLBACK
-from bilevel.hypergrad.closed_form import MAX_DENSE, ClosedForm
+from bilevel.hypergrad.closed_form import ClosedForm
 from bilevel.hypergrad.implicit import Implicit
 from bilevel.hypergrad.spectral import Spectral
 from bilevel.hypergrad.unroll import FullUnroll, TruncatedUnroll
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.linear import CG, GMRES
+from bilevel.numerics.dense import FACTORED
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -110,7 +111,7 @@ class Auto(HypergradEstimator):
             return Choice(Implicit(CG()), "the members of a batch share the products of one linear solve")
         if problem.spectrum() is not None:
             return Choice(ClosedForm(), "the spectrum of the inner Hessian is known")
-        if problem.structure.quadratic and size <= MAX_DENSE and 3 * size**2 * bytes_each <= self.memory_limit:
+        if problem.structure.quadratic and size <= FACTORED and 3 * size**2 * bytes_each <= self.memory_limit:
             return Choice(ClosedForm(), "the inner loss is quadratic, and its Hessian fits into memory")
         if not problem.symmetric:
             return Choice(Implicit(GMRES()), "the Jacobian of an optimality map need not be symmetric")

@@ -20,11 +20,10 @@ from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
+from bilevel.numerics.dense import check_factored, factored
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
-
-MAX_DENSE = 5_000
 
 
 @dataclass(frozen=True)
@@ -148,15 +147,11 @@ def _diagonal(inner: InnerProblem, basis: Eigenbasis) -> _Solved | Verdict:
 def _dense(inner: InnerProblem, start: Tree) -> _Solved | Verdict:
     """Solve by a Cholesky factor, with one step of iterative refinement."""
     raveler = tree.Raveler(start)
-    if raveler.size > MAX_DENSE:
-        raise ValueError(
-            f"ClosedForm() factors a dense Hessian, for at most {MAX_DENSE:,} parameters, got {raveler.size:,}: "
-            "use Implicit()."
-        )
+    check_factored("ClosedForm", raveler.size, "Implicit()")
     hessian = inner.linearize(start).dense_hessian()
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    if bool(info):
-        return _unsolvable(float(torch.linalg.eigvalsh(hessian)[0]))
+    factor, smallest = factored(hessian)
+    if smallest is not None:
+        return _unsolvable(smallest)
 
     def inverse(right: Tensor) -> Tensor:
         return torch.cholesky_solve(right[:, None], factor)[:, 0]

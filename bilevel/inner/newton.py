@@ -13,9 +13,9 @@ from bilevel.core.device import to_floats
 from bilevel.core.options import is_number, require
 from bilevel.core.status import Status, StepFailure
 from bilevel.core.tree import Tree
+from bilevel.numerics.dense import FACTORED, check_factored, factored
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 
-MAX_DENSE = 5_000
 HALVINGS = 30
 
 
@@ -104,15 +104,9 @@ class Newton(InnerSolver):
                 raise StepFailure(solution.verdict.status, solution.verdict.detail)
             return solution.x
         raveler = tree.Raveler(right)
-        if raveler.size > MAX_DENSE:
-            raise ValueError(
-                f"Newton() factors a dense Hessian, for at most {MAX_DENSE:,} parameters, got {raveler.size:,}: "
-                "use Newton(linear_solver=CG())."
-            )
-        hessian = self._dense(point)
-        factor, info = torch.linalg.cholesky_ex(hessian)
-        if bool(info):
-            smallest = float(torch.linalg.eigvalsh(hessian)[0])
+        check_factored("Newton", raveler.size, "Newton(linear_solver=CG())")
+        factor, smallest = factored(self._dense(point))
+        if smallest is not None:
             raise StepFailure(
                 Status.NEGATIVE_CURVATURE,
                 f"the inner Hessian has the eigenvalue {smallest:.3g}; "
@@ -123,10 +117,10 @@ class Newton(InnerSolver):
     def _solve_jacobian(self, point: Linearization, right: Tree) -> Tree:
         """Solve with the Jacobian of an optimality map, which need not be symmetric, by LU."""
         raveler = tree.Raveler(right)
-        if self.linear_solver is not None or raveler.size > MAX_DENSE:
+        if self.linear_solver is not None or raveler.size > FACTORED:
             raise ValueError(
                 "the linear solvers of Newton need an inner loss, but this problem is stated by an optimality map, "
-                f"whose Jacobian need not be symmetric: use Newton() without one (at most {MAX_DENSE:,} parameters) or "
+                f"whose Jacobian need not be symmetric: use Newton() without one (at most {FACTORED:,} parameters) or "
                 "FixedPoint(update)."
             )
         direction, info = torch.linalg.solve_ex(self._dense(point), raveler.ravel(right))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core.tree import Tree
+from bilevel.numerics.dense import REFACTORED
 
 BLOCK = 16
 """Terms that a product adds in an unknown order; the blocks are then added in pairs."""
@@ -29,10 +30,6 @@ UNIT = 2.0**-53
 """Unit roundoff of float64."""
 CHUNK = 64
 """Rows that a Gram matrix adds in an unknown order; the chunks are then added in pairs."""
-MAX_FACTORED = 300
-"""Most features whose Gram matrix is factored again for every set of penalties."""
-MAX_DENSE = 1_000
-"""Most weights for which a dense matrix is made."""
 
 
 def gamma(count: float) -> float:
@@ -209,7 +206,7 @@ class Rows:
         factor 2 of the bound, and 100 above 300 features. The result depends on nothing that was asked before.
         """
         largest = float(half.max())
-        spread = 2.0 if len(half) <= MAX_FACTORED else 100.0
+        spread = 2.0 if len(half) <= REFACTORED else 100.0
         if largest**2 <= spread * float(half.min()) ** 2:
             return self.gram_top * largest**2 * (1 + 8 * UNIT)
         return self._top(half)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
+from bilevel.numerics.dense import PRECONDITIONER
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem, Linearization, Preconditioner
 from bilevel.oracles.losses import Losses
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.losses import GLMLoss
-from bilevel.problems.precondition import MAX_DENSE, factored
+from bilevel.problems.precondition import factored
 
 
 class PenalisedPoint(Linearization):
@@ -194,7 +195,7 @@ class LinearModelPoint(PenalisedPoint):
         if self.inner.problem.batch is not None:
             return Preconditioner()
         rough = cache is None or "inverse" in cache
-        if rough and (self.params.numel() > MAX_DENSE or not (lasting or self.inner.problem.outputs is None)):
+        if rough and (self.params.numel() > PRECONDITIONER or not (lasting or self.inner.problem.outputs is None)):
             return self._rough(cache)
         cache = None if rough else cache
         if cache is None:
@@ -213,7 +214,7 @@ class LinearModelPoint(PenalisedPoint):
         problem, penalty = self.inner.problem, self.inner.penalty.float()
         share, features = problem.class_curvature_at_zero, self.params.shape[-1]
         separate = penalty.dim() == 2 and len(penalty) > 1
-        if share is None or features > MAX_DENSE or separate:
+        if share is None or features > PRECONDITIONER or separate:
             return Preconditioner()
         if cache is None:
             self.inner.counts["hvp"] += 2

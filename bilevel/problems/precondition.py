@@ -10,8 +10,6 @@ from torch import Tensor
 from bilevel.core.tree import Tree
 from bilevel.oracles.inner_problem import Preconditioner
 
-MAX_DENSE = 2_000
-"""Most weights for which a dense matrix is worth its factorisation."""
 DRIFT = 0.25
 """Relative change of the diagonal up to which a factor is used again."""
 SHIFTS = (0.0, 1e-6, 1e-3)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
+from bilevel.numerics.dense import EIGENBASIS, EIGENVALUES
 from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
@@ -24,11 +25,6 @@ from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import Squared
 from bilevel.problems.splits import Split
-
-DENSE = 300
-"""Up to this many features the spectrum is computed exactly."""
-MOST_FEATURES = 5_000
-"""Above this many features the eigenbasis of the Gram matrix takes minutes."""
 
 
 class RidgePoint(LinearModelPoint):
@@ -94,7 +90,7 @@ class RidgeInner(LinearModelInner):
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return the ends of the spectrum: exact up to 300 features, else the upper by Lanczos and a lower bound."""
-        if self.hessian is None or len(self.hessian) > DENSE:
+        if self.hessian is None or len(self.hessian) > EIGENVALUES:
             measured = lanczos(self.linearize(params).hvp, params)
             return replace(measured, smallest=float(self.penalty.min()), exact=False)
         basis = self.problem.spectrum()
@@ -174,7 +170,7 @@ class RidgeProblem(LinearModelProblem):
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of the Gram matrix of up to 5,000 features, for one penalty; computed once."""
-        usable = self.batch is None and self.penalty == "scalar" and len(self.train.X) <= MOST_FEATURES
+        usable = self.batch is None and self.penalty == "scalar" and len(self.train.X) <= EIGENBASIS
         return self._eigenbasis if usable else None
 
     @cached_property

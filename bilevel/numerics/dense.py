@@ -1,0 +1,43 @@
+"""Dense algebra of small problems: the sizes up to which it is used, in unknowns, and the factor of a Hessian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REFINED = 150
+"""Error estimates make the Hessian from products: about as many as the search and the solves take beyond."""
+EIGENVALUES = 300
+"""The ends of the spectrum are computed, and not measured by Lanczos."""
+METRIC = 300
+"""A Cholesky factor as the metric of a bound costs less than the products that it saves."""
+REFACTORED = 300
+"""The Gram matrix of an error model is factored again for every set of penalties."""
+BOUNDED = 1_000
+"""Bounds make a dense matrix at all."""
+REFEREE = 1_500
+"""The referee of a comparison factors the Hessian."""
+PRECONDITIONER = 2_000
+"""The Gram matrix of a linear model is factored to precondition CG."""
+FACTORED = 5_000
+"""`Newton` and `ClosedForm` factor the Hessian; above, they refuse."""
+EIGENBASIS = 5_000
+"""The eigenbasis of a Gram matrix is computed; above, that takes minutes."""
+
+
+def check_factored(method: str, size: int, remedy: str) -> None:
+    """Refuse a size above `FACTORED`.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if size > FACTORED:
+        raise ValueError(
+            f"{method}() factors a dense Hessian, for at most {FACTORED:,} parameters, got {size:,}: use {remedy}."
+        )
+
+
+def factored(hessian: Tensor) -> tuple[Tensor, float | None]:
+    """Return the Cholesky factor and None; where there is none, the smallest eigenvalue instead of None."""
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    return factor, float(torch.linalg.eigvalsh(hessian)[0]) if bool(info) else None
