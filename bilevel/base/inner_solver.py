@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel.base.traits import Traits, declared
 from bilevel.core import rows, tree
 from bilevel.core.autograd import pushforward
-from bilevel.core.options import Relative, default_tolerance, is_int, is_positive, require
+from bilevel.core.options import Relative, check_fields, default_tolerance, is_int, is_positive, require
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.differentiable import DifferentiableInner
@@ -146,6 +146,7 @@ class InnerSolver(ABC):
             cls.bias_reason = vars(cls)["off_solution"]  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self, "steps", "a positive int or None", self.steps is None or is_int(self.steps))
         require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core import tree
-from bilevel.core.options import default_tolerance, describe
+from bilevel.core.options import check_fields, default_tolerance, describe
 from bilevel.core.rows import Raveler as RowsRaveler
 from bilevel.core.status import GOOD
 from bilevel.core.tree import Tree
@@ -91,6 +91,9 @@ class LinearSolver(ABC):
     needs_symmetry = False
     rowwise: ClassVar[bool] = False
     """Whether `solve_flat` takes systems whose right-hand side has the shape (rows, size), each row a system."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def solve(
         self,

@@ -71,15 +71,10 @@ class Residuals:
 
 
 def bound_pair(at: Evaluation, metric: Metric, floor: bool = True) -> Bound:
-    """Bound the distance from ``p(x, w)`` to the exact hypergradient.
+    """Return a bound of the distance from ``p(x, w)`` to the exact hypergradient: the smaller of both theorems.
 
-    Args:
-        at: the pair (x, w), evaluated.
-        metric: a metric below the Hessian at x.
-        floor: say also what rounding alone would give.
-
-    Returns:
-        The smaller of both theorems; infinite where neither holds.
+    The metric is one below the Hessian at x. With `floor` the bound also says what rounding alone would give. It is
+    infinite where neither theorem holds.
     """
     s_penalty, r_penalty, ds_penalty, dr_penalty, _ = at.sizes
     s, r = min(metric.own_norm(at.s), s_penalty), min(metric.own_norm(at.r), r_penalty)

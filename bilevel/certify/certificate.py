@@ -127,11 +127,7 @@ def bound_error(
 class ErrorBound:
     """`bound_error` for several pairs at the same hyperparameters: what does not depend on the pair is made once.
 
-    Args:
-        problem: see `bound_error`.
-        hparams: see `bound_error`.
-        metric: see `bound_error`.
-        counts: receives the oracle calls that the work is worth.
+    `counts` receives the oracle calls that the work is worth.
     """
 
     def __init__(

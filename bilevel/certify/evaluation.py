@@ -73,16 +73,10 @@ class Evaluation:
 
 
 def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
-    """Evaluate the pair (x, w): two passes over the training rows and two over the validation rows.
+    """Return the pair (x, w) evaluated in float64: two passes over the training rows and two over the validation rows.
 
-    Args:
-        instance: the problem.
-        x: inner iterate, float64, shaped as params.
-        w: approximate adjoint, likewise.
-
-    Returns:
-        The `Evaluation`. Rounding is bounded by Cauchy-Schwarz on scaled features, which takes no further pass. Where
-        the Hessian is a Gram matrix, no row is read, and nothing is said of rows.
+    Rounding is bounded by Cauchy-Schwarz on scaled features, which takes no further pass. Where the Hessian is a Gram
+    matrix, no row is read, and nothing is said of rows.
     """
     if instance.gram_scale is not None:
         return _evaluate_on_gram(instance, x, w)

@@ -22,9 +22,10 @@ SEEDS = (11, 12)
 def rounding_floor(
     problem: BilevelProblem, hparams: Tree, params: Tree, adjoint: Tree, inverse: Inverse | None = None
 ) -> float:
-    """Estimate the smallest error that a hypergradient at `hparams` can have in the dtype of `params`.
+    """Return an estimate of the smallest error that a hypergradient at `hparams` can have in the dtype of `params`.
 
-    A target below it asks for float64 or for a larger penalty. Cost: four linear solves and some gradients.
+    A target below it asks for float64 or for a larger penalty. It is the larger one of two draws of signs; NaN where
+    the Hessian is not positive definite. Cost: four linear solves and some gradients.
 
     Args:
         problem: the problem.
@@ -32,9 +33,6 @@ def rounding_floor(
         params: an iterate near the inner solution.
         adjoint: an approximate ``H^-1 f_x`` there.
         inverse: what is known of the Hessian already.
-
-    Returns:
-        The floor: the larger one of two draws of signs; NaN where the Hessian is not positive definite.
 
     >>> from bilevel.problems import QuadraticProblem
     >>> problem = QuadraticProblem.random(size=5, hyperparameters=2, condition=10.0, seed=0)

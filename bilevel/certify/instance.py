@@ -15,12 +15,7 @@ from bilevel.oracles.error_model import Certifiable, Rows, Tuned, gamma
 
 
 class Instance:
-    """A certifiable problem at fixed hyperparameters.
-
-    Args:
-        model: what the problem tells of itself.
-        hparams: hyperparameters of any floating dtype; they are taken as exact numbers.
-    """
+    """A certifiable problem at fixed hyperparameters of any floating dtype; they are taken as exact numbers."""
 
     def __init__(self, model: Certifiable, hparams: Tree) -> None:
         self.model = model

@@ -69,16 +69,10 @@ class Inverse:
         """Largest over smallest eigenvalue, as far as they are known."""
 
     def solve(self, point: Linearization, raveler: tree.Raveler, b: Tensor, transposed: bool = False) -> Solved:
-        """Solve ``H x = b`` with the Hessian at `point`, or with the Jacobian of an optimality map.
+        """Return the solution of ``H x = b`` with the Hessian at `point`, or with the Jacobian of an optimality map.
 
-        Args:
-            point: the linearised inner gradient.
-            raveler: of params.
-            b: right-hand side.
-            transposed: solve with the transposed Jacobian, as the adjoint does.
-
-        Returns:
-            The solution with its error; with a reason where the Hessian is not positive definite.
+        `transposed` takes the transposed Jacobian, as the adjoint does. There is a reason where the Hessian is not
+        positive definite.
         """
         if not bool(torch.linalg.vector_norm(b) > 0):
             return Solved(torch.zeros_like(b), b)
@@ -178,11 +172,8 @@ class Inverse:
 def smallest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[float, float]:
     """Return the smallest eigenvalue of a symmetric operator, with a margin, and the condition number; estimates.
 
-    NaN where it has not shown in `MAX_STEPS` products; a negative curvature where one was met.
-
-    Args:
-        product: v -> H v on vectors of shape (size,).
-        like: a vector that gives size, dtype and device.
+    NaN where it has not shown in `MAX_STEPS` products; a negative curvature where one was met. `like` gives size, dtype
+    and device of the vectors.
     """
     generator = torch.Generator().manual_seed(SEED)
     # Drawn on the CPU so that the vector is the same on every device.

@@ -10,6 +10,7 @@ the largest range of ``(x - x0)' a_i`` (self-concordance), so ``exp(-t) M(x0) <=
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -82,11 +83,7 @@ class Metric(ABC):
     def solve(self, z: Tensor, b: Tensor, reduction: float, max_steps: int) -> Tensor:
         """Return an approximate ``H^-1 b`` at predictions z by preconditioned conjugate gradients.
 
-        Args:
-            z: training predictions.
-            b: right-hand side, shaped as params.
-            reduction: of the residual, in the norm of the preconditioner's inverse.
-            max_steps: most products.
+        `reduction` is that of the residual, in the norm of the preconditioner's inverse.
         """
         shape = b.shape
 
@@ -118,16 +115,13 @@ class Diagonal(Metric):
     half_transposed = half
 
     def own_norm(self, v: Tensor) -> float:
-        """Return infinity: the penalties are all there is."""
         return math.inf
 
 
 class Cholesky(Metric):
     """The Hessian itself, factored: the sharpest metric, and the only one that serves unpenalised weights.
 
-    Args:
-        instance: the problem.
-        z: training predictions of the point where it is made.
+    `z` are the training predictions of the point where it is made.
     """
 
     def __init__(self, instance: Instance, z: Tensor) -> None:
@@ -153,8 +147,7 @@ class Cholesky(Metric):
         """Return this metric transported to the predictions z."""
         if self.instance.constants.concordance == 0:
             return self
-        moved = object.__new__(Cholesky)
-        moved.__dict__ = dict(self.__dict__)
+        moved = copy.copy(self)
         factor = math.exp(0.5 * transport(self.instance, self.z, z))
         moved.z, moved.stretch = z, self.stretch * factor
         # The instance's own figures hold at every point; those of the metric stretch with it.
@@ -163,16 +156,13 @@ class Cholesky(Metric):
         return moved
 
     def half(self, v: Tensor) -> Tensor:
-        """Return ``L^-1 v``."""
         return (self._inverse @ v.reshape(-1)).reshape(v.shape)
 
     def half_transposed(self, v: Tensor) -> Tensor:
-        """Return ``L^-T v``."""
         return (self._inverse.t() @ v.reshape(-1)).reshape(v.shape)
 
     @property
     def inverse_size(self) -> float:
-        """Largest eigenvalue of ``H^-1``: an upper bound, also without penalties."""
         return min(super().inverse_size, self.stretch**2 * self._inverse_top)
 
     def own_rounding_norm(self, v: Tensor) -> float:
@@ -194,7 +184,6 @@ class Cholesky(Metric):
         return min(own, self.instance.outer_curvature)
 
     def groups(self, weights: Tensor) -> Tensor:
-        """Return the norms in ``M^-1`` of each hyperparameter's part."""
         if not bool(weights.any()):
             return weights.new_zeros(self.instance.tuned.size)
         owner = self.instance.owner

@@ -43,11 +43,6 @@ def sketch(instance: Instance, z: Tensor, rank: int) -> Sketch:
 
     With orthonormal Omega and ``Y = (A + nu I) Omega``, the Schur complement makes ``Y (Omega' Y)^-1 Y' <= A + nu I``
     (Tropp, Yurtsever, Udell & Cevher 2017 for the form with the shift nu).
-
-    Args:
-        instance: the problem.
-        z: training predictions of the point.
-        rank: number of products.
     """
     size = instance.penalty.numel()
     rank = min(rank, size)
@@ -93,7 +88,6 @@ class Nystrom(Metric):
         return scaled + self._V @ (self._damp[:, None] * (self._V.t() @ scaled))
 
     def half_transposed(self, v: Tensor) -> Tensor:
-        """Return the transpose of `half` applied to v."""
         flat = v.reshape(-1)
         return (self._scale * (flat + self._V @ (self._damp * (self._V.t() @ flat)))).reshape(v.shape)
 

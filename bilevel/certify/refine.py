@@ -81,33 +81,16 @@ def refine(
     adjoint: Tree = None,
     counts: Counter[str] | None = None,
 ) -> ErrorEstimate:
-    """Estimate ``|p - dF/du|`` for a hypergradient p obtained at `params`.
+    """Return an estimate of ``|p - dF/du|`` for a hypergradient p obtained at `params`, or kind "none" with the reason.
 
-    Cost: one product for each weight (up to 150 weights), or a CG run that finds the smallest eigenvalue; per round
-    two short CG runs, two gradients, two outer gradients and one cross product.
-
-    Args:
-        problem: the problem.
-        hparams: where p was taken.
-        params: the inner iterate that p was computed at.
-        hypergradient: p.
-        adjoint: an approximate ``H^-1 f_x``, where the estimator has one; saves CG steps.
-        counts: receives the oracle calls.
-
-    Returns:
-        An estimate, or kind "none" with the reason.
+    Cost: one product for each weight (up to 150 weights), or a CG run that finds the smallest eigenvalue; per round two
+    short CG runs, two gradients, two outer gradients and one cross product. An adjoint, ``H^-1 f_x``, saves CG steps.
     """
     return Refinement(problem, hparams, counts)(params, hypergradient, adjoint)
 
 
 class Refinement:
-    """`refine` for several hypergradients at the same hyperparameters: what is known of the Hessian is kept.
-
-    Args:
-        problem: see `refine`.
-        hparams: see `refine`.
-        counts: receives the oracle calls.
-    """
+    """`refine` for several hypergradients at the same hyperparameters: what is known of the Hessian is kept."""
 
     def __init__(self, problem: BilevelProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
         self.problem, self.hparams = problem, hparams

@@ -55,26 +55,19 @@ class Cost:
         return float(sum(WEIGHTS[kind] * count for kind, count in self.counts.items()))
 
 
+MALLINFO = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+"""The fields of glibc's ``struct mallinfo2``, in their order."""
+
+
 @cache
 def _mallinfo() -> Any:
     """Return glibc's allocation counters, or None on other systems."""
 
     class Info(ctypes.Structure):
-        _fields_ = [
-            (name, ctypes.c_size_t)
-            for name in ([
-                "arena",
-                "ordblks",
-                "smblks",
-                "hblks",
-                "hblkhd",
-                "usmblks",
-                "fsmblks",
-                "uordblks",
-                "fordblks",
-                "keepcost",
-            ])
-        ]
+        _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO]
 
     try:
         function = ctypes.CDLL(None).mallinfo2
@@ -94,14 +87,11 @@ def allocated_bytes() -> int | None:
 
 
 class Meter:
-    """Measures seconds and peak memory between its creation and `read`.
+    """Measures seconds and peak memory on a device between its creation and `read`.
 
     On CUDA the allocator's own peak counter is read. On the CPU the live allocations of the process are sampled where
-    `sample` is called: estimators do so where they hold most, so temporaries inside one operation are not seen.
-
-    Args:
-        device: the device that the work runs on.
-        memory: whether to look at the memory: on the CPU a look takes up to 0.2 ms, as glibc walks its free lists.
+    `sample` is called: estimators do so where they hold most. Such a look takes up to 0.2 ms, as glibc walks its free
+    lists: `memory=False` leaves it out.
     """
 
     def __init__(self, device: torch.device, memory: bool = True) -> None:

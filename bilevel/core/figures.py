@@ -48,18 +48,7 @@ def looks(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
 
 
 def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: int, title: str = "") -> Any:
-    """Put a legend below the axes, in as many columns as fit, and make the figure higher for its rows.
-
-    Args:
-        figure: has a canvas and the constrained layout.
-        handles: of the lines.
-        labels: their names.
-        columns: most columns.
-        title: a line above the names.
-
-    Returns:
-        The legend.
-    """
+    """Return a legend below the axes, in as many columns as fit; the figure becomes higher for its rows."""
     for count in range(min(columns, len(handles)), 0, -1):
         legend = figure.legend(
             handles, labels, loc="outside lower center", ncols=count, frameon=False, title=title or None
@@ -74,11 +63,7 @@ def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], col
 
 
 def tidy_log_axis(axis: Any) -> None:
-    """Give a logarithmic axis labels that can be read: 1, 2, 5 where it spans few decades, and none between.
-
-    Args:
-        axis: of matplotlib.
-    """
+    """Give a logarithmic axis labels that can be read: 1, 2, 5 where it spans few decades, and none between."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())

@@ -25,10 +25,6 @@ MARK = ".bilevel.json"
 def write_whole(target: Path, content: str | bytes) -> None:
     """Write a file in one piece: whoever kills the process, it holds the old content or the new.
 
-    Args:
-        target: the file; its folder exists.
-        content: text, written as UTF-8, or bytes.
-
     Raises:
         OSError: where it cannot be written, with the name of the file; the old content is still there.
 
@@ -54,13 +50,7 @@ def write_whole(target: Path, content: str | bytes) -> None:
 
 
 def write_figure(target: Path, figure: Any, **options: Any) -> None:
-    """Write a matplotlib figure in one piece, in the format of the file's ending.
-
-    Args:
-        target: the file.
-        figure: a ``matplotlib.figure.Figure``.
-        options: those of its ``savefig``.
-    """
+    """Write a matplotlib figure in one piece, in the format of the file's ending; options are those of ``savefig``."""
     content = io.BytesIO()
     figure.savefig(content, format=target.suffix.removeprefix("."), **options)
     write_whole(target, content.getvalue())
@@ -91,8 +81,8 @@ def _lives(process: int) -> bool:
 def read_mark(folder: Path) -> dict[str, Any] | None:
     """Return the mark of a folder, None where it has none that this program wrote.
 
-    Returns:
-        ``kind`` ("run" or "curse"), ``writes`` (names relative to the folder) and what else was given to `write_mark`.
+    It holds ``kind`` ("run" or "curse"), ``writes`` (names relative to the folder) and what else `write_mark` was
+    given.
     """
     mark = read_json(folder / MARK)
     good = isinstance(mark, dict) and mark.get("program") == "bilevel" and isinstance(mark.get("kind"), str)
@@ -103,17 +93,7 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
 
 
 def write_mark(folder: Path, kind: str, writes: Iterable[str], more: Mapping[str, Any] | None = None) -> None:
-    """Mark a folder as one that this program writes to.
-
-    Args:
-        folder: the folder; it exists.
-        kind: the kind of results that it holds.
-        writes: every name that is written there, relative to the folder.
-        more: what else the mark says, in plain containers.
-
-    Raises:
-        OSError: where it cannot be written.
-    """
+    """Mark a folder as one that this program writes to: the kind of results, every name written, and what else."""
     content = {"program": "bilevel", "kind": kind, "writes": sorted(set(writes)), **(more or {})}
     write_whole(folder / MARK, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -155,12 +135,7 @@ class GuardedLoader(yaml.SafeLoader):
 
 
 def misplaced(folder: Path, names: Iterable[str]) -> str:
-    """Return what stands in the way of files that shall be written, in words; empty where nothing does.
-
-    Args:
-        folder: the folder.
-        names: of the files, relative to it.
-    """
+    """Return what stands in the way of files that shall be written, in words; empty where nothing does."""
     for name in sorted(names):
         target = folder / name
         inside = target.parent if target.parent != folder else None

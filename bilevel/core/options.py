@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,19 +13,25 @@ import torch
 
 
 def require(owner: object, name: str, allowed: str, ok: bool) -> None:
-    """Raise the one sentence about an option unless `ok`.
-
-    Args:
-        owner: the object that has the option.
-        name: the option's name; its value is read from the owner.
-        allowed: what is allowed, in words.
-        ok: whether the value is allowed.
+    """Raise the one sentence about an option unless `ok`; `allowed` says in words what is allowed.
 
     Raises:
         ValueError: if `ok` is false, such as "`CG.max_steps` must be a positive int, got -3."
     """
     if not ok:
         raise ValueError(f"`{type(owner).__name__}.{name}` must be {allowed}, got {shown_value(getattr(owner, name))}.")
+
+
+def option(default: Any, allowed: str, fits: Callable[[Any], bool]) -> Any:
+    """Return a field of a dataclass that says what its value may be, in words and as a function: see `check_fields`."""
+    return field(default=default, metadata={"allowed": allowed, "fits": fits})
+
+
+def check_fields(owner: Any) -> None:
+    """Refuse a value of a dataclass that does not fit what its `option` says, by the sentence of `require`."""
+    for each in fields(owner):
+        if each.metadata:
+            require(owner, each.name, each.metadata["allowed"], each.metadata["fits"](getattr(owner, each.name)))
 
 
 def shown_value(value: Any) -> str:
@@ -56,12 +63,7 @@ def first_line(error: BaseException) -> str:
 
 
 def require_arguments(what: str, function: Any, *names: str) -> None:
-    """Refuse what cannot be called with so many positional arguments.
-
-    Args:
-        what: how the message calls the function.
-        function: what should be a function.
-        names: of its arguments.
+    """Refuse what cannot be called with so many positional arguments; messages call the function `what`.
 
     Raises:
         ValueError: such as "`inner_loss` must be a function of (params, hparams), got one of (w)."
@@ -99,6 +101,26 @@ def is_list(value: Any) -> bool:
 def is_positive(value: Any) -> bool:
     """True for a finite number above zero."""
     return is_number(value) and value > 0
+
+
+def is_bool(value: Any) -> bool:
+    """True for True and False alone."""
+    return isinstance(value, bool)
+
+
+def is_not_negative(value: Any) -> bool:
+    """True for a finite number that is zero or above."""
+    return is_number(value) and value >= 0
+
+
+def optional(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return what also fits None."""
+    return lambda value: value is None or fits(value)
+
+
+def or_auto(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return what also fits "auto"."""
+    return lambda value: (isinstance(value, str) and value == "auto") or fits(value)
 
 
 class Relative(float):

@@ -100,16 +100,7 @@ def expand(x: Tree, size: int) -> Tree:
 
 
 def check_rows(what: str, x: Tree, size: int) -> None:
-    """Refuse a tree that is no batch of `size` members.
-
-    Args:
-        what: how messages call the tree.
-        x: the tree.
-        size: number of members.
-
-    Raises:
-        ValueError: with the first leaf whose leading dimension is another.
-    """
+    """Refuse a tree, which messages call `what`, that is no batch of `size` members."""
     for name, leaf in zip(tree.names(x), tree.leaves(x), strict=True):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != size):
             remedy = (
@@ -142,9 +133,6 @@ def scale(weight: Weight, x: Tree) -> Tree:
 
 class Raveler(tree.Raveler):
     """Moves between a tree of a batch and one matrix, a row for each member.
-
-    Args:
-        like: the tree whose structure, shapes and order are used.
 
     >>> raveler = Raveler({"a": torch.zeros(3, 2), "b": torch.zeros(3)})
     >>> raveler.size, raveler.ravel({"a": torch.zeros(3, 2), "b": torch.ones(3)}).shape

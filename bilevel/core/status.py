@@ -123,28 +123,18 @@ class StepFailure(Exception):
 
 
 def check_on_failure(on_failure: Any) -> None:
-    """Refuse another word than the three.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse another word than the three."""
     if on_failure not in ("raise", "warn", "return"):
         raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
 
 
 def report(verdict: Verdict, on_failure: OnFailure, estimate: Any = None) -> None:
-    """Turn a verdict into an exception or a warning, as the caller asked.
+    """Turn a verdict into an exception that carries the estimate, or into a warning, as the caller asked.
 
     A usable number with a doubt (an inner solver short of its tolerance) warns and never raises.
 
-    Args:
-        verdict: the verdict to report.
-        on_failure: "raise", "warn" or "return".
-        estimate: what the exception carries.
-
     Raises:
         HypergradientError: for an unusable result with ``on_failure="raise"``.
-        ValueError: if `on_failure` is none of the three words.
     """
     check_on_failure(on_failure)
     if verdict.status.ok or on_failure == "return":

@@ -114,13 +114,8 @@ def usable_cores() -> int:
 def pool(workers: int) -> ThreadPoolExecutor:
     """Return the threads that share a sweep, each with one thread of torch; made once for each number.
 
-    A forked process makes its own. The threads are idle between sweeps and end with the interpreter.
-
-    Args:
-        workers: how many.
-
-    Returns:
-        The pool; what raises in a worker raises where the result is taken, and the pool goes on.
+    A forked process makes its own. The threads are idle between sweeps and end with the interpreter. What raises in a
+    worker raises where the result is taken, and the pool goes on.
 
     >>> list(pool(2).map(abs, [-1, 2, -3]))
     [1, 2, 3]
@@ -167,9 +162,6 @@ def choose(threads: int | None = None) -> Threads:
     Args:
         threads: of torch; then there are at most as many workers. The default is what OMP_NUM_THREADS or
             MKL_NUM_THREADS says, else 1. BILEVEL_WORKERS, where it is set, says the number of workers in any case.
-
-    Returns:
-        The numbers.
 
     Raises:
         ValueError: for numbers that are not positive ints.

@@ -34,9 +34,8 @@ UNSAID = (ArithmeticError, LookupError, TypeError, AttributeError, NameError, As
 def told(error: BaseException) -> str:
     """Return what an exception says, in one sentence.
 
-    Args:
-        error: the exception. A ValueError of this package is a whole sentence already; of any other that the user's own
-            code has a part in, type, file and line are named.
+    A ValueError of this package is a whole sentence already; of any other that the user's own code has a part in, type,
+    file and line are named.
     """
     own = [(frame, _library(frame.filename)) for frame in traceback.extract_tb(error.__traceback__)]
     users = [frame for frame, library in own if library == ""]

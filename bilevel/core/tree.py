@@ -64,14 +64,9 @@ def names(tree: Tree) -> list[str]:
 
 
 def matched(tree: Tree, like: Tree, what: str) -> Tree:
-    """Return a tree that a user's function made, with its leaves in the order of `like`.
+    """Return a tree that a user's function `what` made, with its leaves in the order of `like`.
 
     Two dicts with the same keys in another order are the same tree, but their leaves would pair up wrongly.
-
-    Args:
-        tree: what the function returned.
-        like: the tree that it should look like.
-        what: how messages call the function.
 
     Raises:
         ValueError: if the structure or a shape differs.

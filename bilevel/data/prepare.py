@@ -16,16 +16,13 @@ TASKS = ("regression", "classification", "raw")
 
 
 def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | None, str]:
-    """Return the data with X in float64 and targets as a task needs them.
+    """Return the data with X in float64 and targets as a task needs them, the sorted labels (or None), and the task.
 
     Args:
         raw: data as they were read, in parts or not.
         task: "regression": targets in float64; "classification": labels 0, 1, ... in sorted order; "raw": numbers as
             they are; None: whichever of the first two the targets look like.
         warn: whether to say so where integers may be either.
-
-    Returns:
-        The data, the sorted labels (None without labels), and the task.
 
     Raises:
         ValueError: for targets that the task cannot use, for one class alone, and for a label that training lacks.
@@ -68,14 +65,9 @@ def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | 
 
 
 def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: float) -> dict[str, tuple[Array, Array]]:
-    """Return the parts of a seeded split, stratified for classification.
+    """Return the parts of a seeded split of data without parts, stratified by the labels of a classification.
 
-    Args:
-        raw: data without parts.
-        labels: the labels that 0, 1, ... stand for; None for regression.
-        seed: of the split.
-        validation: fraction of the rows.
-        test: fraction of the rows; 0 for no such part.
+    `validation` and `test` are fractions of the rows; without the latter there is no such part.
 
     Raises:
         ValueError: if a part would lack rows, or rows of a class.
@@ -122,12 +114,7 @@ def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: fl
 
 
 def standardized(raw: Raw, centre: bool) -> Raw:
-    """Return the data with X standardized and, on demand, y centred, by statistics of the training part.
-
-    Args:
-        raw: data in parts.
-        centre: whether y is centred.
-    """
+    """Return the data with X standardized and, on demand, y centred, by statistics of the training part."""
     from sklearn.preprocessing import StandardScaler  # slow to import, and a command may need no data
 
     X_train, y_train = raw.parts["train"]
@@ -138,16 +125,10 @@ def standardized(raw: Raw, centre: bool) -> Raw:
 
 
 def corrupt(raw: Raw, labels: Array | None, share: float, seed: int) -> tuple[Raw, Array]:
-    """Replace a random share of the training labels, each by one of the other classes with equal probability.
+    """Return the data with a share of the training labels replaced, and a bool array that is true for those rows.
 
-    Args:
-        raw: data in parts, with labels 0, 1, ... as targets.
-        labels: the labels that 0, 1, ... stand for; None for regression.
-        share: of the n training rows, ``round(share n)`` get another label, drawn without replacement.
-        seed: which rows and which labels follow from it.
-
-    Returns:
-        The data, and a bool array that is true for the rows with a replaced label.
+    Of the n training rows ``round(share n)``, drawn without replacement, get one of the other classes with equal
+    probability.
 
     Raises:
         ValueError: for a regression target, which has no other class, and for a share of less than half a row.

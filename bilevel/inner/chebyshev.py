@@ -26,8 +26,6 @@ class Chebyshev(IntervalMethod):
     Args:
         l: lower end of the spectrum, or "auto"; see `IntervalMethod`.
         L: upper end, or "auto".
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> Chebyshev(l=0.1, L=2.0, steps=50)
     Chebyshev(steps=50, tol=None, l=0.1, L=2.0)
@@ -37,7 +35,6 @@ class Chebyshev(IntervalMethod):
         return (params,)
 
     def coefficients(self, state: InnerState) -> Coefficients:
-        """``y = x``, ``x <- (1 + m_t) x - m_t x_prev - h_t g``."""
         l, L = self.interval(state)  # noqa: E741
         return _coefficients(l, L, state.steps)
 

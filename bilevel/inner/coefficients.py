@@ -1,17 +1,19 @@
-"""The numbers of a step of a linear multistep method, and of members that have step sizes of their own."""
+"""The step that all linear multistep methods share, forwards and backwards, and its numbers."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from bilevel.base import InnerState
+from bilevel.base import InnerSolver, InnerState, Traits, Variables
 from bilevel.core import rows, tree
-from bilevel.inner.coefficient_step import CoefficientStep
+from bilevel.core.tree import Tree
+from bilevel.oracles.inner_problem import InnerProblem
 
 Number: TypeAlias = Any
 """A float; of rows that differ, a tensor of shape (rows,)."""
@@ -21,11 +23,57 @@ AHEAD = 64
 
 
 @dataclass(frozen=True)
+class CoefficientStep(InnerSolver):
+    """A step made of the numbers that `coefficients` returns, and its hand-written VJP and JVP."""
+
+    traits = Traits(rowwise=True)
+    weighted_sum: ClassVar[Callable[..., Tree]] = staticmethod(tree.weighted_sum)
+    """How vectors are combined; with coefficients for each member, row by row."""
+
+    @abstractmethod
+    def coefficients(self, state: InnerState) -> Any:
+        """Return the numbers of the step that starts from `state`: (index, weight) pairs, zeros left out.
+
+        They are `reads` (of the point where the gradient is evaluated), `writes` (of the gradient in the new vectors),
+        `rows` (the new vectors from the old and the gradient) and `columns` (the same, transposed).
+        """
+
+    def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
+        numbers, weighted_sum = self.coefficients(state), self.weighted_sum
+        vectors = (state.params, *state.memory)
+        terms = (*vectors, inner.grad(weighted_sum(numbers.reads, vectors)))
+        params, *memory = [weighted_sum(row, terms) for row in numbers.rows]
+        return state.moved(params, tuple(memory))
+
+    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
+        numbers, weighted_sum = self.coefficients(state), self.weighted_sum
+        after = (cotangent[0], *cotangent[1])
+        point = inner.linearize(weighted_sum(numbers.reads, (state.params, *state.memory)))
+        by_point, by_hparams = point.vjp(weighted_sum(numbers.writes, after))
+        terms = (*after, by_point)
+        params, *memory = [weighted_sum(column, terms) for column in numbers.columns]
+        return (params, tuple(memory)), by_hparams
+
+    def step_jvp(
+        self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
+    ) -> list[Variables]:
+        numbers, weighted_sum = self.coefficients(state), self.weighted_sum
+        point = inner.linearize(weighted_sum(numbers.reads, (state.params, *state.memory)))
+        results: list[Variables] = []
+        for (by_params, by_memory), hparams_tangent in zip(tangents, hparams_tangents, strict=True):
+            before = (by_params, *by_memory)
+            terms = (*before, point.jvp(weighted_sum(numbers.reads, before), hparams_tangent))
+            params, *memory = [weighted_sum(row, terms) for row in numbers.rows]
+            results.append((params, tuple(memory)))
+        return results
+
+
+@dataclass(frozen=True)
 class Coefficients:
     """The numbers of one step, of rows tensors of shape (rows,) where they differ; constants of the differentiation.
 
     Make them once for each set of values (``functools.lru_cache``): the sparse forms that the sweeps use are prepared
-    here, because a step of a small problem takes little longer than the Python around it.
+    here.
 
     Args:
         read: p weights of the point where the gradient is evaluated.
@@ -55,12 +103,7 @@ class Coefficients:
 
     @classmethod
     def of_rows(cls, each: Sequence[Coefficients], like: Tensor) -> Coefficients:
-        """Return the numbers of rows, those that agree as one.
-
-        Args:
-            each: one `Coefficients` for each row.
-            like: gives dtype and device.
-        """
+        """Return the numbers of rows, from those of each: what agrees as one, the rest in the dtype of `like`."""
 
         def joined(rows: Sequence[tuple[Number, ...]]) -> tuple[Number, ...]:
             columns = list(zip(*rows, strict=True))
@@ -92,7 +135,6 @@ class RowwiseMultistep(CoefficientStep):
     weighted_sum = staticmethod(rows.weighted_sum)
 
     def coefficients(self, state: InnerState) -> Coefficients:
-        """Return the numbers of the step that starts from `state`."""
         index = min(state.steps, 1) if self.settled else state.steps
         while index >= len(self.numbers):
             self._extend(2 if self.settled else max(AHEAD, len(self.numbers)))

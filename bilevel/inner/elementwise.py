@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,14 +33,10 @@ FRACTIONS = ("momentum", "alpha", "betas[0]", "betas[1]")
 class ElementwiseSolver(InnerSolver):
     """Base of the optimizers of torch: a subclass gives `move`, what one step does to one leaf.
 
-    Each of its `options` is a number or a function of the hyperparameters, ``(hparams)`` or ``(hparams, step)``, so
-    that it can be tuned itself: see `bilevel.inner.tuned`. ``step`` counts the steps of this solve from 0, also after a
-    warm start, which keeps the further vectors and goes on with the bias corrections.
-
-    Args:
-        step_size: torch's ``lr``.
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
+    Each of its `options` (`step_size` is torch's ``lr``) is a number or a function of the hyperparameters,
+    ``(hparams)`` or ``(hparams, step)``, so that it can be tuned itself: see `bilevel.inner.tuned`. ``step`` counts the
+    steps of this solve from 0, also after a warm start, which keeps the further vectors and goes on with the bias
+    corrections.
     """
 
     step_size: Option = 1e-3
@@ -68,14 +66,10 @@ class ElementwiseSolver(InnerSolver):
     def move(
         self, x: Tensor, gradient: Tensor, parts: Parts, options: Mapping[str, Value], index: Any
     ) -> tuple[Tensor, Parts]:
-        """Return a leaf and its further vectors after one step.
+        """Return a leaf and its further vectors (`parts`) after one step; `options` are named as in the method.
 
-        Args:
-            x: the leaf.
-            gradient: of the leaf.
-            parts: its further vectors.
-            options: as in `options`.
-            index: steps before this one, warm starts included: an int, or of a batch a tensor that broadcasts to x.
+        `index` counts the steps before this one, warm starts included: an int, or of a batch a tensor that broadcasts
+        to x.
         """
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
@@ -132,6 +126,28 @@ class ElementwiseSolver(InnerSolver):
                 for step in sorted({0, last if takes_step(option) else 0}):
                     values = self._values(name, option, inner, step, params)
                     check_range(f"{type(self).__name__}.{name}", values, name in FRACTIONS)
+
+
+Solver = TypeVar("Solver", bound=type[ElementwiseSolver])
+
+
+def accepts_lr(solver: Solver) -> Solver:
+    """Let the constructor of a solver take ``lr`` in place of ``step_size``; fields, repr and pickles stay."""
+    made = solver.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, *arguments: Any, lr: Any = None, **options: Any) -> None:
+        if lr is not None:
+            if arguments or "step_size" in options:
+                raise ValueError(f"`{type(self).__name__}` takes `step_size` or `lr`, which are the same, not both.")
+            options["step_size"] = lr
+        made(self, *arguments, **options)
+
+    signature = inspect.signature(made)
+    word = inspect.Parameter("lr", inspect.Parameter.KEYWORD_ONLY, default=None)
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), word])  # type: ignore[attr-defined]
+    solver.__init__ = __init__  # type: ignore[method-assign]
+    return solver
 
 
 def _range_of(name: str) -> tuple[str, Callable[[float], bool]]:

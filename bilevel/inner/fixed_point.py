@@ -31,8 +31,6 @@ class FixedPoint(InnerSolver):
 
     Args:
         update: a function ``(params, hparams) -> params`` in torch operations.
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> FixedPoint(lambda x, u: 0.5 * x + u, steps=10).steps
     10

@@ -17,11 +17,6 @@ class GradientDescent(StepSizeMethod):
     Converges for ``0 < h < 2/L`` with L the largest curvature; "auto" takes 1/L. Its unrolled derivative is
     ``X_{k+1} = (I - h H_k) X_k - h C_k`` (Mehmood et al. 2026, section 2).
 
-    Args:
-        step_size: h, or "auto".
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
-
     >>> GradientDescent(step_size=0.1, steps=100)
     GradientDescent(steps=100, tol=None, step_size=0.1)
     """
@@ -29,7 +24,6 @@ class GradientDescent(StepSizeMethod):
     traits = Traits(rowwise=True, multistep=True, stationary_from=0)
 
     def coefficients(self, state: InnerState) -> Coefficients:
-        """``y = x``, ``x <- x - h g``."""
         return _coefficients(self.option("step_size", state))
 
     def max_step_size(self, state: InnerState, curvature: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bilevel.base import InnerState, Traits
-from bilevel.core.options import require
+from bilevel.core.options import option
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import CURVATURE_MARGIN, MomentumMethod
 from bilevel.numerics.lanczos import Spectrum
@@ -26,23 +26,16 @@ class HeavyBall(MomentumMethod):
         momentum: m in [0, 1), or "auto".
         first_step: "full" takes h, "half" takes h / (1 + m) without momentum: 2 / (L + l) for Polyak's parameters, with
             a smaller transient of the unrolled derivative (worst case 9.2 instead of 20.8 at l = 0.5, L = 10).
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> HeavyBall(step_size=0.1, momentum=0.8, steps=100).momentum
     0.8
     """
 
-    first_step: str = "full"
+    first_step: str = option("full", "'full' or 'half'", ("full", "half").__contains__)
 
     traits = Traits(rowwise=True, multistep=True, stationary_from=1, oscillates=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "first_step", "'full' or 'half'", self.first_step in ("full", "half"))
-
     def coefficients(self, state: InnerState) -> Coefficients:
-        """``y = x``, ``x <- (1 + m) x - m x_prev - h g``."""
         h, m = self.option("step_size", state), self.option("momentum", state)
         if state.steps == 0 and self.first_step == "half":
             # A warm start must not add its momentum to a step that stands for a start at rest.

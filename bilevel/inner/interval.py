@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bilevel.base import InnerState
-from bilevel.core.options import is_positive, require
+from bilevel.core.options import is_positive, option, or_auto, require
 from bilevel.inner.multistep import CURVATURE_MARGIN, LinearMultistep
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem
@@ -27,14 +27,11 @@ class IntervalMethod(LinearMultistep):
             became of it are shown in ``certificate.measured``.
     """
 
-    l: float | str = "auto"
-    L: float | str = "auto"
+    l: float | str = option("auto", "a positive number or 'auto'", or_auto(is_positive))
+    L: float | str = option("auto", "a positive number or 'auto'", or_auto(is_positive))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("l", "L"):
-            value = getattr(self, name)
-            require(self, name, "a positive number or 'auto'", value == "auto" or is_positive(value))
         if not isinstance(self.l, str) and not isinstance(self.L, str):
             require(self, "l", f"at most L={self.L:g}", self.l <= self.L)
 
@@ -43,13 +40,7 @@ class IntervalMethod(LinearMultistep):
         return "auto" in (self.l, self.L)
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:
-        """Return both ends, with the margin, and the smallest curvature.
-
-        Args:
-            spectrum: as measured.
-
-        Returns:
-            What ``state.measured`` shows besides the largest curvature.
+        """Return both ends, with the margin, and the smallest curvature; ``state.measured`` shows them.
 
         Raises:
             ValueError: if the measured interval is not positive, or does not fit the end that was given.

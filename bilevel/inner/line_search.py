@@ -22,14 +22,7 @@ TRIALS, FLOOR_TRIALS = 40, 5
 
 @dataclass(frozen=True)
 class Ray:
-    """Where a search starts, and where it goes: ``params - t * direction``.
-
-    Attributes:
-        point: the linearization at the start.
-        raveler: between its params and vectors.
-        gradient: there, flat.
-        direction: flat.
-    """
+    """Where a search starts (`gradient` is flat there), and where it goes: ``params - t * direction``."""
 
     point: Linearization
     raveler: tree.Raveler
@@ -39,13 +32,7 @@ class Ray:
 
 @dataclass(frozen=True)
 class Found:
-    """An accepted step.
-
-    Attributes:
-        params: where it leads.
-        gradient: there, flat.
-        rate: norm of the gradient, relative to that at the start.
-    """
+    """An accepted step: where it leads, the flat gradient there, and its norm relative to that at the start."""
 
     params: Tree
     gradient: Tensor
@@ -59,12 +46,8 @@ def search(ray: Ray, length: float = 1.0) -> Found | None:
     itself (Wolfe's conditions). Where losses differ by rounding alone, the slopes stand in for them. For a problem that
     is known to be convex, a gradient norm that falls by a tenth is enough: steps that all do so lead to the minimum.
 
-    Args:
-        ray: start and direction; the loss must fall along it.
-        length: the first t.
-
     Raises:
-        ArithmeticError: if no t is accepted above the rounding floor.
+        ArithmeticError: if no t, from `length` on, is accepted above the rounding floor.
     """
     inner, x = ray.point.inner, ray.raveler.ravel(ray.point.params)
     norm = float(tree.norm(ray.gradient))

@@ -21,10 +21,9 @@ import torch
 
 from bilevel.base import InnerSolver, InnerState, Traits, Variables
 from bilevel.core import rows, tree
-from bilevel.core.options import is_number, is_positive, require
+from bilevel.core.options import is_number, is_positive, option, or_auto, require
 from bilevel.core.tree import Tree
-from bilevel.inner.coefficient_step import CoefficientStep
-from bilevel.inner.coefficients import Coefficients, RowwiseMultistep
+from bilevel.inner.coefficients import Coefficients, CoefficientStep, RowwiseMultistep
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem
 
@@ -111,16 +110,6 @@ class LinearMultistep(CoefficientStep):
     def sweep_vjp(
         self, inner: InnerProblem, states: Sequence[InnerState], cotangent: Variables
     ) -> tuple[Variables, Tree]:
-        """Pull a cotangent back through all steps, with one sum of the hyperparameters' cotangents.
-
-        Args:
-            inner: the bound problem.
-            states: the states before each step.
-            cotangent: cotangent of (params, memory) after the last step.
-
-        Returns:
-            The cotangent before the first step, and that of the hyperparameters.
-        """
         weighted_sum, sums = tree.weighted_sum, inner.product_sum()
         params, memory = cotangent
         vectors = (params, *memory)
@@ -142,12 +131,7 @@ class StepSizeMethod(LinearMultistep):
             margin of 2 % and shown in ``certificate.measured``.
     """
 
-    step_size: float | str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        ok = self.step_size == "auto" or is_positive(self.step_size)
-        require(self, "step_size", "a positive number or 'auto'", ok)
+    step_size: float | str = option("auto", "a positive number or 'auto'", or_auto(is_positive))
 
     @property
     def automatic(self) -> bool:
@@ -169,18 +153,14 @@ class MomentumMethod(StepSizeMethod):
     """Base of the methods that keep the previous iterate: one step size, one momentum.
 
     Args:
-        step_size: see `StepSizeMethod`.
         momentum: a number in [0, 1), or "auto": from the measured ends of the spectrum.
     """
 
-    momentum: float | str = 0.9
+    momentum: float | str = option(0.9, "a number in [0, 1) or 'auto'", or_auto(lambda m: is_number(m) and 0 <= m < 1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        automatic = isinstance(self.momentum, str) and self.momentum == "auto"
-        ok = automatic or (is_number(self.momentum) and 0 <= float(self.momentum) < 1)
-        require(self, "momentum", "a number in [0, 1) or 'auto'", ok)
-        if automatic:
+        if self.momentum == "auto":
             require(self, "step_size", "'auto' where `momentum` is", self.step_size == "auto")
 
     def vectors(self, params: Tree) -> tuple[Tree, ...]:

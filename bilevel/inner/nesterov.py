@@ -23,8 +23,6 @@ class Nesterov(MomentumMethod):
     Args:
         step_size: h, or "auto": 1/L.
         momentum: m in [0, 1), or "auto".
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> Nesterov(momentum="auto", tol=1e-8).step_size
     'auto'
@@ -33,7 +31,6 @@ class Nesterov(MomentumMethod):
     traits = Traits(rowwise=True, multistep=True, stationary_from=0, check_every=8)
 
     def coefficients(self, state: InnerState) -> Coefficients:
-        """``y = (1 + m) x - m x_prev``, ``x <- y - h g``."""
         return _coefficients(self.option("step_size", state), self.option("momentum", state))
 
     def tune(self, spectrum: Spectrum) -> dict[str, float]:

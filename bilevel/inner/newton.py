@@ -10,7 +10,7 @@ import torch
 from bilevel.base import InnerSolver, InnerState, LinearSolver, Variables
 from bilevel.core import tree
 from bilevel.core.device import to_floats
-from bilevel.core.options import is_number, require
+from bilevel.core.options import is_not_negative, option, optional
 from bilevel.core.status import Status, StepFailure
 from bilevel.core.tree import Tree
 from bilevel.numerics.dense import FACTORED, check_factored, factored
@@ -34,23 +34,17 @@ class Newton(InnerSolver):
     Args:
         linear_solver: for the Newton systems, such as ``CG()``; default: Cholesky, for at most 5,000 parameters.
         damping: added to the Hessian's diagonal.
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> Newton(tol=1e-10).damping
     0.0
     """
 
-    linear_solver: LinearSolver | None = None
-    damping: float = 0.0
+    linear_solver: LinearSolver | None = option(
+        None, "a LinearSolver or None", optional(lambda solver: isinstance(solver, LinearSolver))
+    )
+    damping: float = option(0.0, "a number that is not negative", is_not_negative)
 
     default_max_steps = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        solver = self.linear_solver
-        require(self, "linear_solver", "a LinearSolver or None", solver is None or isinstance(solver, LinearSolver))
-        require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step; at the rounding floor, where no step helps, stay."""
@@ -133,18 +127,10 @@ class Newton(InnerSolver):
         return hessian + self.damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
 
     def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
-        """Pull a cotangent a back through one step.
+        """Return a cotangent a pulled back through one step.
 
         With ``d = H^-1 g`` and ``w = H^-1 a``: ``x' = a - t H0 w + t grad_x(w' H d)``,
         ``u' = -t C' w + t grad_u(w' H d)``, where H includes the damping and H0 does not.
-
-        Args:
-            inner: the bound problem.
-            state: the state before the step.
-            cotangent: cotangent of (params, memory) after the step.
-
-        Returns:
-            Cotangents of the state before the step, and of the hyperparameters.
 
         Raises:
             ValueError: for an optimality map.
@@ -166,7 +152,6 @@ class Newton(InnerSolver):
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
     ) -> list[Variables]:
-        """Refuse: forward mode through a Newton step is not offered."""
         raise ValueError("forward mode does not cover Newton: use FullUnroll(mode='reverse') or Implicit.")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState, Traits
 from bilevel.core import tree
-from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.options import is_int, is_positive, option
 from bilevel.core.status import Status, StepFailure
 from bilevel.core.tree import Tree
 from bilevel.inner.line_search import Found, Ray, search
@@ -44,24 +44,17 @@ class QuasiNewton(InnerSolver):
     Args:
         pairs: how many pairs correct the curvature.
         refresh: measure the curvature anew after a step that leaves more than this share of the gradient norm.
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> QuasiNewton(tol=1e-8).pairs
     12
     """
 
-    pairs: int = 12
-    refresh: float = 0.25
+    pairs: int = option(12, "a positive int", is_int)
+    refresh: float = option(0.25, "a positive number", is_positive)
 
     default_max_steps = 2_000
     # The pairs and the kept curvature are no differentiable function of the state.
     traits = Traits(differentiable=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "pairs", "a positive int", is_int(self.pairs))
-        require(self, "refresh", "a positive number", is_positive(self.refresh))
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Return the state at the same iterate with the curvature; problems that can, measure it now to last."""

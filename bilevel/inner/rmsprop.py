@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_positive, require
+from bilevel.core.options import is_bool, is_positive, option
 from bilevel.inner.elementwise import (
     ElementwiseSolver,
     Parts,
     Value,
+    accepts_lr,
     mean_of_squares,
     minus_quotient,
     plus,
     safe_sqrt,
 )
-from bilevel.inner.torch_names import accepts_lr
 from bilevel.inner.tuned import Option
 
 
@@ -41,8 +41,6 @@ class RMSprop(ElementwiseSolver):
         weight_decay: d, not negative, or a function likewise.
         momentum: m in [0, 1), or a function likewise.
         centered: divide by the standard deviation of the gradient.
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> RMSprop(alpha=0.9, steps=200).step_size
     0.01
@@ -50,15 +48,10 @@ class RMSprop(ElementwiseSolver):
 
     step_size: Option = 1e-2
     alpha: Option = 0.99
-    eps: float = 1e-8
+    eps: float = option(1e-8, "a positive number", is_positive)
     weight_decay: Option = 0.0
     momentum: Option = 0.0
-    centered: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "eps", "a positive number", is_positive(self.eps))
-        require(self, "centered", "a bool", isinstance(self.centered, bool))
+    centered: bool = option(False, "a bool", is_bool)
 
     def options(self) -> dict[str, Option]:
         names = ("alpha", "weight_decay", "momentum")

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.core.options import is_number, require
-from bilevel.inner.elementwise import ElementwiseSolver, Parts, Value, plus
-from bilevel.inner.torch_names import accepts_lr
+from bilevel.core.options import is_number, option, require
+from bilevel.inner.elementwise import ElementwiseSolver, Parts, Value, accepts_lr, plus
 from bilevel.inner.tuned import Option
 
 
@@ -31,8 +30,6 @@ class SGD(ElementwiseSolver):
         dampening: a in [0, 1].
         weight_decay: d, not negative, or a function likewise.
         nesterov: take Nesterov's form; needs momentum, and no dampening.
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> SGD(step_size=0.1, momentum=0.9, steps=100).momentum
     0.9
@@ -40,13 +37,12 @@ class SGD(ElementwiseSolver):
     """
 
     momentum: Option = 0.0
-    dampening: float = 0.0
+    dampening: float = option(0.0, "a number in [0, 1]", lambda share: is_number(share) and 0 <= share <= 1)
     weight_decay: Option = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "dampening", "a number in [0, 1]", is_number(self.dampening) and 0 <= self.dampening <= 1)
         fits = bool(self.momentum) and not self.dampening
         ok = isinstance(self.nesterov, bool) and (fits or not self.nesterov)
         require(self, "nesterov", "a bool, and False without momentum or with dampening", ok)

@@ -34,8 +34,6 @@ class TorchOptimizer(InnerSolver):
 
     Args:
         optimizer: makes the optimizer from the list of the leaves of params.
-        steps: number of steps; see `InnerSolver`.
-        tol: residual tolerance; see `InnerSolver`.
 
     >>> TorchOptimizer(lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"), steps=20).steps
     20
@@ -56,11 +54,6 @@ class TorchOptimizer(InnerSolver):
         require_arguments("TorchOptimizer.optimizer", self.optimizer, "params")
 
     def check_unrolls(self) -> None:
-        """Refuse, and name the solvers that take torch's steps with a derivative.
-
-        Raises:
-            ValueError: always.
-        """
         raise ValueError(
             "the steps of TorchOptimizer are not differentiated: use Implicit, or one of the solvers SGD, Adam, AdamW "
             "and RMSprop, which take torch's steps and can be unrolled."
@@ -79,11 +72,6 @@ class TorchOptimizer(InnerSolver):
         )
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
-        """Return the state of a new optimizer.
-
-        Raises:
-            ValueError: for a problem without an inner loss, and for a function that makes no optimizer of its leaves.
-        """
         if not inner.problem.symmetric:
             raise ValueError(
                 "TorchOptimizer needs an inner loss, but this problem is stated by an optimality map: "
@@ -93,11 +81,6 @@ class TorchOptimizer(InnerSolver):
         return InnerState(params, _saved(optimizer))
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Return the state after one step of the optimizer, on copies of the params.
-
-        Raises:
-            ValueError: for the memory of another optimizer.
-        """
         before = tree.leaves(state.params)
         leaves = [leaf.detach().clone().requires_grad_() for leaf in before]
         optimizer = self._made(leaves)

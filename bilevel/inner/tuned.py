@@ -48,14 +48,7 @@ def check_function(what: str, function: Callable[..., Any]) -> None:
 
 
 def values_at(what: str, option: Callable[..., Any], inner: InnerProblem, step: int, params: Tree) -> list[Tensor]:
-    """Return an option for every leaf of params, in a shape that broadcasts to the leaf.
-
-    Args:
-        what: how messages call the option.
-        option: the function.
-        inner: the bound problem, whose hyperparameters it is given; of a batch, those of each member in turn.
-        step: index of the step in this solve.
-        params: the iterate.
+    """Return an option for every leaf of params, in a shape that broadcasts to the leaf; of a batch, of each member.
 
     Raises:
         ValueError: for anything but Tensors that broadcast to params and share their dtype and device, and for a
@@ -78,16 +71,7 @@ def values_at(what: str, option: Callable[..., Any], inner: InnerProblem, step: 
 
 
 def check_range(what: str, values: list[Tensor], below_one: bool) -> None:
-    """Refuse values that no optimizer can work with; on an accelerator this waits for them.
-
-    Args:
-        what: how messages call the option.
-        values: of the option.
-        below_one: whether they must also be below one.
-
-    Raises:
-        ValueError: with the first one that is out of range.
-    """
+    """Refuse negative values, or also those not `below_one`; on an accelerator this waits for them."""
     for value in values:
         low, high = float(value.detach().amin()), float(value.detach().amax())
         if below_one and not (low >= 0 and high < 1):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.core.device import check_interval, to_floats
-from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.options import is_int, is_positive, option, optional, require
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.numerics.conjugate_gradients import conjugate_gradients, conjugate_gradients_of_rows
 
@@ -41,19 +41,16 @@ class CG(LinearSolver):
     tensor([1., 1.], dtype=torch.float64)
     """
 
-    tol: float | None = None
-    max_steps: int | None = None
-    check_every: int | None = None
-    steps: int | None = None
+    tol: float | None = option(None, "a positive number or None", optional(is_positive))
+    max_steps: int | None = option(None, "a positive int or None", optional(is_int))
+    check_every: int | None = option(None, "a positive int or None", optional(is_int))
+    steps: int | None = option(None, "a positive int or None", optional(is_int))
 
     needs_symmetry = True
     rowwise = True
 
     def __post_init__(self) -> None:
-        require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
-        require(self, "max_steps", "a positive int or None", self.max_steps is None or is_int(self.max_steps))
-        require(self, "check_every", "a positive int or None", self.check_every is None or is_int(self.check_every))
-        require(self, "steps", "a positive int or None", self.steps is None or is_int(self.steps))
+        super().__post_init__()
         alone = self.steps is None or (self.tol is None and self.max_steps is None)
         require(self, "steps", "None where `tol` or `max_steps` is given", alone)
 

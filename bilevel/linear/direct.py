@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.core.device import to_floats
-from bilevel.core.options import default_tolerance, is_int, require
+from bilevel.core.options import default_tolerance, is_int, option
 from bilevel.core.status import GOOD, Status, Verdict
 
 
@@ -32,25 +32,11 @@ class Direct(LinearSolver):
     True
     """
 
-    max_size: int = 10_000
+    max_size: int = option(10_000, "a positive int", is_int)
 
     rowwise = True
 
-    def __post_init__(self) -> None:
-        require(self, "max_size", "a positive int", is_int(self.max_size))
-
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Factor and solve, with one step of iterative refinement; rows all at once, those without a factor by one.
-
-        Args:
-            system: the system; its start and its tolerance are not used.
-
-        Returns:
-            The solution.
-
-        Raises:
-            ValueError: if the system is larger than `max_size`.
-        """
         matvec, b = system.matvec, system.b
         size = b.shape[-1]
         if size > self.max_size:

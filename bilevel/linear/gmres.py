@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.base import LinearSolution, LinearSolver, LinearSystem
 from bilevel.core import tree
 from bilevel.core.device import check_interval, to_floats
-from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.options import is_int, is_positive, option, optional
 from bilevel.core.status import GOOD, Status, Verdict
 
 ROUNDING = 1e3
@@ -37,14 +37,9 @@ class GMRES(LinearSolver):
     True
     """
 
-    tol: float | None = None
-    max_steps: int | None = None
-    restart: int = 50
-
-    def __post_init__(self) -> None:
-        require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
-        require(self, "max_steps", "a positive int or None", self.max_steps is None or is_int(self.max_steps))
-        require(self, "restart", "a positive int", is_int(self.restart))
+    tol: float | None = option(None, "a positive number or None", optional(is_positive))
+    max_steps: int | None = option(None, "a positive int or None", optional(is_int))
+    restart: int = option(50, "a positive int", is_int)
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         matvec, b, tol = system.matvec, system.b, system.tol
@@ -119,14 +114,8 @@ class GMRES(LinearSolver):
 def _least_squares(hessenberg: Tensor, target: Tensor, goal: float, last: bool) -> Tensor | None:
     """Return the weights of the basis that minimise the residual, or None where more vectors should come first.
 
-    Args:
-        hessenberg: of shape (used + 1, used), on the CPU.
-        target: the residual that the cycle started from, in the basis: of shape (used + 1,), on the CPU.
-        goal: norm of the residual that is small enough.
-        last: whether there is no room for more vectors.
-
-    Returns:
-        Weights of shape (used,), NaN where a product was not finite; or None.
+    All is on the CPU: `hessenberg` of shape (used + 1, used) and `target`, the residual that the cycle started from, in
+    the basis. `last` says that there is no room for more vectors. Weights are NaN where a product was not finite.
     """
     column = hessenberg[:, -1]
     height = float(column[-1])

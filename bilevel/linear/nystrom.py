@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
 from bilevel.core import tree
-from bilevel.core.options import is_int, require
+from bilevel.core.options import is_int, option
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.numerics.low_rank import gaussian_basis, low_rank
 
@@ -44,27 +44,12 @@ class Nystrom(LinearSolver):
     tensor([2.0000, 2.0000, 2.0000], dtype=torch.float64)
     """
 
-    rank: int = 10
-    seed: int = 0
+    rank: int = option(10, "a positive int", is_int)
+    seed: int = option(0, "an int that is not negative", lambda seed: is_int(seed, at_least=0))
 
     needs_symmetry = True
 
-    def __post_init__(self) -> None:
-        require(self, "rank", "a positive int", is_int(self.rank))
-        require(self, "seed", "an int that is not negative", is_int(self.seed, at_least=0))
-
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
-        """Approximate and invert.
-
-        Args:
-            system: the system; its start and its tolerance are not used.
-
-        Returns:
-            The solution.
-
-        Raises:
-            ValueError: for a rank below the size of the system where nothing is added to its diagonal.
-        """
         b, matvec, rho = system.b, system.matvec, system.damping
         size, rank = b.numel(), min(self.rank, b.numel())
         if rho == 0 and rank < size:

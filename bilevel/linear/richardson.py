@@ -8,7 +8,7 @@ import torch
 
 from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
 from bilevel.core.device import check_interval
-from bilevel.core.options import is_int, is_positive, require
+from bilevel.core.options import is_int, is_positive, option, optional, or_auto, require
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.numerics.lanczos import Spectrum, lanczos
 
@@ -22,8 +22,8 @@ class _Richardson(LinearSolver):
     step_size: float | str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        ok = self.step_size == "auto" or is_positive(self.step_size)
-        require(self, "step_size", "a positive number or 'auto'", ok)
+        super().__post_init__()
+        require(self, "step_size", "a positive number or 'auto'", or_auto(is_positive)(self.step_size))
 
     @property
     def needs_symmetry(self) -> bool:  # type: ignore[override]
@@ -84,13 +84,8 @@ class FixedPointIteration(_Richardson):
     True
     """
 
-    tol: float | None = None
-    max_steps: int = 10_000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
-        require(self, "max_steps", "a positive int", is_int(self.max_steps))
+    tol: float | None = option(None, "a positive number or None", optional(is_positive))
+    max_steps: int = option(10_000, "a positive int", is_int)
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         return self._iterate(system, self.max_steps, system.tol)
@@ -114,11 +109,7 @@ class Neumann(_Richardson):
     tensor([1.5000], dtype=torch.float64)
     """
 
-    steps: int = 20
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "steps", "a positive int", is_int(self.steps))
+    steps: int = option(20, "a positive int", is_int)
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         return self._iterate(replace(system, x0=None), self.steps, None)

@@ -82,7 +82,7 @@ def evaluate(
     count: int = 100,
     steps: Sequence[int] = (1, 5),
 ) -> Evaluation:
-    """Adapt to each of some tasks and score the adapted weights on its query set.
+    """Return scores of the weights that adapt to each of some tasks, on its query set: means with confidence intervals.
 
     Args:
         problem: the model, its loss and what is adapted.
@@ -91,9 +91,6 @@ def evaluate(
         tasks: tasks that were not used to tune `hparams`; the first `count` of them are taken.
         count: number of tasks, at least 2.
         steps: after how many inner steps to score; 0 scores the initial weights.
-
-    Returns:
-        Means over the tasks, with confidence intervals.
 
     Raises:
         ValueError: for numbers out of range.

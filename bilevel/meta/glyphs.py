@@ -49,14 +49,11 @@ class Glyphs:
 
 @lru_cache
 def glyphs() -> Glyphs:
-    """Render the letters that all faces have; takes a few seconds, once for each process.
+    """Return the renderings of the letters that all faces have; takes a few seconds, once for each process.
 
     Left out are letters that cannot be told from another: compatibility forms (such as the Kelvin sign, which is a K,
     and superscripts), and letters whose image equals that of an earlier letter in some face (such as the Greek capital
     Alpha, after the Latin A).
-
-    Returns:
-        The images, 12 of each letter.
 
     Raises:
         ValueError: without matplotlib, or where it brings other faces.
@@ -136,7 +133,6 @@ class GlyphTasks(SplitTasks):
         self.letters = tuple(glyphs().letters[row] for row in rows)
 
     def __call__(self, index: int) -> Task:
-        """Return the task of an index."""
         generator = self.generator(index)
         chosen = torch.randperm(len(self.letters), generator=generator)[: self.ways]
         faces = torch.rand(self.ways, FACES, generator=generator).argsort(1)[:, : self.shots + self.queries]
@@ -168,10 +164,7 @@ class GlyphProblem(MetaProblem):
         hidden: units of the hidden layers.
         batch_size: tasks in a meta-batch.
         seed: of the split of the letters, the tasks and the initial weights.
-        adapt: see `MetaProblem`; layers are named "1", "3", "5", ...
-        proximity: see `MetaProblem`.
-        evaluated_tasks: see `MetaProblem`.
-        evaluated_steps: see `MetaProblem`.
+        adapt: as all further options see `MetaProblem`; layers are named "1", "3", "5", ...
         device: where the network and the tasks go.
     """
 

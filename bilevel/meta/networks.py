@@ -13,17 +13,7 @@ from bilevel.core.threads import PROCESS_STATE
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, seed: int) -> nn.Sequential:
-    """Return a network of linear layers with ReLU between them, whose weights follow from the seed.
-
-    Args:
-        inputs: numbers of an input, whatever its shape.
-        hidden: units of the hidden layers.
-        outputs: numbers of an output.
-        seed: of torch's usual initial weights; the global generator stays as it is.
-
-    Raises:
-        ValueError: for a size that is no positive int.
-    """
+    """Return a network of linear layers with ReLU between them; its weights follow from the seed."""
     if not all(is_int(units) for units in hidden):
         raise ValueError(f"`hidden` must be a list of positive ints, got {hidden!r}.")
     layers: list[nn.Module] = [nn.Flatten()]

@@ -178,12 +178,7 @@ class MetaProblem(BilevelProblem):
     # Which tasks ----------------------------------------------------------------------------------------------------
 
     def on_tasks(self, tasks: Tasks, indices: Iterable[int]) -> MetaProblem:
-        """Return this problem on other tasks.
-
-        Args:
-            tasks: where they come from.
-            indices: which of them.
-        """
+        """Return this problem on other tasks."""
         view = copy.copy(self)
         indices = list(indices)
         view.params = self._offsets(len(indices))
@@ -192,11 +187,9 @@ class MetaProblem(BilevelProblem):
 
     @property
     def minibatch(self) -> Tree:
-        """What the inner loss is evaluated on."""
         return self.support
 
     def on_batch(self, batch: Tree) -> MetaProblem:
-        """Return a view of this problem whose inner loss is that of other support sets."""
         view = copy.copy(self)
         view.support = batch
         return view
@@ -208,28 +201,17 @@ class MetaProblem(BilevelProblem):
         return self.on_tasks(self.tasks, range(index * self.batch_size, (index + 1) * self.batch_size))
 
     def metrics(self, params: Tree, hparams: Tree = None, solver: InnerSolver | None = None) -> dict[str, float]:
-        """Return the scores on held-out tasks after some inner steps, each with half its 95 % confidence interval.
-
-        Args:
-            params: not used: the offsets are of other tasks.
-            hparams: from where tasks adapt.
-            solver: how they do; without it, or without held-out tasks, there are no scores.
-        """
+        """Return the scores on held-out tasks after some inner steps, each with half its 95 % confidence interval."""
         if self.held_out is None or solver is None:
             return {}
         result = evaluate(self, solver, hparams, self.held_out, self.evaluated_tasks, self.evaluated_steps)
         return result.flat("val")
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
-        """Refuse: the tasks are side by side already.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuse: the tasks are side by side already."""
         raise ValueError(f"{type(self).__name__} runs its tasks side by side already: raise `batch_size` instead.")
 
     def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
-        """Refuse, as `batched` does."""
         return self.batched(len(problems))
 
     def _offsets(self, count: int) -> dict[str, Tensor]:

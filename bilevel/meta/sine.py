@@ -35,7 +35,6 @@ class SineTasks(SplitTasks):
         require(self, "queries", "a positive int", is_int(queries))
 
     def __call__(self, index: int) -> Task:
-        """Return the task of an index."""
         uniform = torch.rand(2 + self.shots + self.queries, generator=self.generator(index), dtype=torch.float64)
         amplitude, phase = 0.1 + 4.9 * uniform[0], math.pi * uniform[1]
         X = (10.0 * uniform[2:] - 5.0)[:, None]
@@ -52,10 +51,7 @@ class SineProblem(MetaProblem):
         hidden: units of the hidden layers.
         batch_size: tasks in a meta-batch.
         seed: of the tasks and of the initial weights.
-        adapt: see `MetaProblem`; layers are named "1", "3", "5", ...
-        proximity: see `MetaProblem`.
-        evaluated_tasks: see `MetaProblem`.
-        evaluated_steps: see `MetaProblem`.
+        adapt: as all further options see `MetaProblem`; layers are named "1", "3", "5", ...
         device: where the network and the tasks go.
 
     >>> problem = SineProblem(shots=5, batch_size=4)

@@ -26,15 +26,9 @@ class Tasks(Protocol):
 
 
 def draw(tasks: Tasks, indices: Iterable[int]) -> tuple[Tree, Tree, bool]:
-    """Return some tasks.
+    """Return some tasks: (support, query, True) for tasks of equal shapes, whose leaves then have a row for each task.
 
-    Args:
-        tasks: where they come from.
-        indices: which of them.
-
-    Returns:
-        (support, query, True) for tasks of equal shapes: their leaves have a leading dimension, one row for each task.
-        Otherwise (list of supports, list of queries, False).
+    Otherwise it is (list of supports, list of queries, False).
 
     Raises:
         ValueError: for what is no pair of trees of tensors.
@@ -59,12 +53,7 @@ def _all_tensors(task: Any) -> bool:
 
 
 class SplitTasks:
-    """Base of the tasks here: the key of the random numbers of a task is (seed, split, index).
-
-    Args:
-        split: "train", "val" or "test".
-        seed: an int that is not negative.
-    """
+    """Base of the tasks here: the key of the random numbers of a task is (seed, split, index)."""
 
     def __init__(self, split: str, seed: int) -> None:
         self.split, self.seed = split, seed

@@ -28,8 +28,7 @@ _recording: ContextVar[tuple[object, Tape]] = ContextVar("recording", default=(N
 class BatchNormLayers:
     """The layers of a module that normalise by the batch, and those among them whose running statistics move.
 
-    Args:
-        module: in the mode that it is meant to be trained in.
+    The module is in the mode that it is meant to be trained in.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -22,11 +22,10 @@ from bilevel.oracles.watch import changes
 
 
 class FunctionalModule:
-    """A module whose parameters and running statistics are arguments.
+    """A module whose parameters and running statistics are arguments; it is not modified.
 
-    Args:
-        module: the module, which is not modified. Frozen parameters and all buffers but the moving statistics of
-            BatchNorm are constants at their present values; the modes of its layers are those of now.
+    Frozen parameters and all buffers but the moving statistics of BatchNorm are constants at their present values; the
+    modes of its layers are those of now.
 
     Raises:
         ValueError: for a module without trainable parameters, and for what `check_module` refuses.
@@ -152,10 +151,7 @@ def _tied(module: nn.Module) -> dict[str, str]:
 class Model:
     """What the losses call: ``model(*inputs)`` runs the module in the mode that it was given in.
 
-    Args:
-        functional: the module.
-        params: its parameters.
-        statistics: its running statistics; None in the inner loss, which cannot read them.
+    `statistics` are None in the inner loss, which cannot read them.
     """
 
     def __init__(self, functional: FunctionalModule, params: dict[str, Tensor], statistics: Statistics | None) -> None:
@@ -163,7 +159,6 @@ class Model:
         self._evaluates = False
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Return what the module's forward returns."""
         return self._functional.run(self._params, self._statistics if self._evaluates else None, *inputs, **options)
 
     def eval(self) -> Model:
@@ -230,7 +225,6 @@ class ModuleLoss:
     dropout_rng: DropoutRNG | None = None
 
     def __call__(self, params: dict[str, Tensor], hparams: Any, *batch: Any) -> Tensor:
-        """Return the loss."""
         parts = self._parts(params)
         return self._drawn(self.functional.at(*parts), parts[0], hparams, *batch)
 

@@ -26,12 +26,8 @@ from bilevel.oracles.losses import SplitLoss
 def gauss_newton(point: Linearization, loss: SplitLoss) -> Callable[[Tree], Tree]:
     """Return ``v -> G v`` on trees shaped as params; the graphs are built once, and a product is counted as an HVP.
 
-    Each product takes three backward passes, and no forward-mode derivative: ``J v`` is the derivative of the VJP by
-    its cotangent.
-
-    Args:
-        point: the linearised inner gradient; its params, hparams and counts are used.
-        loss: its loss, on its batch, in two halves.
+    Each product takes three backward passes: ``J v`` is the derivative of the VJP by its cotangent. `loss` is that of
+    the linearised gradient, on its batch, in two halves.
     """
     hparams, params, own = point.inner.hparams, tree.attach(point.params), tree.attach(point.params)
     with torch.enable_grad():

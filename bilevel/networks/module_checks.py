@@ -14,9 +14,6 @@ from bilevel.oracles.ranks import parallel_class
 def check_module(module: nn.Module) -> None:
     """Refuse a module whose training in torch does what losses of its parameters would leave out.
 
-    Args:
-        module: in the mode that it is meant to be trained in.
-
     Raises:
         ValueError: for parallel wrappers, layers that have no parameters yet, weight norm, spectral norm that moves,
             and hooks on gradients, with the remedy.

@@ -107,17 +107,11 @@ class ModuleProblem(BilevelProblem):
 
     @property
     def traced_inner(self) -> type[InnerProblem] | None:  # type: ignore[override]
-        """The class of the bound problem with recorded oracles.
-
-        Raises:
-            ValueError: for a problem with a seed, whose draws no recording repeats.
-        """
         if self.dropout_rng is not None:
             raise ValueError("a problem with a `seed` for random layers cannot be traced: leave out `trace`.")
         return super().traced_inner if self.statistics is None else TracedStatisticsInner
 
     def augmented(self, solver: InnerSolver) -> InnerSolver:  # type: ignore[override]
-        """Return the solver, whose steps move running statistics, too, where there are some."""
         if self.statistics is None:
             return solver
         return MovingStatistics(solver=solver, steps=solver.steps, tol=solver.tol)
@@ -132,7 +126,6 @@ class ModuleProblem(BilevelProblem):
 
     @property
     def variation(self) -> str:
-        """Why inner steps differ in more than params; an empty string where they do not."""
         if super().variation:
             return super().variation
         if self.dropout_rng is not None:
@@ -140,7 +133,6 @@ class ModuleProblem(BilevelProblem):
         return "" if self.statistics is None else "running statistics, which move besides the parameters"
 
     def on_step(self, index: int) -> BilevelProblem:
-        """Return the view of this problem that inner step `index` sees: with the batch and the draws of the step."""
         view = super().on_step(index)
         if self.dropout_rng is None:
             return view
@@ -149,7 +141,6 @@ class ModuleProblem(BilevelProblem):
         return view
 
     def trainable(self, params: Tree) -> Tree:
-        """Return the part of params that inner solvers move: all of it, but for running statistics."""
         return params if self.statistics is None else self.statistics.trainable(params)
 
     def deterministic(self) -> ModuleProblem:
@@ -174,11 +165,6 @@ class ModuleProblem(BilevelProblem):
         return params if self.statistics is None else self.statistics.completed(params)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:
-        """Return members side by side; see `BilevelProblem.batched`.
-
-        Raises:
-            ValueError: for random layers and running statistics, too.
-        """
         if self.dropout_rng is not None or self.statistics is not None:
             raise ValueError(
                 f"a problem with {self.variation} does not run in batches: run its members one after the other "

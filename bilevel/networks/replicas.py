@@ -26,10 +26,7 @@ _EMPTY = frozenset({dict, OrderedDict, list, set})
 
 
 class Replicas:
-    """What replicas of a module are made from; they are those of the module as it is now.
-
-    Args:
-        module: a module for which `replicable` holds.
+    """What replicas of a module for which `replicable` holds are made from; they are those of the module as it is now.
 
     >>> layer = nn.Linear(2, 1)
     >>> (replica,) = Replicas(layer).make()
@@ -120,9 +117,6 @@ def replicable(module: nn.Module) -> bool:
 
     It does not where a function reaches the module on another way than by its ``self``: a hook whose closure holds the
     module, a forward that was replaced by one, a global name, a compiled or scripted module.
-
-    Args:
-        module: the module.
     """
     parts = {id(part) for part in module.modules()}
     for part in module.modules():

@@ -34,11 +34,7 @@ from bilevel.oracles.tracing import TracedInner
 
 
 class RunningStatistics:
-    """How the running statistics of a problem move.
-
-    Args:
-        functional: the module.
-    """
+    """How the running statistics of a problem move."""
 
     def __init__(self, functional: FunctionalModule) -> None:
         self._functional, self._layers = functional, functional.batch_norm
@@ -155,12 +151,9 @@ class TracedStatisticsInner(TracedInner, StatisticsInner):
 
 @dataclass(frozen=True)
 class MovingStatistics(InnerSolver):
-    """The steps of an inner solver, each with the move of the running statistics.
+    """The steps of an inner solver, which sees the trainable part of params, and the move of the running statistics.
 
     The statistics are those of the batch at the iterate that the step starts from, as in a training loop.
-
-    Args:
-        solver: it sees the trainable part of params alone.
     """
 
     solver: InnerSolver = field(kw_only=True)
@@ -173,7 +166,6 @@ class MovingStatistics(InnerSolver):
         return _joined(params, self.solver.init(inner, inner.trainable(params)))
 
     def cold_state(self, inner: InnerProblem, params: Tree) -> InnerState:
-        """Return a state for a later warm start."""
         return _joined(params, self.solver.cold_state(inner, inner.trainable(params)))
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:

@@ -23,9 +23,6 @@ def weight_decay(params: Tree, log_decay: Tree) -> Tensor:
         log_decay: u, a tree of the structure of `params`; each leaf has the shape of the weights or broadcasts to it,
             such as a 0-d tensor for each layer.
 
-    Returns:
-        A scalar Tensor.
-
     Raises:
         ValueError: if the trees do not fit.
 

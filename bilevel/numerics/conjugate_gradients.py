@@ -40,14 +40,9 @@ class Krylov:
     xx: float | None = None
 
     def advance(self, x: Tensor, energy: float, rr: float, rz: float | None = None, xx: float | None = None) -> None:
-        """Take a step.
+        """Take a step to x along a direction p of ``energy = p' A p``, where the residual has the squared norm rr.
 
-        Args:
-            x: the new iterate.
-            energy: ``p' A p`` of the direction p of the step.
-            rr: the new squared norm of the residual.
-            rz: the same in the norm of the preconditioner, if any.
-            xx: the squared norm of x, where it is known.
+        `rz` is that norm in the norm of the preconditioner, if any, and `xx` the squared norm of x, where it is known.
         """
         before, after = (self.rr, rr) if self.rz is None or rz is None else (self.rz, rz)
         length = before / energy
@@ -102,11 +97,12 @@ def conjugate_gradients(
     check_every: int | None = None,
     precondition: Operator | None = None,
 ) -> Krylov:
-    """Run CG from x, whose residual is r, until `enough`.
+    """Return the CG run from x, whose residual is r, until `enough`.
 
     On the CPU the scalars are Python floats, which is cheaper than keeping them in tensors. An accelerator takes
     `check_every` steps before its numbers are looked at: `enough` then sees the steps one by one, as on the CPU, and
-    what was computed after the end is dropped.
+    what was computed after the end is dropped. A direction of negative or zero curvature ends the run before the step
+    along it.
 
     Args:
         matvec: a symmetric operator on vectors of shape (size,).
@@ -118,9 +114,6 @@ def conjugate_gradients(
             many steps are kept.
         precondition: a symmetric positive definite operator near the inverse; then `ratios`, and so `spectrum`, are
             those of the preconditioned operator.
-
-    Returns:
-        The run with its last iterate; a direction of negative or zero curvature ends it before the step along it.
 
     >>> A, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
     >>> run = conjugate_gradients(lambda v: A @ v, torch.zeros(2), b, lambda run: run.steps == 2)
@@ -216,7 +209,10 @@ def _in_blocks(
 def conjugate_gradients_of_rows(
     matvec: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, goals: Tensor, limit: int, every: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run CG on independent systems side by side; a row that has reached its goal stands still.
+    """Return the CG runs of independent systems side by side; a row that has reached its goal stands still.
+
+    They are (last iterates, steps, the last curvature, the smallest and the largest one of each row); a last curvature
+    that is not positive ended its row.
 
     Args:
         matvec: a symmetric operator for each row, on matrices of shape (rows, size).
@@ -225,10 +221,6 @@ def conjugate_gradients_of_rows(
         goals: squared residual norms at which rows end.
         limit: most steps.
         every: steps between two looks at whether any row still moves.
-
-    Returns:
-        (last iterates, steps, the last curvature, the smallest and the largest one of each row); a last curvature that
-        is not positive ended its row.
 
     >>> A, b = torch.tensor([[[2.0]], [[4.0]]]), torch.tensor([[2.0], [2.0]])
     >>> conjugate_gradients_of_rows(lambda v: (A @ v[..., None])[..., 0], 0 * b, b, torch.zeros(2), 5, 1)[0]

@@ -75,14 +75,9 @@ class DiagonalProblem:
         return -self.linear / self.values
 
     def pull(self, by_shift: Tensor, by_linear: Tensor) -> Tensor:
-        """Return the cotangent of the hyperparameters.
+        """Return the cotangent of the hyperparameters, of shape (..., *event), from those of `values` and of `linear`.
 
-        Args:
-            by_shift: cotangents of the eigenvalues, of shape (..., d); a shift moves them all.
-            by_linear: cotangents of `linear`, of shape (..., d).
-
-        Returns:
-            A tensor of shape (..., *event).
+        Both have the shape (..., d); a shift moves all eigenvalues.
         """
         total = by_shift.sum(-1)
         if self.slope.dim() > total.dim():
@@ -97,13 +92,9 @@ def diagonalise(
     shift: Callable[[Tensor], tuple[Tensor, Tensor]],
     directions: Tensor | None = None,
 ) -> Eigenbasis:
-    """Return the `Eigenbasis` of a problem stated by A, b_0 and the b_j; its cost is one symmetric eigenproblem.
+    """Return the `Eigenbasis` of a problem stated by A, b_0, the shift and the b_j, in rows of shape (p, d).
 
-    Args:
-        matrix: A, symmetric, of shape (d, d).
-        linear: b_0, of shape (d,).
-        shift: see `Eigenbasis`.
-        directions: the b_j, of shape (p, d), or None.
+    Its cost is one symmetric eigenproblem.
     """
     values, vectors = torch.linalg.eigh(matrix)
     turned = None if directions is None else directions @ vectors

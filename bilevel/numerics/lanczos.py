@@ -32,19 +32,11 @@ class Spectrum:
 
 
 def lanczos(matvec: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30, rtol: float = 1e-3) -> Spectrum:
-    """Measure the ends of the spectrum of a symmetric operator from a fixed pseudo-random start.
+    """Return the ends of the spectrum of a symmetric operator, from a fixed pseudo-random start.
 
-    Stops when the largest Ritz value has changed by less than `rtol` over three steps. Full reorthogonalisation:
-    the basis takes ``steps * size`` numbers.
-
-    Args:
-        matvec: v of shape (size,) -> A v of shape (size,).
-        like: a vector that gives size, dtype and device.
-        steps: most products to use.
-        rtol: relative change at which to stop.
-
-    Returns:
-        The `Spectrum`; both ends lie inside the true spectrum, so users add a margin.
+    Both lie inside the true spectrum, so users add a margin. It stops when the largest Ritz value has changed by less
+    than `rtol` over three steps, after `steps` products at most. Full reorthogonalisation: the basis takes ``steps *
+    size`` numbers. `like` gives size, dtype and device.
 
     >>> diagonal = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
     >>> round(lanczos(lambda v: diagonal * v, diagonal).largest, 10)

@@ -9,11 +9,7 @@ from torch import Tensor
 def gaussian_basis(size: int, rank: int, seed: int, like: Tensor) -> Tensor:
     """Return Omega, an orthonormal basis of `rank` Gaussian vectors of a seed, of shape (size, rank).
 
-    Args:
-        size: number of rows.
-        rank: number of columns, at most `size`.
-        seed: of the numbers, which are drawn on the CPU and the same on every device.
-        like: a tensor that gives dtype and device.
+    The numbers are drawn on the CPU, the same for every device; `like` gives dtype and device.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64)
@@ -23,17 +19,10 @@ def gaussian_basis(size: int, rank: int, seed: int, like: Tensor) -> Tensor:
 def low_rank(omega: Tensor, Y: Tensor, nu: float | Tensor) -> tuple[Tensor, Tensor] | None:
     """Return (U, l) with ``U diag(l) U' = Y (Omega' Y)^-1 Y' - nu I`` on the range of Y, l cut off at zero.
 
-    The shift nu keeps the small matrix away from singular by more than rounding (Tropp, Yurtsever, Udell & Cevher 2017,
-    algorithm 3). By its Schur complement ``U diag(l) U'`` is below A + nu I.
-
-    Args:
-        omega: orthonormal columns, of shape (size, rank).
-        Y: ``(A + nu I) Omega``.
-        nu: the shift.
-
-    Returns:
-        U with orthonormal columns, and l of shape (rank,), falling; None where ``Omega' Y`` is not positive definite,
-        or not finite.
+    Omega has orthonormal columns, of shape (size, rank), and ``Y = (A + nu I) Omega``. The shift nu keeps the small
+    matrix away from singular by more than rounding (Tropp, Yurtsever, Udell & Cevher 2017, algorithm 3). By its Schur
+    complement ``U diag(l) U'`` is below A + nu I. U has orthonormal columns, l falls. None where ``Omega' Y`` is not
+    positive definite, or not finite.
 
     >>> A = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
     >>> omega = torch.eye(3, dtype=torch.float64)[:, :2]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel.core.options import is_positive, require
+from bilevel.core.options import check_fields, is_positive, option
 from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.splits import Split, class_labels, signs, training_classes
 
@@ -248,12 +248,12 @@ class Huber(GLMLoss):
     tensor([0.1250, 2.5000])
     """
 
-    width: float = 1.0
+    width: float = option(1.0, "a positive number", is_positive)
 
     max_curvature: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        require(self, "width", "a positive number", is_positive(self.width))
+        check_fields(self)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         """``s (r - s / 2)`` with s the slope."""
