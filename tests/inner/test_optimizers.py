@@ -16,6 +16,7 @@ from torch import Tensor, optim
 import bilevel as bl
 from bilevel.inner import ElementwiseSolver
 from bilevel.oracles.structure import Structure
+from bilevel.problems import RidgeProblem
 
 # Equal to torch's ----------------------------------------------------------------------------------------------------
 
@@ -593,7 +594,7 @@ def test_the_old_name_of_elementwise_solvers_forwards():
 
 
 def test_states_of_older_files_are_read():
-    problem, solver = bl.RidgeProblem(torch.eye(3), torch.ones(3), torch.eye(3), torch.ones(3)), bl.QuasiNewton()
-    saved = bl.hypergradient(problem, solver, torch.zeros(3)).carry.state.to_dict()
+    problem = RidgeProblem(torch.eye(3), torch.ones(3), torch.eye(3), torch.ones(3))
+    saved = bl.hypergradient(problem, bl.QuasiNewton(), torch.zeros(())).carry.state.to_dict()
     older = {"kept" if name == "cache" else name: value for name, value in saved.items()}
     assert bl.InnerState.from_dict(older).to_dict() == saved
