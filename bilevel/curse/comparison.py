@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.core.options import is_int, is_list, is_number, is_positive, require
 from bilevel.curse.methods import METHODS, method
-from bilevel.curse.outcome import Claim, Line, Outcome, Panel
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
 from bilevel.curse.problems import NAMES, DataMissingError, load, logistic, ridge
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import ErrorCurves, chebyshev_rate, error_curves, gd_rate
@@ -27,7 +27,7 @@ LOWEST = 1e-20
 
 
 @dataclass(frozen=True)
-class Methods:
+class Methods(Experiment):
     """The error of x_k and of its unrolled derivative, for several methods and data sets.
 
     Ridge regression is ``1/2 |X w - y|^2 + theta/2 |w|^2`` with X and y divided by ``|X|_2``; with "per feature", theta
@@ -67,7 +67,6 @@ class Methods:
         require(self, "model", " or ".join(map(repr, MODELS)), isinstance(self.model, str) and self.model in MODELS)
 
     def run(self) -> Outcome:
-        """Run it."""
         rows, notes, claims = [], [], []
         numbers: dict[str, float] = {}
         for name in self.data:
@@ -154,39 +153,25 @@ class Methods:
             else:
                 text, holds = f"{label}: the derivative first gets worse", float(height) > BURNS
             claims.append(Claim(source, text, number, holds, where))
-        claims += self._bounds(name, l, L, curves, where)
+        if self.model == "ridge":
+            claims += [self._bound(name, l, L, *each, where) for each in curves.items() if _bounded(each[0])]
         claims += self._crossing(curves, where)
         return claims + self._order(curves, where)
 
-    def _bounds(
-        self,
-        name: str,
-        l: float,  # noqa: E741
-        L: float,
-        curves: dict[str, ErrorCurves],
-        where: str,
-    ) -> list[Claim]:
-        """Compare with the bounds of Theorems 2 and 3, which need directions that commute with the Hessian."""
-        if self.model != "ridge":
-            return []
-        claims = []
+    def _bound(self, name: str, l: float, L: float, label: str, curve: ErrorCurves, where: str) -> Claim:  # noqa: E741
+        """Compare with the bound of Theorem 2 or 3, which needs directions that commute with the Hessian."""
         k = torch.arange(self.steps + 1, dtype=torch.float64)
-        for label, curve in curves.items():
-            # The derivative of theta -> grad f(x_0, theta) is x_0 - xbar = x_0, and dx_0 = 0.
-            G = abs(self.start) * math.sqrt(load(name)[0].shape[1])
-            d0 = float(curve.jacobian_norm)
-            if label.startswith("GD"):
-                step = method(label, l, L).step_size  # type: ignore[attr-defined]
-                bound, source = gd_rate(k, l, L, d0, G, step), "S Theorem 2"
-            elif label == "Chebyshev":
-                bound, source = chebyshev_rate(k, l, L, d0, G), "S Theorem 3"
-            else:
-                continue
-            ratio = float((curve.forward / (bound + FLOOR * d0)).max())
-            claims.append(
-                Claim(source, f"{label}: the bound holds", f"largest error/bound {ratio:.4f}", ratio <= 1 + 1e-6, where)
-            )
-        return claims
+        # The derivative of theta -> grad f(x_0, theta) is x_0 - xbar = x_0, and dx_0 = 0.
+        G = abs(self.start) * math.sqrt(load(name)[0].shape[1])
+        d0 = float(curve.jacobian_norm)
+        if label == "Chebyshev":
+            bound, source = chebyshev_rate(k, l, L, d0, G), "S Theorem 3"
+        else:
+            step = method(label, l, L).step_size  # type: ignore[attr-defined]
+            bound, source = gd_rate(k, l, L, d0, G, step), "S Theorem 2"
+        ratio = float((curve.forward / (bound + FLOOR * d0)).max())
+        number = f"largest error/bound {ratio:.4f}"
+        return Claim(source, f"{label}: the bound holds", number, ratio <= 1 + 1e-6, where)
 
     def _crossing(self, curves: dict[str, ErrorCurves], where: str) -> list[Claim]:
         """Look at the claim that the larger step is better for the function and worse for the derivative."""
@@ -198,21 +183,13 @@ class Methods:
         more = (large.forward > small.forward).nonzero()
         until = int(more[-1]) if len(more) else 0
         ends = last == self.steps
+        better = "the larger step gives the smaller function value"
+        number = f"f_t of 2/(L+l) is above that of 1/L up to t = {last}" + (", the end of the run" if ends else "")
+        after = where if ends or last == 0 else f"{where}; it holds after that t"
+        longer, worse = "the larger step has the longer burn-in", f"its derivative is worse up to t = {until}"
         return [
-            Claim(
-                "S Figure 1",
-                "the larger step gives the smaller function value",
-                f"f_t of 2/(L+l) is above that of 1/L up to t = {last}" + (", the end of the run" if ends else ""),
-                last == 0,
-                where if ends or last == 0 else f"{where}; it holds after that t",
-            ),
-            Claim(
-                "S Figure 1",
-                "the larger step has the longer burn-in",
-                f"its derivative is worse up to t = {until}",
-                until > 1,
-                where,
-            ),
+            Claim("S Figure 1", better, number, last == 0, after),
+            Claim("S Figure 1", longer, worse, until > 1, where),
         ]
 
     def _order(self, curves: dict[str, ErrorCurves], where: str) -> list[Claim]:
@@ -225,16 +202,15 @@ class Methods:
             # Two errors at the rounding floor say nothing of their methods.
             if other in errors and errors[other] > 100 * FLOOR:
                 gain = errors[other] / errors["Sobolev"]
-                claims.append(
-                    Claim(
-                        "S Figure 4",
-                        f"after {self.at} steps Sobolev's derivative is {factor:g} times better than {other}'s",
-                        f"{gain:.3g} times ({errors['Sobolev']:.3g} against {errors[other]:.3g})",
-                        gain >= factor,
-                        where,
-                    )
-                )
+                text = f"after {self.at} steps Sobolev's derivative is {factor:g} times better than {other}'s"
+                number = f"{gain:.3g} times ({errors['Sobolev']:.3g} against {errors[other]:.3g})"
+                claims.append(Claim("S Figure 4", text, number, gain >= factor, where))
         return claims
+
+
+def _bounded(label: str) -> bool:
+    """Whether a theorem bounds the derivative of the method."""
+    return label.startswith("GD") or label == "Chebyshev"
 
 
 def _above(values: Tensor, floor: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.core.options import is_int, is_list, require
 from bilevel.curse.draws import FAMILIES, draws
-from bilevel.curse.outcome import Claim, Line, Outcome, Panel, Table
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, Table
 from bilevel.curse.strategies import AUTO, BALANCED, BOUND, EIGHTH, EXTRAPOLATED, FULL, OMEGA, STRATEGIES, measure
 
 FLOOR = 1e-13
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class EqualBudget:
+class EqualBudget(Experiment):
     """The error of every strategy over the oracle's, all at ``T = (1 + omega) K`` gradient-equivalents, omega = 3.
 
     The oracle is the best fixed tail: ``K + omega N`` steps, the last ``K - N`` differentiated, N chosen with the exact
@@ -56,20 +56,13 @@ class EqualBudget:
         require(self, "seed", "an int in 0..499", is_int(self.seed, 0) and self.seed + self.draws <= 1000)
 
     def run(self) -> Outcome:
-        """Run it."""
         result = draws(self.families, self.columns, self.steps, self.draws, self.seed)
         rows = [measure(draw, self.steps) for draw in result]
         panels = [_panel(family, list(part)) for family, part in groupby(rows, lambda row: row["family"])]
         tables = [_errors(rows), _effectivities(rows), Table("draws", rows, shown=False)]
         title = f"Hypergradient error at equal budget (K = {self.steps}, $\\omega$ = {OMEGA}): median, 10 to 90 %"
-        return Outcome(
-            title,
-            [panels[i : i + 2] for i in range(0, len(panels), 2)],
-            self._claims(rows),
-            numbers=_numbers(rows),
-            tables=tables,
-            panel_width=4.6,
-        )
+        pairs = [panels[i : i + 2] for i in range(0, len(panels), 2)]
+        return Outcome(title, pairs, self._claims(rows), numbers=_numbers(rows), tables=tables, panel_width=4.6)
 
     def _claims(self, rows: Sequence[Row]) -> list[Claim]:
         where = f"K = {self.steps}, omega = {OMEGA}, {self.draws} draws of each setting"
@@ -78,29 +71,17 @@ class EqualBudget:
         settled = [row for row in moving if row["sK"] >= 2]
         above = f"oracle above {MOVING:g}"
         budget = (1 + OMEGA) * self.steps
-        costs = [value for row in rows for key, value in row.items() if key.endswith(": cost")]
-        return [
-            *(
-                claim
-                for name, source in ((BOUND, "M (22)"), (AUTO, "this library"))
-                if (claim := _near(rows, name, source, where))
-            ),
-            *(
-                claim
-                for part, name, share, condition in (
-                    (gaussian, EXTRAPOLATED, 1.0, f"M's problem, rho <= 0.98, {above}"),
-                    (settled, BALANCED, 0.95, f"-K log rho >= 2, {above}"),
-                )
-                if (claim := _better(part, name, share, f"{condition}; {where}"))
-            ),
-            Claim(
-                "this library",
-                "no strategy spends more than the budget and one derivative step",
-                f"at most {max(costs):g} of {budget} + {OMEGA} gradient-equivalents",
-                max(costs) <= budget + OMEGA,
-                f"{len(rows)} draws; {where}",
-            ),
+        most = max(value for row in rows for key, value in row.items() if key.endswith(": cost"))
+        spent = f"at most {most:g} of {budget} + {OMEGA} gradient-equivalents"
+        text = "no strategy spends more than the budget and one derivative step"
+        claims = [
+            _near(rows, BOUND, "M (22)", where),
+            _near(rows, AUTO, "this library", where),
+            _better(gaussian, EXTRAPOLATED, 1.0, f"M's problem, rho <= 0.98, {above}; {where}"),
+            _better(settled, BALANCED, 0.95, f"-K log rho >= 2, {above}; {where}"),
+            Claim("this library", text, spent, most <= budget + OMEGA, f"{len(rows)} draws; {where}"),
         ]
+        return [claim for claim in claims if claim]
 
 
 def _near(rows: Sequence[Row], name: str, source: str, where: str) -> Claim | None:
@@ -110,15 +91,13 @@ def _near(rows: Sequence[Row], name: str, source: str, where: str) -> Claim | No
         return None
     share = float((values <= 3).double().mean())
     worst = max((row for row in rows if name in row), key=lambda row: ratios([row], name).item())
-    place = f"{worst['family']}, {worst['group']}, {worst['setting']}"
-    return Claim(
-        source,
-        f"{name}: within a factor 3 of the best fixed tail in at least 98 % of the draws",
+    text = f"{name}: within a factor 3 of the best fixed tail in at least 98 % of the draws"
+    number = (
         f"{share:.1%} of {len(values)} draws; median {float(values.median()):.3g}, worst {float(values.max()):.3g} "
-        f"({place})",
-        share >= 0.98,
-        where + (", true constants, gradient descent on quadratics" if name == BOUND else ""),
+        f"({worst['family']}, {worst['group']}, {worst['setting']})"
     )
+    where += ", true constants, gradient descent on quadratics" if name == BOUND else ""
+    return Claim(source, text, number, share >= 0.98, where)
 
 
 def _better(rows: Sequence[Row], name: str, least: float, where: str) -> Claim | None:
@@ -127,14 +106,10 @@ def _better(rows: Sequence[Row], name: str, least: float, where: str) -> Claim |
     if not len(values):
         return None
     share, gain = float((values <= 0.1).double().mean()), 1 / values
-    return Claim(
-        "this library",
-        f"{name}: at least 10 times below the best fixed tail" + (f" in {least:.0%} of the draws" if least < 1 else ""),
-        f"{share:.1%} of {len(values)} draws; {float(gain.median()):.3g} times below (median), "
-        f"{float(gain.min()):.3g} (least)",
-        share >= least,
-        where,
-    )
+    part = f" in {least:.0%} of the draws" if least < 1 else ""
+    text = f"{name}: at least 10 times below the best fixed tail{part}"
+    number = f"{share:.1%} of {len(values)} draws; {float(gain.median()):.3g} times below (median), "
+    return Claim("this library", text, number + f"{float(gain.min()):.3g} (least)", share >= least, where)
 
 
 def ratios(rows: Sequence[Row], name: str) -> Tensor:
@@ -187,11 +162,9 @@ def _errors(rows: Sequence[Row]) -> Table:
             oracle = float(torch.tensor([row["oracle"] for row in members]).median())
             cells = {"problem": f"{family}, {group}", "draws": len(members), "best fixed tail": f"{oracle:.1e}"}
             table.append(cells | _summary(members))
-    cells = {"problem": "all", "draws": len(rows)}
-    table.append(cells | _summary(rows))
-    return Table(
-        "Error over that of the best fixed tail (whose median relative error is given): median / p90 / worst", table
-    )
+    table.append({"problem": "all", "draws": len(rows)} | _summary(rows))
+    name = "Error over that of the best fixed tail (whose median relative error is given): median / p90 / worst"
+    return Table(name, table)
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, str]:

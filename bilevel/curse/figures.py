@@ -21,16 +21,7 @@ HEIGHT = 2.75
 
 
 def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
-    """Draw an outcome.
-
-    Args:
-        outcome: what to draw.
-        target: the PNG file.
-        dpi: dots an inch.
-
-    Returns:
-        Whether there is a figure: False where matplotlib is not installed or no panel has lines.
-    """
+    """Draw an outcome into a PNG file; return False where matplotlib is not installed or no panel has lines."""
     try:
         import matplotlib
     except ImportError:

@@ -22,17 +22,7 @@ POINTS = 600
 
 
 def write_outcome(name: str, outcome: Outcome, folder: Path, plan: Mapping[str, Any]) -> list[Path]:
-    """Write an outcome and bring claims.md up to date.
-
-    Args:
-        name: of the files.
-        outcome: what to write.
-        folder: where; it is made.
-        plan: the options of the experiment, in plain containers, kept beside the numbers.
-
-    Returns:
-        The files.
-    """
+    """Write an outcome and the options of its experiment, bring claims.md up to date, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.csv", folder / f"{name}.json", folder / "claims.md"]
     write_whole(files[0], table(outcome))
@@ -98,10 +88,9 @@ HEAD = "# Claims of both papers, measured"
 def owned_names(folder: Path) -> list[str]:
     """Return the files of a folder without a mark that earlier versions of `bilevel curse` prove to have written."""
     try:
-        proven = (folder / "claims.md").read_text(encoding="utf-8").startswith(HEAD)
+        if not (folder / "claims.md").read_text(encoding="utf-8").startswith(HEAD):
+            return []
     except (OSError, UnicodeDecodeError):
-        return []
-    if not proven:
         return []
     return names(file.stem for file in folder.glob("*.json") if _record(file) is not None)
 

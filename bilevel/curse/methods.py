@@ -37,16 +37,5 @@ METHODS: Mapping[str, Callable[[float, float], LinearMultistep]] = {
 
 
 def method(label: str, l: float, L: float) -> LinearMultistep:
-    """Return the method of a label.
-
-    Args:
-        label: a key of `METHODS`.
-        l: smallest eigenvalue.
-        L: largest eigenvalue.
-
-    Raises:
-        ValueError: for another label.
-    """
-    if label not in METHODS:
-        raise ValueError(f"unknown method {label!r}: choose one of {', '.join(METHODS)}.")
+    """Return the method of a label, a key of `METHODS`, for eigenvalues from l to L."""
     return METHODS[label](l, L)

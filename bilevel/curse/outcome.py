@@ -131,11 +131,9 @@ def claim_table(claims: Sequence[Mapping[str, Any]]) -> str:
     >>> print(claim_table([row]).splitlines()[-1])
     | S | c | 1 | **does not hold** | x |
     """
-    lines = ["| source | claim | measured | verdict | conditions |", "|---|---|---|---|---|"]
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "**does not hold**"
-        lines.append(_row((claim["source"], claim["claim"], claim["number"], verdict, claim["conditions"])))
-    return "\n".join(lines) + "\n"
+    verdicts = {True: "holds", False: "**does not hold**"}
+    rows = [{**claim, "measured": claim["number"], "verdict": verdicts[claim["holds"]]} for claim in claims]
+    return markdown(["source", "claim", "measured", "verdict", "conditions"], rows)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

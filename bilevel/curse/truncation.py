@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from bilevel.core.options import is_int, is_list, is_positive, require
-from bilevel.curse.outcome import Claim, Line, Outcome, Panel
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
 from bilevel.curse.problems import least_squares
 from bilevel.inner import GradientDescent
 from bilevel.theory import ErrorCurves, QuadraticBatch, error_curves, optimal_truncation
@@ -23,7 +23,7 @@ FLOOR = 1e-13
 
 
 @dataclass(frozen=True)
-class Truncation:
+class Truncation(Experiment):
     """``f = 1/2 |A x - b|^2 + u/2 |x|^2`` with A 200 x columns, b and x_0 standard Gaussian, u = 1: gradient descent.
 
     Args:
@@ -59,7 +59,6 @@ class Truncation:
         require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
-        """Run it."""
         rows, claims = [], []
         numbers: dict[str, float] = {}
         for size in self.columns:
@@ -109,30 +108,27 @@ class Truncation:
         scaled = curves.relative
         assert scaled.forward_bound is not None
         ylabel = "relative Jacobian error"
-        named = [(f"$k_0$ = {index}", index, j) for j, index in enumerate(self.indices)]
-        forward, reverse = [], []
-        for label, index, j in named:
-            middle = scaled.late[:, j].median(0).values[index:]
-            forward.append(Line(label, k[index:], middle))
-            swept = scaled.reverse.median(0).values[index:]
-            # A longer sweep draws over a shorter one: the shortest is drawn last, and the dot says where it stops.
-            reverse.append(Line(label, self.steps - k[index:], swept))
+        swept = scaled.reverse.median(0).values
+        forward, stops = [], []
+        for j, index in enumerate(self.indices):
+            label = f"$k_0$ = {index}"
+            forward.append(Line(label, k[index:], scaled.late[:, j].median(0).values[index:]))
+            stops.append(Line(label, (self.steps - k[index])[None], swept[index][None], marks=True))
+        first, label = self.indices[0], forward[0].label
         low, high = scaled.forward.quantile(0.1, 0), scaled.forward.quantile(0.9, 0)
-        forward[0] = Line(named[0][0], forward[0].x, forward[0].y, (low[self.indices[0] :], high[self.indices[0] :]))
+        forward[0] = replace(forward[0], band=(low[first:], high[first:]))
+        # One sweep draws over all: a dot says where each stops.
+        longest = Line(label, self.steps - k[first:], swept[first:])
         floor = float(scaled.forward.median(0).values.min())
         # A bound goes on falling where the error has reached the rounding floor.
-        bound = Line(named[0][0], k, scaled.forward_bound.median(0).values.clamp(min=floor), bound=True)
-        stops = [
-            Line(label, (self.steps - k[index])[None], scaled.reverse[:, index].median()[None], marks=True)
-            for label, index, _ in named
-        ]
+        bound = Line(label, k, scaled.forward_bound.median(0).values.clamp(min=floor), bound=True)
         n = torch.tensor(self.dropped())
         quantiles = budget.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=budget.dtype), 0)
         cost = Line("", n, quantiles[1], (quantiles[0], quantiles[2]), marks=True)
         name = f"{size} columns, $\\rho$ = {rho:.3f}"
         panels = {
             "forward": Panel(f"forward (dotted: bound), {name}", "iteration $k$", ylabel, [*forward, bound]),
-            "reverse": Panel(f"reverse, {name}", "differentiated steps $K - k_0$", ylabel, [*reverse[:1], *stops]),
+            "reverse": Panel(f"reverse, {name}", "differentiated steps $K - k_0$", ylabel, [longest, *stops]),
         }
         shown = list(panels.values()) if self.show == "both" else [panels[self.show]]
         title = f"equal budget, $\\omega$ = {self.omega}, {size} columns"
@@ -151,55 +147,29 @@ class Truncation:
         ratio = float((curves.forward / (curves.forward_bound + 1e-12 * norms[:, None])).max())
         late_ratio = float((curves.late / (curves.late_bound + 1e-12 * norms[:, None, None])).max())
         heights = [float((curves.late[:, j].amax(-1) / norms).median()) for j in range(len(self.indices))]
-        best = budget.median(0).values
-        j = int(best.argmin())
-        chosen, gain = self.dropped()[j], float(best[0] / best[j])
+        worse = (
+            f"peak ratio {float(height.median()):.3g} at k = {float(index.double().median()):.0f} (median); "
+            f"above 1.05 in {cursed:.0%} of the draws"
+        )
+        by_start = ", ".join(f"{i}: {value:.3g}" for i, value in zip(self.indices, heights, strict=True))
+        damped = all(a >= b - 1e-9 for a, b in pairwise(heights))
+        agree, bounds = "truncated reverse sweep and late-started forward mode agree", "the bounds (19) and (21) hold"
+        number, bounded = f"largest error/bound {ratio:.4f} and {late_ratio:.4f}", max(ratio, late_ratio) < 1 + 1e-6
         claims = [
-            Claim(
-                "M section 6",
-                "the derivative first gets worse",
-                holds=cursed > 0.5,
-                conditions=where,
-                number=f"peak ratio {float(height.median()):.3g} at k = {float(index.double().median()):.0f} (median); "
-                f"above 1.05 in {cursed:.0%} of the draws",
-            ),
-            Claim(
-                "M section 4.1",
-                "a late start damps the peak",
-                conditions=where,
-                number="relative peak by k_0: "
-                + ", ".join(f"{i}: {value:.3g}" for i, value in zip(self.indices, heights, strict=True)),
-                holds=all(a >= b - 1e-9 for a, b in pairwise(heights)),
-            ),
-            Claim(
-                "M section 4.2",
-                "truncated reverse sweep and late-started forward mode agree",
-                f"{same:.1e} relative",
-                same < 1e-11,
-                where,
-            ),
-            Claim(
-                "M Theorems 7, 8",
-                "the bounds (19) and (21) hold",
-                f"largest error/bound {ratio:.4f} and {late_ratio:.4f}",
-                max(ratio, late_ratio) < 1 + 1e-6,
-                where,
-            ),
+            Claim("M section 6", "the derivative first gets worse", worse, cursed > 0.5, where),
+            Claim("M section 4.1", "a late start damps the peak", f"relative peak by k_0: {by_start}", damped, where),
+            Claim("M section 4.2", agree, f"{same:.1e} relative", same < 1e-11, where),
+            Claim("M Theorems 7, 8", bounds, number, bounded, where),
         ]
         # Between errors at the rounding floor there is nothing to choose.
+        best = budget.median(0).values
         if float(best[0]) < FLOOR:
             return claims
-        return [
-            *claims,
-            self._prediction(rho, curves, best, where),
-            Claim(
-                "M section 4.3",
-                "at equal budget, dropping derivative steps pays",
-                f"best N = {chosen} of K = {self.steps}: {gain:.3g} times lower error than N = 0",
-                gain > 1.05,
-                f"{where}, omega = {self.omega}",
-            ),
-        ]
+        j = int(best.argmin())
+        gain, text = float(best[0] / best[j]), "at equal budget, dropping derivative steps pays"
+        number = f"best N = {self.dropped()[j]} of K = {self.steps}: {gain:.3g} times lower error than N = 0"
+        pays = Claim("M section 4.3", text, number, gain > 1.05, f"{where}, omega = {self.omega}")
+        return [*claims, self._prediction(rho, curves, best, where), pays]
 
     def _prediction(self, rho: Tensor, curves: ErrorCurves, best: Tensor, where: str) -> Claim:
         """Compare the N that minimises the bound (22) with the N that minimises the error."""
@@ -211,17 +181,13 @@ class Truncation:
             for r, d, e, C in zip(rho, curves.forward[:, 0], curves.iterate[:, 0], constants, strict=True)
         ]
         predicted, true = float(torch.tensor(chosen).double().median()), self.dropped()[int(best.argmin())]
-        return Claim(
-            "M (22)",
-            "the bound predicts how many derivative steps to drop",
-            f"N = {predicted:.0f} by the bound, {true} by the error",
-            abs(predicted - true) <= max(3, 0.3 * true),
-            f"{where}, omega = {self.omega}, medians, exact constants",
-        )
+        text, near = "the bound predicts how many derivative steps to drop", abs(predicted - true) <= max(3, 0.3 * true)
+        number = f"N = {predicted:.0f} by the bound, {true} by the error"
+        return Claim("M (22)", text, number, near, f"{where}, omega = {self.omega}, medians, exact constants")
 
 
 @dataclass(frozen=True)
-class Contraction:
+class Contraction(Experiment):
     """How peaks depend on the contraction factor, over the sizes of `Truncation`; both step sizes.
 
     Args:
@@ -244,7 +210,6 @@ class Contraction:
         require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
-        """Run it."""
         panels: dict[str, list[Line]] = {"relative": [], "absolute": [], "index": []}
         claims = []
         for step in STEPS:
@@ -254,28 +219,16 @@ class Contraction:
                 batch = least_squares(size, self.draws, seed=self.seed)
                 solvers, rho = plan.solvers(batch)
                 curves = error_curves(batch, solvers, None, self.steps)
-                relative = curves.relative.forward.amax(-1).median()
-                points.append((
-                    rho.median(),
-                    relative,
-                    curves.forward.amax(-1).median(),
-                    curves.peak[1].double().median(),
-                ))
+                peaks = curves.relative.forward.amax(-1), curves.forward.amax(-1), curves.peak[1].double()
+                points.append([each.median() for each in (rho, *peaks)])
             points.sort(key=lambda point: float(point[0]))
             x, *columns = (torch.stack(column) for column in zip(*points, strict=True))
+            where = f"h = {step}, {self.draws} draws, medians; relative means divided by |dx*|"
             for name, y in zip(panels, columns, strict=True):
                 panels[name].append(Line(f"h = {step}", 1 / (1 - x), y, marks=True))
-            for name, y in zip(panels, columns, strict=True):
-                rises = bool((y[1:] >= y[:-1]).all())
-                claims.append(
-                    Claim(
-                        "M section 3",
-                        f"the {name} {'peak ' if name != 'index' else ''}of the curse grows with rho",
-                        ", ".join(f"{float(a):.3f}: {float(b):.3g}" for a, b in zip(x, y, strict=True)),
-                        rises,
-                        f"h = {step}, {self.draws} draws, medians; relative means divided by |dx*|",
-                    )
-                )
+                text = f"the {name} {'peak ' if name != 'index' else ''}of the curse grows with rho"
+                number = ", ".join(f"{float(a):.3f}: {float(b):.3g}" for a, b in zip(x, y, strict=True))
+                claims.append(Claim("M section 3", text, number, bool((y[1:] >= y[:-1]).all()), where))
         label = r"$1/(1-\rho)$"
         row = [
             Panel("peak, relative to $|X_*|$", label, "relative Jacobian error", panels["relative"], ("log", "log")),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.core.options import is_int, is_list, is_positive, require
 from bilevel.curse.methods import METHODS, method
-from bilevel.curse.outcome import Claim, Line, Outcome, Panel
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
 from bilevel.theory import QuadraticBatch, error_curves, lower_bound
 
 POINTS = 801
@@ -19,7 +19,7 @@ POINTS = 801
 
 
 @dataclass(frozen=True)
-class WorstCase:
+class WorstCase(Experiment):
     """``max over [kappa, 1] of |P_t - lam P_t'|``: the error with G = 0, relative to its start.
 
     Args:
@@ -40,7 +40,6 @@ class WorstCase:
         require(self, "steps", "a positive int", is_int(self.steps))
 
     def run(self) -> Outcome:
-        """Run it."""
         panels, claims = [], []
         numbers: dict[str, float] = {}
         k = torch.arange(self.steps + 1)
@@ -55,15 +54,9 @@ class WorstCase:
             bound = torch.as_tensor(lower_bound(k.double(), kappa, 1.0))
             lines.append(Line("lower bound (Proposition 1)", k, bound))
             lowest = float(torch.stack([line.y for line in lines]).min())
-            panels.append(
-                Panel(
-                    f"$\\kappa$ = {kappa:g}",
-                    "iteration $t$",
-                    r"$\max_\lambda |P_t - \lambda P_t'|$",
-                    lines,
-                    ylim=(max(lowest, 1e-8) / 2, 3 * max(float(line.y.max()) for line in lines)),
-                )
-            )
+            ylim = max(lowest, 1e-8) / 2, 3 * max(float(line.y.max()) for line in lines)
+            ylabel = r"$\max_\lambda |P_t - \lambda P_t'|$"
+            panels.append(Panel(f"$\\kappa$ = {kappa:g}", "iteration $t$", ylabel, lines, ylim=ylim))
         return Outcome("Worst-case error of the unrolled derivative, G = 0", [panels], claims, numbers=numbers)
 
     def curve(self, label: str, kappa: float) -> Tensor:
@@ -82,27 +75,18 @@ class WorstCase:
         number = f"{height:.4g} at t = {index}"
         if label == "GD 2/(L+l)":
             t, top = (1 - kappa**2) / (2 * kappa), 1 / (math.e * kappa)
-            seen = t < self.steps
+            if t >= self.steps:
+                return []
             claim = "the peak is O(1/kappa) at t ~ 1/kappa; exactly 1/(e kappa) at (1-kappa^2)/(2 kappa)"
-            holds = seen and abs(height / top - 1) < 0.1 and abs(index - t) <= max(2, 0.02 * t)
-            return (
-                [Claim("S Corollary 1", claim, f"{number}; predicted {top:.4g} at {t:.1f}", holds, where)]
-                if seen
-                else []
-            )
+            holds = abs(height / top - 1) < 0.1 and abs(index - t) <= max(2, 0.02 * t)
+            return [Claim("S Corollary 1", claim, f"{number}; predicted {top:.4g} at {t:.1f}", holds, where)]
         if label == "Chebyshev":
             t, top = 1.0327 / math.sqrt(kappa), 0.532 / kappa
             claim = "the peak is O(2/kappa) at t ~ 2 sqrt(1/kappa)"
             printed = abs(height * kappa / 2 - 1) < 0.1 and abs(index * math.sqrt(kappa) / 2 - 1) < 0.1
-            return [
-                Claim(
-                    "S Theorem 3",
-                    claim,
-                    f"{number}; predicted {top:.4g} at {t:.1f} (0.532/kappa, 1.0327/sqrt kappa)",
-                    printed,
-                    f"{where}; the orders are right, the constants about 4 and 2 times off",
-                ),
-            ]
+            number += f"; predicted {top:.4g} at {t:.1f} (0.532/kappa, 1.0327/sqrt kappa)"
+            where += "; the orders are right, the constants about 4 and 2 times off"
+            return [Claim("S Theorem 3", claim, number, printed, where)]
         if label == "GD 1/L":
             return [Claim("S Corollary 1", "h = 1/L has no burn-in", number, height <= 1 + 1e-9, where)]
         if label.startswith("Sobolev"):
