@@ -88,8 +88,9 @@ class LinearModelProblem(DataProblem):
     ) -> None:
         self.refuse_options(unknown)
         glm = with_hooks(self, getattr(self, "glm", None))
-        if glm is None:
-            raise ValueError(f"{type(self).__name__} needs a loss: name it in the class, such as `glm = Poisson()`.")
+        if not isinstance(glm, GLMLoss):
+            name = type(self).__name__
+            raise ValueError(f"{name} needs a loss, a `GLMLoss`: name it in the class, such as `glm = Poisson()`.")
         for name, value, allowed in (
             ("loss", loss, ("mean", "sum")),
             ("parametrization", parametrization, self.parametrizations),
