@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from bilevel.engine.estimator import HypergradEstimator as HypergradEstimator
     from bilevel.engine.estimator import Run as Run
     from bilevel.engine.judge import InnerRun as InnerRun
+    from bilevel.hypergrad import AdaptiveUnroll as AdaptiveUnroll
     from bilevel.hypergrad import Auto as Auto
+    from bilevel.hypergrad import BalancedImplicit as BalancedImplicit
     from bilevel.hypergrad import ClosedForm as ClosedForm
     from bilevel.hypergrad import FiniteDifference as FiniteDifference
     from bilevel.hypergrad import FirstOrder as FirstOrder
@@ -98,8 +100,8 @@ _NAMES = {
     "engine.estimator": "HypergradEstimator Run",
     "engine.judge": "InnerRun",
     "hypergrad": (
-        "Auto ClosedForm FiniteDifference FirstOrder FullUnroll Implicit OneStep Spectral TruncatedUnroll "
-        "hypergradient solution"
+        "AdaptiveUnroll Auto BalancedImplicit ClosedForm FiniteDifference FirstOrder FullUnroll Implicit OneStep "
+        "Spectral TruncatedUnroll hypergradient solution"
     ),
     "inner": (
         "Adam AdamW AsymptoticSobolev Chebyshev Coefficients FixedPoint GradientDescent HeavyBall LinearMultistep "

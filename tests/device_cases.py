@@ -267,12 +267,12 @@ ESTIMATORS = {
     "forward": EstimatorRow(bl.FullUnroll(mode="forward"), 20, 3, "step two; for each of three tangents six"),
     "truncated": EstimatorRow(bl.TruncatedUnroll(tail=0.5), 5.5, 3, "step two; the way back for every other step"),
     "one step": EstimatorRow(bl.OneStep(), 2, 3, "the last step alone is differentiated"),
-    "auto tail": EstimatorRow(bl.TruncatedUnroll(tail="auto"), 12, 7, "as unroll; the step's length, adjoint sums"),
+    "auto tail": EstimatorRow(bl.AdaptiveUnroll(), 12, 7, "as unroll; the step's length, adjoint sums"),
     "extrapolated": EstimatorRow(
-        bl.TruncatedUnroll(tail=0.5, extrapolate=True), 8, 9, "as truncated; the step's length, adjoint sums"
+        bl.AdaptiveUnroll(tail=0.5, extrapolate=True), 8, 9, "as truncated; the step's length, adjoint sums"
     ),
     "implicit": EstimatorRow(bl.Implicit(), 2, 10, "no step is differentiated"),
-    "balanced": EstimatorRow(bl.Implicit(balance="auto"), 4, 20, "step two, the step's length two; the error"),
+    "balanced": EstimatorRow(bl.BalancedImplicit(), 4, 20, "step two, the step's length two; the error"),
     "auto": EstimatorRow(bl.Auto(memory_limit=1.0), 2, 10, "implicit with so little memory"),
     "differences": EstimatorRow(
         bl.FiniteDifference(), 14, 12, "two more runs for each of three hyperparameters", runs=7, agreement=1e-6
@@ -290,9 +290,9 @@ ON_THE_SPECTRUM = {"spectral": bl.Spectral(), "closed form": bl.ClosedForm()}
 """Estimators for ridge regression whose work does not grow with the steps."""
 
 BUDGETED = {
-    "auto tail, budget": bl.TruncatedUnroll(tail="auto", budget=100),
-    "extrapolated, budget": bl.TruncatedUnroll(tail=0.5, budget=100, extrapolate=True),
-    "balanced, budget": bl.Implicit(balance="auto", budget=100),
+    "auto tail, budget": bl.AdaptiveUnroll(budget=100),
+    "extrapolated, budget": bl.AdaptiveUnroll(budget=100, tail=0.5, extrapolate=True),
+    "balanced, budget": bl.BalancedImplicit(budget=100),
 }
 """Estimators that share a budget decide how to go on while they run: their looks depend on what they find, and products
 that an accelerator computes in vain are paid from the same budget."""

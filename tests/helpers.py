@@ -473,6 +473,8 @@ ESTIMATORS: dict[type, bl.HypergradEstimator] = {
     bl.TruncatedUnroll: bl.TruncatedUnroll(tail=0.9),
     bl.Implicit: bl.Implicit(bl.CG(tol=1e-12)),
     bl.FiniteDifference: bl.FiniteDifference(),
+    bl.AdaptiveUnroll: bl.AdaptiveUnroll(),
+    bl.BalancedImplicit: bl.BalancedImplicit(),
     bl.Auto: bl.Auto(),
 }
 QUADRATIC_ESTIMATORS: dict[type, bl.HypergradEstimator] = {

@@ -1,10 +1,10 @@
-"""Attributes of classes by the names that they had before, taken for one release with a DeprecationWarning."""
+"""Attributes and options by the names that they had before, taken for one release with a DeprecationWarning."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 
@@ -25,3 +25,15 @@ def with_old_names(cls: type[Any], attribute: str, value: Any, renamed: Mapping[
     for name in old:
         delattr(cls, name)
     return replace(value, **said)
+
+
+def deprecated_options(old: Any, new: Any) -> None:
+    """Warn that options of a dataclass stand for an object of another class, which is named with its own options.
+
+    Args:
+        old: the object, at its making (``__post_init__``).
+        new: what it forwards to.
+    """
+    given = [f"{each.name}={value!r}" for each in fields(new) if (value := getattr(new, each.name)) != each.default]
+    what = f"{type(new).__name__}({', '.join(given)})"
+    warnings.warn(f"{type(old).__name__} with these options is now {what}.", DeprecationWarning, stacklevel=4)

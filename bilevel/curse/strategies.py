@@ -18,7 +18,7 @@ from bilevel.core.cost import Meter
 from bilevel.curse.draws import Draw
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import OMEGA as WEIGHT
-from bilevel.hypergrad import Implicit, TruncatedUnroll, hypergradient
+from bilevel.hypergrad import AdaptiveUnroll, BalancedImplicit, Implicit, hypergradient
 from bilevel.linear import CG
 from bilevel.theory import optimal_truncation
 
@@ -85,11 +85,11 @@ def bound_tail(draw: Draw, steps: int) -> int:
 def estimators(draw: Draw, steps: int) -> dict[str, HypergradEstimator]:
     """Return the estimators that the library runs with a budget of their own."""
     budget = (1 + OMEGA) * steps
-    result: dict[str, HypergradEstimator] = {AUTO: TruncatedUnroll("auto", budget=budget)}
+    result: dict[str, HypergradEstimator] = {AUTO: AdaptiveUnroll(budget)}
     # Refused there.
     if not draw.solver.traits.oscillates:
-        result[EXTRAPOLATED] = TruncatedUnroll("auto", budget=budget, extrapolate=True)
-    result[BALANCED] = Implicit(balance="auto", budget=budget)
+        result[EXTRAPOLATED] = AdaptiveUnroll(budget, extrapolate=True)
+    result[BALANCED] = BalancedImplicit(budget)
     return result
 
 

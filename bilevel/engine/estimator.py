@@ -94,9 +94,7 @@ class HypergradEstimator(ABC):
         """
         reason = "" if self.differentiates_steps else solver.bias_reason(problem)
         if reason:
-            remedy = (
-                ": use FullUnroll, or TruncatedUnroll with a number as its tail" if solver.traits.differentiable else ""
-            )
+            remedy = ": use FullUnroll or TruncatedUnroll" if solver.traits.differentiable else ""
             raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
 
     @property

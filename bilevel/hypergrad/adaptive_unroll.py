@@ -1,73 +1,34 @@
-"""Truncated unrolling that chooses its own tail, spends a budget, or extrapolates its sweep.
-
-A sweep back over the last n states gives the derivatives ``U_1, ..., U_n`` of ever longer tails. For a linear multistep
-solver it also gives, without a further product, the adjoint sums
-
-    lam_n = - sum_j v_j,   v_j the cotangent of the inner gradient at the j-th step back     (lam_n -> H^-1 w)
-
-whose differences are the powers of one matrix on a vector near the solution: reduced rank extrapolation of lam_n and of
-the iterates gives ``g_RRE = -C(xh)' lam``, far closer to the limit than ``U_n`` where n is short.
-"""
+"""Truncated unrolling that chooses its own tail, spends a budget, or extrapolates its sweep."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from bilevel.base import InnerSolver, InnerState, Pullback, Solution, Variables
+from bilevel.base import InnerSolver, InnerState, Solution
 from bilevel.core import tree
-from bilevel.core.status import GOOD, StepFailure, Verdict
+from bilevel.core.options import is_int, is_number, is_positive, require
 from bilevel.core.tree import Tree
-from bilevel.engine.estimator import Run
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import (
-    ADJOINT_ORDERS,
     OMEGA,
     SWEEP_ORDERS,
     Budget,
     Crossing,
     Record,
     best,
-    counted,
     discount_doubt,
     reduced_rank,
     with_steps,
 )
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
-from bilevel.inner.multistep import LinearMultistep
-from bilevel.oracles.inner_problem import InnerProblem, Linearization
+from bilevel.hypergrad.adaptive_sweep import SAFEGUARDS, Point, Sweep
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.problem import BilevelProblem
 
-SAFEGUARDS = 6.0
-"""Gradient-equivalents of a look at the extrapolated iterate (1), two adjoint residuals (4) and a cross product (1)."""
 AT_LEAST = 50
 """Steps that a run with a tolerance takes in any case, so that a good warm start leaves something to differentiate."""
 KEPT = SWEEP_ORDERS[-1] + 2
-
-
-@dataclass(frozen=True)
-class Tail:
-    """What `TruncatedUnroll` asks for.
-
-    Attributes:
-        tail: differentiated steps, or None for the choice by the crossing rule or after the run.
-        fraction: whether `tail` is a fraction of the steps.
-        budget: gradient-equivalents, or None where the solver's own stopping rule ends the run.
-        extrapolate: return ``g_RRE`` where it is safe.
-    """
-
-    tail: int | float | None
-    budget: float | None
-    extrapolate: bool
-
-    def length(self, steps: int) -> int:
-        """Return the longest tail among `steps`."""
-        if self.tail is None:
-            return steps
-        return self.tail if isinstance(self.tail, int) else fraction_of(self.tail, steps)
 
 
 def fraction_of(fraction: float, steps: int) -> int:
@@ -76,96 +37,205 @@ def fraction_of(fraction: float, steps: int) -> int:
     return max(1, -int(-(fraction * steps - 1e-9) // 1))
 
 
-def solve(tail: Tail, run: Run) -> Solution:
-    """Run the inner solver as the budget or its own rule says, and keep what the sweep will need.
-
-    Args:
-        tail: what is asked for.
-        run: the inner solve.
-
-    Returns:
-        A solution whose pullback sweeps; with an accepted extrapolation, at the extrapolated iterate.
-    """
-    inner, solver = run.inner(), run.solver
-    budget = None if tail.budget is None else Budget.of(tail.budget, inner)
-    state = run.begin()
-    record = Record(solver, state.params)
-    end, length, exact = _forward(tail, inner, solver, state, record, budget)
-    if budget is not None:
-        end = discount_doubt(end, solver)
-    run.meter.sample()
-    choose = tail.tail is None and not exact and not tail.extrapolate
-    wanted = (choose or tail.extrapolate) and end.verdict.status.usable
-    point, note = _extrapolated(inner, record, end) if wanted else (None, "")
-    sweep = Sweep(
-        inner=inner,
-        solver=solver,
-        kept=record.tail(length),
-        allowance=float("inf") if budget is None else max(budget.left(end.steps), OMEGA * length),
-        choose=choose,
-        extrapolate=tail.extrapolate,
-        point=point,
-        note=note if tail.extrapolate else "",
-    )
-    if tail.extrapolate and point is not None:
-        return Solution(point.params, end.state, sweep, point.residual, end.steps, end.verdict)
-    return end.solution(solver.params(end.state), sweep)
-
-
-def _forward(
-    tail: Tail, inner: InnerProblem, solver: InnerSolver, state: InnerState, record: Record, budget: Budget | None
-) -> tuple[InnerRun, int, bool]:
-    """Run forward; returns the run, the longest tail to sweep, and whether just that tail is wanted."""
-    dtype = tree.leaves(state.params)[0].dtype
-    reserve = SAFEGUARDS if tail.extrapolate else 0.0
-    if tail.tail is None and budget is not None:
-        rule = Crossing(record, budget, reserve)
-        run = run_inner(
-            inner, with_steps(solver, int(budget.left()), dtype), state, rule.visit, at_least=rule.full_unroll
-        )
-        crossed = record.last == run.steps
-        record.close(run.state)
-        return run, rule.n, crossed
-    if budget is not None:
-        full = int((budget.left() - reserve) / (1.0 + OMEGA))
-        length = min(tail.length(full), full)
-        if length < 1:
-            raise ValueError(
-                f"`TruncatedUnroll.budget` {budget.total:g} leaves {budget.left():g} gradient-equivalents after the "
-                "measured step size: too few for one derivative step."
-            )
-        solver = with_steps(solver, int(budget.left() - reserve - OMEGA * length), dtype)
-        at_least = length
-    else:
-        limit, _ = solver.limits(dtype)
-        length = tail.length(limit)
-        at_least = tail.tail if isinstance(tail.tail, int) else 1 if tail.tail is not None else min(limit, AT_LEAST)
-
-    def visit(before: InnerState) -> bool:
-        record.add(before)
-        index = record.last - max(length, KEPT)
-        record.drop(index, index + 1)
-        # Looks at a tolerance may cost gradients of their own.
-        return budget is not None and budget.left(record.last) - reserve <= OMEGA * length
-
-    run = run_inner(inner, solver, state, visit, at_least=at_least)
-    record.close(run.state)
-    # How many steps a fraction means is known only after a run that stops by tolerance.
-    length = tail.length(run.steps) if budget is None else length
-    return run, length, tail.tail is not None
+def is_tail(value: object) -> bool:
+    """True for a positive int, and for a fraction: a float in (0, 1]."""
+    return is_int(value) or (isinstance(value, float) and is_number(value) and 0 < value <= 1)
 
 
 @dataclass(frozen=True)
-class Point:
-    """The extrapolated iterate, accepted.
+class AdaptiveUnroll(HypergradEstimator):
+    """Differentiate the last inner steps, as many as pay.
 
-    Attributes:
-        params: xh.
-        residual: ``|grad f(xh)|``, below that of the last iterate.
+    `budget` T, in gradient-equivalents, pays for steps (1 each) and derivative steps (omega = 3 each), so a shorter
+    tail buys more steps: with ``K = floor(T / (1 + omega))`` the steps of a full unroll and N of them not
+    differentiated, ``K(N) = K + floor(omega N)`` (Mehmood et al. 2026, section 4.3). It takes the place of
+    ``solver.steps``; a tolerance still ends the run early. ``tail="auto"`` steps forward until two computable terms of
+    the error cross (`bilevel.engine.extrapolation.Crossing`) and sweeps with the rest. Without a budget, it
+    differentiates the whole run, of which all states are kept, and returns the tail that is closest to the extrapolated
+    derivative; with a tolerance, at least 50 steps are taken.
+
+    `extrapolate` replaces the last derivative of the sweep by ``-C(xh)' lam``, with the iterates and the adjoint sums
+    extrapolated (reduced rank). It falls back to the plain tail, and says so in ``certificate.error_note``, where xh
+    has no smaller inner gradient than the last iterate (far from convergence) or lam no smaller adjoint residual. Do
+    not use it where the inner loss is not locally convex, nor for heavy ball, whose ripples it mistakes for progress.
+    With Hessian-vector products at hand, `BalancedImplicit` is better still.
+
+    Args:
+        budget: gradient-equivalents for steps, derivative steps and a measured step size; or None.
+        tail: "auto", the number of last steps that are differentiated (an int), or their fraction of the steps (a float
+            in (0, 1]; with a budget, of K).
+        extrapolate: extrapolate the sweep; for linear multistep solvers other than heavy ball.
+
+    >>> AdaptiveUnroll(budget=400)
+    AdaptiveUnroll(budget=400, tail='auto', extrapolate=False)
     """
 
-    params: Tree
-    residual: float
+    budget: float | None = None
+    tail: int | float | str = "auto"
+    extrapolate: bool = False
+
+    def __post_init__(self) -> None:
+        what = "'auto', a positive int (steps) or a float in (0, 1] (fraction)"
+        require(self, "tail", what, self.tail == "auto" or is_tail(self.tail))
+        require(self, "extrapolate", "True or False", isinstance(self.extrapolate, bool))
+        require(self, "budget", "a positive number or None", self.budget is None or is_positive(self.budget))
+        if self.budget is None:
+            return
+        least = 1.0 + OMEGA + self._reserve
+        what = f"at least {least:g} gradient-equivalents (one step and one derivative step)"
+        require(self, "budget", what, self.budget >= least)
+        full = int((self.budget - self._reserve) / (1.0 + OMEGA))
+        if isinstance(self.tail, int) and self.tail > full:
+            raise ValueError(
+                f"`AdaptiveUnroll.tail` is {self.tail}, but the budget {self.budget:g} pays for {full} differentiated "
+                "steps at most."
+            )
+
+    @property
+    def differentiates_steps(self) -> bool:
+        """A tail that chooses itself compares with the derivative of the inner solution."""
+        return self.tail != "auto" and not self.extrapolate
+
+    @property
+    def _reserve(self) -> float:
+        """Gradient-equivalents that are put aside for the looks of an extrapolation."""
+        return SAFEGUARDS if self.extrapolate else 0.0
+
+    def length(self, steps: int) -> int:
+        """Return the number of differentiated steps among `steps`; for "auto" the most there can be."""
+        if isinstance(self.tail, str):
+            return steps
+        return fraction_of(self.tail, steps) if isinstance(self.tail, float) else int(self.tail)
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a solver without a derivative, a tail longer than the run, and an extrapolation that is not allowed.
+
+        Raises:
+            ValueError: if steps are not differentiated; if there are fewer than the tail; if they see different inner
+                losses; if the sweep cannot be extrapolated.
+        """
+        super().check(problem, solver, hparams)
+        solver.check_unrolls()
+        if self.budget is None and solver.steps is not None and self.length(solver.steps) > solver.steps:
+            raise ValueError(
+                f"`AdaptiveUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
+                f"the tail must be at most {solver.steps}."
+            )
+        if problem.variation:
+            raise ValueError(
+                f"AdaptiveUnroll compares steps of one inner loss, but this problem has {problem.variation}: "
+                "use TruncatedUnroll."
+            )
+        if not self.extrapolate:
+            return
+        if solver.traits.oscillates:
+            raise ValueError(
+                f"`AdaptiveUnroll.extrapolate` is refused for {type(solver).__name__}, whose ripples make "
+                "extrapolated sweeps up to 18 times worse than plain ones: "
+                "use extrapolate=False, or BalancedImplicit()."
+            )
+        if not solver.traits.multistep or not problem.symmetric:
+            raise ValueError(
+                "`AdaptiveUnroll.extrapolate` needs an inner loss and a linear multistep solver (GradientDescent, "
+                f"Nesterov, ...), got {type(solver).__name__}: other sweeps have no limit that extrapolation finds."
+            )
+
+    def at_tolerance(self, tol: float) -> AdaptiveUnroll:
+        """Return itself if the tail grows with the run, as the inner tolerance shrinks.
+
+        Raises:
+            ValueError: for a tail of a fixed length, and for a budget.
+        """
+        if self.budget is not None:
+            raise ValueError("`AdaptiveUnroll.budget` and a `target_error` both say when to stop: give one of them.")
+        refuse_fixed(self.tail)
+        return self
+
+    def solve(self, run: Run) -> Solution:
+        """Run the inner solver as the budget or its own rule says, and keep what the sweep will need.
+
+        Returns:
+            A solution whose pullback sweeps; with an accepted extrapolation, at the extrapolated iterate.
+        """
+        inner, solver = run.inner(), run.solver
+        budget = None if self.budget is None else Budget.of(self.budget, inner)
+        state = run.begin()
+        record = Record(solver, state.params)
+        if budget is not None and self.tail == "auto":
+            end, length, choose = self._crossing(inner, solver, state, record, budget)
+        else:
+            end, length = self._fixed(inner, solver, state, record, budget)
+            choose = self.tail == "auto"
+        record.close(end.state)
+        if budget is not None:
+            end = discount_doubt(end, solver)
+        run.meter.sample()
+        choose = choose and not self.extrapolate
+        wanted = (choose or self.extrapolate) and end.verdict.status.usable
+        point, note = _extrapolated(inner, record, end) if wanted else (None, "")
+        sweep = Sweep(
+            inner=inner,
+            solver=solver,
+            kept=record.tail(length),
+            allowance=float("inf") if budget is None else max(budget.left(end.steps), OMEGA * length),
+            choose=choose,
+            extrapolate=self.extrapolate,
+            point=point,
+            note=note if self.extrapolate else "",
+        )
+        if self.extrapolate and point is not None:
+            return Solution(point.params, end.state, sweep, point.residual, end.steps, end.verdict)
+        return end.solution(solver.params(end.state), sweep)
+
+    def _crossing(
+        self, inner: InnerProblem, solver: InnerSolver, state: InnerState, record: Record, budget: Budget
+    ) -> tuple[InnerRun, int, bool]:
+        """Run until the two terms cross; returns the run, the tail, and whether another may be chosen."""
+        rule = Crossing(record, budget, self._reserve)
+        solver = with_steps(solver, int(budget.left()), tree.leaves(state.params)[0].dtype)
+        run = run_inner(inner, solver, state, rule.visit, at_least=rule.full_unroll)
+        chosen = record.last == run.steps
+        record.close(run.state)
+        return run, rule.n, not chosen
+
+    def _fixed(
+        self, inner: InnerProblem, solver: InnerSolver, state: InnerState, record: Record, budget: Budget | None
+    ) -> tuple[InnerRun, int]:
+        """Run to the end of the budget, or as the solver's own rule says; returns the run and the longest tail."""
+        dtype, reserve = tree.leaves(state.params)[0].dtype, self._reserve
+        if budget is not None:
+            full = int((budget.left() - reserve) / (1.0 + OMEGA))
+            at_least = length = min(self.length(full), full)
+            if length < 1:
+                raise ValueError(
+                    f"`AdaptiveUnroll.budget` {budget.total:g} leaves {budget.left():g} gradient-equivalents after the "
+                    "measured step size: too few for one derivative step."
+                )
+            solver = with_steps(solver, int(budget.left() - reserve - OMEGA * length), dtype)
+        else:
+            limit, _ = solver.limits(dtype)
+            length = self.length(limit)
+            at_least = min(limit, AT_LEAST) if self.tail == "auto" else length if isinstance(self.tail, int) else 1
+
+        def visit(before: InnerState) -> bool:
+            record.add(before)
+            index = record.last - max(length, KEPT)
+            record.drop(index, index + 1)
+            # Looks at a tolerance may cost gradients of their own.
+            return budget is not None and budget.left(record.last) - reserve <= OMEGA * length
+
+        run = run_inner(inner, solver, state, visit, at_least=at_least)
+        # How many steps a fraction means is known only after a run that stops by tolerance.
+        return run, self.length(run.steps) if budget is None else length
+
+
+def refuse_fixed(tail: int | float | str) -> None:
+    """Refuse a tail of a fixed length where a `target_error` is asked for; ValueError says what to give."""
+    if isinstance(tail, int):
+        raise ValueError(
+            f"a tail of {tail} steps leaves an error that no tolerance takes away, so that it leads to no "
+            "`target_error`: give `tail` a fraction, or use AdaptiveUnroll() or Implicit()."
+        )
 
 
 def _extrapolated(inner: InnerProblem, record: Record, run: InnerRun) -> tuple[Point | None, str]:
@@ -181,157 +251,3 @@ def _extrapolated(inner: InnerProblem, record: Record, run: InnerRun) -> tuple[P
         f"no extrapolation: the inner gradient {residual:.2e} at the extrapolated iterate is not below "
         f"{run.residual:.2e} at the last one (far from convergence, or at rounding)"
     )
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The pullback: sweep back over the kept states, then choose or extrapolate.
-
-    Attributes:
-        inner: the bound problem.
-        solver: the inner solver.
-        kept: states that the differentiated steps start from, in forward order.
-        allowance: gradient-equivalents for one pullback; a step that would exceed them is not taken.
-        choose: return the tail that is closest to ``g_RRE`` instead of the longest.
-        extrapolate: return ``g_RRE``.
-        point: the extrapolated iterate, or None where it was refused.
-        note: why it was refused.
-    """
-
-    inner: InnerProblem
-    solver: InnerSolver
-    kept: Sequence[InnerState]
-    allowance: float = float("inf")
-    choose: bool = False
-    extrapolate: bool = False
-    point: Point | None = None
-    note: str = ""
-
-    def __call__(self, cotangent: Tree) -> Pullback:
-        """Pull back one cotangent."""
-        swept = self._sweep(cotangent)
-        plain = Pullback(swept.total, steps=swept.steps, verdict=swept.verdict, error_note=self.note)
-        # Adam's or a user's step is no linear iteration, so its adjoint sums have no limit to extrapolate to.
-        if not swept.verdict.status.ok or len(swept.adjoints) < 3 or not isinstance(self.solver, LinearMultistep):
-            return plain
-        adjoint = best(reduced_rank([*swept.adjoints], ADJOINT_ORDERS)).vector
-        if self.choose:
-            return self._closest(swept, adjoint)
-        if not self.extrapolate or self.point is None:
-            return plain
-        return self._accept(swept, adjoint, cotangent, plain)
-
-    def _sweep(self, cotangent: Tree) -> _Swept:
-        tape = _Tape(self.inner)
-        ravel_x, ravel_u = tree.Raveler(cotangent), tree.Raveler(self.inner.hparams)
-        memory = tree.zeros_like(self.kept[-1].memory) if self.kept else ()
-        moving: Variables = (cotangent, memory)
-        swept = _Swept(tree.zeros_like(self.inner.hparams))
-        remember = self.choose or (self.extrapolate and self.point is not None)
-        start = counted(self.inner)
-        limit = self.allowance - (SAFEGUARDS - 1.0 if remember and self.extrapolate else 0.0)
-        if isinstance(self.solver, LinearMultistep) and not remember:
-            # Each step is one `vjp`, so that what can be paid for is known before.
-            most = (min(limit, OMEGA * len(self.kept)) + 1e-9) // OMEGA
-            states = list(self.kept)[-max(1, int(most)) :]
-            _, total = self.solver.sweep_vjp(self.inner, states, moving)
-            return _Swept(total, len(states))
-        most_expensive = 0.0
-        for before in reversed(self.kept):
-            spent = counted(self.inner) - start
-            if spent + most_expensive > limit + 1e-9:
-                break
-            try:
-                moving, part = self.solver.step_vjp(tape, before, moving)
-            except StepFailure as failure:
-                swept.verdict = failure.verdict
-                return swept
-            most_expensive = max(most_expensive, counted(self.inner) - start - spent)
-            swept.total = tree.add(swept.total, part)
-            swept.steps += 1
-            if remember and tape.adjoint is not None:
-                swept.adjoints.append(ravel_x.ravel(tape.adjoint))
-            if self.choose:
-                swept.totals.append(ravel_u.ravel(swept.total))
-        return swept
-
-    def _closest(self, swept: _Swept, adjoint: Tensor) -> Pullback:
-        """Return the tail whose derivative is closest to the extrapolated one."""
-        params = self.point.params if self.point is not None else self.solver.params(self.kept[-1])
-        cross = self.inner.linearize(params).cross(tree.Raveler(params).unravel(adjoint))
-        raveler = tree.Raveler(self.inner.hparams)
-        distances = torch.linalg.vector_norm(torch.stack(swept.totals) + raveler.ravel(cross), dim=1)
-        index = int(torch.argmin(distances))
-        return Pullback(raveler.unravel(swept.totals[index]), steps=index + 1)
-
-    def _accept(self, swept: _Swept, adjoint: Tensor, cotangent: Tree, plain: Pullback) -> Pullback:
-        """Return ``g_RRE`` if extrapolation lowered the adjoint residual, else the plain tail with the reason."""
-        assert self.point is not None
-        point = self.inner.linearize(self.point.params)
-        raveler = tree.Raveler(cotangent)
-
-        def residual(vector: Tensor) -> float:
-            return float(tree.norm(tree.add(cotangent, point.hvp(raveler.unravel(vector)), -1.0)))
-
-        after, before = residual(adjoint), residual(swept.adjoints[-1])
-        if not after < before:
-            note = f"no extrapolation: it would raise the adjoint residual from {before:.2e} to {after:.2e}"
-            return Pullback(plain.hparams, steps=plain.steps, error_note=note)
-        solution = raveler.unravel(adjoint)
-        size = float(tree.norm(cotangent))
-        relative = after / size if size > 0 else 0.0
-        return Pullback(tree.scale(-1.0, point.cross(solution)), solution, relative, swept.steps)
-
-
-@dataclass
-class _Swept:
-    """What a sweep collects."""
-
-    total: Tree
-    steps: int = 0
-    verdict: Verdict = GOOD
-    adjoints: deque[Tensor] = field(default_factory=lambda: deque(maxlen=ADJOINT_ORDERS[-1] + 2))
-    totals: list[Tensor] = field(default_factory=list)
-
-
-class _Tape(InnerProblem):
-    """The bound problem, which sums up the cotangents of its gradient that a sweep meets."""
-
-    def __init__(self, inner: InnerProblem) -> None:
-        super().__init__(inner.problem, inner.hparams, inner.counts)
-        self._inner = inner
-        self.adjoint: Tree = None
-
-    def linearize(self, params: Tree) -> Linearization:
-        """Return the linearization at `params`, which reports its cotangents here."""
-        return _TapedPoint(self, self._inner.linearize(params))
-
-    def _grad(self, params: Tree) -> Tree:
-        return self._inner._grad(params)
-
-
-class _TapedPoint(Linearization):
-    """A linearization that reports the cotangents of its `vjp`."""
-
-    inner: _Tape
-
-    def __init__(self, tape: _Tape, point: Linearization) -> None:
-        super().__init__(tape, point.params)
-        self._point = point
-
-    def _vjp(self, v: Tree) -> tuple[Tree, Tree]:
-        tape = self.inner
-        tape.adjoint = tree.scale(-1.0, v) if tape.adjoint is None else tree.add(tape.adjoint, v, -1.0)
-        return self._point._vjp(v)
-
-    def _hvp(self, v: Tree) -> Tree:
-        return self._point._hvp(v)
-
-    def _cross(self, v: Tree) -> Tree:
-        return self._point._cross(v)
-
-    def _hvp_vjp(self, v: Tree, w: Tree) -> tuple[Tree, Tree]:
-        return self._point._hvp_vjp(v, w)
-
-    def dense_hessian(self) -> Tensor:
-        return self._point.dense_hessian()

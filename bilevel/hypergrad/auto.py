@@ -11,12 +11,12 @@ from bilevel.core.options import is_positive, require
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
-from bilevel.hypergrad.balanced import FALLBACK
+from bilevel.hypergrad.balanced_implicit import BalancedImplicit
+from bilevel.hypergrad.balanced_run import FALLBACK
 from bilevel.hypergrad.closed_form import ClosedForm
 from bilevel.hypergrad.implicit import Implicit
 from bilevel.hypergrad.spectral import Spectral
 from bilevel.hypergrad.unroll import FullUnroll, TruncatedUnroll
-from bilevel.inner.multistep import LinearMultistep
 from bilevel.linear import CG, GMRES
 from bilevel.numerics.dense import FACTORED
 from bilevel.oracles.problem import BilevelProblem
@@ -48,7 +48,7 @@ class Auto(HypergradEstimator):
     - ``Implicit(GMRES())`` for an optimality map, whose Jacobian need not be symmetric;
     - ``Implicit(CG())`` where a run ends at a tolerance and the inner loss is known to be convex, and where a balanced
       run is refused: batches, samplers, solvers whose steps have no derivative to fall back on, too little memory;
-    - ``Implicit(balance="auto")`` otherwise, which takes a truncated tail where the Hessian is not positive definite.
+    - `BalancedImplicit` otherwise, which takes a truncated tail where the Hessian is not positive definite.
 
     With ``unroll=True``, for the derivative of the iterate itself: `Spectral` where there is a spectrum, else
     `FullUnroll`: with stored iterates if they fit, forward if there is one hyperparameter, with checkpoints if those
@@ -124,12 +124,12 @@ class Auto(HypergradEstimator):
             return Choice(Implicit(CG()), "the run ends at a tolerance, near the minimum of a convex loss")
         if FALLBACK * size * bytes_each > self.memory_limit:
             return Choice(Implicit(CG()), f"{FALLBACK} iterates, which a balanced run keeps, do not fit into memory")
-        return Choice(Implicit(balance="auto"), "it shares the work, and takes a tail where the Hessian is indefinite")
+        return Choice(BalancedImplicit(), "it shares the work, and takes a tail where the Hessian is indefinite")
 
     def _unrolled(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
         """Choose among the estimators of the iterate's derivative."""
         (like, *_), size, count = tree.leaves(params), tree.size(params), tree.size(hparams)
-        fixed = isinstance(solver, LinearMultistep) and solver.tol is None and solver.steps is not None
+        fixed = solver.traits.multistep and solver.tol is None and solver.steps is not None
         if fixed and problem.batch is None and problem.spectrum() is not None:
             return Choice(Spectral(), "the steps of a linear method happen on the spectrum, which is known")
         steps, _ = solver.limits(like.dtype)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 
 from bilevel.base import InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.core import rows, tree
-from bilevel.core.options import is_number, is_positive, require
+from bilevel.core.deprecated import deprecated_options
+from bilevel.core.options import is_number, require
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
-from bilevel.hypergrad import balanced
+from bilevel.hypergrad.balanced_implicit import BalancedImplicit
 from bilevel.hypergrad.damping import damped, damped_matrix
 from bilevel.linear import CG
 from bilevel.networks.gauss_newton import gauss_newton
@@ -47,14 +48,8 @@ class Implicit(HypergradEstimator):
             model's own curvature, positive semidefinite wherever the loss is convex in the model's outputs and params
             (see `bilevel.networks.gauss_newton`). It biases the hypergradient unless the model is linear or fits the
             data; the adjoint residual is that of the Gauss-Newton system.
-        balance: "auto" lets forward run and CG share the work so that their relative residuals agree, at an
-            extrapolated iterate; the certificate then carries an error estimate without `certify`. Negative curvature
-            is noticed, and the rest of the budget goes into a truncated unrolled tail instead. It needs CG, of which
-            only `max_steps` is used, and an inner loss; where that is not convex, an estimate that has met no negative
-            curvature may still be far off. The estimate is short where CG has not yet seen the smallest eigenvalue
-            (condition numbers above 1e4 with a few hundred gradient-equivalents).
-        budget: gradient-equivalents for everything (measured step size included), which take the place of
-            ``solver.steps``; None: the solver's own rule ends the forward run and CG follows it.
+        balance: deprecated: `BalancedImplicit`.
+        budget: deprecated: `BalancedImplicit`.
 
     >>> Implicit().linear_solver
     CG(tol=None, max_steps=None, check_every=None, steps=None)
@@ -62,50 +57,52 @@ class Implicit(HypergradEstimator):
 
     linear_solver: LinearSolver = field(default_factory=CG)
     damping: float = 0.0
-    balance: str | None = None
-    budget: float | None = None
     curvature: str = "hessian"
+    balance: str | None = field(default=None, kw_only=True)
+    budget: float | None = field(default=None, kw_only=True)
 
     resumes = True
+
+    def __post_init__(self) -> None:
+        kinds = ("hessian", "gauss-newton")
+        require(self, "curvature", "'hessian' or 'gauss-newton'", self.curvature in kinds)
+        require(self, "linear_solver", "a LinearSolver, such as CG()", isinstance(self.linear_solver, LinearSolver))
+        require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
+        require(self, "balance", "'auto' or None", self.balance in (None, "auto"))
+        if self.successor is None:
+            require(self, "budget", "None: BalancedImplicit takes a budget", self.budget is None)
+            return
+        plain = type(self.linear_solver) is CG and self.linear_solver.steps is None
+        require(self, "linear_solver", "CG, without `steps`, where balance='auto'", plain)
+        require(self, "curvature", "'hessian' where balance='auto'", self.curvature == "hessian")
+        deprecated_options(self, self.successor)
+
+    @property
+    def successor(self) -> BalancedImplicit | None:
+        """The estimator that deprecated options stand for."""
+        if self.balance is None:
+            return None
+        return BalancedImplicit(self.budget, self.damping, getattr(self.linear_solver, "max_steps", None))
 
     @property
     def rowwise(self) -> bool:
         """Whether it takes rows: where its linear solver does, and each part is solved by itself."""
-        return self.balance is None and self.linear_solver.rowwise
-
-    def __post_init__(self) -> None:
-        require(self, "balance", "'auto' or None", self.balance in (None, "auto"))
-        kinds = ("hessian", "gauss-newton")
-        require(self, "curvature", "'hessian' or 'gauss-newton'", self.curvature in kinds)
-        require(self, "budget", "a positive number or None", self.budget is None or is_positive(self.budget))
-        if self.budget is not None:
-            require(self, "budget", "None without balance='auto'", self.balance == "auto")
-            what = f"at least {balanced.LEAST:g} gradient-equivalents (one step, one CG step and the looks at both)"
-            require(self, "budget", what, self.budget >= balanced.LEAST)
-        if self.balance == "auto":
-            plain = isinstance(self.linear_solver, CG) and self.linear_solver.steps is None
-            require(self, "linear_solver", "CG, without `steps`, where balance='auto'", plain)
-            require(self, "curvature", "'hessian' where balance='auto'", self.curvature == "hessian")
-        require(self, "linear_solver", "a LinearSolver, such as CG()", isinstance(self.linear_solver, LinearSolver))
-        require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
+        return self.successor is None and self.linear_solver.rowwise
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a symmetric linear solver for an optimality map, and what needs a problem of another kind.
 
         Raises:
-            ValueError: if the solver needs symmetry that the problem does not promise; for a balanced run on batches;
-                for Gauss-Newton products of a loss whose model is not known.
+            ValueError: if the solver needs symmetry that the problem does not promise; for Gauss-Newton products of a
+                loss whose model is not known.
         """
+        if self.successor is not None:
+            return self.successor.check(problem, solver, hparams)
         super().check(problem, solver, hparams)
         if self.curvature == "gauss-newton" and problem.module_loss is None:
             raise ValueError(
                 "`Implicit.curvature` 'gauss-newton' needs a single problem of `ModuleProblem`, whose "
                 "loss says what the model's outputs are: use curvature='hessian', with damping where it is indefinite."
-            )
-        if self.balance == "auto" and problem.variation:
-            raise ValueError(
-                "`Implicit.balance` compares steps of one inner loss, but this problem has "
-                f"{problem.variation}: use Implicit() without balance."
             )
         if self.linear_solver.needs_symmetry and not problem.symmetric:
             raise ValueError(
@@ -113,14 +110,14 @@ class Implicit(HypergradEstimator):
                 "optimality map, whose Jacobian need not be symmetric: use Implicit(GMRES()) or Implicit(Direct())."
             )
 
-    def at_tolerance(self, tol: float) -> Implicit:
-        """Return this estimator with the linear solver's tolerance; a balanced run follows the inner one by itself.
+    def at_tolerance(self, tol: float) -> HypergradEstimator:
+        """Return this estimator with the linear solver's tolerance.
 
         Raises:
-            ValueError: for a budget, damping, Gauss-Newton products, or a linear solver of a fixed number of steps.
+            ValueError: for damping, Gauss-Newton products, or a linear solver of a fixed number of steps.
         """
-        if self.budget is not None:
-            raise ValueError("`Implicit.budget` and a `target_error` both say when to stop: give one of them.")
+        if self.successor is not None:
+            return self.successor.at_tolerance(tol)
         if self.damping:
             raise ValueError(
                 f"`Implicit.damping` {self.damping:g} biases the hypergradient, so that no tolerance leads to a "
@@ -131,12 +128,12 @@ class Implicit(HypergradEstimator):
                 "`Implicit.curvature` 'gauss-newton' biases the hypergradient, so that no tolerance leads to a "
                 "`target_error`: use curvature='hessian'."
             )
-        return self if self.balance else replace(self, linear_solver=self.linear_solver.at_tolerance(tol))
+        return replace(self, linear_solver=self.linear_solver.at_tolerance(tol))
 
     def solve(self, run: Run) -> Solution:
-        """Run the inner solver, keeping nothing but its state; balanced, the adjoint system is solved on the way."""
-        if self.balance == "auto" and isinstance(self.linear_solver, CG):
-            return balanced.solve(run, self.budget, self.damping, self.linear_solver.max_steps)
+        """Run the inner solver, keeping nothing but its state."""
+        if self.successor is not None:
+            return self.successor.solve(run)
         problem, solver, counts = run.problem, run.solver, run.meter.counts
         inner, end = run.inner(), run.solve()
         solved, size = inner.equilibrium(solver.params(end.state)), problem.batch

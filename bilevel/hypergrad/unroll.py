@@ -21,17 +21,16 @@ from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState, Pullback, Solution, Variables
 from bilevel.core import rows, tree
-from bilevel.core.options import is_int, is_number, is_positive, require
+from bilevel.core.deprecated import deprecated_options
+from bilevel.core.options import require
 from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
 from bilevel.engine.checkpointing import CheckpointedStates
 from bilevel.engine.estimator import HypergradEstimator, Run
-from bilevel.engine.extrapolation import OMEGA
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
 from bilevel.engine.rows_sweep import RowStates, swept_rows
-from bilevel.hypergrad import adaptive_unroll as adaptive
-from bilevel.inner.multistep import LinearMultistep
+from bilevel.hypergrad.adaptive_unroll import AdaptiveUnroll, is_tail, refuse_fixed
 from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.oracles.problem import BilevelProblem
 
@@ -98,31 +97,15 @@ class TruncatedUnroll(HypergradEstimator):
     Only the states of the tail are kept. Starting the derivative late removes most of the curse of unrolling: the error
     of a long unroll that began far from the solution (Mehmood et al. 2026, Theorem 8).
 
-    `budget` T, in gradient-equivalents, pays for steps (1 each) and derivative steps (omega = 3 each), so a shorter
-    tail buys more steps: with ``K = floor(T / (1 + omega))`` the steps of a full unroll and N of them not
-    differentiated, ``K(N) = K + floor(omega N)`` (section 4.3). It takes the place of ``solver.steps``; a tolerance
-    still ends the run early. "auto" steps forward until two computable terms of the error cross (the `Crossing` rule)
-    and sweeps with the rest: within a factor 3 of the best fixed tail of that cost on nearly all problems measured.
-    Without a budget, "auto" differentiates the whole run, of which all states are kept, and returns the tail that is
-    closest to the extrapolated derivative; with a tolerance, at least 50 steps are taken.
-
-    `extrapolate` replaces the last derivative of the sweep by ``-C(xh)' lam``, with the iterates and the adjoint sums
-    extrapolated (reduced rank). It falls back to the plain tail, and says so in ``certificate.error_note``, where xh
-    has no smaller inner gradient than the last iterate (far from convergence) or lam no smaller adjoint residual. Do
-    not use it where the inner loss is not locally convex, nor for heavy ball, whose ripples it mistakes for progress.
-    With Hessian-vector products at hand, ``Implicit(balance="auto", budget=...)`` is better still.
-
     Args:
-        tail: number of last steps that are differentiated (an int), their fraction of the steps (a float in (0, 1];
-            with a budget, of K), or "auto". With a tolerance, at least `tail` steps are taken (one, for a fraction): a
-            warm start that is already good enough would leave nothing to differentiate, and a hypergradient of zero.
-        budget: gradient-equivalents for steps, derivative steps and a measured step size; or None.
-        extrapolate: extrapolate the sweep; for linear multistep solvers other than heavy ball.
+        tail: number of last steps that are differentiated (an int), or their fraction of the steps (a float in (0, 1]).
+            With a tolerance, at least `tail` steps are taken (one, for a fraction): a warm start that is already good
+            enough would leave nothing to differentiate, and a hypergradient of zero.
+        budget: deprecated, as ``tail="auto"`` is: `AdaptiveUnroll`.
+        extrapolate: deprecated: `AdaptiveUnroll`.
 
     >>> TruncatedUnroll(tail=0.5).length(100)
     50
-    >>> TruncatedUnroll(tail="auto", budget=400)
-    TruncatedUnroll(tail='auto', budget=400, extrapolate=False)
     """
 
     tail: int | float | str
@@ -130,94 +113,56 @@ class TruncatedUnroll(HypergradEstimator):
     extrapolate: bool = False
 
     def __post_init__(self) -> None:
-        fraction = isinstance(self.tail, float) and is_number(self.tail) and 0 < self.tail <= 1
-        ok = is_int(self.tail) or fraction or self.tail == "auto"
-        require(self, "tail", "a positive int (steps), a float in (0, 1] (fraction) or 'auto'", ok)
-        require(self, "extrapolate", "True or False", isinstance(self.extrapolate, bool))
-        require(self, "budget", "a positive number or None", self.budget is None or is_positive(self.budget))
-        if self.budget is None:
+        if self.successor is not None:
+            deprecated_options(self, self.successor)
             return
-        extra = adaptive.SAFEGUARDS if self.extrapolate else 0.0
-        least = 1.0 + OMEGA + extra
-        what = f"at least {least:g} gradient-equivalents (one step and one derivative step)"
-        require(self, "budget", what, self.budget >= least)
-        full = int((self.budget - extra) / (1.0 + OMEGA))
-        if is_int(self.tail) and int(self.tail) > full:
-            raise ValueError(
-                f"`TruncatedUnroll.tail` is {self.tail}, but the budget {self.budget:g} pays for {full} differentiated "
-                "steps at most."
-            )
+        require(self, "tail", "a positive int (steps) or a float in (0, 1] (fraction)", is_tail(self.tail))
+
+    @property
+    def successor(self) -> AdaptiveUnroll | None:
+        """The estimator that deprecated options stand for."""
+        if self.tail == "auto" or self.budget is not None or self.extrapolate is not False:
+            return AdaptiveUnroll(self.budget, self.tail, self.extrapolate)
+        return None
 
     @property
     def differentiates_steps(self) -> bool:
-        """A tail that chooses itself compares with the derivative of the inner solution."""
-        return self.tail != "auto" and not self.extrapolate
+        return self.successor is None or self.successor.differentiates_steps
 
     @property
     def rowwise(self) -> bool:
-        """Whether it takes rows: a tail of a given length does."""
-        return self.tail != "auto" and self.budget is None and not self.extrapolate
+        return self.successor is None
 
     def length(self, steps: int) -> int:
         """Return the number of differentiated steps among `steps`; for "auto" the most there can be."""
-        return self._adaptive.length(steps)
-
-    @property
-    def _adaptive(self) -> adaptive.Tail:
-        tail = None if isinstance(self.tail, str) else self.tail if isinstance(self.tail, float) else int(self.tail)
-        return adaptive.Tail(tail, self.budget, self.extrapolate)
+        return AdaptiveUnroll(tail=self.tail).length(steps)
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a solver without a derivative, a tail longer than the run, and an extrapolation that is not allowed.
+        """Refuse a solver without a derivative, and a tail longer than the run.
 
         Raises:
-            ValueError: if steps are not differentiated; if there are fewer than the tail; if the sweep cannot be
-                extrapolated.
+            ValueError: in one sentence with the remedy.
         """
+        if self.successor is not None:
+            return self.successor.check(problem, solver, hparams)
         super().check(problem, solver, hparams)
         solver.check_unrolls()
-        if self.budget is None and solver.steps is not None and self.length(solver.steps) > solver.steps:
+        if solver.steps is not None and self.length(solver.steps) > solver.steps:
             raise ValueError(
                 f"`TruncatedUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
                 f"the tail must be at most {solver.steps}."
             )
-        if (self.tail == "auto" or self.budget is not None or self.extrapolate) and problem.variation:
-            raise ValueError(
-                "`TruncatedUnroll` with tail='auto', a budget or extrapolate=True compares steps of one inner loss, "
-                f"but this problem has {problem.variation}: give `tail` a number alone."
-            )
-        if not self.extrapolate:
-            return
-        if solver.traits.oscillates:
-            raise ValueError(
-                f"`TruncatedUnroll.extrapolate` is refused for {type(solver).__name__}, whose ripples make "
-                "extrapolated sweeps up to 18 times worse than plain ones: "
-                "use tail='auto', or Implicit(balance='auto')."
-            )
-        if not isinstance(solver, LinearMultistep) or not problem.symmetric:
-            raise ValueError(
-                "`TruncatedUnroll.extrapolate` needs an inner loss and a linear multistep solver (GradientDescent, "
-                f"Nesterov, ...), got {type(solver).__name__}: other sweeps have no limit that extrapolation finds."
-            )
 
-    def at_tolerance(self, tol: float) -> TruncatedUnroll:
-        """Return itself if the tail grows with the run, as the inner tolerance shrinks.
-
-        Raises:
-            ValueError: for a tail of a fixed length, and for a budget.
-        """
-        if self.budget is not None:
-            raise ValueError("`TruncatedUnroll.budget` and a `target_error` both say when to stop: give one of them.")
-        if isinstance(self.tail, int):
-            raise ValueError(
-                f"a tail of {self.tail} steps leaves an error that no tolerance takes away, so that it leads to no "
-                "`target_error`: give `tail` a fraction or 'auto', or use Implicit()."
-            )
+    def at_tolerance(self, tol: float) -> HypergradEstimator:
+        """Return itself for a fraction, which grows with the run; ValueError for a tail of a fixed length."""
+        if self.successor is not None:
+            return self.successor.at_tolerance(tol)
+        refuse_fixed(self.tail)
         return self
 
     def solve(self, run: Run) -> Solution:
-        if not self.rowwise:
-            return adaptive.solve(self._adaptive, run)
+        if self.successor is not None:
+            return self.successor.solve(run)
         return _unrolled(run, self.length, self.tail if isinstance(self.tail, int) else 1)
 
 

@@ -45,11 +45,17 @@ class CoefficientStep(InnerSolver):
         params, *memory = [weighted_sum(row, terms) for row in numbers.rows]
         return state.moved(params, tuple(memory))
 
-    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
+    def step_vjp(
+        self, inner: InnerProblem, state: InnerState, cotangent: Variables, see: Callable[[Tree], None] | None = None
+    ) -> tuple[Variables, Tree]:
+        """Pull a cotangent back through one step by one `vjp` call; `see` is shown the cotangent of the gradient."""
         numbers, weighted_sum = self.coefficients(state), self.weighted_sum
         after = (cotangent[0], *cotangent[1])
         point = inner.linearize(weighted_sum(numbers.reads, (state.params, *state.memory)))
-        by_point, by_hparams = point.vjp(weighted_sum(numbers.writes, after))
+        by_gradient = weighted_sum(numbers.writes, after)
+        if see is not None:
+            see(by_gradient)
+        by_point, by_hparams = point.vjp(by_gradient)
         terms = (*after, by_point)
         params, *memory = [weighted_sum(column, terms) for column in numbers.columns]
         return (params, tuple(memory)), by_hparams

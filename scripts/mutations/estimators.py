@@ -49,7 +49,7 @@ ESTIMATORS = (
     ),
     Break(
         "extrapolated-adjoint-worse",
-        "bilevel/hypergrad/adaptive_unroll.py",
+        "bilevel/hypergrad/adaptive_sweep.py",
         "if not after < before:",
         "if after != after:",
         "test_adaptive.py::test_what_extrapolation_does_not_improve_stays_the_plain_tail",

@@ -49,7 +49,7 @@ VARIANTS: Sequence[dict[str, Any]] = (
     {"solver": {"class": "Adam", "step_size": 0.05, "steps": 60}},
     {"solver": {"class": "QuasiNewton"}, "estimators": {"implicit": {"class": "Implicit"}}},
     {"batch": "auto"},
-    {"estimators": {"auto tail": {"class": "TruncatedUnroll", "tail": "auto"}}},
+    {"estimators": {"auto tail": {"class": "AdaptiveUnroll"}}},
 )
 """Changes of the comparison: stateful solvers, kept curvature, seeds as one batch, a tail that is chosen."""
 

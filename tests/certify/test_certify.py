@@ -353,7 +353,7 @@ def test_a_balanced_run_is_not_its_own_witness() -> None:
     x = curvatures.rsqrt()
     exact = float(((x - 2.0) * x).sum())
     found = bl.hypergradient(
-        problem, bl.GradientDescent(steps=300), bl.Implicit(balance="auto"), u, target_error=1e-3, on_failure="return"
+        problem, bl.GradientDescent(steps=300), bl.BalancedImplicit(), u, target_error=1e-3, on_failure="return"
     )
     error = abs(float(found.hypergradient) - exact) / abs(exact)
     assert error <= 1e-3 or found.status is bl.Status.TARGET_NOT_REACHED

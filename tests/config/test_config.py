@@ -14,7 +14,17 @@ import torch
 import yaml
 from paths import CONFIGS
 
-from bilevel import CG, SGD, Auto, GradientDescent, Implicit, ToleranceSchedule, TruncatedUnroll, WarmStart
+from bilevel import (
+    CG,
+    SGD,
+    Auto,
+    BalancedImplicit,
+    GradientDescent,
+    Implicit,
+    ToleranceSchedule,
+    TruncatedUnroll,
+    WarmStart,
+)
 from bilevel.compare import RunFolderError
 from bilevel.config import ConfigError, DataSetup, load_plan
 from bilevel.config.document import parse_yaml
@@ -64,6 +74,17 @@ def test_plan_holds_the_typed_objects(config: Path) -> None:
     assert plan.outer.patience == 3
     setup = plan.problems["ridge"](0)
     assert setup.problem.train.X.shape[0] == 4
+
+
+def test_options_that_are_classes_of_their_own_now_still_load(config: Path) -> None:
+    old = "estimators.implicit={class: Implicit, balance: auto, budget: 60}"
+    with pytest.warns(DeprecationWarning, match=r"is now BalancedImplicit\(budget=60\.0\)\."):
+        plan = load_plan(config, [old])
+    assert plan.estimators["implicit"].successor == BalancedImplicit(60)
+    with pytest.warns(DeprecationWarning, match=r"TruncatedUnroll with these options is now AdaptiveUnroll\(\)\."):
+        load_plan(config, ["estimators.short tail.tail=auto"])
+    new = load_plan(config, ["estimators.implicit={class: BalancedImplicit, budget: 60}"])
+    assert new.estimators["implicit"] == BalancedImplicit(60)
 
 
 def test_torchs_optimizers_are_inner_solvers_of_a_config(config: Path) -> None:

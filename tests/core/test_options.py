@@ -52,6 +52,7 @@ def meaning(value: Any, option: str) -> bool:
     )
 
 
+@pytest.mark.filterwarnings("ignore:TruncatedUnroll with these options:DeprecationWarning")
 @pytest.mark.parametrize("owner", owners(), ids=lambda owner: owner.__name__)
 def test_a_wrong_option_is_one_sentence(owner: type) -> None:
     needed = NEEDED.get(owner, {})

@@ -135,7 +135,7 @@ def test_the_oracle_is_the_best_of_the_fixed_tails_that_the_library_runs(family:
     assert errors.shape == (30,)
     for n in (0, 3, 29):
         estimate = bl.hypergradient(
-            draw.problem, draw.solver, bl.TruncatedUnroll(30 - n, budget=120), draw.hparams, draw.start
+            draw.problem, draw.solver, bl.AdaptiveUnroll(budget=120, tail=30 - n), draw.hparams, draw.start
         )
         assert estimate.cost.gradient_equivalents <= 123
         assert float(draw.error(estimate.hypergradient)) == pytest.approx(float(errors[n]), rel=1e-9, abs=1e-13)

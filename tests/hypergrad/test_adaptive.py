@@ -10,6 +10,7 @@ import torch
 from helpers import quadratic_case
 
 import bilevel as bl
+from bilevel.core.options import describe
 from bilevel.engine.extrapolation import OMEGA, reduced_rank
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
 from bilevel.problems import RidgeProblem
@@ -58,7 +59,7 @@ class Case:
         return float(torch.linalg.vector_norm(estimate.hypergradient - self.truth) / self.truth.norm())
 
     def best_fixed_tail(self) -> float:
-        return min(self.error(self.estimate(bl.TruncatedUnroll(n, budget=BUDGET), check=False)) for n in TAILS)
+        return min(self.error(self.estimate(bl.AdaptiveUnroll(budget=BUDGET, tail=n), check=False)) for n in TAILS)
 
 
 CASES = [(size, seed, best) for size in (60, 100, 170) for best in (False, True) for seed in (1,)]
@@ -108,19 +109,19 @@ def test_cg_reports_the_ends_of_the_spectrum_and_stops_at_negative_curvature() -
 
 
 def test_automatic_tail_is_within_three_of_the_best_fixed_one(case: Case) -> None:
-    estimate = case.estimate(bl.TruncatedUnroll("auto", budget=BUDGET))
+    estimate = case.estimate(bl.AdaptiveUnroll(budget=BUDGET))
     assert case.error(estimate) <= 3 * case.oracle
     assert estimate.cost.gradient_equivalents <= BUDGET + OMEGA
 
 
 def test_extrapolated_sweep_is_ten_times_better_below_rate_98(case: Case) -> None:
-    estimate = case.estimate(bl.TruncatedUnroll("auto", budget=BUDGET, extrapolate=True))
+    estimate = case.estimate(bl.AdaptiveUnroll(budget=BUDGET, extrapolate=True))
     assert case.error(estimate) <= (0.1 if case.rho <= 0.98 else 1.0) * case.oracle
     assert estimate.cost.gradient_equivalents <= BUDGET + OMEGA
 
 
 def test_balanced_run_is_ten_times_better_and_knows_its_error(case: Case) -> None:
-    estimate = case.estimate(bl.Implicit(balance="auto", budget=BUDGET))
+    estimate = case.estimate(bl.BalancedImplicit(budget=BUDGET))
     if -K * torch.log(torch.tensor(case.rho)) >= 2:
         assert case.error(estimate) <= 0.1 * case.oracle
     assert estimate.cost.gradient_equivalents <= BUDGET + OMEGA
@@ -133,8 +134,8 @@ def test_balanced_run_is_ten_times_better_and_knows_its_error(case: Case) -> Non
 @pytest.mark.parametrize("solver", [bl.GradientDescent(), bl.Nesterov(momentum="auto"), bl.Adam(0.1)], ids=repr)
 def test_no_budget_is_exceeded(solver: bl.InnerSolver, budget: float) -> None:
     case = Case(30, 3, True)
-    estimators = [bl.TruncatedUnroll("auto", budget=budget), bl.TruncatedUnroll(0.5, budget=budget)]
-    estimators.append(bl.Implicit(balance="auto", budget=budget))
+    estimators = [bl.AdaptiveUnroll(budget=budget), bl.AdaptiveUnroll(budget=budget, tail=0.5)]
+    estimators.append(bl.BalancedImplicit(budget=budget))
     for estimator in estimators:
         # A small budget of Adam's steps ends far from the solution, and its own estimate says so.
         estimate = case.estimate(estimator, solver, on_failure="return")
@@ -145,9 +146,9 @@ def test_no_budget_is_exceeded(solver: bl.InnerSolver, budget: float) -> None:
 def test_budget_reallocates_what_the_tail_saves() -> None:
     case = Case(30, 3, True)
     # K = 100, N = 20, omega = 3: K(N) = 160 steps, 80 of them differentiated.
-    estimate = case.estimate(bl.TruncatedUnroll(80, budget=BUDGET))
+    estimate = case.estimate(bl.AdaptiveUnroll(budget=BUDGET, tail=80))
     assert (estimate.certificate.inner_steps, estimate.certificate.adjoint_steps) == (160, 80)
-    same = case.estimate(bl.TruncatedUnroll(0.8, budget=BUDGET))
+    same = case.estimate(bl.AdaptiveUnroll(budget=BUDGET, tail=0.8))
     plain = case.estimate(bl.TruncatedUnroll(80), bl.GradientDescent(case.step, steps=160))
     assert torch.equal(estimate.hypergradient, plain.hypergradient)
     assert torch.equal(same.hypergradient, plain.hypergradient)
@@ -156,7 +157,7 @@ def test_budget_reallocates_what_the_tail_saves() -> None:
 def test_tail_is_chosen_among_the_stored_iterates_without_a_budget() -> None:
     case = Case(100, 4, True)
     fixed = [case.error(case.estimate(bl.TruncatedUnroll(n))) for n in range(5, K + 1, 5)]
-    estimate = case.estimate(bl.TruncatedUnroll("auto"))
+    estimate = case.estimate(bl.AdaptiveUnroll())
     assert estimate.certificate.inner_steps == K
     assert case.error(estimate) <= 3 * min(fixed)
 
@@ -164,10 +165,10 @@ def test_tail_is_chosen_among_the_stored_iterates_without_a_budget() -> None:
 def test_tail_is_chosen_after_a_run_that_stopped_by_tolerance() -> None:
     case = Case(60, 5, False)
     for solver in (bl.GradientDescent(case.step, tol=1e-6), bl.GradientDescent(case.step, tol=1e30)):
-        estimate = case.estimate(bl.TruncatedUnroll("auto"), solver)
+        estimate = case.estimate(bl.AdaptiveUnroll(), solver)
         assert estimate.status.ok
         assert estimate.certificate.adjoint_steps >= 20
-    precise = case.estimate(bl.TruncatedUnroll("auto", budget=3000), bl.GradientDescent(case.step, tol=1e-9))
+    precise = case.estimate(bl.AdaptiveUnroll(budget=3000), bl.GradientDescent(case.step, tol=1e-9))
     assert precise.certificate.inner_steps <= 3000 / (1 + OMEGA)
     assert case.error(precise) < 1e-9
 
@@ -176,12 +177,12 @@ def test_balanced_without_a_budget_follows_the_inner_tolerance() -> None:
     case = Case(60, 6, False)
     errors = []
     for tol in (1e-1, 1e-4, 1e-8):
-        estimate = case.estimate(bl.Implicit(balance="auto"), bl.GradientDescent(case.step, tol=tol))
+        estimate = case.estimate(bl.BalancedImplicit(), bl.GradientDescent(case.step, tol=tol))
         errors.append(case.error(estimate))
         assert estimate.certificate.error is not None
     assert errors[2] < errors[1] < errors[0] < 0.1
     # At a loose tolerance CG stops as early as the forward run deserves.
-    loose = case.estimate(bl.Implicit(balance="auto"), bl.GradientDescent(case.step, tol=1.0))
+    loose = case.estimate(bl.BalancedImplicit(), bl.GradientDescent(case.step, tol=1.0))
     assert loose.certificate.adjoint_steps < estimate.certificate.adjoint_steps
 
 
@@ -202,7 +203,7 @@ U = torch.full((6,), -1e-3, dtype=F64)
 
 
 def test_negative_curvature_falls_back_to_the_truncated_tail() -> None:
-    estimate = bl.hypergradient(well_problem(), bl.GradientDescent(0.01), bl.Implicit(balance="auto", budget=200), U)
+    estimate = bl.hypergradient(well_problem(), bl.GradientDescent(0.01), bl.BalancedImplicit(budget=200), U)
     assert "curvature" in estimate.certificate.error_note
     assert estimate.certificate.error is None
     assert estimate.certificate.adjoint_residual is None
@@ -214,7 +215,7 @@ def test_negative_curvature_falls_back_to_the_truncated_tail() -> None:
 
 
 def test_curvature_that_becomes_positive_on_the_way_is_used() -> None:
-    estimate = bl.hypergradient(well_problem(), bl.GradientDescent(0.05), bl.Implicit(balance="auto", budget=600), U)
+    estimate = bl.hypergradient(well_problem(), bl.GradientDescent(0.05), bl.BalancedImplicit(budget=600), U)
     exact = bl.hypergradient(well_problem(), bl.Newton(), bl.Implicit(), U, params=estimate.params)
     torch.testing.assert_close(estimate.hypergradient, exact.hypergradient, rtol=1e-4, atol=1e-6)
     assert estimate.certificate.adjoint_residual is not None
@@ -222,13 +223,13 @@ def test_curvature_that_becomes_positive_on_the_way_is_used() -> None:
 
 def test_extrapolation_says_why_it_did_not_happen() -> None:
     estimate = bl.hypergradient(
-        well_problem(), bl.GradientDescent(0.01, steps=12), bl.TruncatedUnroll(3, extrapolate=True), U
+        well_problem(), bl.GradientDescent(0.01, steps=12), bl.AdaptiveUnroll(tail=3, extrapolate=True), U
     )
     plain = bl.hypergradient(well_problem(), bl.GradientDescent(0.01, steps=12), bl.TruncatedUnroll(3), U)
     if "no extrapolation" in estimate.certificate.error_note:
         torch.testing.assert_close(estimate.hypergradient, plain.hypergradient)
     short = bl.hypergradient(
-        well_problem(), bl.GradientDescent(0.01, steps=2), bl.TruncatedUnroll(1, extrapolate=True), U
+        well_problem(), bl.GradientDescent(0.01, steps=2), bl.AdaptiveUnroll(tail=1, extrapolate=True), U
     )
     assert "no extrapolation: the run is too short" in short.certificate.error_note
     assert short.certificate.adjoint_steps == 1
@@ -244,7 +245,7 @@ def test_what_extrapolation_does_not_improve_stays_the_plain_tail(far: float, st
     taken = (case.problem, bl.GradientDescent(steps=steps))
     start = far * torch.ones(6, dtype=F64)
     found, plain = (
-        bl.hypergradient(*taken, bl.TruncatedUnroll(steps, extrapolate=extrapolate), case.hparams, start)
+        bl.hypergradient(*taken, bl.AdaptiveUnroll(tail=steps, extrapolate=extrapolate), case.hparams, start)
         for extrapolate in (True, False)
     )
     assert found.certificate.error_note.startswith(f"no extrapolation: {reason}")
@@ -258,13 +259,20 @@ def test_what_extrapolation_does_not_improve_stays_the_plain_tail(far: float, st
     ("make", "sentence"),
     [
         (lambda: bl.TruncatedUnroll("some"), "`TruncatedUnroll.tail` must be a positive int"),
-        (lambda: bl.TruncatedUnroll("auto", budget=3), "`TruncatedUnroll.budget` must be at least 4 gradient-equiv"),
-        (lambda: bl.TruncatedUnroll(5, budget=-1.0), "`TruncatedUnroll.budget` must be a positive number or None"),
-        (lambda: bl.TruncatedUnroll(120, budget=400), "is 120, but the budget 400 pays for 100 differentiated steps"),
-        (lambda: bl.TruncatedUnroll(5, extrapolate=1), "`TruncatedUnroll.extrapolate` must be True or False"),
+        (lambda: bl.AdaptiveUnroll(budget=3), "`AdaptiveUnroll.budget` must be at least 4 gradient-equiv"),
+        (lambda: bl.AdaptiveUnroll(budget=-1.0, tail=5), "`AdaptiveUnroll.budget` must be a positive number or None"),
+        (
+            lambda: bl.AdaptiveUnroll(budget=400, tail=120),
+            "is 120, but the budget 400 pays for 100 differentiated steps",
+        ),
+        (lambda: bl.AdaptiveUnroll(tail=5, extrapolate=1), "`AdaptiveUnroll.extrapolate` must be True or False"),
         (lambda: bl.Implicit(balance="yes"), "`Implicit.balance` must be 'auto' or None, got 'yes'"),
-        (lambda: bl.Implicit(budget=100), "`Implicit.budget` must be None without balance='auto', got 100"),
-        (lambda: bl.Implicit(balance="auto", budget=8), "`Implicit.budget` must be at least 25 gradient-equivalents"),
+        (lambda: bl.Implicit(budget=100), "`Implicit.budget` must be None: BalancedImplicit takes a budget, got 100"),
+        (
+            lambda: bl.BalancedImplicit(max_steps=0),
+            "`BalancedImplicit.max_steps` must be a positive int or None, got 0",
+        ),
+        (lambda: bl.BalancedImplicit(budget=8), "`BalancedImplicit.budget` must be at least 25 gradient-equivalents"),
         (
             lambda: bl.Implicit(bl.GMRES(), balance="auto"),
             "`Implicit.linear_solver` must be CG, without `steps`, where balance='auto'",
@@ -280,7 +288,7 @@ def test_options_that_cannot_work_are_one_sentence(make: Any, sentence: str) -> 
 
 def test_extrapolation_is_refused_for_heavy_ball_and_for_solvers_without_a_linear_sweep() -> None:
     case = Case(20, 1, True)
-    estimator = bl.TruncatedUnroll("auto", budget=BUDGET, extrapolate=True)
+    estimator = bl.AdaptiveUnroll(budget=BUDGET, extrapolate=True)
     with pytest.raises(ValueError, match="refused for HeavyBall"):
         case.estimate(estimator, bl.HeavyBall(0.001, momentum=0.5, steps=50))
     with pytest.raises(ValueError, match="linear multistep solver"):
@@ -293,18 +301,18 @@ def test_a_budget_that_the_measured_step_size_uses_up_is_one_sentence() -> None:
     )
     u = torch.ones(8, dtype=F64)
     with pytest.raises(ValueError, match="too few for one derivative step"):
-        bl.hypergradient(problem, bl.GradientDescent(), bl.TruncatedUnroll(1, budget=5), u)
+        bl.hypergradient(problem, bl.GradientDescent(), bl.AdaptiveUnroll(budget=5, tail=1), u)
 
 
 # Everywhere else it must just work -----------------------------------------------------------------------------------
 
 ESTIMATORS = [
-    bl.TruncatedUnroll("auto", budget=600),
-    bl.TruncatedUnroll("auto"),
-    bl.TruncatedUnroll("auto", budget=600, extrapolate=True),
-    bl.TruncatedUnroll(60, extrapolate=True),
-    bl.Implicit(balance="auto", budget=600),
-    bl.Implicit(balance="auto"),
+    bl.AdaptiveUnroll(budget=600),
+    bl.AdaptiveUnroll(),
+    bl.AdaptiveUnroll(budget=600, extrapolate=True),
+    bl.AdaptiveUnroll(tail=60, extrapolate=True),
+    bl.BalancedImplicit(budget=600),
+    bl.BalancedImplicit(),
 ]
 
 
@@ -356,9 +364,49 @@ def test_the_outer_loop_runs_with_a_budget() -> None:
         outer = bl.OuterOptimizer(
             problem,
             bl.GradientDescent(0.3),
-            bl.Implicit(balance="auto", budget=60),
+            bl.BalancedImplicit(budget=60),
             u,
             optimizer=lambda leaves: torch.optim.Adam(leaves, lr=0.1),
         )
         result = outer.run(5)
     assert result is not None
+
+
+# Old options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "new", "said"),
+    [
+        (bl.TruncatedUnroll, {"tail": "auto"}, bl.AdaptiveUnroll(), "AdaptiveUnroll()"),
+        (
+            bl.TruncatedUnroll,
+            {"tail": "auto", "budget": 100, "extrapolate": True},
+            bl.AdaptiveUnroll(100, extrapolate=True),
+            "AdaptiveUnroll(budget=100, extrapolate=True)",
+        ),
+        (bl.TruncatedUnroll, {"tail": 9, "budget": 90}, bl.AdaptiveUnroll(90, 9), "AdaptiveUnroll(budget=90, tail=9)"),
+        (bl.Implicit, {"balance": "auto"}, bl.BalancedImplicit(), "BalancedImplicit()"),
+        (
+            bl.Implicit,
+            {"linear_solver": bl.CG(max_steps=5), "damping": 0.1, "balance": "auto", "budget": 200},
+            bl.BalancedImplicit(200, damping=0.1, max_steps=5),
+            "BalancedImplicit(budget=200, damping=0.1, max_steps=5)",
+        ),
+    ],
+)
+def test_old_options_forward_to_the_same_numbers(cls: Any, options: Any, new: Any, said: str) -> None:
+    with pytest.warns(DeprecationWarning, match="is now") as caught:
+        old = cls(**options)
+    assert str(caught[0].message) == f"{cls.__name__} with these options is now {said}."
+    assert caught[0].filename == __file__
+    assert isinstance(old, cls)
+    assert all(f"{name}={value!r}" in describe(old) for name, value in options.items() if isinstance(value, str | int))
+    assert old.one_by_one(bl.GradientDescent())
+    assert (old.differentiates_steps, old.resumes) == (new.differentiates_steps, new.resumes)
+    problem, u = dict_problem(F64)
+    first, second = (bl.hypergradient(problem, bl.GradientDescent(0.3, steps=60), each, u) for each in (old, new))
+    assert torch.equal(first.hypergradient["log"], second.hypergradient["log"])
+    assert first.cost.counts == second.cost.counts
+    if not getattr(new, "budget", None):
+        assert old.at_tolerance(1e-3) == new.at_tolerance(1e-3)

@@ -45,9 +45,9 @@ def chosen(problem: bl.BilevelProblem, solver: bl.InnerSolver, rule: bl.Auto, co
         (sampled, FIXED, bl.Auto(), bl.Implicit(bl.CG()), "different batches"),
         (lambda: logistic_case().problem, bl.QuasiNewton(), bl.Auto(), bl.Implicit(bl.CG()), "QuasiNewton have no"),
         (lambda: logistic_case().problem, TOL, bl.Auto(), bl.Implicit(bl.CG()), "ends at a tolerance"),
-        (lambda: logistic_case().problem, FIXED, bl.Auto(), bl.Implicit(balance="auto"), "shares the work"),
-        (lambda: tree_case().problem, TOL, bl.Auto(), bl.Implicit(balance="auto"), "where the Hessian is indefinite"),
-        (lambda: tree_case().problem, TOL, bl.Auto(tol=1e-3), bl.Implicit(balance="auto"), "shares the work"),
+        (lambda: logistic_case().problem, FIXED, bl.Auto(), bl.BalancedImplicit(), "shares the work"),
+        (lambda: tree_case().problem, TOL, bl.Auto(), bl.BalancedImplicit(), "where the Hessian is indefinite"),
+        (lambda: tree_case().problem, TOL, bl.Auto(tol=1e-3), bl.BalancedImplicit(), "shares the work"),
         (lambda: logistic_case().problem, TOL, bl.Auto(tol=1e-3), bl.Implicit(bl.CG(tol=1e-3)), "ends at a tolerance"),
         (lambda: ridge_case("scalar").problem, FIXED, bl.Auto(unroll=True), bl.Spectral(), "spectrum"),
         (lambda: ridge_case().problem, FIXED, bl.Auto(unroll=True), bl.FullUnroll(), "200 states fit"),
@@ -92,7 +92,7 @@ def network(*layers: torch.nn.Module, **options: Any) -> bl.BilevelProblem:
     [
         (lambda: network(torch.nn.BatchNorm1d(3)), bl.Auto(), bl.Implicit(bl.CG()), "running statistics, which move"),
         (lambda: network(torch.nn.Dropout(), seed=0), bl.Auto(), bl.Implicit(bl.CG()), "random layers, whose steps"),
-        (bl.meta.SineProblem, bl.Auto(), bl.Implicit(balance="auto"), "shares the work"),
+        (bl.meta.SineProblem, bl.Auto(), bl.BalancedImplicit(), "shares the work"),
         (lambda: network(torch.nn.BatchNorm1d(3)), bl.Auto(unroll=True), bl.FullUnroll(), "200 states fit"),
         (lambda: network(torch.nn.Dropout(), seed=0), bl.Auto(unroll=True), bl.FullUnroll(), "200 states fit"),
         (sampled, bl.Auto(unroll=True), bl.FullUnroll(), "200 states fit"),
@@ -116,7 +116,7 @@ TUNED = bl.SGD(step_size=lambda u: 0.1 * u.reshape(-1)[0].exp(), steps=20)
 def test_steps_that_decide_the_result_are_unrolled_or_refused(make: Any, solver: bl.InnerSolver, why: str) -> None:
     problem = make()
     u = problem.initial_hparams(0.0) if hasattr(problem, "initial_hparams") else torch.zeros((), dtype=F64)
-    refused = rf"^Auto\(\) rests on the inner solution, but `{type(solver).__name__}\.{why}` .*: use FullUnroll, or"
+    refused = rf"^Auto\(\) rests on the inner solution, but `{type(solver).__name__}\.{why}` .*: use FullUnroll or"
     with pytest.raises(ValueError, match=refused):
         bl.hypergradient(problem, solver, "auto", u)
     found = bl.hypergradient(problem, solver, bl.Auto(unroll=True), u)
@@ -140,7 +140,7 @@ def test_a_decay_of_torch_is_refused_with_its_remedy() -> None:
     ("unroll", "unit", "needed", "fits", "otherwise"),
     [
         # Three matrices of 8-byte numbers; 2 sqrt(200) = 28.3 states of three vectors.
-        (False, lambda size: 24 * size**2, 1, bl.ClosedForm(), bl.Implicit(balance="auto")),
+        (False, lambda size: 24 * size**2, 1, bl.ClosedForm(), bl.BalancedImplicit()),
         (True, lambda size: 24 * size, 29, bl.FullUnroll(memory="checkpoint"), bl.TruncatedUnroll(tail=28)),
     ],
 )
@@ -183,7 +183,7 @@ def test_the_word_auto_is_the_rule_and_the_status_names_the_choice(make: Any) ->
 def test_a_failure_names_the_choice_and_the_fault() -> None:
     case = logistic_case()
     found = bl.hypergradient(case.problem, bl.GradientDescent(1e4, steps=50), "auto", case.hparams, on_failure="return")
-    assert found.verdict.detail.startswith("auto chose Implicit(linear_solver=CG(), balance='auto'): ")
+    assert found.verdict.detail.startswith("auto chose BalancedImplicit(): ")
     assert "; GradientDescent" in found.verdict.detail
 
 

@@ -355,8 +355,8 @@ ALONE = [
     ({"solver": bl.QuasiNewton()}, "QuasiNewton()"),
     ({"estimator": bl.Implicit(bl.GMRES())}, GMRES),
     ({"estimator": bl.FiniteDifference()}, "FiniteDifference()"),
-    ({"estimator": bl.TruncatedUnroll(tail="auto")}, "TruncatedUnroll(tail='auto')"),
-    ({"estimator": bl.Implicit(balance="auto")}, "Implicit(linear_solver=CG(), balance='auto')"),
+    ({"estimator": bl.AdaptiveUnroll()}, "AdaptiveUnroll()"),
+    ({"estimator": bl.BalancedImplicit()}, "BalancedImplicit()"),
     ({"estimator": bl.FullUnroll(memory="checkpoint")}, "FullUnroll(memory='checkpoint')"),
     ({"estimator": bl.ClosedForm()}, "ClosedForm()"),
 ]

@@ -50,11 +50,11 @@ def test_the_error_is_below_the_target_and_the_certificate_says_so(name: str, ta
         bl.Implicit(bl.GMRES()),
         bl.Implicit(bl.FixedPointIteration()),
         bl.Implicit(bl.Direct()),
-        bl.Implicit(balance="auto"),
+        bl.BalancedImplicit(),
         bl.FullUnroll(),
         bl.FullUnroll(mode="forward"),
         bl.TruncatedUnroll(tail=0.5),
-        bl.TruncatedUnroll(tail="auto"),
+        bl.AdaptiveUnroll(),
         bl.Auto(),
         bl.Auto(unroll=True),
     ],
@@ -214,8 +214,8 @@ def test_a_failed_solve_keeps_its_own_status() -> None:
         ({"target_error": 0.1}, bl.FirstOrder(), "FirstOrder() has no tolerance that leads to a `target_error`: use"),
         (
             {"target_error": 0.1},
-            bl.Implicit(balance="auto", budget=200),
-            "`Implicit.budget` and a `target_error` both say when to stop: give one of them.",
+            bl.BalancedImplicit(budget=200),
+            "`BalancedImplicit.budget` and a `target_error` both say when to stop: give one of them.",
         ),
         (
             {"target_error": 0.1},
@@ -224,8 +224,8 @@ def test_a_failed_solve_keeps_its_own_status() -> None:
         ),
         (
             {"target_error": 0.1},
-            bl.TruncatedUnroll(tail="auto", budget=200),
-            "`TruncatedUnroll.budget` and a `target_error` both say when to stop: give one of them.",
+            bl.AdaptiveUnroll(budget=200),
+            "`AdaptiveUnroll.budget` and a `target_error` both say when to stop: give one of them.",
         ),
         (
             {"target_error": 0.1},
@@ -490,7 +490,7 @@ def test_the_bound_of_a_kept_instance_is_that_of_a_new_one() -> None:
 
 def test_a_balanced_run_carries_its_own_estimate_and_none_where_its_status_is_not_ok() -> None:
     case = tree_case()
-    estimator = bl.Implicit(balance="auto")
+    estimator = bl.BalancedImplicit()
     solved = bl.hypergradient(case.problem, bl.GradientDescent(tol=1e-6), estimator, case.hparams, case.start)
     assert solved.certificate.error_kind == "estimate"
     distance = float((solved.hypergradient.reshape(-1) - case.hypergradient()).norm())

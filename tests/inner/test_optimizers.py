@@ -263,7 +263,7 @@ def test_tuned_step_sizes_descend_in_the_outer_loop_and_resume_bit_for_bit() -> 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize(
     "estimator",
-    [bl.Implicit(), bl.Implicit(balance="auto"), bl.TruncatedUnroll(tail="auto"), bl.ClosedForm()],
+    [bl.Implicit(), bl.BalancedImplicit(), bl.AdaptiveUnroll(), bl.ClosedForm()],
     ids=repr,
 )
 def test_what_rests_on_the_inner_solution_refuses_tuned_options(name: str, estimator: Any) -> None:
@@ -271,7 +271,7 @@ def test_what_rests_on_the_inner_solution_refuses_tuned_options(name: str, estim
     problem.structure = Structure(quadratic=True)
     sentence = (
         rf" rests on the inner solution, but `{name}.step_size` is a function of the hyperparameters, on which the "
-        "solution does not depend: use FullUnroll, or TruncatedUnroll with a number as its tail."
+        "solution does not depend: use FullUnroll or TruncatedUnroll."
     )
     with pytest.raises(ValueError, match=sentence):
         bl.hypergradient(problem, solver, estimator, u)

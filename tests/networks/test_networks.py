@@ -336,11 +336,13 @@ def test_evaluation_mode_is_that_of_torch_and_the_module_stays_as_it_is() -> Non
 
 def test_what_running_statistics_do_not_go_with_is_refused() -> None:
     problem = normalised()
-    for estimator in (bl.TruncatedUnroll(tail="auto"), bl.TruncatedUnroll(tail=3, budget=100)):
-        with pytest.raises(ValueError, match="has running statistics, which move besides the parameters: give `tail`"):
+    for estimator in (bl.AdaptiveUnroll(), bl.AdaptiveUnroll(budget=100, tail=3)):
+        with pytest.raises(
+            ValueError, match="has running statistics, which move besides the parameters: use TruncatedUnroll"
+        ):
             bl.hypergradient(problem, SGD, estimator, U)
     with pytest.raises(ValueError, match="running statistics, which move besides the parameters: use Implicit"):
-        bl.hypergradient(problem, SGD, bl.Implicit(balance="auto"), U)
+        bl.hypergradient(problem, SGD, bl.BalancedImplicit(), U)
     with pytest.raises(ValueError, match=r"running statistics.* does not run in batches"):
         bl.hypergradient(problem, SGD, bl.FullUnroll(), U.expand(2), batch=2)
     reads = bl.ModuleProblem(net(), lambda model, p, u: mse_loss(model.eval()(X), Y) * u, evaluated)
@@ -441,8 +443,8 @@ def test_what_random_layers_do_not_go_with_is_refused() -> None:
             dropped(seed=seed)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`seed` for random layers cannot be traced"):
         bl.trace(dropped())
-    with pytest.raises(ValueError, match="has random layers, whose steps see different draws: give `tail`"):
-        bl.hypergradient(dropped(), SGD, bl.TruncatedUnroll(tail="auto"), U)
+    with pytest.raises(ValueError, match="has random layers, whose steps see different draws: use TruncatedUnroll"):
+        bl.hypergradient(dropped(), SGD, bl.AdaptiveUnroll(), U)
     with pytest.raises(ValueError, match=r"random layers.* does not run in batches"):
         bl.hypergradient(dropped(), SGD, bl.FullUnroll(), U.expand(2), batch=2)
 

@@ -320,12 +320,9 @@ OPTIONS: list[tuple[type, dict[str, Any], str]] = [
     (bl.Direct, {"max_size": "big"}, "`Direct.max_size` must be a positive int, got 'big'."),
     (bl.FullUnroll, {"mode": "backward"}, "`FullUnroll.mode` must be 'reverse' or 'forward', got 'backward'."),
     (bl.FullUnroll, {"memory": "none"}, "`FullUnroll.memory` must be 'iterates', 'checkpoint' or 'graph', got 'none'."),
-    (bl.TruncatedUnroll, {"tail": 0}, "must be a positive int (steps), a float in (0, 1] (fraction) or 'auto', got 0."),
-    (
-        bl.TruncatedUnroll,
-        {"tail": 1.5},
-        "must be a positive int (steps), a float in (0, 1] (fraction) or 'auto', got 1.5.",
-    ),
+    (bl.TruncatedUnroll, {"tail": 0}, "must be a positive int (steps) or a float in (0, 1] (fraction), got 0."),
+    (bl.TruncatedUnroll, {"tail": 1.5}, "must be a positive int (steps) or a float in (0, 1] (fraction), got 1.5."),
+    (bl.AdaptiveUnroll, {"tail": 1.5}, "must be 'auto', a positive int (steps) or a float in (0, 1] (fraction), got 1"),
     (
         bl.Implicit,
         {"linear_solver": bl.CG},

@@ -185,7 +185,7 @@ def test_all_of_an_outer_step_is_on_its_batch_so_that_methods_for_one_inner_loss
     batch = batch_in_order(2)
     estimate = bl.hypergradient(problem, bl.GradientDescent(0.2, tol=1e-12), bl.Implicit(bl.CG(tol=1e-13)), U)
     same(estimate.hypergradient, by_dense_formula(U, batch, estimate.params), 1e-9)
-    for estimator in (bl.TruncatedUnroll("auto"), bl.Implicit(balance="auto")):
+    for estimator in (bl.AdaptiveUnroll(), bl.BalancedImplicit()):
         close = bl.hypergradient(problem, bl.GradientDescent(0.2, steps=400), estimator, U)
         same(close.hypergradient, estimate.hypergradient, 1e-4)
 

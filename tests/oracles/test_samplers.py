@@ -234,10 +234,10 @@ def test_a_sampler_without_an_inner_loss_is_refused() -> None:
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        (bl.TruncatedUnroll("auto"), "`TruncatedUnroll` with tail='auto', a budget or extrapolate=True compares steps"),
-        (bl.TruncatedUnroll(2, budget=90), "but this problem has a sampler, whose steps see different batches"),
-        (bl.TruncatedUnroll(2, extrapolate=True), "give `tail` a number alone"),
-        (bl.Implicit(balance="auto"), "`Implicit.balance` compares steps of one inner loss, but this problem has a"),
+        (bl.AdaptiveUnroll(), "AdaptiveUnroll compares steps of one inner loss, but this problem has a sampler"),
+        (bl.AdaptiveUnroll(budget=90, tail=2), "but this problem has a sampler, whose steps see different batches"),
+        (bl.AdaptiveUnroll(tail=2, extrapolate=True), "use TruncatedUnroll."),
+        (bl.BalancedImplicit(), "BalancedImplicit compares steps of one inner loss, but this problem has a"),
     ],
     ids=repr,
 )
