@@ -638,6 +638,6 @@ def test_statistics_at_rest_are_where_repeated_batches_end(momentum: float | Non
     # An average over all batches has nothing to forget: it is there after one round.
     for _ in range(1 if momentum is None else 400):
         statistics = layers.moved(statistics, tape)
-    rest = layers.at_rest(layers.start(), tape)
+    rest = layers.equilibrium(layers.start(), tape)
     for name in ("0.running_mean", "0.running_var"):
         torch.testing.assert_close(rest[name], statistics[name], rtol=1e-12, atol=1e-14)
