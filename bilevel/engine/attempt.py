@@ -73,15 +73,6 @@ def far_from_solution(value: float, params: Tree, by_params: Tree, pulled: Pullb
     """Return a doubt where the outer loss is far from its value at the inner solution, at which the formula holds.
 
     Far is a share of the outer loss, or of what it changes over the whole of params where that is larger.
-
-    Args:
-        value: the outer loss.
-        params: the inner iterate.
-        by_params: the gradient of the outer loss there.
-        pulled: its pullback.
-
-    Returns:
-        The doubt, or `GOOD`.
     """
     if pulled.value_error is None:
         return GOOD
@@ -108,16 +99,7 @@ def error_verdict(
     gradient of the outer loss is zero but for rounding, as where the outer loss is fitted: where half of the digits of
     params change it by as many times itself as the error is larger than those parts.
 
-    Args:
-        problem: the problem.
-        hparams: hyperparameters.
-        params: the inner solution.
-        gradient: the hypergradient.
-        adjoint: the adjoint vector, None where there is none.
-        error: a bound or an estimate of the distance to the exact hypergradient.
-
-    Returns:
-        The doubt, or `GOOD`.
+    `error` is a bound or an estimate of the distance to the exact hypergradient; `adjoint` may be None.
     """
     size = float(tree.norm(gradient))
     if not error > size:

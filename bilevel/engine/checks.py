@@ -20,16 +20,7 @@ SHOWN = 64
 
 
 def check_roles(problem: Any, solver: Any, estimator: Any) -> None:
-    """Refuse arguments in the wrong order, and a class in the place of its instance.
-
-    Args:
-        problem: should be a `BilevelProblem`.
-        solver: should be an `InnerSolver`.
-        estimator: should be a `HypergradEstimator`.
-
-    Raises:
-        ValueError: if one of them is something else.
-    """
+    """Refuse arguments in the wrong order, and a class in the place of its instance, by a ValueError."""
     for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):
         if not isinstance(value, kind):
             got = shown_value(value) if isinstance(value, type) else type(value).__name__
@@ -50,13 +41,7 @@ class _Still(InnerProblem):
 def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hparams: Tree) -> list[bool]:
     """Return of every hyperparameter whether the inner solver reads it by itself, and not in the gradient alone.
 
-    Steps are taken until all have been read, or the first has shown that none is.
-
-    Args:
-        solver: the inner solver.
-        problem: the problem, not a batch.
-        params: where the inner solver starts.
-        hparams: hyperparameters.
+    Steps from params are taken until all have been read, or the first has shown that none is; of no batch.
     """
     inner = _Still(problem, hparams)
     inner.hparams = tree.attach(hparams)
@@ -82,13 +67,7 @@ def read_by_steps(solver: InnerSolver, problem: BilevelProblem, params: Tree, hp
 
 
 def check_carry(carry: Any, solver: InnerSolver, start: Tree, trainable: Tree) -> None:
-    """Refuse a warm start of another solver or another problem.
-
-    Args:
-        carry: should be a `Carry`.
-        solver: the inner solver that goes on with it.
-        start: the params where a cold start begins.
-        trainable: the part of them that inner solvers move.
+    """Refuse a warm start of another solver or another problem, whose cold start has other shapes.
 
     Raises:
         ValueError: for anything but a `Carry`, one that another class of solver left, or one of other shapes.
@@ -104,16 +83,7 @@ def check_carry(carry: Any, solver: InnerSolver, start: Tree, trainable: Tree) -
 
 
 def check_origin(what: str, made_by: str, solver: InnerSolver) -> None:
-    """Refuse the inner state of another class of solver, whose memory this one could not read.
-
-    Args:
-        what: how the message calls it.
-        made_by: the name of the class that left it; empty where nobody knows.
-        solver: the inner solver that goes on with it.
-
-    Raises:
-        ValueError: if the classes differ.
-    """
+    """Refuse, by a ValueError, the inner state of another class of solver; its name is empty where nobody knows."""
     if made_by and made_by != type(solver).__name__:
         raise ValueError(
             f"{what} is of the inner solver {made_by}, whose memory {type(solver).__name__} cannot go on with: "

@@ -41,19 +41,10 @@ LEAST = 1e-4
 def check_derivatives(
     problem: BilevelProblem, hparams: Tree, params: Tree, *, again: bool = False, outer: bool = True
 ) -> Verdict:
-    """Compare the derivatives of both losses at one point with differences, once for a problem object.
+    """Return WRONG_DERIVATIVE where the derivatives of a loss at (params, hparams) are not those of its values.
 
-    The calls are not counted: like the look at the inputs they belong to the first call alone.
-
-    Args:
-        problem: the problem, not a batch.
-        hparams: hyperparameters, detached.
-        params: the inner solution at which derivatives have been taken.
-        again: look also where this problem has been looked at before.
-        outer: whether the outer loss is looked at, too.
-
-    Returns:
-        `GOOD`, or WRONG_DERIVATIVE with the leaf and the size of the disagreement.
+    The verdict names the leaf and the size of the disagreement. A problem object, no batch, is looked at once, or
+    `again`; the calls are not counted: like the look at the inputs they belong to the first call alone.
     """
     verdict = GOOD
     for which, lines in (("inner", inner_lines), ("outer", outer_lines)):
@@ -146,23 +137,14 @@ def _wrong(line: Line, eps: float) -> tuple[float, Claim] | None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The differences at one step length.
-
-    Attributes:
-        step: the step length.
-        slope: the central difference.
-        gap: its distance to the claim.
-        size: what that is relative to.
-        curvature: forward minus backward difference.
-        noise: what rounding makes of the difference.
-    """
+    """The differences at one step length."""
 
     step: float
-    slope: Tensor
-    gap: float
-    size: float
-    curvature: float
-    noise: float
+    slope: Tensor  # the central difference
+    gap: float  # its distance to the claim
+    size: float  # what that is relative to
+    curvature: float  # forward minus backward difference
+    noise: float  # what rounding makes of the difference
 
     @classmethod
     def of(cls, claim: Claim, up: Tensor, middle: Tensor, down: Tensor, h: float, eps: float) -> _Seen | None:

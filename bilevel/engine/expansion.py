@@ -36,19 +36,10 @@ def watched(
     residuals: tuple[float, float],
     steps: int,
 ) -> Verdict:
-    """Return DIVERGED where further steps lead away from a solution, else the verdict.
+    """Return DIVERGED where further steps lead away from a solution, else the verdict of the run; a failure stays.
 
-    Args:
-        verdict: what is said of the run without this look; a failure stays.
-        inner: the bound problem.
-        solver: the inner solver.
-        last: the last state.
-        residuals: those of the first and of the last state.
-        steps: how many steps lie between them.
-
-    Returns:
-        The verdict. Only a residual that has grown is looked at; the further steps judge the run and are none of its
-        cost.
+    `residuals` are those of the first and of the last state, `steps` apart. Only where they have grown are further
+    steps taken, which are none of the run's cost.
     """
     start, end = residuals
     if not verdict.status.usable or not end > start or not steps or inner.problem.variation:

@@ -105,15 +105,10 @@ def best(candidates: Sequence[Extrapolation]) -> Extrapolation:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent, in gradient-equivalents, against what the inner problem has counted.
+    """What may be spent, `total` in gradient-equivalents, against what the inner problem has counted since `before`.
 
     Inner steps, derivative products, measured step sizes and the looks of an adaptive method are paid from it. What
     every estimator pays besides, one residual and one outer loss, comes on top and is less than one derivative step.
-
-    Attributes:
-        total: gradient-equivalents.
-        inner: the inner problem whose counts are read.
-        before: what had been counted at the start.
     """
 
     total: float
@@ -148,12 +143,7 @@ def discount_doubt(run: InnerRun, solver: InnerSolver) -> InnerRun:
 
 
 class Record:
-    """The states of a forward run, as far as something may still ask for them.
-
-    Args:
-        solver: the inner solver.
-        like: a tree shaped as params.
-    """
+    """The states of a forward run, of params shaped as `like`, as far as something may still ask for them."""
 
     def __init__(self, solver: InnerSolver, like: Tree) -> None:
         self._solver = solver
@@ -170,7 +160,7 @@ class Record:
 
     def add(self, state: InnerState) -> Tensor:
         """Store the next state and return its iterate as one vector."""
-        vector = self._raveler.ravel(self._solver.params(state)).detach()
+        vector = self._flat(state)
         if self._previous is not None:
             self.lengths.append(torch.linalg.vector_norm(vector - self._previous))
         self._previous = vector
@@ -187,12 +177,15 @@ class Record:
         for index in range(max(start, 0), stop):
             self._states[index] = None
 
+    def _flat(self, state: InnerState) -> Tensor:
+        return self._raveler.ravel(self._solver.params(state)).detach()
+
     def vector(self, index: int) -> Tensor:
         """Return an iterate as one vector."""
         state = self._states[index]
         if state is None:
             raise IndexError(f"state {index} of the run has been dropped.")
-        return self._raveler.ravel(self._solver.params(state)).detach()
+        return self._flat(state)
 
     def end(self, count: int) -> list[Tensor]:
         """Return the last iterates, at most `count`, as vectors; what was dropped ends the list."""
@@ -200,7 +193,7 @@ class Record:
         for state in reversed(self._states[-count:]):
             if state is None:
                 break
-            vectors.append(self._raveler.ravel(self._solver.params(state)).detach())
+            vectors.append(self._flat(state))
         return vectors[::-1]
 
     def tail(self, count: int) -> list[InnerState]:
@@ -294,12 +287,9 @@ class Crossing:
 
     def _sum(self, n: int, k: int) -> Tensor:
         """Return ``sum_{i=n}^{k-1} x_i``; n never grows, so only what is new is added."""
-        start, stop = self._span
-        new = [*range(stop, k)] if self._late is not None else [*range(n, k)]
-        if self._late is not None:
-            new += range(n, start)
+        start, stop = self._span if self._late is not None else (n, n)
         total = torch.zeros_like(self.record.vector(k)) if self._late is None else self._late
-        for index in new:
+        for index in (*range(stop, k), *range(n, start)):
             total = total + self.record.vector(index)
         self._late, self._span = total, (n, k)
         return total

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState, Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.core.status import GOOD, Status, StepFailure, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.tolerance import Floor, Goal
 from bilevel.oracles.inner_problem import InnerProblem
 
 LOOK = 64
-"""Steps between two looks at whether the iterate is finite: on an accelerator each look waits for it."""
+"""Steps between two looks at whether the iterate is finite."""
 GROWTH = 10.0
 """A residual that ends above this multiple of where it began makes us look for divergence."""
 DIVERGED = 1e4
@@ -55,12 +55,7 @@ class InnerRun:
         return torch.tensor([verdict.status.usable for verdict in self.verdict], device=device)
 
     def solution(self, params: Tree, pullback: Callable[[Tree], Pullback]) -> Solution:
-        """Return what an estimator hands back.
-
-        Args:
-            params: what `InnerSolver.params` makes of the last state.
-            pullback: the VJP there.
-        """
+        """Return what an estimator hands back: the params of the last state, and the VJP there."""
         return Solution(params, self.warm or self.state, pullback, self.residual, self.steps, self.verdict, self.counts)
 
 
@@ -75,21 +70,10 @@ def judge(
     tol: float | None = None,
     floor: Floor | None = None,
 ) -> Verdict:
-    """Judge a run that ended finite and above its tolerance, by the residuals at its start and at its end.
+    """Return the verdict of a run that ended finite and above its tolerance.
 
-    Args:
-        inner: the bound problem.
-        solver: the inner solver.
-        first: the first state.
-        last: the last state.
-        start: norm of the inner gradient at the first state.
-        residual: the same at the last state.
-        steps: steps taken.
-        tol: the tolerance, None for none.
-        floor: why the run has come to rest, None where it took all its steps.
-
-    Returns:
-        The verdict.
+    `start` and `residual` are the norms of the inner gradient at the first and at the last state; `floor` says why the
+    run has come to rest, None where it took all its steps.
     """
     if residual > GROWTH * start and not near_rounding(inner, solver, last, residual):
         # Of a map there is no Hessian to ask, and it may grow for long before it contracts.
@@ -137,12 +121,9 @@ def not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState,
     """Replay from the last state known to be finite, to name the first step that is not."""
     state, step = checkpoint, marked
     while step < taken and bool(torch.isfinite(tree.norm(inner.grad(solver.params(state))))):
-        following = solver.step(inner.on_step(state.index), state)
-        step += 1
-        if not bool(torch.isfinite(tree.norm(following.params))):
-            state = following
+        state, step = solver.step(inner.on_step(state.index), state), step + 1
+        if not bool(torch.isfinite(tree.norm(state.params))):
             break
-        state = following
     gradient = inner.grad(solver.params(state))
     where = _broken("params", state.params) or _broken("the inner gradient of params", gradient) or "the residual"
     advice = _advice(inner, solver, checkpoint)
@@ -150,6 +131,11 @@ def not_finite(inner: InnerProblem, solver: InnerSolver, checkpoint: InnerState,
     verb = "diverges" if advice else "failed"
     detail = f"{solver.title} {verb}: {where} is not finite at step {step}{advice}"
     return InnerRun(state, float("nan"), step, Verdict(status, detail))
+
+
+def failed_step(solver: InnerSolver, taken: int, failure: StepFailure) -> Verdict:
+    """Return the verdict of a run whose solver cannot go on after so many steps."""
+    return Verdict(failure.verdict.status, f"{solver.title} at step {taken + 1}: {failure.verdict.detail}")
 
 
 def _broken(what: str, values: Tree) -> str:

@@ -65,21 +65,11 @@ def kinked(
     residual: float,
     start: float,
 ) -> Verdict:
-    """Look at a few further steps; the calls are not counted.
+    """Return NOT_SMOOTH where jumps of the gradient keep a run from settling at `state`, else `GOOD`.
 
-    A network of ReLUs has kinks everywhere, which a run on its way crosses. So where params have several leaves, of
-    which one is a matrix, those alone count at which params change their sign (an L1 penalty).
-
-    Args:
-        problem: the problem, not a batch.
-        hparams: hyperparameters, detached.
-        solver: the inner solver, without what moves running statistics.
-        state: where the run has ended.
-        residual: the norm of the inner gradient there.
-        start: its norm at a cold start.
-
-    Returns:
-        NOT_SMOOTH where jumps of the gradient keep the run from settling, else `GOOD`.
+    It looks at a few further steps, which are not counted. `residual` is the norm of the inner gradient there, `start`
+    that at a cold start. A network of ReLUs has kinks everywhere, which a run on its way crosses: where params have
+    several leaves, of which one is a matrix, those alone count at which params change their sign (an L1 penalty).
     """
     inner = problem.deterministic().bind(hparams)
     state = replace(state, params=tree.detach(problem.trainable(state.params)), point=None)
@@ -125,19 +115,10 @@ def _chatters(inner: InnerProblem, solver: InnerSolver, state: InnerState, anywh
 
 
 def _jumps(inner: InnerProblem, x: Tree, step: Tree, least: float, anywhere: bool) -> bool:
-    """Whether the gradient changes by jumps on the segment from x on, and by at least so much.
+    """Return whether the gradient changes by jumps on the segment from x to x + step, and by at least `least`.
 
-    The piece with the largest change is cut again: a steep slope shows there that it is none.
-
-    Args:
-        inner: the inner problem.
-        x: where the segment starts.
-        step: its length and direction.
-        least: the change that counts.
-        anywhere: whether jumps count in all components, or in those alone whose params change their sign.
-
-    Returns:
-        Whether it does.
+    The piece with the largest change is cut again: a steep slope shows there that it is none. Jumps count `anywhere`,
+    or in those components alone whose params change their sign.
     """
 
     def gradient(at: Tree) -> Tree:
@@ -168,24 +149,11 @@ def ends_at_kink(
     start: Tree,
     again: bool = False,
 ) -> Verdict:
-    """Look for a kink where a run that no tolerance has ended stands, unless the look would be expensive.
+    """Return what `kinked` says where a run stands that no tolerance has ended; `GOOD` where the look is too expensive.
 
-    A problem is looked at after its first run, and again where one has been found, after long runs, and where the
-    gradient is larger than it was.
-
-    Args:
-        problem: the problem, not a batch.
-        hparams: hyperparameters, detached.
-        solver: the inner solver.
-        state: where the run has ended.
-        residual: the norm of the inner gradient there.
-        steps: steps taken.
-        doubtful: whether there is a doubt, or evidence is asked for.
-        start: params of a cold start.
-        again: look, also where an earlier look has found nothing.
-
-    Returns:
-        `GOOD`, or what `kinked` says.
+    A problem (no batch) is looked at after its first run, and again where a kink has been found, after long runs, where
+    the gradient is larger than it was, and with `again`; after short runs only where they are `doubtful`, or evidence
+    is asked for. `start` are the params of a cold start.
     """
     _, tol = solver.limits(tree.leaves(state.params)[0].dtype)
     if (steps < SHORT and not doubtful) or not steps or (tol is not None and residual <= tol):
@@ -209,16 +177,7 @@ def members_at_kinks(
     verdicts: Sequence[Verdict],
     start: Tree,
 ) -> list[Verdict]:
-    """Return the verdicts of a batch after the look: at the first usable member, and at others where there is cause.
-
-    Args:
-        problem: the batch.
-        hparams: hyperparameters of all members.
-        solver: the inner solver.
-        solved: their solutions.
-        verdicts: what has been said so far.
-        start: params of all cold starts.
-    """
+    """Return the verdicts of a batch after the look: at the first usable member, and at others where there is cause."""
     result, cause = list(verdicts), None
     for index, verdict in enumerate(verdicts):
         if not verdict.status.usable or not (cause is None or cause or not verdict.status.ok):

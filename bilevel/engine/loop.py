@@ -13,13 +13,13 @@ from torch import Tensor
 from bilevel.base import Carry, InnerSolver, InnerState
 from bilevel.core import tree
 from bilevel.core.device import check_interval, to_floats
-from bilevel.core.status import StepFailure, Verdict
+from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
 from bilevel.engine.expansion import watched
-from bilevel.engine.judge import LOOK, InnerRun, judge, not_finite
+from bilevel.engine.judge import LOOK, InnerRun, failed_step, judge, not_finite
 from bilevel.engine.kinks import FALLEN, STALLED, kinked
 from bilevel.engine.rows_loop import run_rows
-from bilevel.engine.tolerance import Goal
+from bilevel.engine.tolerance import Floor, Goal
 from bilevel.oracles.inner_problem import InnerProblem
 
 
@@ -43,19 +43,9 @@ def run_inner(
     at_least: int = 0,
     record: bool = False,
 ) -> InnerRun:
-    """Run the solver to its tolerance or its number of steps.
+    """Return what `Run.solve` does, for a problem, a solver and a first state of the caller's own.
 
-    Args:
-        inner: the bound problem.
-        solver: the inner solver.
-        state: the first state.
-        visit: is shown every state that a step starts from; a result of True ends the run there, before the step. Of
-            rows, it is also given what `RowsVisit` says, and ends nothing.
-        at_least: steps to take even where the tolerance is reached before.
-        record: let autograd record the steps; otherwise a step's graph is dropped, whatever its tensors require.
-
-    Returns:
-        The last state, its own residual (never that of an iterate before it), and a verdict.
+    With `record`, autograd records the steps; else a step's graph is dropped, whatever its tensors require.
     """
     with torch.set_grad_enabled(record):
         if inner.problem.batch is not None:
@@ -81,7 +71,7 @@ def _run(
     try:
         while taken < limit:
             if tol is not None and taken % every == 0:
-                residual = _residual(inner, solver, state)
+                residual = float(_norm(inner, solver, state))
                 if not math.isfinite(residual):
                     return not_finite(inner, solver, checkpoint, marked, taken)
                 if taken >= at_least:
@@ -108,48 +98,41 @@ def _run(
             taken += 1
             # A solver that hands back the same params says that no step helps: the rounding floor.
             if tol is not None and taken >= at_least and inner.unmoved(before.params, state.params):
-                floor = goal.unmoved_floor(_residual(inner, solver, state), inner.trainable(solver.params(state)))
+                floor = goal.unmoved_floor(float(_norm(inner, solver, state)), inner.trainable(solver.params(state)))
                 break
     except StepFailure as failure:
-        name = solver.title
-        verdict = Verdict(failure.verdict.status, f"{name} at step {taken + 1}: {failure.verdict.detail}")
-        return InnerRun(state, float("nan"), taken, verdict)
+        return InnerRun(state, math.nan, taken, failed_step(solver, taken, failure))
+    return _ended(inner, solver, first, state, taken, (checkpoint, marked), start, goal, floor)
+
+
+def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
+    """Return, as `run_inner` does, how `taken` steps from `first` to `state` end that it has not run."""
+    return _ended(solver.own_problem(inner), solver, first, state, taken, (first, 0))
+
+
+def _ended(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    first: InnerState,
+    state: InnerState,
+    taken: int,
+    checkpoint: tuple[InnerState, int],
+    start: Tensor | None = None,
+    goal: Goal | None = None,
+    floor: Floor | None = None,
+) -> InnerRun:
+    """Judge the end of a run; the checkpoint is the last state known to be finite, with its step."""
     # At the start by a copy: the gradient of the last state, which estimators look at before and after, stays at hand.
     begun, residual = to_floats([
         _norm(copy.copy(inner), solver, first) if start is None else start,
         _norm(inner, solver, state),
     ])
     if not math.isfinite(residual):
-        return not_finite(inner, solver, checkpoint, marked, taken)
-    if goal.reached(residual, solver.params(state)):
+        return not_finite(inner, solver, *checkpoint, taken)
+    if goal is not None and goal.reached(residual, solver.params(state)):
         return InnerRun(state, residual, taken, goal.verdict(residual, taken))
-    verdict = judge(inner, solver, first, state, begun, residual, taken, goal.tol, floor)
+    verdict = judge(inner, solver, first, state, begun, residual, taken, goal.tol if goal else None, floor)
     return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (begun, residual), taken))
-
-
-def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
-    """Judge a run of a number of steps that did not go through `run_inner`; the residual is that of its last state.
-
-    Args:
-        inner: the bound problem.
-        solver: the inner solver, whose steps lead from `first` to `state`.
-        first: the first state.
-        state: the last state.
-        taken: how many steps lie between them.
-
-    Returns:
-        The state with its residual and a verdict, as `run_inner` gives them.
-    """
-    inner = solver.own_problem(inner)
-    start, residual = to_floats([_norm(inner, solver, each) for each in (first, state)])
-    if not math.isfinite(residual):
-        return not_finite(inner, solver, first, 0, taken)
-    verdict = judge(inner, solver, first, state, start, residual, taken)
-    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (start, residual), taken))
-
-
-def _residual(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> float:
-    return float(_norm(inner, solver, state))
 
 
 def _norm(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Tensor:

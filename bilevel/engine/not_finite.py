@@ -17,15 +17,7 @@ from bilevel.oracles.problem import BilevelProblem
 
 
 def finite_loss(value: float, again: Callable[[], object] | None = None) -> Verdict:
-    """Report an outer loss that is not finite.
-
-    Args:
-        value: the outer loss.
-        again: computes it again, to name the operation.
-
-    Returns:
-        The verdict.
-    """
+    """Return a verdict about an outer loss that is not finite; `again` computes it again, to name the operation."""
     if math.isfinite(value):
         return GOOD
     made = first_not_finite(again) if again is not None else ""
@@ -33,16 +25,7 @@ def finite_loss(value: float, again: Callable[[], object] | None = None) -> Verd
 
 
 def finite_gradient(what: str, gradient: Tree, why: str = "") -> Verdict:
-    """Report the first leaf that is not finite.
-
-    Args:
-        what: how the sentence begins, up to the name of the leaf, with an open backtick.
-        gradient: the leaves.
-        why: a clause that follows.
-
-    Returns:
-        The verdict.
-    """
+    """Return a verdict about the first leaf that is not finite: "{what}{name of the leaf}` is not finite{why}"."""
     for name, leaf in zip(tree.names(gradient), tree.leaves(gradient), strict=True):
         if not tree.is_finite(leaf):
             return Verdict(Status.NOT_FINITE, f"{what}{name}` is not finite{why}")
@@ -52,16 +35,7 @@ def finite_gradient(what: str, gradient: Tree, why: str = "") -> Verdict:
 def not_finite_part(
     problem: BilevelProblem, params: Tree, hparams: Tree, by_params: Tree, by_hparams: Tree, pulled: Pullback
 ) -> Verdict | None:
-    """Return a verdict about the part of a failed hypergradient that was not finite first, or None if all were.
-
-    Args:
-        problem: the problem.
-        params: the inner solution.
-        hparams: hyperparameters.
-        by_params: gradient of the outer loss.
-        by_hparams: gradient of the outer loss.
-        pulled: what the pullback made of `by_params`.
-    """
+    """Return a verdict about the part that was not finite first, or None if all were: an outer gradient, a pullback."""
     start = "the gradient of the outer loss by"
     for what, part in (("params", by_params), ("hparams", by_hparams)):
         if finite_gradient("", part) is not GOOD:
@@ -71,14 +45,7 @@ def not_finite_part(
 
 
 def not_finite_pullback(problem: BilevelProblem, params: Tree, hparams: Tree, pulled: Pullback) -> Verdict | None:
-    """Return a verdict about a pullback that is not finite, with the operation that made it so; None if it is.
-
-    Args:
-        problem: the problem.
-        params: the inner solution.
-        hparams: hyperparameters.
-        pulled: the pullback of a finite cotangent.
-    """
+    """Return a verdict about a finite cotangent's pullback that is not, and what made it so; None if it is."""
     status, detail = pulled.verdict.status, pulled.verdict.detail
     finite = pulled.hparams is None or finite_gradient("", pulled.hparams) is GOOD
     if finite if status.usable else status is not Status.NOT_FINITE:

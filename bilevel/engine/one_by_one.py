@@ -19,12 +19,7 @@ from bilevel.oracles.stacking import RowsProblem
 
 
 def one_by_one(problem: BilevelProblem, why: str = "") -> RowsProblem:
-    """Return a batch whose members run one after the other.
-
-    Args:
-        problem: a batch.
-        why: why its members do not run side by side.
-    """
+    """Return a batch whose members run one after the other, and why they do not run side by side."""
     assert problem.batch is not None
     rows = RowsProblem([problem.member(index) for index in range(problem.batch)], why)
     rows.params = problem.params
@@ -47,10 +42,10 @@ def loop_hypergradient(
         problem: the batch.
         single: ``(problem, hparams=, params=, carry=, check=) -> Estimate`` of one member; failures are returned.
         solver: the inner solver.
-        hparams: hyperparameters of all members.
+        hparams: of all members, as are params and carry.
         params: where each inner solver starts, or None.
-        carry: the warm start of all members, or None.
-        check: whether to look at the inputs, until a member is found that can be solved.
+        carry: the warm start, or None.
+        check: look at the inputs, until a member is found that can be solved.
         on_failure: see `hypergradient`; a failure is reported when all members are done.
 
     Raises:

@@ -69,10 +69,9 @@ def unroll(
 
     Args:
         solver: a linear multistep solver with a number of steps.
-        states: the first state (what it measured, its step count), one for all problems or one for each of the batch.
+        states: the first state (what it measured, its step count), one for all problems or one for each.
         problem: the quadratic, of batch shape (...).
-        vectors: stored vectors of the first state in the eigenbasis, of shape (p, ..., d), like the problem or
-            broadcasting to it.
+        vectors: those of the first state in the eigenbasis, of a shape that broadcasts to (p, ..., d).
         tail: differentiated steps; the state before them counts as a constant.
     """
     steps = solver.steps or 0
@@ -85,14 +84,7 @@ def unroll(
 
 
 def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, last: int) -> Iterator[Part]:
-    """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count.
-
-    Args:
-        solver: the solver.
-        states: as in `unroll`; a step's numbers may depend on its index and on what was measured.
-        first: index of the first step.
-        last: index after the last one.
-    """
+    """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count."""
 
     def numbers(index: int) -> Numbers:
         return tuple(

@@ -21,7 +21,7 @@ from bilevel.core import rows, tree
 from bilevel.core.device import check_interval
 from bilevel.core.status import GOOD, Status, StepFailure, Verdict
 from bilevel.engine.expansion import watched
-from bilevel.engine.judge import LOOK, InnerRun, judge, not_finite
+from bilevel.engine.judge import LOOK, InnerRun, failed_step, judge, not_finite
 from bilevel.engine.kinks import FALLEN, STALLED, kinked
 from bilevel.engine.tolerance import Floor, Goal, indices_of
 from bilevel.oracles.inner_problem import InnerProblem
@@ -34,18 +34,7 @@ converged, this step if none has."""
 def run_rows(
     inner: InnerProblem, solver: InnerSolver, state: InnerState, visit: RowsVisit | None, at_least: int
 ) -> InnerRun:
-    """Run the solver until every row has reached the tolerance or the number of steps.
-
-    Args:
-        inner: the bound batch.
-        solver: the inner solver.
-        state: the first state.
-        visit: see `RowsVisit`.
-        at_least: steps to take even where a tolerance is reached before.
-
-    Returns:
-        The last states, each with its own residual and verdict.
-    """
+    """Return the last states, each with its own residual and verdict; see `run_inner`."""
     loop = _Loop(inner, solver, state)
     loop.run(visit, at_least)
     return loop.judged()
@@ -113,8 +102,7 @@ class _Loop:
         if self.left:
             self._judge(self.moving, residual)
         for index, state in self.broken.items():
-            params = rows.with_row(self.state.params, index, state.params)
-            self.state = replace(self.state, params=params)
+            self.state = replace(self.state, params=rows.with_row(self.state.params, index, state.params))
         run = InnerRun(self.state, self.residuals, self.steps, self.verdicts, self.counts, self.runner)
         return replace(run, warm=self._warm(run.usable))
 
@@ -216,12 +204,11 @@ class _Loop:
             self.solver.init(inner, begun.params)
             return not_finite(inner, self.solver, begun, self.marked, self.taken)
         except (ValueError, RuntimeError) as error:
-            return InnerRun(begun, float("nan"), self.marked, Verdict(Status.FAILED_STEP, str(error)))
+            return InnerRun(begun, math.nan, self.marked, Verdict(Status.FAILED_STEP, str(error)))
 
     def _stop_all(self, failure: StepFailure) -> None:
-        detail = f"{type(self.solver).__name__} at step {self.taken + 1}: {failure.verdict.detail}"
         for index in indices_of(self.moving):
-            self._record(index, float("nan"), self.taken, Verdict(failure.verdict.status, detail))
+            self._record(index, math.nan, self.taken, failed_step(self.solver, self.taken, failure))
         self._stand(self.moving)
 
     def _record(self, index: int, residual: float, steps: int, verdict: Verdict) -> None:

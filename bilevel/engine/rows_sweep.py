@@ -49,14 +49,7 @@ class RowStates:
 def swept_rows(
     inner: InnerProblem, run: InnerRun, states: RowStates, length: Callable[[int], int]
 ) -> Callable[[Tree], Pullback]:
-    """Return the pullback of the last steps of every row.
-
-    Args:
-        inner: the bound batch.
-        run: its run.
-        states: the states that the run has kept.
-        length: steps taken -> steps differentiated.
-    """
+    """Return the pullback of the last steps of every row; `length` maps steps taken to steps differentiated."""
     tails = [min(length(count), count) for count in run.steps]
     # A failed row has no result: it is swept along with the others, and what comes of it is not used.
     good = [index for index, verdict in enumerate(run.verdict) if verdict.status.usable]

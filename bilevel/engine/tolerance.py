@@ -31,7 +31,7 @@ ROUNDING = 16.0
 
 
 def ways(problem_start: Tree, first: Tree, params: Tree) -> list[Tree]:
-    """Return the candidates for v: params, and the ways to them from the starts."""
+    """Return the candidates for v: params, and the ways to them from both starts."""
     return [params, *[tree.add(params, start, -1.0) for start in (first, problem_start) if start is not None]]
 
 
@@ -86,15 +86,9 @@ class Goal:
         """Where ``|H v|`` was measured, and the length of v; infinite where it needs no further look."""
 
     def below(self, residual: Any, params: Tree, moving: Any = True) -> Any:
-        """Return whether the residual may be small enough: `reached` has to be asked where it may.
+        """Return whether the residual at params may be small enough: `reached` has to be asked where it may.
 
-        Args:
-            residual: norm of the inner gradient at params.
-            params: as `InnerSolver.params` gives them.
-            moving: the rows that have not ended.
-
-        Returns:
-            A bool; of rows a mask, of which the host need not know to go on.
+        It is a bool; of rows, of which `moving` have not ended, a mask, of which the host need not know to go on.
         """
         if self.given is None:
             return moving & False
@@ -134,14 +128,9 @@ class Goal:
         return float(tree.norm(x)) if self.inner.problem.batch is None else rows.norms(x)
 
     def parts(self, x: Tree, asked: Any = True) -> Any:
-        """Measure ``|H v|`` at the trainable params x; 0 where v is zero, or the loss has no such product.
+        """Return ``|H v|`` at the trainable params x; 0 where v is zero, or the loss has no such product.
 
-        Args:
-            x: params.
-            asked: the rows whose figure is wanted, to whom the product is counted.
-
-        Returns:
-            The norm.
+        Of rows, those count whose figure is `asked` for, and to them the product is counted.
         """
         candidates = ways(self.start, self.first, x)
         one = self.inner.problem.batch is None
@@ -188,14 +177,7 @@ class Goal:
         return Verdict(Status.INNER_NOT_CONVERGED, detail)
 
     def floor(self, residual: float, taken: int, before: Tree, params: Tree) -> Floor | None:
-        """Return why the run has come to rest, or None where it has not.
-
-        Args:
-            residual: norm of the inner gradient at params.
-            taken: steps so far.
-            before: params before the last step.
-            params: after it.
-        """
+        """Return why the run has come to rest after its last step, from `before` to params; None where it has not."""
         if residual < self.best:
             self.best, self.best_at = residual, taken
             return None

@@ -56,14 +56,13 @@ class FiniteDifference(HypergradEstimator):
 
         def pullback(cotangent: Tree) -> Pullback:
             verdict: Verdict = middle.verdict
-            products = []
-            for direction in tree.Raveler(hparams).units():
+            products, raveler = [], tree.Raveler(hparams)
+            for direction in raveler.units():
                 size = step * max(1.0, abs(float(tree.dot(direction, hparams))))
                 ends = [at(tree.add(hparams, direction, sign * size)) for sign in (1.0, -1.0)]
                 up, down = (solver.params(end.state) for end in ends)
                 products.append(tree.dot(tree.add(up, down, -1.0), cotangent) / (2 * size))
                 verdict = verdict.worse(ends[0].verdict).worse(ends[1].verdict)
-            total = tree.Raveler(hparams).unravel(torch.stack(products))
-            return Pullback(total, steps=2 * len(products), verdict=verdict)
+            return Pullback(raveler.unravel(torch.stack(products)), steps=2 * len(products), verdict=verdict)
 
         return middle.solution(solver.params(middle.state), pullback)
