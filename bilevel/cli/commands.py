@@ -117,10 +117,8 @@ def _report_failures(result: Comparison, folder: RunFolder) -> int:
     """Name the failed runs on stderr; the command has failed where no run succeeded."""
     failed = [run for run in result.runs if run.failed]
     for run in failed:
-        cell = run.cell
-        message = run.rows[-1]["message"]
-        print(f"failed: {cell.problem}, {cell.estimator}, seed {cell.seed}: {message}", file=sys.stderr)
-        whole = folder.traceback_of(cell)
+        print(f"failed: {run.cell}: {run.rows[-1]['message']}", file=sys.stderr)
+        whole = folder.traceback_of(run.cell)
         if whole.is_file():
             print(f"the whole traceback is in {whole}; --debug raises it where it happens", file=sys.stderr)
     return 1 if len(failed) == len(result.runs) else 0

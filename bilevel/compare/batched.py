@@ -1,7 +1,4 @@
-"""Cells that differ in the seed alone, run as one batch: the same rows, in a fraction of the time.
-
-Each cell keeps a checkpoint of its own, which a run without batches reads as well.
-"""
+"""Cells that differ in the seed alone, run as one batch; a run without batches reads their checkpoints, too."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bilevel.compare.cells import CellRun, OnRow, load_cell, run_cell, take_steps
+from bilevel.compare.cells import CellRun, LoadedCell, OnRow, load_cell, run_cell, take_steps
 from bilevel.compare.folder import RunFolder, RunFolderError
 from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.core import rows
@@ -30,20 +27,7 @@ def groups(plan: Plan, cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRow | None = None) -> list[CellRun]:
-    """Run or continue the cells of a group, as a batch where that is possible, else one after the other.
-
-    Args:
-        plan: the comparison.
-        cells: cells of one problem and one estimator.
-        folder: holds their checkpoints.
-        on_row: is shown every new row.
-
-    Returns:
-        The cells, ended or not.
-
-    Raises:
-        RunFolderError: where a checkpoint cannot be written; no fault of the run, which continues from the one before.
-    """
+    """Run or continue cells of one problem and one estimator: as a batch where that is possible, else in turn."""
     loaded = [load_cell(folder, cell) for cell in cells]
     going = [(run, state) for run, state in loaded if not run.done]
     if len(going) > 1 and len({len(run.rows) for run, _ in going}) == 1:
@@ -57,20 +41,13 @@ def run_group(plan: Plan, cells: Sequence[Cell], folder: RunFolder, on_row: OnRo
         except Exception as error:
             if plan.debug:
                 raise
-            first = going[0][0].cell
-            tqdm.write(
-                f"{first.problem}, {first.estimator}: not one batch but {len(going)} runs, as {first_line(error)}"
-            )
+            name = f"{cells[0].problem}, {cells[0].estimator}"
+            tqdm.write(f"{name}: not one batch but {len(going)} runs, as {first_line(error)}")
     return [load_cell(folder, cell)[0] if folder.stopping else run_cell(plan, cell, folder, on_row) for cell in cells]
 
 
-def _run_together(
-    plan: Plan,
-    cells: Sequence[tuple[CellRun, dict[str, Any] | None]],
-    folder: RunFolder,
-    on_row: OnRow | None,
-) -> None:
-    """Run some cells as one batch; each comes with the state of its outer loop, None at the start."""
+def _run_together(plan: Plan, cells: Sequence[LoadedCell], folder: RunFolder, on_row: OnRow | None) -> None:
+    """Run some cells as one batch."""
     runs = [run for run, _ in cells]
     first = runs[0].cell
     # Members that run one after the other gain nothing here, and leave no warm start that a cell could go on from.

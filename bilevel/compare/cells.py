@@ -68,8 +68,12 @@ class CellRun:
         }
 
 
-def load_cell(folder: RunFolder, cell: Cell) -> tuple[CellRun, dict[str, Any] | None]:
-    """Return how far a cell has come, and the state of its outer loop."""
+LoadedCell = tuple[CellRun, dict[str, Any] | None]
+"""How far a cell has come, and the state of its outer loop, None at the start."""
+
+
+def load_cell(folder: RunFolder, cell: Cell) -> LoadedCell:
+    """Return how far a cell has come."""
     saved = folder.load(cell)
     if saved is None or saved.get("format") != FORMAT:
         return CellRun(cell, []), None
@@ -79,29 +83,13 @@ def load_cell(folder: RunFolder, cell: Cell) -> tuple[CellRun, dict[str, Any] | 
             if any(row[key] != getattr(cell, key) for key in ("problem", "estimator", "seed")):
                 raise KeyError(cell)
     except (KeyError, TypeError):
-        raise RunFolderError(
-            f"the checkpoint {folder.checkpoint(cell)} is not that of {cell.problem}, {cell.estimator}, seed "
-            f"{cell.seed}: delete it to run that part again, or start anew with --fresh."
-        ) from None
+        what = f"the checkpoint {folder.checkpoint(cell)} is not that of {cell}"
+        raise RunFolderError(f"{what}: delete it to run that part again, or start anew with --fresh.") from None
     return CellRun(cell, rows, done, stopped, best), saved.get("outer")
 
 
 def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: OnRow | None = None) -> CellRun:
-    """Run or continue one cell until it ends or the folder's stop file appears.
-
-    Args:
-        plan: the comparison.
-        cell: the cell.
-        folder: holds its checkpoint.
-        on_row: is shown every new row.
-
-    Returns:
-        The cell, ended or not; a failure is its last row.
-
-    Raises:
-        RunFolderError: where a checkpoint cannot be written; no fault of the run, which continues from the one before.
-        Exception: what ends the cell, with ``plan.debug``.
-    """
+    """Run or continue one cell until it ends, its last row a failure or not, or the stop file appears."""
     run, state = load_cell(folder, cell)
     if run.done:
         return run
@@ -141,16 +129,7 @@ def take_steps(
     folder: RunFolder,
     on_row: OnRow | None,
 ) -> None:
-    """Take outer steps until every cell has ended or the stop file appears, and save how far each has come.
-
-    Args:
-        plan: the comparison.
-        runs: the cells: one, or those that are the rows of `outer`.
-        outer: their outer loop.
-        setups: their problems.
-        folder: holds their checkpoints.
-        on_row: is shown every new row.
-    """
+    """Take steps of an outer loop, whose rows the cells are, until all have ended or the stop file appears."""
     saved = time.monotonic()
     while not folder.stopping and not all(run.done for run in runs):
         hparams = outer.hparams
@@ -180,19 +159,7 @@ def _save(runs: Sequence[CellRun], outer: OuterOptimizer, folder: RunFolder) -> 
 
 
 def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, estimate: Estimate) -> bool:
-    """Add a row to a run, and end the run where the row says so.
-
-    Args:
-        plan: the comparison.
-        run: the cell.
-        row: what the outer step showed.
-        setup: the problem.
-        hparams: where the hypergradient was taken.
-        estimate: the step's hypergradient.
-
-    Returns:
-        Whether the row is part of the run.
-    """
+    """Add a row to a run, and end the run where the row says so; return whether the row is part of the run."""
     if plan.budget is not None and row["gradient_equivalents_total"] > plan.budget:
         # The step that does not fit is not part of the run, so that no run uses more than the budget.
         _end_of_budget(run, row, plan, setup)
@@ -233,22 +200,20 @@ def stop_reason(plan: Plan, rows: list[Row], comparable: bool = True) -> str:
 
 def _columns(rows: list[Row]) -> tuple[list[float], list[float]]:
     """Return the norm of the hypergradient and the outer loss of every row: NaN for what JSON cannot hold."""
-    norms, losses = ([math.nan if row[key] is None else row[key] for row in rows] for key in COLUMNS)
+    keys = ("hypergradient_norm", "outer_loss")
+    norms, losses = ([math.nan if row[key] is None else row[key] for row in rows] for key in keys)
     return norms, losses
-
-
-COLUMNS = ("hypergradient_norm", "outer_loss")
 
 
 def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, solver: InnerSolver, hparams: Tree) -> Row:
     """Return what one outer step shows, as plain values."""
-    cost, before = estimate.cost, run.rows[-1] if run.rows else None
-    usable = estimate.status.usable
+    cost, usable = estimate.cost, estimate.status.usable
     if not usable and memory_ran_out(str(estimate.verdict)):
         # No result, as where it is raised.
         raise MemoryError(str(estimate.verdict))
     error, referee = error_against_referee(setup.problem, hparams, estimate)
-    row = _empty_row(run) | {
+    empty = _empty_row(run)
+    row = empty | {
         "outer_loss": record.outer_loss,
         **(setup.problem.metrics(estimate.params, hparams, solver) if usable else {}),
         "hypergradient_norm": record.hypergradient_norm,
@@ -262,10 +227,9 @@ def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, sol
         "error_kind": record.error_kind,
         "counts": dict(cost.counts),
         "gradient_equivalents": cost.gradient_equivalents,
-        "gradient_equivalents_total": cost.gradient_equivalents
-        + (before["gradient_equivalents_total"] if before else 0),
+        "gradient_equivalents_total": cost.gradient_equivalents + empty["gradient_equivalents_total"],
         "seconds": cost.seconds,
-        "seconds_total": cost.seconds + (before["seconds_total"] if before else 0),
+        "seconds_total": cost.seconds + empty["seconds_total"],
         "memory_peak_bytes": cost.peak_memory,
         "memory_kind": cost.memory_kind,
         "status": estimate.status.name,

@@ -44,15 +44,7 @@ def processor() -> str:
 
 
 def describe_environment(device: str, used: Threads | None = None) -> dict[str, Any]:
-    """Return what somebody needs who wants to repeat a run, in plain containers.
-
-    Args:
-        device: the device of the run.
-        used: the threads and workers of each process of the run; default: those of the caller.
-
-    Returns:
-        Versions, system, processor, threads of torch and workers, device and date.
-    """
+    """Return what it takes to repeat a run; `used` are the threads of its processes, by default the caller's."""
     used = used or current()
     cuda = torch.cuda.is_available()
     return {

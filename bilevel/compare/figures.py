@@ -19,15 +19,7 @@ Curve = tuple[list[float], list[float], list[float], list[float]]
 
 
 def draw_figures(runs: Sequence[CellRun], folder: Path) -> list[Path]:
-    """Draw all figures of a comparison.
-
-    Args:
-        runs: the cells; failed ones are left out.
-        folder: where the PNG files go.
-
-    Returns:
-        The files; none where matplotlib is not installed, and none of errors where no run has a referee.
-    """
+    """Draw all figures of a comparison into a folder and return the files: none without matplotlib, or a good run."""
     try:
         import matplotlib
     except ImportError:
@@ -57,11 +49,6 @@ def _panels(runs: Sequence[CellRun], height: float) -> tuple[Any, dict[str, Any]
     return figure, dict(zip(problems, axes, strict=True))
 
 
-def _look(runs: Sequence[CellRun]) -> dict[str, tuple[str, Any]]:
-    """Return colour and line style by estimator, the same in every figure."""
-    return looks([run.cell.estimator for run in runs])
-
-
 def _groups(runs: Sequence[CellRun], problem: str) -> dict[str, list[list[Row]]]:
     """Return the rows of each run by estimator."""
     groups: dict[str, list[list[Row]]] = {}
@@ -74,12 +61,8 @@ def _groups(runs: Sequence[CellRun], problem: str) -> dict[str, list[list[Row]]]
 def _curve(group: list[list[Row]], x: str, y: str) -> Curve:
     """Return x, median y and the band, over the steps that all runs took and where y is known."""
     points = [(x_, y_) for steps in zip(*group, strict=False) if (x_ := _known(steps, x)) and (y_ := _known(steps, y))]
-    return (
-        [median(xs) for xs, _ in points],
-        [median(ys) for _, ys in points],
-        [min(ys) for _, ys in points],
-        [max(ys) for _, ys in points],
-    )
+    ys = [each for _, each in points]
+    return [median(xs) for xs, _ in points], list(map(median, ys)), list(map(min, ys)), list(map(max, ys))
 
 
 def _known(rows: Sequence[Row], key: str) -> list[float]:
@@ -89,9 +72,10 @@ def _known(rows: Sequence[Row], key: str) -> list[float]:
 def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log: tuple[bool, bool]) -> Any:
     """Draw one line with a band for each estimator in every panel."""
     figure, places = _panels(runs, 3.6)
-    look = _look(runs)
+    look = looks([run.cell.estimator for run in runs])
     drawn: dict[str, Any] = {}
     for problem, panel in places.items():
+        seen: list[float] = []
         for estimator, group in _groups(runs, problem).items():
             xs, ys, low, high = _curve(group, x, y)
             if not xs:
@@ -101,13 +85,12 @@ def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log
             marker = "o" if len(xs) == 1 else None
             (drawn[estimator],) = panel.plot(xs, ys, color=colour, linestyle=style, marker=marker, label=estimator)
             panel.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+            seen += [*low, *high]
         if log[0]:
             panel.set_xscale("log")
             tidy_log_axis(panel.xaxis)
         else:
             panel.xaxis.get_major_locator().set_params(integer=True)
-        bands = [_curve(group, x, y)[2:] for group in _groups(runs, problem).values()]
-        seen = [value for low, high in bands for value in (*low, *high)]
         # Within a decade a linear axis reads better, and a loss may be negative.
         if log[1] and seen and min(seen) > 0 and max(seen) > 10 * min(seen):
             panel.set_yscale("log")
@@ -124,7 +107,7 @@ def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log
 
 def _memory(runs: Sequence[CellRun]) -> Any:
     """Draw the peak memory as horizontal bars with their numbers."""
-    look = _look(runs)
+    look = looks([run.cell.estimator for run in runs])
     figure, places = _panels(runs, 1.3 + 0.45 * len(look))
     for problem, panel in places.items():
         peaks = {}

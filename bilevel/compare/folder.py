@@ -53,17 +53,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Make a folder and keep other processes from writing to it; the system ends the lock of a process that dies.
-
-    Args:
-        path: the folder; the same process may lock it again.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RunFolderError: where another process holds the lock, or the folder cannot be made.
-    """
+    """Make a folder and refuse it to other processes, until this one ends; the same process may lock it again."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = path / LOCK
@@ -74,7 +64,7 @@ def locked(path: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise RunFolderError(
-            f"another process is writing to {path}: wait until it has ended, or give another place with --out DIR."
+            f"another process is writing to {path}: wait until it has ended, or {ELSEWHERE}."
         ) from None
     except OSError as error:
         raise RunFolderError(_unusable(path, error)) from error
@@ -85,15 +75,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _unusable(path: Path, error: OSError) -> str:
-    return f"cannot write to the output folder {path} ({error.strerror}): give another place with --out DIR."
+    return f"cannot write to the output folder {path} ({error.strerror}): {ELSEWHERE}."
 
 
 def unwritten(error: OSError) -> str:
     """Return the sentence about a file that could not be written during a run."""
-    return (
-        f"cannot write {error.filename} ({error.strerror}); what was computed before is kept: mend that and run the "
-        "same command to continue, or give another place with --out DIR."
-    )
+    what = f"cannot write {error.filename} ({error.strerror}); what was computed before is kept"
+    return f"{what}: mend that and run the same command to continue, or {ELSEWHERE}."
 
 
 class RunFolder:
@@ -150,15 +138,7 @@ class RunFolder:
         return locked(self.path)
 
     def prepare(self, fresh: bool = False) -> None:
-        """Make the folder, or accept the one that holds an earlier part of this run.
-
-        Args:
-            fresh: remove what an earlier run wrote.
-
-        Raises:
-            RunFolderError: for the results of another configuration or of another program, or a place that cannot be
-                written to.
-        """
+        """Make the folder, or accept one that holds an earlier part of this run; `fresh`: remove what that wrote."""
         try:
             self.check(fresh)
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -178,7 +158,7 @@ class RunFolder:
             raise RunFolderError(_unusable(self.path, error)) from error
 
     def check(self, fresh: bool = False) -> None:
-        """Accept a folder that is new or holds an earlier part of this run; writes nothing.
+        """Refuse a folder that is not new and holds no earlier part of this run; writes nothing.
 
         Args:
             fresh: accept another configuration of the same name, too.
@@ -195,12 +175,10 @@ class RunFolder:
         mark, earlier = read_mark(self.path), earlier_names(self.path)
         if mark is not None and mark["kind"] != "run":
             raise RunFolderError(f"{self.path} holds the results of `bilevel {mark['kind']}`: {ELSEWHERE}.")
-        if not earlier:
-            result = [name for name in names(self.cells) if os.path.lexists(self.path / name)]
-            if result:
-                raise RunFolderError(
-                    f"{self.path} holds {result[0]}, but nothing says that a run of this program wrote it: {ELSEWHERE}."
-                )
+        theirs = [name for name in names(self.cells) if os.path.lexists(self.path / name)]
+        if theirs and not earlier:
+            unproven = f"holds {theirs[0]}, but nothing says that a run of this program wrote it"
+            raise RunFolderError(f"{self.path} {unproven}: {ELSEWHERE}.")
         hindrance = misplaced(self.path, {*names(self.cells), *earlier})
         if hindrance:
             raise RunFolderError(f"{hindrance}, where this run writes: move it away, or {ELSEWHERE}.")
@@ -235,11 +213,7 @@ class RunFolder:
                     raise RunFolderError(f"{self.path} holds a run with {words.format(name=name)}: {remedy}")
 
     def check_versions(self) -> None:
-        """Refuse to go on with a run that other versions of what computes the numbers have begun.
-
-        Raises:
-            RunFolderError: with the first version that differs.
-        """
+        """Refuse to go on with a run that other versions of what computes the numbers have begun."""
         environment = read_json(self.path / "environment.json")
         before = environment.get("versions") if isinstance(environment, dict) else None
         for name, now in versions().items():
@@ -251,15 +225,7 @@ class RunFolder:
                 )
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file in one piece.
-
-        Args:
-            name: its path in the folder.
-            content: text or bytes.
-
-        Raises:
-            RunFolderError: where it cannot be written, as on a full disk; what the folder held is still there.
-        """
+        """Write a file in one piece; where that fails, as on a full disk, what the folder held is still there."""
         try:
             write_whole(self.path / name, content)
         except OSError as error:
@@ -305,14 +271,7 @@ class RunFolder:
         self.write(f"checkpoints/{self.checkpoint(cell).name}", content.getvalue())
 
     def load(self, cell: Cell) -> dict[str, Any] | None:
-        """Return the checkpoint of a cell, or None where there is none.
-
-        Args:
-            cell: the cell.
-
-        Raises:
-            RunFolderError: for a file that is not a checkpoint.
-        """
+        """Return the checkpoint of a cell, or None where there is none; refuse a file that is not one."""
         path = self.checkpoint(cell)
         if not path.exists():
             return None
@@ -320,10 +279,8 @@ class RunFolder:
         try:
             state = torch.load(path, weights_only=True)
         except OSError as error:
-            raise RunFolderError(
-                f"the checkpoint {path} cannot be read now ({error.strerror}): mend that and run the same command to "
-                "continue."
-            ) from error
+            what = f"the checkpoint {path} cannot be read now ({error.strerror})"
+            raise RunFolderError(f"{what}: mend that and run the same command to continue.") from error
         except Exception as error:  # torch.load raises half a dozen kinds, by the way in which the file is broken
             raise RunFolderError(f"the checkpoint {path} cannot be read: {remedy}") from error
         if not isinstance(state, dict) or "format" not in state:

@@ -52,6 +52,9 @@ class Cell:
     estimator: str
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.problem}, {self.estimator}, seed {self.seed}"
+
 
 @dataclass(frozen=True)
 class Plan:

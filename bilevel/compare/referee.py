@@ -22,14 +22,7 @@ def error_against_referee(problem: BilevelProblem, hparams: Tree, estimate: Esti
 
     The referee is the problem's closed form where it exists, else implicit differentiation at a solution to the inner
     gradient norm 1e-12. It starts at the estimate's params, and nothing that it computes reaches the outer loop.
-
-    Args:
-        problem: the problem.
-        hparams: where the estimate was taken.
-        estimate: the estimate.
-
-    Returns:
-        The relative error, None where there is none, and the referee in words.
+    Without a referee the error is None, and the name says why.
     """
     if not estimate.status.usable:
         return None, "none: the hypergradient is not usable"

@@ -100,11 +100,7 @@ def _compare(plan: Plan, folder: RunFolder, fresh: bool, jobs: int, device: str,
             kept_from += [str(error)] if isinstance(error, RunStopped) else []
     folder.stop_file.unlink(missing_ok=True)
     done = all(run.done for run in runs)
-    kept_from += [
-        f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed} did not end: {run.kept_from}"
-        for run in runs
-        if run.kept_from
-    ]
+    kept_from += [f"{run.cell} did not end: {run.kept_from}" for run in runs if run.kept_from]
     folder.write_rows(row for run in runs for row in run.rows)
     summary = summarize(plan, runs) if done else {}
     if done:
@@ -154,8 +150,7 @@ def _side_by_side(plan: Plan, cells: list[Cell], folder: RunFolder, jobs: int, b
                 finished = parallel(tasks)
             for runs in finished:
                 for run in runs:
-                    words = f"{run.cell.problem}, {run.cell.estimator}, seed {run.cell.seed}"
-                    bar.set_postfix_str(words, refresh=False)
+                    bar.set_postfix_str(str(run.cell), refresh=False)
                     yield run
     except Exception as error:
         # Where signals cannot be held, Ctrl-C ends a worker that is still starting, and its pool with it.

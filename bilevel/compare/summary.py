@@ -108,22 +108,13 @@ def tables(summary: dict[str, Any]) -> str:
     """Return one readable table for each problem of a summary."""
     parts = []
     for problem, by_estimator in summary["problems"].items():
-        present = [
-            key.removesuffix("_final") for group in by_estimator.values() for key in group if key.endswith("_final")
-        ]
+        finals = [key for group in by_estimator.values() for key in group if key.endswith("_final")]
+        present = [key.removesuffix("_final") for key in finals]
         scores = [name for start in SCORES for name in present if name.startswith(start)][:1] or ["score"]
         scores += [score for score in FURTHER if score in present]
         rows = [_line(estimator, group, scores) for estimator, group in by_estimator.items()]
-        headers = (
-            "estimator",
-            "outer loss",
-            *(score.replace("_", " ") for score in scores),
-            "hypergradient off by",
-            "grad.-equiv.",
-            "seconds",
-            "memory",
-            "status",
-        )
+        judged, spent = [score.replace("_", " ") for score in scores], ("grad.-equiv.", "seconds", "memory")
+        headers = ("estimator", "outer loss", *judged, "hypergradient off by", *spent, "status")
         align = ("left", *["right"] * (len(headers) - 2), "left")
         seeds = f"{len(summary['seeds'])} seeds" if len(summary["seeds"]) > 1 else f"seed {summary['seeds'][0]}"
         body = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
@@ -133,13 +124,13 @@ def tables(summary: dict[str, Any]) -> str:
 
 def _ends(by_estimator: dict[str, Any]) -> str:
     """Return a line for each estimator about how its runs ended: that of the first seed, and how many there are."""
-    lines = []
+    lines = [""]
     for estimator, group in by_estimator.items():
         if group["stopped"]:
             more = len(group["stopped"]) - 1
             others = f" (other seeds, {more}: see summary.json)" if more else ""
             lines.append(f"  {estimator}: {group['stopped'][0]}{others}")
-    return "".join(f"\n{line}" for line in ["", *lines])
+    return "\n" + "\n".join(lines)
 
 
 def _line(estimator: str, group: dict[str, Any], scores: Sequence[str]) -> tuple[str, ...]:
