@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable, Set
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +88,13 @@ class LinearSolver(ABC):
     A subclass implements `solve_flat`.
     """
 
-    needs_symmetry = False
+    # Without annotations, which would make them options of every linear solver.
+    requires = cast(Set[str], frozenset())
+    """What a system must have, by the names of `bilevel.base.requirements`."""
+    tol = cast("float | None", None)
+    """Relative residual to reach, of a solver that has this option."""
+    steps = cast("int | None", None)
+    """The number of products, where it is fixed."""
     rowwise: ClassVar[bool] = False
     """Whether `solve_flat` takes systems whose right-hand side has the shape (rows, size), each row a system."""
 
@@ -144,7 +150,7 @@ class LinearSolver(ABC):
         scaled = rows or unit != 1.0
         if scaled:
             flat, start = flat / unit, None if start is None else start / unit
-        tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)
+        tol = tol or self.tol or default_tolerance(flat.dtype)
         solution = self.solve_flat(LinearSystem(product, flat, start, tol, dense, precondition, damping, definite))
         return replace(solution, x=raveler.unravel(solution.x * unit if scaled else solution.x))
 
@@ -157,11 +163,11 @@ class LinearSolver(ABC):
         Raises:
             ValueError: for a solver of a fixed number of `steps`, which no tolerance makes more exact.
         """
-        steps = getattr(self, "steps", None)
-        if steps is not None:
-            raise ValueError(f"{describe(self)} takes {steps} products, whatever a `target_error` asks for: use CG().")
-        own = getattr(self, "tol", None) or 0.0
-        return replace(self, tol=max(tol, own)) if hasattr(self, "tol") else self  # type: ignore[call-arg]
+        if self.steps is not None:
+            asked = "whatever a `target_error` asks for"
+            raise ValueError(f"{describe(self)} takes {self.steps} products, {asked}: use CG().")
+        has_tol = any(each.name == "tol" for each in fields(self))
+        return replace(self, tol=max(tol, self.tol or 0.0)) if has_tol else self  # type: ignore[call-arg]
 
     @abstractmethod
     def solve_flat(self, system: LinearSystem) -> LinearSolution:

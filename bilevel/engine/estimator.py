@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from warnings import warn
 
 from bilevel.base import Carry, InnerSolver, InnerState, Solution, describe
+from bilevel.base.requirements import check_requirements
 from bilevel.core.cost import Meter
 from bilevel.core.tree import Tree
 from bilevel.engine.judge import InnerRun
@@ -84,18 +85,21 @@ class HypergradEstimator(ABC):
         """Whether the derivative is that of the steps, whose options may then be hyperparameters; default: no."""
         return False
 
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a combination that the estimator does not cover.
+    @property
+    def requires(self) -> Set[str]:
+        """What a problem and an inner solver must have, by the names of `bilevel.base.requirements`.
 
-        The default refuses a solver whose steps decide the hypergradient, unless the estimator differentiates them.
+        The default is that the inner solution decides the hypergradient, unless the steps are differentiated.
+        """
+        return frozenset(() if self.differentiates_steps else ("inner_solution",))
+
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a combination that the estimator does not cover: by default what lacks something that it `requires`.
 
         Raises:
             ValueError: with the remedy.
         """
-        reason = "" if self.differentiates_steps else solver.bias_reason(problem)
-        if reason:
-            remedy = ": use FullUnroll or TruncatedUnroll" if solver.traits.differentiable else ""
-            raise ValueError(f"{describe(self)} rests on the inner solution, but {reason}{remedy}.")
+        check_requirements(self, problem, solver)
 
     @property
     def rowwise(self) -> bool:

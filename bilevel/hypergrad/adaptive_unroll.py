@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from bilevel.base import InnerSolver, InnerState, Solution
 from bilevel.core import tree
 from bilevel.core.options import is_int, is_number, is_positive, require
 from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_tail
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import (
     OMEGA,
@@ -107,25 +109,15 @@ class AdaptiveUnroll(HypergradEstimator):
             return steps
         return fraction_of(self.tail, steps) if isinstance(self.tail, float) else int(self.tail)
 
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a solver without a derivative, a tail longer than the run, and an extrapolation that is not allowed.
+    @property
+    def requires(self) -> Set[str]:
+        return super().requires | {"differentiable_steps", "one_inner_loss"}
 
-        Raises:
-            ValueError: if steps are not differentiated; if there are fewer than the tail; if they see different inner
-                losses; if the sweep cannot be extrapolated.
-        """
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse a tail longer than the run, and an extrapolation that is not allowed; ValueError says so."""
         super().check(problem, solver, hparams)
-        solver.check_unrolls()
-        if self.budget is None and solver.steps is not None and self.length(solver.steps) > solver.steps:
-            raise ValueError(
-                f"`AdaptiveUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
-                f"the tail must be at most {solver.steps}."
-            )
-        if problem.variation:
-            raise ValueError(
-                f"AdaptiveUnroll compares steps of one inner loss, but this problem has {problem.variation}: "
-                "use TruncatedUnroll."
-            )
+        if self.budget is None and solver.steps is not None:
+            check_tail(self, self.length(solver.steps), solver.steps)
         if not self.extrapolate:
             return
         if solver.traits.oscillates:

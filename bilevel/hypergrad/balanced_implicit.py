@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver, Pullback, Solution
+from bilevel.base import Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.cost import WEIGHTS
 from bilevel.core.options import is_int, is_number, is_positive, require
@@ -20,7 +20,6 @@ from bilevel.engine.loop import run_inner
 from bilevel.hypergrad.adaptive_sweep import Sweep
 from bilevel.hypergrad.balanced_run import FINISH, FLOOR, LEAST, PAUSE, Balance
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
-from bilevel.oracles.problem import BilevelProblem
 
 TRUST = 0.5
 """After negative curvature the result is used if its estimated relative error is at most this."""
@@ -53,6 +52,7 @@ class BalancedImplicit(HypergradEstimator):
     damping: float = 0.0
     max_steps: int | None = None
 
+    requires = frozenset({"inner_solution", "one_inner_loss", "symmetric"})
     resumes = True
 
     def __post_init__(self) -> None:
@@ -61,24 +61,6 @@ class BalancedImplicit(HypergradEstimator):
         require(self, "budget", what, self.budget is None or self.budget >= LEAST)
         require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
         require(self, "max_steps", "a positive int or None", self.max_steps is None or is_int(self.max_steps))
-
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse steps of more than one inner loss, and an optimality map, whose Jacobian need not be symmetric.
-
-        Raises:
-            ValueError: in one sentence with the remedy.
-        """
-        super().check(problem, solver, hparams)
-        if problem.variation:
-            raise ValueError(
-                "BalancedImplicit compares steps of one inner loss, but this problem has "
-                f"{problem.variation}: use Implicit()."
-            )
-        if not problem.symmetric:
-            raise ValueError(
-                "BalancedImplicit needs a symmetric matrix, but this problem is stated by an optimality map, whose "
-                "Jacobian need not be symmetric: use Implicit(GMRES()) or Implicit(Direct())."
-            )
 
     def at_tolerance(self, tol: float) -> BalancedImplicit:
         """Return itself: CG follows the inner run.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver, Pullback, Solution
+from bilevel.base import Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
@@ -43,25 +43,13 @@ class ClosedForm(HypergradEstimator):
     True
     """
 
+    requires = frozenset({"inner_solution", "quadratic"})
     measures_memory = False
     resumes = True
 
     def at_tolerance(self, tol: float) -> ClosedForm:
         """Return itself: its error is that of rounding."""
         return self
-
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a problem without a closed form.
-
-        Raises:
-            ValueError: for an inner loss that does not say it is quadratic, or more than 5,000 parameters.
-        """
-        super().check(problem, solver, hparams)
-        if not problem.structure.quadratic:
-            raise ValueError(
-                f"ClosedForm needs a quadratic inner loss, which this {type(problem).__name__} does not say it has: "
-                "use Implicit(), or set `structure = Structure(quadratic=True)` on a problem that has one."
-            )
 
     def solve(self, run: Run) -> Solution:
         self.check(run.problem, run.solver, run.hparams)

@@ -41,6 +41,7 @@ class FirstOrder(HypergradEstimator):
     tensor(-2.)
     """
 
+    requires = frozenset[str]()
     measures_memory = False
     second_derivatives = False
     rowwise = True

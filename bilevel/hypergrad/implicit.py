@@ -10,10 +10,11 @@ and the only work is one linear solve (Bengio 2000; Pedregosa 2016; Lorraine et 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from bilevel.base import InnerSolver, LinearSolver, Pullback, Solution
+from bilevel.base.requirements import check_requirements
 from bilevel.core import rows, tree
 from bilevel.core.deprecated import deprecated_options
 from bilevel.core.options import is_number, require
@@ -89,26 +90,16 @@ class Implicit(HypergradEstimator):
         """Whether it takes rows: where its linear solver does, and each part is solved by itself."""
         return self.successor is None and self.linear_solver.rowwise
 
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a symmetric linear solver for an optimality map, and what needs a problem of another kind.
+    @property
+    def requires(self) -> Set[str]:
+        return super().requires | ({"module_loss"} if self.curvature == "gauss-newton" else set())
 
-        Raises:
-            ValueError: if the solver needs symmetry that the problem does not promise; for Gauss-Newton products of a
-                loss whose model is not known.
-        """
+    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
+        """Refuse what its linear solver does not cover, too; ValueError says why."""
         if self.successor is not None:
             return self.successor.check(problem, solver, hparams)
         super().check(problem, solver, hparams)
-        if self.curvature == "gauss-newton" and problem.module_loss is None:
-            raise ValueError(
-                "`Implicit.curvature` 'gauss-newton' needs a single problem of `ModuleProblem`, whose "
-                "loss says what the model's outputs are: use curvature='hessian', with damping where it is indefinite."
-            )
-        if self.linear_solver.needs_symmetry and not problem.symmetric:
-            raise ValueError(
-                f"{type(self.linear_solver).__name__} needs a symmetric matrix, but this problem is stated by an "
-                "optimality map, whose Jacobian need not be symmetric: use Implicit(GMRES()) or Implicit(Direct())."
-            )
+        check_requirements(self.linear_solver, problem, solver)
 
     def at_tolerance(self, tol: float) -> HypergradEstimator:
         """Return this estimator with the linear solver's tolerance.

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bilevel.base import InnerSolver, Solution
-from bilevel.core.tree import Tree
+from bilevel.base import Solution
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.unroll import TruncatedUnroll
-from bilevel.oracles.problem import BilevelProblem
 
 LAST = TruncatedUnroll(tail=1)
 
@@ -40,15 +38,12 @@ class OneStep(HypergradEstimator):
     True
     """
 
+    requires = frozenset({"differentiable_steps"})
     rowwise = True
 
     @property
     def differentiates_steps(self) -> bool:
         return True
-
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a solver whose steps have no derivative; ValueError says what to use."""
-        LAST.check(problem, solver, hparams)
 
     def solve(self, run: Run) -> Solution:
         return LAST.solve(run)

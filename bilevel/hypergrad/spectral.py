@@ -13,17 +13,19 @@ Scieur et al. 2022, section 2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState, Pullback, Solution
-from bilevel.core.options import is_int, is_number, require
+from bilevel.core.options import require
 from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_tail
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.loop import conclude
 from bilevel.engine.recurrence import unroll
-from bilevel.hypergrad.adaptive_unroll import fraction_of
+from bilevel.hypergrad.adaptive_unroll import fraction_of, is_tail
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import Eigenbasis
@@ -56,23 +58,21 @@ class Spectral(HypergradEstimator):
 
     tail: int | float | None = None
 
+    requires = frozenset({"eigenbasis", "multistep", "fixed_steps"})
     measures_memory = False
 
     def __post_init__(self) -> None:
-        fraction = isinstance(self.tail, float) and is_number(self.tail) and 0 < self.tail <= 1
-        ok = self.tail is None or is_int(self.tail) or fraction
-        require(self, "tail", "a positive int (steps), a float in (0, 1] (fraction) or None", ok)
+        what = "a positive int (steps), a float in (0, 1] (fraction) or None"
+        require(self, "tail", what, self.tail is None or is_tail(self.tail))
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a problem without a spectrum, and a solver that is no linear method with a number of steps.
-
-        Raises:
-            ValueError: in one sentence with the remedy.
-        """
-        self._parts(problem, solver)
+        """Refuse, besides what lacks something that is required, a tail longer than the run; ValueError says so."""
+        super().check(problem, solver, hparams)
+        if solver.steps is not None:
+            check_tail(self, self._length(solver.steps), solver.steps)
 
     def solve(self, run: Run) -> Solution:
-        basis, multistep, steps = self._parts(run.problem, run.solver)
+        basis, multistep, steps = self._parts(run.problem, run.solver, run.hparams)
         tail, inner, first = self._length(steps), run.inner(), run.begin()
         diagonal = basis.bind(inner.hparams)
         vectors = torch.stack([basis.turn(vector) for vector in (first.params, *first.memory)])
@@ -110,7 +110,7 @@ class Spectral(HypergradEstimator):
         >>> Spectral().sweep(RidgeProblem(X, y, 2 * X, y), solver, log_penalties).hypergradients.shape
         torch.Size([64])
         """
-        basis, multistep, steps = self._parts(problem, solver)
+        basis, multistep, steps = self._parts(problem, solver, hparams)
         starts, hparams = stacked(problem, hparams, params)
         # What is measured depends on the hyperparameters; given numbers are the same for all of them.
         count = len(hparams) if multistep.automatic else 1
@@ -131,27 +131,9 @@ class Spectral(HypergradEstimator):
             return steps
         return fraction_of(self.tail, steps) if isinstance(self.tail, float) else int(self.tail)
 
-    def _parts(self, problem: BilevelProblem, solver: InnerSolver) -> tuple[Eigenbasis, LinearMultistep, int]:
-        """Return the eigenbasis, the solver and its number of steps; ValueError where there are none."""
-        basis = problem.spectrum()
-        if basis is None:
-            raise ValueError(
-                "Spectral needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with "
-                "penalty='scalar' and at most 5,000 features, or a problem with a `spectrum` method), "
-                f"which this {type(problem).__name__} does not have: use FullUnroll or TruncatedUnroll."
-            )
-        if not isinstance(solver, LinearMultistep):
-            raise ValueError(
-                "Spectral needs a linear multistep solver (GradientDescent, HeavyBall, Nesterov, Chebyshev, ...), "
-                f"got {type(solver).__name__}: use FullUnroll, Implicit or ClosedForm."
-            )
-        if solver.steps is None or solver.tol is not None:
-            raise ValueError(
-                f"Spectral needs a fixed number of steps: give {type(solver).__name__} `steps` and no `tol`."
-            )
-        if self._length(solver.steps) > solver.steps:
-            raise ValueError(
-                f"`Spectral.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
-                f"the tail must be at most {solver.steps}."
-            )
-        return basis, solver, solver.steps
+    def _parts(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree
+    ) -> tuple[Eigenbasis, LinearMultistep, int]:
+        """Return the eigenbasis, the solver and its number of steps; ValueError where `check` refuses them."""
+        self.check(problem, solver, hparams)
+        return cast(Eigenbasis, problem.spectrum()), cast(LinearMultistep, solver), cast(int, solver.steps)

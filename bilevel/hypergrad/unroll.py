@@ -26,6 +26,7 @@ from bilevel.core.options import require
 from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
 from bilevel.engine.checkpointing import CheckpointedStates
+from bilevel.engine.checks import check_tail
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
@@ -54,6 +55,8 @@ class FullUnroll(HypergradEstimator):
     mode: str = "reverse"
     memory: str = "iterates"
 
+    requires = frozenset({"differentiable_steps"})
+
     def __post_init__(self) -> None:
         require(self, "mode", "'reverse' or 'forward'", self.mode in ("reverse", "forward"))
         kinds = ("iterates", "checkpoint", "graph")
@@ -70,10 +73,6 @@ class FullUnroll(HypergradEstimator):
     def rowwise(self) -> bool:
         """Whether it takes rows: not what is recorded, or taken again from checkpoints."""
         return self.memory == "iterates"
-
-    def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a solver whose steps have no derivative; ValueError says what to use."""
-        solver.check_unrolls()
 
     def at_tolerance(self, tol: float) -> FullUnroll:
         """Return itself: the inner tolerance is all there is."""
@@ -112,6 +111,8 @@ class TruncatedUnroll(HypergradEstimator):
     budget: float | None = None
     extrapolate: bool = False
 
+    requires = frozenset({"differentiable_steps"})
+
     def __post_init__(self) -> None:
         if self.successor is not None:
             deprecated_options(self, self.successor)
@@ -138,20 +139,12 @@ class TruncatedUnroll(HypergradEstimator):
         return AdaptiveUnroll(tail=self.tail).length(steps)
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse a solver without a derivative, and a tail longer than the run.
-
-        Raises:
-            ValueError: in one sentence with the remedy.
-        """
+        """Refuse a tail longer than the run, too; ValueError says so."""
         if self.successor is not None:
             return self.successor.check(problem, solver, hparams)
         super().check(problem, solver, hparams)
-        solver.check_unrolls()
-        if solver.steps is not None and self.length(solver.steps) > solver.steps:
-            raise ValueError(
-                f"`TruncatedUnroll.tail` is {self.tail}, but the inner solver takes {solver.steps} steps: "
-                f"the tail must be at most {solver.steps}."
-            )
+        if solver.steps is not None:
+            check_tail(self, self.length(solver.steps), solver.steps)
 
     def at_tolerance(self, tol: float) -> HypergradEstimator:
         """Return itself for a fraction, which grows with the run; ValueError for a tail of a fixed length."""

@@ -9,8 +9,8 @@ from functools import lru_cache
 from bilevel.base import InnerState, Traits
 from bilevel.core.options import option
 from bilevel.inner.coefficients import Coefficients
-from bilevel.inner.multistep import CURVATURE_MARGIN, MomentumMethod
-from bilevel.numerics.lanczos import Spectrum
+from bilevel.inner.multistep import MomentumMethod
+from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from bilevel.base import InnerState
 from bilevel.core.options import is_positive, option, or_auto, require
-from bilevel.inner.multistep import CURVATURE_MARGIN, LinearMultistep
-from bilevel.numerics.lanczos import Spectrum
+from bilevel.inner.multistep import LinearMultistep
+from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum
 from bilevel.oracles.inner_problem import InnerProblem
 
 

@@ -24,11 +24,8 @@ from bilevel.core import rows, tree
 from bilevel.core.options import is_number, is_positive, option, or_auto, require
 from bilevel.core.tree import Tree
 from bilevel.inner.coefficients import Coefficients, CoefficientStep, RowwiseMultistep
-from bilevel.numerics.lanczos import Spectrum
+from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum
 from bilevel.oracles.inner_problem import InnerProblem
-
-CURVATURE_MARGIN = 1.02
-"""A measured largest curvature can lie below the true one; step sizes are computed from this much more."""
 
 
 @dataclass(frozen=True)

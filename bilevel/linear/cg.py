@@ -46,7 +46,7 @@ class CG(LinearSolver):
     check_every: int | None = option(None, "a positive int or None", optional(is_int))
     steps: int | None = option(None, "a positive int or None", optional(is_int))
 
-    needs_symmetry = True
+    requires = frozenset({"symmetric"})
     rowwise = True
 
     def __post_init__(self) -> None:

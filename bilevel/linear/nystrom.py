@@ -47,7 +47,7 @@ class Nystrom(LinearSolver):
     rank: int = option(10, "a positive int", is_int)
     seed: int = option(0, "an int that is not negative", lambda seed: is_int(seed, at_least=0))
 
-    needs_symmetry = True
+    requires = frozenset({"symmetric"})
 
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         b, matvec, rho = system.b, system.matvec, system.damping

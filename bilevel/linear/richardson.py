@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,9 +11,7 @@ from bilevel.base import BLOW_UP, LinearSolution, LinearSolver, LinearSystem
 from bilevel.core.device import check_interval
 from bilevel.core.options import is_int, is_positive, option, optional, or_auto, require
 from bilevel.core.status import GOOD, Status, Verdict
-from bilevel.numerics.lanczos import Spectrum, lanczos
-
-MARGIN = 1.02
+from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum, lanczos
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class _Richardson(LinearSolver):
         require(self, "step_size", "a positive number or 'auto'", or_auto(is_positive)(self.step_size))
 
     @property
-    def needs_symmetry(self) -> bool:  # type: ignore[override]
-        """Whether the step size is measured, by a process for symmetric matrices."""
-        return self.step_size == "auto"
+    def requires(self) -> Set[str]:  # type: ignore[override]
+        """Symmetry where the step size is measured, by a process for symmetric matrices."""
+        return frozenset({"symmetric"} if self.step_size == "auto" else ())
 
     def _iterate(self, system: LinearSystem, limit: int, tol: float | None) -> LinearSolution:
         """Run at most `limit` steps, fewer once the relative residual is at most `tol` (None: exactly `limit`)."""
@@ -38,7 +37,7 @@ class _Richardson(LinearSolver):
             refused = _judge_spectrum(spectrum, name, torch.finfo(b.dtype).eps)
             if refused is not None:
                 return LinearSolution(torch.zeros_like(b), 1.0, spectrum.steps, refused)
-            h = 1.0 / (MARGIN * spectrum.largest)
+            h = 1.0 / (CURVATURE_MARGIN * spectrum.largest)
         else:
             h = self.step_size
         scale = torch.linalg.vector_norm(b)

@@ -12,6 +12,8 @@ from bilevel.core import tree
 from bilevel.core.device import check_interval
 
 SEED = 0x5EED_1A5C
+CURVATURE_MARGIN = 1.02
+"""A measured largest curvature can lie below the true one; step sizes are computed from this much more."""
 
 
 @dataclass(frozen=True)

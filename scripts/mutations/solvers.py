@@ -85,7 +85,11 @@ SOLVERS = (
         "test_linear.py",
     ),
     Break(
-        "richardson-step", "bilevel/linear/richardson.py", "h = 1.0 / (MARGIN", "h = 0.1 / (MARGIN", "test_linear.py"
+        "richardson-step",
+        "bilevel/linear/richardson.py",
+        "h = 1.0 / (CURVATURE",
+        "h = 0.1 / (CURVATURE",
+        "test_linear.py",
     ),
     Break("neumann-warm-start", "bilevel/linear/richardson.py", "replace(system, x0=None)", "system", "test_linear.py"),
     Break(
@@ -126,8 +130,8 @@ SOLVERS = (
     Break(
         "linear-tolerance-of-the-call",
         "bilevel/base/linear_solver.py",
-        'tol = tol or getattr(self, "tol", None) or default_tolerance(flat.dtype)',
-        'tol = getattr(self, "tol", None) or tol or default_tolerance(flat.dtype)',
+        "tol = tol or self.tol or default_tolerance(flat.dtype)",
+        "tol = self.tol or tol or default_tolerance(flat.dtype)",
         "test_linear.py",
     ),
     Break(
