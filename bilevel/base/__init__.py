@@ -4,15 +4,14 @@ Parts never import each other; they meet in one call above, `bilevel.hypergradie
 dataclasses of options; whatever changes is a value that is returned (`InnerState`, `Carry`).
 """
 
-from bilevel.base.batch import BatchEstimate as BatchEstimate
-from bilevel.base.batch import member_carry as member_carry
-from bilevel.base.batch import verdict_of as verdict_of
+from bilevel.base.estimate import BatchEstimate as BatchEstimate
 from bilevel.base.estimate import Carry as Carry
 from bilevel.base.estimate import Certificate as Certificate
 from bilevel.base.estimate import ErrorKind as ErrorKind
 from bilevel.base.estimate import Estimate as Estimate
 from bilevel.base.estimate import Pullback as Pullback
 from bilevel.base.estimate import Solution as Solution
+from bilevel.base.estimate import verdict_of as verdict_of
 from bilevel.base.inner_solver import InnerSolver as InnerSolver
 from bilevel.base.inner_solver import InnerState as InnerState
 from bilevel.base.inner_solver import Variables as Variables

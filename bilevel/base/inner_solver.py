@@ -190,13 +190,7 @@ class InnerSolver(ABC):
         return inner
 
     def misses(self, inner: InnerProblem, state: InnerState, residual: float) -> str:
-        """Return why the end of a run is no inner solution although its residual is small; empty where nothing says so.
-
-        Args:
-            inner: the bound problem.
-            state: the last state.
-            residual: that of the last state.
-        """
+        """Return why the end of a run is no inner solution although its residual is small; empty: nothing says so."""
         return ""
 
     def for_rows(self, state: InnerState) -> InnerSolver:
@@ -211,10 +205,6 @@ class InnerSolver(ABC):
         """Return a clause about the option that a measured spectrum forbids, or an empty string where none is known.
 
         The default compares a numeric `step_size` with `max_step_size`, and names negative curvature.
-
-        Args:
-            state: where the curvature was measured.
-            spectrum: measured ends of the spectrum.
         """
         step_size = getattr(self, "step_size", None)
         limit = self.max_step_size(state, spectrum.largest) if spectrum.largest > 0 else None
@@ -238,11 +228,7 @@ class InnerSolver(ABC):
         return self.steps, self.tol
 
     def check_unrolls(self) -> None:
-        """Refuse a solver whose steps are not differentiated.
-
-        Raises:
-            ValueError: with what to use instead.
-        """
+        """Refuse, by a ValueError that says what to use instead, a solver whose steps are not differentiated."""
         if not self.traits.differentiable:
             raise ValueError(f"the steps of {type(self).__name__} are not differentiated: use Implicit.")
 
@@ -253,23 +239,24 @@ class InnerSolver(ABC):
         """
         return ""
 
-    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
-        """Return the VJP of one step: cotangents of the state before it and of the hyperparameters.
-
-        The default differentiates `step` by autograd, with the inner gradient as one node (`vjp` in its backward).
-
-        Args:
-            inner: the bound problem.
-            state: the state before the step.
-            cotangent: cotangent of (params, memory) after the step.
-        """
+    def _recorded(
+        self, inner: InnerProblem, state: InnerState, graph: bool = False
+    ) -> tuple[Variables, Tree, Variables]:
+        """Return the variables before a step, the hyperparameters, and the variables after it with their graph."""
         self.check_unrolls()
-        before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
+        params, memory = tree.attach(state.variables)
+        hparams = tree.attach(inner.hparams)
         with torch.enable_grad():
-            params, memory = before
-            after = self.step(
-                DifferentiableInner(inner, hparams), replace(state, params=params, memory=memory)
-            ).variables
+            after = self.step(DifferentiableInner(inner, hparams, graph), replace(state, params=params, memory=memory))
+        return (params, memory), hparams, after.variables
+
+    def step_vjp(self, inner: InnerProblem, state: InnerState, cotangent: Variables) -> tuple[Variables, Tree]:
+        """Return the VJP of the step from `state`: cotangents of (params, memory) before it and of hyperparameters.
+
+        `cotangent` is that of (params, memory) after it. The default differentiates `step` by autograd, with the inner
+        gradient as one node (`vjp` in its backward).
+        """
+        before, hparams, after = self._recorded(inner, state)
         roots = tree.leaves(before) + tree.leaves(hparams)
         pairs = zip(tree.leaves(after), tree.leaves(cotangent), strict=True)
         moving = [(a, c) for a, c in pairs if a.requires_grad]
@@ -280,13 +267,7 @@ class InnerSolver(ABC):
     def sweep_vjp(
         self, inner: InnerProblem, states: Sequence[InnerState], cotangent: Variables
     ) -> tuple[Variables, Tree]:
-        """Return the VJP of the steps that started from `states`: one `step_vjp` for each, from the last back.
-
-        Args:
-            inner: the bound problem.
-            states: the states before each step.
-            cotangent: cotangent of (params, memory) after the last step.
-        """
+        """Return the VJP of the steps that started from `states`: one `step_vjp` for each, from the last back."""
         total = tree.zeros_like(inner.hparams)
         for before in reversed(states):
             cotangent, part = self.step_vjp(inner.on_step(before.index), before, cotangent)
@@ -296,20 +277,11 @@ class InnerSolver(ABC):
     def step_jvp(
         self, inner: InnerProblem, state: InnerState, tangents: Sequence[Variables], hparams_tangents: Sequence[Tree]
     ) -> list[Variables]:
-        """Return the JVPs of one step along several directions.
+        """Return the JVPs of the step from `state`: of (params, memory) after it, for each direction.
 
-        Args:
-            inner: the bound problem.
-            state: the state before the step.
-            tangents: tangents of (params, memory) before the step, one for each direction.
-            hparams_tangents: tangents of the hyperparameters, one for each direction.
+        A direction is a tangent of (params, memory) before it and one of the hyperparameters.
         """
-        self.check_unrolls()
-        before, hparams = tree.attach(state.variables), tree.attach(inner.hparams)
-        with torch.enable_grad():
-            params, memory = before
-            bound = DifferentiableInner(inner, hparams, graph=True)
-            after = self.step(bound, replace(state, params=params, memory=memory)).variables
+        before, hparams, after = self._recorded(inner, state, graph=True)
         push = pushforward(tree.leaves(after), tree.leaves(before) + tree.leaves(hparams))
         return [
             tree.rebuild(before, push(tree.leaves(x) + tree.leaves(u)))

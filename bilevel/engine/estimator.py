@@ -107,11 +107,7 @@ class HypergradEstimator(ABC):
         return False
 
     def one_by_one(self, solver: InnerSolver) -> str:
-        """Return why the rows of a batch run one after the other, and not side by side; empty where they do not.
-
-        Args:
-            solver: the inner solver.
-        """
+        """Return why the rows of a batch run one after the other, and not side by side; empty where they do not."""
         if not self.rowwise:
             return f"{describe(self)} takes one problem at a time"
         return "" if solver.traits.rowwise else f"{describe(solver)} takes one problem at a time"
@@ -119,9 +115,7 @@ class HypergradEstimator(ABC):
     def at_tolerance(self, tol: float) -> HypergradEstimator:
         """Return the estimator that a `target_error` asks for next, together with a smaller inner tolerance.
 
-        Args:
-            tol: relative residual of the adjoint system, for an estimator that solves one; its own tolerance, where
-                one is given, stays the smallest.
+        `tol` is a relative residual of the adjoint system, where one is solved; the smallest is its own, where given.
 
         Raises:
             ValueError: for an estimator whose error no tolerance makes as small as one likes.

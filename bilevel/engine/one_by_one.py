@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from bilevel.base import BatchEstimate, Carry, Estimate, InnerSolver, InnerState, member_carry
+from bilevel.base import BatchEstimate, Carry, Estimate, InnerSolver, InnerState
 from bilevel.core import rows, tree
 from bilevel.core.cost import Cost
 from bilevel.core.status import OnFailure, report
@@ -63,7 +63,7 @@ def loop_hypergradient(
             problem.member(index),
             hparams=rows.row(hparams, index),
             params=rows.row(start, index),
-            carry=None if carry is None else member_carry(carry, index),
+            carry=None if carry is None else carry.row(index),
             check=check,
         )
 
