@@ -82,15 +82,6 @@ def check_carry(carry: Any, solver: InnerSolver, start: Tree, trainable: Tree) -
             )
 
 
-def check_tail(estimator: Any, length: int, steps: int) -> None:
-    """Refuse a tail of `length` steps that is longer than the run of `steps`; ValueError says so."""
-    if length > steps:
-        raise ValueError(
-            f"`{type(estimator).__name__}.tail` is {estimator.tail}, but the inner solver takes {steps} steps: "
-            f"the tail must be at most {steps}."
-        )
-
-
 def check_origin(what: str, made_by: str, solver: InnerSolver) -> None:
     """Refuse, by a ValueError, the inner state of another class of solver; its name is empty where nobody knows."""
     if made_by and made_by != type(solver).__name__:

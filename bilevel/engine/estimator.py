@@ -13,6 +13,7 @@ from warnings import warn
 from bilevel.base import Carry, InnerSolver, InnerState, Solution, describe
 from bilevel.base.requirements import check_requirements
 from bilevel.core.cost import Meter
+from bilevel.core.options import check_fields
 from bilevel.core.tree import Tree
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import begin, run_inner
@@ -79,6 +80,9 @@ class HypergradEstimator(ABC):
     """Whether derivatives of the inner gradient are taken, so that a loss without them is refused before the work."""
     resumes: ClassVar[bool] = False
     """Whether a run that goes on from its `carry` gives what one longer run gives."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def differentiates_steps(self) -> bool:

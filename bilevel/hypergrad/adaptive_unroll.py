@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from bilevel.base import InnerSolver, InnerState, Solution
 from bilevel.core import tree
-from bilevel.core.options import is_int, is_number, is_positive, require
+from bilevel.core.options import is_bool, is_positive, option, optional, or_auto, require
 from bilevel.core.tree import Tree
-from bilevel.engine.checks import check_tail
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import (
     OMEGA,
@@ -25,23 +24,13 @@ from bilevel.engine.extrapolation import (
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
 from bilevel.hypergrad.adaptive_sweep import SAFEGUARDS, Point, Sweep
+from bilevel.hypergrad.tail import check_length, is_tail, length_of, refuse_fixed
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 
 AT_LEAST = 50
 """Steps that a run with a tolerance takes in any case, so that a good warm start leaves something to differentiate."""
 KEPT = SWEEP_ORDERS[-1] + 2
-
-
-def fraction_of(fraction: float, steps: int) -> int:
-    """Return ``ceil(fraction * steps)``, at least one."""
-    # 0.07 * 100 is a little above 7 in floating point.
-    return max(1, -int(-(fraction * steps - 1e-9) // 1))
-
-
-def is_tail(value: object) -> bool:
-    """True for a positive int, and for a fraction: a float in (0, 1]."""
-    return is_int(value) or (isinstance(value, float) and is_number(value) and 0 < value <= 1)
 
 
 @dataclass(frozen=True)
@@ -72,15 +61,14 @@ class AdaptiveUnroll(HypergradEstimator):
     AdaptiveUnroll(budget=400, tail='auto', extrapolate=False)
     """
 
-    budget: float | None = None
-    tail: int | float | str = "auto"
-    extrapolate: bool = False
+    budget: float | None = option(None, "a positive number or None", optional(is_positive))
+    tail: int | float | str = option(
+        "auto", "'auto', a positive int (steps) or a float in (0, 1] (fraction)", or_auto(is_tail)
+    )
+    extrapolate: bool = option(False, "True or False", is_bool)
 
     def __post_init__(self) -> None:
-        what = "'auto', a positive int (steps) or a float in (0, 1] (fraction)"
-        require(self, "tail", what, self.tail == "auto" or is_tail(self.tail))
-        require(self, "extrapolate", "True or False", isinstance(self.extrapolate, bool))
-        require(self, "budget", "a positive number or None", self.budget is None or is_positive(self.budget))
+        super().__post_init__()
         if self.budget is None:
             return
         least = 1.0 + OMEGA + self._reserve
@@ -103,12 +91,6 @@ class AdaptiveUnroll(HypergradEstimator):
         """Gradient-equivalents that are put aside for the looks of an extrapolation."""
         return SAFEGUARDS if self.extrapolate else 0.0
 
-    def length(self, steps: int) -> int:
-        """Return the number of differentiated steps among `steps`; for "auto" the most there can be."""
-        if isinstance(self.tail, str):
-            return steps
-        return fraction_of(self.tail, steps) if isinstance(self.tail, float) else int(self.tail)
-
     @property
     def requires(self) -> Set[str]:
         return super().requires | {"differentiable_steps", "one_inner_loss"}
@@ -116,8 +98,8 @@ class AdaptiveUnroll(HypergradEstimator):
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a tail longer than the run, and an extrapolation that is not allowed; ValueError says so."""
         super().check(problem, solver, hparams)
-        if self.budget is None and solver.steps is not None:
-            check_tail(self, self.length(solver.steps), solver.steps)
+        if self.budget is None:
+            check_length(self, solver)
         if not self.extrapolate:
             return
         if solver.traits.oscillates:
@@ -197,7 +179,7 @@ class AdaptiveUnroll(HypergradEstimator):
         dtype, reserve = tree.leaves(state.params)[0].dtype, self._reserve
         if budget is not None:
             full = int((budget.left() - reserve) / (1.0 + OMEGA))
-            at_least = length = min(self.length(full), full)
+            at_least = length = min(length_of(self.tail, full), full)
             if length < 1:
                 raise ValueError(
                     f"`AdaptiveUnroll.budget` {budget.total:g} leaves {budget.left():g} gradient-equivalents after the "
@@ -206,7 +188,7 @@ class AdaptiveUnroll(HypergradEstimator):
             solver = with_steps(solver, int(budget.left() - reserve - OMEGA * length), dtype)
         else:
             limit, _ = solver.limits(dtype)
-            length = self.length(limit)
+            length = length_of(self.tail, limit)
             at_least = min(limit, AT_LEAST) if self.tail == "auto" else length if isinstance(self.tail, int) else 1
 
         def visit(before: InnerState) -> bool:
@@ -218,16 +200,7 @@ class AdaptiveUnroll(HypergradEstimator):
 
         run = run_inner(inner, solver, state, visit, at_least=at_least)
         # How many steps a fraction means is known only after a run that stops by tolerance.
-        return run, self.length(run.steps) if budget is None else length
-
-
-def refuse_fixed(tail: int | float | str) -> None:
-    """Refuse a tail of a fixed length where a `target_error` is asked for; ValueError says what to give."""
-    if isinstance(tail, int):
-        raise ValueError(
-            f"a tail of {tail} steps leaves an error that no tolerance takes away, so that it leads to no "
-            "`target_error`: give `tail` a fraction, or use AdaptiveUnroll() or Implicit()."
-        )
+        return run, length_of(self.tail, run.steps) if budget is None else length
 
 
 def _extrapolated(inner: InnerProblem, record: Record, run: InnerRun) -> tuple[Point | None, str]:

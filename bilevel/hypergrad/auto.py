@@ -7,7 +7,7 @@ from typing import Any
 
 from bilevel.base import InnerSolver, Pullback, Solution, describe
 from bilevel.core import tree
-from bilevel.core.options import is_positive, require
+from bilevel.core.options import is_bool, is_positive, option, optional
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
@@ -66,14 +66,9 @@ class Auto(HypergradEstimator):
     'auto chose ClosedForm(): the inner loss is quadratic, and its Hessian fits into memory'
     """
 
-    memory_limit: float = 2.0**30
-    unroll: bool = False
-    tol: float | None = None
-
-    def __post_init__(self) -> None:
-        require(self, "memory_limit", "a positive number of bytes", is_positive(self.memory_limit))
-        require(self, "unroll", "True or False", isinstance(self.unroll, bool))
-        require(self, "tol", "a positive number or None", self.tol is None or is_positive(self.tol))
+    memory_limit: float = option(2.0**30, "a positive number of bytes", is_positive)
+    unroll: bool = option(False, "True or False", is_bool)
+    tol: float | None = option(None, "a positive number or None", optional(is_positive))
 
     rowwise = True
 

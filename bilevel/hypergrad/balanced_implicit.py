@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel.base import Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.cost import WEIGHTS
-from bilevel.core.options import is_int, is_number, is_positive, require
+from bilevel.core.options import is_int, is_not_negative, is_positive, option, optional, require
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
@@ -48,19 +48,17 @@ class BalancedImplicit(HypergradEstimator):
     BalancedImplicit(budget=400, damping=0.0, max_steps=None)
     """
 
-    budget: float | None = None
-    damping: float = 0.0
-    max_steps: int | None = None
+    budget: float | None = option(None, "a positive number or None", optional(is_positive))
+    damping: float = option(0.0, "a number that is not negative", is_not_negative)
+    max_steps: int | None = option(None, "a positive int or None", optional(is_int))
 
     requires = frozenset({"inner_solution", "one_inner_loss", "symmetric"})
     resumes = True
 
     def __post_init__(self) -> None:
-        require(self, "budget", "a positive number or None", self.budget is None or is_positive(self.budget))
+        super().__post_init__()
         what = f"at least {LEAST:g} gradient-equivalents (one step, one CG step and the looks at both)"
         require(self, "budget", what, self.budget is None or self.budget >= LEAST)
-        require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
-        require(self, "max_steps", "a positive int or None", self.max_steps is None or is_int(self.max_steps))
 
     def at_tolerance(self, tol: float) -> BalancedImplicit:
         """Return itself: CG follows the inner run.

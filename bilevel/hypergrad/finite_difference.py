@@ -9,7 +9,7 @@ import torch
 
 from bilevel.base import Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.options import is_positive, require
+from bilevel.core.options import is_positive, option, optional
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
@@ -33,10 +33,7 @@ class FiniteDifference(HypergradEstimator):
 
     second_derivatives: ClassVar[bool] = False
 
-    step: float | None = None
-
-    def __post_init__(self) -> None:
-        require(self, "step", "a positive number or None", self.step is None or is_positive(self.step))
+    step: float | None = option(None, "a positive number or None", optional(is_positive))
 
     @property
     def differentiates_steps(self) -> bool:

@@ -17,7 +17,7 @@ from bilevel.base import InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.base.requirements import check_requirements
 from bilevel.core import rows, tree
 from bilevel.core.deprecated import deprecated_options
-from bilevel.core.options import is_number, require
+from bilevel.core.options import is_not_negative, option, require
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
@@ -57,18 +57,16 @@ class Implicit(HypergradEstimator):
     """
 
     linear_solver: LinearSolver = field(default_factory=CG)
-    damping: float = 0.0
-    curvature: str = "hessian"
+    damping: float = option(0.0, "a number that is not negative", is_not_negative)
+    curvature: str = option("hessian", "'hessian' or 'gauss-newton'", ("hessian", "gauss-newton").__contains__)
     balance: str | None = field(default=None, kw_only=True)
     budget: float | None = field(default=None, kw_only=True)
 
     resumes = True
 
     def __post_init__(self) -> None:
-        kinds = ("hessian", "gauss-newton")
-        require(self, "curvature", "'hessian' or 'gauss-newton'", self.curvature in kinds)
+        super().__post_init__()
         require(self, "linear_solver", "a LinearSolver, such as CG()", isinstance(self.linear_solver, LinearSolver))
-        require(self, "damping", "a number that is not negative", is_number(self.damping) and self.damping >= 0)
         require(self, "balance", "'auto' or None", self.balance in (None, "auto"))
         if self.successor is None:
             require(self, "budget", "None: BalancedImplicit takes a budget", self.budget is None)

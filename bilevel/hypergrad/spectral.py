@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState, Pullback, Solution
-from bilevel.core.options import require
+from bilevel.core.options import option, optional
 from bilevel.core.tree import Tree
-from bilevel.engine.checks import check_tail
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.loop import conclude
 from bilevel.engine.recurrence import unroll
-from bilevel.hypergrad.adaptive_unroll import fraction_of, is_tail
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
+from bilevel.hypergrad.tail import check_length, is_tail, length_of
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.problem import BilevelProblem
@@ -56,24 +55,21 @@ class Spectral(HypergradEstimator):
     True
     """
 
-    tail: int | float | None = None
+    tail: int | float | None = option(
+        None, "a positive int (steps), a float in (0, 1] (fraction) or None", optional(is_tail)
+    )
 
     requires = frozenset({"eigenbasis", "multistep", "fixed_steps"})
     measures_memory = False
 
-    def __post_init__(self) -> None:
-        what = "a positive int (steps), a float in (0, 1] (fraction) or None"
-        require(self, "tail", what, self.tail is None or is_tail(self.tail))
-
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse, besides what lacks something that is required, a tail longer than the run; ValueError says so."""
         super().check(problem, solver, hparams)
-        if solver.steps is not None:
-            check_tail(self, self._length(solver.steps), solver.steps)
+        check_length(self, solver)
 
     def solve(self, run: Run) -> Solution:
         basis, multistep, steps = self._parts(run.problem, run.solver, run.hparams)
-        tail, inner, first = self._length(steps), run.inner(), run.begin()
+        tail, inner, first = length_of(self.tail, steps), run.inner(), run.begin()
         diagonal = basis.bind(inner.hparams)
         vectors = torch.stack([basis.turn(vector) for vector in (first.params, *first.memory)])
         moving = unroll(multistep, [first], diagonal, vectors, tail)
@@ -117,7 +113,7 @@ class Spectral(HypergradEstimator):
         states = [multistep.init(problem.bind(u), x) for u, x in zip(hparams[:count], starts[:count], strict=True)]
         diagonal = basis.bind(hparams)
         first = basis.turn(torch.stack([starts, *multistep.vectors(starts)]))
-        moving = unroll(multistep, states, diagonal, first, self._length(steps))
+        moving = unroll(multistep, states, diagonal, first, length_of(self.tail, steps))
         iterates = moving.vectors[0]
         residuals = torch.linalg.vector_norm(diagonal.values * iterates + diagonal.linear, dim=-1)
         solved = basis.back(iterates)
@@ -125,11 +121,6 @@ class Spectral(HypergradEstimator):
         weights = basis.turn(by_params)
         pulled = diagonal.pull(weights * moving.by_value[0], weights * moving.by_linear[0])
         return Sweep(values, by_hparams + pulled, solved, residuals)
-
-    def _length(self, steps: int) -> int:
-        if self.tail is None:
-            return steps
-        return fraction_of(self.tail, steps) if isinstance(self.tail, float) else int(self.tail)
 
     def _parts(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree

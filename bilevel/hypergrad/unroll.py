@@ -22,16 +22,16 @@ from torch import Tensor
 from bilevel.base import InnerSolver, InnerState, Pullback, Solution, Variables
 from bilevel.core import rows, tree
 from bilevel.core.deprecated import deprecated_options
-from bilevel.core.options import require
+from bilevel.core.options import option, require
 from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
 from bilevel.engine.checkpointing import CheckpointedStates
-from bilevel.engine.checks import check_tail
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
 from bilevel.engine.rows_sweep import RowStates, swept_rows
-from bilevel.hypergrad.adaptive_unroll import AdaptiveUnroll, is_tail, refuse_fixed
+from bilevel.hypergrad.adaptive_unroll import AdaptiveUnroll
+from bilevel.hypergrad.tail import check_length, is_tail, length_of, refuse_fixed
 from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.oracles.problem import BilevelProblem
 
@@ -52,15 +52,15 @@ class FullUnroll(HypergradEstimator):
     FullUnroll(mode='forward', memory='iterates')
     """
 
-    mode: str = "reverse"
-    memory: str = "iterates"
+    mode: str = option("reverse", "'reverse' or 'forward'", ("reverse", "forward").__contains__)
+    memory: str = option(
+        "iterates", "'iterates', 'checkpoint' or 'graph'", ("iterates", "checkpoint", "graph").__contains__
+    )
 
     requires = frozenset({"differentiable_steps"})
 
     def __post_init__(self) -> None:
-        require(self, "mode", "'reverse' or 'forward'", self.mode in ("reverse", "forward"))
-        kinds = ("iterates", "checkpoint", "graph")
-        require(self, "memory", "'iterates', 'checkpoint' or 'graph'", self.memory in kinds)
+        super().__post_init__()
         # Forward mode keeps neither, so what is asked for besides is a misunderstanding.
         stored = self.mode == "reverse" or self.memory == "iterates"
         require(self, "memory", "'iterates' (the default) where mode='forward'", stored)
@@ -136,15 +136,14 @@ class TruncatedUnroll(HypergradEstimator):
 
     def length(self, steps: int) -> int:
         """Return the number of differentiated steps among `steps`; for "auto" the most there can be."""
-        return AdaptiveUnroll(tail=self.tail).length(steps)
+        return length_of(self.tail, steps)
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a tail longer than the run, too; ValueError says so."""
         if self.successor is not None:
             return self.successor.check(problem, solver, hparams)
         super().check(problem, solver, hparams)
-        if solver.steps is not None:
-            check_tail(self, self.length(solver.steps), solver.steps)
+        check_length(self, solver)
 
     def at_tolerance(self, tol: float) -> HypergradEstimator:
         """Return itself for a fraction, which grows with the run; ValueError for a tail of a fixed length."""

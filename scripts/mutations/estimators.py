@@ -21,9 +21,9 @@ ESTIMATORS = (
     ),
     Break(
         "tail-fraction-down",
-        "bilevel/hypergrad/adaptive_unroll.py",
-        "max(1, -int(-(fraction * steps - 1e-9) // 1))",
-        "max(1, int(fraction * steps + 1e-9))",
+        "bilevel/hypergrad/tail.py",
+        "max(1, -int(-(tail * steps - 1e-9) // 1))",
+        "max(1, int(tail * steps + 1e-9))",
         "test_hypergrad.py::test_a_fraction_is_the_smallest_number_of_steps_that_covers_it",
     ),
     Break(
