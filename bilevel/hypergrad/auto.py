@@ -24,12 +24,7 @@ from bilevel.oracles.problem import BilevelProblem
 
 @dataclass(frozen=True)
 class Choice:
-    """An estimator and the reason for it.
-
-    Attributes:
-        estimator: the estimator.
-        reason: a clause.
-    """
+    """An estimator and the reason for it, a clause."""
 
     estimator: HypergradEstimator
     reason: str
@@ -85,14 +80,7 @@ class Auto(HypergradEstimator):
         return replace(self, tol=max(tol, self.tol or 0.0))
 
     def choose(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
-        """Return the estimator and the reason.
-
-        Args:
-            problem: the problem.
-            solver: the inner solver.
-            hparams: hyperparameters; their number counts.
-            params: the inner variable; its size counts.
-        """
+        """Return the estimator and the reason; of hparams and params the sizes count."""
         chosen = (self._unrolled if self.unroll else self._of_the_solution)(problem, solver, hparams, params)
         if self.tol is None:
             return chosen

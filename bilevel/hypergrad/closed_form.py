@@ -30,10 +30,8 @@ from bilevel.oracles.problem import BilevelProblem
 class ClosedForm(HypergradEstimator):
     """Solve a quadratic inner problem and its adjoint exactly; the inner solver is not run.
 
-    It is the referee among the estimators: what they converge to. It needs a problem that says it is `quadratic`
-    (ridge regression, `QuadraticProblem`), of at most 5,000 parameters unless it has a `spectrum`. The counts show one
-    gradient for the residual, and, without a spectrum, the gradients and the cross product of the two solves; matrix
-    factors are not counted. The warm start that it leaves is a start at rest at the solution.
+    It is what the other estimators converge to. It needs a problem that says it is `quadratic` (ridge regression,
+    `QuadraticProblem`), of at most 5,000 parameters unless it has a `spectrum`. Matrix factors are not counted.
 
     >>> from bilevel import GradientDescent, QuadraticProblem, hypergradient
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -48,7 +46,6 @@ class ClosedForm(HypergradEstimator):
     resumes = True
 
     def at_tolerance(self, tol: float) -> ClosedForm:
-        """Return itself: its error is that of rounding."""
         return self
 
     def solve(self, run: Run) -> Solution:

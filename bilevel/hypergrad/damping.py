@@ -20,12 +20,7 @@ def damped(product: Callable[[Tree], Tree], damping: float) -> Callable[[Tree], 
 
 
 def damped_matrix(point: Linearization, damping: float) -> Callable[[], Tensor]:
-    """Return what makes ``H' + damping I`` as a matrix, as `damped` has its products; of a batch, those of all members.
-
-    Args:
-        point: the linearised inner gradient.
-        damping: added to the diagonal; not negative.
-    """
+    """Return what makes ``H' + damping I`` as a matrix; of a batch, those of all members."""
 
     def dense() -> Tensor:
         matrix = point.dense_hessian().mT

@@ -32,13 +32,8 @@ class Sweep:
 def stacked(problem: BilevelProblem, hparams: Tensor, params: Tree) -> tuple[Tensor, Tensor]:
     """Return (starts, hparams), one row for each hyperparameter vector, after a look at both.
 
-    Args:
-        problem: the problem.
-        hparams: B hyperparameter vectors, stacked along the first dimension.
-        params: one start for all or B stacked ones; None for the problem's start.
-
     Raises:
-        ValueError: if `hparams` is no stack, or `params` fits neither case; the problem's check raises its own.
+        ValueError: if `hparams` is no stack, or `params` neither one start nor a stack, and what the problem refuses.
     """
     start = problem.start(params)
     check_trees(start, hparams)

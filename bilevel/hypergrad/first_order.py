@@ -47,22 +47,15 @@ class FirstOrder(HypergradEstimator):
     rowwise = True
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
-        """Refuse hyperparameters that the outer loss does not depend on directly.
-
-        Raises:
-            ValueError: with the first hyperparameter whose hypergradient would be zero.
-        """
+        """Refuse hyperparameters on which the outer loss does not depend directly; ValueError names the first one."""
         if problem.params is None:
             return
         params, attached = tree.attach(problem.start()), tree.attach(hparams)
         with torch.enable_grad():
             value = problem.outer_loss(params, attached).sum()
-        result = (
-            torch.autograd.grad(value, tree.leaves(attached), allow_unused=True)
-            if value.requires_grad
-            else [None] * len(tree.leaves(attached))
-        )
-        for name, part in zip(tree.names(hparams), result, strict=True):
+        leaves = tree.leaves(attached)
+        parts = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+        for name, part in zip(tree.names(hparams), parts, strict=True):
             if part is None:
                 raise ValueError(
                     f"`outer_loss` does not depend on `hparams{name}` directly, and FirstOrder drops the indirect "
@@ -70,7 +63,6 @@ class FirstOrder(HypergradEstimator):
                 )
 
     def solve(self, run: Run) -> Solution:
-        """Run the inner solver; its pullback is zero."""
         end = run.solve()
 
         def pullback(cotangent: Tree) -> Pullback:

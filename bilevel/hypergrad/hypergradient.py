@@ -186,18 +186,7 @@ def prepare(
     params: Tree,
     check: bool,
 ) -> tuple[InnerSolver, Tree, Tree]:
-    """Return the solver that runs the problem, copies of hyperparameters and start, after a look at all of them.
-
-    Args:
-        problem: the problem.
-        solver: the inner solver.
-        estimator: the estimator.
-        hparams: hyperparameters.
-        params: where the inner solver starts, or None for the problem's start.
-        check: whether to look at everything that can be known before the work starts.
-
-    Returns:
-        (solver, hparams, start).
+    """Return the solver that runs the problem, copies of hparams and start, after a look at all of them if `check`.
 
     Raises:
         ValueError: what the checks of the problem and of the estimator raise.

@@ -34,9 +34,8 @@ class Implicit(HypergradEstimator):
 
     Memory is independent of the number of inner steps. The formula holds at a solution: the inner residual in the
     certificate says how far away the iterate is, the adjoint residual how exactly the linear system was solved. Running
-    statistics of BatchNorm are taken at rest, also in the estimate's params: ``b = s(x, u)``, those of the inner batch
-    at the solution x, and a cotangent of b is pulled back through s first.
-    Curvature that the inner solver keeps (`QuasiNewton`) preconditions CG.
+    statistics of BatchNorm are those of the inner batch at the solution, ``b = s(x, u)``; their cotangent is pulled
+    back through s first. Curvature that the inner solver keeps (`QuasiNewton`) preconditions CG.
 
     For networks, whose inner problem is rarely solved, take a few products and report what they leave:
     ``Implicit(CG(steps=10), damping=0.1, curvature="gauss-newton")``.

@@ -53,9 +53,8 @@ def solution(
 ) -> Tree:
     """Return the inner solution as a differentiable function of `hparams`, for use in any torch graph.
 
-    Its backward is the estimator's pullback, run once for each backward pass; a pullback that fails raises there. It is
-    differentiable once, in reverse mode: a second derivative and forward mode are refused. Under ``torch.func.vmap``
-    over hparams the members are solved one after the other.
+    Its backward is the estimator's pullback. It is differentiable once, in reverse mode; forward mode and a second
+    derivative are refused. Under ``torch.func.vmap`` over hparams the members are solved one after the other.
 
     Args:
         problem: the problem; its outer loss is not used.
@@ -121,8 +120,8 @@ class _Call:
 class _Solution(torch.autograd.Function):
     """The solution map as one autograd node.
 
-    Its first output is the index of the solution in ``call.found``: a tensor, so that under vmap, grad and jacrev in
-    any order each member of a batch finds its own solution on the way back.
+    Its first output is the index of the solution in ``call.result``: a tensor, so that under vmap, grad and jacrev in
+    any order each member finds its own solution on the way back.
     """
 
     @staticmethod

@@ -9,14 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bilevel.base import (
-    BatchEstimate,
-    Carry,
-    InnerSolver,
-    Pullback,
-    Solution,
-    verdict_of,
-)
+from bilevel.base import BatchEstimate, Carry, InnerSolver, Pullback, Solution, verdict_of
 from bilevel.certify import ErrorEstimate
 from bilevel.core import rows, tree
 from bilevel.core.cost import Cost, Meter
@@ -36,12 +29,7 @@ from bilevel.oracles.stacking import RowsProblem
 
 
 def as_batch(problem: BilevelProblem, batch: int | None, rows: Rows = "auto") -> BilevelProblem:
-    """Return the problem as a batch of the size that was asked for.
-
-    Args:
-        problem: one problem, or a batch already.
-        batch: number of members; None for a batch.
-        rows: "loop" for members that run one after the other.
+    """Return the problem, or a batch already, as a batch of the size that was asked for.
 
     Raises:
         ValueError: for a size that is no positive int, or another than the problem's own; for what is no problem.
@@ -72,18 +60,7 @@ def rows_hypergradient(
     certify: bool,
     on_failure: OnFailure,
 ) -> BatchEstimate:
-    """Return the hypergradients of all members; the arguments have been looked at.
-
-    Args:
-        problem: the batch.
-        solver: the inner solver.
-        estimator: the estimator.
-        hparams: hyperparameters of all members.
-        start: where each inner solver starts.
-        carry: the warm start.
-        certify: estimate each member's error.
-        on_failure: see `hypergradient`; a failure is reported when all members are done.
-    """
+    """Return the hypergradients of all members, whose failures are reported when all are done: see `hypergradient`."""
     meter = Meter(tree.leaves(start)[0].device)
     solved = estimator.solve(Run(problem, solver, hparams, start, carry, meter))
     value, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)

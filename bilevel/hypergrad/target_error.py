@@ -52,11 +52,7 @@ ABOVE_FLOOR = 3.0
 
 
 def check_relative_error(target: Any) -> None:
-    """Refuse a target that is no relative error below one.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse, by a ValueError, a target that is no relative error below one."""
     if not is_number(target) or not 0 < target < 1:
         raise ValueError(
             "`target_error` must be a number in (0, 1), the relative error of the hypergradient, got "
@@ -67,18 +63,7 @@ def check_relative_error(target: Any) -> None:
 def check_target(
     target: Any, problem: BilevelProblem, solver: InnerSolver, estimator: HypergradEstimator, certify: bool
 ) -> None:
-    """Refuse a target that nothing can reach or judge, before the work starts.
-
-    Args:
-        target: the relative error that is asked for.
-        problem: the problem.
-        solver: the inner solver.
-        estimator: the estimator.
-        certify: whether another certificate is asked for.
-
-    Raises:
-        ValueError: in one sentence with the remedy.
-    """
+    """Refuse a target that nothing can reach or judge, before the work starts; ValueError says what to do."""
     check_relative_error(target)
     if certify:
         raise ValueError("`target_error` brings its own certificate: leave out certify=True.")
@@ -103,12 +88,7 @@ def check_target(
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What one pass stops at.
-
-    Attributes:
-        inner: norm of the inner gradient.
-        adjoint: relative residual of the adjoint system.
-    """
+    """What one pass stops at: the norm of the inner gradient, and the relative residual of the adjoint system."""
 
     inner: float
     adjoint: float
@@ -117,15 +97,8 @@ class Tolerances:
 class TargetErrorLoop:
     """The passes of one hypergradient towards its target.
 
-    Args:
-        problem: the problem.
-        solver: the inner solver; its own `tol`, where it has one, is the smallest that is used, and its `steps` are the
-            most that all passes take.
-        estimator: the estimator.
-        hparams: hyperparameters, detached.
-        start: where a cold start begins.
-        meter: counts the work, that of the looks included.
-        target: tau.
+    The solver's own `tol`, where it has one, is the smallest that is used, and its `steps` are the most that all passes
+    take; `meter` counts the work, that of the looks included.
     """
 
     def __init__(

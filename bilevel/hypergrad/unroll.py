@@ -71,7 +71,6 @@ class FullUnroll(HypergradEstimator):
 
     @property
     def rowwise(self) -> bool:
-        """Whether it takes rows: not what is recorded, or taken again from checkpoints."""
         return self.memory == "iterates"
 
     def at_tolerance(self, tol: float) -> FullUnroll:
@@ -159,16 +158,7 @@ class TruncatedUnroll(HypergradEstimator):
 
 
 def _unrolled(run: Run, length: Callable[[int], int], at_least: int) -> Solution:
-    """Run the solver, then sweep back over the last steps.
-
-    Args:
-        run: the inner solve.
-        length: steps taken -> steps differentiated.
-        at_least: steps to take in any case.
-
-    Returns:
-        The solution; the states are kept for its pullback.
-    """
+    """Run the solver, keep the states of the tail (`length`: steps taken -> steps differentiated), and sweep back."""
     most = length(run.solver.limits(tree.leaves(run.params)[0].dtype)[0])
     if run.problem.batch is not None:
         states = RowStates(most)
