@@ -595,6 +595,6 @@ def test_the_old_name_of_elementwise_solvers_forwards():
 
 def test_states_of_older_files_are_read():
     problem = RidgeProblem(torch.eye(3), torch.ones(3), torch.eye(3), torch.ones(3))
-    saved = bl.hypergradient(problem, bl.QuasiNewton(), torch.zeros(())).carry.state.to_dict()
+    saved = bl.hypergradient(problem, bl.QuasiNewton(), bl.Implicit(), torch.zeros(())).carry.state.to_dict()
     older = {"kept" if name == "cache" else name: value for name, value in saved.items()}
     assert bl.InnerState.from_dict(older).to_dict() == saved
