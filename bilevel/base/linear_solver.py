@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.options import check_fields, default_tolerance, describe
-from bilevel.core.rows import Raveler as RowsRaveler
 from bilevel.core.status import GOOD
 from bilevel.core.tree import Tree
 
@@ -137,7 +136,7 @@ class LinearSolver(ABC):
         """
         if rows and not self.rowwise:
             raise ValueError(f"{describe(self)} takes one system at a time: use CG() or Direct() for rows.")
-        raveler = RowsRaveler(b) if rows else tree.Raveler(b)
+        raveler = tree.Raveler(b, batched=rows)
         flat = raveler.ravel(b)
         unit: float | Tensor = _scales(flat) if rows else _scale(flat)
         if not rows and unit == 0.0:

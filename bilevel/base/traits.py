@@ -50,5 +50,4 @@ def declared(cls: type[Any], traits: Traits) -> Traits:
     """
     if "coefficients" in vars(cls) and "traits" not in vars(cls):
         traits = replace(traits, stationary_from=None)
-    result: Traits = with_old_names(cls, "traits", traits, RENAMED)
-    return result
+    return with_old_names(cls, "traits", traits, RENAMED)

@@ -143,8 +143,7 @@ class Instance:
     def penalty_norms(self, vectors: Sequence[Tensor]) -> list[float]:
         """Return norms in the inverse penalties; infinite where a vector has an unpenalised part."""
         # One transfer for all of them.
-        norms = [float(norm) for norm in self.in_penalties(vectors).sum(1).sqrt().cpu()]
-        return norms
+        return [float(norm) for norm in self.in_penalties(vectors).sum(1).sqrt().cpu()]
 
     def per_hyperparameter(self, values: Tensor) -> Tensor:
         """Return the sums of rows of flat values over the weights that each hyperparameter owns."""

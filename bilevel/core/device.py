@@ -32,5 +32,4 @@ def to_floats(scalars: Sequence[Tensor]) -> list[float]:
     """
     if scalars[0].device.type == "cpu":
         return [float(scalar) for scalar in scalars]
-    values: list[float] = torch.stack(list(scalars)).cpu().tolist()
-    return values
+    return torch.stack(list(scalars)).cpu().tolist()

@@ -131,21 +131,14 @@ def scale(weight: Weight, x: Tree) -> Tree:
     return tree.tree_map(lambda leaf: leaf * fit(weight, leaf), x)
 
 
-class Raveler(tree.Raveler):
-    """Moves between a tree of a batch and one matrix, a row for each member.
-
-    >>> raveler = Raveler({"a": torch.zeros(3, 2), "b": torch.zeros(3)})
-    >>> raveler.size, raveler.ravel({"a": torch.zeros(3, 2), "b": torch.ones(3)}).shape
-    (3, torch.Size([3, 3]))
-    """
-
-    def __init__(self, like: Tree) -> None:
-        super().__init__(like, batched=True)
-
-
 def raveler(like: Tree, size: int | None) -> tree.Raveler:
-    """Return what moves between a tree and a vector; of a batch of `size` members, between it and a matrix."""
-    return tree.Raveler(like) if size is None else Raveler(like)
+    """Return what moves between a tree and a vector; of a batch of `size` members, between it and a matrix.
+
+    >>> batch = {"a": torch.zeros(3, 2), "b": torch.zeros(3)}
+    >>> raveler(batch, 3).ravel(batch).shape
+    torch.Size([3, 3])
+    """
+    return tree.Raveler(like, batched=size is not None)
 
 
 def figure(value: Any, index: int | None) -> Any:

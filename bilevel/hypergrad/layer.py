@@ -24,8 +24,8 @@ from bilevel.engine.not_finite import not_finite_pullback
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.hypergradient import prepare
 from bilevel.oracles.autograd_errors import explained
-from bilevel.oracles.captured import check_captured
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.validation import check_captured
 
 SECOND = (
     "bilevel.solution can be differentiated once: its pullback has no derivative, so there is no hessian and no "

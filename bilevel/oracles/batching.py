@@ -65,17 +65,11 @@ def vectorised(function: Function) -> Function:
     return batched
 
 
-def summed(function: Function | None) -> Function | None:
-    """Return the sum over members of a function for members."""
-    return None if function is None else lambda params, hparams: function(params, hparams).sum()
-
-
 def check_rows_option(rows: Any) -> Rows:
     """Return the option, or refuse another word than "auto" and "loop" by a ValueError."""
     if rows not in ("auto", "loop"):
         raise ValueError(f"`rows` must be 'auto' or 'loop', got {rows!r}.")
-    chosen: Rows = rows
-    return chosen
+    return rows
 
 
 def check_size(size: Any) -> None:
@@ -126,7 +120,8 @@ def side_by_side(problem: Losses, size: int, data: Tree, make: Callable[..., Any
         ]
     inner, outer, optimality = (for_rows(function, data) for function in functions)
     params = None if problem.params is None else rows.expand(problem.params, size)
-    return make(summed(inner), outer, params, optimality=optimality).as_batch(single)
+    total = None if inner is None else lambda params, hparams: inner(params, hparams).sum()
+    return make(total, outer, params, optimality=optimality).as_batch(single)
 
 
 def start(size: int, own: Tree, params: Tree) -> Tree:

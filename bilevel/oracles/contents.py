@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ EXACT = 2**22
 SAMPLE = 2**16
 ROUNDING = 1e3
 """Relative differences of equal calls, in units of the dtype's rounding: kernels may sum in another order."""
+Access: TypeAlias = tuple[Callable[[], Any], Callable[[Any], Any]]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -137,43 +138,33 @@ class Generators:
     def __init__(self, captured: Mapping[str, Any]) -> None:
         self._captured = dict(captured)
 
+    def _access(self) -> dict[str, Access]:
+        result: dict[str, Access] = {"torch's global generator": (torch.get_rng_state, torch.set_rng_state)}
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            result["CUDA's generator"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+        result["numpy's global generator"] = (np.random.get_state, np.random.set_state)
+        result["Python's `random`"] = (random.getstate, random.setstate)
+        return result | {f"the generator `{name}`": _access(each) for name, each in self._captured.items()}
+
     def states(self) -> dict[str, Any]:
         """Return the state of each by name."""
-        result: dict[str, Any] = {"torch's global generator": torch.get_rng_state()}
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            result["CUDA's generator"] = torch.cuda.get_rng_state()
-        result["numpy's global generator"] = np.random.get_state()  # noqa: NPY002 (the global one is meant)
-        result["Python's `random`"] = random.getstate()
-        return result | {f"the generator `{name}`": _state(each) for name, each in self._captured.items()}
+        return {name: get() for name, (get, _) in self._access().items()}
 
     def put_back(self, states: Mapping[str, Any]) -> None:
         """Put those back whose state has moved."""
-        moved = {
-            name for name, state in self.states().items() if name in states and not same_state(state, states[name])
-        }
-        setters: dict[str, Any] = {
-            "torch's global generator": torch.set_rng_state,
-            "CUDA's generator": torch.cuda.set_rng_state,
-            "numpy's global generator": np.random.set_state,
-            "Python's `random`": random.setstate,
-        }
-        setters |= {f"the generator `{name}`": _setter(each) for name, each in self._captured.items()}
-        for name in moved:
-            setters[name](states[name])
+        for name, (get, put) in self._access().items():
+            if name in states and not same_state(get(), states[name]):
+                put(states[name])
 
 
-def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
+def _access(generator: Any) -> Access:
+    """Return how the state of a generator is read and written."""
     if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
-
-
-def _setter(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return lambda state: setattr(generator.bit_generator, "state", state)
-    return generator.setstate if isinstance(generator, random.Random) else generator.set_state
+        bits = generator.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    return generator.get_state, generator.set_state
 
 
 def same_state(one: Any, other: Any) -> bool:

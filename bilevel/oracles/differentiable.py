@@ -37,8 +37,7 @@ class DifferentiableInner(InnerProblem):
 
     def value(self, params: Tree) -> Tensor:
         self.counts["value"] += 1
-        value: Tensor = self.problem.inner_loss(params, self.hparams)
-        return value
+        return self.problem.inner_loss(params, self.hparams)
 
     def on_step(self, index: int) -> InnerProblem:
         inner = self._inner.on_step(index)

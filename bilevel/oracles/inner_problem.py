@@ -106,7 +106,7 @@ class Linearization:
         For a batch, the matrices of all members: (batch, size, size).
         """
         if self.inner.problem.batch is not None:
-            along = rows.Raveler(self.params)
+            along = tree.Raveler(self.params, batched=True)
             return torch.stack([along.ravel(self.hvp(unit)) for unit in along.units()], dim=1)
         raveler = tree.Raveler(self.params)
         # Row i of the stack is H' e_i, so the stack is H itself.
@@ -285,8 +285,7 @@ class InnerProblem:
 
     def trainable(self, params: Tree) -> Tree:
         """Return the part of params that inner solvers move: all of it, but for running statistics."""
-        trainable: Tree = self.problem.trainable(params)
-        return trainable
+        return self.problem.trainable(params)
 
     def unmoved(self, before: Tree, after: Tree) -> bool:
         """Whether a step has handed back what it was given: it says that no step helps."""
@@ -308,8 +307,7 @@ class InnerProblem:
 
     def member(self, index: int) -> InnerProblem:
         """Return one member of a batch as an inner problem of its own, whose calls go to ``alone[index]``."""
-        inner: InnerProblem = self.problem.member(index).bind(rows.row(self.hparams, index), self.alone[index])
-        return inner
+        return self.problem.member(index).bind(rows.row(self.hparams, index), self.alone[index])
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from bilevel.oracles import batching as batches
 from bilevel.oracles.error_model import Certifiable
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.losses import Loss, Losses, Purity
-from bilevel.oracles.samplers import Sampler, fetched_anew
+from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
 from bilevel.oracles.structure import QuadraticForm, Structure, declared
 from bilevel.oracles.tracing import TracedInner, trace
@@ -159,7 +159,8 @@ class BilevelProblem(Losses):
         if self._sampling is None:
             return []
         made = (("sampler", self._sampling.sampler), ("outer sampler", self._sampling.outer_sampler))
-        return [(what, fetched_anew(each)) for what, each in made if each is not None]
+        # A sampler that holds batches for later has a method that fetches them anew.
+        return [(what, getattr(each, "fetched", each)) for what, each in made if each is not None]
 
     def augmented(self, solver: Solver) -> Solver:
         """Return the solver that runs this problem: the given one, unless running statistics move beside params."""
@@ -188,7 +189,8 @@ class BilevelProblem(Losses):
     def _see(self, sampling: Sampling, outer_step: int) -> None:
         """Evaluate the losses on their batches in an outer step."""
         if sampling.sampler is not None:
-            self.sampler, self.minibatch = sampling.of_inner_steps, sampling.minibatch(outer_step)
+            self.sampler = sampling.sampler if sampling.fresh_batch == "inner step" else None
+            self.minibatch = sampling.minibatch(outer_step)
             self.inner_loss = batches.with_last(sampling.inner_loss, self.minibatch)
         if sampling.outer_sampler is not None:
             self.outer_loss = batches.with_last(sampling.outer_loss, sampling.outer_sampler(outer_step))
@@ -284,8 +286,7 @@ class BilevelProblem(Losses):
         batches.check_single(self, size)
         if self._sampling is not None:
             raise ValueError(batches.SAMPLED)
-        batch: BilevelProblem = batches.side_by_side(self, size, data, BilevelProblem)
-        return batch
+        return batches.side_by_side(self, size, data, BilevelProblem)
 
     def stacked(self, problems: Sequence[Any]) -> BilevelProblem:
         """Return problems of this kind as one batch: what `bilevel.stack` calls on the first of them."""

@@ -6,7 +6,6 @@ resumes all ask for the batch of step k again and get the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,18 +29,6 @@ class Sampler(Protocol):
 
     def full(self) -> Tree:
         """Return the batch on which everything that is not a step is evaluated: residuals, curvature, linear solves."""
-
-
-def between_steps(sampler: Sampler, outer_step: int) -> Tree:
-    """Return the batch of everything that is not an inner step, in a given outer step."""
-    own = getattr(sampler, "between_steps", None)
-    return sampler.full() if own is None else own(outer_step)
-
-
-def fetched_anew(sampler: Sampler) -> Callable[[int], Tree]:
-    """Return the batch of a step as a function that remembers nothing: the sampler's `fetched`, if it has one."""
-    fetched: Callable[[int], Tree] = getattr(sampler, "fetched", sampler)
-    return fetched
 
 
 ORDER, EVALUATION, ALL, EXAMPLES = range(4)

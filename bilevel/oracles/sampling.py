@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from bilevel.core.tree import Tree
 from bilevel.oracles.loaders import LoaderBatches
-from bilevel.oracles.samplers import Sampler, between_steps
+from bilevel.oracles.samplers import Sampler
 
 FreshBatch: TypeAlias = Literal["inner step", "outer step", "never"]
 """When the inner loss of a problem sees another batch."""
@@ -44,16 +44,12 @@ class Sampling:
     outer_sampler: Sampler | None
     outer_loss: Callable[..., Tensor]
 
-    @property
-    def of_inner_steps(self) -> Sampler | None:
-        """The sampler, where every inner step sees a batch of its own."""
-        return self.sampler if self.fresh_batch == "inner step" else None
-
     def minibatch(self, outer_step: int) -> Tree:
         """Return what the inner loss sees in an outer step, but for inner steps that see batches of their own."""
         assert self.sampler is not None
         if self.fresh_batch == "inner step":
-            return between_steps(self.sampler, outer_step)
+            own = getattr(self.sampler, "between_steps", None)
+            return self.sampler.full() if own is None else own(outer_step)
         return self.sampler(outer_step) if self.fresh_batch == "outer step" else self.sampler.full()
 
 

@@ -49,5 +49,4 @@ RENAMED = {"quadratic": "quadratic", "one_solution": "unique_solution", "renewed
 
 def declared(cls: type[Any], structure: Structure) -> Structure:
     """Return the structure of a problem's class, with attributes by their old names, for one release."""
-    result: Structure = with_old_names(cls, "structure", structure, RENAMED)
-    return result
+    return with_old_names(cls, "structure", structure, RENAMED)

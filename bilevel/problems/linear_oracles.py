@@ -118,16 +118,6 @@ class LinearModelPoint(PenalisedPoint):
             data = problem.scale * functools.reduce(torch.add, losses)
             return data + 0.5 * (self.inner.penalty * self.params * self.params).sum()
 
-    @property
-    def has_predictions(self) -> bool:
-        """Whether the value takes no pass over the data."""
-        return self._predictions is not None
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the gradient takes none."""
-        return self._data_gradient is not None
-
     def targets(self, rows: slice) -> Tensor:
         """Return the targets of some training rows."""
         problem = self.inner.problem
@@ -295,7 +285,7 @@ class LinearModelInner(PenalisedInner):
     def adopt(self, point: LinearModelPoint) -> None:
         """Make `point` the last linearization, and its gradient the last gradient if that takes no pass."""
         self._point = point
-        if point.has_gradient:
+        if point._data_gradient is not None:
             self._last = (point.params, point.gradient)
 
     def forget(self) -> None:
@@ -304,7 +294,7 @@ class LinearModelInner(PenalisedInner):
 
     def value(self, params: Tree) -> Tensor:
         """Return the inner loss; where a gradient was taken last, it takes no pass and is not counted."""
-        if self._point is None or self._point.params is not params or not self._point.has_predictions:
+        if self._point is None or self._point.params is not params or self._point._predictions is None:
             self.counts["value"] += 1
         return self._value(params)
 

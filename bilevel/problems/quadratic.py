@@ -228,8 +228,7 @@ class QuadraticProblem(BilevelProblem):
 
     def exact_hypergradient(self, hparams: Tensor) -> Tensor:
         if self.batch is not None:
-            exact: Tensor = batches.exact_hypergradient(self, hparams)
-            return exact
+            return batches.exact_hypergradient(self, hparams)
         return self.exact_jacobian(hparams).t() @ (self.solve(hparams) - self.target)
 
     def batched(self, size: int, data: Tree = None) -> BilevelProblem:

@@ -192,8 +192,7 @@ class RidgeProblem(LinearModelProblem):
     def exact_hypergradient(self, hparams: Tensor) -> Tensor:
         """Return ``-(d pen/du) w H^-1 f_w``, summed over each group, by dense algebra."""
         if self.batch is not None:
-            exact: Tensor = batches.exact_hypergradient(self, hparams)
-            return exact
+            return batches.exact_hypergradient(self, hparams)
         hparams = hparams.detach()
         w = self.solve(hparams)
         _, by_params, _ = self.outer_value_and_grads(w, hparams)
