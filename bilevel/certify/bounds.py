@@ -205,10 +205,8 @@ def _scaled(values: Tensor, factor: float) -> Tensor:
 
 
 def _least(own: Tensor, lengths: Tensor, factor: float) -> Tensor:
-    """Return the smaller of `own` and ``lengths factor``."""
     return torch.minimum(own, lengths * factor) if math.isfinite(factor) else own
 
 
 def _none(at: Evaluation) -> Bound:
-    """Return the bound that says nothing."""
     return Bound(math.inf, torch.full_like(at.p, math.inf), math.inf, math.inf, "none")

@@ -200,7 +200,6 @@ def transport(instance: Instance, z0: Tensor, z: Tensor) -> float:
 
 
 def _dense(instance: Instance, z: Tensor) -> Tensor:
-    """Return the Hessian at predictions z over the flattened weights."""
     X, weights = instance.model.train.X, instance.tuned.weights
     if instance.gram_scale is not None:
         return instance.gram_scale * instance.model.train.gram + torch.diag(instance.penalty)

@@ -223,7 +223,6 @@ def _check_options(
 
 
 def _read(name: str, seed: int, target: str | None, rows: int, features: int, noise: float) -> Raw:
-    """Return the data that a name or a path stands for."""
     if name in SYNTHETIC:
         return _synthetic(name, seed, rows, features, noise)
     if name in MNIST:
@@ -242,7 +241,6 @@ def _read(name: str, seed: int, target: str | None, rows: int, features: int, no
 
 
 def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> Raw:
-    """Draw a synthetic set."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

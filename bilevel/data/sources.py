@@ -176,7 +176,6 @@ def _is_number(cell: str) -> bool:
 
 
 def _numeric(source: str, name: str, column: Array) -> Array:
-    """Return a feature column as numbers."""
     for number, cell in enumerate(column, 1):
         if not _is_number(cell):
             raise ValueError(

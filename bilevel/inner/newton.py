@@ -83,7 +83,6 @@ class Newton(InnerSolver):
         return params, 0.0
 
     def _solve(self, point: Linearization, right: Tree, tol: float | None = None) -> Tree:
-        """Solve ``(H + damping I) d = right``."""
         if not point.inner.problem.symmetric:
             return self._solve_jacobian(point, right)
         if self.linear_solver is not None:

@@ -88,7 +88,6 @@ def glyphs() -> Glyphs:
 
 
 def _rendered(font: Any, letter: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return one letter in the middle of its image."""
     font.set_text(letter)
     font.draw_glyphs_to_bitmap(antialiased=True)
     ink = np.asarray(font.get_image())[:SIDE, :SIDE]

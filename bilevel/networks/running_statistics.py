@@ -231,7 +231,6 @@ class MovingStatistics(InnerSolver):
 
 
 def _part(inner: InnerProblem, state: InnerState) -> InnerState:
-    """Return the state that the solver sees."""
     return replace(state, params=inner.trainable(state.params))
 
 

@@ -158,7 +158,6 @@ class Generators:
 
 
 def _access(generator: Any) -> Access:
-    """Return how the state of a generator is read and written."""
     if isinstance(generator, np.random.Generator):
         bits = generator.bit_generator
         return lambda: bits.state, lambda state: setattr(bits, "state", state)

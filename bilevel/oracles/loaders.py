@@ -180,7 +180,6 @@ def _order(loader: DataLoader[Any]) -> Any:
 
 
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """Return the generators that a loader and its samplers were given."""
     parts = (loader, loader.batch_sampler, _order(loader))
     result = [getattr(part, "generator", None) for part in parts]
     return [each for each in result if isinstance(each, torch.Generator)]

@@ -83,7 +83,6 @@ def referred_to(problem: Losses) -> Found:
 
 
 def _is_own(problem: Losses) -> bool:
-    """Whether the losses are those of a class of this package."""
     return not any(problem.functions) and type(problem).__module__.startswith("bilevel.problems.")
 
 

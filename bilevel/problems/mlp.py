@@ -168,7 +168,6 @@ def _loss(model: Any, split: Split) -> Tensor:
 
 
 def _check_like(what: str, value: Tree, wanted: Tree, owner: str, like: Tensor) -> None:
-    """Refuse a tree without the keys, shapes, dtype and device of another."""
     if isinstance(wanted, Tensor):
         return check_tensor(what, value, tuple(wanted.shape), like, owner, "X_train")
     if not isinstance(value, dict) or set(value) != set(wanted):

@@ -91,7 +91,7 @@ def first_not_finite(values: Tensor, columns: Sequence[Any] = ()) -> str:
 
 
 def _column_names(X: Any) -> list[Any]:
-    """Return the names of a table's columns; none for an array."""
+    """Return the names of a table's columns, whatever they are; none for an array."""
     return [] if isinstance(X, Tensor | np.ndarray) else list(getattr(X, "columns", ()))
 
 
@@ -145,7 +145,6 @@ def _plain(name: str, array: Array) -> Array:
 
 
 def _numbers(name: str, column: Array, called: str) -> Array:
-    """Return a column of objects as numbers."""
     if column.dtype.kind in "cmM":
         raise ValueError(f"column {called} of {name} holds {column.dtype}: encode it as real numbers first.")
     numbers = np.empty(len(column))
