@@ -87,12 +87,7 @@ class Metrics:
 
 
 def bound_error(
-    problem: BilevelProblem,
-    hparams: Tree,
-    params: Tree,
-    hypergradient: Tree,
-    adjoint: Tree,
-    metric: str = "diagonal",
+    problem: BilevelProblem, hparams: Tree, params: Tree, hypergradient: Tree, adjoint: Tree, metric: str = "diagonal"
 ) -> ErrorEstimate:
     """Bound ``|p - dF/du|`` without any solve, from the residuals of params and adjoint.
 

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -73,6 +74,18 @@ PROCESS_STATE = threading.RLock()
 """Held while something that all threads share is changed and put back, such as the seeds of the global generators."""
 
 _local = threading.local()
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def set_within(variable: ContextVar[Value], value: Value) -> Iterator[Value]:
+    """Give a variable of this thread a value inside the block, and yield it."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
 def workers() -> int:
@@ -188,10 +201,10 @@ def short_operations(threads: Threads | None = None) -> Iterator[Threads]:
     (1, 2)
     """
     chosen = threads or choose()
-    before, token = torch.get_num_threads(), _in_force.set(chosen)
+    before = torch.get_num_threads()
     torch.set_num_threads(chosen.torch)
     try:
-        yield chosen
+        with set_within(_in_force, chosen):
+            yield chosen
     finally:
         torch.set_num_threads(before)
-        _in_force.reset(token)

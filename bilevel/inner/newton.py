@@ -155,18 +155,10 @@ class Newton(InnerSolver):
 
 
 def newton_to_rounding(inner: InnerProblem, params: Tree, steps: int = 100) -> tuple[Tree, float]:
-    """Find a zero of the inner gradient by dense Newton steps, down to where rounding stops them.
+    """Return the zero of the inner gradient that dense Newton steps find, down to rounding, and the norm there.
 
     For referees of small problems: unlike `Newton` it has no tolerance. A step is halved while the norm of the gradient
     does not fall; the systems are solved by LU, so that an optimality map may have any regular Jacobian.
-
-    Args:
-        inner: the bound problem.
-        params: where to start.
-        steps: most steps.
-
-    Returns:
-        The best params, with the norm of the inner gradient there.
     """
     raveler = tree.Raveler(params)
     x, gradient = raveler.ravel(params), raveler.ravel(inner.grad(params))

@@ -114,7 +114,5 @@ def _asymptotic(l: float, L: float, half: bool) -> Coefficients:  # noqa: E741
     if half:
         h /= 1.0 + m
     return Coefficients(
-        read=(0.0, 1.0, 0.0),
-        mix=((m, 1.0 + m, -2.0 * m), (0.0, 1.0 + m, -m), (0.0, 1.0, 0.0)),
-        write=(-h, -h, 0.0),
+        read=(0.0, 1.0, 0.0), mix=((m, 1.0 + m, -2.0 * m), (0.0, 1.0 + m, -m), (0.0, 1.0, 0.0)), write=(-h, -h, 0.0)
     )

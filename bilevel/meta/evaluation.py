@@ -75,12 +75,7 @@ class OfTasks(Protocol):
 
 
 def evaluate(
-    problem: OfTasks,
-    solver: InnerSolver,
-    hparams: Tree,
-    tasks: Tasks,
-    count: int = 100,
-    steps: Sequence[int] = (1, 5),
+    problem: OfTasks, solver: InnerSolver, hparams: Tree, tasks: Tasks, count: int = 100, steps: Sequence[int] = (1, 5)
 ) -> Evaluation:
     """Return scores of the weights that adapt to each of some tasks, on its query set: means with confidence intervals.
 

@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from bilevel.core.threads import set_within
+
 Statistics: TypeAlias = dict[str, Tensor]
 Tape: TypeAlias = list[tuple[str, Tensor, Tensor]]
 """(layer, mean, variance) of each time that a layer was called, in order."""
@@ -57,12 +59,8 @@ class BatchNormLayers:
     @contextmanager
     def recording(self) -> Iterator[Tape]:
         """Record what the batches' statistics are wherever the module runs in train mode inside the block."""
-        tape: Tape = []
-        token = _recording.set((self, tape))
-        try:
+        with set_within(_recording, (self, [])) as (_, tape):
             yield tape
-        finally:
-            _recording.reset(token)
 
     @contextmanager
     def hooked(self, layer_of: Callable[[str], nn.Module], statistics: Statistics | None) -> Iterator[None]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel.oracles.references import code_names, of_cell
+
 DEPTH = 5
 """References that are followed from an attribute or a function to find a module."""
 
@@ -158,13 +160,8 @@ def _reaches(value: Any, parts: set[int], depth: int) -> bool:
 
 def _references(value: Any) -> list[Any]:
     if isinstance(value, types.FunctionType):
-        cells = []
-        for cell in value.__closure__ or ():
-            try:
-                cells.append(cell.cell_contents)
-            except ValueError:  # a name that its function has not bound yet
-                continue
-        names = _global_names(value.__code__)
+        cells = [part for cell in value.__closure__ or () for part in of_cell("", cell).read().values()]
+        names = set(code_names(value.__code__))
         used = [value.__globals__[name] for name in names if name in value.__globals__]
         return [*cells, *used, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     if isinstance(value, types.MethodType):
@@ -178,8 +175,3 @@ def _references(value: Any) -> list[Any]:
     if isinstance(value, list | tuple | set | frozenset):
         return list(value)
     return list(getattr(value, "__dict__", {}).values())
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    inside = [_global_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
-    return set(code.co_names).union(*inside)

@@ -128,12 +128,7 @@ def conjugate_gradients(
 
 
 def _step_by_step(
-    matvec: Operator,
-    x: Tensor,
-    r: Tensor,
-    enough: Callable[[Krylov], bool],
-    limit: int,
-    precondition: Operator | None,
+    matvec: Operator, x: Tensor, r: Tensor, enough: Callable[[Krylov], bool], limit: int, precondition: Operator | None
 ) -> Krylov:
     p = r if precondition is None else precondition(r)
     run = Krylov(x, float(torch.dot(r, r)))

@@ -87,10 +87,7 @@ class DiagonalProblem:
 
 
 def diagonalise(
-    matrix: Tensor,
-    linear: Tensor,
-    shift: Callable[[Tensor], tuple[Tensor, Tensor]],
-    directions: Tensor | None = None,
+    matrix: Tensor, linear: Tensor, shift: Callable[[Tensor], tuple[Tensor, Tensor]], directions: Tensor | None = None
 ) -> Eigenbasis:
     """Return the `Eigenbasis` of a problem stated by A, b_0, the shift and the b_j, in rows of shape (p, d).
 

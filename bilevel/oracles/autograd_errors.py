@@ -17,10 +17,7 @@ SENTENCES = (
         r"modified by an inplace operation.*which is output \d+ of (\w+)",
         f"{{what}} changes the result of {{0}} in place, but its derivative needs that result: {COPY}.",
     ),
-    (
-        r"modified by an inplace operation",
-        f"{{what}} changes a tensor in place that its derivative needs: {COPY}.",
-    ),
+    (r"modified by an inplace operation", f"{{what}} changes a tensor in place that its derivative needs: {COPY}."),
     (
         r"leaf Variable that requires grad is being used in an in-place operation",
         "{what} changes its params or hparams in place: write w = w * 2 instead of w *= 2 or w.mul_(2), "

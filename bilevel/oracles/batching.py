@@ -73,14 +73,7 @@ def check_rows_option(rows: Any) -> Rows:
 
 
 def check_size(size: Any) -> None:
-    """Refuse what is no number of members.
-
-    Args:
-        size: the number.
-
-    Raises:
-        ValueError: unless it is a positive int.
-    """
+    """Refuse what is no number of members."""
     if not is_int(size):
         raise ValueError(f"`batch` must be a positive int or None, got {size!r}.")
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from bilevel.core import tree
-from bilevel.core.threads import PROCESS_STATE
+from bilevel.core.threads import PROCESS_STATE, set_within
 from bilevel.core.tree import Tree
 from bilevel.oracles import ranks
 from bilevel.oracles.contents import Contents, Generators, apart, pointer, same, same_state
 from bilevel.oracles.losses import Losses, Point, Values
 from bilevel.oracles.references import Found, references
-from bilevel.oracles.watch import Watch, watching_modules
+from bilevel.oracles.watch import Watch, changes
 
 BESIDE, FAR = 1e-3, 1e3
 """How far from the start the losses are called, relative to ``1 + |start|``."""
@@ -130,7 +130,7 @@ class _Look:
             roots = tree.attach(tree.copied(self.start))
             storages = self._contents.storages() | {pointer(leaf): name for name, leaf in _arguments(roots).items()}
             watch = Watch(storages, self._before_communication)
-            with watching_modules() as changes:
+            with set_within(changes, []) as made:
                 try:
                     with watch:
                         self.first[what] = _evaluated(self.problem, what, roots)
@@ -139,8 +139,8 @@ class _Look:
                 except Exception:
                     self.first.pop(what, None)
             self._no_writes(what, roots, self.start, watch.written)
-            if changes:
-                raise ValueError(f"the module of `{what}` {changes[0]}.")
+            if made:
+                raise ValueError(f"the module of `{what}` {made[0]}.")
             self._drawn[what] = {
                 name: state
                 for name, state in self._generators.states().items()

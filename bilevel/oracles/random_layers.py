@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bilevel.core.threads import PROCESS_STATE
+from bilevel.core.threads import PROCESS_STATE, set_within
 
 _active: ContextVar[DropoutRNG | None] = ContextVar("active", default=None)
 """Whose numbers are drawn at present."""
@@ -41,12 +41,8 @@ class DropoutRNG:
         def at(*arguments: Any) -> Tensor:
             if _active.get() is self:
                 return loss(*arguments)
-            token = _active.set(self)
-            try:
-                with self._numbers(step):
-                    return loss(*arguments)
-            finally:
-                _active.reset(token)
+            with set_within(_active, self), self._numbers(step):
+                return loss(*arguments)
 
         return at
 

@@ -129,13 +129,13 @@ def _parts(name: str, value: Any, result: Found) -> Iterator[tuple[str, Any]]:
 
 
 def _of_function(name: str, function: FunctionType, result: Found) -> Iterator[tuple[str, Any]]:
-    names = set(_names(function.__code__))
+    names = set(code_names(function.__code__))
     result.names |= names
     library = is_library(function)
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if not library:
-            result.places.append(_of_cell(variable, cell))
-        for part in _of_cell(variable, cell).read().values():
+            result.places.append(of_cell(variable, cell))
+        for part in of_cell(variable, cell).read().values():
             yield "" if library else f".{variable}", part
     yield from ((f"[{index}]", each) for index, each in enumerate(function.__defaults__ or ()))
     yield from ((f".{key}", each) for key, each in (function.__kwdefaults__ or {}).items())
@@ -155,11 +155,12 @@ def _of_function(name: str, function: FunctionType, result: Found) -> Iterator[t
         yield from ((f"{prefix}.{key}", space[key]) for key in sorted(names & space.keys()))
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def code_names(code: CodeType) -> Iterator[str]:
+    """Yield the names that code uses of what it is not given, that of functions inside included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from code_names(constant)
 
 
 def _of_module(name: str, module: nn.Module, result: Found) -> Iterator[tuple[str, Any]]:
@@ -197,11 +198,13 @@ def _of_object(name: str, value: Any, result: Found) -> Iterator[tuple[str, Any]
         yield "", vars(type(value)).get("__call__")
 
 
-def _of_cell(name: str, cell: CellType) -> Place:
+def of_cell(name: str, cell: CellType) -> Place:
+    """Return a variable of a closure as a place; it may have no value yet."""
+
     def read() -> dict[Any, Any]:
         try:
             return {name: cell.cell_contents}
-        except ValueError:  # it has no value yet
+        except ValueError:
             return {}
 
     def write(entries: dict[Any, Any]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -45,15 +44,4 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 changes: ContextVar[list[str] | None] = ContextVar("moved", default=None)
-"""Where changes of a module by its forward pass are noted at present."""
-
-
-@contextmanager
-def watching_modules() -> Iterator[list[str]]:
-    """Yield a list of what forward passes inside the block change of modules; each entry continues "the module"."""
-    result: list[str] = []
-    token = changes.set(result)
-    try:
-        yield result
-    finally:
-        changes.reset(token)
+"""Where changes of a module by its forward pass are noted at present; each entry continues "the module"."""

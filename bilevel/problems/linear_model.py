@@ -284,10 +284,7 @@ class LinearModelProblem(DataProblem):
         self.refuse_no_penalty(hparams)
         check_trees(params, hparams)
         owner = f"{type(self).__name__}(penalty={self.penalty!r})"
-        for name, value, shape in (
-            ("params", params, self.params_shape()),
-            ("hparams", hparams, self.hparams_shape()),
-        ):
+        for name, value, shape in (("params", params, self.params_shape()), ("hparams", hparams, self.hparams_shape())):
             check_tensor(name, value, shape, self.train.X, owner, "X_train")
         self.check_range(hparams)
         look(self, params, hparams)  # a subclass may have losses of its own
