@@ -27,6 +27,7 @@ from bilevel.certify.metrics import Cholesky, Diagonal, Metric, transport
 from bilevel.certify.nystrom import Nystrom, Sketch, sketch
 from bilevel.certify.refine import ErrorEstimate, refine
 from bilevel.core import tree
+from bilevel.core.options import require_value
 from bilevel.core.tree import Tree
 from bilevel.numerics.dense import METRIC
 from bilevel.oracles.error_model import UNIT, gamma
@@ -57,8 +58,7 @@ class Metrics:
     """
 
     def __init__(self, instance: Instance, kind: str = "auto", sketch: Sketch | None = None) -> None:
-        if kind not in METRICS:
-            raise ValueError(f"`metric` must be one of {', '.join(map(repr, METRICS))}, got {kind!r}.")
+        require_value("metric", kind, f"one of {', '.join(map(repr, METRICS))}", kind in METRICS)
         small = instance.penalty.numel() <= METRIC
         small = small and (kind != "cheap" or instance.gram_scale is not None)
         self.kind = kind if kind not in ("auto", "cheap") else "cholesky" if small else "diagonal"
@@ -188,8 +188,7 @@ def certify_error(
     Raises:
         ValueError: for an effectivity that is not above 1, or an unknown metric.
     """
-    if not effectivity > 1:
-        raise ValueError(f"`effectivity` must be above 1, got {effectivity!r}.")
+    require_value("effectivity", effectivity, "above 1", effectivity > 1)
     model = problem.certifiable()
     counts = Counter() if counts is None else counts
     if model is None:

@@ -18,8 +18,13 @@ def require(owner: object, name: str, allowed: str, ok: bool) -> None:
     Raises:
         ValueError: if `ok` is false, such as "`CG.max_steps` must be a positive int, got -3."
     """
+    require_value(f"{type(owner).__name__}.{name}", getattr(owner, name), allowed, ok)
+
+
+def require_value(name: str, value: Any, allowed: str, ok: bool) -> None:
+    """Raise the one sentence about a value that is no option of an object, such as an argument, unless `ok`."""
     if not ok:
-        raise ValueError(f"`{type(owner).__name__}.{name}` must be {allowed}, got {shown_value(getattr(owner, name))}.")
+        raise ValueError(f"`{name}` must be {allowed}, got {shown_value(value)}.")
 
 
 def option(default: Any, allowed: str, fits: Callable[[Any], bool]) -> Any:

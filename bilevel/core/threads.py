@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import torch
 
-from bilevel.core.options import is_int, require
+from bilevel.core.options import is_int, require, require_value
 
 WORKERS = "BILEVEL_WORKERS"
 """The environment variable that sets the number of workers."""
@@ -109,8 +109,7 @@ def _asked_workers() -> int | None:
     text = os.environ.get(WORKERS, "").strip()
     if not text:
         return None
-    if not (text.isdecimal() and int(text) > 0):
-        raise ValueError(f"`{WORKERS}` must be a positive int, got {text!r}.")
+    require_value(f"{WORKERS}", text, "a positive int", text.isdecimal() and int(text) > 0)
     return int(text)
 
 

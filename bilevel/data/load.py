@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_int, is_number
+from bilevel.core.options import is_int, is_not_negative, is_number, optional, require_value
 from bilevel.data.prepare import TASKS, corrupt, encode, split, standardized
 from bilevel.data.sources import Array, Raw, check_part, read_bundled, read_csv, read_mnist, read_npz
 
@@ -145,8 +145,7 @@ def load(
         raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
     synthetic = {"rows": rows, "features": features, "noise": noise}
     _check_options(name, seed, validation, test, target, corrupted, synthetic)
-    if task is not None and task not in TASKS:
-        raise ValueError(f"`task` must be {', '.join(map(repr, TASKS))} or None, got {task!r}.")
+    require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)
     raw = _read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise)
     for part in raw.parts:
         check_part(raw, part)
@@ -202,21 +201,17 @@ def _check_options(
         if value is not None and not fits:
             raise ValueError(f"`{option}` is an option of {owner} alone, got {value!r} for {name!r}.")
     for option in ("rows", "features"):
-        if synthetic[option] is not None and not is_int(synthetic[option]):
-            raise ValueError(f"`{option}` must be a positive int, got {synthetic[option]!r}.")
+        require_value(option, synthetic[option], "a positive int", optional(is_int)(synthetic[option]))
     noise = synthetic["noise"]
-    if noise is not None and not (is_number(noise) and noise >= 0):
-        raise ValueError(f"`noise` must be a number that is not negative, got {noise!r}.")
-    if not (is_int(seed, at_least=0) and seed < 2**32):
-        raise ValueError(f"`seed` must be an int from 0 to 2**32 - 1, got {seed!r}.")
-    if not (is_number(validation) and 0 < validation < 1):
-        raise ValueError(f"`validation` must be a fraction above 0 and below 1, got {validation!r}.")
-    if not (is_number(test) and 0 <= test < 1):
-        raise ValueError(f"`test` must be a fraction from 0 to below 1, got {test!r}.")
+    require_value("noise", noise, "a number that is not negative", optional(is_not_negative)(noise))
+    require_value("seed", seed, "an int from 0 to 2**32 - 1", is_int(seed, at_least=0) and seed < 2**32)
+    require_value(
+        "validation", validation, "a fraction above 0 and below 1", is_number(validation) and 0 < validation < 1
+    )
+    require_value("test", test, "a fraction from 0 to below 1", is_number(test) and 0 <= test < 1)
     if validation + test >= 1:
         raise ValueError(f"`validation` + `test` must be below 1 to leave training rows, got {validation + test:g}.")
-    if not (is_number(corrupted) and 0 <= corrupted < 1):
-        raise ValueError(f"`corrupted` must be a fraction from 0 to below 1, got {corrupted!r}.")
+    require_value("corrupted", corrupted, "a fraction from 0 to below 1", is_number(corrupted) and 0 <= corrupted < 1)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

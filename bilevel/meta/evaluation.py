@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver
-from bilevel.core.options import is_int
+from bilevel.core.options import is_int, require_value
 from bilevel.core.tree import Tree
 from bilevel.meta.tasks import Tasks
 
@@ -98,10 +98,9 @@ def evaluate(
     >>> found[5]["loss"].mean < found[0]["loss"].mean
     True
     """
-    if not is_int(count, 2):
-        raise ValueError(f"`count` must be an int of at least 2 tasks, got {count!r}.")
-    if not steps or not all(is_int(each, 0) for each in steps):
-        raise ValueError(f"`steps` must be numbers of steps, such as (1, 5), got {steps!r}.")
+    require_value("count", count, "an int of at least 2 tasks", is_int(count, 2))
+    counted = bool(steps) and all(is_int(each, 0) for each in steps)
+    require_value("steps", steps, "numbers of steps, such as (1, 5)", counted)
     result: dict[int, list[dict[str, Tensor]]] = {each: [] for each in sorted(steps)}
     for first in range(0, count, SIDE_BY_SIDE):
         part = problem.on_tasks(tasks, range(first, min(first + SIDE_BY_SIDE, count)))

@@ -8,14 +8,13 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from bilevel.core.options import is_int
+from bilevel.core.options import is_int, require_value
 from bilevel.core.threads import PROCESS_STATE
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, seed: int) -> nn.Sequential:
     """Return a network of linear layers with ReLU between them; its weights follow from the seed."""
-    if not all(is_int(units) for units in hidden):
-        raise ValueError(f"`hidden` must be a list of positive ints, got {hidden!r}.")
+    require_value("hidden", hidden, "a list of positive ints", all(is_int(units) for units in hidden))
     layers: list[nn.Module] = [nn.Flatten()]
     with PROCESS_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core import rows, tree
-from bilevel.core.options import is_int
+from bilevel.core.options import is_int, require_value
 from bilevel.core.tree import Tree
 from bilevel.oracles.losses import Losses
 from bilevel.oracles.validation import Reads
@@ -67,15 +67,13 @@ def vectorised(function: Function) -> Function:
 
 def check_rows_option(rows: Any) -> Rows:
     """Return the option, or refuse another word than "auto" and "loop" by a ValueError."""
-    if rows not in ("auto", "loop"):
-        raise ValueError(f"`rows` must be 'auto' or 'loop', got {rows!r}.")
+    require_value("rows", rows, "'auto' or 'loop'", rows in ("auto", "loop"))
     return rows
 
 
 def check_size(size: Any) -> None:
     """Refuse what is no number of members."""
-    if not is_int(size):
-        raise ValueError(f"`batch` must be a positive int or None, got {size!r}.")
+    require_value("batch", size, "a positive int or None", is_int(size))
 
 
 def check_single(problem: Losses, size: Any) -> None:

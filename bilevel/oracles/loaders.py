@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from bilevel.core import tree
-from bilevel.core.options import is_int
+from bilevel.core.options import is_int, require_value
 from bilevel.core.threads import PROCESS_STATE
 from bilevel.core.tree import Tree
 from bilevel.oracles.samplers import ALL, EVALUATION, EXAMPLES, ORDER, check_options, seed_of
@@ -68,8 +68,7 @@ class LoaderBatches:
         self._length = _checked_length(loader)
         self._loader, self._seed, self._size, self._device = loader, seed, evaluation_size, device
         check_options("LoaderBatches", seed, None, 0)
-        if not is_int(kept):
-            raise ValueError(f"`LoaderBatches.kept` must be a positive int, got {kept!r}.")
+        require_value("LoaderBatches.kept", kept, "a positive int", is_int(kept))
         self._epochs, self._batches = _Kept(2, self._draw_epoch), _Kept(kept, self.fetched)
         first = self._epochs(0)
         if first != self._draw_epoch(0):

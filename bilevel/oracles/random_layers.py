@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bilevel.core.options import is_int, require_value
 from bilevel.core.threads import PROCESS_STATE, set_within
 
 _active: ContextVar[DropoutRNG | None] = ContextVar("active", default=None)
@@ -31,8 +32,7 @@ class DropoutRNG:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"`ModuleProblem.seed` must be an int that is not negative or None, got {seed!r}.")
+        require_value("ModuleProblem.seed", seed, "an int that is not negative or None", is_int(seed, 0))
         self._seed, self._device = seed, device
 
     def seeded(self, loss: Callable[..., Tensor], step: int | None = None) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core import tree
-from bilevel.core.options import is_int
+from bilevel.core.options import is_int, require_value
 from bilevel.core.tree import Tree
 
 
@@ -51,8 +51,7 @@ def _number(*key: int) -> int:
 
 def check_options(owner: str, seed: Any, evaluation_size: Any, rows: int) -> None:
     """Refuse what is no seed, and an evaluation batch that the data cannot fill."""
-    if not is_int(seed, 0):
-        raise ValueError(f"`{owner}.seed` must be an int that is not negative, got {seed!r}.")
+    require_value(f"{owner}.seed", seed, "an int that is not negative", is_int(seed, 0))
     if evaluation_size is not None and not (is_int(evaluation_size) and evaluation_size <= rows):
         raise ValueError(
             f"`{owner}.evaluation_size` must be an int from 1 to the {rows} rows of the data or None, "

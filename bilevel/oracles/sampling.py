@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bilevel.core.options import require_value
 from bilevel.core.tree import Tree
 from bilevel.oracles.loaders import LoaderBatches
 from bilevel.oracles.samplers import Sampler
@@ -55,8 +56,9 @@ class Sampling:
 
 def sampling(sampler: Any, fresh_batch: Any, inner_loss: Any, outer_sampler: Any, outer_loss: Any) -> Sampling | None:
     """Return the sampling of a problem, with DataLoaders as samplers; None for a problem without batches."""
-    if fresh_batch not in get_args(FreshBatch):
-        raise ValueError(f"`fresh_batch` must be 'inner step', 'outer step' or 'never', got {fresh_batch!r}.")
+    require_value(
+        "fresh_batch", fresh_batch, "'inner step', 'outer step' or 'never'", fresh_batch in get_args(FreshBatch)
+    )
     if fresh_batch != "inner step" and sampler is None:
         raise ValueError(f"`fresh_batch` is {fresh_batch!r}, but there is no `sampler` to take batches from.")
     made = []

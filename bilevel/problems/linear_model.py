@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core import rows
+from bilevel.core.options import require_value
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import lanczos
 from bilevel.oracles import batching as batches
@@ -95,10 +96,8 @@ class LinearModelProblem(DataProblem):
             ("loss", loss, ("mean", "sum")),
             ("parametrization", parametrization, self.parametrizations),
         ):
-            if value not in allowed:
-                raise ValueError(
-                    f"`{type(self).__name__}.{name}` must be {' or '.join(map(repr, allowed))}, got {value!r}."
-                )
+            words = " or ".join(map(repr, allowed))
+            require_value(f"{type(self).__name__}.{name}", value, words, value in allowed)
         self.take_splits(X_train, y_train, X_val, y_val, X_test, y_test)
         self.design, self._val_design = Design(self.train.X), Design(self.val.X)
         self.loss, self.parametrization = loss, parametrization
