@@ -107,7 +107,9 @@ def _local(at: Evaluation, metric: Metric, norms: Residuals) -> Bound:
     E = norms.s * (t / -math.expm1(-t) if t > 0 else 1.0)
     moves, change = at.blur, 0.0
     if at.by_row:
-        moves = _least(metric.row_lengths * E, instance.row_lengths, norms.s_penalty)
+        moves = metric.row_lengths * E
+        if math.isfinite(norms.s_penalty):
+            moves = torch.minimum(moves, instance.row_lengths * norms.s_penalty)
     if M:
         spread = instance.extent(at.v) + width * at.blur_adjoint
         curved = (at.v * instance.hessian_product(at.z, at.v)).reshape(-1, len(moves)).sum(0).clamp_min(0.0).sqrt()
@@ -202,10 +204,6 @@ def _weight_errors(at: Evaluation, moves: Tensor, adjoint_moves: Tensor) -> tupl
 def _scaled(values: Tensor, factor: float) -> Tensor:
     """Return ``values factor``; what is infinite stays so when the factor is zero."""
     return values * factor if factor > 0 else torch.where(values.isinf(), values, 0.0)
-
-
-def _least(own: Tensor, lengths: Tensor, factor: float) -> Tensor:
-    return torch.minimum(own, lengths * factor) if math.isfinite(factor) else own
 
 
 def _none(at: Evaluation) -> Bound:

@@ -64,7 +64,7 @@ class Evaluation:
     @cached_property
     def groups(self) -> Tensor:
         """The norms in the inverse penalties of `slopes_at`, of the part that each hyperparameter owns: (2, size)."""
-        return self.instance.penalty_groups(self.slopes_at)
+        return self.instance.per_hyperparameter(self.instance.in_penalties(self.slopes_at)).sqrt()
 
     @property
     def by_row(self) -> bool:

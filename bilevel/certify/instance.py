@@ -136,10 +136,6 @@ class Instance:
         squares = stacked.square() * self.inverse_penalty.reshape(-1)
         return squares if self.least_penalty > 0 else torch.where(stacked == 0, 0.0, squares)
 
-    def penalty_groups(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Return the norms in the inverse penalties of the parts that each hyperparameter owns, row by row."""
-        return self.per_hyperparameter(self.in_penalties(vectors)).sqrt()
-
     def penalty_norms(self, vectors: Sequence[Tensor]) -> list[float]:
         """Return norms in the inverse penalties; infinite where a vector has an unpenalised part."""
         # One transfer for all of them.

@@ -169,6 +169,7 @@ def load(
     tensors: dict[str, Any] = {"X_test": None, "y_test": None}
     for part, (X, y) in raw.parts.items():
         tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if y.dtype.kind == "f" else torch.int64)
+    targets = _classes(labels) if labels is not None else "y as it came" if task == "raw" else task
     rows_of = ", ".join(f"{len(y)} {part}" for part, (_, y) in raw.parts.items())
     return Dataset(
         name=name,
@@ -176,7 +177,7 @@ def load(
         feature_names=raw.feature_names,
         note=(
             f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, "
-            f"{_target_words(task) if labels is None else _classes(labels)}; {scaling}{raw.note and '; '}{raw.note}."
+            f"{targets}; {scaling}{raw.note and '; '}{raw.note}."
         ),
         truth=None if raw.truth is None else tensor(raw.truth),
         corrupted=None if wrong is None else tensor(wrong, torch.bool),
@@ -248,10 +249,6 @@ def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> 
     targets = y if name == "synthetic_regression" else (y > 0).long()
     names = tuple(f"x{index}" for index in range(features))
     return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())
-
-
-def _target_words(task: str) -> str:
-    return "y as it came" if task == "raw" else task
 
 
 def _classes(labels: Array) -> str:

@@ -81,7 +81,10 @@ class QuasiNewton(InnerSolver):
         else:
             direction = _corrected(pairs, gradient, metric.apply)
             length = 1.0 if pairs or metric.apply is not None else _first_length(point, raveler, gradient)
-        stuck = state.measured.get("stalled", 0.0) >= STALLED and _below_rounding(point, gradient, direction)
+        # Whether the loss can no longer tell the next iterate from this one.
+        stuck = state.measured.get("stalled", 0.0) >= STALLED and bool(
+            torch.dot(gradient, direction) <= torch.finfo(gradient.dtype).eps * point.value.abs()
+        )
         result = None if stuck else self._search(Ray(point, raveler, gradient, direction), length)
         if result is None:
             return replace(state, steps=state.steps + 1, cache=metric.cache)
@@ -174,11 +177,6 @@ def _first_length(point: Linearization, raveler: tree.Raveler, gradient: Tensor)
 def _reached(inner: InnerProblem, gradient: Tensor) -> bool:
     """Whether the run ends here: what only later steps would use is then not worth its work."""
     return inner.tolerance is not None and float(tree.norm(gradient)) <= inner.tolerance
-
-
-def _below_rounding(point: Linearization, gradient: Tensor, direction: Tensor) -> bool:
-    """Whether the loss cannot tell the next iterate from this one."""
-    return bool(torch.dot(gradient, direction) <= torch.finfo(gradient.dtype).eps * point.value.abs())
 
 
 def _progress(measured: Mapping[str, float], result: Found) -> Mapping[str, float]:

@@ -24,11 +24,6 @@ Rows: TypeAlias = Literal["auto", "loop"]
 """How the members of a batch run: side by side where torch can do that, or one after the other."""
 
 
-def with_data(function: Function | None, data: Tree) -> Function | None:
-    """Return the function of (params, hparams) that a function of (params, hparams, data) is for given data."""
-    return function if function is None or data is None else with_last(function, data)
-
-
 def with_last(function: Function, value: Tree) -> Function:
     """Return the function of all arguments but the last that a function is at one value of it."""
     return lambda *arguments: function(*arguments, value)

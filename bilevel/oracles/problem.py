@@ -116,7 +116,10 @@ class BilevelProblem(Losses):
         # Structured problems define the losses as methods and pass none.
         self.functions = (inner_loss, outer_loss, optimality)
         self.data = data
-        inner, outer, self.optimality = (batches.with_data(function, data) for function in self.functions)
+        inner, outer, self.optimality = (
+            function if function is None or data is None else batches.with_last(function, data)
+            for function in self.functions
+        )
         if inner is not None:
             self.inner_loss = inner
         if outer is not None:

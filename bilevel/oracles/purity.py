@@ -41,7 +41,8 @@ def looked_at(problem: Losses, params: Tree, hparams: Tree, together: ranks.Agre
         ValueError: in one sentence, for losses that write into what they are given or refer to, that draw random
             numbers, that depend on what moves from call to call, or that differ between the ranks of a process group.
     """
-    if problem.purity.known or (_is_own(problem) and not ranks.active()):
+    own = not any(problem.functions) and type(problem).__module__.startswith("bilevel.problems.")
+    if problem.purity.known or (own and not ranks.active()):
         yield
         return
     with PROCESS_STATE:
@@ -80,10 +81,6 @@ def referred_to(problem: Losses) -> Found:
     """Return what the functions of a problem refer to; its own attributes count where its losses are methods."""
     functions: list[Any] = [function for function in problem.functions if function is not None]
     return references([*(("", each) for each in functions or [problem]), ("data", problem.data)])
-
-
-def _is_own(problem: Losses) -> bool:
-    return not any(problem.functions) and type(problem).__module__.startswith("bilevel.problems.")
 
 
 def _losses(problem: Losses) -> tuple[str, str]:
