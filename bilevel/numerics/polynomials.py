@@ -189,6 +189,11 @@ class SobolevCoefficients:
     gain: Array
     log_A: Array
 
+    @property
+    def weight(self) -> Array:
+        """``a_t / A_t = tau_t^2 / (d_t B_t)``, the weight of ``z_t = w_t / tau_t`` in x_t."""
+        return self.gain * self.tau
+
 
 @lru_cache(maxsize=16)
 def sobolev_coefficients(l: float, L: float, steps: int, alpha: float, eta: float) -> SobolevCoefficients:

@@ -107,7 +107,7 @@ def test_sobolev_coefficients_equal_the_literal_formula(kappa: float, alpha: flo
         # Near a zero of tau (possible below alpha = 1/2) only its absolute accuracy can be asked for.
         atol = 1e-12 if name in ("tau", "weight") and alpha < 0.5 else 1e-14
         np.testing.assert_allclose(getattr(got, name), np.array(values, dtype=float), rtol=1e-12, atol=atol)
-    np.testing.assert_allclose(got.keep + got.gain * got.tau, 1.0, rtol=1e-12)
+    np.testing.assert_allclose(got.keep + got.weight, 1.0, rtol=1e-12)
 
 
 def test_long_runs_of_coefficients_stay_accurate() -> None:
