@@ -1,8 +1,7 @@
 """How many threads torch and the sweeps over blocks of rows use.
 
-Two kinds of threads share the cores. Those of torch split one operation; on a short one, such as the factorization of
-a 30 x 30 matrix, they mostly wait for each other, and on a busy machine that can take longer than the operation. Those
-of a sweep over the rows of a data set each take whole blocks, with one torch thread each, and hardly wait at all.
+Threads of torch split one operation, and on a short one, such as the factorization of a 30 x 30 matrix, mostly wait for
+each other. Those of a sweep over the rows of a data set take whole blocks, with one torch thread each, and hardly wait.
 So a run is quickest with one torch thread and as many workers as cores; the commands choose that. Called from Python,
 nothing changes the number of torch's threads unasked:
 

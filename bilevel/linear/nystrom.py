@@ -23,16 +23,14 @@ class Nystrom(LinearSolver):
 
     H must be symmetric positive semidefinite (a convex loss, or ``Implicit(curvature="gauss-newton")``), and rho is
     what the system says: ``Implicit(Nystrom(rank=20), damping=0.1)``; it must be above zero where the rank is below the
-    size. With an orthonormal basis Omega of k Gaussian vectors (in place of the paper's k columns of H, which are the
-    products with k unit vectors), ``H_k = (H Omega) (Omega' H Omega)^-1 (H Omega)' = U diag(l) U'`` and
+    size. With an orthonormal basis Omega of k Gaussian vectors, ``H_k = (H Omega) (Omega' H Omega)^-1 (H Omega)' = U
+    diag(l) U'`` and
 
         x = U diag(1 / (l + rho)) U' b + (b - U U' b) / rho.
 
-    The products do not depend on each other or on b. It is an approximation by design: its error is that of H_k, which
-    is small where the eigenvalues of H beyond the k-th are small beside rho. One more product gives the residual
-    ``|b - A x| / |b|`` of the damped system that was asked for, not of H_k's; above 10 the solve has failed. Memory:
-    about four times `rank` vectors, so for networks of millions of weights prefer ``CG(steps=k)``, which takes as many
-    products and a few vectors.
+    The error is that of H_k, small where the eigenvalues of H beyond the k-th are small beside rho. One more product
+    gives the residual ``|b - A x| / |b|`` of the damped system that was asked for; above 10 the solve has failed.
+    Memory: about four times `rank` vectors, so for networks of millions of weights prefer ``CG(steps=k)``.
 
     Args:
         rank: number of products; at most the size.

@@ -207,15 +207,9 @@ def conjugate_gradients_of_rows(
     """Return the CG runs of independent systems side by side; a row that has reached its goal stands still.
 
     They are (last iterates, steps, the last curvature, the smallest and the largest one of each row); a last curvature
-    that is not positive ended its row.
-
-    Args:
-        matvec: a symmetric operator for each row, on matrices of shape (rows, size).
-        x: starts.
-        r: their residuals.
-        goals: squared residual norms at which rows end.
-        limit: most steps.
-        every: steps between two looks at whether any row still moves.
+    that is not positive ended its row. `matvec` is a symmetric operator for each row, on matrices of shape (rows,
+    size), x are the starts and r their residuals, and `goals` the squared residual norms at which rows end. Whether any
+    row still moves is looked at `every` so many steps.
 
     >>> A, b = torch.tensor([[[2.0]], [[4.0]]]), torch.tensor([[2.0], [2.0]])
     >>> conjugate_gradients_of_rows(lambda v: (A @ v[..., None])[..., 0], 0 * b, b, torch.zeros(2), 5, 1)[0]

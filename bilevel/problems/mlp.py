@@ -34,17 +34,8 @@ class MLPProblem(DataProblem, ModuleProblem):
     The inner loss is not convex: which solution is found depends on the start, so there is no referee, and `Implicit`
     may need damping. Weights start as Gaussians of variance 1/inputs of their layer, biases at zero.
 
-    Args:
-        X_train: training inputs, shape (rows, features).
-        y_train: training labels, shape (rows,).
-        X_val: validation inputs, for the outer loss.
-        y_val: validation labels.
-        hidden: the number of units of each hidden layer.
-        decay: see above.
-        X_test: test inputs, for `metrics` alone.
-        y_test: test labels.
-        seed: of the start.
-        unknown: nothing: an option of another name is refused.
+    The data are those of `LinearModelProblem`; `hidden` is the number of units of each hidden layer, and the start
+    follows from `seed`.
 
     Raises:
         ValueError: for an option out of range, and for data that are none.

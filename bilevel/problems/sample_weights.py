@@ -118,21 +118,13 @@ class SampleWeightProblem(SoftmaxProblem):
         outer   1/m sum_i (logsumexp(z_i) - z_i[y_i]) over the validation rows
 
     W has the shape (classes, features). Hyperparameters: u of shape (rows,); ``s = sigmoid(u)``, or u itself with
-    parametrization="direct". Other options are those of `LinearModelProblem`.
+    parametrization="direct". Other options are those of `LinearModelProblem`; the validation labels have to be right.
 
     Args:
-        X_train: training inputs, shape (rows, features).
-        y_train: training labels, shape (rows,), some of which may be wrong.
-        X_val: validation inputs, for the outer loss.
-        y_val: validation labels, which have to be right.
         penalty: pen, fixed; positive, so that the inner solution is unique.
-        X_test: test inputs, for `metrics` alone.
-        y_test: test labels.
-        loss: "mean" or "sum" over the training rows.
         parametrization: "sigmoid" or "direct".
         corrupted: bool of shape (rows,), true where a training label is known to be wrong, for `metrics` alone: see
             ``bilevel.data.load(corrupted=...)``.
-        unknown: nothing: an option of another name is refused.
 
     >>> X = torch.eye(3, dtype=torch.float64)
     >>> problem = SampleWeightProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty=0.1)
