@@ -65,7 +65,7 @@ class Metrics:
         if self.kind == "nystrom" and instance.least_penalty == 0:
             raise ValueError("the metric 'nystrom' needs penalties above zero: use 'cholesky' for unpenalised weights.")
         self.instance, self.sketch = instance, sketch
-        self._made: Metric | None = None
+        self._made: Cholesky | None = None
         self.factored = 0
         """Dense Hessians made so far from the rows."""
 
@@ -77,7 +77,7 @@ class Metrics:
             return Nystrom(self.instance, self.sketch, z)
         if self.kind == "cholesky":
             made = self._made
-            if not isinstance(made, Cholesky) or transport(self.instance, made.z, z) > 1:
+            if made is None or transport(self.instance, made.z, z) > 1:
                 made = self._made = Cholesky(self.instance, z)
                 self.factored += self.instance.gram_scale is None
             moved = made.at(z)

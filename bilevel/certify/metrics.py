@@ -151,8 +151,8 @@ class Cholesky(Metric):
         factor = math.exp(0.5 * transport(self.instance, self.z, z))
         moved.z, moved.stretch = z, self.stretch * factor
         # The instance's own figures hold at every point; those of the metric stretch with it.
-        moved.__dict__["row_lengths"] = torch.minimum(self.row_lengths * factor, self.instance.row_lengths)
-        moved.__dict__["outer_curvature"] = min(self.outer_curvature * factor**2, self.instance.outer_curvature)
+        moved.row_lengths = torch.minimum(self.row_lengths * factor, self.instance.row_lengths)
+        moved.outer_curvature = min(self.outer_curvature * factor**2, self.instance.outer_curvature)
         return moved
 
     def half(self, v: Tensor) -> Tensor:

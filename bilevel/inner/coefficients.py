@@ -105,7 +105,7 @@ class Coefficients:
             ("rows", rows),
             ("columns", columns),
         ):
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # frozen: what follows from the fields is set once, here
 
     @classmethod
     def of_rows(cls, each: Sequence[Coefficients], like: Tensor) -> Coefficients:

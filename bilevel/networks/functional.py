@@ -70,6 +70,7 @@ class FunctionalModule:
             return result
         parts = self._replicas.make()
         for each, (_, training) in zip(parts, self._modes, strict=True):
+            # Not by `nn.Module.__setattr__`, which looks at every kind of attribute.
             vars(each)["training"] = training and statistics is None
         for name, value in values.items():
             prefix, _, own = name.rpartition(".")

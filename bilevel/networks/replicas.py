@@ -37,6 +37,7 @@ class Replicas:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        # Built from their attributes: their `__init__` would make, and draw, parameters of their own.
         parts = list(module.modules())
         made: dict[int, Any] = {id(part): object.__new__(type(part)) for part in parts}
         for part in parts:

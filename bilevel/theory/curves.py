@@ -18,13 +18,7 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems import QuadraticProblem
 from bilevel.theory.one_at_a_time import Errors, single_errors
 from bilevel.theory.quadratic_batch import QuadraticBatch
-from bilevel.theory.sweeps import (
-    Oracle,
-    QuadraticOracle,
-    VmapOracle,
-    batched_errors,
-    recurrence,
-)
+from bilevel.theory.sweeps import Oracle, QuadraticOracle, VmapOracle, batched_errors, recurrence
 
 
 @dataclass(frozen=True)
