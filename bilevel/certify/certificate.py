@@ -194,10 +194,27 @@ def certify_error(
     if model is None:
         return refine(problem, hparams, params, hypergradient, adjoint, counts)
     instance = Instance(model, hparams)
-    metrics = Metrics(instance, metric)
-    given = _given(hypergradient)
-    share = (effectivity - 1.0) / (effectivity + 1.0)
+    metrics, given = Metrics(instance, metric), _given(hypergradient)
     x, w = _double(params), torch.zeros_like(instance.penalty) if adjoint is None else _double(adjoint)
+    share = (effectivity - 1.0) / (effectivity + 1.0)
+    best, turn = _narrowed(metrics, given, x, w, share, goal)
+    counts.update(gradient=2 * turn, outer=2 * turn, hvp=instance.products + turn, curvature=metrics.factored)
+    work = f"{turn} correction{'s' if turn > 1 else ''}, {instance.products} HVPs, metric {metrics.kind}"
+    if (result := _interval(hparams, given, *best, work=work)) is not None:
+        return result
+    estimate = refine(problem, hparams, params, hypergradient, adjoint, counts)
+    return ErrorEstimate(estimate.value, estimate.kind, f"{_UNBOUNDED}; {estimate.note}")
+
+
+def _narrowed(
+    metrics: Metrics, given: Tensor, x: Tensor, w: Tensor, share: float, goal: float | None
+) -> tuple[tuple[Evaluation, Bound], int]:
+    """Correct the pair (x, w) until its bound is at most `share` of the distance to what is given, or `goal` decided.
+
+    Returns:
+        The best pair, evaluated, with its bound, and the number of corrections.
+    """
+    instance = metrics.instance
     best: tuple[Evaluation, Bound] | None = None
     last, turn, ending = math.inf, 0, ""
     while turn < ROUNDS and not ending:
@@ -217,13 +234,7 @@ def certify_error(
             ending = "floor"
         last = min(last, bound.value)
     assert best is not None
-    counts.update(gradient=2 * turn, outer=2 * turn, hvp=instance.products + turn, curvature=metrics.factored)
-    work = f"{turn} correction{'s' if turn > 1 else ''}, {instance.products} HVPs, metric {metrics.kind}"
-    result = _interval(hparams, given, *best, work=work)
-    if result is not None:
-        return result
-    estimate = refine(problem, hparams, params, hypergradient, adjoint, counts)
-    return ErrorEstimate(estimate.value, estimate.kind, f"{_UNBOUNDED}; {estimate.note}")
+    return best, turn
 
 
 def _correct(instance: Instance, metrics: Metrics, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,12 +86,7 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
     half = len(both) // 2
     z, v = (both[:half], both[half:]) if instance.several else (both[0], both[1])
     slopes, curved = model.loss.slope(z, train.y), instance.hessian_product(z, v)
-    sums = train.collect(
-        torch.cat((
-            (tuned.weights * slopes).reshape(-1, train.count),
-            (tuned.weights * curved).reshape(-1, train.count),
-        ))
-    )
+    sums = train.collect(torch.cat([(tuned.weights * each).reshape(-1, train.count) for each in (slopes, curved)]))
     s = sums[:half].reshape(instance.shape) + instance.penalty * x
     product = sums[half:].reshape(instance.shape) + instance.penalty * w
     z_val = instance.predict(val, x)
@@ -126,23 +121,10 @@ def evaluate(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
         rows = errors * _largest(v) + width * instance.dual(slopes) * blur_adjoint
         p_rounding = p_rounding + instance.per_row(tuned.weight_slope.abs() * rows)
     small = 8 * UNIT
-    return Evaluation(
-        instance=instance,
-        x=x,
-        w=w,
-        z=z,
-        v=v,
-        slopes=slopes,
-        outer=outer,
-        s=s,
-        s_rounding=s_rounding.reshape(instance.shape) + small * (instance.penalty * x.abs() + s.abs()),
-        r=r,
-        r_rounding=r_rounding.reshape(instance.shape) + small * (instance.penalty * w.abs() + outer.abs() + r.abs()),
-        p=p,
-        p_rounding=p_rounding,
-        blur=blur,
-        blur_adjoint=blur_adjoint,
-    )
+    s_rounding = s_rounding.reshape(instance.shape) + small * (instance.penalty * x.abs() + s.abs())
+    r_rounding = r_rounding.reshape(instance.shape) + small * (instance.penalty * w.abs() + outer.abs() + r.abs())
+    sides = (s, s_rounding, r, r_rounding, p, p_rounding)
+    return Evaluation(instance, x, w, z, v, slopes, outer, *sides, blur, blur_adjoint)
 
 
 def _evaluate_on_gram(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
@@ -160,23 +142,9 @@ def _evaluate_on_gram(instance: Instance, x: Tensor, w: Tensor) -> Evaluation:
     s_rounding, r_rounding = (1 + 8 * UNIT) * scale * rounded + 8 * UNIT * sizes
     none = x.new_zeros(0)
     p, p_rounding = _hypergradient(instance, x, w, none, none)
-    return Evaluation(
-        instance=instance,
-        x=x,
-        w=w,
-        z=none,
-        v=none,
-        slopes=none,
-        outer=outer,
-        s=residuals[0],
-        s_rounding=s_rounding,
-        r=residuals[1],
-        r_rounding=r_rounding + (1 + 8 * UNIT) * rounded_val[0],
-        p=p,
-        p_rounding=p_rounding,
-        blur=none,
-        blur_adjoint=none,
-    )
+    r_rounding = r_rounding + (1 + 8 * UNIT) * rounded_val[0]
+    sides = (residuals[0], s_rounding, residuals[1], r_rounding, p, p_rounding)
+    return Evaluation(instance, x, w, none, none, none, outer, *sides, none, none)
 
 
 def _blur(rows: Rows, W: Tensor) -> Tensor:

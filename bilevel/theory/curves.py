@@ -96,7 +96,7 @@ class ErrorCurves:
         Raises:
             ValueError: for a tail outside 1..K.
         """
-        _check_tails((tail,), self.steps)
+        _checked_tails((tail,), self.steps)
         return self.reverse[..., self.steps - tail]
 
 
@@ -119,8 +119,7 @@ def error_curves(
     no list is shared. Quadratics (`QuadraticProblem`, `RidgeProblem`, `QuadraticBatch`) with linear multistep solvers
     run as one batch in their eigenbases; one problem of any loss at many hyperparameters or starts under
     ``torch.func.vmap``; everything else one at a time. Bounds are given for gradient descent on quadratics, where
-    ``rho = max |1 - h lam|`` and ``C = h |dH|`` (Mehmood et al. 2026, Theorems 7 and 8). The start does not depend on
-    the hyperparameters.
+    ``rho = max |1 - h lam|`` and ``C = h |dH|`` (Mehmood et al. 2026, Theorems 7 and 8), for starts that are fixed.
 
     Args:
         problem: a problem, a list of them, or stacked quadratics (then `hparams` is None).
@@ -138,50 +137,60 @@ def error_curves(
 
     >>> from bilevel import GradientDescent, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=5, hyperparameters=2, condition=100.0)
-    >>> u = torch.zeros(2, dtype=torch.float64)
-    >>> curves = error_curves(problem, GradientDescent(step_size=2 / 101), u, 200, tails=[50])
+    >>> curves = error_curves(problem, GradientDescent(2 / 101), torch.zeros(2).double(), 200, tails=[50])
     >>> curves.forward.shape, curves.late.shape
     (torch.Size([201]), torch.Size([1, 201]))
     >>> bool((curves.forward <= curves.forward_bound * (1 + 1e-9)).all())
     True
     """
-    if not is_int(steps):
-        raise ValueError(f"`steps` must be a positive int, got {steps!r}.")
-    tails = tuple(tails)
-    _check_tails(tails, steps)
+    tails = _checked_tails(tails, steps)
     begins = (0, *(steps - tail for tail in tails))
     if isinstance(problem, QuadraticBatch):  # stacked quadratics are no problem
-        given: Any = solver
-        solvers: list[InnerSolver] = list(given) if isinstance(given, list | tuple) else [given] * len(problem.start)
-        if len(solvers) != len(problem.start):
-            raise ValueError(f"{len(problem.start)} stacked problems got {len(solvers)} solvers.")
-        if odd := [describe(each) for each in solvers if not each.traits.multistep]:
-            raise ValueError(f"stacked quadratics are run by linear multistep solvers alone, got {odd[0]}.")
-        return _quadratic(problem, solvers, _bound(problem, solvers), steps, tails, begins)
-    problems, solvers, hparams_list, starts, single = _broadcast(problem, solver, hparams, params)
+        return _quadratic(problem, *_solvers(problem, solver), steps, tails, begins)
+    problems, solvers, us, starts, single = _broadcast(problem, solver, hparams, params)
     linear = all(each.traits.multistep for each in solvers)
-    inners = [each.bind(u) for each, u in zip(problems, hparams_list, strict=True)]
-    batch = QuadraticBatch.stack(problems, hparams_list, starts) if linear else None
+    inners = [each.bind(u) for each, u in zip(problems, us, strict=True)]
+    batch = QuadraticBatch.stack(problems, us, starts) if linear else None
     if batch is not None:
         curves = _quadratic(batch, solvers, inners, steps, tails, begins)
     elif linear and not single and len(set(map(id, problems))) == 1 and problems[0].optimality is None:
-        oracle = VmapOracle(problems[0], hparams_list, starts)
+        oracle = VmapOracle(problems[0], us, starts)
         _, numbers, vectors = _numbers(solvers, inners, starts, steps, oracle)
         curves = _assemble(batched_errors(oracle, numbers, vectors, begins), oracle, steps, tails)
     else:
-        parts = [
-            single_errors(*each, steps, begins) for each in zip(problems, solvers, hparams_list, starts, strict=True)
-        ]
-        errors = tuple(torch.cat(each) for each in zip(*(part[0] for part in parts), strict=True))
-        solution, jacobian = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
-        curves = _curves(errors, solution, jacobian, steps, tails)  # type: ignore[arg-type]
+        curves = _one_at_a_time(list(zip(problems, solvers, us, starts, strict=True)), steps, tails, begins)
     return _first(curves) if single else curves
 
 
-def _check_tails(tails: Sequence[int], steps: int) -> None:
+def _one_at_a_time(
+    members: Sequence[tuple[BilevelProblem, InnerSolver, Tree, Tree]],
+    steps: int,
+    tails: tuple[int, ...],
+    begins: Sequence[int],
+) -> ErrorCurves:
+    parts = [single_errors(*each, steps, begins) for each in members]
+    errors = tuple(torch.cat(each) for each in zip(*(part[0] for part in parts), strict=True))
+    solution, jacobian = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+    return _curves(errors, solution, jacobian, steps, tails)  # type: ignore[arg-type]
+
+
+def _solvers(problem: QuadraticBatch, given: Any) -> tuple[list[InnerSolver], list[InnerProblem]]:
+    """Return a solver for each stacked quadratic, and the bound problems that "auto" options are measured from."""
+    solvers = list(given) if isinstance(given, list | tuple) else [given] * len(problem.start)
+    if len(solvers) != len(problem.start):
+        raise ValueError(f"{len(problem.start)} stacked problems got {len(solvers)} solvers.")
+    if odd := [describe(each) for each in solvers if not each.traits.multistep]:
+        raise ValueError(f"stacked quadratics are run by linear multistep solvers alone, got {odd[0]}.")
+    return solvers, _bound(problem, solvers)
+
+
+def _checked_tails(tails: Sequence[int], steps: int) -> tuple[int, ...]:
+    if not is_int(steps):
+        raise ValueError(f"`steps` must be a positive int, got {steps!r}.")
     for tail in tails:
         if not is_int(tail) or tail > steps:
             raise ValueError(f"a tail must be an int in 1..{steps} (the steps), got {tail!r}.")
+    return tuple(tails)
 
 
 def _broadcast(
