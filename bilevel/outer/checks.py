@@ -12,36 +12,24 @@ from torch import Tensor
 from bilevel.core.options import is_int, shown_value
 from bilevel.outer.warm_start import WarmStart
 
+OPTIMIZER = "`optimizer` must make a torch.optim.Optimizer from a list of tensors"
+TRY_ADAM = "try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)"
+SCHEDULER = "`scheduler` must make a torch scheduler from an optimizer"
+STEP_LR = "scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)"
+
 
 def check_makers(optimizer: Any, scheduler: Any) -> None:
-    """Refuse an optimizer or scheduler that is not a function that makes one.
-
-    Raises:
-        ValueError: for a name, an instance, or anything else that cannot be called.
-    """
+    """Refuse an optimizer or scheduler that is not a function that makes one, such as a name or an instance."""
     if optimizer is not None and not callable(optimizer):
-        raise ValueError(
-            "`optimizer` must make a torch.optim.Optimizer from a list of tensors, "
-            f"got {shown_value(optimizer)}: try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
-        )
+        raise ValueError(f"{OPTIMIZER}, got {shown_value(optimizer)}: {TRY_ADAM}.")
     if scheduler is not None and not callable(scheduler):
-        raise ValueError(
-            f"`scheduler` must make a torch scheduler from an optimizer, got {shown_value(scheduler)}: "
-            "try scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)."
-        )
+        raise ValueError(f"{SCHEDULER}, got {shown_value(scheduler)}: try {STEP_LR}.")
 
 
 def check_made(optimizer: Any, free: Sequence[Tensor]) -> None:
-    """Refuse what a maker returned if it is no torch optimizer, moves other tensors, or needs several losses a step.
-
-    Raises:
-        ValueError: with the remedy.
-    """
+    """Refuse what a maker returned if it is no torch optimizer, moves other tensors, or needs several losses a step."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(
-            "`optimizer` must make a torch.optim.Optimizer from a list of tensors, "
-            f"got {type(optimizer).__name__}: try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)."
-        )
+        raise ValueError(f"{OPTIMIZER}, got {type(optimizer).__name__}: {TRY_ADAM}.")
     moved = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     if not moved <= {id(tensor) for tensor in free}:
         name = type(optimizer).__name__
@@ -58,20 +46,13 @@ def check_made(optimizer: Any, free: Sequence[Tensor]) -> None:
 
 
 def check_scheduler(scheduler: Any, optimizer: Any) -> None:
-    """Refuse what a maker returned if it is no scheduler, or one of another optimizer.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    remedy = "write scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)"
+    """Refuse what a maker returned if it is no scheduler, or one of another optimizer."""
     if scheduler is None:
         return
     if not callable(getattr(scheduler, "step", None)) or not callable(getattr(scheduler, "state_dict", None)):
-        raise ValueError(
-            f"`scheduler` must make a torch scheduler from an optimizer, got {shown_value(scheduler)}: {remedy}."
-        )
+        raise ValueError(f"{SCHEDULER}, got {shown_value(scheduler)}: write {STEP_LR}.")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ValueError(f"`scheduler` made one of another optimizer than it was given: {remedy}.")
+        raise ValueError(f"`scheduler` made one of another optimizer than it was given: write {STEP_LR}.")
 
 
 MIXING = ("Adafactor", "Muon")
@@ -79,11 +60,7 @@ MIXING = ("Adafactor", "Muon")
 
 
 def check_rowwise(optimizer: Any, scheduler: Any) -> None:
-    """Refuse an optimizer or scheduler that does not treat each row as if it were alone.
-
-    Raises:
-        ValueError: with what to use.
-    """
+    """Refuse an optimizer or scheduler that does not treat each row as if it were alone."""
     if type(optimizer).__name__ in MIXING:
         raise ValueError(
             f"`{type(optimizer).__name__}` takes norms over all members of a batch: "
@@ -94,11 +71,7 @@ def check_rowwise(optimizer: Any, scheduler: Any) -> None:
 
 
 def check_callbacks(callbacks: Any) -> tuple[Callable[..., Any], ...]:
-    """Return the callbacks as a tuple.
-
-    Raises:
-        ValueError: for anything but a sequence of functions.
-    """
+    """Return the callbacks as a tuple; refuse anything but a sequence of functions."""
     wanted = "`callbacks` must be a list of functions (outer, estimate) -> bool or None"
     if not isinstance(callbacks, Sequence) or isinstance(callbacks, str):
         name = getattr(callbacks, "__name__", "")
@@ -111,11 +84,7 @@ def check_callbacks(callbacks: Any) -> tuple[Callable[..., Any], ...]:
 
 
 def check_switches(certify: Any, warm_start: Any) -> None:
-    """Refuse what does not say whether errors are estimated, or what one step hands to the next.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse what does not say whether errors are estimated, or what one step hands to the next."""
     if not isinstance(certify, bool):
         raise ValueError(f"`certify` must be True or False, got {shown_value(certify)}.")
     if not isinstance(warm_start, bool | WarmStart):
@@ -123,10 +92,6 @@ def check_switches(certify: Any, warm_start: Any) -> None:
 
 
 def check_steps(steps: Any) -> None:
-    """Refuse a number of steps that is not an int, or below zero.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse a number of steps that is not an int, or below zero."""
     if not is_int(steps, 0):
         raise ValueError(f"`steps` must be an int that is not negative, got {steps!r}.")

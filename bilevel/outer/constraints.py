@@ -16,11 +16,7 @@ from bilevel.core.tree import Tree
 
 
 def check_constraints(constraints: Any) -> None:
-    """Refuse what is no constraint, and no dict of them, before there are hyperparameters.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse what is no constraint, and no dict of them, before there are hyperparameters."""
     if isinstance(constraints, Mapping) and not constraints:
         raise ValueError("`constraints` is an empty dict: leave it out.")
     for each in constraints.values() if isinstance(constraints, Mapping) else [constraints]:

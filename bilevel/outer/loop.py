@@ -327,10 +327,7 @@ class OuterOptimizer:
         return saved(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`.
-
-        Args:
-            state: what `state_dict` returned, for the same problem, solver and estimator; it is not changed.
+        """Continue from what `state_dict` returned for the same problem, solver and estimator; it is not changed.
 
         Raises:
             ValueError: for something else, another format, problem, inner solver, estimator, optimizer or scheduler;

@@ -33,12 +33,7 @@ def _mask(chosen: Sequence[int], size: int, like: Tree) -> Tensor:
 class Mover:
     """Moves free variables z by a torch optimizer; ``hparams = transform(z)``.
 
-    Args:
-        hparams: where to start.
-        optimizer: makes a torch optimizer from the list of free tensors; None for ``Adam(lr=0.1)``.
-        scheduler: makes a torch scheduler from the optimizer, or None.
-        constraints: see `ConstraintTransform`.
-        size: number of rows, None for one problem.
+    The arguments are those of `OuterOptimizer`; `size` is the number of rows, None for one problem.
 
     Raises:
         ValueError: for what cannot move these hyperparameters.
@@ -76,7 +71,7 @@ class Mover:
             all_or_none: move none where one would become NaN.
 
         Returns:
-            Where the rows are then, and for each what is to be said of its move: a failure where it was undone.
+            Where the rows are then, and a verdict on each move: a failure where it was undone.
         """
         before = self.saved()
         try:
@@ -116,13 +111,11 @@ class Mover:
             return [GOOD if finite else lost for finite in torch.stack(parts).all(dim=0).tolist()]
         for leaf_name, leaf in zip(tree.names(hparams), tree.leaves(hparams), strict=True):
             if not tree.is_finite(leaf):
-                return [
-                    Verdict(
-                        Status.NOT_FINITE,
-                        f"{name} at outer step {step} made `hparams{leaf_name}` NaN or infinite, so it was not moved: "
-                        "use a smaller learning rate or constraints",
-                    )
-                ]
+                detail = (
+                    f"{name} at outer step {step} made `hparams{leaf_name}` NaN or infinite, so it was not moved: "
+                    "use a smaller learning rate or constraints"
+                )
+                return [Verdict(Status.NOT_FINITE, detail)]
         return [GOOD]
 
     def saved(self) -> dict[str, Any]:

@@ -19,21 +19,7 @@ from bilevel.outer.warm_start import WarmStart
 
 @dataclass(frozen=True)
 class OuterOptions:
-    """An outer run as a value: what `OuterOptimizer` and its `run` take besides a problem and its methods.
-
-    Args:
-        steps: outer steps; not used where a comparison has a budget.
-        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
-        scheduler: makes a torch scheduler from the optimizer.
-        constraints: see `OuterOptimizer`.
-        warm_start: see `OuterOptimizer`.
-        certify: estimate the error of every hypergradient.
-        target_error: see `OuterOptimizer`.
-        schedule: see `OuterOptimizer`.
-        tol: stop once the norm of the hypergradient is at most this.
-        patience: stop after this many steps without progress.
-        min_progress: by how much the outer loss has to fall to count as progress.
-    """
+    """An outer run as a value: options of `OuterOptimizer` and of its `run`; steps count where there is no budget."""
 
     steps: int = 30
     optimizer: MakeOptimizer | None = None
@@ -58,13 +44,7 @@ class OuterOptions:
         self.rules()
 
     def start(self, setup: Any, solver: InnerSolver, estimator: HypergradEstimator) -> OuterOptimizer:
-        """Return the outer loop at its start; a failed hypergradient is returned, not raised.
-
-        Args:
-            setup: has `problem` and `hparams`.
-            solver: the inner solver.
-            estimator: the hypergradient estimator.
-        """
+        """Return the outer loop of ``setup.problem`` at its start; a failed hypergradient is returned, not raised."""
         names = [each.name for each in fields(self) if each.name not in ENDS]
         options = {name: getattr(self, name) for name in names}
         return OuterOptimizer(setup.problem, solver, estimator, setup.hparams, on_failure="return", **options)

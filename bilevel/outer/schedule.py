@@ -41,11 +41,7 @@ class ToleranceSchedule:
             require(self, name, "a number in (0, 1)", is_number(value) and 0 < value < 1)
 
     def at(self, step: int) -> float:
-        """Return the relative error for outer step `step`, counted from 1.
-
-        Args:
-            step: number of the outer step.
-        """
+        """Return the relative error for outer step `step`, counted from 1."""
         if self.decrease == "exponential":
             error = self.first * self.rate ** (step - 1)
         else:
@@ -54,26 +50,14 @@ class ToleranceSchedule:
 
 
 def as_schedule(given: Any, target_error: Any) -> ToleranceSchedule | None:
-    """Return the schedule that `OuterOptimizer` was given, by name or as an object; `target_error` is its end.
-
-    Args:
-        given: a name, a schedule or None.
-        target_error: the relative error at which it ends, or None for the schedule's own `least`.
-
-    Returns:
-        The schedule, None for None.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Return a schedule that is given by name, as an object or not at all; it ends at `target_error`, if not None."""
     if given is None:
         return None
     if isinstance(given, str) and given in DECREASES:
         return ToleranceSchedule(given) if target_error is None else ToleranceSchedule(given, least=target_error)
     if not isinstance(given, ToleranceSchedule):
-        raise ValueError(
-            f"`schedule` must be {', '.join(map(repr, DECREASES))} or a ToleranceSchedule, got {shown_value(given)}."
-        )
+        allowed = f"{', '.join(map(repr, DECREASES))} or a ToleranceSchedule"
+        raise ValueError(f"`schedule` must be {allowed}, got {shown_value(given)}.")
     if target_error is not None:
         raise ValueError("give `target_error` or the `least` of the ToleranceSchedule, not both.")
     return given

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -42,15 +42,7 @@ def origin(outer: Any) -> dict[str, Any]:
 
 
 def check_state(state: Any, outer: Any) -> None:
-    """Refuse what is not the state of such a run, before any of it is loaded.
-
-    Args:
-        state: should be what `OuterOptimizer.state_dict` returned.
-        outer: the run.
-
-    Raises:
-        ValueError: for something else, another format, another problem, solver, estimator or optimizer.
-    """
+    """Refuse what is not the state of such a run, before any of it is loaded."""
     if not isinstance(state, Mapping):
         raise ValueError(f"{WANTED}, got {shown_value(state)}.")
     if "format" not in state:
@@ -66,11 +58,9 @@ def check_state(state: Any, outer: Any) -> None:
     for what, ours in origin(outer).items():
         theirs = saved.get(what, ours)
         if theirs != ours:
-            said = [", ".join(map(str, each)) if isinstance(each, list) else each for each in (theirs, ours)]
-            raise ValueError(
-                f"this state is of a run with the {what} {said[0]}, this run has {said[1]}: load it into a run "
-                "like that one."
-            )
+            theirs, ours = (", ".join(map(str, each)) if isinstance(each, list) else each for each in (theirs, ours))
+            held = f"this state is of a run with the {what} {theirs}"
+            raise ValueError(f"{held}, this run has {ours}: load it into a run like that one.")
     _check_inner(state, outer)
     _check_optimizer(state, outer.optimizer)
     if (state["scheduler"] is None) != (outer.scheduler is None):
@@ -81,21 +71,18 @@ def check_state(state: Any, outer: Any) -> None:
 
 def _check_leaves(state: Mapping[str, Any], hparams: Tree) -> None:
     """Refuse hyperparameters of other shapes or dtypes."""
-    ours = [leaf.shape for leaf in tree.leaves(hparams)], [leaf.dtype for leaf in tree.leaves(hparams)]
-    for key in ("hparams", "free", "best_hparams"):
+    leaves, what = tree.leaves(hparams), "this state has hyperparameters"
+    our_shapes, our_dtypes = [tuple(leaf.shape) for leaf in leaves], [leaf.dtype for leaf in leaves]
+    for key in LEAVES:
         values = state[key]
         if not isinstance(values, list | tuple) or not all(isinstance(value, Tensor) for value in values):
             raise ValueError(f"{WANTED}, but its {key!r} is no list of tensors.")
         # Free variables of a constraint such as a simplex have another shape than the hyperparameters.
-        shape, dtype = [tuple(value.shape) for value in values], [value.dtype for value in values]
-        if key != "free" and shape != list(map(tuple, ours[0])):
-            raise ValueError(
-                f"this state has hyperparameters of shapes {shape}, this run has {list(map(tuple, ours[0]))}."
-            )
-        if dtype != ours[1]:
-            raise ValueError(
-                f"this state has hyperparameters of dtype {_named(dtype)}, this run has {_named(ours[1])}."
-            )
+        theirs, dtypes = [tuple(value.shape) for value in values], [value.dtype for value in values]
+        if key != "free" and theirs != our_shapes:
+            raise ValueError(f"{what} of shapes {theirs}, this run has {our_shapes}.")
+        if dtypes != our_dtypes:
+            raise ValueError(f"{what} of dtype {_named(dtypes)}, this run has {_named(our_dtypes)}.")
 
 
 def _named(dtypes: list[torch.dtype]) -> str:
@@ -109,8 +96,8 @@ def _check_inner(state: Mapping[str, Any], outer: Any) -> None:
     for part, like in ((params, start), (state["adjoint"], outer.problem.trainable(start))):
         if part is None:
             continue
-        if shapes(part) != shapes(like):
-            theirs, ours = shapes(part), shapes(like)
+        theirs, ours = shapes(part), shapes(like)
+        if theirs != ours:
             # Names are said where they alone differ.
             if sorted(shape for _, shape in theirs) != sorted(shape for _, shape in ours):
                 theirs, ours = [shape for _, shape in theirs], [shape for _, shape in ours]  # type: ignore[misc]
@@ -126,47 +113,47 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     saved = state["optimizer"]
     if not isinstance(saved, Mapping) or set(saved) != {"state", "param_groups"}:
         raise ValueError(f"{WANTED}, but its 'optimizer' is not the state of a torch optimizer.")
-    if [sorted(group) for group in saved["param_groups"]] != [sorted(group) for group in optimizer.param_groups]:
+    theirs, ours = saved["param_groups"], optimizer.param_groups
+    if [sorted(group) for group in theirs] != [sorted(group) for group in ours]:
         raise ValueError(f"{wanted}, whose options this one does not have.")
-    if saved["param_groups"] and [len(g["params"]) for g in saved["param_groups"]] != [
-        len(g["params"]) for g in optimizer.param_groups
-    ]:
+    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
         raise ValueError(f"{wanted}, which moves other tensors than this one.")
     # An optimizer of the user's own may keep tensors of any shape.
     if not type(optimizer).__module__.startswith("torch.optim"):
         return
-    order = [index for group in saved["param_groups"] for index in group["params"]]
-    leaves = dict(zip(order, [leaf for group in optimizer.param_groups for leaf in group["params"]], strict=True))
+    leaves = dict(_leaves(theirs, optimizer))
     for index, moments in saved["state"].items():
+        shape = leaves[index].shape if index in leaves else ()
         for name, value in moments.items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
-            shape = leaves[index].shape if index in leaves else ()
             # Adafactor keeps means over rows and columns.
-            if value.dim() != len(shape) or any(
-                size not in (1, ours) for size, ours in zip(value.shape, shape, strict=True)
-            ):
+            fits = value.dim() == len(shape) and all(s in (1, n) for s, n in zip(value.shape, shape, strict=True))
+            if not fits:
                 raise ValueError(f"{wanted}: its {name!r} has the shape {tuple(value.shape)}, here {tuple(shape)}.")
+
+
+def _leaves(groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, Tensor]]:
+    """Yield the tensors of an optimizer with the numbers that saved groups of parameters give them."""
+    for saved, group in zip(groups, optimizer.param_groups, strict=True):
+        yield from zip(saved["params"], group["params"], strict=True)
 
 
 def _check_history(state: Mapping[str, Any], outer: Any) -> None:
     """Refuse a history that is none, or that of a batch for a single run and the other way round."""
     names = {each.name for each in fields(Record)}
-    needed = {each.name for each in fields(Record) if each.default is MISSING}
     size, history, best = outer.problem.batch, state["history"], state["best_loss"]
-    members = [history] if size is None else history
+    runs = [history] if size is None else history
     good = isinstance(history, list | tuple) and all(
-        isinstance(records, list | tuple) and all(isinstance(r, Mapping) and needed <= set(r) <= names for r in records)
-        for records in members
+        isinstance(records, list | tuple) and all(isinstance(r, Mapping) and set(r) == names for r in records)
+        for records in runs
     )
-    if not good or len(members) != (size or 1):
-        raise ValueError(
-            f"{WANTED}, but its 'history' is not that of {'one run' if size is None else f'{size} members'}."
-        )
+    if not good or len(runs) != (size or 1):
+        whose = "one run" if size is None else f"{size} members"
+        raise ValueError(f"{WANTED}, but its 'history' is not that of {whose}.")
     if not (isinstance(best, float | int) if size is None else isinstance(best, Tensor) and best.shape == (size,)):
-        raise ValueError(
-            f"{WANTED}, but its 'best_loss' is {'no number' if size is None else f'not one of {size} each'}."
-        )
+        wrong = "no number" if size is None else f"not one of {size} each"
+        raise ValueError(f"{WANTED}, but its 'best_loss' is {wrong}.")
     if not isinstance(state["rng"], Tensor):
         raise ValueError(f"{WANTED}, but its 'rng' is no state of a random generator.")
 
@@ -215,10 +202,8 @@ def load(outer: Any, state: Mapping[str, Any]) -> None:
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load the state of an optimizer, of which it takes copies: torch goes on with the tensors that it is given."""
     saved = copy.deepcopy(saved)
-    numbers = [index for group in saved["param_groups"] for index in group["params"]]
-    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
     optimizer.load_state_dict(saved)
-    for index, leaf in zip(numbers, leaves, strict=True):
+    for index, leaf in _leaves(saved["param_groups"], optimizer):
         for name, value in saved["state"].get(index, {}).items():
             # torch casts single numbers, such as NAdam's product of momenta, to the dtype of the leaf.
             if isinstance(value, Tensor) and value.dim() == 0:
@@ -248,12 +233,7 @@ COUNTERS = ("step", "eta", "mu", "mu_product")
 
 
 def separated(state: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return one row's part of a `state_dict` of rows, as its own outer loop would have written it.
-
-    Args:
-        state: from the `OuterOptimizer.state_dict` of rows.
-        index: the row.
-    """
+    """Return one row's part of a `state_dict` of rows, as its own outer loop would have written it."""
     size = len(state["history"])
 
     def part(value: Any) -> Any:
@@ -262,10 +242,9 @@ def separated(state: dict[str, Any], index: int) -> dict[str, Any]:
     inner = state["inner_state"]
     optimizer = state["optimizer"]
     moments = {key: {name: part(value) for name, value in each.items()} for key, each in optimizer["state"].items()}
-    return state | {
-        "free": [leaf[index].clone() for leaf in state["free"]],
-        "hparams": [leaf[index].clone() for leaf in state["hparams"]],
-        "best_hparams": [leaf[index].clone() for leaf in state["best_hparams"]],
+    leaves = {name: [leaf[index].clone() for leaf in state[name]] for name in LEAVES}
+    return {
+        **(state | leaves),
         "optimizer": optimizer | {"state": moments},
         "inner_state": None if inner is None else InnerState.from_dict(inner).row(index).to_dict(),
         "adjoint": None if state["adjoint"] is None else rows.row(state["adjoint"], index),
@@ -275,11 +254,7 @@ def separated(state: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the `state_dict` of the rows that some outer loops are, which have taken the same number of steps.
-
-    Args:
-        states: from `OuterOptimizer.state_dict` or `separated`.
-    """
+    """Return the `state_dict` of the rows that some outer loops are, which have taken the same number of steps."""
     first = states[0]
     leaves = {name: [torch.stack(each) for each in zip(*(s[name] for s in states), strict=True)] for name in LEAVES}
     moments = {
@@ -293,14 +268,11 @@ def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     inner = [InnerState.from_dict(state["inner_state"]) for state in states if state["inner_state"] is not None]
     (like, *_) = first["hparams"]
-    return (
-        first
-        | leaves
-        | {
-            "optimizer": first["optimizer"] | {"state": moments},
-            "inner_state": InnerState.stack(inner).to_dict() if inner else None,
-            "adjoint": None if first["adjoint"] is None else rows.stack([state["adjoint"] for state in states]),
-            "history": [state["history"] for state in states],
-            "best_loss": torch.tensor([state["best_loss"] for state in states], dtype=like.dtype, device=like.device),
-        }
-    )
+    return {
+        **(first | leaves),
+        "optimizer": first["optimizer"] | {"state": moments},
+        "inner_state": InnerState.stack(inner).to_dict() if inner else None,
+        "adjoint": None if first["adjoint"] is None else rows.stack([state["adjoint"] for state in states]),
+        "history": [state["history"] for state in states],
+        "best_loss": torch.tensor([state["best_loss"] for state in states], dtype=like.dtype, device=like.device),
+    }

@@ -49,13 +49,9 @@ SMALL = 1e-3
 
 
 def not_converged(taken: str, norms: Sequence[float], losses: Sequence[float], tol: float | None = None) -> str:
-    """Return how far a run is that ended by its number of steps, or by its budget.
+    """Return how far a run is that ended by its number of steps, or by its budget: `taken` says that in words.
 
-    Args:
-        taken: that end in words.
-        norms: the norm of the hypergradient at every step.
-        losses: the outer loss at every step.
-        tol: the norm that was asked for.
+    The norm of the hypergradient and the outer loss are those at every step; `tol` is the norm that was asked for.
 
     >>> not_converged("took 3 steps", [2.0, 1.5, 1.0], [5.0, 4.0, 3.5])
     'took 3 steps, not converged: |hypergradient| = 1.0e+00, was 2.0e+00, outer loss still falling by 7.5e-01 a step'
@@ -99,15 +95,9 @@ class StoppingRules:
         """Return which rule ends a run here, or an empty string; the budget is asked for elsewhere.
 
         A hypergradient that supports no step is named first: a small norm means nothing where its error is larger.
-
-        Args:
-            status: the name of the last status.
-            error: the error of the last hypergradient, where one is known.
-            norms: the norm of the hypergradient at every step.
-            losses: the outer loss at every step.
+        Status and error are the last ones; the norms of the hypergradient and the outer losses, those of every step.
         """
-        refused = no_descent(status, error, norms[-1])
-        if refused:
+        if refused := no_descent(status, error, norms[-1]):
             return refused
         if self.tol is not None and norms[-1] <= self.tol:
             return f"the hypergradient norm reached {self.tol:g}"
