@@ -34,18 +34,7 @@ class Named:
 
 
 def run_check(arguments: Namespace) -> int:
-    """Run ``bilevel check``.
-
-    Args:
-        arguments: `target` (FILE.py, FILE.py:PROBLEM or a config), `hparams` (a name or None), `seed`, `threads` and
-            `allow_import`.
-
-    Returns:
-        1 where a fault was found, else 0.
-
-    Raises:
-        ConfigError: for a file, a name or a value that cannot be used.
-    """
+    """Run ``bilevel check``; 1 where a fault was found, else 0."""
     path, _, name = arguments.target.partition(":")
     with short_operations(chosen_threads(arguments)):
         if Path(path).suffix in (".yaml", ".yml"):
@@ -132,14 +121,11 @@ def _where(error: Exception) -> str:
 
 def _parts(what: str, result: Any) -> dict[str, Any]:
     """Return problem, hparams and solver of a problem, a tuple or a dict of them."""
-    if isinstance(result, BilevelProblem):
-        parts: dict[str, Any] = {"problem": result}
-    elif isinstance(result, Mapping):
+    parts: dict[str, Any] = {"problem": result}
+    if isinstance(result, Mapping):
         parts = dict(result)
     elif isinstance(result, tuple):
         parts = dict(zip(PARTS, result, strict=False))
-    else:
-        parts = {"problem": result}
     for part, kind in (("problem", BilevelProblem), ("solver", InnerSolver)):
         if not isinstance(parts.get(part), kind) and (part == "problem" or parts.get(part) is not None):
             raise ConfigError(

@@ -25,38 +25,28 @@ SHOWN = 12
 
 def run_compare(arguments: Namespace) -> int:
     """Run ``bilevel compare``."""
-    plan, folder = _prepare(arguments, tune=False)
-    with short_operations(chosen_threads(arguments)), folder.lock():
-        return _compared(plan, folder, arguments)
-
-
-def _compared(plan: Plan, folder: RunFolder, arguments: Namespace) -> int:
-    result = _run(plan, folder, arguments)
-    if result.interrupted:
-        return _interrupted(result)
-    print(f"\n{tables(result.summary)}\n")
-    _finish(result, folder)
-    return _report_failures(result, folder)
+    return _run_command(arguments, tune=False)
 
 
 def run_tune(arguments: Namespace) -> int:
     """Run ``bilevel tune``."""
-    plan, folder = _prepare(arguments, tune=True)
+    return _run_command(arguments, tune=True)
+
+
+def _run_command(arguments: Namespace, tune: bool) -> int:
+    plan, folder = _prepare(arguments, tune)
     with short_operations(chosen_threads(arguments)), folder.lock():
-        return _tuned_all(plan, folder, arguments)
-
-
-def _tuned_all(plan: Plan, folder: RunFolder, arguments: Namespace) -> int:
-    result = _run(plan, folder, arguments)
-    if result.interrupted:
-        return _interrupted(result)
-    tuned = {run.cell.problem: _tuned(plan, run) for run in result.runs if run.best is not None}
-    folder.write_json("tuned.json", tuned)
-    for problem, run in tuned.items():
-        print(f"\n{_tuned_text(problem, run)}")
-    print()
-    _finish(result, folder)
-    return _report_failures(result, folder)
+        result = _run(plan, folder, arguments)
+        if result.interrupted:
+            return _interrupted(result)
+        if tune:
+            tuned = {run.cell.problem: _tuned(plan, run) for run in result.runs if run.best is not None}
+            folder.write_json("tuned.json", tuned)
+            print("".join(f"\n{_tuned_text(problem, run)}\n" for problem, run in tuned.items()))
+        else:
+            print(f"\n{tables(result.summary)}\n")
+        _finish(result, folder)
+        return _report_failures(result, folder)
 
 
 def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
@@ -100,17 +90,12 @@ def _interrupted(result: Comparison) -> int:
 
 def _finish(result: Comparison, folder: RunFolder) -> None:
     """Draw the figures and say where everything is."""
-    figures = folder.path / "figures"
-    if not draw_figures(result.runs, figures):
+    if not draw_figures(result.runs, folder.path / "figures"):
         succeeded = any(not run.failed for run in result.runs)
-        print(
-            "no figures: they need matplotlib (pip install 'bilevel[plot]')."
-            if succeeded
-            else "no figures: no run succeeded."
-        )
-    written = (path.name for path in folder.path.iterdir() if path.name in (*FILES, "figures"))
-    names = ", ".join(sorted(written))
-    print(f"written to {folder.path}: {names}")
+        why = "they need matplotlib (pip install 'bilevel[plot]')" if succeeded else "no run succeeded"
+        print(f"no figures: {why}.")
+    written = sorted(path.name for path in folder.path.iterdir() if path.name in (*FILES, "figures"))
+    print(f"written to {folder.path}: {', '.join(written)}")
 
 
 def _report_failures(result: Comparison, folder: RunFolder) -> int:
@@ -153,21 +138,18 @@ def _tuned_text(problem: str, run: dict[str, Any]) -> str:
         headers=("score", "untuned start", "tuned"),
         floatfmt=".5g",
     )
-    log = run["unit"].startswith("log ")
+    unit, note = run["unit"], ""
+    log = unit.startswith("log ")
     lines = [
         (label, start, tuned, *([math.exp(tuned)] if log else []))
         for label, start, tuned in zip(run["labels"], run["start"], run["tuned"], strict=True)
     ]
     lines.sort(key=lambda line: -line[2])
-    note = ""
     if len(lines) > SHOWN:
         half = SHOWN // 2
         note = f"\n(the {half} largest and the {half} smallest of {len(lines)}; tuned.json holds all)"
         lines = lines[:half] + lines[-half:]
-    unit = run["unit"]
     headers = ("hyperparameter", f"{unit}, start", "tuned", *([unit.removeprefix("log ")] if log else []))
     table = tabulate(lines, headers=headers, floatfmt=".4g")
-    title = (
-        f"{problem}, {run['estimator']}, seed {run['seed']}: best at step {run['best_step']}\nended: {run['stopped']}"
-    )
-    return f"{title}\n\n{scores}\n\n{table}{note}"
+    title = f"{problem}, {run['estimator']}, seed {run['seed']}: best at step {run['best_step']}"
+    return f"{title}\nended: {run['stopped']}\n\n{scores}\n\n{table}{note}"

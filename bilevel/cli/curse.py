@@ -25,25 +25,13 @@ from bilevel.curse.folder import owned_names
 
 
 def run_curse(arguments: Namespace) -> int:
-    """Run ``bilevel curse``.
-
-    Args:
-        arguments: `configs` (paths), `set` (overrides), `out` (a folder or None) and `threads` (a number or None).
-
-    Returns:
-        0 where every experiment ran.
-
-    Raises:
-        ConfigError: before anything runs, for a config that cannot be used or two of one name.
-        RunFolderError: for a folder that another process is writing to.
-    """
+    """Run ``bilevel curse``; a config that cannot be used, or two of one name, are refused before anything runs."""
     plans = [load_experiment(config, arguments.set) for config in arguments.configs]
     names = [name for name, _ in plans]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(f"two configs have the name {repeated[0]!r}, so one would write over the other.")
-    folder = Path(arguments.out or Path("runs") / "curse")
-    folder = _checked(folder, names)
+    folder = _checked(Path(arguments.out or Path("runs") / "curse"), names)
     with short_operations(chosen_threads(arguments)), locked(folder):
         remove_unfinished(folder)
         held = read_mark(folder) or {"writes": owned_names(folder)}
@@ -56,11 +44,7 @@ def run_curse(arguments: Namespace) -> int:
 
 
 def _checked(folder: Path, names: Sequence[str]) -> Path:
-    """Return a folder that is new, or holds outcomes of earlier experiments and nothing that these would write over.
-
-    Raises:
-        RunFolderError: in one sentence.
-    """
+    """Return a folder that is new, or holds outcomes of earlier experiments and nothing that these would write over."""
     try:
         folder = folder.expanduser()
     except RuntimeError as error:
@@ -73,9 +57,8 @@ def _checked(folder: Path, names: Sequence[str]) -> Path:
     owned = owned_names(folder) if mark is None else mark["writes"]
     foreign = [name for name in written_names(names) if name not in owned and os.path.lexists(folder / name)]
     if foreign:
-        raise RunFolderError(
-            f"{folder} holds {foreign[0]}, but nothing says that `bilevel curse` wrote it: {ELSEWHERE}."
-        )
+        unproven = f"holds {foreign[0]}, but nothing says that `bilevel curse` wrote it"
+        raise RunFolderError(f"{folder} {unproven}: {ELSEWHERE}.")
     hindrance = misplaced(folder, written_names(names))
     if hindrance:
         raise RunFolderError(f"{hindrance}, where this command writes: move it away, or {ELSEWHERE}.")

@@ -15,14 +15,7 @@ SIZE, REPEATS = 64, 31
 
 
 def chosen_threads(arguments: Namespace) -> Threads:
-    """Return the threads and workers of a command, from --threads, the environment or the machine.
-
-    Args:
-        arguments: `threads` (a number or None).
-
-    Raises:
-        ConfigError: for an environment variable that is no number.
-    """
+    """Return the threads and workers of a command, from --threads, the environment or the machine."""
     try:
         return choose(arguments.threads)
     except ValueError as error:

@@ -79,16 +79,7 @@ def _abstract(value: type, base: type) -> bool:
 
 
 def find_class(name: Any, kind: Kind, path: str) -> type:
-    """Return the exported class of a name, or where it is allowed the class that ``module:Class`` names.
-
-    Args:
-        name: as the config gives it.
-        kind: what it has to be.
-        path: of the name in the config.
-
-    Raises:
-        ConfigError: for a name that is no such class; says what it is instead.
-    """
+    """Return the exported class of a name, or where it is allowed the class that ``module:Class`` names."""
     if isinstance(name, str) and ":" in name:
         return imported(name, kind.base, kind.name, path)
     classes = kind.classes()
@@ -108,11 +99,11 @@ def options_of(owner: Callable[..., Any], exclude: frozenset[str] = frozenset())
     except NameError:
         # Some of torch's annotations name what is imported for type checkers alone; such options are not checked here.
         hints = {}
-    result = {}
-    for name, parameter in inspect.signature(owner).parameters.items():
-        if name not in exclude and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            result[name] = (hints.get(name, Any), parameter.default)
-    return result
+    return {
+        name: (hints.get(name, Any), parameter.default)
+        for name, parameter in inspect.signature(owner).parameters.items()
+        if name not in exclude and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
 
 
 def check_options(
@@ -146,17 +137,15 @@ def check_options(
     for option, (hint, default) in allowed.items():
         if default is REQUIRED and option not in given:
             raise ConfigError(f"`{path}` lacks `{option}`, which {name} needs: {allowed_words(hint)}.")
-    return {option: _check_value(value, allowed[option][0], f"{path}.{option}") for option, value in given.items()}
+    return {option: check_value(value, allowed[option][0], f"{path}.{option}") for option, value in given.items()}
 
 
-def _check_value(value: Any, hint: Any, path: str) -> Any:
+def check_value(value: Any, hint: Any, path: str) -> Any:
     """Return one option, of the type that is asked for."""
     members = [hint, *typing.get_args(hint)]
     for kind in KINDS:
         if kind.base in members:
-            if value is None and type(None) in members:
-                return None
-            return make(value, kind, path)
+            return None if value is None and type(None) in members else make(value, kind, path)
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
     try:
         # As JSON, because strict validation of JSON takes a list for a tuple, as YAML users must, but no "5" for a 5.
@@ -166,19 +155,7 @@ def _check_value(value: Any, hint: Any, path: str) -> Any:
 
 
 def make(spec: Any, kind: Kind, path: str) -> Any:
-    """Make an object from ``{class: Name, **options}``.
-
-    Args:
-        spec: the mapping in the config; a bare name stands for a class without options.
-        kind: what the class has to be.
-        path: of the mapping in the config.
-
-    Returns:
-        The object.
-
-    Raises:
-        ConfigError: if the mapping does not describe such an object.
-    """
+    """Return the object that ``{class: Name, **options}``, or a bare name, describes at a path of the config."""
     owner, given = split_spec(spec, kind, path)
     options = check_options(owner, given, path)
     try:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from bilevel import curse
-from bilevel.config.build import allowed_words
+from bilevel.config.build import check_value
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.curse import Experiment
 
@@ -35,18 +32,7 @@ def experiments() -> dict[str, type]:
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, Experiment]:
-    """Read a config and make its experiment.
-
-    Args:
-        path: of the YAML file.
-        overrides: "a.b=value", as in ``--set``.
-
-    Returns:
-        The name of its files, by default that of the config, and the experiment.
-
-    Raises:
-        ConfigError: about the first mistake, in one sentence that names the file and the place in it.
-    """
+    """Return the name of an experiment's files, by default that of its config, and the experiment."""
     path = Path(path)
     document = read_document(path)
     if "experiment" not in document and {"problems", "estimators"} & set(document):
@@ -65,9 +51,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> tuple[st
 def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
     name, kind = document.pop("name", stem), document.pop("experiment", None)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise ConfigError(
-            f"`name` must be a string of letters, digits and . _ -, as it names the files, got {shown(name)}."
-        )
+        wanted = "a string of letters, digits and . _ -, as it names the files"
+        raise ConfigError(f"`name` must be {wanted}, got {shown(name)}.")
     if name in RESERVED:
         raise ConfigError(f"`name` must not be {listed(RESERVED)}, as these files hold something else, got {name!r}.")
     known = experiments()
@@ -80,16 +65,9 @@ def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
     options = {}
     for key, value in document.items():
         if key not in allowed:
-            raise ConfigError(
-                f"`{key}` is not an option of {kind} ({listed(['name', 'experiment', *allowed])})"
-                f"{suggest(str(key), allowed)}"
-            )
-        adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=ConfigDict(strict=True))
-        try:
-            # As JSON: strict validation of JSON takes a list for a sequence, but no "5" for a 5.
-            options[key] = adapter.validate_json(json.dumps(value, default=str))
-        except ValidationError:
-            raise ConfigError(f"`{key}` must be {allowed_words(hints[key])}, got {shown(value)}.") from None
+            known_keys = listed(["name", "experiment", *allowed])
+            raise ConfigError(f"`{key}` is not an option of {kind} ({known_keys}){suggest(str(key), allowed)}")
+        options[key] = check_value(value, hints[key], key)
     try:
         return name, owner(**options)
     except ValueError as error:

@@ -115,11 +115,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain containers that a YAML text stands for.
-
-    Raises:
-        yaml.YAMLError: for a text that is no YAML, too large, or holds anything but plain values.
-    """
+    """Return the plain containers that a YAML text stands for; refuse a large one, and anything but plain values."""
     if len(text) > MOST_BYTES:
         raise yaml.YAMLError(f"it is longer than {MOST_BYTES:,} characters")
     try:
@@ -141,14 +137,7 @@ def _text_of(path: Path) -> str:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file.
-
-    Args:
-        path: of a YAML file.
-
-    Raises:
-        ConfigError: for a file that cannot be read, is not YAML, or holds no mapping.
-    """
+    """Return the mapping in a YAML file; refuse one that cannot be read or holds something else."""
     try:
         document = parse_yaml(_text_of(path))
     except FileNotFoundError:
@@ -176,15 +165,7 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 
 
 def override(document: dict[str, Any], assignment: str) -> None:
-    """Change one value of a document in place.
-
-    Args:
-        document: the config.
-        assignment: "a.b=value"; the value is YAML, numbers index lists, keys may hold spaces.
-
-    Raises:
-        ConfigError: for a text of another form, or a path whose inner parts do not exist.
-    """
+    """Change a document in place by "a.b=value": the value is YAML, numbers index lists, keys may hold spaces."""
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

@@ -25,11 +25,7 @@ _found: ContextVar[dict[str, str] | None] = ContextVar("found", default=None)
 
 @contextmanager
 def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
-    """Say whether configs read inside may import code.
-
-    Args:
-        allowed: whether they may.
-        folder: where modules are looked for first: that of the config.
+    """Say whether configs read inside may import code, looked for in the config's folder first.
 
     Yields:
         The digests of the sources of what was imported inside, by the names of the files: those of the modules, and of
@@ -49,17 +45,7 @@ def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
 
 
 def imported(name: str, base: type, what: str, path: str) -> type:
-    """Return the class that ``module:Class`` names.
-
-    Args:
-        name: as the config gives it.
-        base: what it has to be a subclass of.
-        what: that in words, with its article.
-        path: of the name in the config.
-
-    Raises:
-        ConfigError: where imports are not allowed, the module cannot be imported, or it has no such class.
-    """
+    """Return the class that ``module:Class`` names at a path of the config: a subclass of `base`, in words `what`."""
     if not _allowed.get():
         raise ConfigError(
             f"`{path}` names code outside the package, {name!r}: pass --allow-import if you trust this config and what "
@@ -69,10 +55,9 @@ def imported(name: str, base: type, what: str, path: str) -> type:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the module's own code raises
-        reason = told(error).rstrip(".").removeprefix(f"{type(error).__name__}: ")
-        raise ConfigError(
-            f"`{path}`: {module_name!r} cannot be imported ({type(error).__name__}: {reason})."
-        ) from error
+        kind = type(error).__name__
+        reason = told(error).rstrip(".").removeprefix(f"{kind}: ")
+        raise ConfigError(f"`{path}`: {module_name!r} cannot be imported ({kind}: {reason}).") from error
     result = getattr(module, class_name, None)
     if not isinstance(result, type) or not issubclass(result, base):
         raise ConfigError(f"`{path}`: {module_name!r} has no class {class_name!r} that is {what}.")
@@ -89,13 +74,8 @@ def digest(file: Path) -> str:
 
 
 def _add_sources(file: Path, depth: int, digests: dict[str, str]) -> None:
-    """Add the digest of a module's file, and of those beside it that it imports, however indirectly.
-
-    Args:
-        file: the module.
-        depth: of its name: ``package.module`` has two parts, so that what it imports lies one folder further up.
-        digests: by name; are added to.
-    """
+    """Add the digest of a module's file, and of those beside it that it imports, however indirectly."""
+    # ``package.module`` has a depth of two: what it imports lies one folder further up.
     root = file.parents[depth - 1] if file.name != "__init__.py" else file.parents[depth]
     left = [file]
     while left:

@@ -87,13 +87,7 @@ class DataSetup:
 
 @dataclass(frozen=True)
 class ProblemSetup:
-    """Makes a problem that brings its data, for a seed.
-
-    Attributes:
-        kind: the problem class.
-        options: its options.
-        device: where the data go.
-    """
+    """Makes a problem that brings its data, for a seed; the attributes are those of `DataSetup`."""
 
     kind: type[Any]
     options: Mapping[str, Any]
@@ -109,14 +103,7 @@ class ProblemSetup:
 
 
 def choose_device(name: str) -> str:
-    """Return the device that a name stands for.
-
-    Args:
-        name: "auto" (CUDA where there is one), "cpu" or "cuda".
-
-    Raises:
-        ConfigError: for another name, or a device that is not there.
-    """
+    """Return the device that "auto" (CUDA where there is one), "cpu" or "cuda" stands for; refuse one not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"the device must be auto, cpu or cuda, got {name!r}.")
     if name == "cuda" and not torch.cuda.is_available():

@@ -104,7 +104,7 @@ STATES: dict[str, Any] = {
     f"{STATE}, but its 'history' is not that of one run.": lambda: changed("history", [{"step": 1}]),
     f"{STATE}, but its 'best_loss' is no number.": lambda: changed("best_loss", "small"),
     f"{STATE}, but its 'rng' is no state of a random generator.": lambda: changed("rng", 3),
-    "an inner state holds params, memory, steps, measured, kept, earlier, got params, colour.": lambda: changed(
+    "an inner state holds params, memory, steps, measured, cache, earlier, got params, colour.": lambda: changed(
         "inner_state", {"params": 1, "colour": 2}
     ),
     "this state cannot be loaded, and nothing of it was: Expected a CPUGeneratorImplState of size 5056 but found the "
