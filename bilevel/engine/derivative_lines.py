@@ -160,9 +160,7 @@ def inner_lines(point: Point) -> Lines:
                     yield _claim(f"{what} {_named('params', x, positions)}", values, product, along)
                 return
             # A symmetric Hessian gives the whole derivative along a direction, and so names the leaf that is wrong.
-            for product in [by_params for by_params, _ in products.pulled] + [
-                by_params for by_params, _ in products.pushed
-            ]:
+            for product, _ in [*products.pulled, *products.pushed]:
                 least = torch.finfo(torch.float64).eps ** 0.5 * float(tree.norm(tree.tree_map(widened, product)))
                 for i, (name, leaf) in enumerate(zip(tree.names(x), tree.leaves(product), strict=True)):
                     yield Claim(f"{what} `params{name}`", values, i, _flat(leaf), least)

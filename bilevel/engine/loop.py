@@ -1,4 +1,4 @@
-"""The inner loop that every estimator owns: run an inner solver, stop, look at the residual, notice failure."""
+"""The inner loop that every estimator runs: steps, looks at the residual, the end, a failure."""
 
 from __future__ import annotations
 

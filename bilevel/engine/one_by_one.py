@@ -36,17 +36,10 @@ def loop_hypergradient(
     check: bool,
     on_failure: OnFailure,
 ) -> BatchEstimate:
-    """Return the hypergradients of all members.
+    """Return the hypergradients of all members, of which hparams, params and carry are stacked.
 
-    Args:
-        problem: the batch.
-        single: ``(problem, hparams=, params=, carry=, check=) -> Estimate`` of one member; failures are returned.
-        solver: the inner solver.
-        hparams: of all members, as are params and carry.
-        params: where each inner solver starts, or None.
-        carry: the warm start, or None.
-        check: look at the inputs, until a member is found that can be solved.
-        on_failure: see `hypergradient`; a failure is reported when all members are done.
+    ``single(problem, hparams=, params=, carry=, check=)`` is the `Estimate` of one, whose failure is returned, and
+    reported when all are done. With `check`, inputs are looked at until a member is found that can be solved.
 
     Raises:
         ValueError: for shapes that do not fit; if no member can be solved, what the first one's check says.

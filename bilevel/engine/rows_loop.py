@@ -35,9 +35,7 @@ def run_rows(
     inner: InnerProblem, solver: InnerSolver, state: InnerState, visit: RowsVisit | None, at_least: int
 ) -> InnerRun:
     """Return the last states, each with its own residual and verdict; see `run_inner`."""
-    loop = _Loop(inner, solver, state)
-    loop.run(visit, at_least)
-    return loop.judged()
+    return _Loop(inner, solver, state).run(visit, at_least)
 
 
 class _Loop:
@@ -61,8 +59,8 @@ class _Loop:
         self.residuals, self.steps, self.verdicts = [math.nan] * size, [0] * size, [GOOD] * size
         self.counts: list[Counter[str]] = [Counter() for _ in range(size)]
 
-    def run(self, visit: RowsVisit | None, at_least: int) -> None:
-        """Take the steps."""
+    def run(self, visit: RowsVisit | None, at_least: int) -> InnerRun:
+        """Take the steps, and judge the rows that used them all."""
         size = len(self.moving)
         if self.tol is not None:
             self.start = self._residual(self.state)
@@ -70,9 +68,7 @@ class _Loop:
             if self.tol is not None and self.taken % self.every == 0:
                 self._look(at_least)
             if self.left and self.taken - self.marked >= LOOK:
-                broken = self.moving & ~torch.isfinite(rows.norms(self.state.params))
-                if bool(broken.any()):
-                    self._fail(broken)
+                self._fail(self.moving & ~torch.isfinite(rows.norms(self.state.params)))
                 self.checkpoint, self.marked = self.state, self.taken
             if not self.left:
                 break
@@ -87,24 +83,23 @@ class _Loop:
             self.before = self.state
             self.state = after if still is None else _kept(still, after, self.state)
             self.taken += 1
-
-    def judged(self) -> InnerRun:
-        """Look at the residuals of the rows that used all steps, judge them, and return the run."""
         if self.left:
-            residual = self._residual(self.state)
-            if self.tol is None:
-                self.start = self._residual(self.first)
-            broken = self.moving & ~torch.isfinite(residual)
-            if bool(broken.any()):
-                self._fail(broken)
-            if self.tol is not None:
-                self._end(self.moving & self._reached(residual), residual)
-        if self.left:
-            self._judge(self.moving, residual)
+            self._finish()
         for index, state in self.broken.items():
             self.state = replace(self.state, params=rows.with_row(self.state.params, index, state.params))
         run = InnerRun(self.state, self.residuals, self.steps, self.verdicts, self.counts, self.runner)
         return replace(run, warm=self._warm(run.usable))
+
+    def _finish(self) -> None:
+        """End the rows that used all steps."""
+        residual = self._residual(self.state)
+        if self.tol is None:
+            self.start = self._residual(self.first)
+        self._fail(self.moving & ~torch.isfinite(residual))
+        if self.tol is not None:
+            self._end(self.moving & self._reached(residual), residual)
+        if self.left:
+            self._judge(self.moving, residual)
 
     def _warm(self, usable: Tensor) -> InnerState:
         """Return the state for a warm start: where a row failed, the one that it started from."""
@@ -190,6 +185,8 @@ class _Loop:
 
     def _fail(self, mask: Tensor) -> None:
         """Name for each broken member the first step that is not finite, by running it alone from the last look."""
+        if not bool(mask.any()):
+            return
         for index in indices_of(mask):
             run = self._replayed(index)
             self._record(index, run.residual, run.steps, run.verdict)
