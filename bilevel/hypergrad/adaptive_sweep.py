@@ -33,12 +33,7 @@ SAFEGUARDS = 6.0
 
 @dataclass(frozen=True)
 class Point:
-    """The extrapolated iterate, accepted.
-
-    Attributes:
-        params: xh.
-        residual: ``|grad f(xh)|``, below that of the last iterate.
-    """
+    """The extrapolated iterate xh, accepted, and its inner residual, below that of the last iterate."""
 
     params: Tree
     residual: float
@@ -49,8 +44,6 @@ class Sweep:
     """The pullback of a run whose last states have been kept.
 
     Attributes:
-        inner: the bound problem.
-        solver: the inner solver.
         kept: states that the differentiated steps start from, in forward order.
         allowance: gradient-equivalents for one pullback; a step that would exceed them is not taken.
         choose: return the tail that is closest to ``g_RRE`` instead of the longest.

@@ -115,22 +115,14 @@ class AdaptiveUnroll(HypergradEstimator):
             )
 
     def at_tolerance(self, tol: float) -> AdaptiveUnroll:
-        """Return itself if the tail grows with the run, as the inner tolerance shrinks.
-
-        Raises:
-            ValueError: for a tail of a fixed length, and for a budget.
-        """
+        """Return itself if the tail grows with the run; ValueError for one of a fixed length, and for a budget."""
         if self.budget is not None:
             raise ValueError("`AdaptiveUnroll.budget` and a `target_error` both say when to stop: give one of them.")
         refuse_fixed(self.tail)
         return self
 
     def solve(self, run: Run) -> Solution:
-        """Run the inner solver as the budget or its own rule says, and keep what the sweep will need.
-
-        Returns:
-            A solution whose pullback sweeps; with an accepted extrapolation, at the extrapolated iterate.
-        """
+        """Run as the budget or the solver's own rule says; an accepted extrapolation gives the solution's params."""
         inner, solver = run.inner(), run.solver
         budget = None if self.budget is None else Budget.of(self.budget, inner)
         state = run.begin()

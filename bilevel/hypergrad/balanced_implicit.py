@@ -61,11 +61,7 @@ class BalancedImplicit(HypergradEstimator):
         require(self, "budget", what, self.budget is None or self.budget >= LEAST)
 
     def at_tolerance(self, tol: float) -> BalancedImplicit:
-        """Return itself: CG follows the inner run.
-
-        Raises:
-            ValueError: for a budget, and for damping.
-        """
+        """Return itself, as CG follows the inner run; ValueError for a budget, and for damping."""
         if self.budget is not None:
             raise ValueError("`BalancedImplicit.budget` and a `target_error` both say when to stop: give one of them.")
         if self.damping:
@@ -76,14 +72,7 @@ class BalancedImplicit(HypergradEstimator):
         return self
 
     def solve(self, run: Run) -> Solution:
-        """Run forward and adjoint in turns, then use the result or let a truncated tail take over.
-
-        Returns:
-            A solution at the extrapolated iterate, or at the last one where the tail takes over.
-
-        Raises:
-            ValueError: if a measured step size has used up the budget.
-        """
+        """Run forward and adjoint in turns; ValueError if a measured step size has used up the budget."""
         inner, solver, carry = run.inner(), run.solver, run.carry
         budget = None if self.budget is None else Budget.of(self.budget, inner)
         state = run.begin()
@@ -152,10 +141,6 @@ def _estimate(balance: Balance, probe: int) -> tuple[float, float]:
     After negative curvature (`probe` > 0) each division by l becomes that many CG steps on H, and dx their Newton step:
     the sharper figure EST2, which sees where the linearisation ends.
 
-    Args:
-        balance: the finished run.
-        probe: CG steps of EST2, or 0.
-
     Returns:
         (estimated error, norm of the hypergradient).
     """
@@ -196,10 +181,6 @@ class Adjoint:
 
     The outer gradient at the solution has been solved for already. Any other cotangent (in `bilevel.solution`) is
     solved for anew to the same relative residual, on top of the budget.
-
-    Attributes:
-        balance: the finished run.
-        error: estimated error of the hypergradient.
     """
 
     balance: Balance

@@ -48,13 +48,8 @@ class Balance:
     """The state of the balanced run: what the last pause found.
 
     Attributes:
-        problem: the problem.
-        inner: the bound problem.
-        solver: the inner solver.
         budget: what forward run and adjoint share; None where the solver's own rule ends the run.
         record: receives the states.
-        raveler: params as one vector, and back.
-        damping: added to the diagonal of the Hessian.
         max_steps: most CG steps of one pause.
         lam: the adjoint vector.
         mark: step of the next pause.

@@ -138,9 +138,11 @@ def hypergradient(
         check_carry(carry, solver, start, problem.trainable(start))
     # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
     warm = Carry() if carry is None else carry.copied()
+    memory = rule.measures_memory or problem.batch is not None
+    run = Run(problem, used, given, start, warm, Meter(tree.leaves(start)[0].device, memory=memory))
     if problem.batch is not None:
         try:
-            together = rows_hypergradient(problem, solver, rule, given, start, warm, certify, on_failure)
+            together = rows_hypergradient(rule, run, certify, on_failure)
         except NotSideBySide as reason:
             looped = one_by_one(problem, str(reason))
             return hypergradient(
@@ -149,15 +151,14 @@ def hypergradient(
         if check:
             confirm(problem)
         return together
-    meter = Meter(tree.leaves(start)[0].device, memory=rule.measures_memory)
     if target_error is None:
-        result = attempt(rule, Run(problem, used, given, start, warm, meter))
-        cost = meter.read()
+        result = attempt(rule, run)
+        cost = run.meter.read()
         result = confirmed(problem, solver, rule, given, result, start, asked=certify)
         result, error = judged(problem, solver, given, result, certify)
     else:
-        result, error = TargetErrorLoop(problem, solver, rule, given, start, meter, target_error).run(warm)
-        cost = meter.read()
+        result, error = TargetErrorLoop(rule, run, target_error).run()
+        cost = run.meter.read()
         result = confirmed(problem, solver, rule, given, result, start, asked=True)
     if check:
         confirm(problem)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bilevel.base import BatchEstimate, Carry, InnerSolver, Pullback, Solution, verdict_of
+from bilevel.base import BatchEstimate, Carry, Pullback, Solution, verdict_of
 from bilevel.certify import ErrorEstimate
 from bilevel.core import rows, tree
 from bilevel.core.cost import Cost, Meter
@@ -50,19 +50,10 @@ def as_batch(problem: BilevelProblem, batch: int | None, rows: Rows = "auto") ->
     return problem if batch is None or problem.batch is not None else problem.batched(batch)
 
 
-def rows_hypergradient(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    estimator: HypergradEstimator,
-    hparams: Tree,
-    start: Tree,
-    carry: Carry,
-    certify: bool,
-    on_failure: OnFailure,
-) -> BatchEstimate:
+def rows_hypergradient(estimator: HypergradEstimator, run: Run, certify: bool, on_failure: OnFailure) -> BatchEstimate:
     """Return the hypergradients of all members, whose failures are reported when all are done: see `hypergradient`."""
-    meter = Meter(tree.leaves(start)[0].device)
-    solved = estimator.solve(Run(problem, solver, hparams, start, carry, meter))
+    problem, solver, hparams, start, meter = run.problem, run.solver, run.hparams, run.params, run.meter
+    solved = estimator.solve(run)
     value, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)
     meter.counts["outer"] += 1
     losses = value.cpu()
@@ -98,7 +89,7 @@ def rows_hypergradient(
         if not solved.verdict[index].status.usable:
             at = Pullback(None)
         certificates.append(certificate(solved, at, error, index))
-    following = _following(solved, pulled, usable, carry, type(solver).__name__)
+    following = _following(solved, pulled, usable, run.carry, type(solver).__name__)
     estimate = BatchEstimate(
         value, gradient, tree.copied(solved.params), certificates, costs, cost, verdicts, following
     )

@@ -23,7 +23,6 @@ import torch
 from bilevel.base import Carry, InnerSolver
 from bilevel.certify import ErrorBound, ErrorEstimate, Refinement, certify_error, rounding_floor
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.options import default_tolerance, is_number, shown_value
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
@@ -98,38 +97,30 @@ class TargetErrorLoop:
     """The passes of one hypergradient towards its target.
 
     The solver's own `tol`, where it has one, is the smallest that is used, and its `steps` are the most that all passes
-    take; `meter` counts the work, that of the looks included.
+    take; the meter of the run counts the work, that of the looks included.
     """
 
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        solver: InnerSolver,
-        estimator: HypergradEstimator,
-        hparams: Tree,
-        start: Tree,
-        meter: Meter,
-        target: float,
-    ) -> None:
-        self.problem, self.solver, self.estimator = problem, solver, estimator
-        self.hparams, self.start, self.meter, self.target = hparams, start, meter, target
-        self.inner = problem.bind(hparams, meter.counts)
-        self.bound = None if problem.certifiable() is None else ErrorBound(problem, hparams, "cheap", meter.counts)
-        self.refinement = Refinement(problem, hparams, meter.counts)
-        dtype = tree.leaves(start)[0].dtype
-        self.scale = self._residual(start)
-        self.near = default_tolerance(dtype)
-        self.least = ROUNDING * torch.finfo(dtype).eps
+    def __init__(self, estimator: HypergradEstimator, given: Run, target: float) -> None:
+        self.estimator, self.given, self.target = estimator, given, target
+        self.problem, self.solver, self.hparams = given.problem, given.solver, given.hparams
+        self.counts, self.dtype = given.meter.counts, tree.leaves(given.params)[0].dtype
+        certifiable = self.problem.certifiable() is not None
+        self.bound = ErrorBound(self.problem, self.hparams, "cheap", self.counts) if certifiable else None
+        self.refinement = Refinement(self.problem, self.hparams, self.counts)
+        self.scale = self._residual(given.params)
+        self.near = default_tolerance(self.dtype)
+        self.least = ROUNDING * torch.finfo(self.dtype).eps
         self.floor: float | None = None
         self.steps = self.adjoint_steps = 0
         self.rate: float | None = None
         """Inner steps for each factor e of the residual, once some have been taken."""
 
     def _residual(self, params: Tree) -> float:
-        return float(tree.norm(self.inner.grad(params)))
+        return float(tree.norm(self.given.inner().grad(params)))
 
-    def run(self, carry: Carry) -> tuple[Attempt, ErrorEstimate]:
+    def run(self) -> tuple[Attempt, ErrorEstimate]:
         """Return the first attempt that the certificate supports, or the best one with the reason why none did."""
+        carry = self.given.carry
         # A warm start may be good enough already: the first look is taken before any step.
         warm = self.estimator.resumes and carry.state is not None
         residual = self._residual(carry.state.params) if carry.state is not None else self.scale
@@ -166,7 +157,7 @@ class TargetErrorLoop:
         if self.estimator.resumes and self.solver.steps is not None:
             solver = replace(solver, steps=max(1, self.solver.steps - self.steps))
         estimator = self.estimator.at_tolerance(tolerances.adjoint)
-        result = attempt(estimator, Run(self.problem, solver, self.hparams, self.start, carry, self.meter))
+        result = attempt(estimator, replace(self.given, solver=solver, carry=carry))
         if result.solved.steps and 0 < result.solved.residual < before:
             self.rate = result.solved.steps / math.log(before / result.solved.residual)
         self.steps = result.solved.steps + (self.steps if self.estimator.resumes else 0)
@@ -188,7 +179,7 @@ class TargetErrorLoop:
             cheap = self.bound(*given)
             if cheap.value is not None and (cheap.value <= allowed or self._work(cheap, allowed) <= SHARP):
                 return cheap
-        sharp = certify_error(self.problem, self.hparams, *given, goal=allowed, counts=self.meter.counts)
+        sharp = certify_error(self.problem, self.hparams, *given, goal=allowed, counts=self.counts)
         if cheap is None or cheap.value is None or sharp.value is None:
             return sharp
         # The sharp figure does not say which half is to blame; the cheap one bounds that of the adjoint.
@@ -235,7 +226,7 @@ class TargetErrorLoop:
                 inverse = self.refinement.inverse
                 self.floor = rounding_floor(self.problem, self.hparams, result.solved.params, adjoint, inverse)
             if self.floor is not None and allowed < ABOVE_FLOOR * self.floor:
-                dtype = str(tree.leaves(self.start)[0].dtype).removeprefix("torch.")
+                dtype = str(self.dtype).removeprefix("torch.")
                 remedy = "use a larger penalty" if dtype == "float64" else "use float64 or a larger penalty"
                 return (
                     f"the target is below the rounding floor of {dtype}, an error of about {self.floor:.1e} where "
