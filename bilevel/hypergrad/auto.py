@@ -69,7 +69,6 @@ class Auto(HypergradEstimator):
 
     @property
     def resumes(self) -> bool:  # type: ignore[override]
-        """Whether what it chooses goes on from its carry: all but the unrolls."""
         return not self.unroll
 
     @property
@@ -87,7 +86,6 @@ class Auto(HypergradEstimator):
         return replace(chosen, estimator=chosen.estimator.at_tolerance(self.tol))
 
     def _of_the_solution(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
-        """Choose among the estimators of the solution's derivative."""
         (like, *_), size = tree.leaves(params), tree.size(params)
         bytes_each = like.element_size()
         if problem.batch is not None:
@@ -110,7 +108,6 @@ class Auto(HypergradEstimator):
         return Choice(BalancedImplicit(), "it shares the work, and takes a tail where the Hessian is indefinite")
 
     def _unrolled(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
-        """Choose among the estimators of the iterate's derivative."""
         (like, *_), size, count = tree.leaves(params), tree.size(params), tree.size(hparams)
         fixed = solver.traits.multistep and solver.tol is None and solver.steps is not None
         if fixed and problem.batch is None and problem.spectrum() is not None:

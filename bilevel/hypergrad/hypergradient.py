@@ -89,17 +89,14 @@ def hypergradient(
             dimension; `params` may have it too, and is the same for all members otherwise. A problem that is a batch
             already (`BilevelProblem.batched`, `bilevel.stack`) needs none.
         rows: how the members of a batch run: "auto" side by side, or one after the other, with a note in
-            `certificate.measured`, where torch cannot vectorise a loss over them (recurrent layers, values that decide)
-            or the solver or the estimator takes one problem at a time; "loop" one after the other: each result is that
-            of a single call bit for bit.
+            `certificate.measured`, where loss, solver or estimator take one problem at a time; "loop" one after the
+            other: each result is that of a single call bit for bit.
         carry: the warm start, from the `carry` of an earlier estimate; it takes the place of `params`.
         certify: bound the distance to the exact hypergradient where a proof exists, and estimate it elsewhere (see
             `bilevel.certify.certify_error`).
         target_error: the largest relative error ``|p - dF/du| / |dF/du|`` that is accepted, in (0, 1), such as 1e-3.
-            Tolerances of inner solver and adjoint system follow from the certificate: solve a little, look, continue
-            the same run. A `tol` that was given stays the smallest, `steps` the most in all. The certificate then
-            proves the target (ridge, logistic and softmax regression) or estimates it (elsewhere); where it cannot, the
-            status is TARGET_NOT_REACHED and says why in one sentence.
+            Tolerances follow from the certificate, which proves or estimates that the target is reached; where it
+            cannot, the status is TARGET_NOT_REACHED. A `tol` that was given stays the smallest, `steps` the most.
         check: look at the inputs first; a loop that has done so once may leave it out.
         on_failure: what to do with a result that cannot be used: "raise", "warn" or "return".
 

@@ -10,8 +10,11 @@ and the only work is one linear solve (Bengio 2000; Pedregosa 2016; Lorraine et 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from bilevel.base import InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.base.requirements import check_requirements
@@ -22,9 +25,9 @@ from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.balanced_implicit import BalancedImplicit
-from bilevel.hypergrad.damping import damped, damped_matrix
 from bilevel.linear import CG
 from bilevel.networks.gauss_newton import gauss_newton
+from bilevel.oracles.inner_problem import Linearization
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -84,7 +87,6 @@ class Implicit(HypergradEstimator):
 
     @property
     def rowwise(self) -> bool:
-        """Whether it takes rows: where its linear solver does, and each part is solved by itself."""
         return self.successor is None and self.linear_solver.rowwise
 
     @property
@@ -99,11 +101,7 @@ class Implicit(HypergradEstimator):
         check_requirements(self.linear_solver, problem, solver)
 
     def at_tolerance(self, tol: float) -> HypergradEstimator:
-        """Return this estimator with the linear solver's tolerance.
-
-        Raises:
-            ValueError: for damping, Gauss-Newton products, or a linear solver of a fixed number of steps.
-        """
+        """Set that of the linear solver; ValueError for what biases, and for a linear solver of a number of steps."""
         if self.successor is not None:
             return self.successor.at_tolerance(tol)
         if self.damping:
@@ -119,7 +117,6 @@ class Implicit(HypergradEstimator):
         return replace(self, linear_solver=self.linear_solver.at_tolerance(tol))
 
     def solve(self, run: Run) -> Solution:
-        """Run the inner solver, keeping nothing but its state."""
         if self.successor is not None:
             return self.successor.solve(run)
         problem, solver, counts = run.problem, run.solver, run.meter.counts
@@ -142,10 +139,10 @@ class Implicit(HypergradEstimator):
             # Measuring curvature for this solve alone does not pay; what the inner solver has kept is there already.
             cache = end.state.cache
             solution = self.linear_solver.solve(
-                damped(product, self.damping),
+                _damped(product, self.damping),
                 cotangent,
                 run.carry.adjoint,
-                dense=damped_matrix(point, self.damping) if loss is None else None,
+                dense=_damped_matrix(point, self.damping) if loss is None else None,
                 precondition=None if cache is None else point.preconditioner(cache).apply,
                 damping=self.damping,
                 definite=problem.symmetric,
@@ -164,6 +161,23 @@ class Implicit(HypergradEstimator):
             )
 
         return end.solution(solved, pullback)
+
+
+def _damped(product: Callable[[Tree], Tree], damping: float) -> Callable[[Tree], Tree]:
+    """Return ``v -> A v + damping v`` for a product ``v -> A v``, such as `Linearization.hvp`; not negative."""
+    if not damping:
+        return product
+    return lambda v: tree.add(product(v), v, damping)
+
+
+def _damped_matrix(point: Linearization, damping: float) -> Callable[[], Tensor]:
+    """Return what makes ``H' + damping I`` as a matrix; of a batch, those of all members."""
+
+    def dense() -> Tensor:
+        matrix = point.dense_hessian().mT
+        return matrix + damping * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+    return dense
 
 
 def _counts(after: Counter[str], before: Counter[str], steps: Sequence[int]) -> list[Counter[str]]:

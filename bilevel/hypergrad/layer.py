@@ -63,16 +63,16 @@ def solution(
         hparams: hyperparameters; those that require gradients get them.
         params: where the inner solver starts; default: the problem's start.
         check: look at the inputs first.
-        on_failure: what to do with a solve or a pullback that cannot be used: "raise", "warn" or "return". With the
-            latter two the solution, or the gradient that the backward pass gives, is NaN.
+        on_failure: what to do with a solve or a pullback that cannot be used: "raise", or "warn" or "return" a solution
+            or gradient of NaN.
 
     Returns:
         A tree shaped as params, with a ``grad_fn``.
 
     Raises:
         HypergradientError: if the inner solve fails; in the backward pass, if the pullback fails.
-        ValueError: for a batch, for another word than these three, and for an inner problem that holds tensors that
-            require gradients: the solution would have no derivative by them.
+        ValueError: for a batch, and for an inner problem that holds tensors that require gradients: the solution would
+            have no derivative by them.
 
     >>> from bilevel import CG, GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
