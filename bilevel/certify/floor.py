@@ -24,15 +24,9 @@ def rounding_floor(
 ) -> float:
     """Return an estimate of the smallest error that a hypergradient at `hparams` can have in the dtype of `params`.
 
-    A target below it asks for float64 or for a larger penalty. It is the larger one of two draws of signs; NaN where
-    the Hessian is not positive definite. Cost: four linear solves and some gradients.
-
-    Args:
-        problem: the problem.
-        hparams: hyperparameters.
-        params: an iterate near the inner solution.
-        adjoint: an approximate ``H^-1 f_x`` there.
-        inverse: what is known of the Hessian already.
+    `params` are near the inner solution, `adjoint` near ``H^-1 f_x`` there. A target below the floor asks for float64
+    or for a larger penalty. It is the larger one of two draws of signs; NaN where the Hessian is not positive definite.
+    Cost: four linear solves and some gradients.
 
     >>> from bilevel.problems import QuadraticProblem
     >>> problem = QuadraticProblem.random(size=5, hyperparameters=2, condition=10.0, seed=0)

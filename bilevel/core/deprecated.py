@@ -11,11 +11,8 @@ from typing import Any
 def with_old_names(cls: type[Any], attribute: str, value: Any, renamed: Mapping[str, str]) -> Any:
     """Return a declared value with what the body of a class says by old names, which are taken away from it.
 
-    Args:
-        cls: the class, at its making (``__init_subclass__``).
-        attribute: the attribute that holds the value now.
-        value: a frozen dataclass: that of the class's body, or else of its parent.
-        renamed: the fields of the value by their old names.
+    The class is at its making (``__init_subclass__``); `attribute` holds the value, a frozen dataclass, now, and
+    `renamed` has its fields by their old names.
     """
     if not (old := [name for name in renamed if name in vars(cls)]):
         return value

@@ -101,12 +101,7 @@ class BilevelWarning(UserWarning):
 
 
 class HypergradientError(RuntimeError):
-    """A hypergradient that cannot be used.
-
-    Args:
-        verdict: what went wrong, where, and the remedy.
-        estimate: the `Estimate` as far as it exists, with its certificate and cost.
-    """
+    """A hypergradient that cannot be used: the verdict, and the `Estimate` as far as it exists."""
 
     def __init__(self, verdict: Verdict, estimate: Any = None) -> None:
         super().__init__(str(verdict))

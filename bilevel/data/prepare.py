@@ -18,11 +18,8 @@ TASKS = ("regression", "classification", "raw")
 def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | None, str]:
     """Return the data with X in float64 and targets as a task needs them, the sorted labels (or None), and the task.
 
-    Args:
-        raw: data as they were read, in parts or not.
-        task: "regression": targets in float64; "classification": labels 0, 1, ... in sorted order; "raw": numbers as
-            they are; None: whichever of the first two the targets look like.
-        warn: whether to say so where integers may be either.
+    "regression" needs targets in float64, "classification" labels 0, 1, ... in sorted order, "raw" numbers as they are;
+    None stands for whichever of the first two the targets look like, with a warning where integers may be either.
 
     Raises:
         ValueError: for targets that the task cannot use, for one class alone, and for a label that training lacks.

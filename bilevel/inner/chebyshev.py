@@ -23,10 +23,6 @@ class Chebyshev(IntervalMethod):
     The error of its unrolled derivative first grows, up to about ``0.532 L/l`` times at ``t = 1.03 sqrt(L/l)`` in the
     worst case (Scieur et al. 2022, Theorem 3, with the constants corrected): see `Sobolev`.
 
-    Args:
-        l: lower end of the spectrum, or "auto"; see `IntervalMethod`.
-        L: upper end, or "auto".
-
     >>> Chebyshev(l=0.1, L=2.0, steps=50)
     Chebyshev(steps=50, tol=None, l=0.1, L=2.0)
     """

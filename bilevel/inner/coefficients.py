@@ -125,12 +125,9 @@ def _nonzero(weights: Sequence[Number]) -> Pairs:
 
 @dataclass(frozen=True)
 class RowwiseMultistep(CoefficientStep):
-    """The steps of a linear multistep method, with the coefficients of each member.
+    """The steps of a linear multistep method whose `coefficients` are `of`, with those of each member.
 
-    Args:
-        of: the method's `coefficients` of one member.
-        settled: whether they no longer change after the first step.
-        state: the state of the batch, whose measured numbers are used.
+    `settled` says whether they no longer change after the first step; the measured numbers are those of `state`.
     """
 
     of: Callable[[InnerState], Coefficients] = field(kw_only=True)

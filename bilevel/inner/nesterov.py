@@ -20,10 +20,6 @@ class Nesterov(MomentumMethod):
     strongly convex functions, ``h = 1/L``, ``m = (1 - sqrt(l/L)) / (1 + sqrt(l/L))`` (Nesterov 2004, section 2.2). With
     `tol`, each look at the residual costs one more gradient (at x, not at y), so it is looked at every 8 steps.
 
-    Args:
-        step_size: h, or "auto": 1/L.
-        momentum: m in [0, 1), or "auto".
-
     >>> Nesterov(momentum="auto", tol=1e-8).step_size
     'auto'
     """

@@ -97,7 +97,7 @@ def conjugate_gradients(
     check_every: int | None = None,
     precondition: Operator | None = None,
 ) -> Krylov:
-    """Return the CG run from x, whose residual is r, until `enough`.
+    """Return the CG run from x, whose residual is r, until `enough`, which looks at the run before each step.
 
     On the CPU the scalars are Python floats, which is cheaper than keeping them in tensors. An accelerator takes
     `check_every` steps before its numbers are looked at: `enough` then sees the steps one by one, as on the CPU, and
@@ -108,10 +108,9 @@ def conjugate_gradients(
         matvec: a symmetric operator on vectors of shape (size,).
         x: start.
         r: its residual.
-        enough: looks at the run before each step; True ends it.
+        enough: True ends the run.
         limit: most steps, hence most products; None for no limit.
-        check_every: steps between two looks; default 1 on the CPU and 8 elsewhere. The iterates and directions of so
-            many steps are kept.
+        check_every: default 1 on the CPU and 8 elsewhere. The iterates and directions of so many steps are kept.
         precondition: a symmetric positive definite operator near the inverse; then `ratios`, and so `spectrum`, are
             those of the preconditioned operator.
 

@@ -140,13 +140,8 @@ def gegenbauer_coefficients(l: float, L: float, steps: int, alpha: float) -> tup
 
         y_t = y_{t-1} - h_t grad f(y_{t-1}) + m_t (y_{t-1} - y_{t-2}),   Q_t(lam) = C_t^alpha(m(lam)) / C_t^alpha(m(0))
 
-    for a spectrum in [l, L], 0 < l <= L. Entry t - 1 of both arrays belongs to step t. Relative error about 1e-15.
-
-    Args:
-        l: lower end of the spectrum.
-        L: upper end.
-        steps: how many.
-        alpha: order, above -1/2; 0 is Chebyshev's first kind, 1/2 Legendre, 1 Chebyshev's second kind.
+    for a spectrum in [l, L], 0 < l <= L, and alpha > -1/2: 0 is Chebyshev's first kind, 1/2 Legendre, 1 Chebyshev's
+    second kind. Entry t - 1 of both arrays belongs to step t. Relative error about 1e-15.
 
     >>> h, m = gegenbauer_coefficients(1.0, 3.0, 2, alpha=0.0)
     >>> h.tolist(), m.round(6).tolist()
@@ -206,14 +201,8 @@ def sobolev_coefficients(l: float, L: float, steps: int, alpha: float, eta: floa
         e_n = etab n^2 / gam_n + (eps_n^2 / (gam_n gam_{n-1})) e_{n-2} / (1 + e_{n-2}),   d_n = 1 + e_n
         B_n = B_{n-1} gam_n / rho_n^2 + tau_n^2 / d_n,   A_{n-1} / A_n = B_{n-1} gam_n / (rho_n^2 B_n)
 
-    A_n itself would overflow: only ratios and its logarithm are kept. Treat the arrays as read-only, they are cached.
-
-    Args:
-        l: lower end of the spectrum, positive.
-        L: upper end, not below l.
-        steps: how many.
-        alpha: order of the Gegenbauer weight, above -1/2.
-        eta: weight of the derivative, positive; units of lam^2.
+    for 0 < l <= L, alpha > -1/2 and eta > 0 in units of lam^2. A_n itself would overflow: only ratios and its logarithm
+    are kept. Treat the arrays as read-only, they are cached.
 
     >>> first = sobolev_coefficients(1.0, 3.0, 4, 1.0, 9.0)
     >>> bool(np.allclose(first.keep + first.gain * first.tau, 1.0))

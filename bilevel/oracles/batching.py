@@ -135,7 +135,7 @@ def check(problem: Losses, params: Tree, hparams: Tree, reads: Reads | None = No
     A mistake in the call breaks every member; what breaks one of them alone becomes that member's verdict.
 
     Raises:
-        ValueError: for a wrong leading dimension; if no member can be solved, what the first one's check says.
+        ValueError: for a wrong leading dimension, and what the first member's check says if none can be solved.
     """
     assert problem.batch is not None
     rows.check_rows("hparams", hparams, problem.batch)

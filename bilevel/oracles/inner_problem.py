@@ -117,11 +117,9 @@ class Linearization:
         return inner.linearize(self.params)
 
     def preconditioner(self, cache: Tree = None, lasting: bool = False) -> Preconditioner:
-        """Return a preconditioner for H; the default is the identity.
+        """Return a preconditioner for H, the identity by default; `cache` is what an earlier one of this problem kept.
 
-        Args:
-            cache: what an earlier preconditioner of this problem kept; None to measure anew.
-            lasting: whether it is meant for several solves, so that more work now pays.
+        `lasting` says that it is meant for several solves, so that more work now pays.
         """
         return Preconditioner()
 

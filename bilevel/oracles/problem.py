@@ -247,10 +247,7 @@ class BilevelProblem(Losses):
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at everything that can be known before the work starts.
 
-        Args:
-            params: where the inner solver starts.
-            hparams: hyperparameters.
-            reads: says which hyperparameters the inner solver reads by itself, such as a tuned step size.
+        `reads` says which hyperparameters the inner solver reads by itself, such as a tuned step size.
 
         Raises:
             ValueError: one sentence for trees that do not fit, losses that are not finite scalars, params that neither

@@ -94,7 +94,7 @@ def partial_gradients(what: str, loss: Tensor, roots: Tree) -> list[Tensor | Non
 
 
 def check_use(by_inner: list[Tensor | None], by_outer: list[Tensor | None], params: Tree) -> None:
-    """Refuse params that cannot move, or whose motion nobody sees.
+    """Refuse params that cannot move, or whose motion nobody sees; `by_inner` and `by_outer` are the losses' gradients.
 
     A leaf counts as used where it is in the graph of a loss: its gradient may be zero at the start.
 
@@ -125,13 +125,8 @@ def check_influence(
 ) -> None:
     """Refuse hyperparameters whose hypergradient would be a silent zero, after one product of second derivatives.
 
-    Args:
-        what: how messages call the function behind the gradient.
-        gradient: the inner gradient, or the optimality map, with its graph.
-        by_outer: the gradient of the outer loss by each hyperparameter, None where it is not in its graph.
-        params: inner variable that requires gradients.
-        hparams: hyperparameters that require gradients.
-        reads: says of every hyperparameter whether the inner solver reads it by itself; asked where the losses do not.
+    `gradient` is the inner one with its graph back to params and hparams, which require gradients, `by_outer` that of
+    the outer loss by hparams. `reads` says of every hyperparameter whether the inner solver reads it by itself.
 
     Raises:
         DerivativeError: for a gradient that cannot be differentiated.
@@ -180,19 +175,7 @@ def _check_losses(problem: Losses, params: Tree, hparams: Tree, reads: Reads | N
 
 
 def check_tensor(name: str, value: Tree, shape: tuple[int, ...], like: Tensor, owner: str, source: str) -> None:
-    """Refuse what is no tensor of a shape, and of the dtype and device of the data.
-
-    Args:
-        name: how messages call the value.
-        value: the value.
-        shape: the shape that it must have.
-        like: a tensor of the right dtype and device, which messages call `source`.
-        owner: what has this shape, such as a class with its options.
-        source: how messages call that which `like` stands for.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse what is no tensor of a shape, and of the dtype and device of `like`, which messages call `source`."""
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"`{name}` of {owner} must be a Tensor of shape {shape}, got {got}.")

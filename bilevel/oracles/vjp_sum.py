@@ -47,11 +47,8 @@ class ProductSum:
 class BilinearSum(ProductSum):
     """For params that are one Tensor and cross products that are bilinear; counted as one `vjp` for each point.
 
-    Args:
-        hparams: the sum is shaped as they are.
-        counts: where the products are counted.
-        product: (params, v) -> ``H' v``, not counted.
-        contract: (points, vectors), both of shape (K, *params.shape) -> ``sum_k C(points_k)' vectors_k``.
+    `product` is (params, v) -> ``H' v``, not counted, and `contract` makes ``sum_k C(points_k)' vectors_k`` of points
+    and vectors, both of shape (K, *params.shape).
     """
 
     def __init__(
