@@ -378,7 +378,7 @@ def test_a_loss_of_ones_own_is_a_problem_of_two_lines():
     # Nothing is declared of its largest curvature.
     with pytest.raises(ValueError, match="largest curvature, which is inf here: give numbers, or use QuasiNewton"):
         bl.hypergradient(problem, bl.GradientDescent(), bl.Implicit(), u)
-    with pytest.raises(ValueError, match="LinearModelProblem needs a loss: name it in the class"):
+    with pytest.raises(ValueError, match="LinearModelProblem needs a loss, a `GLMLoss`: name it in the class"):
         LinearModelProblem(**data())
 
 
