@@ -38,14 +38,7 @@ MakeSetup: TypeAlias = Callable[[int], Setup]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the comparison.
-
-    Attributes:
-        index: its place in the plan.
-        problem: name of the problem.
-        estimator: name of the estimator.
-        seed: seed of the data split.
-    """
+    """One run of the comparison: its place in the plan, names of problem and estimator, and seed of the data split."""
 
     index: int
     problem: str

@@ -120,17 +120,9 @@ class Draw:
 
 
 def draws(families: Sequence[str], columns: Sequence[int], steps: int, count: int, seed: int) -> Iterator[Draw]:
-    """Draw problems.
+    """Yield `count` draws of each setting, family by family, with K = `steps`; `columns` are sizes of M's problem.
 
-    Args:
-        families: some of `FAMILIES`.
-        columns: sizes of M's problem.
-        steps: K, of every inner solver.
-        count: draws of each setting.
-        seed: of the first draw of each setting; seed + count is at most 1000.
-
-    Yields:
-        The draws, family by family.
+    The seed is that of the first draw of each setting; seed + count is at most 1000.
     """
     seeds = range(seed, seed + count)
     if "M" in families:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bilevel.core.files import read_json, write_whole
 from bilevel.curse.figures import draw
-from bilevel.curse.outcome import Line, Outcome, Table, claim_table, markdown
+from bilevel.curse.outcome import Line, Outcome, claim_table, markdown
 
+SIDES = ("low", "high")
 POINTS = 600
 """Of a longer curve about this many points are written, evenly in the logarithm of the iteration."""
 
@@ -41,7 +42,7 @@ def write_outcome(name: str, outcome: Outcome, folder: Path, plan: Mapping[str, 
     for long in outcome.tables:
         if not long.shown:
             files.insert(1, folder / f"{name}.{long.name}.csv")
-            write_whole(files[1], _long(long))
+            write_whole(files[1], _csv(long.columns, long.rows))
     write_whole(files[-2], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_whole(files[-1], claims(folder))
     picture = folder / f"{name}.png"
@@ -50,25 +51,23 @@ def write_outcome(name: str, outcome: Outcome, folder: Path, plan: Mapping[str, 
 
 def table(outcome: Outcome) -> str:
     """Return all curves as CSV, one line for each point."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("row", "panel", "label", "kind", "x", "y", "low", "high"))
+    rows = []
     for row, panels in enumerate(outcome.rows):
-        for panel in panels:
-            for line in panel.lines:
-                for index in _kept(line):
-                    low, high = ("", "") if line.band is None else (f"{float(side[index]):.10g}" for side in line.band)
-                    kind = "bound" if line.bound else "measured"
-                    point = (f"{float(line.x[index]):.10g}", f"{float(line.y[index]):.10g}", low, high)
-                    writer.writerow((row, panel.title, line.label, kind, *point))
-    return text.getvalue()
+        for title, line in ((panel.title, line) for panel in panels for line in panel.lines):
+            kind = "bound" if line.bound else "measured"
+            named = {"row": row, "panel": title, "label": line.label, "kind": kind}
+            band = {} if line.band is None else dict(zip(SIDES, line.band, strict=True))
+            columns = {"x": line.x, "y": line.y, **band}
+            for index in _kept(line):
+                rows.append(named | {name: f"{float(values[index]):.10g}" for name, values in columns.items()})
+    return _csv(("row", "panel", "label", "kind", "x", "y", *SIDES), rows)
 
 
-def _long(table: Table) -> str:
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, table.columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table.rows)
+    writer.writerows(rows)
     return text.getvalue()
 
 

@@ -11,15 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Claim:
-    """A qualitative claim of a paper, looked at.
-
-    Attributes:
-        source: paper and place.
-        claim: what it says.
-        number: what was measured, in words with the number.
-        holds: whether it holds as said.
-        conditions: under which conditions.
-    """
+    """A qualitative claim of a paper (`source`), and what was measured: a number in words, under conditions."""
 
     source: str
     claim: str
@@ -53,17 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: above it.
-        xlabel: below it.
-        ylabel: beside it.
-        lines: its curves.
-        scales: of x and y, each "linear", "log" or "symlog".
-        ylim: limits of y; from the data by default.
-        ticks: names of x = 0, 1, 2, ..., where x counts groups.
-    """
+    """One pair of axes, scaled "linear", "log" or "symlog"; `ticks` name x = 0, 1, ..., where x counts groups."""
 
     title: str
     xlabel: str

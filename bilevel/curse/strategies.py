@@ -105,15 +105,9 @@ def half_and_half(draw: Draw, steps: int) -> tuple[float, float]:
 
 
 def measure(draw: Draw, steps: int) -> dict[str, Any]:
-    """Measure all strategies on one draw.
+    """Return a row of the table of draws: each strategy's relative error under its name, with costs and tails.
 
-    Args:
-        draw: the problem.
-        steps: K.
-
-    Returns:
-        One row of the table of draws: the relative error of each strategy under its name, with costs and tails, and
-        the effectivity of the balanced run's estimate where the true error can judge it.
+    The effectivity of the balanced run's estimate is in it where the true error can judge that.
     """
     tails, rho = fixed_tails(draw, steps), draw.rate
     row: dict[str, Any] = {"family": draw.family, "group": draw.group, "setting": draw.setting, "rho": rho}

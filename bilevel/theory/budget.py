@@ -7,6 +7,7 @@ With omega the marginal cost of one derivative step in units of one iteration, K
 
 Operation counts of automatic differentiation are often quoted as the joint cost of a function with its derivative
 (forward mode 2 to 5/2, reverse mode 3 to 4); with ``joint=True`` omega is such a figure and omega - 1 takes its place.
+Arguments outside their ranges raise a ValueError.
 """
 
 from __future__ import annotations
@@ -53,17 +54,8 @@ def marginal(function: str, omega: float, joint: bool) -> float:
 def budget(steps: int, dropped: int, omega: float, joint: bool = False) -> Budget:
     """Return the run of equal cost when N of K derivative steps are dropped (Mehmood et al. 2026, section 4.3).
 
-    Args:
-        steps: K, the steps of the run without truncation.
-        dropped: N in 0..K-1, derivative steps that are given up; at least one stays.
-        omega: cost of a derivative step in units of one iteration.
-        joint: whether omega includes the iteration itself.
-
-    Returns:
-        The `Budget`; its cost is at most ``(1 + omega) K`` with the marginal omega.
-
-    Raises:
-        ValueError: for arguments outside their ranges.
+    K = `steps` are those without truncation, N = `dropped` lies in 0..K-1. The cost is at most ``(1 + omega) K`` with
+    the marginal omega.
 
     >>> budget(100, 20, omega=3)
     Budget(steps=160, tail=80, truncation_index=80, cost=400.0)
@@ -79,21 +71,9 @@ def budget(steps: int, dropped: int, omega: float, joint: bool = False) -> Budge
 
 
 def split_budget(total: float, tail: int, omega: float, joint: bool = False) -> Budget:
-    """Return the longest run whose last `tail` steps are differentiated at a cost of at most `total`.
+    """Return the longest run whose last n = `tail` steps are differentiated at a cost of at most `total` iterations.
 
-    ``K = floor(total - omega n)``, with ``K >= n``.
-
-    Args:
-        total: the budget in units of one iteration.
-        tail: n, a positive int.
-        omega: cost of a derivative step in units of one iteration.
-        joint: whether omega includes the iteration itself.
-
-    Returns:
-        The `Budget`.
-
-    Raises:
-        ValueError: for arguments outside their ranges, or a budget too small for the tail.
+    ``K = floor(total - omega n)``, with ``K >= n``; a budget too small for the tail is refused.
 
     >>> split_budget(400, 80, omega=3).truncation_index
     80
@@ -129,6 +109,9 @@ def optimal_truncation(
 
     or the fixed point of ``N = (s + log((C e_0 / d_0) (1/s + omega (K - N)))) / (s (1 + omega))``. It grows like log K.
 
+    The arguments are those of `unroll_bound` and `budget`. N lies in [0, K - 1] (at least one derivative step is kept,
+    though the bound may prefer none).
+
     Args:
         steps: K, the steps of the run without truncation.
         rho: contraction modulus, in [0, 1).
@@ -139,13 +122,6 @@ def optimal_truncation(
         joint: whether omega includes the iteration itself.
         method: "integer" (every N with K(N) rounded down, exact), or the relaxed minimiser by "lambert" or
             "fixed_point".
-
-    Returns:
-        N in [0, K - 1] (at least one derivative step is kept, though the bound may prefer none): a whole number for
-        "integer".
-
-    Raises:
-        ValueError: for arguments outside their ranges.
 
     >>> N = optimal_truncation(100, 0.9, d0=1.0, e0=10.0, C=1.0, omega=3.0)
     >>> N, round(optimal_truncation(100, 0.9, 1.0, 10.0, 1.0, 3.0, method="lambert"), 3)

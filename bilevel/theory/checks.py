@@ -9,20 +9,14 @@ from torch import Tensor
 
 
 def demand(function: str, name: str, allowed: str, value: Any, ok: Any) -> None:
-    """Raise the sentence about an argument unless all of `ok` holds.
-
-    Args:
-        function: the function that has the argument.
-        name: the argument's name.
-        allowed: what is allowed, in words.
-        value: what was given.
-        ok: a bool, or an array or tensor of them.
-
-    Raises:
-        ValueError: if `ok` does not hold, such as "`budget.omega` must be a positive number, got -1."
-    """
-    if not bool(ok.all() if isinstance(ok, np.ndarray | Tensor) else ok):
+    """Raise a sentence such as "`budget.omega` must be a positive number, got -1." unless all of `ok` holds."""
+    if not every(ok):
         raise ValueError(f"`{function}.{name}` must be {allowed}, got {value!r}.")
+
+
+def every(ok: Any) -> bool:
+    """Whether a bool, or every one of an array or tensor, is true."""
+    return bool(ok.all() if isinstance(ok, np.ndarray | Tensor) else ok)
 
 
 def numbers(value: Any) -> bool:
@@ -39,6 +33,9 @@ def numbers(value: Any) -> bool:
 def at_least_zero(function: str, **values: Any) -> None:
     """Demand that every named argument is a number, 0 or more, or an array of them."""
     for name, value in values.items():
-        allowed = "a number, 0 or more, or an array of them"
-        demand(function, name, allowed, value, numbers(value))
-        demand(function, name, allowed, value, value >= 0)
+        demand(function, name, "a number, 0 or more, or an array of them", value, numbers(value) and every(value >= 0))
+
+
+def whole(value: Any, at_least: int = 0) -> bool:
+    """True for a whole number that is not below `at_least`, or an array or tensor of them."""
+    return numbers(value) and not isinstance(value, bool) and every((value >= at_least) & (value % 1 == 0))

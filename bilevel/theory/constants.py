@@ -62,9 +62,6 @@ def contraction_constants(
         step_size: h; default 2 / (L + l), the fastest.
         start: x_0; default: the problem's.
 
-    Returns:
-        The `Constants`.
-
     Raises:
         ValueError: for other problems, or a map that does not contract.
 
@@ -130,7 +127,7 @@ class EstimatedConstants:
 
 
 def estimate_constants(problem: BilevelProblem, solver: InnerSolver, hparams: Tree, steps: int) -> EstimatedConstants:
-    """Estimate the constants of any inner solver along a run; its last state stands for the fixed point.
+    """Return estimates of the constants of any inner solver along a run; its last state stands for the fixed point.
 
     Vectors are whole states (momentum included). The run must come much closer to the fixed point than the states that
     the bounds are wanted for; the last tenth of it is left out of the ratios, where rounding and the missing rest show.
@@ -140,12 +137,6 @@ def estimate_constants(problem: BilevelProblem, solver: InnerSolver, hparams: Tr
         solver: a solver whose step does not depend on the number of steps taken.
         hparams: where; one `jvp` for each step and scalar hyperparameter.
         steps: length of the run, 10 or more.
-
-    Returns:
-        The `EstimatedConstants`.
-
-    Raises:
-        ValueError: if `steps` is too small.
 
     >>> from bilevel import GradientDescent, QuadraticProblem
     >>> problem = QuadraticProblem.random(3, 1, condition=4.0, seed=0)

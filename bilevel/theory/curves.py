@@ -88,14 +88,7 @@ class ErrorCurves:
         return height, index
 
     def truncated(self, tail: int) -> Tensor:
-        """Return the error at K of the derivative of the last `tail` steps, for any tail in 1..K.
-
-        Args:
-            tail: N.
-
-        Raises:
-            ValueError: for a tail outside 1..K.
-        """
+        """Return the error at K of the derivative of the last `tail` steps, for any tail in 1..K."""
         _checked_tails((tail,), self.steps)
         return self.reverse[..., self.steps - tail]
 
@@ -128,9 +121,6 @@ def error_curves(
         steps: K.
         tails: numbers of last steps to differentiate, each in 1..K.
         params: where the inner solver starts; default: the problem's start.
-
-    Returns:
-        The `ErrorCurves`.
 
     Raises:
         ValueError: for tails outside 1..K, and lists of different lengths.

@@ -22,19 +22,7 @@ Errors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 def single_errors(
     problem: BilevelProblem, solver: InnerSolver, hparams: Tree, start: Tree, steps: int, begins: Sequence[int]
 ) -> tuple[Errors, Tensor, Tensor]:
-    """Run one problem through the solver's own `step`, `step_jvp` and `step_vjp`: any loss, any solver.
-
-    Args:
-        problem: the problem.
-        solver: the inner solver.
-        hparams: its hyperparameters.
-        start: where the inner solver starts.
-        steps: K.
-        begins: iterations at which a derivative starts, from zero.
-
-    Returns:
-        The errors with B = 1, |x*| and |dx*|.
-    """
+    """Run one problem by the solver's own `step`, `step_jvp`, `step_vjp`; return the errors (B = 1), |x*| and |dx*|."""
     inner = problem.bind(hparams)
     solution, jacobian = reference(problem, hparams, start)
     flat, outside = tree.Raveler(start), tree.Raveler(hparams)
@@ -90,19 +78,7 @@ def _single_reverse(
 
 
 def reference(problem: BilevelProblem, hparams: Tree, start: Tree) -> tuple[Tensor, Tensor]:
-    """Return x* of shape (d,) by Newton's method to the rounding floor, and dx*/du of shape (p, d) by dense algebra.
-
-    Args:
-        problem: the problem.
-        hparams: its hyperparameters.
-        start: where Newton's method starts.
-
-    Returns:
-        (x*, dx*/du).
-
-    Raises:
-        ValueError: if Newton's method does not converge.
-    """
+    """Return x* of shape (d,) by Newton's method to the rounding floor, and dx*/du of shape (p, d) by dense algebra."""
     inner = problem.bind(hparams)
     flat, outside = tree.Raveler(start), tree.Raveler(hparams)
     first = max(float(tree.norm(inner.grad(start))), eps := torch.finfo(tree.leaves(start)[0].dtype).eps)

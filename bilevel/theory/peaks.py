@@ -1,4 +1,4 @@
-"""Where the curse of unrolling peaks, and how high."""
+"""Where the curse of unrolling peaks, and how high; arguments as in `bilevel.theory.rates`."""
 
 # ruff: noqa: E741 (l and L are the field's names of the ends of the spectrum)
 
@@ -34,17 +34,8 @@ class Peak:
 def curse_peak(curve: Any) -> Peak:
     """Return index and height of the largest error of a curve, by argmax (the first, where several are equal).
 
-    For the worst cases in closed form see `gd_peak` and `chebyshev_peak`; for any other method take
-    `bilevel.theory.worst_case_curve`.
-
-    Args:
-        curve: errors at steps 0, 1, ..., of shape (steps + 1,).
-
-    Returns:
-        The `Peak`.
-
-    Raises:
-        ValueError: if the curve is not one row of finite numbers, 0 or more.
+    The errors at steps 0, 1, ... are one row of finite numbers, 0 or more. For the worst cases in closed form see
+    `gd_peak` and `chebyshev_peak`; for any other method take `bilevel.theory.worst_case_curve`.
 
     >>> curse_peak([1.0, 3.0, 2.0])
     Peak(index=1, value=3.0, ratio=3.0)
@@ -61,18 +52,8 @@ def gd_peak(l: float, L: float, step_size: float | None = None) -> Peak:
     """Return the exact peak of `gd_rate` with G = 0 and D_0 = 1 (Scieur et al. 2022, Corollary 1, with its constants).
 
     The mode at lam = L grows while ``t < 2 (u - 1) / (u (2 - u))``, ``u = h L``. For h = 2/(L+l) that is
-    ``(1 - kappa^2) / (2 kappa)``, and the height is about ``1 / (e kappa)``.
-
-    Args:
-        l: lower end of the spectrum, positive.
-        L: upper end, not below l.
-        step_size: h, below 2/L; default 2/(L+l).
-
-    Returns:
-        The `Peak`; index 0 where the curve never exceeds its start.
-
-    Raises:
-        ValueError: for arguments outside their ranges.
+    ``(1 - kappa^2) / (2 kappa)``, the default, and the height is about ``1 / (e kappa)``. The index is 0 where the
+    curve never exceeds its start.
 
     >>> gd_peak(1e-3, 1.0).index
     500
@@ -91,17 +72,7 @@ def chebyshev_peak(l: float, L: float) -> Peak:
     """Return the exact peak of `chebyshev_rate` with G = 0 and D_0 = 1 (Scieur et al. 2022, Theorem 3).
 
     For small kappa it lies at ``1.0327 / sqrt(kappa)`` (``tanh z = 2/z``, ``z = 2 sqrt(kappa) t``) and is
-    ``0.532 / kappa`` high.
-
-    Args:
-        l: lower end of the spectrum, positive.
-        L: upper end, above l.
-
-    Returns:
-        The `Peak`; index 0 where the curve never exceeds its start.
-
-    Raises:
-        ValueError: for arguments outside their ranges.
+    ``0.532 / kappa`` high. The index is 0 where the curve never exceeds its start.
 
     >>> peak = chebyshev_peak(1e-3, 1.0)
     >>> peak.index, round(peak.value, 2)

@@ -61,15 +61,8 @@ def chebyshev_coefficients(l: float, L: float, steps: int) -> tuple[Array, Array
     """Return (h_t, m_t), t = 1..steps, of Chebyshev's method (Scieur et al. 2022, (10)).
 
     With ``s = (L + l) / (L - l)``, ``r_1 = 1/s``, ``r_t = 1 / (2 s - r_{t-1})``: ``h_1 = 2 / (L + l)``, ``m_1 = 0``,
-    ``h_t = 4 r_t / (L - l)``, ``m_t = r_t r_{t-1}`` for t >= 2.
-
-    Args:
-        l: lower end of the spectrum, positive.
-        L: upper end, not below l.
-        steps: how many.
-
-    Returns:
-        Two arrays of shape (steps,); entry t - 1 belongs to step t. Units 1/lam and 1.
+    ``h_t = 4 r_t / (L - l)``, ``m_t = r_t r_{t-1}`` for t >= 2. Two arrays of shape (steps,), whose entry t - 1 belongs
+    to step t, in the units 1/lam and 1; the spectrum lies in [l, L], l positive.
 
     >>> h, m = chebyshev_coefficients(1.0, 3.0, 2)
     >>> float(h[0]), round(float(m[1]), 6)
@@ -89,16 +82,9 @@ def sobolev_coefficients(
         w_t = y_t - p_t y_{t-2} + q_t w_{t-2},   z_t = w_t / tau_t
         x_t = (A_{t-1} / A_t) x_{t-1} + (a_t / A_t) z_t
 
-    Args:
-        l: lower end of the spectrum, positive.
-        L: upper end, not below l.
-        steps: how many.
-        alpha: order of the Gegenbauer weight, above -1/2.
-        eta: weight of the derivative, positive, in units of lam^2; "auto" is L^2.
-
-    Returns:
-        `bilevel.numerics.polynomials.SobolevCoefficients`: arrays of shape (steps,) named h, m, p, q, d, tau, keep
-        (``A_{t-1} / A_t``), weight (``a_t / A_t``), gain and log_A; entry t - 1 belongs to step t.
+    The arrays of shape (steps,) are named h, m, p, q, d, tau, keep (``A_{t-1} / A_t``), weight (``a_t / A_t``), gain
+    and log_A; entry t - 1 belongs to step t. `alpha`, above -1/2, is the order of the Gegenbauer weight; `eta`,
+    positive and in units of lam^2, is the weight of the derivative: "auto" is L^2. The spectrum lies in [l, L].
 
     >>> table = sobolev_coefficients(0.01, 1.0, 3, alpha=0.0, eta=10.0)
     >>> round(float(table.tau[2]), 4)

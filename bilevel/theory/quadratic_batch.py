@@ -65,16 +65,7 @@ class QuadraticBatch:
     def stack(
         cls, problems: Sequence[BilevelProblem], hparams: Sequence[Tree], starts: Sequence[Tree]
     ) -> QuadraticBatch | None:
-        """Stack problems whose inner loss is a quadratic.
-
-        Args:
-            problems: B problems.
-            hparams: their hyperparameters.
-            starts: where their inner solvers start.
-
-        Returns:
-            The batch; None where a problem is not known to be quadratic, or their sizes differ.
-        """
+        """Return B problems as one; None where one is not known to be quadratic, or their sizes differ."""
         forms = [problem.quadratic_form(u) for problem, u in zip(problems, hparams, strict=True)]
         known = [form for form in forms if form is not None]
         if len(known) < len(forms) or len({tuple(form.linear_derivatives.shape) for form in known}) > 1:

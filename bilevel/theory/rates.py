@@ -2,7 +2,10 @@
 
 Under the assumptions of its Theorem 1, with ``D_t = |dx_t - dx*|`` and ``G = |d/du [grad f(x_0(u), u)]|`` (a total
 derivative, Frobenius norms), ``D_t <= max over lam of |P_t - lam P_t'| D_0 + |P_t'| G``. ``kappa = l/L`` is the inverse
-condition number. G = 0 for ridge regression from zero. Step counts and errors may be numbers or arrays.
+condition number. G = 0 for ridge regression from zero.
+
+Arguments: `steps` is t, 0 or more; l and L are the ends of the spectrum, ``0 < l <= L``; `d0` is D_0, whose units a
+bound has. Step counts and errors may be numbers or arrays. An argument outside its range raises a ValueError.
 """
 
 # ruff: noqa: E741 (l and L are the field's names of the ends of the spectrum)
@@ -18,7 +21,7 @@ from torch import Tensor
 from bilevel.core.options import is_int, is_number, is_positive
 from bilevel.inner import LinearMultistep
 from bilevel.numerics.polynomials import Array, optimal_factor
-from bilevel.theory.checks import at_least_zero, demand, numbers
+from bilevel.theory.checks import at_least_zero, demand, whole
 from bilevel.theory.polynomials import residual_polynomials
 
 
@@ -30,13 +33,9 @@ def check_interval(function: str, l: float, L: float) -> None:
 
 def _counts(function: str, steps: Any, d0: Any, G: Any) -> Any:
     """Return the step counts as they came, or as an array of floats, checked."""
-    allowed = "a whole number, 0 or more, or an array of them"
     at_least_zero(function, d0=d0, G=G)
-    demand(function, "steps", allowed, steps, numbers(steps) and not isinstance(steps, bool))
-    demand(function, "steps", allowed, steps, (steps >= 0) & (steps % 1 == 0))
-    if isinstance(steps, Tensor):
-        return steps.double()
-    return np.asarray(steps, dtype=np.float64)[()]
+    demand(function, "steps", "a whole number, 0 or more, or an array of them", steps, whole(steps))
+    return steps.double() if isinstance(steps, Tensor) else np.asarray(steps, dtype=np.float64)[()]
 
 
 def _larger(a: Any, b: Any) -> Any:
@@ -49,21 +48,8 @@ def gd_rate(steps: Any, l: float, L: float, d0: Any = 1.0, G: Any = 0.0, step_si
         D_t <= max over lam in {l, L} of |1 - h lam|^(t-1) ((1 + (t-1) h lam) D_0 + h t G),   t >= 1
 
     The maximum over [l, L] is attained at an end. With G = 0 and h = 1/L it decreases; with h = 2/(L+l) it first grows
-    (Corollary 1); it decreases from the first step on if and only if ``h L < sqrt 2`` (Corollary 2).
-
-    Args:
-        steps: t, 0 or more; at 0 the bound is D_0.
-        l: lower end of the spectrum, positive.
-        L: upper end, not below l.
-        d0: D_0.
-        G: see the module.
-        step_size: h, below 2/L; default 1/L.
-
-    Returns:
-        The bound on D_t, in the units of `d0`.
-
-    Raises:
-        ValueError: for arguments outside their ranges.
+    (Corollary 1); it decreases from the first step on if and only if ``h L < sqrt 2`` (Corollary 2). The default h is
+    1/L; it must be below 2/L. At t = 0 the bound is D_0.
 
     >>> [round(float(gd_rate(t, 0.1, 1.0, step_size=2 / 1.1)), 3) for t in (0, 1, 5, 20)]
     [1.0, 1.0, 3.707, 0.785]
@@ -96,20 +82,7 @@ def chebyshev_rate(steps: Any, l: float, L: float, d0: Any = 1.0, G: Any = 0.0) 
 
         D_t <= 2 / (xi^t + xi^-t) ((2 t^2 / (1 - kappa) - 1) D_0 + (2 t^2 / (L - l)) G)
 
-    with ``xi = (1 - sqrt kappa) / (1 + sqrt kappa)``, attained at lam = L for t >= 1.
-
-    Args:
-        steps: t, 0 or more; at 0 the bound is D_0.
-        l: lower end of the spectrum, positive.
-        L: upper end, above l.
-        d0: D_0.
-        G: see the module.
-
-    Returns:
-        The bound on D_t, in the units of `d0`.
-
-    Raises:
-        ValueError: for arguments outside their ranges.
+    with ``xi = (1 - sqrt kappa) / (1 + sqrt kappa)`` and l < L, attained at lam = L for t >= 1. At t = 0 it is D_0.
 
     >>> round(float(chebyshev_rate(33, 1e-3, 1.0)), 2)
     532.08
@@ -132,18 +105,6 @@ def lower_bound(steps: Any, l: float, L: float, d0: Any = 1.0) -> Any:
 
     Some f with a spectrum in [l, L] has ``D_t >= 2 / (xi^t + xi^-t) D_0``. Not tight: see `minimax_error`.
 
-    Args:
-        steps: t, 0 or more.
-        l: lower end of the spectrum, positive.
-        L: upper end, not below l.
-        d0: D_0.
-
-    Returns:
-        The bound from below on the largest D_t, in the units of `d0`.
-
-    Raises:
-        ValueError: for arguments outside their ranges.
-
     >>> round(float(lower_bound(1, 1.0, 3.0)), 12)  # (L - l) / (L + l)
     0.5
     """
@@ -159,19 +120,9 @@ def minimax_error(t: int, l: float, L: float, points: int | None = None) -> floa
 
         min over R of degree t with R(0) = 1, R'(0) = 0   of   max over [l, L] of |R|
 
-    exceeds `lower_bound` by a factor that grows like t: unrolling is harder than optimisation.
-
-    Args:
-        t: steps, 2 or more (R = 1 for t = 1).
-        l: lower end of the spectrum, positive.
-        L: upper end, above l.
-        points: Chebyshev points on which the maximum is taken; default 20 t + 200.
-
-    Returns:
-        The minimax value of D_t / D_0, up to a relative error of ``(t / points)^2``.
-
-    Raises:
-        ValueError: for arguments outside their ranges.
+    exceeds `lower_bound` by a factor that grows like t: unrolling is harder than optimisation. t is 2 or more (R = 1
+    for t = 1), and l < L. The maximum is taken on Chebyshev points, by default 20 t + 200: the relative error is
+    ``(t / points)^2``.
 
     >>> round(minimax_error(2, 0.05, 1.0) / float(lower_bound(2, 0.05, 1.0)), 2)
     1.44
@@ -207,22 +158,9 @@ def worst_case_curve(
 ) -> Array:
     """Return the worst case of any linear multistep method for t = 0..steps, on a grid of [l, L].
 
-        max over lam of |P_t - lam P_t'| D_0 + |P_t'| G
+        max over lam of |P_t - lam P_t'| D_0 + |P_t'| G,    of shape (steps + 1,)
 
-    Args:
-        method: a solver whose options are numbers.
-        l: lower end of the spectrum, positive.
-        L: upper end, not below l.
-        steps: the last t.
-        d0: D_0.
-        G: see the module.
-        points: Chebyshev points, which include both ends.
-
-    Returns:
-        Array of shape (steps + 1,).
-
-    Raises:
-        ValueError: for arguments outside their ranges.
+    The options of the method are numbers; the grid are Chebyshev points, which include both ends.
 
     >>> from bilevel import Chebyshev
     >>> bool(np.allclose(worst_case_curve(Chebyshev(0.1, 1.0), 0.1, 1.0, 9), chebyshev_rate(np.arange(10), 0.1, 1.0)))

@@ -42,17 +42,7 @@ def weighted(terms: Pairs, tensors: Sequence[Tensor], lead: int, dims: int) -> T
 def recurrence(
     solvers: Sequence[LinearMultistep], states: Sequence[InnerState], steps: int, like: Tensor
 ) -> Iterator[Coefficients]:
-    """Yield the numbers of every step of B solvers.
-
-    Args:
-        solvers: B solvers, or one for all.
-        states: their first states, of which only what was measured is read.
-        steps: K.
-        like: gives dtype and device.
-
-    Yields:
-        One `Coefficients` for each step, the same object while nothing changes.
-    """
+    """Yield the numbers of every step of B solvers, or of one for all: the same object while nothing changes."""
     held: tuple[Coefficients, ...] = ()
     numbers: Coefficients | None = None
     for k in range(steps):
@@ -136,13 +126,7 @@ class QuadraticOracle(Oracle):
 
 
 class VmapOracle(Oracle):
-    """One loss at B pairs of start and hyperparameters, by ``torch.func.vmap``; Hessians are dense (B, d, d).
-
-    Args:
-        problem: the problem; its inner loss is written in torch operations.
-        hparams: B hyperparameters.
-        starts: B starts.
-    """
+    """One loss at B pairs of start and hyperparameters, by ``torch.func.vmap``; Hessians are dense (B, d, d)."""
 
     def __init__(self, problem: BilevelProblem, hparams: Sequence[Tree], starts: Sequence[Tree]) -> None:
         inside, outside = tree.Raveler(starts[0]), tree.Raveler(hparams[0])
@@ -185,17 +169,7 @@ class VmapOracle(Oracle):
 
 
 def batched_errors(oracle: Oracle, numbers: Sequence[Coefficients], vectors: int, begins: Sequence[int]) -> Errors:
-    """Run B problems at once.
-
-    Args:
-        oracle: the losses.
-        numbers: the steps.
-        vectors: vectors that a solver stores; all of them start at x_0.
-        begins: iterations at which a derivative starts, from zero.
-
-    Returns:
-        The errors.
-    """
+    """Return the errors of B problems; a solver stores `vectors`, all x_0 first: derivatives start at `begins`."""
     stored = [oracle.start] * vectors
     first = oracle.jacobian.new_zeros(len(begins), *oracle.jacobian.shape)
     tangents = [first] * vectors
