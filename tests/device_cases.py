@@ -1,15 +1,16 @@
-"""Problems on any device, and one row for each solver and estimator: what a step of it may ask of an accelerator.
+"""Problems on any device, and a row for each variant of an estimator: what a step of it may ask of an accelerator.
 
-A new solver or estimator takes one line here; `scripts/studies/gpu_check.py` runs the same rows on CUDA.
+The rows of solvers stand in `helpers`. `scripts/studies/gpu_check.py` runs the same rows on CUDA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import helpers
 import torch
 from helpers import normal, spd
 from torch import Tensor
@@ -112,126 +113,8 @@ def system(size: int, device: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, 
     return lambda v: matrix @ v, b, matrix
 
 
-# Inner solvers: kernels of one step on the quadratic, its gradient (one kernel) included -----------------------------
-
-
-@dataclass(frozen=True)
-class SolverRow:
-    """An inner solver, the most kernels of one step, the times that it waits by itself, and what differentiates it."""
-
-    solver: bl.InnerSolver
-    kernels: int
-    reason: str
-    waits: int = 0
-    estimator: bl.HypergradEstimator = field(default_factory=bl.FullUnroll)
-
-
-def contraction(x: Tensor, u: Tensor) -> Tensor:
-    """A map towards ``10 sum(u)``: a product and two sums."""
-    return 0.9 * x + u.sum()
-
-
-SOLVERS = {
-    "GradientDescent": SolverRow(bl.GradientDescent(0.05), 2, "the update is one kernel"),
-    "HeavyBall": SolverRow(bl.HeavyBall(0.05, 0.5), 4, "three terms: a product, two sums"),
-    "Nesterov": SolverRow(bl.Nesterov(0.05, 0.5), 6, "two kernels for y, three for the new x"),
-    "Chebyshev": SolverRow(bl.Chebyshev(0.2, 12.0), 4, "as heavy ball"),
-    "Sobolev": SolverRow(bl.Sobolev(0.2, 12.0), 13, "x, y and w are sums of five, three and four terms"),
-    "AsymptoticSobolev": SolverRow(bl.AsymptoticSobolev(0.2, 12.0), 8, "x and y are sums of four and three terms"),
-    "Adam": SolverRow(bl.Adam(0.01), 13, "moments three, a square root safe at zero six, the quotient three"),
-    "AdamW": SolverRow(bl.AdamW(0.01), 14, "as Adam; the weights shrink in one"),
-    "SGD": SolverRow(bl.SGD(0.01, 0.9, weight_decay=0.1), 5, "decay one, momentum two, the update one"),
-    "RMSprop": SolverRow(
-        bl.RMSprop(0.01, momentum=0.9, centered=True),
-        15,
-        "the gradient, mean and mean square three, variance, its safe root six, eps, momentum two, the update",
-    ),
-    "TorchOptimizer": SolverRow(
-        bl.TorchOptimizer(partial(torch.optim.SGD, lr=0.01, momentum=0.9)),
-        40,
-        "copies, the loss and two comparisons (with the start, for the closure and at the end) besides torch's kernels",
-        waits=2,
-        estimator=bl.Implicit(),
-    ),
-    "FixedPoint": SolverRow(bl.FixedPoint(contraction), 3, "the user's map alone"),
-    "Newton": SolverRow(
-        bl.Newton(),
-        31,
-        "on logistic regression: the gradient at the trial nine, the Hessian eight; it looks at each of its decisions",
-        waits=4,
-    ),
-    "QuasiNewton": SolverRow(
-        bl.QuasiNewton(),
-        51,
-        "on logistic regression: gradient, curvature and Newton direction of the first step, eleven for a pair",
-        waits=7,
-        estimator=bl.Implicit(),
-    ),
-}
-
-
-# Linear solvers: kernels of one step, its matrix-vector product (one kernel) included --------------------------------
-
-
-@dataclass(frozen=True)
-class LinearRow:
-    """A linear solver and what its steps take.
-
-    Attributes:
-        fixed: makes the solver from k: it takes k steps and cannot stop earlier.
-        solver: the solver as one would use it.
-        kernels: most kernels of one step.
-        reason: where they come from.
-        looks: as in `EstimatorRow`, for implicit differentiation with this solver.
-        tolerance: whether it looks for one.
-    """
-
-    fixed: Callable[[int], bl.LinearSolver]
-    solver: bl.LinearSolver
-    kernels: float
-    reason: str
-    looks: int = 10
-    tolerance: bool = True
-
-
-LINEAR_SOLVERS = {
-    "CG": LinearRow(
-        lambda k: bl.CG(tol=1e-30, max_steps=k),
-        bl.CG(tol=1e-12),
-        9 + 1 / 8,
-        "three dot products, two quotients, three updates; their numbers are stacked for each look",
-    ),
-    "GMRES": LinearRow(
-        lambda k: bl.GMRES(tol=1e-30, max_steps=k, restart=k),
-        bl.GMRES(tol=1e-12),
-        13,
-        "the basis stacked, four kernels for each of two orthogonalisations, norm, its place, quotient",
-    ),
-    "Neumann": LinearRow(
-        lambda k: bl.Neumann(steps=k, step_size=1e-7),
-        bl.Neumann(steps=60),
-        3,
-        "x + h r and b - A x",
-        looks=9,
-        tolerance=False,
-    ),
-    "FixedPointIteration": LinearRow(
-        lambda k: bl.FixedPointIteration(step_size=1e-7, tol=1e-30, max_steps=k),
-        bl.FixedPointIteration(tol=1e-12),
-        3 + 3 / 8,
-        "as Neumann; norm, product and comparison at each look",
-        looks=37,
-    ),
-    "Nystrom": LinearRow(
-        lambda k: bl.Nystrom(rank=k),
-        bl.Nystrom(rank=60),
-        2,
-        "the product, and its place in a stack",
-        looks=9,
-        tolerance=False,
-    ),
-    "Direct": LinearRow(lambda k: bl.Direct(), bl.Direct(), 0, "no steps", looks=7, tolerance=False),
-}
+SOLVERS = {cls.__name__: row for cls, row in helpers.SOLVERS.items()}
+LINEAR_SOLVERS = {cls.__name__: row for cls, row in helpers.LINEAR_ROWS.items()}
 
 
 # Estimators: kernels of one inner step of gradient descent on the quadratic, differentiated --------------------------
@@ -266,7 +149,7 @@ ESTIMATORS = {
     "graph": EstimatorRow(bl.FullUnroll(memory="graph"), 35, 3, "autograd records every operation of the loss"),
     "forward": EstimatorRow(bl.FullUnroll(mode="forward"), 20, 3, "step two; for each of three tangents six"),
     "truncated": EstimatorRow(bl.TruncatedUnroll(tail=0.5), 5.5, 3, "step two; the way back for every other step"),
-    "one step": EstimatorRow(bl.OneStep(), 2, 3, "the last step alone is differentiated"),
+    "one step": EstimatorRow(helpers.BIASED_ESTIMATORS[bl.OneStep], 2, 3, "the last step alone is differentiated"),
     "auto tail": EstimatorRow(bl.AdaptiveUnroll(), 12, 7, "as unroll; the step's length, adjoint sums"),
     "extrapolated": EstimatorRow(
         bl.AdaptiveUnroll(tail=0.5, extrapolate=True), 8, 9, "as truncated; the step's length, adjoint sums"
@@ -283,10 +166,10 @@ ESTIMATORS = {
     },
 }
 
-DIRECT = {"first order": bl.FirstOrder()}
+DIRECT = {"first order": helpers.BIASED_ESTIMATORS[bl.FirstOrder]}
 """Estimators that need an outer loss in which every hyperparameter appears."""
 
-ON_THE_SPECTRUM = {"spectral": bl.Spectral(), "closed form": bl.ClosedForm()}
+ON_THE_SPECTRUM = {cls.__name__: each for cls, each in helpers.QUADRATIC_ESTIMATORS.items()}
 """Estimators for ridge regression whose work does not grow with the steps."""
 
 BUDGETED = {

@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +46,20 @@ def exported(package: ModuleType, base: type) -> list[type]:
     """The concrete classes of a kind that a package exports."""
     classes = (value for value in vars(package).values() if inspect.isclass(value))
     return [cls for cls in classes if issubclass(cls, base) and not inspect.isabstract(cls)]
+
+
+def write_npz(folder: Path, **arrays: Any) -> str:
+    """Write arrays to a file, and return its path."""
+    path = folder / "arrays.npz"
+    np.savez(path, **{name: np.asarray(values) for name, values in arrays.items()})
+    return str(path)
+
+
+def numbered(rows: int = 40, features: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Data whose first feature is the number of the row, so that a split can be read back."""
+    X = np.random.default_rng(0).normal(size=(rows, features))
+    X[:, 0] = np.arange(rows)
+    return X, np.arange(rows) * 0.5
 
 
 # Trees, moved to vectors and back by arithmetic that the package has no part in ------------------------------------
@@ -327,21 +343,48 @@ Memory = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class SolverRow:
-    """How to make a solver for a problem, its step written out, and the residual that it reaches.
+    """How to make a solver for a problem, its step written out, the residual that it reaches, and what a step launches.
 
     Attributes:
         make: (problem, **limits) -> solver.
         formula: (gradient, x, memory, k) -> (x, memory) for step k = 0, 1, ...
+        kernels: most kernels of one step on an accelerator: on the quadratic of `device_cases`, whose gradient is one
+            of them; of a solver that waits, on its logistic regression.
+        reason: where they come from.
+        waits: times that a step waits for the accelerator by itself.
         reaches: residual within 5,000 steps on well-conditioned problems.
         forward: whether forward mode covers its steps.
         unrolls: whether its steps are differentiated at all; without that, its own tests check the step.
     """
 
     make: Callable[..., bl.InnerSolver]
-    formula: Callable[[Gradient, Tensor, Memory, int], tuple[Tensor, Memory]] | None = None
+    formula: Callable[[Gradient, Tensor, Memory, int], tuple[Tensor, Memory]] | None
+    kernels: int
+    reason: str
+    waits: int = 0
     reaches: float = 1e-10
     forward: bool = True
     unrolls: bool = True
+
+    @property
+    def solver(self) -> bl.InnerSolver:
+        """The solver for any problem of numbers in one tensor."""
+        return self.make(None)
+
+    @property
+    def estimator(self) -> bl.HypergradEstimator:
+        """What differentiates it."""
+        return bl.FullUnroll() if self.unrolls else bl.Implicit()
+
+
+def made(kind: type, *options: Any, **more: Any) -> Any:
+    """A solver of a kind, for any problem: the row's options, the problem, then limits of the caller's."""
+    *first, _ = options
+    return kind(*first, **more)
+
+
+def descent_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    return x - STEP * gradient(x), ()
 
 
 def adam_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
@@ -384,8 +427,10 @@ def newton_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tup
     return x - torch.linalg.solve(hessian, gradient(x)), ()
 
 
-def make_fixed_point(problem: bl.BilevelProblem, **limits: Any) -> bl.FixedPoint:
-    """The user's own map: a gradient step on the problem's loss, by autograd."""
+def make_fixed_point(problem: bl.BilevelProblem | None, **limits: Any) -> bl.FixedPoint:
+    """The user's own map: a gradient step on the problem's loss, by autograd; of no problem, a product and two sums."""
+    if problem is None:
+        return bl.FixedPoint(lambda x, u: 0.9 * x + u.sum(), **limits)
 
     def update(params: Any, hparams: Any) -> Any:
         gradient = problem.gradient_graph(params, hparams)
@@ -425,32 +470,78 @@ def asymptotic_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) ->
 
 
 SOLVERS: dict[type, SolverRow] = {
-    bl.Chebyshev: SolverRow(lambda problem, **limits: bl.Chebyshev(LOW, HIGH, **limits), chebyshev_formula),
-    bl.Sobolev: SolverRow(lambda problem, **limits: bl.Sobolev(LOW, HIGH, **limits), sobolev_formula),
+    bl.Chebyshev: SolverRow(partial(made, bl.Chebyshev, LOW, HIGH), chebyshev_formula, 4, "as heavy ball"),
+    bl.Sobolev: SolverRow(
+        partial(made, bl.Sobolev, LOW, HIGH), sobolev_formula, 13, "x, y and w are sums of five, three and four terms"
+    ),
     bl.AsymptoticSobolev: SolverRow(
-        lambda problem, **limits: bl.AsymptoticSobolev(LOW, HIGH, "half", **limits), asymptotic_formula
+        partial(made, bl.AsymptoticSobolev, LOW, HIGH, "half"),
+        asymptotic_formula,
+        8,
+        "x and y are sums of four and three terms",
     ),
     bl.GradientDescent: SolverRow(
-        lambda problem, **limits: bl.GradientDescent(STEP, **limits), lambda g, x, m, k: (x - STEP * g(x), ())
+        partial(made, bl.GradientDescent, STEP), descent_formula, 2, "the update is one kernel"
     ),
-    bl.HeavyBall: SolverRow(lambda problem, **limits: bl.HeavyBall(STEP, MOMENTUM, **limits), heavy_ball_formula),
-    bl.Nesterov: SolverRow(lambda problem, **limits: bl.Nesterov(STEP, MOMENTUM, **limits), nesterov_formula),
-    bl.Adam: SolverRow(lambda problem, **limits: bl.Adam(0.05, **limits), adam_formula, reaches=1e-6),
+    bl.HeavyBall: SolverRow(
+        partial(made, bl.HeavyBall, STEP, MOMENTUM), heavy_ball_formula, 4, "three terms: a product, two sums"
+    ),
+    bl.Nesterov: SolverRow(
+        partial(made, bl.Nesterov, STEP, MOMENTUM), nesterov_formula, 6, "two kernels for y, three for the new x"
+    ),
+    bl.Adam: SolverRow(
+        partial(made, bl.Adam, 0.05),
+        adam_formula,
+        13,
+        "moments three, a square root safe at zero six, the quotient three",
+        reaches=1e-6,
+    ),
     bl.AdamW: SolverRow(
-        lambda problem, **limits: bl.AdamW(0.05, weight_decay=1e-6, **limits), adamw_formula, reaches=1e-5
+        partial(made, bl.AdamW, 0.05, weight_decay=1e-6),
+        adamw_formula,
+        14,
+        "as Adam; the weights shrink in one",
+        reaches=1e-5,
     ),
-    bl.SGD: SolverRow(lambda problem, **limits: bl.SGD(STEP, MOMENTUM, nesterov=True, **limits), sgd_formula),
+    bl.SGD: SolverRow(
+        partial(made, bl.SGD, STEP, MOMENTUM, nesterov=True),
+        sgd_formula,
+        5,
+        "momentum two, Nesterov's sum one, the update one",
+    ),
     bl.RMSprop: SolverRow(
-        lambda problem, **limits: bl.RMSprop(STEP, 0.9, 1.0, momentum=0.5, centered=True, **limits), rmsprop_formula
+        partial(made, bl.RMSprop, STEP, 0.9, 1.0, momentum=0.5, centered=True),
+        rmsprop_formula,
+        15,
+        "the gradient, mean and mean square three, variance, its safe root six, eps, momentum two, the update",
     ),
-    bl.Newton: SolverRow(lambda problem, **limits: bl.Newton(**limits), newton_formula, forward=False),
-    bl.QuasiNewton: SolverRow(lambda problem, **limits: bl.QuasiNewton(**limits), forward=False, unrolls=False),
-    bl.TorchOptimizer: SolverRow(
-        lambda problem, **limits: bl.TorchOptimizer(lambda p: torch.optim.SGD(p, STEP, MOMENTUM), **limits),
+    bl.Newton: SolverRow(
+        partial(made, bl.Newton),
+        newton_formula,
+        31,
+        "the gradient at the trial nine, the Hessian eight; it looks at each of its decisions",
+        waits=4,
+        forward=False,
+    ),
+    bl.QuasiNewton: SolverRow(
+        partial(made, bl.QuasiNewton),
+        None,
+        51,
+        "gradient, curvature and Newton direction of the first step, eleven for a pair",
+        waits=7,
         forward=False,
         unrolls=False,
     ),
-    bl.FixedPoint: SolverRow(make_fixed_point, lambda g, x, m, k: (x - STEP * g(x), ())),
+    bl.TorchOptimizer: SolverRow(
+        partial(made, bl.TorchOptimizer, partial(torch.optim.SGD, lr=STEP, momentum=MOMENTUM)),
+        None,
+        40,
+        "copies, the loss and two comparisons (with the start, for the closure and at the end) besides torch's kernels",
+        waits=2,
+        forward=False,
+        unrolls=False,
+    ),
+    bl.FixedPoint: SolverRow(make_fixed_point, descent_formula, 3, "the user's map alone"),
 }
 
 UNROLLED = [cls for cls, row in SOLVERS.items() if row.unrolls]
@@ -459,14 +550,67 @@ UNROLLED = [cls for cls, row in SOLVERS.items() if row.unrolls]
 
 # Linear solvers and estimators: gold options --------------------------------------------------------------------------
 
-LINEAR_SOLVERS: dict[type, bl.LinearSolver] = {
-    bl.CG: bl.CG(tol=1e-12),
-    bl.GMRES: bl.GMRES(tol=1e-12),
-    bl.Neumann: bl.Neumann(steps=600),
-    bl.FixedPointIteration: bl.FixedPointIteration(tol=1e-12),
-    bl.Direct: bl.Direct(),
-    bl.Nystrom: bl.Nystrom(rank=50),
+
+@dataclass(frozen=True)
+class LinearRow:
+    """A linear solver, and what its steps take on an accelerator.
+
+    Attributes:
+        fixed: makes the solver from k: it takes k steps and cannot stop earlier.
+        solver: the solver as one would use it.
+        kernels: most kernels of one step, its matrix-vector product (one kernel) included.
+        reason: where they come from.
+        looks: as in `device_cases.EstimatorRow`, for implicit differentiation with this solver.
+        tolerance: whether it looks for one.
+    """
+
+    fixed: Callable[[int], bl.LinearSolver]
+    solver: bl.LinearSolver
+    kernels: float
+    reason: str
+    looks: int = 10
+    tolerance: bool = True
+
+
+LINEAR_ROWS: dict[type, LinearRow] = {
+    bl.CG: LinearRow(
+        lambda k: bl.CG(tol=1e-30, max_steps=k),
+        bl.CG(tol=1e-12),
+        9 + 1 / 8,
+        "three dot products, two quotients, three updates; their numbers are stacked for each look",
+    ),
+    bl.GMRES: LinearRow(
+        lambda k: bl.GMRES(tol=1e-30, max_steps=k, restart=k),
+        bl.GMRES(tol=1e-12),
+        13,
+        "the basis stacked, four kernels for each of two orthogonalisations, norm, its place, quotient",
+    ),
+    bl.Neumann: LinearRow(
+        lambda k: bl.Neumann(steps=k, step_size=1e-7),
+        bl.Neumann(steps=600),
+        3,
+        "x + h r and b - A x",
+        looks=9,
+        tolerance=False,
+    ),
+    bl.FixedPointIteration: LinearRow(
+        lambda k: bl.FixedPointIteration(step_size=1e-7, tol=1e-30, max_steps=k),
+        bl.FixedPointIteration(tol=1e-12),
+        3 + 3 / 8,
+        "as Neumann; norm, product and comparison at each look",
+        looks=37,
+    ),
+    bl.Nystrom: LinearRow(
+        lambda k: bl.Nystrom(rank=k),
+        bl.Nystrom(rank=60),
+        2,
+        "the product, and its place in a stack",
+        looks=9,
+        tolerance=False,
+    ),
+    bl.Direct: LinearRow(lambda k: bl.Direct(), bl.Direct(), 0, "no steps", looks=7, tolerance=False),
 }
+LINEAR_SOLVERS = {cls: row.solver for cls, row in LINEAR_ROWS.items()}
 
 ESTIMATORS: dict[type, bl.HypergradEstimator] = {
     bl.FullUnroll: bl.FullUnroll(),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import ArrayLike
+from helpers import numbered, write_npz
 from sklearn import datasets
 
 from bilevel.data import Dataset, available, load
@@ -19,19 +18,6 @@ PARTS = ("train", "val", "test")
 
 def parts(data: Dataset, key: str) -> list[np.ndarray]:
     return [getattr(data, f"{key}_{part}").numpy() for part in PARTS if getattr(data, f"{key}_{part}") is not None]
-
-
-def write_npz(folder: Path, **arrays: ArrayLike) -> str:
-    path = folder / "arrays.npz"
-    np.savez(path, **{name: np.asarray(values) for name, values in arrays.items()})
-    return str(path)
-
-
-def numbered(rows: int = 40, features: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Data whose first feature is the number of the row, so that a split can be read back."""
-    X = np.random.default_rng(0).normal(size=(rows, features))
-    X[:, 0] = np.arange(rows)
-    return X, np.arange(rows) * 0.5
 
 
 # Splits --------------------------------------------------------------------------------------------------------------

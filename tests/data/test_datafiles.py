@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import ArrayLike
+from helpers import numbered, write_npz
 
 from bilevel import BilevelWarning
 from bilevel.data import load
@@ -18,19 +18,6 @@ def write_csv(folder: Path, text: str) -> str:
     path = folder / "table.csv"
     path.write_text(text)
     return str(path)
-
-
-def write_npz(folder: Path, **arrays: ArrayLike) -> str:
-    path = folder / "arrays.npz"
-    np.savez(path, **{name: np.asarray(values) for name, values in arrays.items()})
-    return str(path)
-
-
-def numbered(rows: int = 40, features: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Data whose first feature is the number of the row, so that a split can be read back."""
-    X = np.random.default_rng(0).normal(size=(rows, features))
-    X[:, 0] = np.arange(rows)
-    return X, np.arange(rows) * 0.5
 
 
 def test_csv_with_string_labels(tmp_path):
