@@ -18,7 +18,8 @@ def require(owner: object, name: str, allowed: str, ok: bool) -> None:
     Raises:
         ValueError: if `ok` is false, such as "`CG.max_steps` must be a positive int, got -3."
     """
-    require_value(f"{type(owner).__name__}.{name}", getattr(owner, name), allowed, ok)
+    if not ok:
+        require_value(f"{type(owner).__name__}.{name}", getattr(owner, name), allowed, ok)
 
 
 def require_value(name: str, value: Any, allowed: str, ok: bool) -> None:
@@ -35,8 +36,8 @@ def option(default: Any, allowed: str, fits: Callable[[Any], bool]) -> Any:
 def check_fields(owner: Any) -> None:
     """Refuse a value of a dataclass that does not fit what its `option` says, by the sentence of `require`."""
     for each in fields(owner):
-        if each.metadata:
-            require(owner, each.name, each.metadata["allowed"], each.metadata["fits"](getattr(owner, each.name)))
+        if each.metadata and not each.metadata["fits"](getattr(owner, each.name)):
+            require(owner, each.name, each.metadata["allowed"], False)
 
 
 def shown_value(value: Any) -> str:
