@@ -115,12 +115,7 @@ def top_eigenvalue(matrix: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Rows:
-    """The inputs of one part of the data, with what depends on them alone.
-
-    Attributes:
-        X: feature-major inputs of shape (features, rows), float64.
-        y: targets of shape (rows,).
-    """
+    """One part of the data: inputs X of shape (features, rows) in float64, targets y, and what follows from them."""
 
     X: Tensor
     y: Tensor

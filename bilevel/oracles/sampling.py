@@ -29,15 +29,7 @@ FreshBatch: TypeAlias = Literal["inner step", "outer step", "never"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which batches the losses of a problem see, and when.
-
-    Attributes:
-        sampler: the batches of the inner loss, or None.
-        fresh_batch: when it sees another one.
-        inner_loss: ``(params, hparams, batch) -> scalar``.
-        outer_sampler: the batches of the outer loss, another one each outer step, or None.
-        outer_loss: ``(params, hparams, batch) -> scalar``.
-    """
+    """Which batches the losses, functions of (params, hparams, batch), see, and when: see above."""
 
     sampler: Sampler | None
     fresh_batch: FreshBatch
