@@ -8,7 +8,8 @@ from paths import ROOT
 RUN = "\n".join(f"    x = x * {k} + 1" for k in range(6))
 FILES = {
     "core/tree.py": f'"""Trees."""\n\n\ndef first(x):\n    """One."""\n{RUN}\n',
-    "inner/one.py": f"from bilevel.core import tree\n\n\nclass Base: ...\n\n\nclass One(Base): ...\n\n\ndef second(x):\n{RUN}\n",
+    "inner/one.py": "from bilevel.core import tree\n\n\nclass Base: ...\n\n\nclass One(Base): ...\n\n\n"
+    f"def second(x):\n{RUN}\n",
     "inner/two.py": "from bilevel.inner.one import One\n\n\ndef asks(x):\n    return isinstance(x, One)\n",
     "linear/a.py": "from bilevel.linear.b import b\n",
     "linear/b.py": "def b():\n    import bilevel.linear.a\n",
