@@ -126,18 +126,15 @@ def influence(subject: Subject, solution: Tree | None) -> Finding:
         products = [raveler.ravel(point.cross(subject.direction(params, 600 + index))).abs() for index in range(2)]
         sizes.append(torch.stack(products).amax(0))
     largest = torch.stack(sizes).nan_to_num().amax(0)
-    silent = [int(index) for index in torch.nonzero((largest == 0) & ~subject.read_by_steps)[:, 0]]
-    if silent:
+    if silent := _indices((largest == 0) & ~subject.read_by_steps):
         return _silent(subject, silent)
-    if bool((largest == 0).any()):
-        tuned = [int(index) for index in torch.nonzero(largest == 0)[:, 0]]
+    if tuned := _indices(largest == 0):
         sentence = (
             f"{component_names(subject.hparams, tuned)} moves the steps of the inner solver, not the inner gradient: "
             "only estimators that differentiate the steps see it, such as FullUnroll."
         )
         return Finding("influence", "note", sentence, len(tuned))
-    if solution is not None and bool((sizes[-1] == 0).any()):
-        idle = [int(index) for index in torch.nonzero(sizes[-1] == 0)[:, 0]]
+    if solution is not None and (idle := _indices(sizes[-1] == 0)):
         sentence = (
             f"{component_names(subject.hparams, idle)} moves the inner gradient elsewhere, but not at the solution: "
             "its hypergradient there is what the outer loss says directly."
@@ -152,6 +149,10 @@ def influence(subject: Subject, solution: Tree | None) -> Finding:
         )
         return Finding("influence", "note", sentence, ratio)
     return Finding("influence", "ok", "every hyperparameter moves the inner gradient.", ratio)
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return [int(index) for index in torch.nonzero(mask)[:, 0]]
 
 
 def _silent(subject: Subject, silent: list[int]) -> Finding:

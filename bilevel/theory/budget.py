@@ -153,16 +153,12 @@ def _log_bounds(steps: int, s: float, d0: float, curse: float, omega: float) -> 
 
 
 def _by_lambert(steps: int, s: float, log_ratio: float, omega: float) -> float:
+    from scipy.special import wrightomega  # slow to import, and needed here alone
+
     q = (1.0 + omega) / omega
     log_z = math.log(q * s) + log_ratio + s * ((1.0 + omega) * steps - 1.0) + q
-    # w e^w = z with v = log w: e^v + v = log z. Newton's method on this convex function, started above the root.
-    v = log_z if log_z <= 1.0 else math.log(log_z)
-    for _ in range(100):
-        update = (math.exp(v) + v - log_z) / (math.exp(v) + 1.0)
-        v -= update
-        if abs(update) <= 1e-16 * max(1.0, abs(v)):
-            break
-    return steps - (math.exp(v) / q - 1.0) / (s * omega)
+    # Wright's function of log z is Lambert's of z, which may overflow.
+    return steps - (float(wrightomega(log_z)) / q - 1.0) / (s * omega)
 
 
 def _by_fixed_point(steps: int, s: float, log_ratio: float, omega: float) -> float:

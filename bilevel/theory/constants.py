@@ -102,12 +102,6 @@ def contraction_constants(
     return Constants(rho, 0.0, h * lipschitz, largest, h * lipschitz, e0, d0)
 
 
-def _units(hparams: Tree) -> list[Tree]:
-    raveler = tree.Raveler(hparams)
-    (like, *_) = tree.leaves(hparams)
-    return [raveler.unravel(row) for row in torch.eye(raveler.size, dtype=like.dtype, device=like.device)]
-
-
 @dataclass(frozen=True)
 class EstimatedConstants:
     """Constants measured along one run: estimates, not bounds; they see the points of that run alone.
@@ -147,9 +141,10 @@ def estimate_constants(problem: BilevelProblem, solver: InnerSolver, hparams: Tr
     """
     demand("estimate_constants", "steps", "an int, 10 or more", steps, is_int(steps, 10))
     inner = problem.bind(hparams)
-    directions = _units(tree.detach(hparams))
+    directions = tree.Raveler(tree.detach(hparams)).units()
     state = solver.init(inner, problem.params)
-    states, tangents = [state], [_zeros(state.variables) for _ in directions]
+    zero: Variables = tree.zeros_like(state.variables)
+    states, tangents = [state], [zero for _ in directions]
     for _ in range(steps):
         tangents = solver.step_jvp(inner, state, tangents, directions)
         state = solver.step(inner, state)
@@ -167,10 +162,6 @@ def estimate_constants(problem: BilevelProblem, solver: InnerSolver, hparams: Tr
             change = _pushed(solver.step_jvp(inner, each, tangents, directions)) - at_end
             largest = max(largest, float(change.norm() / distance))
     return EstimatedConstants(float(ratios.max()), largest, float(distances[0]), float(_pushed(tangents).norm()))
-
-
-def _zeros(variables: Variables) -> Variables:
-    return tree.zeros_like(variables[0]), tree.zeros_like(variables[1])
 
 
 def _flatten(variables: Variables) -> Tensor:

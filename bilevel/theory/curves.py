@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver, InnerState
+from bilevel.base import InnerSolver
 from bilevel.core.options import describe, is_int
 from bilevel.core.tree import Tree
 from bilevel.inner import Coefficients
@@ -63,23 +63,12 @@ class ErrorCurves:
     def relative(self) -> ErrorCurves:
         """The same curves relative to ``|x*|`` and ``|dx*|``."""
         x, derivative = self.solution_norm[..., None], self.jacobian_norm[..., None]
-
-        def over(value: Tensor | None, norm: Tensor) -> Any:
-            return None if value is None else value / norm
-
-        return replace(
-            self,
-            iterate=self.iterate / x,
-            forward=self.forward / derivative,
-            reverse=self.reverse / derivative,
-            late=self.late / derivative[..., None],
-            solution_norm=torch.ones_like(self.solution_norm),
-            jacobian_norm=torch.ones_like(self.jacobian_norm),
-            iterate_bound=over(self.iterate_bound, x),
-            forward_bound=over(self.forward_bound, derivative),
-            reverse_bound=over(self.reverse_bound, derivative),
-            late_bound=over(self.late_bound, derivative[..., None]),
-        )
+        norms = {"iterate": x, "forward": derivative, "reverse": derivative, "late": derivative[..., None]}
+        norms |= {f"{name}_bound": norm for name, norm in norms.items()}
+        known = {name: value for name in norms if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {name: value / norms[name] for name, value in known.items()}
+        changed |= {name: torch.ones_like(getattr(self, name)) for name in ("solution_norm", "jacobian_norm")}
+        return replace(self, **changed)
 
     @property
     def peak(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +134,7 @@ def error_curves(
         curves = _quadratic(batch, solvers, inners, steps, tails, begins)
     elif linear and not single and len(set(map(id, problems))) == 1 and problems[0].optimality is None:
         oracle = VmapOracle(problems[0], us, starts)
-        _, numbers, vectors = _numbers(solvers, inners, starts, steps, oracle)
+        numbers, vectors = _numbers(solvers, inners, starts, steps, oracle)
         curves = _assemble(batched_errors(oracle, numbers, vectors, begins), oracle, steps, tails)
     else:
         curves = _one_at_a_time(list(zip(problems, solvers, us, starts, strict=True)), steps, tails, begins)
@@ -202,13 +191,13 @@ def _broadcast(
 
 def _numbers(
     solvers: Sequence[Any], inners: Sequence[InnerProblem], starts: Sequence[Tree], steps: int, oracle: Oracle
-) -> tuple[list[InnerState], list[Coefficients], int]:
-    """Return the first states, the numbers of all steps, and how many vectors a solver stores."""
+) -> tuple[list[Coefficients], int]:
+    """Return the numbers of all steps, and how many vectors a solver stores."""
     states = [each.init(inner, x) for each, inner, x in zip(solvers, inners, starts, strict=True)]
     vectors = 1 + len(states[0].memory)
     shared = len(set(map(id, solvers))) == 1 and len({tuple(state.measured.items()) for state in states}) == 1
     count = 1 if shared else len(solvers)
-    return states, list(recurrence(solvers[:count], states[:count], steps, oracle.start)), vectors
+    return list(recurrence(solvers[:count], states[:count], steps, oracle.start)), vectors
 
 
 def _quadratic(
@@ -220,7 +209,7 @@ def _quadratic(
     begins: Sequence[int],
 ) -> ErrorCurves:
     oracle = QuadraticOracle(batch)
-    _, numbers, vectors = _numbers(solvers, inners, list(batch.start), steps, oracle)
+    numbers, vectors = _numbers(solvers, inners, list(batch.start), steps, oracle)
     curves = _assemble(batched_errors(oracle, numbers, vectors, begins), oracle, steps, tails)
     # One stored vector and one set of numbers: x <- x - h g, the only method whose map contracts in the 2-norm.
     if vectors > 1 or len(set(map(id, numbers))) > 1:

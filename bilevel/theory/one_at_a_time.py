@@ -26,7 +26,7 @@ def single_errors(
     inner = problem.bind(hparams)
     solution, jacobian = reference(problem, hparams, start)
     flat, outside = tree.Raveler(start), tree.Raveler(hparams)
-    directions = [outside.unravel(row) for row in torch.eye(outside.size, dtype=solution.dtype, device=solution.device)]
+    directions = outside.units()
     state = solver.init(inner, start)
     zero: Variables = tree.zeros_like(state.variables)
     tangents = [[zero] * len(directions) for _ in begins]
@@ -64,8 +64,7 @@ def _single_reverse(
 ) -> Tensor:
     """Return the error of the reverse sweep after it has reached k, by one cotangent for each inner variable."""
     memory = tree.zeros_like(states[0].memory)
-    identity = torch.eye(flat.size, dtype=jacobian.dtype, device=jacobian.device)
-    cotangents: list[Variables] = [(flat.unravel(row), memory) for row in identity]
+    cotangents: list[Variables] = [(unit, memory) for unit in flat.units()]
     outside = tree.Raveler(inner.hparams)
     difference = -jacobian.mT
     errors = [torch.linalg.vector_norm(difference)]
@@ -89,6 +88,5 @@ def reference(problem: BilevelProblem, hparams: Tree, start: Tree) -> tuple[Tens
             "error curves need a start from which it converges."
         )
     point, x = inner.linearize(params), flat.ravel(params)
-    identity = torch.eye(flat.size, dtype=x.dtype, device=x.device)
-    cross = torch.stack([outside.ravel(point.cross(flat.unravel(row))) for row in identity])
+    cross = torch.stack([outside.ravel(point.cross(unit)) for unit in flat.units()])
     return x, -torch.linalg.solve(point.dense_hessian(), cross).mT
