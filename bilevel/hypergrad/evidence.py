@@ -10,22 +10,14 @@ from bilevel.core import rows
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, error_verdict
 from bilevel.engine.derivatives import check_derivatives
-from bilevel.engine.estimator import HypergradEstimator
+from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.kinks import ends_at_kink
 from bilevel.oracles.problem import BilevelProblem
 
 
-def confirmed(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    estimator: HypergradEstimator,
-    hparams: Tree,
-    result: Attempt,
-    start: Tree,
-    asked: bool,
-) -> Attempt:
+def confirmed(estimator: HypergradEstimator, run: Run, solver: InnerSolver, result: Attempt, asked: bool) -> Attempt:
     """Return the attempt with what differences say of it: wrong derivatives fail, an end at a kink is a doubt."""
-    solved, verdict = result.solved, result.verdict
+    problem, hparams, solved, verdict = run.problem, run.hparams, result.solved, result.verdict
     if not estimator.second_derivatives or not verdict.status.usable:
         return result
     wrong = check_derivatives(problem, hparams, solved.params, again=asked)
@@ -33,7 +25,7 @@ def confirmed(
         return replace(result, gradient=None, verdict=verdict.worse(wrong))
     doubtful = asked or not verdict.status.ok
     end = solved.state, solved.residual, solved.steps
-    kink = ends_at_kink(problem, hparams, solver, *end, doubtful, start, again=asked)
+    kink = ends_at_kink(problem, hparams, solver, *end, doubtful, run.params, again=asked)
     return result if kink.status.ok else replace(result, verdict=kink)
 
 

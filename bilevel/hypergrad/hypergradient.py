@@ -148,15 +148,15 @@ def hypergradient(
         if check:
             confirm(problem)
         return together
+    error = None
     if target_error is None:
         result = attempt(rule, run)
-        cost = run.meter.read()
-        result = confirmed(problem, solver, rule, given, result, start, asked=certify)
-        result, error = judged(problem, solver, given, result, certify)
     else:
         result, error = TargetErrorLoop(rule, run, target_error).run()
-        cost = run.meter.read()
-        result = confirmed(problem, solver, rule, given, result, start, asked=True)
+    cost = run.meter.read()
+    result = confirmed(rule, run, solver, result, asked=certify or target_error is not None)
+    if error is None:
+        result, error = judged(problem, solver, given, result, certify)
     if check:
         confirm(problem)
     estimate = _estimate(solver, given, result, error, cost, warm)

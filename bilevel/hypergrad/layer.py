@@ -117,7 +117,15 @@ class _Call:
     result: list[Solution] = field(default_factory=list)
 
 
-class _Solution(torch.autograd.Function):
+class _Once(torch.autograd.Function):
+    """A node that is differentiable once, in reverse mode."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(FORWARD_MODE)
+
+
+class _Solution(_Once):
     """The solution map as one autograd node.
 
     Its first output is the index of the solution in ``call.result``: a tensor, so that under vmap, grad and jacrev in
@@ -149,15 +157,11 @@ class _Solution(torch.autograd.Function):
         return (None, *_Pullback.apply(ctx.call, *ctx.saved_tensors, *cotangents))  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(FORWARD_MODE)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *leaves: Tensor) -> tuple[Any, Any]:
         return _one_by_one(_Solution, call, info.batch_size, in_dims[1:], leaves)
 
 
-class _Pullback(torch.autograd.Function):
+class _Pullback(_Once):
     """The backward pass of `_Solution`, a node of its own because `torch.func.jacrev` maps it over cotangents.
 
     It is given the hyperparameters, too, so that its result is no constant of a second derivative.
@@ -186,10 +190,6 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(SECOND)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(FORWARD_MODE)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> tuple[Any, Any]:

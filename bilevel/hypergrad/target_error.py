@@ -175,7 +175,7 @@ class TargetErrorLoop:
             # An estimator that judges itself does so with what its own solves have seen: it is not its own witness.
             return self.refinement(*given)
         cheap = None
-        if self.bound is not None and result.pulled.adjoint is not None:
+        if result.pulled.adjoint is not None:
             cheap = self.bound(*given)
             if cheap.value is not None and (cheap.value <= allowed or self._work(cheap, allowed) <= SHARP):
                 return cheap
