@@ -69,7 +69,7 @@ def _known(rows: Sequence[Row], key: str) -> list[float]:
     return [row[key] for row in rows if row[key] is not None]
 
 
-def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log: tuple[bool, bool]) -> Any:
+def _lines(runs: Sequence[CellRun], x: str, y: str, xlabel: str, ylabel: str) -> Any:
     """Draw one line with a band for each estimator in every panel."""
     figure, places = _panels(runs, 3.6)
     look = looks([run.cell.estimator for run in runs])
@@ -86,17 +86,17 @@ def _lines(runs: Sequence[CellRun], x: str, y: str, labels: tuple[str, str], log
             (drawn[estimator],) = panel.plot(xs, ys, color=colour, linestyle=style, marker=marker, label=estimator)
             panel.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
             seen += [*low, *high]
-        if log[0]:
+        if x == "step":
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        else:
             panel.set_xscale("log")
             tidy_log_axis(panel.xaxis)
-        else:
-            panel.xaxis.get_major_locator().set_params(integer=True)
         # Within a decade a linear axis reads better, and a loss may be negative.
-        if log[1] and seen and min(seen) > 0 and max(seen) > 10 * min(seen):
+        if seen and min(seen) > 0 and max(seen) > 10 * min(seen):
             panel.set_yscale("log")
             tidy_log_axis(panel.yaxis)
-        panel.set_xlabel(labels[0])
-    next(iter(places.values())).set_ylabel(labels[1])
+        panel.set_xlabel(xlabel)
+    next(iter(places.values())).set_ylabel(ylabel)
     if drawn:
         seeds = len({run.cell.seed for run in runs})
         title = f"lines: medians of {seeds} seeds; bands: from the smallest to the largest" if seeds > 1 else ""
@@ -129,14 +129,14 @@ def _memory(runs: Sequence[CellRun]) -> Any:
     return figure
 
 
-_LOSS = "outer loss"
+def _by(*options: Any) -> Callable[[Sequence[CellRun]], Any]:
+    """Return what draws runs as `_lines` does with these options."""
+    return lambda runs: _lines(runs, *options)
+
+
 FIGURES: dict[str, Callable[[Sequence[CellRun]], Any]] = {
-    "outer_loss_by_cost": lambda runs: _lines(
-        runs, "gradient_equivalents_total", "outer_loss", ("inner gradient-equivalents", _LOSS), (True, True)
-    ),
-    "outer_loss_by_seconds": lambda runs: _lines(runs, "seconds_total", "outer_loss", ("seconds", _LOSS), (True, True)),
-    "hypergradient_error": lambda runs: _lines(
-        runs, "step", "hypergradient_error", ("outer step", "relative hypergradient error"), (False, True)
-    ),
+    "outer_loss_by_cost": _by("gradient_equivalents_total", "outer_loss", "inner gradient-equivalents", "outer loss"),
+    "outer_loss_by_seconds": _by("seconds_total", "outer_loss", "seconds", "outer loss"),
+    "hypergradient_error": _by("step", "hypergradient_error", "outer step", "relative hypergradient error"),
     "memory": _memory,
 }

