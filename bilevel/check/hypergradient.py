@@ -107,24 +107,19 @@ def check_hypergradient(
     examined = ProblemReport(findings)
     if findings[-1].verdict == "not applicable" and findings[0].verdict == "fault":
         return CheckReport(False, [], {}, "", rtol or 0.0, None, str(examined), findings)
-    dtype = tree.leaves(hparams)[0].dtype
-    allowed = rtol if rtol is not None else (1e-4 if dtype == torch.float64 else 1e-2)
+    allowed = rtol if rtol is not None else 1e-4 if tree.leaves(hparams)[0].dtype == torch.float64 else 1e-2
     estimate = hypergradient(problem, solver, estimator, hparams, params, on_failure="return")
     referee = hypergradient(problem, solver, FiniteDifference(), hparams, params, on_failure="return")
-    raveler = tree.Raveler(hparams)
-    ours = raveler.ravel(estimate.hypergradient)
-    referees = {"differences": raveler.ravel(referee.hypergradient)}
-    exact = problem.exact_hypergradient(hparams)
-    if exact is not None:
-        referees["exact"] = raveler.ravel(exact)
-    labels = component_labels(hparams)
+    known = {"differences": referee.hypergradient, "exact": problem.exact_hypergradient(hparams)}
+    ravel, labels = tree.Raveler(hparams).ravel, component_labels(hparams)
+    ours = ravel(estimate.hypergradient)
+    referees = {name: ravel(value) for name, value in known.items() if value is not None}
     errors, worst = _errors(ours, referees, labels)
     agrees = estimate.status.usable and referee.status.usable and min(errors.values()) <= allowed
     rows = [Row(label, *map(float, values)) for label, *values in zip(labels, ours, *referees.values(), strict=True)]
     title = f"{describe(solver)} with {describe(estimator)}"
     text = _text(agrees, rows, errors, worst, allowed, title, estimate.verdict)
-    if examined.faults:
-        text += f"\n\n{examined}"
+    text += f"\n\n{examined}" if examined.faults else ""
     return CheckReport(agrees and examined.ok, rows, errors, worst, allowed, estimate, text, findings)
 
 

