@@ -156,9 +156,6 @@ class LinearSolver(ABC):
     def at_tolerance(self, tol: float) -> LinearSolver:
         """Return this solver with the goal `tol`, or its own where that is larger; itself where it has no tolerance.
 
-        Args:
-            tol: relative residual to reach.
-
         Raises:
             ValueError: for a solver of a fixed number of `steps`, which no tolerance makes more exact.
         """

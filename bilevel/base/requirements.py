@@ -100,12 +100,7 @@ NEEDS: Mapping[str, Need] = {
 
 
 def check_requirements(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    """Refuse a problem or an inner solver without what `who.requires`.
-
-    Args:
-        who: an estimator or a linear solver.
-        problem: the problem.
-        solver: the inner solver.
+    """Refuse a problem or an inner solver without what an estimator or a linear solver requires.
 
     Raises:
         ValueError: the sentence of the first need that is not met, or of a name that is none.

@@ -43,10 +43,6 @@ def declared(cls: type[Any], traits: Traits) -> Traits:
 
     Coefficients that a class gives anew may change at every step, unless it says from where they do not. Attributes by
     the names that they had before `Traits` are taken for one release, with a DeprecationWarning.
-
-    Args:
-        cls: the class.
-        traits: those of its body, or else of its parent.
     """
     if "coefficients" in vars(cls) and "traits" not in vars(cls):
         traits = replace(traits, stationary_from=None)

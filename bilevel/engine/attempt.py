@@ -26,20 +26,12 @@ cancel, as they do at the outer optimum, their sum may be as small as one likes.
 
 @dataclass(frozen=True)
 class Attempt:
-    """A hypergradient, as far as it exists.
-
-    Attributes:
-        solved: the inner solution.
-        pulled: its pullback at the gradient of the outer loss.
-        outer_loss: the outer loss; NaN where the inner solve failed.
-        gradient: the hypergradient, None where one of the halves failed.
-        verdict: status of all of it.
-    """
+    """A hypergradient, as far as it exists, with its status."""
 
     solved: Solution
     pulled: Pullback
-    outer_loss: float
-    gradient: Tree
+    outer_loss: float  # NaN where the inner solve failed
+    gradient: Tree  # None where one of the halves failed
     verdict: Verdict
 
     def carry(self, solver: InnerSolver, *, ongoing: bool = False) -> Carry:

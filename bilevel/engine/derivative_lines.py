@@ -25,23 +25,14 @@ FAILURES = (ValueError, RuntimeError, ArithmeticError, AssertionError, TypeError
 
 @dataclass(frozen=True)
 class Claim:
-    """The derivative that a problem claims of one of the values on a line.
+    """The derivative that a problem claims of one of the values on a line."""
 
-    Attributes:
-        what: how the sentence calls it.
-        values: how the sentence calls what it should be the derivative of.
-        part: which value.
-        slope: the claim, in float64.
-        size: errors are relative to at least this.
-        parts: what sums up to the values may be as large as this, and be rounded so, where it cancels.
-    """
-
-    what: str
-    values: str
-    part: int
-    slope: Tensor
-    size: float
-    parts: float = 0.0
+    what: str  # how the sentence calls it
+    values: str  # and what it should be the derivative of
+    part: int  # which value
+    slope: Tensor  # the claim, in float64
+    size: float  # errors are relative to at least this
+    parts: float = 0.0  # what sums up to the values may be as large, and be rounded so, where it cancels
 
     def error(self, measured: Tensor) -> tuple[float, float]:
         """Return (distance, what it is relative to)."""

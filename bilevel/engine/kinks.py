@@ -58,12 +58,7 @@ class Seen:
 
 
 def kinked(
-    problem: BilevelProblem,
-    hparams: Tree,
-    solver: InnerSolver,
-    state: InnerState,
-    residual: float,
-    start: float,
+    problem: BilevelProblem, hparams: Tree, solver: InnerSolver, state: InnerState, residual: float, start: float
 ) -> Verdict:
     """Return NOT_SMOOTH where jumps of the gradient keep a run from settling at `state`, else `GOOD`.
 
@@ -142,11 +137,9 @@ def ends_at_kink(
     problem: BilevelProblem,
     hparams: Tree,
     solver: InnerSolver,
-    state: InnerState,
-    residual: float,
-    steps: int,
-    doubtful: bool,
+    solved: Solution,
     start: Tree,
+    doubtful: bool,
     again: bool = False,
 ) -> Verdict:
     """Return what `kinked` says where a run stands that no tolerance has ended; `GOOD` where the look is too expensive.
@@ -155,6 +148,7 @@ def ends_at_kink(
     the gradient is larger than it was, and with `again`; after short runs only where they are `doubtful`, or evidence
     is asked for. `start` are the params of a cold start.
     """
+    state, residual, steps = solved.state, solved.residual, solved.steps
     _, tol = solver.limits(tree.leaves(state.params)[0].dtype)
     if (steps < SHORT and not doubtful) or not steps or (tol is not None and residual <= tol):
         return GOOD
@@ -182,10 +176,9 @@ def members_at_kinks(
     for index, verdict in enumerate(verdicts):
         if not verdict.status.usable or not (cause is None or cause or not verdict.status.ok):
             continue
-        u, x, state = rows.row(hparams, index), rows.row(start, index), solved.state.row(index)
-        steps, residual = solved.steps[index], solved.residual[index]
+        u, x = rows.row(hparams, index), rows.row(start, index)
         further = cause is not None  # members may be one problem, which the first look has found smooth
-        kink = ends_at_kink(problem.member(index), u, solver, state, residual, steps, further, x, further)
+        kink = ends_at_kink(problem.member(index), u, solver, solved.row(index), x, further, further)
         cause = not kink.status.ok if cause is None else cause
         result[index] = verdict if kink.status.ok else kink
     return result

@@ -46,12 +46,7 @@ def start_of(inner: InnerProblem, like: Tree) -> Tree:
 
 @dataclass
 class Floor:
-    """A run that has come to rest above its tolerance.
-
-    Attributes:
-        detail: what stands still.
-        attained: whether the residual is as small as rounding lets it be.
-    """
+    """A run that has come to rest above its tolerance: what stands still, and whether no residual can be smaller."""
 
     detail: str
     attained: bool

@@ -23,9 +23,7 @@ def confirmed(estimator: HypergradEstimator, run: Run, solver: InnerSolver, resu
     wrong = check_derivatives(problem, hparams, solved.params, again=asked)
     if not wrong.status.ok:
         return replace(result, gradient=None, verdict=verdict.worse(wrong))
-    doubtful = asked or not verdict.status.ok
-    end = solved.state, solved.residual, solved.steps
-    kink = ends_at_kink(problem, hparams, solver, *end, doubtful, run.params, again=asked)
+    kink = ends_at_kink(problem, hparams, solver, solved, run.params, asked or not verdict.status.ok, again=asked)
     return result if kink.status.ok else replace(result, verdict=kink)
 
 

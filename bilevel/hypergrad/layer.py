@@ -201,8 +201,7 @@ def _confirmed(call: _Call, hparams: Tree, solved: Solution) -> Solution:
     verdict = solved.verdict
     if not verdict.status.usable:
         return solved
-    state, doubtful = solved.state, not verdict.status.ok
-    kink = ends_at_kink(call.problem, hparams, call.solver, state, solved.residual, solved.steps, doubtful, call.start)
+    kink = ends_at_kink(call.problem, hparams, call.solver, solved, call.start, not verdict.status.ok)
 
     def pullback(cotangent: Tree) -> Pullback:
         pulled = solved.pullback(cotangent)
