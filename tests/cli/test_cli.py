@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import joblib
@@ -419,3 +420,15 @@ def test_the_package_runs_as_a_module(capsys: pytest.CaptureFixture[str], monkey
         runpy.run_module("bilevel", run_name="__main__")
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("bilevel 0.")
+
+
+def test_the_command_shows_what_a_config_should_say_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> int:
+        warnings.warn_explicit("x is now y", DeprecationWarning, "build.py", 1, module="bilevel.config.build")
+        return 0
+
+    monkeypatch.setattr("bilevel.cli.main", run)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        assert runpy.run_module("bilevel")["main"]() == 0
+    assert [str(each.message) for each in caught] == ["x is now y"]
