@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 from dataclasses import dataclass, fields, replace
@@ -96,6 +97,13 @@ class LinearSolver(ABC):
     """The number of products, where it is fixed."""
     rowwise: ClassVar[bool] = False
     """Whether `solve_flat` takes systems whose right-hand side has the shape (rows, size), each row a system."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if vars(cls).get("needs_symmetry"):  # for one release
+            now = '`requires = frozenset({"symmetric"})`'
+            warnings.warn(f"{cls.__name__}.needs_symmetry is now {now}.", DeprecationWarning, stacklevel=2)
+            cls.requires = frozenset({"symmetric"})
 
     def __post_init__(self) -> None:
         check_fields(self)

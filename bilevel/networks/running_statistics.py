@@ -248,7 +248,7 @@ def _graph(inner: InnerProblem, state: InnerState) -> tuple[Tree, Tree, Tree]:
 
 def _after(inner: InnerProblem, params: Tree) -> Tree:
     """Return the statistics after a step; inside an autograd graph, with their graph."""
-    if isinstance(inner, StatisticsInner):
+    if isinstance(inner, StatisticsInner):  # inside a graph a `DifferentiableInner` stands for it
         return inner.statistics_after(params)
     inner.counts["value"] += 1
     return inner.problem.statistics.after(inner.problem, params, inner.hparams)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,13 +217,14 @@ class LinearModelPoint(PenalisedPoint):
             cache = {"inverse": torch.cholesky_inverse(factor)}
         return Preconditioner(functools.partial(_by_class, cache["inverse"]), cache, rough=True)
 
-    def rebind(self, inner: InnerProblem) -> Linearization:
+    def rebind(self, inner: Any) -> Linearization:
         """Return the linearization for other penalties; gradient and products take no further pass over the data.
 
         So the gradient at these params is known to `inner` from now on, and it is not counted as one.
         """
-        assert isinstance(inner, LinearModelInner)
-        other = inner.linearization(inner, self.params, self._predictions, self._curvature, self._lasting_gradient())
+        other: Linearization = inner.linearization(
+            inner, self.params, self._predictions, self._curvature, self._lasting_gradient()
+        )
         # The two hold each other: let go, so that the old ones are freed now and not by the garbage collector.
         self.inner.forget()
         inner.adopt(other)

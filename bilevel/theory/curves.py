@@ -124,7 +124,7 @@ def error_curves(
     """
     tails = _checked_tails(tails, steps)
     begins = (0, *(steps - tail for tail in tails))
-    if isinstance(problem, QuadraticBatch):  # stacked quadratics are no problem
+    if isinstance(problem, QuadraticBatch):  # a second kind of argument: stacked quadratics are no problem
         return _quadratic(problem, *_solvers(problem, solver), steps, tails, begins)
     problems, solvers, us, starts, single = _broadcast(problem, solver, hparams, params)
     linear = all(each.traits.multistep for each in solvers)

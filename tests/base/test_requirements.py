@@ -53,6 +53,16 @@ def test_each_need_is_refused_in_its_sentence_where_it_is_not_met(need: str) -> 
         Asks(bl.GMRES(), need=need).check(unfit(need), solver, torch.ones(1, dtype=torch.float64))
 
 
+def test_a_linear_solver_that_says_needs_symmetry_is_taken_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="Old.needs_symmetry is now `requires = "):
+
+        class Old(bl.Direct):
+            needs_symmetry = True
+
+    with pytest.raises(ValueError, match="Old needs a symmetric matrix"):
+        bl.Implicit(Old()).check(unfit("symmetric"), bl.GradientDescent(), torch.ones(1, dtype=torch.float64))
+
+
 def test_a_need_that_there_is_not_is_refused_with_those_that_there_are() -> None:
     case = ridge_case()
     with pytest.raises(
