@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry
-from bilevel.core.cost import Meter
 from bilevel.curse.draws import Draw
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import OMEGA as WEIGHT
@@ -95,13 +93,14 @@ def estimators(draw: Draw, steps: int) -> dict[str, HypergradEstimator]:
 
 def half_and_half(draw: Draw, steps: int) -> tuple[float, float]:
     """Return error and cost of half the budget forward and half of it in CG at the last iterate."""
-    budget, meter = (1 + OMEGA) * steps, Meter(torch.device("cpu"))
+    budget = (1 + OMEGA) * steps
     # An HVP costs two; what is left pays for the cross product.
     estimator, solver = Implicit(CG(tol=1e-15, max_steps=budget // 4 - 2)), replace(draw.solver, steps=budget // 2)
     # A call of `hypergradient` would refuse the result where CG has not converged.
-    solved = estimator.solve(Run(draw.problem, solver, draw.hparams, draw.start, Carry(), meter))
+    run = Run(draw.problem, solver, draw.hparams, draw.start)
+    solved = estimator.solve(run)
     value = solved.pullback(draw.problem.v).hparams
-    return float(draw.error(value)), meter.read().gradient_equivalents
+    return float(draw.error(value)), run.meter.read().gradient_equivalents
 
 
 def measure(draw: Draw, steps: int) -> dict[str, Any]:

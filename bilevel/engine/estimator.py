@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from inspect import signature
 from typing import Any, ClassVar
 from warnings import warn
+
+import torch
 
 from bilevel.base import Carry, InnerSolver, InnerState, Solution, describe
 from bilevel.base.requirements import check_requirements
@@ -30,16 +32,17 @@ class Run:
         solver: the inner solver.
         hparams: hyperparameters, detached.
         params: where a cold start begins.
-        carry: what the previous outer step left; empty for a cold start.
-        meter: counts the oracle calls of `inner`; an estimator calls ``meter.sample()`` where it holds most memory.
+        carry: what the previous outer step left; empty, the default, for a cold start.
+        meter: counts the oracle calls of `inner`, and samples memory where an estimator calls ``meter.sample()``; by
+            default it only counts.
     """
 
     problem: BilevelProblem
     solver: InnerSolver
     hparams: Tree
     params: Tree
-    carry: Carry
-    meter: Meter
+    carry: Carry = field(default_factory=Carry)
+    meter: Meter = field(default_factory=lambda: Meter(torch.device("cpu"), memory=False))
 
     @cached_property
     def _inner(self) -> InnerProblem:

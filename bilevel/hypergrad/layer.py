@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, InnerSolver, Pullback, Solution
+from bilevel.base import InnerSolver, Pullback, Solution
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.core.device import to_floats
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
@@ -137,8 +136,7 @@ class _Solution(_Once):
     def forward(call: _Call, *leaves: Tensor) -> tuple[Tensor, ...]:
         hparams = tree.rebuild(call.like, [leaf.detach() for leaf in leaves])
         solver, hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
-        meter = Meter(leaves[0].device, memory=False)
-        solved = call.estimator.solve(Run(call.problem, solver, hparams, start, Carry(), meter))
+        solved = call.estimator.solve(Run(call.problem, solver, hparams, start))
         if call.estimator.second_derivatives:
             solved = _confirmed(call, hparams, solved)
         report(solved.verdict, call.on_failure)

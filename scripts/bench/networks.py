@@ -28,7 +28,6 @@ from torch.nn.functional import cross_entropy
 
 import bilevel as bl
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 
 WIDTHS, BATCH = (784, 1000, 200, 10), 32
 ESTIMATORS = {
@@ -63,8 +62,8 @@ class Network:
 
     def solve(self, name: str) -> bl.Solution:
         """Return the inner solution, which the measurements leave aside."""
-        estimator, solver, meter = ESTIMATORS[name], bl.GradientDescent(0.1, steps=1), Meter(torch.device("cpu"))
-        return estimator.solve(bl.Run(self.problem, solver, self.log_decay, self.problem.start(), bl.Carry(), meter))
+        run = bl.Run(self.problem, bl.GradientDescent(0.1, steps=1), self.log_decay, self.problem.start())
+        return ESTIMATORS[name].solve(run)
 
     def differentiate(self, solved: bl.Solution) -> bl.Pullback:
         """Return the hypergradient at an inner solution, as `bilevel.hypergradient` takes it."""

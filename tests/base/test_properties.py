@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 from bilevel.problems import LogisticProblem, RidgeProblem, SoftmaxProblem
 
 F64 = torch.float64
@@ -98,7 +97,7 @@ def close(a: Any, b: Any, tolerance: float = 1e-9) -> None:
 
 
 def pullback(random: Random, estimator: Any, solver: Any) -> Callable[[Tensor], Tensor]:
-    run = bl.Run(random.problem(), solver, random.hparams, random.start, bl.Carry(), Meter(CPU, False))
+    run = bl.Run(random.problem(), solver, random.hparams, random.start)
     solution = estimator.solve(run)
     return lambda cotangent: solution.pullback(cotangent).hparams
 

@@ -10,14 +10,13 @@ import torch
 from helpers import ridge_case
 
 import bilevel as bl
-from bilevel.core.cost import Meter
 
 SOLVER = bl.GradientDescent(steps=7)
 
 
 def a_run() -> bl.Run:
     case = ridge_case()
-    return bl.Run(case.problem, SOLVER, case.hparams, case.start, bl.Carry(), Meter(torch.device("cpu"), memory=False))
+    return bl.Run(case.problem, SOLVER, case.hparams, case.start)
 
 
 def test_a_run_binds_its_problem_once_and_counts_what_its_solve_takes() -> None:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel.core import tree
-from bilevel.core.cost import Meter
 
 every_estimator = pytest.mark.parametrize(
     "estimator", ESTIMATORS.values(), ids=lambda estimator: type(estimator).__name__
@@ -400,8 +399,7 @@ def test_only_the_iterates_that_the_derivative_needs_stay_alive(estimator: Any, 
     case = ridge_case()
     solver = Watched(STEP, steps=40)
     Watched.seen.clear()
-    meter = Meter(torch.device("cpu"))
-    solved = estimator.solve(bl.Run(case.problem, solver, case.hparams, case.problem.params, bl.Carry(), meter))
+    solved = estimator.solve(bl.Run(case.problem, solver, case.hparams, case.problem.params))
     gc.collect()
     alive = sum(ref() is not None for ref in Watched.seen)
     # The start is no product of a step; the last iterate and what the oracle keeps of it belong to the solution.
