@@ -40,7 +40,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class TailPullback:
     """The pullback of a run whose last states have been kept.
 
     Attributes:

@@ -23,7 +23,7 @@ from bilevel.engine.extrapolation import (
 )
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
-from bilevel.hypergrad.adaptive_sweep import SAFEGUARDS, Point, Sweep
+from bilevel.hypergrad.adaptive_sweep import SAFEGUARDS, Point, TailPullback
 from bilevel.hypergrad.tail import check_length, is_tail, length_of, refuse_fixed
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -139,7 +139,7 @@ class AdaptiveUnroll(HypergradEstimator):
         choose = choose and not self.extrapolate
         wanted = (choose or self.extrapolate) and end.verdict.status.usable
         point, note = _extrapolated(inner, record, end) if wanted else (None, "")
-        sweep = Sweep(
+        sweep = TailPullback(
             inner=inner,
             solver=solver,
             kept=record.tail(length),

@@ -17,7 +17,7 @@ from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.extrapolation import OMEGA, Budget, Record, discount_doubt, with_steps
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
-from bilevel.hypergrad.adaptive_sweep import Sweep
+from bilevel.hypergrad.adaptive_sweep import TailPullback
 from bilevel.hypergrad.balanced_run import FINISH, FLOOR, LEAST, PAUSE, Balance
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
 
@@ -126,7 +126,9 @@ def _finish(balance: Balance, run: InnerRun) -> Solution:
     balance.reserve = 0.0
     length = balance.kept if balance.budget is None else max(1, int(balance.left() / OMEGA))
     note = f"no estimate: {reason}, so a truncated tail took the place of the adjoint system"
-    sweep = Sweep(balance.inner, balance.solver, balance.record.tail(length), max(balance.left(), OMEGA), note=note)
+    sweep = TailPullback(
+        balance.inner, balance.solver, balance.record.tail(length), max(balance.left(), OMEGA), note=note
+    )
     return run.solution(balance.solver.params(run.state), sweep)
 
 

@@ -62,20 +62,10 @@ class ClosedForm(HypergradEstimator):
         return Solution(result.params, solver.cold_state(inner, result.params), result.pullback, residual, 0, verdict)
 
     def sweep(self, problem: BilevelProblem, hparams: Tensor) -> Sweep:
-        """Return exact outer losses and hypergradients at many hyperparameter vectors at once.
-
-        Args:
-            problem: a problem with a `spectrum`.
-            hparams: B hyperparameter vectors, stacked along the first dimension.
+        """Return exact outer losses and hypergradients at B hyperparameter vectors, stacked along the first dimension.
 
         Raises:
             ValueError: without a spectrum; if `hparams` is no stack, or the inner loss is not convex at one of them.
-
-        >>> from bilevel.problems import RidgeProblem
-        >>> X, y = torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-        >>> log_penalties = torch.linspace(-6.0, 0.0, 64, dtype=torch.float64)
-        >>> ClosedForm().sweep(RidgeProblem(X, y, 2 * X, y), log_penalties).hypergradients.shape
-        torch.Size([64])
         """
         basis = problem.spectrum()
         if basis is None:

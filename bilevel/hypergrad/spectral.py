@@ -90,14 +90,6 @@ class Spectral(HypergradEstimator):
 
         Raises:
             ValueError: as `check` does, or if `hparams` is no stack.
-
-        >>> from bilevel import GradientDescent
-        >>> from bilevel.problems import RidgeProblem
-        >>> X, y = torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-        >>> log_penalties = torch.linspace(-6.0, 0.0, 64, dtype=torch.float64)
-        >>> solver = GradientDescent(step_size=0.5, steps=1000)
-        >>> Spectral().sweep(RidgeProblem(X, y, 2 * X, y), solver, log_penalties).hypergradients.shape
-        torch.Size([64])
         """
         basis, multistep, steps = self._parts(problem, solver, hparams)
         starts, hparams = stacked(problem, hparams, params)
