@@ -60,28 +60,17 @@ class ProblemReport:
         return next(finding for finding in self.findings if finding.check == check)
 
     def __str__(self) -> str:
-        return f"{findings_table(self.findings)}\n\n{summary(self.findings)}"
-
-
-def findings_table(findings: Sequence[Finding]) -> str:
-    """Return findings as a table, a fault in capitals."""
-    rows = [
-        (
-            finding.check,
-            finding.verdict.upper() if finding.verdict == "fault" else finding.verdict,
-            "-" if finding.measured is None else f"{finding.measured:.2g}",
-            textwrap.fill(finding.sentence, WIDTH, break_long_words=False),
-        )
-        for finding in findings
-    ]
-    return tabulate(rows, headers=("check", "verdict", "measured", "what it means"), disable_numparse=True)
-
-
-def summary(findings: Sequence[Finding]) -> str:
-    """Return one line about all findings."""
-    faults = [finding.check for finding in findings if finding.verdict == "fault"]
-    notes = sum(finding.verdict == "note" for finding in findings)
-    also = f", {notes} note{'s' if notes > 1 else ''}" if notes else ""
-    if not faults:
-        return f"no fault found{also}"
-    return f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {', '.join(faults)}{also}"
+        rows = [
+            (
+                finding.check,
+                finding.verdict.upper() if finding.verdict == "fault" else finding.verdict,
+                "-" if finding.measured is None else f"{finding.measured:.2g}",
+                textwrap.fill(finding.sentence, WIDTH, break_long_words=False),
+            )
+            for finding in self.findings
+        ]
+        table = tabulate(rows, headers=("check", "verdict", "measured", "what it means"), disable_numparse=True)
+        faults, notes = self.faults, sum(finding.verdict == "note" for finding in self.findings)
+        said = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {', '.join(each.check for each in faults)}"
+        also = f", {notes} note{'s' if notes > 1 else ''}" if notes else ""
+        return f"{table}\n\n{said if faults else 'no fault found'}{also}"

@@ -129,17 +129,14 @@ def _said(error: Exception) -> tuple[str, int]:
     if isinstance(error, ConfigError | RunFolderError):
         cause = error.__cause__ if isinstance(error, ConfigError) else None
         raw = cause is not None and told(cause) != first_line(cause)
-        return f"{error} --debug raises it." if raw else _short(error), 2
+        short = shortened(str(error)) if isinstance(error, ConfigError) else str(error)
+        return f"{error} --debug raises it." if raw else short, 2
     if isinstance(error, OSError) and error.filename is not None:
         return unwritten(error), 2
     why = outside(error)
     if why:
         return f"{why} What was computed before is kept: run the same command again.", 1
     return f"{told(error)} --debug shows the whole traceback.", 1
-
-
-def _short(error: Exception) -> str:
-    return shortened(str(error)) if isinstance(error, ConfigError) else str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -205,6 +205,13 @@ def _columns(rows: list[Row]) -> tuple[list[float], list[float]]:
     return norms, losses
 
 
+RECORDED = (
+    *("outer_loss", "hypergradient_norm", "inner_residual", "adjoint_residual", "inner_steps", "adjoint_steps"),
+    *("error_kind", "gradient_equivalents", "seconds"),
+)
+"""What a row takes from the record of its step as it is."""
+
+
 def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, solver: InnerSolver, hparams: Tree) -> Row:
     """Return what one outer step shows, as plain values."""
     cost, usable = estimate.cost, estimate.status.usable
@@ -213,22 +220,14 @@ def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, sol
         raise MemoryError(str(estimate.verdict))
     error, referee = error_against_referee(setup.problem, hparams, estimate)
     empty = _empty_row(run)
-    row = empty | {
-        "outer_loss": record.outer_loss,
-        **(setup.problem.metrics(estimate.params, hparams, solver) if usable else {}),
-        "hypergradient_norm": record.hypergradient_norm,
+    row = empty | {name: getattr(record, name) for name in RECORDED}
+    row |= setup.problem.metrics(estimate.params, hparams, solver) if usable else {}
+    row |= {
         "hypergradient_error": error,
         "referee": referee,
-        "inner_residual": record.inner_residual,
-        "adjoint_residual": record.adjoint_residual,
-        "inner_steps": record.inner_steps,
-        "adjoint_steps": record.adjoint_steps,
         "error_estimate": record.error,
-        "error_kind": record.error_kind,
         "counts": dict(cost.counts),
-        "gradient_equivalents": cost.gradient_equivalents,
         "gradient_equivalents_total": cost.gradient_equivalents + empty["gradient_equivalents_total"],
-        "seconds": cost.seconds,
         "seconds_total": cost.seconds + empty["seconds_total"],
         "memory_peak_bytes": cost.peak_memory,
         "memory_kind": cost.memory_kind,

@@ -32,14 +32,7 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Kind:
-    """What a class in a config may be.
-
-    Attributes:
-        name: in words, with its article.
-        base: the base class.
-        modules: where the classes are exported.
-        exclude: classes that do not fit the outer loop.
-    """
+    """What a class in a config may be: exported by `modules`, of a base class, in words `name` with its article."""
 
     name: str
     base: type

@@ -76,11 +76,10 @@ class Methods(Experiment):
                 notes.append(str(missing))
                 continue
             l, L = self.spectrum(problem)  # noqa: E741
-            solvers = [method(label, l, L) for label in self.methods]
-            u, start = self.hparams(problem), self.x0(problem)
+            start = torch.full(problem.params_shape(), self.start, dtype=torch.float64)
+            u, solvers = self.hparams(problem), {label: method(label, l, L) for label in self.methods}
             curves = {
-                label: error_curves(problem, solver, u, self.steps, params=start)
-                for label, solver in zip(self.methods, solvers, strict=True)
+                label: error_curves(problem, solver, u, self.steps, params=start) for label, solver in solvers.items()
             }
             rows.append(self._panels(name, l / L, curves))
             claims += self._claims(name, l, L, curves)
@@ -110,10 +109,6 @@ class Methods(Experiment):
             size = problem.hparams_shape()[0]
             return self.theta * torch.linspace(0.5, 1.5, size, dtype=torch.float64)
         return problem.initial_hparams(self.theta)
-
-    def x0(self, problem: RidgeProblem | LogisticProblem) -> Tensor:
-        """Return the start."""
-        return torch.full(problem.params_shape(), self.start, dtype=torch.float64)
 
     def spectrum(self, problem: RidgeProblem | LogisticProblem) -> tuple[float, float]:
         """Return the ends of the spectrum of the Hessian at the solution."""

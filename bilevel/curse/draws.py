@@ -30,11 +30,9 @@ class _LinearOuter:
     v: Tensor
 
     def outer_loss(self, params: Tensor, hparams: Tensor) -> Tensor:
-        """Return v'w."""
         return self.v @ params
 
     def outer_value_and_grads(self, params: Tensor, hparams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return v'w with its gradients."""
         return self.v @ params, self.v, torch.zeros_like(hparams)
 
 

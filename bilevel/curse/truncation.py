@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_int, is_list, is_positive, require
+from bilevel.core.options import is_int, is_list, require
 from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
 from bilevel.curse.problems import least_squares
 from bilevel.inner import GradientDescent
@@ -49,9 +49,8 @@ class Truncation(Experiment):
     def __post_init__(self) -> None:
         require(self, "step", " or ".join(map(repr, STEPS)), isinstance(self.step, str) and self.step in STEPS)
         require(self, "show", "'forward', 'reverse' or 'both'", self.show in ("forward", "reverse", "both"))
-        for name in ("steps", "draws"):
+        for name in ("steps", "draws", "omega"):
             require(self, name, "a positive int", is_int(getattr(self, name)))
-        require(self, "omega", "a positive int", is_int(self.omega) and is_positive(self.omega))
         ok = is_list(self.indices) and all(is_int(index, 0) and index < self.steps for index in self.indices)
         require(self, "indices", f"ints in 0..{self.steps - 1}, truncation indices below `steps`", ok)
         ok = is_list(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
