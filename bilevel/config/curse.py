@@ -57,9 +57,8 @@ def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:
         raise ConfigError(f"`name` must not be {listed(RESERVED)}, as these files hold something else, got {name!r}.")
     known = experiments()
     if not isinstance(kind, str) or kind not in known:
-        raise ConfigError(
-            f"`experiment` must be one of {listed(sorted(known))}, got {shown(kind)}{suggest(str(kind), known)}"
-        )
+        names, hint = listed(sorted(known)), suggest(str(kind), known)
+        raise ConfigError(f"`experiment` must be one of {names}, got {shown(kind)}{hint}")
     owner = known[kind]
     hints, allowed = typing.get_type_hints(owner), [field.name for field in dataclasses.fields(owner)]
     options = {}

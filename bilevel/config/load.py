@@ -143,9 +143,8 @@ def load_plan(
     path = Path(path)
     document = read_document(path)
     if "experiment" in document and not {"problems", "estimators"} & set(document):
-        raise ConfigError(
-            f"{path}: it names an `experiment`, so it is a config of `bilevel curse`: run `bilevel curse {path}`."
-        )
+        what = "it names an `experiment`, so it is a config of `bilevel curse`"
+        raise ConfigError(f"{path}: {what}: run `bilevel curse {path}`.")
     document.setdefault("name", path.stem)
     try:
         for assignment in overrides:
@@ -274,10 +273,8 @@ def _constraint(spec: Any) -> Any:
     name = spec.pop("class", None)
     names = ("positive", "nonnegative", "unit_interval", "simplex", "interval", "greater_than", "less_than")
     if name not in names:
-        raise ConfigError(
-            f"`outer.constraints` must be one of {listed(names)} (of torch.distributions), got {shown(name)}"
-            f"{suggest(str(name), names)}"
-        )
+        allowed = f"one of {listed(names)} (of torch.distributions)"
+        raise ConfigError(f"`outer.constraints` must be {allowed}, got {shown(name)}{suggest(str(name), names)}")
     result = getattr(dist_constraints, name)
     if isinstance(result, type):
         return result(**check_options(result, spec, "outer.constraints"))

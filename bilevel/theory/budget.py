@@ -109,19 +109,9 @@ def optimal_truncation(
 
     or the fixed point of ``N = (s + log((C e_0 / d_0) (1/s + omega (K - N)))) / (s (1 + omega))``. It grows like log K.
 
-    The arguments are those of `unroll_bound` and `budget`. N lies in [0, K - 1] (at least one derivative step is kept,
-    though the bound may prefer none).
-
-    Args:
-        steps: K, the steps of the run without truncation.
-        rho: contraction modulus, in [0, 1).
-        d0: initial error of the derivative.
-        e0: initial error of the iterate.
-        C: ``L_x |X*| + L_u``.
-        omega: cost of a derivative step in units of one iteration.
-        joint: whether omega includes the iteration itself.
-        method: "integer" (every N with K(N) rounded down, exact), or the relaxed minimiser by "lambert" or
-            "fixed_point".
+    The arguments are those of `unroll_bound` and `budget`; `method` is "integer" (every N with K(N) rounded down,
+    exact), or the relaxed minimiser by "lambert" or "fixed_point". N lies in [0, K - 1]: at least one derivative step
+    is kept, though the bound may prefer none.
 
     >>> N = optimal_truncation(100, 0.9, d0=1.0, e0=10.0, C=1.0, omega=3.0)
     >>> N, round(optimal_truncation(100, 0.9, 1.0, 10.0, 1.0, 3.0, method="lambert"), 3)
