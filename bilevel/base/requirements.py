@@ -105,8 +105,10 @@ def check_requirements(who: Any, problem: BilevelProblem, solver: InnerSolver) -
     Raises:
         ValueError: the sentence of the first need that is not met, or of a name that is none.
     """
-    if unknown := sorted(who.requires - NEEDS.keys()):
-        raise ValueError(f"`{_name(who)}.requires` names {shown_value(unknown[0])}: choose from {', '.join(NEEDS)}.")
+    requires = who.requires
+    if not requires <= NEEDS.keys():
+        unknown = min(requires - NEEDS.keys())
+        raise ValueError(f"`{_name(who)}.requires` names {shown_value(unknown)}: choose from {', '.join(NEEDS)}.")
     for name, need in NEEDS.items():
-        if name in who.requires:
+        if name in requires:
             need(who, problem, solver)

@@ -27,6 +27,7 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import confirm
 
 
+# The signature for each kind of result: type checkers know by `batch` which of the two they get.
 @overload
 def hypergradient(
     problem: BilevelProblem,

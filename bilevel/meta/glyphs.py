@@ -167,6 +167,7 @@ class GlyphProblem(MetaProblem):
         device: where the network and the tasks go.
     """
 
+    # Options that `SineProblem` has, too, are written out: configs read names and defaults off a signature.
     def __init__(
         self,
         ways: int = 5,

@@ -29,6 +29,7 @@ class HuberProblem(LinearModelProblem):
 
     task = "regression"
 
+    # The data's arguments are written out in each class: configs read names and defaults off a signature.
     def __init__(
         self,
         X_train: Any,

@@ -51,6 +51,7 @@ class MLPProblem(DataProblem, ModuleProblem):
     task = "classification"
     structure = Structure(unique_solution=False)
 
+    # The data's arguments are written out in each class: configs read names and defaults off a signature.
     def __init__(
         self,
         X_train: Any,

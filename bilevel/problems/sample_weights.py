@@ -136,6 +136,7 @@ class SampleWeightProblem(SoftmaxProblem):
     inner_problem = SampleWeightInner
     parametrizations = ("sigmoid", "direct")
 
+    # The data's arguments are written out in each class: configs read names and defaults off a signature.
     def __init__(
         self,
         X_train: Any,
