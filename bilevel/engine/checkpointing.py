@@ -21,12 +21,8 @@ from bilevel.oracles.inner_problem import InnerProblem
 class CheckpointedStates(Sequence[InnerState]):
     """The states of an inner run as a sequence that keeps O(sqrt(K)) of them; made to be walked from its end.
 
-    The states that it computes again are equal bit for bit to those of the run, because the same operations make them.
-
-    Args:
-        inner: the bound problem; the gradients of recomputed steps are counted there.
-        solver: the inner solver.
-        watch: called where most states are held.
+    The states that it computes again are equal bit for bit to those of the run, because the same operations make them;
+    their gradients are counted by `inner`. `watch` is called where most states are held.
     """
 
     def __init__(self, inner: InnerProblem, solver: InnerSolver, watch: Callable[[], None]) -> None:

@@ -42,17 +42,11 @@ stops a little late."""
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """One extrapolated vector.
+    """One extrapolated vector."""
 
-    Attributes:
-        vector: ``sum_i g_i z_{i+1}``.
-        residual: ``|sum_i g_i D_i|``, which is zero at the fixed point.
-        order: m.
-    """
-
-    vector: Tensor
-    residual: float
-    order: int
+    vector: Tensor  # sum_i g_i z_{i+1}
+    residual: float  # |sum_i g_i D_i|, which is zero at the fixed point
+    order: int  # m
 
 
 def reduced_rank(vectors: Sequence[Tensor], orders: Sequence[int]) -> list[Extrapolation]:
@@ -230,12 +224,7 @@ class Crossing:
         path         n (1 - th) |x_k - xh| / |xh|                          derivatives taken away from the solution
 
     The path term falls and the truncation term rises with k; the run stops where they cross. If both are monotone and
-    exact, their sum is then at most twice the best one (up to one step's jump).
-
-    Args:
-        record: receives every state.
-        budget: what forward run and sweep share.
-        reserve: gradient-equivalents that the sweep must leave.
+    exact, their sum is then at most twice the best one (up to one step's jump). The sweep leaves `reserve`.
     """
 
     def __init__(self, record: Record, budget: Budget, reserve: float = 0.0) -> None:

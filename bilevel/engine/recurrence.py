@@ -44,17 +44,11 @@ TERMS = 8
 
 @dataclass(frozen=True)
 class Moving:
-    """The stored vectors of a run in the eigenbasis, and how they move; each of shape (p, ..., d).
+    """The stored vectors of a run in the eigenbasis, and how they move; each of shape (p, ..., d)."""
 
-    Attributes:
-        vectors: the stored vectors; the first is the iterate.
-        by_value: their derivatives with respect to the eigenvalues, coordinate by coordinate.
-        by_linear: their derivatives with respect to the linear term.
-    """
-
-    vectors: Tensor
-    by_value: Tensor
-    by_linear: Tensor
+    vectors: Tensor  # the first is the iterate
+    by_value: Tensor  # their derivatives by the eigenvalues, coordinate by coordinate
+    by_linear: Tensor  # their derivatives by the linear term
 
     @classmethod
     def standing(cls, vectors: Tensor) -> Moving:

@@ -23,11 +23,7 @@ from bilevel.oracles.inner_problem import InnerProblem
 
 
 class RowStates:
-    """The states of the longest tail that any member may still need.
-
-    Args:
-        tail: the longest tail, or None for all states.
-    """
+    """The states of the longest tail that any member may still need; all of them where `tail` is None."""
 
     def __init__(self, tail: int | None) -> None:
         self._tail = tail
