@@ -4,6 +4,7 @@ S is Scieur et al. 2022 ("The Curse of Unrolling"), M is Mehmood et al. 2026 ("U
 """
 
 from bilevel.numerics.polynomials import SobolevCoefficients as SobolevCoefficients
+from bilevel.theory.bounds import accumulated_bound as accumulated_bound
 from bilevel.theory.bounds import iterate_bound as iterate_bound
 from bilevel.theory.bounds import late_start_bound as late_start_bound
 from bilevel.theory.bounds import unroll_bound as unroll_bound

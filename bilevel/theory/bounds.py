@@ -15,6 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from bilevel.theory.checks import at_least_zero, demand, every, numbers, whole
 
 
@@ -38,6 +42,54 @@ def iterate_bound(steps: Any, rho: Any, e0: Any) -> Any:
     """
     _check("iterate_bound", steps, rho, e0=e0)
     return rho**steps * e0
+
+
+def accumulated_bound(steps: Any, rho: Any, e0: Any, inputs: Any = None, *, c: Any = None) -> Any:
+    """Return the bound of an error that contracts and is fed (Mehmood et al. 2026, Lemma 4).
+
+        e_(k+1) <= rho e_k + b_k  for all k  =>  e_K <= rho^K e_0 + sum_(i<K) rho^(K-1-i) b_i        (15)
+        and, where b_i <= c rho^i,               e_K <= rho^K e_0 + c K rho^(K-1)                     (16)
+
+    Both are equalities where the assumptions are. Errors of unrolled derivatives are of this kind, d_k in place of e_k
+    and ``b_k = C e_k``: `unroll_bound` is (16) with ``c = C e_0``, and (15) with measured errors of the iterates is
+    sharper. Give either `inputs` or `c`.
+
+    Args:
+        steps: K.
+        rho: the factor of the contraction.
+        e0: the error at step 0.
+        inputs: ``b_0, b_1, ...`` along the last dimension, at least K of them, each 0 or more, for (15). Other
+            dimensions broadcast with the other arguments.
+        c: the constant of (16).
+
+    >>> float(accumulated_bound(2, 0.5, 4.0, [3.0, 1.0]))
+    3.5
+    >>> accumulated_bound(2, 0.5, 4.0, c=3.0)
+    4.0
+    """
+    _check("accumulated_bound", steps, rho, e0=e0)
+    given = (inputs is not None) + (c is not None)
+    demand("accumulated_bound", "inputs", "given where `c` is not, and left out where it is", inputs, given == 1)
+    if inputs is None:
+        at_least_zero("accumulated_bound", c=c)
+        return rho**steps * e0 + c * steps * rho ** _previous(steps)
+    many = isinstance(steps, np.ndarray | Tensor)
+    most = int(steps.max() if many else steps)
+    allowed = f"an array of at least {most} numbers, each 0 or more (steps={most})"
+    fed = np.asarray(inputs) if isinstance(inputs, list | tuple) and numbers(inputs) else inputs
+    ok = isinstance(fed, np.ndarray | Tensor) and fed.ndim > 0 and fed.shape[-1] >= most and numbers(fed)
+    demand("accumulated_bound", "inputs", allowed, inputs, ok and every(fed >= 0))
+    if any(isinstance(each, Tensor) for each in (steps, rho, e0)):
+        fed = torch.as_tensor(fed)
+    choose: Any = np.where
+    if isinstance(fed, Tensor):
+        choose, steps = torch.where, torch.as_tensor(steps, device=fed.device)
+    bound = e0
+    for i in range(most):
+        following = rho * bound + fed[..., i]
+        # Where `steps` differ, those with fewer stay at what they have.
+        bound = choose(i < steps, following, bound) if many else following
+    return bound
 
 
 def unroll_bound(steps: Any, rho: Any, d0: Any, e0: Any, C: Any) -> Any:

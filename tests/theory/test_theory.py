@@ -87,8 +87,14 @@ def test_the_bounds_hold_on_random_ridge_problems(seed: int, step: str, late: in
     sharp = theory.late_start_bound(K, K - late, *arguments, error_at_start=e[late])
     assert (d <= sharp * (1 + 1e-12) + 1e-13).all()
     assert (sharp <= loose * (1 + 1e-12)).all()
+    # With the measured errors of all iterates in place of their bounds it is sharper still.
+    fed = theory.accumulated_bound(K - late, constants.rho, constants.d0, constants.C * e[late:])
+    assert (d <= fed * (1 + 1e-12) + 1e-13).all()
+    assert (fed <= sharp * (1 + 1e-12)).all()
     if late == 0:
         np.testing.assert_allclose(loose, theory.unroll_bound(K, *arguments), rtol=1e-13)
+        again = theory.accumulated_bound(K, constants.rho, constants.d0, c=constants.C * constants.e0)
+        np.testing.assert_allclose(loose, again, rtol=1e-13)
 
 
 def test_the_bound_is_attained_by_one_mode_and_its_curse_peaks_at_its_place() -> None:
@@ -100,6 +106,63 @@ def test_the_bound_is_attained_by_one_mode_and_its_curse_peaks_at_its_place() ->
     bounds = theory.unroll_bound(np.arange(81), 1 - h, 0.0, 3.0, h)
     np.testing.assert_allclose([abs(float(each[0])) for each in derivatives], bounds, rtol=1e-12)
     assert abs(theory.curse_peak(bounds).index + 1 / math.log(1 - h)) <= 1
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 0.99])
+def test_an_accumulated_bound_is_the_sum_of_what_was_fed_in(rho: float) -> None:
+    fed = np.random.default_rng(0).random(12)
+    sums = [rho**K * 2.0 + math.fsum(rho ** (K - 1 - i) * float(b) for i, b in enumerate(fed[:K])) for K in range(13)]
+    K = np.arange(13)
+    np.testing.assert_allclose(theory.accumulated_bound(K, rho, 2.0, fed), sums, rtol=1e-14)
+    assert [theory.accumulated_bound(k, rho, 2.0, fed.tolist()) for k in range(13)] == pytest.approx(sums, rel=1e-14)
+    tensors = torch.arange(13), torch.tensor([rho, 0.5], dtype=F64)[:, None], 2.0, torch.as_tensor(fed)
+    np.testing.assert_allclose(theory.accumulated_bound(*tensors)[0], sums, rtol=1e-14)
+    mixed = theory.accumulated_bound(K, rho, 2.0, torch.as_tensor(fed))
+    np.testing.assert_allclose(mixed, sums, rtol=1e-14)
+    # What is fed in by c rho^i gives the closed form.
+    closed = theory.accumulated_bound(K, rho, 2.0, c=3.0)
+    np.testing.assert_allclose(theory.accumulated_bound(K, rho, 2.0, 3.0 * rho ** np.arange(12.0)), closed, rtol=1e-13)
+    # Rows of inputs are rows of bounds.
+    rows = theory.accumulated_bound(12, rho, np.array([2.0, 0.0]), np.stack([fed, 0 * fed]))
+    np.testing.assert_allclose(rows, [sums[-1], 0.0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("value", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("h", [0.05, 0.3])
+def test_an_accumulated_bound_is_attained_where_errors_add_up(value: float, h: float) -> None:
+    # f = (value + u) x^2 / 2 - value x at u = 0: x* = 1, X* = -1/value; from x_0 = -2 the errors -X* and -h e_k agree.
+    one = torch.ones(1, dtype=F64)
+    problem = bl.QuadraticProblem(value * one[None], -value * one, one[None, None])
+    rho = 1 - h * value
+    iterates, derivatives = run(problem, bl.GradientDescent(h), 0 * one, -2 * one, 40)
+    d = [abs(float(each[0]) + 1 / value) for each in derivatives]
+    e = np.array([abs(float(each[0]) - 1) for each in iterates])
+    K = np.arange(41)
+    np.testing.assert_allclose(d, theory.accumulated_bound(K, rho, 1 / value, h * e), rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(d, theory.accumulated_bound(K, rho, 1 / value, c=3 * h), rtol=1e-11, atol=1e-14)
+
+
+def test_an_accumulated_bound_holds_where_the_hessian_turns() -> None:
+    # Directions that do not commute with the Hessian, several hyperparameters: no mode by itself.
+    problem = bl.QuadraticProblem.random(6, 3, condition=20.0, seed=2)
+    u, start = 0.1 * normal(1, 3), 50 * normal(7, 6)
+    constants = theory.contraction_constants(problem, u, start=start)
+    exact_params, jacobian = problem.solve(u), problem.exact_jacobian(u)
+    values = torch.linalg.eigvalsh(problem.bind(u).hessian)
+    solver = bl.GradientDescent(float(2 / (values[0] + values[-1])))
+    inner, tangents = problem.bind(u), [(torch.zeros_like(start), ())] * 3
+    state, e, d = solver.init(inner, start), [], []
+    for _ in range(120):
+        e.append(float((state.params - exact_params).norm()))
+        X = torch.stack([tangent[0] for tangent in tangents], dim=1)
+        d.append(float(torch.linalg.matrix_norm(X - jacobian)))
+        tangents = solver.step_jvp(inner, state, tangents, list(torch.eye(3, dtype=F64)))
+        state = solver.step(inner, state)
+    K = np.arange(120)
+    fed = theory.accumulated_bound(K, constants.rho, d[0], constants.C * np.array(e))
+    assert (d <= fed * (1 + 1e-9) + 1e-12).all()
+    assert (fed <= theory.unroll_bound(K, constants.rho, d[0], e[0], constants.C) * (1 + 1e-12)).all()
+    assert max(d) > 1.1 * d[0]
 
 
 def test_late_start_forward_equals_truncated_reverse_and_the_bounds_take_tensors() -> None:
@@ -370,6 +433,25 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         r"`late_start_bound.tail` must be .* in 1\.\.steps.*got 0",
     ),
     (lambda: theory.late_start_bound(5, 6, 0.5, 1.0, 1.0, 1.0), r"`late_start_bound.tail` must be .*steps=5\), got 6"),
+    (
+        lambda: theory.accumulated_bound(3, 1.0, 1.0, c=1.0),
+        r"`accumulated_bound.rho` must be a number in \[0, 1\).*got",
+    ),
+    (lambda: theory.accumulated_bound(3, 0.5, -1.0, c=1.0), r"`accumulated_bound.e0` must be a number, 0 or more"),
+    (lambda: theory.accumulated_bound(3, 0.5, 1.0, c=-1.0), r"`accumulated_bound.c` must be a number, 0 or more.*-1.0"),
+    (
+        lambda: theory.accumulated_bound(3, 0.5, 1.0),
+        r"`accumulated_bound.inputs` must be given where `c` is not, and l",
+    ),
+    (lambda: theory.accumulated_bound(1, 0.5, 1.0, [1.0], c=1.0), r"left out where it is, got \[1.0\]"),
+    (
+        lambda: theory.accumulated_bound(3, 0.5, 1.0, [1.0, 2.0]),
+        r"`accumulated_bound.inputs` must be an array of at least 3 numbers.*\(steps=3\), got \[1.0, 2.0\]",
+    ),
+    (lambda: theory.accumulated_bound(1, 0.5, 1.0, [-1.0]), r"array of at least 1 numbers.*got \[-1.0\]"),
+    (lambda: theory.accumulated_bound(1, 0.5, 1.0, 2.0), r"array of at least 1 numbers.*got 2.0"),
+    (lambda: theory.accumulated_bound(1, 0.5, 1.0, ["a"]), r"array of at least 1 numbers.*got \['a'\]"),
+    (lambda: theory.accumulated_bound(1, 0.5, 1.0, [math.nan]), r"array of at least 1 numbers.*got \[nan\]"),
     (lambda: theory.budget(10, 10, 3.0), r"`budget.dropped` must be an int in 0\.\.9, so that one derivative step"),
     (lambda: theory.budget(10, 2, 0.0), r"`budget.omega` must be a positive number, got 0.0"),
     (lambda: theory.budget(10, 2, -1), r"`budget.omega` must be a positive number, got -1"),
