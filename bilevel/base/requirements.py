@@ -7,108 +7,86 @@ does not have it, before anything runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from bilevel.base.inner_solver import InnerSolver
 from bilevel.core.options import describe, shown_value
 from bilevel.oracles.problem import BilevelProblem
 
-Need: TypeAlias = Callable[[Any, BilevelProblem, InnerSolver], None]
-"""(who needs it, problem, inner solver) -> None; ValueError says what is missing, and what to do."""
+
+class Need(NamedTuple):
+    """Whether a problem and an inner solver have something, and what to say where they do not.
+
+    The sentence may name {who} needs it, {described} with its options, the {problem}, the {solver}, the {variation} of
+    inner steps, and the {reason} of a bias.
+    """
+
+    met: Callable[[BilevelProblem, InnerSolver], bool]
+    sentence: str
 
 
-def _name(value: Any) -> str:
-    return type(value).__name__
-
-
-def _inner_solution(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if reason := solver.bias_reason(problem):
-        remedy = ": use FullUnroll or TruncatedUnroll" if solver.traits.differentiable else ""
-        raise ValueError(f"{describe(who)} rests on the inner solution, but {reason}{remedy}.")
-
-
-def _differentiable_steps(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    solver.check_unrolls()
-
-
-def _one_inner_loss(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if problem.variation:
-        raise ValueError(
-            f"{_name(who)} compares steps of one inner loss, but this problem has {problem.variation}: "
-            "use TruncatedUnroll or Implicit()."
-        )
-
-
-def _symmetric(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if not problem.symmetric:
-        raise ValueError(
-            f"{_name(who)} needs a symmetric matrix, but this problem is stated by an optimality map, whose Jacobian "
-            "need not be symmetric: use Implicit(GMRES()) or Implicit(Direct())."
-        )
-
-
-def _quadratic(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if not problem.structure.quadratic:
-        raise ValueError(
-            f"{_name(who)} needs a quadratic inner loss, which this {_name(problem)} does not say it has: "
-            "use Implicit(), or set `structure = Structure(quadratic=True)` on a problem that has one."
-        )
-
-
-def _eigenbasis(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if problem.spectrum() is None:
-        raise ValueError(
-            f"{_name(who)} needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with "
-            "penalty='scalar' and at most 5,000 features, or a problem with a `spectrum` method), "
-            f"which this {_name(problem)} does not have: use FullUnroll or TruncatedUnroll."
-        )
-
-
-def _module_loss(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if problem.module_loss is None:
-        raise ValueError(
-            f"`{_name(who)}.curvature` 'gauss-newton' needs a single problem of `ModuleProblem`, whose loss says what "
-            "the model's outputs are: use curvature='hessian', with damping where it is indefinite."
-        )
-
-
-def _multistep(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if not solver.traits.multistep:
-        raise ValueError(
-            f"{_name(who)} needs a linear multistep solver (GradientDescent, HeavyBall, Nesterov, Chebyshev, ...), "
-            f"got {_name(solver)}: use FullUnroll, Implicit or ClosedForm."
-        )
-
-
-def _fixed_steps(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    if solver.steps is None or solver.tol is not None:
-        raise ValueError(f"{_name(who)} needs a fixed number of steps: give {_name(solver)} `steps` and no `tol`.")
+def _differentiable(problem: BilevelProblem, solver: InnerSolver) -> bool:
+    solver.check_unrolls()  # a solver says by itself what to use instead
+    return True
 
 
 NEEDS: Mapping[str, Need] = {
-    "inner_solution": _inner_solution,
-    "differentiable_steps": _differentiable_steps,
-    "one_inner_loss": _one_inner_loss,
-    "module_loss": _module_loss,
-    "symmetric": _symmetric,
-    "quadratic": _quadratic,
-    "eigenbasis": _eigenbasis,
-    "multistep": _multistep,
-    "fixed_steps": _fixed_steps,
+    "inner_solution": Need(
+        lambda problem, solver: not solver.bias_reason(problem),
+        "{described} rests on the inner solution, but {reason}.",
+    ),
+    "differentiable_steps": Need(_differentiable, ""),
+    "one_inner_loss": Need(
+        lambda problem, solver: not problem.variation,
+        "{who} compares steps of one inner loss, but this problem has {variation}: use TruncatedUnroll or Implicit().",
+    ),
+    "module_loss": Need(
+        lambda problem, solver: problem.module_loss is not None,
+        "`{who}.curvature` 'gauss-newton' needs a single problem of `ModuleProblem`, whose loss says what the model's "
+        "outputs are: use curvature='hessian', with damping where it is indefinite.",
+    ),
+    "symmetric": Need(
+        lambda problem, solver: problem.symmetric,
+        "{who} needs a symmetric matrix, but this problem is stated by an optimality map, whose Jacobian need not be "
+        "symmetric: use Implicit(GMRES()) or Implicit(Direct()).",
+    ),
+    "quadratic": Need(
+        lambda problem, solver: problem.structure.quadratic,
+        "{who} needs a quadratic inner loss, which this {problem} does not say it has: use Implicit(), or set "
+        "`structure = Structure(quadratic=True)` on a problem that has one.",
+    ),
+    "eigenbasis": Need(
+        lambda problem, solver: problem.spectrum() is not None,
+        "{who} needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with penalty='scalar' and at "
+        "most 5,000 features, or a problem with a `spectrum` method), which this {problem} does not have: use "
+        "FullUnroll or TruncatedUnroll.",
+    ),
+    "multistep": Need(
+        lambda problem, solver: solver.traits.multistep,
+        "{who} needs a linear multistep solver (GradientDescent, HeavyBall, Nesterov, Chebyshev, ...), got {solver}: "
+        "use FullUnroll, Implicit or ClosedForm.",
+    ),
+    "fixed_steps": Need(
+        lambda problem, solver: solver.steps is not None and solver.tol is None,
+        "{who} needs a fixed number of steps: give {solver} `steps` and no `tol`.",
+    ),
 }
 """All needs, in the order in which they are looked at."""
 
 
 def check_requirements(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
-    """Refuse a problem or an inner solver without what an estimator or a linear solver requires.
+    """Refuse a problem or an inner solver without what an estimator or a linear solver `requires`.
 
     Raises:
         ValueError: the sentence of the first need that is not met, or of a name that is none.
     """
-    requires = who.requires
+    requires, name = who.requires, type(who).__name__
     if not requires <= NEEDS.keys():
         unknown = min(requires - NEEDS.keys())
-        raise ValueError(f"`{_name(who)}.requires` names {shown_value(unknown)}: choose from {', '.join(NEEDS)}.")
-    for name, need in NEEDS.items():
-        if name in requires:
-            need(who, problem, solver)
+        raise ValueError(f"`{name}.requires` names {shown_value(unknown)}: choose from {', '.join(NEEDS)}.")
+    for key, need in NEEDS.items():
+        if key in requires and not need.met(problem, solver):
+            remedy = ": use FullUnroll or TruncatedUnroll" if solver.traits.differentiable else ""
+            said = {"problem": type(problem).__name__, "solver": type(solver).__name__, "variation": problem.variation}
+            reason = f"{solver.bias_reason(problem)}{remedy}"
+            raise ValueError(need.sentence.format(who=name, described=describe(who), reason=reason, **said))
