@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform, transform_to
+from torch.distributions import Transform, identity_transform, transform_to
 from torch.distributions import constraints as dist_constraints
 
 from bilevel.core import tree
@@ -62,7 +62,7 @@ class ConstraintTransform:
         self._like = hparams
 
     def __call__(self, free: Tree) -> Tree:
-        """Return the hyperparameters of free variables."""
+        """Return the hyperparameters of free variables; without constraints these are the same tensors."""
         pairs = zip(self._transforms, tree.leaves(free), strict=True)
         return tree.rebuild(self._like, [transform(leaf) for transform, leaf in pairs])
 
@@ -74,9 +74,13 @@ class ConstraintTransform:
 
     def pull_back(self, free: Tree, gradient: Tree) -> list[Tensor]:
         """Return the gradient with respect to the free variables."""
-        with torch.enable_grad():
-            hparams = tree.leaves(self(free))
-        return list(torch.autograd.grad(hparams, tree.leaves(free), tree.leaves(gradient)))
+        parts = tree.leaves(gradient)
+        for index, (transform, leaf) in enumerate(zip(self._transforms, tree.leaves(free), strict=True)):
+            if transform is not identity_transform:
+                with torch.enable_grad():
+                    value = transform(leaf)
+                (parts[index],) = torch.autograd.grad(value, leaf, parts[index])
+        return parts
 
 
 def _transform(constraint: Any) -> Transform:

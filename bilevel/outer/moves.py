@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from bilevel.core import rows, tree
 from bilevel.core.status import GOOD, Status, Verdict
@@ -15,6 +18,7 @@ from bilevel.core.tree import Tree
 from bilevel.outer.checks import check_made, check_makers, check_rowwise, check_scheduler
 from bilevel.outer.constraints import ConstraintTransform
 from bilevel.outer.state import restore_optimizer
+from bilevel.outer.undo import Undo
 
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], Any]
@@ -28,6 +32,25 @@ def where(chosen: Sequence[int], size: int | None, x: Tree, y: Tree | float) -> 
 def _mask(chosen: Sequence[int], size: int, like: Tree) -> Tensor:
     (leaf, *_), picked = tree.leaves(like), set(chosen)
     return torch.tensor([index in picked for index in range(size)], device=leaf.device)
+
+
+def bare_step(optimizer: Any) -> Callable[[], Any]:
+    """Return the step of an optimizer, without what torch wraps around it for hooks and profiles where there are none.
+
+    That takes as long as a third of Adam's step.
+    """
+    step = type(optimizer).step
+    if (
+        not getattr(step, "hooked", False)
+        or "step" in vars(optimizer)
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or _profiler_enabled()
+    ):
+        return cast(Callable[[], Any], optimizer.step)
+    return partial(step.__wrapped__, optimizer)
 
 
 class Mover:
@@ -57,6 +80,7 @@ class Mover:
         check_scheduler(self.scheduler, self.optimizer)
         if size is not None:
             check_rowwise(self.optimizer, self.scheduler)
+        self._undo = Undo(tree.leaves(self._free), self.optimizer, self.scheduler)
 
     def move(
         self, hparams: Tree, estimate: Any, descent: Sequence[int], step: int, all_or_none: bool
@@ -73,50 +97,50 @@ class Mover:
         Returns:
             Where the rows are then, and a verdict on each move: a failure where it was undone.
         """
-        before = self.saved()
+        before = self._undo
+        before.take()
         try:
             moved = self._moved(where(descent, self.size, estimate.hypergradient, 0.0), estimate.outer_loss)
             judged = self._judged(moved, step)
             good = [index for index in descent if judged[index].status.usable]
             if not good or (all_or_none and len(good) < len(descent)):
-                self.restore(before)
+                before.all()
                 moved = hparams
             elif self.size is not None and len(good) < self.size:
-                self._put_back(before, _mask(good, self.size, hparams))
+                before.rows(_mask(good, self.size, hparams))
                 moved = where(good, self.size, moved, hparams)
         except BaseException:
-            self.restore(before)
+            before.all()
             raise
-        moving = set(descent)
-        return moved, [verdict if index in moving else GOOD for index, verdict in enumerate(judged)]
+        return moved, [verdict if index in descent else GOOD for index, verdict in enumerate(judged)]
 
     def _moved(self, gradient: Tree, loss: float) -> Tree:
         """Hand the pulled-back gradient to the optimizer, step, and return the new hyperparameters."""
         pairs = zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True)
         for leaf, part in pairs:
             leaf.grad = part
-        self.optimizer.step()
+        bare_step(self.optimizer)()
         if self.scheduler is not None:
             plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
             self.scheduler.step(*([loss] if plateau else []))
-        # A copy: the identity transform returns the free tensors themselves, which the optimizer moves in place.
-        return tree.tree_map(torch.clone, tree.detach(self._transform(self._free)))
+        # A copy: without constraints these are the free tensors themselves, which the optimizer moves in place.
+        return tree.copied(self._transform(self._free))
 
     def _judged(self, hparams: Tree, step: int) -> list[Verdict]:
         """Return what is to be said of the hyperparameters to which the optimizer moved, of each row."""
         name = type(self.optimizer).__name__
         if self.size is not None:
             parts = [torch.isfinite(leaf).reshape(self.size, -1).all(dim=1) for leaf in tree.leaves(hparams)]
-            lost = Verdict(Status.NOT_FINITE, f"{name} made its hyperparameters NaN or infinite, so it was not moved")
-            return [GOOD if finite else lost for finite in torch.stack(parts).all(dim=0).tolist()]
-        for leaf_name, leaf in zip(tree.names(hparams), tree.leaves(hparams), strict=True):
-            if not tree.is_finite(leaf):
-                detail = (
-                    f"{name} at outer step {step} made `hparams{leaf_name}` NaN or infinite, so it was not moved: "
-                    "use a smaller learning rate or constraints"
-                )
-                return [Verdict(Status.NOT_FINITE, detail)]
-        return [GOOD]
+            gone = Verdict(Status.NOT_FINITE, f"{name} made its hyperparameters NaN or infinite, so it was not moved")
+            return [GOOD if finite else gone for finite in torch.stack(parts).all(dim=0).tolist()]
+        lost = [index for index, leaf in enumerate(tree.leaves(hparams)) if not tree.is_finite(leaf)]
+        if not lost:
+            return [GOOD]
+        detail = (
+            f"{name} at outer step {step} made `hparams{tree.names(hparams)[lost[0]]}` NaN or infinite, so it was not "
+            "moved: use a smaller learning rate or constraints"
+        )
+        return [Verdict(Status.NOT_FINITE, detail)]
 
     def saved(self) -> dict[str, Any]:
         """Return copies of what a move changes, besides the hyperparameters themselves."""
@@ -134,15 +158,3 @@ class Mover:
         restore_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
-
-    def _put_back(self, state: Mapping[str, Any], moved: Tensor) -> None:
-        """Undo the move of the rows that are False in `moved`, moments included; `state` is what `saved` returned."""
-        with torch.no_grad():
-            for leaf, old in zip(tree.leaves(self._free), state["free"], strict=True):
-                leaf.copy_(rows.where(moved, leaf, old))
-            moments = self.optimizer.state_dict()["state"]
-            for key, old_moments in state["optimizer"]["state"].items():
-                for name, old in old_moments.items():
-                    new = moments[key][name]
-                    if isinstance(new, Tensor) and new.dim() > 0 and len(new) == self.size:
-                        new.copy_(rows.where(moved, new, old))
