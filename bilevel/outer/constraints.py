@@ -60,9 +60,12 @@ class ConstraintTransform:
                     "from where it could never move."
                 )
         self._like = hparams
+        self._identity = all(transform is identity_transform for transform in self._transforms)
 
     def __call__(self, free: Tree) -> Tree:
         """Return the hyperparameters of free variables; without constraints these are the same tensors."""
+        if self._identity:
+            return free
         pairs = zip(self._transforms, tree.leaves(free), strict=True)
         return tree.rebuild(self._like, [transform(leaf) for transform, leaf in pairs])
 
@@ -75,6 +78,8 @@ class ConstraintTransform:
     def pull_back(self, free: Tree, gradient: Tree) -> list[Tensor]:
         """Return the gradient with respect to the free variables."""
         parts = tree.leaves(gradient)
+        if self._identity:
+            return parts
         for index, (transform, leaf) in enumerate(zip(self._transforms, tree.leaves(free), strict=True)):
             if transform is not identity_transform:
                 with torch.enable_grad():

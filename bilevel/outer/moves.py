@@ -73,14 +73,15 @@ class Mover:
         check_makers(optimizer, scheduler)
         self.size, self._transform = size, ConstraintTransform(hparams, constraints)
         self._free = self._transform.inverse(hparams)
+        self._leaves = tree.leaves(self._free)
         make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
-        self.optimizer = make(tree.leaves(self._free))
-        check_made(self.optimizer, tree.leaves(self._free))
+        self.optimizer = make(list(self._leaves))
+        check_made(self.optimizer, self._leaves)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         check_scheduler(self.scheduler, self.optimizer)
         if size is not None:
             check_rowwise(self.optimizer, self.scheduler)
-        self._undo = Undo(tree.leaves(self._free), self.optimizer, self.scheduler)
+        self._undo = Undo(self._leaves, self.optimizer, self.scheduler)
 
     def move(
         self, hparams: Tree, estimate: Any, descent: Sequence[int], step: int, all_or_none: bool
@@ -116,8 +117,7 @@ class Mover:
 
     def _moved(self, gradient: Tree, loss: float) -> Tree:
         """Hand the pulled-back gradient to the optimizer, step, and return the new hyperparameters."""
-        pairs = zip(tree.leaves(self._free), self._transform.pull_back(self._free, gradient), strict=True)
-        for leaf, part in pairs:
+        for leaf, part in zip(self._leaves, self._transform.pull_back(self._free, gradient), strict=True):
             leaf.grad = part
         bare_step(self.optimizer)()
         if self.scheduler is not None:
@@ -145,7 +145,7 @@ class Mover:
     def saved(self) -> dict[str, Any]:
         """Return copies of what a move changes, besides the hyperparameters themselves."""
         return {
-            "free": [leaf.detach().clone() for leaf in tree.leaves(self._free)],
+            "free": [leaf.detach().clone() for leaf in self._leaves],
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
         }
@@ -153,7 +153,7 @@ class Mover:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what `saved` returned."""
         with torch.no_grad():
-            for leaf, value in zip(tree.leaves(self._free), state["free"], strict=True):
+            for leaf, value in zip(self._leaves, state["free"], strict=True):
                 leaf.copy_(value)
         restore_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:

@@ -109,10 +109,12 @@ class StoppingRules:
         """Return why a run with this history ends, or an empty string."""
         if not history:
             return ""
-        last, (norms, losses) = history[-1], columns(history)
-        met = self.met(last.status, last.error, norms, losses)
+        last = history[-1]
+        # Asked at every step: only what a rule needs is read of a long history.
+        losses = [] if self.patience is None else [record.outer_loss for record in history]
+        met = self.met(last.status, last.error, [last.hypergradient_norm], losses)
         if not met and self.budget is not None and sum(each.gradient_equivalents for each in history) >= self.budget:
-            return self.end(f"the budget of {self.budget:g} gradient-equivalents is used", norms, losses, True)
+            return self.end(f"the budget of {self.budget:g} gradient-equivalents is used", *columns(history), True)
         return met
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -26,36 +27,45 @@ class Undo:
     def __init__(self, free: Sequence[Tensor], optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         self._leaves, self._optimizer, self._scheduler = free, optimizer, scheduler
         self._free = [leaf.detach().clone() for leaf in free]
-        # The copy of each tensor, by its id, which is written anew at the next take.
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._whole: dict[str, Any] | None = None
+        self._look()
 
     def take(self) -> None:
         """Copy everything; what was taken before is lost."""
-        for leaf, value in zip(self._leaves, self._free, strict=True):
-            value.copy_(leaf.detach())
-        optimizer, old = self._optimizer, self._copies
         self._schedule = None if self._scheduler is None else copied(self._scheduler.state_dict())
-        self._whole = None if _is_usual(optimizer) else copy.deepcopy(optimizer.state_dict())
-        if self._whole is None:
-            self._copies = {}
-            self._state = {key: (entry, dict(entry), self._of(entry, old)) for key, entry in optimizer.state.items()}
-            self._groups = [(group, dict(group), self._of(group, old, "params")) for group in optimizer.param_groups]
+        if not self._is_known():
+            self._look()
+        live = [leaf.detach() for leaf in self._leaves]
+        torch._foreach_copy_([*self._free, *self._copies], [*live, *self._tensors])
 
-    def _of(self, entry: dict[str, Any], old: dict[int, tuple[Tensor, Tensor]], but: str = "") -> dict[str, Any]:
-        """Return copies of those values that may change in place."""
-        found: dict[str, Any] = {}
-        for name, value in entry.items():
-            kind = type(value)
-            if kind in PLAIN or name == but:
-                continue
-            if kind is not Tensor or value.requires_grad:
-                found[name] = copied(value)
-                continue
-            known = old.get(id(value))
-            found[name] = value.clone() if known is None else known[1].copy_(value)
-            self._copies[id(value)] = value, found[name]
-        return found
+    def _look(self) -> None:
+        """Find what may change: all values of dicts, and the insides of those that are no plain ones."""
+        optimizer = self._optimizer
+        usual = _is_usual(optimizer)
+        self._whole = None if usual else copy.deepcopy(optimizer.state_dict())
+        self._state = dict(optimizer.state) if usual else {}
+        self._dicts = [(entry, dict(entry)) for entry in (*self._state.values(), *optimizer.param_groups) if usual]
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._others: list[tuple[dict[str, Any], str, Any]] = []
+        for index, (entry, values) in enumerate(self._dicts):
+            for name, value in values.items():
+                if _is_fixed(value) or (index >= len(self._state) and name == "params"):
+                    continue
+                if type(value) is Tensor and not value.requires_grad:
+                    self._tensors.append(value)
+                    self._copies.append(value.clone())
+                else:
+                    self._others.append((entry, name, copied(value)))
+
+    def _is_known(self) -> bool:
+        """Whether the dicts hold the same objects as at the last look, of which nothing but tensors may change."""
+        present = [*self._optimizer.state.values(), *self._optimizer.param_groups]
+        if self._others or len(present) != len(self._dicts) or not _is_usual(self._optimizer):
+            return False
+        for now, (entry, values) in zip(present, self._dicts, strict=True):
+            if now is not entry or list(now) != list(values) or not all(map(is_, now.values(), values.values())):
+                return False
+        return True
 
     def all(self) -> None:
         """Put everything back."""
@@ -70,17 +80,18 @@ class Undo:
             self._scheduler.load_state_dict(copied(self._schedule))
 
     def _put_back(self) -> None:
-        state = self._optimizer.state
-        state.clear()
-        state.update({key: entry for key, (entry, _, _) in self._state.items()})
-        for entry, values, copies in (*self._state.values(), *self._groups):
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)
+        for entry, values in self._dicts:
             entry.clear()
             entry.update(values)
-            for name, value in copies.items():
-                if isinstance(entry[name], Tensor):
-                    entry[name].copy_(value)
-                else:
-                    entry[name] = copied(value)
+        for tensor, value in zip(self._tensors, self._copies, strict=True):
+            tensor.copy_(value)
+        for entry, name, value in self._others:
+            if isinstance(entry[name], Tensor):
+                entry[name].copy_(value)
+            else:
+                entry[name] = copied(value)
 
     def rows(self, moved: Tensor) -> None:
         """Put back the rows that are False in `moved`, moments included."""
@@ -95,7 +106,11 @@ class Undo:
         """Yield what the optimizer keeps of each tensor now, beside what it kept before."""
         if self._whole is None:
             present: Any = self._optimizer.state
-            before = {key: copies for key, (_, _, copies) in self._state.items()}
+            copies = {id(tensor): value for tensor, value in zip(self._tensors, self._copies, strict=True)}
+            before: Any = {
+                key: {name: copies[id(value)] for name, value in values.items() if id(value) in copies}
+                for key, (_, values) in zip(self._state, self._dicts, strict=False)
+            }
         else:
             present, before = self._optimizer.state_dict()["state"], self._whole["state"]
         for key, olds in before.items():
@@ -115,6 +130,11 @@ def _is_usual(optimizer: Any) -> bool:
         and not optimizer._optimizer_load_state_dict_post_hooks
         and all(isinstance(entry, dict) for entry in optimizer.state.values())
     )
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether nothing changes a value in place."""
+    return type(value) in PLAIN or (type(value) is tuple and all(map(_is_fixed, value)))
 
 
 def copied(value: Any) -> Any:
