@@ -1,0 +1,161 @@
+"""`HyperLBFGS`: projected limited-memory BFGS between limits, for outer losses without second derivatives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bilevel.core.options import is_int, is_positive, require
+from bilevel.outer.coordinates import Coordinates, Shrinkage
+from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, SearchState, Trial, ended
+from bilevel.outer.trust_region import EDGE, Vector
+
+ARMIJO = 1e-4
+"""Share of the slope's decrease that a trial has to keep."""
+CURVED = 1e-12
+"""Pairs with ``s'y`` below this share of ``|s| |y|`` on the free variables are left out."""
+SHORTEST = 1e-10
+"""A search ends where a trial would move by less than this."""
+
+
+@dataclass(frozen=True)
+class SearchTrial(Trial):
+    """A trial of the search along a direction d: v + share d, with the slope ``g'd`` there."""
+
+    direction: Vector | None = None
+    share: float = 1.0
+    slope: float = 0.0
+
+
+@dataclass(frozen=True)
+class LBFGSState(SearchState):
+    """The state of `HyperLBFGS`.
+
+    Attributes:
+        pairs: the last changes of v and of the slopes by v, each (k,).
+        search: the last trial of a search that goes on, with its share cut; None where a new one begins.
+    """
+
+    pairs: tuple[tuple[Vector, Vector], ...] = ()
+    search: SearchTrial | None = None
+
+
+@dataclass(frozen=True)
+class HyperLBFGS(OuterSearch):
+    """Descend the outer loss by projected L-BFGS in shrinkage coordinates, between limits.
+
+    It needs values and hypergradients alone. The free variables are those that are not at a limit with the slope
+    pointing out; pairs without curvature on them are left out, so a step takes one evaluation as a rule. First-order
+    figures cannot prove that nothing is left: the end says what the last model foresees.
+
+    Args:
+        tol: relative decrease of the outer loss that may be left at the end.
+        start: "scan" or "given".
+        limits: least and largest distance of a log penalty to the logarithm of its scale.
+        memory: pairs that are held.
+        first: the largest move of a variable in the first step.
+    """
+
+    tol: float = 1e-6
+    start: str = "scan"
+    limits: tuple[float, float] = (-28.0, 10.0)
+    memory: int = 20
+    first: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self, "tol", "a positive number", is_positive(self.tol))
+        require(self, "start", "'scan' or 'given'", self.start in ("scan", "given"))
+        require(self, "memory", "a positive int", is_int(self.memory))
+
+    def init(self, u: Vector, coordinates: Coordinates) -> LBFGSState:
+        return LBFGSState(coordinates, coordinates.clipped(u), TOP if self.start == "scan" else None)
+
+    def step(self, state: LBFGSState, accepted: Accepted) -> LBFGSState:
+        u, answer, at = accepted.u, accepted.answer, state.coordinates
+        g = answer.gradient / at.slope(u)
+        lower, upper = at.room(u)
+        if state.search is None:
+            near = EDGE * (upper - lower)
+            free = ~(((lower >= -near) & (g > 0)) | ((upper <= near) & (g < 0)))
+            d = two_loop(g, free, state.pairs)
+            if not state.pairs and (largest := float(np.abs(d).max(initial=0.0))) > 0:
+                d = d * ((self.first or (0.3 if isinstance(at, Shrinkage) else 1.0)) / largest)
+            slope = float(g @ d)
+            left, noise = self.tol * abs(answer.value), 3.0 * answer.error
+            predicted = 0.5 * -slope
+            if predicted <= max(left, noise):
+                if state.pairs and predicted > 0 and len(state.pairs) > 1:
+                    pass
+                return ended(state, answer.value, predicted, left, noise)
+            state = replace(state, search=SearchTrial(u, predicted, False, d, 1.0, slope))
+        search = state.search
+        assert search is not None
+        assert search.direction is not None
+        moved = np.clip(search.share * search.direction, lower, upper)
+        return replace(state, trial=replace(search, u=at.back(at.of(u) + moved)))
+
+    def judge(self, state: LBFGSState, accepted: Accepted, trial: SearchTrial, answer: Answer | None) -> LBFGSState:
+        at, before = state.coordinates, accepted.answer
+        moved = at.of(trial.u) - at.of(accepted.u)
+        g = before.gradient / at.slope(accepted.u)
+        if answer is not None:
+            after = answer.gradient / at.slope(trial.u)
+            pairs = (*state.pairs, (moved, after - g))[-self.memory :]
+            if answer.value <= before.value + ARMIJO * min(0.0, float(g @ moved)):
+                return replace(
+                    state, accepted=Accepted(trial.u, answer), pairs=pairs, search=None, rejected=0
+                )
+            cut = cubic(before.value, float(g @ moved), answer.value, float(after @ moved))
+        else:
+            cut = 0.3
+        share = trial.share * min(max(cut, 0.1), 0.5)
+        state = replace(state, rejected=state.rejected + 1, search=replace(trial, share=share))
+        assert trial.direction is not None
+        if share * float(np.abs(trial.direction).max()) > SHORTEST and state.rejected < 12:
+            return state
+        if state.pairs:
+            return replace(state, pairs=(), search=None)
+        return replace(state, stopped="values contradict the gradient")
+
+
+def cubic(f0: float, d0: float, f1: float, d1: float) -> float:
+    """Return the minimiser in (0, 1) of the cubic with these values and slopes at 0 and 1; NaN-free, 0.5 if none.
+
+    >>> cubic(0.0, -1.0, 1.0, 3.0)
+    0.25
+    """
+    a = d0 + d1 - 3.0 * (f1 - f0)
+    root = a * a - d0 * d1
+    if not root >= 0:
+        return 0.5
+    root = math.sqrt(root)
+    bottom = d1 - d0 + 2.0 * root
+    return 1.0 - (d1 + root - a) / bottom if bottom != 0 else 0.5
+
+
+def two_loop(g: Vector, free: Vector, pairs: tuple[tuple[Vector, Vector], ...]) -> Vector:
+    """Return the direction ``-B^-1 g`` of L-BFGS on the free variables, zero on the others.
+
+    Args:
+        g: the slopes, (k,).
+        free: a mask, (k,).
+        pairs: changes of the variables and of the slopes, oldest first.
+    """
+    q = np.where(free, g, 0.0)
+    used = []
+    for s, y in reversed(pairs):
+        s, y = np.where(free, s, 0.0), np.where(free, y, 0.0)
+        product = float(s @ y)
+        if product <= CURVED * math.sqrt(float(s @ s) * float(y @ y)):
+            continue
+        share = float(s @ q) / product
+        q = q - share * y
+        used.append((s, y, product, share))
+    if used:
+        _, y, product, _ = used[0]
+        q = q * (product / float(y @ y))
+    for s, y, product, share in reversed(used):
+        q = q + s * (share - float(y @ q) / product)
+    return -q

@@ -1,0 +1,177 @@
+"""What outer searches share: ask and tell, the coarse scan, and the point that is accepted.
+
+A search is a frozen rule and a state that is a value: `propose` says where the outer loss is wanted next, `tell` takes
+the answer. Nothing else is held, so a state that is saved after any evaluation goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bilevel.outer.coordinates import Coordinates
+from bilevel.outer.trust_region import Vector
+
+TOP, STEP, BOTTOM = 3.0, 4.0, -24.0
+"""The scan: mean(u - c) of its first point, the distance of two, and the last."""
+FELL = 1e-3
+"""A point of the scan has fallen if it is lower by this share."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an evaluation of the outer loss at proposed hyperparameters found.
+
+    Attributes:
+        value: the outer loss, corrected to second order where that is possible.
+        gradient: by the hyperparameters, (k,).
+        error: how far `value` may be off.
+        second: the Gauss-Newton and the exact second derivatives, each (k, k); None where they are not known.
+    """
+
+    value: float
+    gradient: Vector
+    error: float = 0.0
+    second: tuple[Vector, Vector] | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The point with the lowest value so far; `repeated` if it was evaluated a second time, more exactly."""
+
+    u: Vector
+    answer: Answer
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A proposed point, with what its proposer needs in order to judge it.
+
+    Attributes:
+        u: the hyperparameters.
+        predicted: by how much the outer loss is to fall; NaN where nobody knows.
+        repeats: whether it is the accepted point, to be evaluated more exactly.
+    """
+
+    u: Vector
+    predicted: float = math.nan
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """All that a search is between two evaluations.
+
+    Attributes:
+        coordinates: where it moves.
+        u: the start.
+        shift: of the next point of the scan; None where there is none any more.
+        scanned: the values of the points of the scan that succeeded.
+        flat: points of the scan in a row that did not fall.
+        accepted: the best point so far.
+        trial: the point that is being evaluated; None before it is chosen.
+        rejected: trials in a row without a lower value.
+        predicted: the decrease that was still foreseen at the end.
+        stopped: how it ended, in words; empty while it goes on.
+    """
+
+    coordinates: Coordinates
+    u: Vector
+    shift: float | None
+    scanned: tuple[float, ...] = ()
+    flat: int = 0
+    accepted: Accepted | None = None
+    trial: Any = None
+    rejected: int = 0
+    predicted: float = math.nan
+    stopped: str = ""
+
+
+State = TypeVar("State", bound=SearchState)
+
+
+@dataclass(frozen=True)
+class OuterSearch(ABC):
+    """A rule that descends the outer loss by its values and derivatives, one evaluation at a time."""
+
+    def propose(self, state: State) -> State:
+        """Return the state with its next trial, or with how it ended."""
+        if state.stopped or state.trial is not None:
+            return state
+        if state.shift is not None:
+            base = state.u - np.mean(state.u - state.coordinates.centre)
+            return replace(state, trial=Trial(state.coordinates.clipped(base + state.shift)))
+        if state.accepted is None:
+            return replace(state, trial=Trial(state.u))
+        return self.step(state, state.accepted)
+
+    def tell(self, state: State, answer: Answer | None) -> State:
+        """Return the state after the evaluation of its trial; None for one that failed."""
+        trial, state = state.trial, replace(state, trial=None)
+        if answer is not None and not (math.isfinite(answer.value) and np.isfinite(answer.gradient).all()):
+            answer = None
+        if state.shift is not None:
+            return self._scanned(state, trial, answer, state.shift)
+        if state.accepted is None:
+            if answer is None:
+                return replace(state, stopped="the first hypergradient failed")
+            return replace(state, accepted=Accepted(trial.u, answer))
+        if trial.repeats:
+            again = state.accepted.answer if answer is None else answer
+            return replace(state, accepted=Accepted(trial.u, again, repeated=True))
+        return self.judge(state, state.accepted, trial, answer)
+
+    def _scanned(self, state: State, trial: Trial, answer: Answer | None, shift: float) -> State:
+        scanned, accepted, fell = state.scanned, state.accepted, False
+        if answer is not None:
+            fell = all(answer.value < value * (1 - FELL) for value in scanned)
+            scanned = (*scanned, answer.value)
+            if accepted is None or answer.value < accepted.answer.value:
+                accepted = Accepted(trial.u, answer)
+        flat = 0 if fell else state.flat + (len(scanned) > 2)
+        ended = flat >= 2 or shift - STEP < BOTTOM
+        stopped = "every point of the scan failed" if ended and accepted is None else ""
+        following = None if ended else shift - STEP
+        return replace(state, scanned=scanned, accepted=accepted, flat=flat, shift=following, stopped=stopped)
+
+    @abstractmethod
+    def init(self, u: Vector, coordinates: Coordinates) -> SearchState:
+        """Return the state before the first evaluation.
+
+        Args:
+            u: where to start, (k,).
+            coordinates: where to move.
+        """
+
+    @abstractmethod
+    def step(self, state: State, accepted: Accepted) -> State:
+        """Return the state with the trial that follows the accepted point, or with its end."""
+
+    @abstractmethod
+    def judge(self, state: State, accepted: Accepted, trial: Any, answer: Answer | None) -> State:
+        """Return the state after a trial that `step` proposed."""
+
+
+def ended(state: State, value: float, predicted: float, left: float, noise: float) -> State:
+    """Return the state with its end, where no more than `predicted` is foreseen.
+
+    Args:
+        state: the state.
+        value: the accepted value.
+        predicted: the decrease that is still foreseen.
+        left: the decrease that may be left.
+        noise: the decrease that cannot be seen.
+    """
+    if noise <= left:
+        stopped = f"converged to a local minimum: about {predicted:.1e} of {value:.6g} may be left"
+    else:
+        stopped = (
+            f"at the accuracy of the inner solver: {predicted:.1e} of {value:.6g} may be left, values are known to "
+            f"{noise:.1e}: lower the inner tolerance"
+        )
+    return replace(state, stopped=stopped, predicted=predicted)
