@@ -4,8 +4,8 @@ A log penalty u_j of weights whose data Hessian has the mean diagonal s_j shrink
 
     t_j = s_j / (s_j + exp(u_j)) = sigmoid(c_j - u_j),     c_j = log s_j,     t in (0, 1)
 
-so t = 0 is a dead weight and t = 1 a free one. In u the outer loss is flat at both ends, with a slope like exp(-|u - c|);
-in t both ends are finite slopes at the sides of a box, whose signs say whether a dead weight should live. For an
+so t = 0 is a dead weight and t = 1 a free one. In u the outer loss is flat at both ends, with a slope like exp(-|u - c|),
+while in t both ends are finite slopes at the sides of a box, whose signs say whether a dead weight should live. For an
 orthogonal design and a squared loss, the outer loss is exactly quadratic in t.
 """
 
@@ -107,7 +107,7 @@ class Shrinkage(Coordinates):
 
 @dataclass(frozen=True)
 class Softplus(Coordinates):
-    """The coordinates ``v = log(1 + exp(c - u))``: linear for strong penalties as the shrinkage is, and like c - u for weak.
+    """The coordinates ``v = log(1 + exp(c - u))``: like the shrinkage for strong penalties, like c - u for weak ones.
 
     They are for problems whose best penalties lie at the weak end, where the shrinkage has no resolution.
     ``dv/du = -t`` and ``d2u/dv2 = (1 - t) / t^2`` with the shrinkage t.

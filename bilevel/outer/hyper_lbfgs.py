@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel.core.options import is_int, is_positive, require
 from bilevel.outer.coordinates import Coordinates, Shrinkage
-from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, SearchState, Trial, ended
+from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
 from bilevel.outer.trust_region import EDGE, Vector
 
 ARMIJO = 1e-4
@@ -86,10 +86,8 @@ class HyperLBFGS(OuterSearch):
             left, noise = self.tol * abs(answer.value), 3.0 * answer.error
             predicted = 0.5 * -slope
             if predicted <= max(left, noise):
-                if state.pairs and predicted > 0 and len(state.pairs) > 1:
-                    pass
-                return ended(state, answer.value, predicted, left, noise)
-            state = replace(state, search=SearchTrial(u, predicted, False, d, 1.0, slope))
+                return self._last(state, answer, predicted, left, noise)
+            state = replace(state, search=SearchTrial(u, predicted, "step", d, 1.0, slope))
         search = state.search
         assert search is not None
         assert search.direction is not None
@@ -97,6 +95,8 @@ class HyperLBFGS(OuterSearch):
         return replace(state, trial=replace(search, u=at.back(at.of(u) + moved)))
 
     def judge(self, state: LBFGSState, accepted: Accepted, trial: SearchTrial, answer: Answer | None) -> LBFGSState:
+        if trial.kind == "again":
+            return contradicted(state, accepted, answer, self.tol)
         at, before = state.coordinates, accepted.answer
         moved = at.of(trial.u) - at.of(accepted.u)
         g = before.gradient / at.slope(accepted.u)
@@ -104,9 +104,7 @@ class HyperLBFGS(OuterSearch):
             after = answer.gradient / at.slope(trial.u)
             pairs = (*state.pairs, (moved, after - g))[-self.memory :]
             if answer.value <= before.value + ARMIJO * min(0.0, float(g @ moved)):
-                return replace(
-                    state, accepted=Accepted(trial.u, answer), pairs=pairs, search=None, rejected=0
-                )
+                return replace(state, accepted=Accepted(trial.u, answer), pairs=pairs, search=None, rejected=0)
             cut = cubic(before.value, float(g @ moved), answer.value, float(after @ moved))
         else:
             cut = 0.3
@@ -116,8 +114,15 @@ class HyperLBFGS(OuterSearch):
         if share * float(np.abs(trial.direction).max()) > SHORTEST and state.rejected < 12:
             return state
         if state.pairs:
-            return replace(state, pairs=(), search=None)
-        return replace(state, stopped="values contradict the gradient")
+            return replace(state, pairs=(), search=None, rejected=0)
+        return replace(state, trial=SearchTrial(accepted.u, kind="again"))
+
+    def _last(self, state: LBFGSState, answer: Answer, predicted: float, left: float, noise: float) -> LBFGSState:
+        why = (
+            "first-order figures cannot prove that no more is" if noise <= left else f"values are known to {noise:.1e}"
+        )
+        stopped = f"no further step is foreseen: about {predicted:.1e} of {answer.value:.6g} may be left; {why}"
+        return replace(state, predicted=predicted, stopped=stopped)
 
 
 def cubic(f0: float, d0: float, f1: float, d1: float) -> float:

@@ -55,12 +55,12 @@ class Trial:
     Attributes:
         u: the hyperparameters.
         predicted: by how much the outer loss is to fall; NaN where nobody knows.
-        repeats: whether it is the accepted point, to be evaluated more exactly.
+        kind: "step", or "again" for the accepted point evaluated once more, or "probe" for a look around it.
     """
 
     u: Vector
     predicted: float = math.nan
-    repeats: bool = False
+    kind: str = "step"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class SearchState:
         accepted: the best point so far.
         trial: the point that is being evaluated; None before it is chosen.
         rejected: trials in a row without a lower value.
+        doubts: probes that the model had not foreseen.
         predicted: the decrease that was still foreseen at the end.
         stopped: how it ended, in words; empty while it goes on.
     """
@@ -88,6 +89,7 @@ class SearchState:
     accepted: Accepted | None = None
     trial: Any = None
     rejected: int = 0
+    doubts: int = 0
     predicted: float = math.nan
     stopped: str = ""
 
@@ -121,9 +123,6 @@ class OuterSearch(ABC):
             if answer is None:
                 return replace(state, stopped="the first hypergradient failed")
             return replace(state, accepted=Accepted(trial.u, answer))
-        if trial.repeats:
-            again = state.accepted.answer if answer is None else answer
-            return replace(state, accepted=Accepted(trial.u, again, repeated=True))
         return self.judge(state, state.accepted, trial, answer)
 
     def _scanned(self, state: State, trial: Trial, answer: Answer | None, shift: float) -> State:
@@ -157,21 +156,18 @@ class OuterSearch(ABC):
         """Return the state after a trial that `step` proposed."""
 
 
-def ended(state: State, value: float, predicted: float, left: float, noise: float) -> State:
-    """Return the state with its end, where no more than `predicted` is foreseen.
-
-    Args:
-        state: the state.
-        value: the accepted value.
-        predicted: the decrease that is still foreseen.
-        left: the decrease that may be left.
-        noise: the decrease that cannot be seen.
-    """
-    if noise <= left:
-        stopped = f"converged to a local minimum: about {predicted:.1e} of {value:.6g} may be left"
-    else:
-        stopped = (
-            f"at the accuracy of the inner solver: {predicted:.1e} of {value:.6g} may be left, values are known to "
-            f"{noise:.1e}: lower the inner tolerance"
+def contradicted(state: State, accepted: Accepted, answer: Answer | None, tol: float) -> State:
+    """Return the end of a search whose gradients do not explain its values; `answer` is once more at the same point."""
+    before = accepted.answer
+    noise = 3.0 * max(before.error, 0.0 if answer is None else answer.error) + 0.1 * tol * abs(before.value)
+    if answer is not None and abs(answer.value - before.value) > noise:
+        return replace(
+            state,
+            stopped=f"the outer loss is no function of the hyperparameters: {before.value:.6g}, and once more "
+            f"{answer.value:.6g}, at the same ones (a warm-started unroll, a mini-batch?): use cold starts, or Adam",
         )
-    return replace(state, stopped=stopped, predicted=predicted)
+    return replace(
+        state,
+        stopped="values contradict the gradient: the hypergradient is biased (a truncated unroll, few terms?), or the "
+        "outer loss is rougher than its error says",
+    )
