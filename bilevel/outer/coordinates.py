@@ -4,9 +4,9 @@ A log penalty u_j of weights whose data Hessian has the mean diagonal s_j shrink
 
     t_j = s_j / (s_j + exp(u_j)) = sigmoid(c_j - u_j),     c_j = log s_j,     t in (0, 1)
 
-so t = 0 is a dead weight and t = 1 a free one. In u the outer loss is flat at both ends, with a slope like exp(-|u - c|),
-while in t both ends are finite slopes at the sides of a box, whose signs say whether a dead weight should live. For an
-orthogonal design and a squared loss, the outer loss is exactly quadratic in t.
+so t = 0 is a dead weight and t = 1 a free one. In u the outer loss is flat at both ends, its slope like that of
+exp(-|u - c|); in t both ends are finite slopes at the sides of a box, whose signs say whether a dead weight should live.
+For an orthogonal design and a squared loss, the outer loss is exactly quadratic in t.
 """
 
 from __future__ import annotations

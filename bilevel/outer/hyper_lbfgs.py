@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bilevel.core.options import is_int, is_positive, require
 from bilevel.outer.coordinates import Coordinates, Shrinkage
@@ -43,7 +44,7 @@ class LBFGSState(SearchState):
 
 
 @dataclass(frozen=True)
-class HyperLBFGS(OuterSearch):
+class HyperLBFGS(OuterSearch[LBFGSState]):
     """Descend the outer loss by projected L-BFGS in shrinkage coordinates, between limits.
 
     It needs values and hypergradients alone. The free variables are those that are not at a limit with the slope
@@ -140,7 +141,7 @@ def cubic(f0: float, d0: float, f1: float, d1: float) -> float:
     return 1.0 - (d1 + root - a) / bottom if bottom != 0 else 0.5
 
 
-def two_loop(g: Vector, free: Vector, pairs: tuple[tuple[Vector, Vector], ...]) -> Vector:
+def two_loop(g: Vector, free: NDArray[np.bool_], pairs: tuple[tuple[Vector, Vector], ...]) -> Vector:
     """Return the direction ``-B^-1 g`` of L-BFGS on the free variables, zero on the others.
 
     Args:

@@ -56,7 +56,7 @@ class NewtonState(SearchState):
 
 
 @dataclass(frozen=True)
-class HyperNewton(OuterSearch):
+class HyperNewton(OuterSearch[NewtonState]):
     """Descend the outer loss by a trust region with its second derivatives, in shrinkage coordinates.
 
     A coarse scan along equal changes of all log penalties finds the valley; then every step minimises a model of the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -98,7 +98,7 @@ State = TypeVar("State", bound=SearchState)
 
 
 @dataclass(frozen=True)
-class OuterSearch(ABC):
+class OuterSearch(ABC, Generic[State]):
     """A rule that descends the outer loss by its values and derivatives, one evaluation at a time."""
 
     def propose(self, state: State) -> State:
@@ -139,7 +139,7 @@ class OuterSearch(ABC):
         return replace(state, scanned=scanned, accepted=accepted, flat=flat, shift=following, stopped=stopped)
 
     @abstractmethod
-    def init(self, u: Vector, coordinates: Coordinates) -> SearchState:
+    def init(self, u: Vector, coordinates: Coordinates) -> State:
         """Return the state before the first evaluation.
 
         Args:

@@ -101,7 +101,7 @@ def box_step(g: Vector, B: Vector, radius: float, lower: Vector, upper: Vector) 
     for _ in range(PASSES):
         q = g + B @ s
         free = ~(((s <= lower + near) & (q > 0)) | ((s >= upper - near) & (q < 0))) & (upper > lower)
-        room = math.sqrt(max(0.0, radius * radius - s @ s))
+        room = math.sqrt(max(0.0, radius * radius - float(s @ s)))
         if not free.any() or np.linalg.norm(q[free]) <= 1e-8 * size or room <= 1e-3 * radius:
             break
         towards = np.zeros_like(g)

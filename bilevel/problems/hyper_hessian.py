@@ -66,7 +66,7 @@ def hyper_hessians(
 
 
 def _third(problem: LinearModelProblem, params: Tensor, adjoint: Tensor, columns: Tensor) -> Tensor:
-    """Return ``sum_i loss'''(z_i)[x_i a, (X J)_i, (X J)_i]``, (k, k), by one derivative of `GLMLoss.hessian_product`."""
+    """Return ``sum_i loss'''(z_i)[x_i a, (X J)_i, (X J)_i]``, (k, k), by a derivative of `GLMLoss.hessian_product`."""
     X, y, glm = problem.train.X, problem.train.y, problem.glm
     along, moved = problem.predict(X, adjoint), problem.predict(X, columns)
     with torch.enable_grad():
