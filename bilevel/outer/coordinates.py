@@ -5,13 +5,14 @@ A log penalty u_j of weights whose data Hessian has the mean diagonal s_j shrink
     t_j = s_j / (s_j + exp(u_j)) = sigmoid(c_j - u_j),     c_j = log s_j,     t in (0, 1)
 
 so t = 0 is a dead weight and t = 1 a free one. In u the outer loss is flat at both ends, its slope like that of
-exp(-|u - c|); in t both ends are finite slopes at the sides of a box, whose signs say whether a dead weight should live.
-For an orthogonal design and a squared loss, the outer loss is exactly quadratic in t.
+exp(-|u - c|); in t both ends are finite slopes at the sides of a box, whose signs say whether a dead weight should
+live. For an orthogonal design and a squared loss, the outer loss is exactly quadratic in t.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,17 +30,22 @@ class Coordinates:
 
     Args:
         centre: c, (k,): the logarithms of the scales, or zeros.
-        low: least u - c.
-        high: largest u - c.
+        lower: least u, (k,).
+        upper: largest u, (k,).
     """
 
     centre: Vector
-    low: float
-    high: float
+    lower: Vector
+    upper: Vector
+
+    radius: ClassVar[float] = 2.0
+    """A first step of one variable that is neither timid nor wild."""
+    widest: ClassVar[float] = 6.0
+    """The largest one."""
 
     def clipped(self, u: Vector) -> Vector:
         """Return u within its limits."""
-        return np.clip(u, self.centre + self.low, self.centre + self.high)
+        return np.clip(u, self.lower, self.upper)
 
     def of(self, u: Vector) -> Vector:
         """Return v, (k,)."""
@@ -74,7 +80,7 @@ class Coordinates:
 
     def room(self, u: Vector, reach: float = np.inf) -> tuple[Vector, Vector]:
         """Return the least and the largest step in v; towards small u at most one by which u falls by `reach`."""
-        ends = self.of(self.centre + self.high), self.of(np.maximum(self.centre + self.low, u - reach))
+        ends = self.of(self.upper), self.of(np.maximum(self.lower, u - reach))
         v = self.of(u)
         return np.minimum(np.minimum(*ends) - v, 0.0), np.maximum(np.maximum(*ends) - v, 0.0)
 
@@ -85,10 +91,13 @@ class Shrinkage(Coordinates):
 
     ``dt/du = -t (1 - t)``, ``d2u/dt2 = (1 - 2 t) / (t (1 - t))^2``.
 
-    >>> shrinkage = Shrinkage(np.zeros(1), -28.0, 10.0)
+    >>> shrinkage = Shrinkage(np.zeros(1), np.full(1, -28.0), np.full(1, 10.0))
     >>> shrinkage.of(np.array([0.0])), shrinkage.back(np.array([0.5]))
     (array([0.5]), array([0.]))
     """
+
+    radius = 0.3
+    widest = 1.0
 
     def of(self, u: Vector) -> Vector:
         return sigmoid(self.centre - u)

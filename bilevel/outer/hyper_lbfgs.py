@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel.core.options import is_int, is_positive, require
-from bilevel.outer.coordinates import Coordinates, Shrinkage
-from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
+from bilevel.core.options import is_int, require
+from bilevel.outer.coordinates import Coordinates
+from bilevel.outer.search import Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
 from bilevel.outer.trust_region import EDGE, Vector
 
 ARMIJO = 1e-4
@@ -53,25 +53,20 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
 
     Args:
         tol: relative decrease of the outer loss that may be left at the end.
-        start: "scan" or "given".
-        limits: least and largest distance of a log penalty to the logarithm of its scale.
+        start: "scan" (the default for log penalties) or "given" (for all else).
+        limits: least and largest distance of a log penalty to the logarithm of its scale; None: (-28, 10), and
+            (-12, 10) in float32.
         memory: pairs that are held.
-        first: the largest move of a variable in the first step.
     """
 
-    tol: float = 1e-6
-    start: str = "scan"
-    limits: tuple[float, float] = (-28.0, 10.0)
     memory: int = 20
-    first: float | None = None
 
     def __post_init__(self) -> None:
-        require(self, "tol", "a positive number", is_positive(self.tol))
-        require(self, "start", "'scan' or 'given'", self.start in ("scan", "given"))
+        super().__post_init__()
         require(self, "memory", "a positive int", is_int(self.memory))
 
     def init(self, u: Vector, coordinates: Coordinates) -> LBFGSState:
-        return LBFGSState(coordinates, coordinates.clipped(u), TOP if self.start == "scan" else None)
+        return LBFGSState(coordinates, coordinates.clipped(u), self.shift)
 
     def step(self, state: LBFGSState, accepted: Accepted) -> LBFGSState:
         u, answer, at = accepted.u, accepted.answer, state.coordinates
@@ -82,7 +77,7 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
             free = ~(((lower >= -near) & (g > 0)) | ((upper <= near) & (g < 0)))
             d = two_loop(g, free, state.pairs)
             if not state.pairs and (largest := float(np.abs(d).max(initial=0.0))) > 0:
-                d = d * ((self.first or (0.3 if isinstance(at, Shrinkage) else 1.0)) / largest)
+                d = d * (at.radius / largest)
             slope = float(g @ d)
             left, noise = self.tol * abs(answer.value), 3.0 * answer.error
             predicted = 0.5 * -slope

@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel.core.options import is_positive, require
 from bilevel.outer.coordinates import Coordinates
-from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
+from bilevel.outer.search import Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
 from bilevel.outer.trust_region import Vector, box_step
 
 GROWTH, SHRINK = 2.5, 0.3
@@ -66,25 +66,22 @@ class HyperNewton(OuterSearch[NewtonState]):
 
     Args:
         tol: relative decrease of the outer loss that may be left at the end.
-        start: "scan" or "given".
-        limits: least and largest distance of a log penalty to the logarithm of its scale.
-        radius: the first radius of the trust region, in t, for one hyperparameter.
+        start: "scan" (the default for log penalties) or "given" (for all else).
+        limits: least and largest distance of a log penalty to the logarithm of its scale; None: (-28, 10), and
+            (-12, 10) in float32.
+        radius: the first radius of the trust region for one hyperparameter, in t; None: 0.3, and 2 where they are no log
+            penalties.
     """
 
-    tol: float = 1e-6
-    start: str = "scan"
-    limits: tuple[float, float] = (-28.0, 10.0)
-    radius: float = 0.3
+    radius: float | None = None
 
     def __post_init__(self) -> None:
-        require(self, "tol", "a positive number", is_positive(self.tol))
-        require(self, "start", "'scan' or 'given'", self.start in ("scan", "given"))
-        require(self, "radius", "a positive number", is_positive(self.radius))
+        super().__post_init__()
+        require(self, "radius", "a positive number or None", self.radius is None or is_positive(self.radius))
 
     def init(self, u: Vector, coordinates: Coordinates) -> NewtonState:
-        shift = TOP if self.start == "scan" else None
-        radius = self.radius * math.sqrt(min(len(u), 4))
-        return NewtonState(coordinates, coordinates.clipped(u), shift, radius=radius)
+        radius = (self.radius or coordinates.radius) * math.sqrt(min(len(u), 4))
+        return NewtonState(coordinates, coordinates.clipped(u), self.shift, radius=radius)
 
     def step(self, state: NewtonState, accepted: Accepted) -> NewtonState:
         u, answer, at = accepted.u, accepted.answer, state.coordinates
@@ -171,7 +168,8 @@ class HyperNewton(OuterSearch[NewtonState]):
             if ratio < 0.1:
                 radius, reach = SHRINK * trial.length, SHRINK * min(reach, max(far, 1e-3))
             elif ratio > 0.7:
-                radius = min(GROWTH * radius, math.sqrt(len(trial.u))) if trial.length > 0.8 * radius else radius
+                if trial.length > 0.8 * radius:
+                    radius = min(GROWTH * radius, state.coordinates.widest * math.sqrt(len(trial.u)))
                 reach = min(GROWTH * reach, FARTHEST) if far > 0.8 * reach else reach
             if actual > 0:
                 accepted = Accepted(trial.u, answer)

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from bilevel.core.options import is_number, is_positive, require
 from bilevel.outer.coordinates import Coordinates
 from bilevel.outer.trust_region import Vector
 
@@ -99,7 +100,29 @@ State = TypeVar("State", bound=SearchState)
 
 @dataclass(frozen=True)
 class OuterSearch(ABC, Generic[State]):
-    """A rule that descends the outer loss by its values and derivatives, one evaluation at a time."""
+    """A rule that descends the outer loss by its values and derivatives, one evaluation at a time.
+
+    Args:
+        tol: relative decrease of the outer loss that may be left at the end.
+        start: "scan" or "given"; None for "scan" where the hyperparameters are log penalties, and "given" elsewhere.
+        limits: least and largest distance of a log penalty to the logarithm of its scale, or None.
+    """
+
+    tol: float = 1e-6
+    start: str | None = None
+    limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        require(self, "tol", "a positive number", is_positive(self.tol))
+        require(self, "start", "'scan', 'given' or None", self.start in ("scan", "given", None))
+        pair = isinstance(self.limits, tuple | list) and len(self.limits) == 2 and all(map(is_number, self.limits))
+        ordered = self.limits is None or (pair and self.limits[0] < self.limits[1])
+        require(self, "limits", "two numbers, the smaller one first, or None", ordered)
+
+    @property
+    def shift(self) -> float | None:
+        """Where the scan begins; None for none."""
+        return TOP if self.start == "scan" else None
 
     def propose(self, state: State) -> State:
         """Return the state with its next trial, or with how it ended."""
