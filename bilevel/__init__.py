@@ -83,6 +83,8 @@ if TYPE_CHECKING:
     from bilevel.oracles.tracing import trace as trace
     from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
     from bilevel.outer import BatchOuterResult as BatchOuterResult
+    from bilevel.outer import HyperLBFGS as HyperLBFGS
+    from bilevel.outer import HyperNewton as HyperNewton
     from bilevel.outer import OuterOptimizer as OuterOptimizer
     from bilevel.outer import ToleranceSchedule as ToleranceSchedule
     from bilevel.outer import WarmStart as WarmStart
@@ -117,7 +119,7 @@ _NAMES = {
     "oracles.stacking": "stack",
     "oracles.structure": "Structure",
     "oracles.tracing": "trace",
-    "outer": "BatchOuterOptimizer BatchOuterResult OuterOptimizer ToleranceSchedule WarmStart",
+    "outer": "BatchOuterOptimizer BatchOuterResult HyperLBFGS HyperNewton OuterOptimizer ToleranceSchedule WarmStart",
     "problems": "QuadraticProblem",
 }
 """The public names of each module."""

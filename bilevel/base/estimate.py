@@ -57,7 +57,7 @@ class Pullback:
         verdict: status of this half.
         error: the estimator's own estimate of the distance to the exact hypergradient, where it makes one.
         error_note: how it was obtained, or why there is none.
-        value_error: ``|a' g|``, with the adjoint vector a and the inner gradient g, a 0-d tensor: to first order the
+        value_error: ``a' g``, with the adjoint vector a and the inner gradient g, a 0-d tensor: to first order the
             distance of the outer loss to that at the inner solution; None where there is no adjoint vector. Of rows, of
             shape (rows,).
         counts: of rows, the oracle calls that each took part in.
@@ -131,6 +131,8 @@ class Certificate:
         corrected: for a bound: a hypergradient that is more accurate as a rule, from the work that the bound took.
         corrected_error: for a bound: the distance of `corrected` to the exact hypergradient is at most this.
         signs: for a bound: signs of the exact hypergradient's components, 0 where they are not certain.
+        value_error: ``a' g`` with the adjoint vector a and the inner gradient g: to first order by how much the outer
+            loss is larger than at the inner solution; None where there is no adjoint vector.
         measured: numbers that the inner solver measured, such as its step size; of a batch under "rows" why its members
             ran one after the other, where nobody asked for it.
     """
@@ -147,6 +149,7 @@ class Certificate:
     corrected: Tree = None
     corrected_error: float | None = None
     signs: Tree = None
+    value_error: float | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 

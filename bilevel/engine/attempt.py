@@ -70,7 +70,7 @@ def far_from_solution(value: float, params: Tree, by_params: Tree, pulled: Pullb
         return GOOD
     parts = [(a * b).abs().sum() for a, b in zip(tree.leaves(params), tree.leaves(by_params), strict=True)]
     error, *changes = to_floats([pulled.value_error, *parts])
-    return value_verdict(value, error, sum(changes))
+    return value_verdict(value, abs(error), sum(changes))
 
 
 def value_verdict(value: float, error: float, change: float) -> Verdict:

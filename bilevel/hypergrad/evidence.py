@@ -57,11 +57,13 @@ def _certified(
 
 def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index: int | None = None) -> Certificate:
     """Return the evidence of a problem, or of the row `index`."""
+    value_error = rows.figure(pulled.value_error, index)
     return Certificate(
         inner_residual=rows.figure(solved.residual, index),
         adjoint_residual=rows.figure(pulled.residual, index),
         inner_steps=rows.figure(solved.steps, index),
         adjoint_steps=rows.figure(pulled.steps, index),
         **error.fields(),
+        value_error=None if value_error is None else float(value_error),
         measured=dict((solved.state if index is None else solved.state.row(index)).measured),
     )

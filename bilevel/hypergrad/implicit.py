@@ -156,7 +156,7 @@ class Implicit(HypergradEstimator):
                 solution.residual,
                 solution.steps,
                 solution.verdict,
-                value_error=rows.dot(solution.x, gradient, size).abs(),
+                value_error=rows.dot(solution.x, gradient, size),
                 counts=() if size is None else _counts(counts, before, solution.steps),
             )
 

@@ -218,6 +218,7 @@ def _far_from_solution(params: Tree, cotangent: Tree, pulled: Pullback) -> Verdi
     if pulled.value_error is None:
         return GOOD
     error, size, length = to_floats([pulled.value_error, tree.norm(params), tree.norm(cotangent)])
+    error = abs(error)
     if not error > FAR * size * length:
         return GOOD
     detail = (

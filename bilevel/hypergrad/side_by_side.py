@@ -120,7 +120,7 @@ def _far_from_solution(
     if pulled.value_error is None:
         return list(verdicts)
     changes = rows.dots(tree.tree_map(torch.abs, params), tree.tree_map(torch.abs, by_params))
-    figures = [map(float, figure) for figure in torch.stack([losses, pulled.value_error, changes], dim=1).cpu()]
+    figures = [map(float, figure) for figure in torch.stack([losses, pulled.value_error.abs(), changes], dim=1).cpu()]
     return [
         verdict.worse(value_verdict(*figure)) if verdict.status.ok else verdict
         for verdict, figure in zip(verdicts, figures, strict=True)

@@ -22,6 +22,7 @@ from bilevel.core.tree import Tree
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles import batching as batches
 from bilevel.oracles.error_model import Certifiable
+from bilevel.oracles.hyper_hessian import hyper_hessians
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.losses import Loss, Losses, Purity
 from bilevel.oracles.samplers import Sampler
@@ -206,6 +207,27 @@ class BilevelProblem(Losses):
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
         return None if self.batch is None else batches.exact_hypergradient(self, hparams)
+
+    def hyper_hessians(self, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
+        """Return the Gauss-Newton and the exact second derivatives of the outer loss by the hyperparameters.
+
+        Args:
+            hparams: the hyperparameters, k numbers.
+            params: the inner solution at them.
+            adjoint: ``H^-1 f_w`` there, shaped as params.
+
+        Returns:
+            Two matrices of shape (k, k), in the order of the leaves; None where there is no dense factor of H.
+        """
+        return None if self.inner_loss is None else hyper_hessians(self, hparams, params, adjoint)
+
+    def penalty_scales(self, hparams: Tree) -> Tree | None:
+        """Return the scales of log penalties, shaped as hparams; None (the default) where they are no log penalties.
+
+        The scale of a penalty is the mean diagonal of the data's Hessian over the weights that share it: with
+        ``exp(u)`` equal to it, a lone weight is shrunk by half.
+        """
+        return None
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of a quadratic inner loss whose Hessian is ``A + s(u) I``, else None (the default).

@@ -1,5 +1,7 @@
 """The outer loop: descend hypergradients with any torch optimizer, one problem or rows of them."""
 
+from bilevel.outer.hyper_lbfgs import HyperLBFGS as HyperLBFGS
+from bilevel.outer.hyper_newton import HyperNewton as HyperNewton
 from bilevel.outer.loop import BatchOuterOptimizer as BatchOuterOptimizer
 from bilevel.outer.loop import OuterOptimizer as OuterOptimizer
 from bilevel.outer.moves import MakeOptimizer as MakeOptimizer

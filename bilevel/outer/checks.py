@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core.options import is_int, shown_value
+from bilevel.outer.search import OuterSearch
 from bilevel.outer.warm_start import WarmStart
 
 OPTIMIZER = "`optimizer` must make a torch.optim.Optimizer from a list of tensors"
@@ -20,7 +21,7 @@ STEP_LR = "scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer
 
 def check_makers(optimizer: Any, scheduler: Any) -> None:
     """Refuse an optimizer or scheduler that is not a function that makes one, such as a name or an instance."""
-    if optimizer is not None and not callable(optimizer):
+    if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, OuterSearch):
         raise ValueError(f"{OPTIMIZER}, got {shown_value(optimizer)}: {TRY_ADAM}.")
     if scheduler is not None and not callable(scheduler):
         raise ValueError(f"{SCHEDULER}, got {shown_value(scheduler)}: try {STEP_LR}.")

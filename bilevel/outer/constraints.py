@@ -23,6 +23,43 @@ def check_constraints(constraints: Any) -> None:
         _transform(each)
 
 
+def bounds(hparams: Tree, constraints: Any) -> tuple[Tree, Tree]:
+    """Return the least and the largest hyperparameters that constraints allow, each shaped as `hparams`.
+
+    Args:
+        hparams: hyperparameters.
+        constraints: None, an interval, greater_than, less_than, positive, ..., or a dict of them by key.
+
+    Raises:
+        ValueError: for constraints that are no bounds, such as a simplex.
+    """
+    ends: list[list[Tensor]] = [[], []]
+    for leaf, constraint in zip(tree.leaves(hparams), by_leaf(hparams, constraints), strict=True):
+        if constraint is not None and not {"lower_bound", "upper_bound"} & set(vars(constraint)):
+            raise ValueError(
+                f"`constraints` holds {constraint}, but an outer search keeps to bounds alone, such as "
+                "constraints.interval(-5.0, 5.0): use a torch optimizer."
+            )
+        for end, name, none in zip(ends, ("lower_bound", "upper_bound"), (-torch.inf, torch.inf), strict=True):
+            end.append(torch.full_like(leaf, float(getattr(constraint, name, none))))
+    return tree.rebuild(hparams, ends[0]), tree.rebuild(hparams, ends[1])
+
+
+def by_leaf(hparams: Tree, constraints: Any) -> list[Any]:
+    """Return the constraint of each leaf, None for a free one.
+
+    Raises:
+        ValueError: for a dict of constraints with unknown keys, or for hyperparameters that are no dict.
+    """
+    if not isinstance(constraints, Mapping):
+        return [constraints] * len(tree.leaves(hparams))
+    if not isinstance(hparams, Mapping):
+        raise ValueError("`constraints` is a dict, but the hyperparameters are not.")
+    if unknown := set(constraints) - set(hparams):
+        raise ValueError(f"`constraints` names {sorted(unknown)}, but hparams has {sorted(hparams)}.")
+    return [constraints.get(key) for key, value in hparams.items() for _ in tree.leaves(value)]
+
+
 class ConstraintTransform:
     """From free variables z to constrained hyperparameters ``u = transform(z)``, leaf by leaf.
 
@@ -36,19 +73,9 @@ class ConstraintTransform:
     """
 
     def __init__(self, hparams: Tree, constraints: Any) -> None:
-        if isinstance(constraints, Mapping):
-            if not isinstance(hparams, Mapping):
-                raise ValueError("`constraints` is a dict, but the hyperparameters are not.")
-            unknown = set(constraints) - set(hparams)
-            if unknown:
-                raise ValueError(f"`constraints` names {sorted(unknown)}, but hparams has {sorted(hparams)}.")
-            by_leaf: list[Any] = []
-            for key, value in hparams.items():
-                by_leaf += [constraints.get(key)] * len(tree.leaves(value))
-        else:
-            by_leaf = [constraints] * len(tree.leaves(hparams))
-        self._transforms = [_transform(constraint) for constraint in by_leaf]
-        for name, leaf, constraint in zip(tree.names(hparams), tree.leaves(hparams), by_leaf, strict=True):
+        limits = by_leaf(hparams, constraints)
+        self._transforms = [_transform(constraint) for constraint in limits]
+        for name, leaf, constraint in zip(tree.names(hparams), tree.leaves(hparams), limits, strict=True):
             if constraint is not None and not bool(constraint.check(leaf).all()):
                 raise ValueError(
                     f"`hparams{name}` does not satisfy its constraint {constraint}: "

@@ -69,8 +69,8 @@ class HyperNewton(OuterSearch[NewtonState]):
         start: "scan" (the default for log penalties) or "given" (for all else).
         limits: least and largest distance of a log penalty to the logarithm of its scale; None: (-28, 10), and
             (-12, 10) in float32.
-        radius: the first radius of the trust region for one hyperparameter, in t; None: 0.3, and 2 where they are no log
-            penalties.
+        radius: the first radius of the trust region for one hyperparameter; None: 0.3 in t, and 2 where they are no
+            log penalties.
     """
 
     radius: float | None = None

@@ -27,10 +27,12 @@ from bilevel.hypergrad.target_error import check_target
 from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
-from bilevel.outer.checks import check_callbacks, check_makers, check_steps, check_switches
+from bilevel.outer.checks import check_callbacks, check_steps, check_switches
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
+from bilevel.outer.search import OuterSearch
+from bilevel.outer.searcher import Searcher, check_search
 from bilevel.outer.state import load, saved
 from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
 from bilevel.outer.warm_start import WarmStart
@@ -54,7 +56,8 @@ class OuterOptimizer:
         solver: the inner solver.
         estimator: the hypergradient estimator; "auto" for `Auto()`.
         hparams: where to start; must satisfy the constraints.
-        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``.
+        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``. Or a `HyperNewton`
+            or `HyperLBFGS`, which chooses its steps by values and ends by itself: a step is one evaluation then.
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
         constraints: a ``torch.distributions.constraints`` object for all hyperparameters, or a dict of them by key for
             dict hyperparameters (missing keys are free): positive, interval(a, b), simplex, ...
@@ -93,7 +96,7 @@ class OuterOptimizer:
         solver: InnerSolver,
         estimator: HypergradEstimator | str,
         hparams: Tree,
-        optimizer: MakeOptimizer | None = None,
+        optimizer: MakeOptimizer | OuterSearch[Any] | None = None,
         *,
         scheduler: MakeScheduler | None = None,
         constraints: Any = None,
@@ -117,7 +120,6 @@ class OuterOptimizer:
         self.size: int | None = problem.batch
         if self.size is not None:
             check_rows("hparams", hparams, self.size)
-        check_makers(optimizer, scheduler)
         self.target_error, self.schedule = target_error, as_schedule(schedule, target_error)
         first = target_error if self.schedule is None else self.schedule.at(1)
         if first is not None:
@@ -128,10 +130,18 @@ class OuterOptimizer:
             self.warm_start = WarmStart(state=False, adjoint=False)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
-        self.mover = Mover(hparams, optimizer, scheduler, constraints, self.size)
+        self.search: Searcher | None = None
+        if isinstance(optimizer, OuterSearch):
+            check_search(optimizer, problem, solver, rule, hparams, scheduler, self.warm_start, schedule)
+            self.search = Searcher(optimizer, problem, hparams, constraints)
+            self.mover: Any = self.search
+        else:
+            self.mover = Mover(hparams, optimizer, scheduler, constraints, self.size)
         self.optimizer, self.scheduler = self.mover.optimizer, self.mover.scheduler
         # The first step starts exactly where the user said, not where the transform's rounding puts it.
         self.current = tree.tree_map(torch.clone, tree.detach(hparams))
+        if self.search is not None:
+            self.current = self.search.propose()
         self.carry = Carry()
         self.histories: list[list[Record]] = [[] for _ in range(self.size or 1)]
         (like, *_) = tree.leaves(self.current)
@@ -142,8 +152,9 @@ class OuterOptimizer:
 
     @property
     def hparams(self) -> Tree:
-        """The present hyperparameters, detached."""
-        return tree.tree_map(torch.clone, self.current)
+        """The present hyperparameters, detached; of a search the best it has accepted."""
+        accepted = None if self.search is None else self.search.accepted()
+        return tree.tree_map(torch.clone, self.current if accepted is None else accepted)
 
     @property
     def history(self) -> list[Any]:
@@ -172,6 +183,8 @@ class OuterOptimizer:
                 that would make the hyperparameters NaN or infinite; nothing has moved then.
         """
         estimate = self._estimate()
+        if self.search is not None:
+            return self._searched(self.search, estimate)
         report(self._verdict(estimate), self.on_failure, estimate)
         self._checked = True
         records = {
@@ -199,6 +212,20 @@ class OuterOptimizer:
             self.carry = self.warm_start.part_of(estimate.carry)
         for index, record in records.items():
             self.histories[index].append(record)
+        return estimate
+
+    def _searched(self, search: Searcher, estimate: Any) -> Any:
+        """Hand an evaluation to the search; a failed one is a rejected trial, unless nothing has succeeded before."""
+        kind, predicted = search.trial()
+        accepted = search.tell(estimate)
+        if not estimate.status.usable and search.accepted() is None and search.stopped:
+            report(estimate.verdict, self.on_failure, estimate)
+        self._checked = True
+        record = record_of(self.steps_taken + 1, estimate)
+        self.histories[0].append(replace(record, phase=kind, accepted=accepted, predicted=predicted))
+        if accepted:
+            self.best, self.carry = (estimate.outer_loss, self.current), self.warm_start.part_of(estimate.carry)
+        self.current = search.propose()
         return estimate
 
     def hold(self, index: int) -> None:
@@ -298,13 +325,18 @@ class OuterOptimizer:
     def _ends(self, rules: StoppingRules, estimate: Any = None) -> list[str]:
         """Return why each row has ended, empty for those that go on, which alone move from now on."""
         verdict = None if estimate is None or self.size is not None else estimate.verdict
-        reasons = [failure(history, verdict) or rules.reason(history) for history in self.histories]
+        if self.search is not None:
+            reasons = [self.search.stopped or rules.reason(self.histories[0])]
+        else:
+            reasons = [failure(history, verdict) or rules.reason(history) for history in self.histories]
         self._going = [not reason for reason in reasons]
         return reasons
 
     def _end(self, rules: StoppingRules, reason: str, steps: int, estimate: Any, index: int) -> str:
         """Return why a row ended, without a reason by its steps, with what is odd about its outer loss."""
         history = self.histories[index]
+        if self.search is not None and not self.search.stopped:
+            reason = f"{reason or f'took {steps} steps'}, not converged: {self.search.foreseen()}"
         end = reason or rules.end(f"took {steps} steps", *columns(history), not self.problem.structure.resampled)
         if estimate is None or failure(history):
             return end

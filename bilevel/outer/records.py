@@ -15,7 +15,10 @@ from bilevel.core.tree import Tree
 
 @dataclass(frozen=True)
 class Record:
-    """One outer step, as numbers; the hypergradient was taken before the step moved the hyperparameters."""
+    """One outer step, as numbers; the hypergradient was taken before the step moved the hyperparameters.
+
+    A search also says its phase, whether the point was accepted, and by how much the outer loss was to fall.
+    """
 
     step: int
     outer_loss: float
@@ -30,6 +33,9 @@ class Record:
     gradient_equivalents: float
     seconds: float
     peak_memory: int | None
+    phase: str = ""
+    accepted: bool | None = None
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,10 @@ def _check_inner(state: Mapping[str, Any], outer: Any) -> None:
             raise ValueError(f"this state has params of dtype {_named(dtypes[0])}, this run has {_named(dtypes[1])}.")
 
 
-def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(state: Mapping[str, Any], optimizer: Any) -> None:
     """Refuse the state of an optimizer with other options, or with moments that do not fit the tensors of this one."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return  # a search: its class is looked at among what the state is of
     wanted = "this state is of another outer optimizer"
     saved = state["optimizer"]
     if not isinstance(saved, Mapping) or set(saved) != {"state", "param_groups"}:
@@ -197,6 +199,8 @@ def load(outer: Any, state: Mapping[str, Any]) -> None:
             raise
         raise ValueError(f"this state cannot be loaded, and nothing of it was: {first_line(error)}") from error
     outer.current, outer.carry, outer.best, outer.histories = hparams, carry, (state["best_loss"], best), histories
+    if outer.search is not None:
+        outer.current = outer.search.propose()
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -12,17 +12,16 @@ With w(u) the inner solution, H the inner Hessian, ``Q = d(inner gradient)/du``,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bilevel.problems.linear_model import LinearModelProblem
-
-MAX_WEIGHTS = 2000
-"""Up to this many weights the inner Hessian is factored."""
+from bilevel.oracles.hyper_hessian import MAX_PARAMS
 
 
-def hyper_hessians(
-    problem: LinearModelProblem, hparams: Tensor, params: Tensor, adjoint: Tensor
+def linear_hyper_hessians(
+    problem: Any, hparams: Tensor, params: Tensor, adjoint: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Return the Gauss-Newton and the exact matrix of second derivatives, each (k, k) for k hyperparameters.
 
@@ -36,7 +35,7 @@ def hyper_hessians(
         The two matrices; None for more than 2,000 weights, and where H has no Cholesky factor.
     """
     size, count = params.numel(), hparams.numel()
-    if size > MAX_WEIGHTS:
+    if size > MAX_PARAMS:
         return None
     inner = problem.bind(hparams)
     point = inner.linearize(params)
@@ -65,7 +64,7 @@ def hyper_hessians(
     return gauss_newton, 0.5 * (exact + exact.T)
 
 
-def _third(problem: LinearModelProblem, params: Tensor, adjoint: Tensor, columns: Tensor) -> Tensor:
+def _third(problem: Any, params: Tensor, adjoint: Tensor, columns: Tensor) -> Tensor:
     """Return ``sum_i loss'''(z_i)[x_i a, (X J)_i, (X J)_i]``, (k, k), by a derivative of `GLMLoss.hessian_product`."""
     X, y, glm = problem.train.X, problem.train.y, problem.glm
     along, moved = problem.predict(X, adjoint), problem.predict(X, columns)

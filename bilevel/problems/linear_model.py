@@ -37,6 +37,7 @@ from bilevel.oracles.purity import look
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
+from bilevel.problems.hyper_hessian import linear_hyper_hessians
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.old_hooks import with_hooks
@@ -255,6 +256,17 @@ class LinearModelProblem(DataProblem):
             weights=penalty.new_full((self.train.rows,), self.scale),
             size=hparams.numel(),
         )
+
+    def hyper_hessians(self, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
+        return linear_hyper_hessians(self, hparams, params, adjoint)
+
+    def penalty_scales(self, hparams: Tree) -> Tree | None:
+        if self.parametrization != "log":
+            return None
+        diagonal = self.scale * self.glm.typical_curvature(self.train.y, self.outputs) * self.train.X.square().sum(-1)
+        diagonal = diagonal.expand(self.params_shape())
+        scales = self.gather(diagonal) / self.gather(torch.ones_like(diagonal))
+        return scales.clamp_min(1e-12 * float(scales.max()))
 
     def row_losses(self, params: Tree, split: Split) -> Tensor:
         return self.glm.value(self.predict(split.X, params), split.y)

@@ -78,6 +78,19 @@ class GLMLoss(ABC):
         """Return the curvature in each of several predictions where all are zero; None where they differ."""
         return None
 
+    def typical_curvature(self, y: Tensor, outputs: int | None) -> float:
+        """Return the curvature that scales of penalties are measured by: the largest, or that of a constant prediction.
+
+        Args:
+            y: the encoded training targets.
+            outputs: predictions for each row.
+        """
+        at_zero = None if outputs is None else self.curvature_at_zero(outputs)
+        if at_zero is not None or self.max_curvature < math.inf:
+            return self.max_curvature if at_zero is None else at_zero
+        z = self.constant_prediction(y)
+        return 1.0 if z is None else float(self.curvature(z.expand(y.shape), y).mean())
+
     def constant_prediction(self, y: Tensor) -> Tensor | None:
         """Return the prediction, of shape () or (outputs,), with the least loss of all constants; None: not known."""
         return None

@@ -13,6 +13,7 @@ from bilevel.core.options import is_number, require
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.error_model import Tuned
+from bilevel.oracles.hyper_hessian import hyper_hessians
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.stacking import RowsProblem
 from bilevel.oracles.vjp_sum import ProductSum
@@ -218,6 +219,12 @@ class SampleWeightProblem(SoftmaxProblem):
             weight_slope=self.scale * slopes,
             weight_owner=torch.arange(hparams.numel(), device=hparams.device),
         )
+
+    def hyper_hessians(self, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
+        return hyper_hessians(self, hparams, params, adjoint)
+
+    def penalty_scales(self, hparams: Tree) -> Tree | None:
+        return None
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         losses = self.glm.value(self.predict(self.train.X, params), self.train.y)

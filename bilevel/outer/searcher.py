@@ -1,0 +1,236 @@
+"""`Searcher`: an outer search on a problem, with its hyperparameters as one vector and estimates as its answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel.base import Estimate, InnerSolver
+from bilevel.core import tree
+from bilevel.core.options import describe, first_line
+from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator
+from bilevel.oracles.hyper_hessian import MAX_PARAMS
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.constraints import bounds
+from bilevel.outer.coordinates import Coordinates, Shrinkage
+from bilevel.outer.hyper_lbfgs import LBFGSState, SearchTrial
+from bilevel.outer.hyper_newton import HyperNewton, NewtonState, NewtonTrial
+from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
+from bilevel.outer.warm_start import WarmStart
+
+LIMITS = {torch.float32: (-12.0, 10.0)}
+"""Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
+VALUE = 0.3
+"""The share of its correction by which a corrected outer loss may still be off."""
+SAVED = {
+    each.__name__: each
+    for each in (Coordinates, Shrinkage, NewtonState, NewtonTrial, LBFGSState, SearchTrial, Accepted, Answer, Trial)
+}
+
+
+def check_search(
+    search: OuterSearch[Any],
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    scheduler: Any,
+    warm_start: WarmStart,
+    schedule: Any,
+) -> None:
+    """Refuse a run whose outer losses are no function of the hyperparameters, or whose hypergradients are biased.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    name = type(search).__name__
+    if problem.batch is not None:
+        raise ValueError(f"{name} takes one problem at a time: use a torch optimizer for rows.")
+    if scheduler is not None or schedule is not None:
+        which = "schedule" if scheduler is None else "scheduler"
+        raise ValueError(f"{name} chooses its own steps and accuracies: leave out `{which}`.")
+    if problem.structure.resampled or problem.sources():
+        raise ValueError(
+            f"{name} compares outer losses, but those of mini-batches or renewed data do not compare: use Adam."
+        )
+    if estimator.differentiates_steps and warm_start.state:
+        raise ValueError(
+            f"{name} compares outer losses, but those of {describe(estimator)} depend on where the inner solver "
+            "starts: use warm_start=False, or Implicit()."
+        )
+    try:
+        estimator.at_tolerance(1e-6)
+    except ValueError as error:
+        raise ValueError(f"{name} needs hypergradients without bias: {first_line(error)}") from error
+    if isinstance(search, HyperNewton):
+        if estimator.differentiates_steps:
+            raise ValueError(
+                f"HyperNewton needs the adjoint vector, which {describe(estimator)} has not: use HyperLBFGS."
+            )
+        if problem.optimality is not None:
+            raise ValueError("HyperNewton needs an inner loss, but this problem is stated by a map: use HyperLBFGS.")
+        count = tree.size(problem.start(None))
+        if count > MAX_PARAMS:
+            raise ValueError(
+                f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {count:,}: "
+                "use HyperLBFGS."
+            )
+
+
+class Searcher:
+    """Runs a search in place of a torch optimizer; see `bilevel.outer.moves.Mover`.
+
+    Args:
+        search: the search.
+        problem: a single problem.
+        hparams: where to start.
+        constraints: None, or bounds: see `bounds`.
+
+    Raises:
+        ValueError: for a scan of what is no log penalty, and a start outside its bounds.
+    """
+
+    scheduler = None
+
+    def __init__(self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any) -> None:
+        self.optimizer, self.problem = search, problem
+        self._raveler = tree.Raveler(hparams)
+        (self._like, *_) = tree.leaves(hparams)
+        u, scales = self._vector(hparams), problem.penalty_scales(hparams)
+        lower, upper = (self._vector(each) for each in bounds(hparams, constraints))
+        centre = np.zeros_like(u) if scales is None else np.log(self._vector(scales))
+        kind = Coordinates if scales is None else Shrinkage
+        if scales is None and search.start == "scan":
+            raise ValueError(
+                f"`{type(search).__name__}.start` 'scan' is for log penalties, which these hyperparameters are not: "
+                "use start='given'."
+            )
+        if scales is not None:
+            low, high = search.limits or LIMITS.get(self._like.dtype, (-28.0, 10.0))
+            lower, upper = np.maximum(lower, centre + low), np.minimum(upper, centre + high)
+        if np.any((u < lower) | (u > upper)):
+            index = int(np.argmax((u < lower) | (u > upper)))
+            raise ValueError(
+                f"hyperparameter {index} starts at {u[index]:.4g}, outside its limits {lower[index]:.4g} to "
+                f"{upper[index]:.4g}: start inside, or give `limits`."
+            )
+        self.state = search.init(u, kind(centre, lower, upper))
+        if scales is not None and search.start is None:
+            self.state = replace(self.state, shift=TOP)
+        self._solution: tuple[Tree, Tree] | None = None
+
+    def _vector(self, hparams: Tree) -> Any:
+        return self._raveler.ravel(hparams).detach().double().cpu().numpy()
+
+    def _tree(self, u: Any) -> Tree:
+        return self._raveler.unravel(torch.from_numpy(u).to(self._like))
+
+    @property
+    def stopped(self) -> str:
+        """How the search ended; empty while it goes on."""
+        return str(self.state.stopped)
+
+    def accepted(self) -> Tree | None:
+        """Return the accepted hyperparameters, None before there are some."""
+        return None if self.state.accepted is None else self._tree(self.state.accepted.u)
+
+    def propose(self) -> Tree:
+        """Return where the next hypergradient is wanted; once the search has ended, the accepted hyperparameters."""
+        accepted = self.state.accepted
+        second = isinstance(self.optimizer, HyperNewton) and self.state.shift is None and accepted is not None
+        if second and accepted.answer.second is None and not self.state.stopped:
+            self._complete(accepted)
+        self.state = self.optimizer.propose(self.state)
+        trial = self.state.trial or self.state.accepted
+        return self._tree(self.state.u if trial is None else trial.u)
+
+    def _complete(self, accepted: Accepted) -> None:
+        """Add the second derivatives to the accepted point."""
+        assert self._solution is not None
+        params, adjoint = self._solution
+        second = None if adjoint is None else self.problem.hyper_hessians(self._tree(accepted.u), params, adjoint)
+        if second is None:
+            stopped = "HyperNewton has no second derivatives here (no adjoint, or no Cholesky factor): use HyperLBFGS"
+            self.state = replace(self.state, stopped=stopped)
+            return
+        gauss_newton, exact = (each.double().cpu().numpy() for each in second)
+        answer = replace(accepted.answer, second=(gauss_newton, exact))
+        self.state = replace(self.state, accepted=replace(accepted, answer=answer))
+
+    def tell(self, estimate: Estimate) -> bool:
+        """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""
+        before = self.state.accepted
+        self.state = self.optimizer.tell(self.state, self._answer(estimate))
+        taken = self.state.accepted is not before and self.state.accepted is not None
+        if taken:
+            self._solution = (estimate.params, estimate.carry.adjoint)
+        return taken
+
+    def _answer(self, estimate: Estimate) -> Answer | None:
+        """Return an estimate as an answer; None where it cannot be used.
+
+        With an adjoint vector a and the inner gradient g, ``f - a'g`` is the outer loss at the inner solution but for
+        terms of second order.
+        """
+        if not estimate.status.ok:
+            return None
+        correction = estimate.certificate.value_error or 0.0
+        rounding = 4.0 * torch.finfo(self._like.dtype).eps * abs(estimate.outer_loss)
+        value, error = estimate.outer_loss - correction, VALUE * abs(correction) + rounding
+        return Answer(value, self._vector(estimate.hypergradient), error)
+
+    def trial(self) -> tuple[str, float | None]:
+        """Return the phase of the evaluation to come, and by how much the outer loss is to fall."""
+        trial = self.state.trial
+        predicted = trial.predicted if math.isfinite(trial.predicted) else None
+        return ("scan" if self.state.shift is not None else trial.kind), predicted
+
+    def foreseen(self) -> str:
+        """Return what the search foresees, for the end of a run that was cut off."""
+        trial, accepted = self.state.trial, self.state.accepted
+        if accepted is None or trial is None or not math.isfinite(trial.predicted):
+            return "nothing is foreseen yet"
+        share = trial.predicted / abs(accepted.answer.value) if accepted.answer.value else math.inf
+        return f"about {100 * share:.2g} % of the outer loss may be left"
+
+    def saved(self) -> dict[str, Any]:
+        """Return the state in plain containers and tensors."""
+        solution = None if self._solution is None else [[*map(torch.clone, tree.leaves(x))] for x in self._solution]
+        return {
+            "free": [leaf.clone() for leaf in tree.leaves(self._tree(self.state.u))],
+            "optimizer": {"state": _plain(self.state), "solution": solution},
+            "scheduler": None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `saved` returned."""
+        self.state, solution = _object(state["optimizer"]["state"]), state["optimizer"]["solution"]
+        like = self.problem.start(None)
+        self._solution = None if solution is None else tuple(tree.rebuild(like, leaves) for leaves in solution)
+
+
+def _plain(value: Any) -> Any:
+    """Return a state as containers, tensors and numbers."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _object(value: Any) -> Any:
+    """Return what `_plain` was given."""
+    if isinstance(value, Mapping):
+        return SAVED[value["class"]](**{name: _object(each) for name, each in value.items() if name != "class"})
+    if isinstance(value, Tensor):
+        return value.numpy().copy()
+    return tuple(_object(each) for each in value) if isinstance(value, list | tuple) else value
