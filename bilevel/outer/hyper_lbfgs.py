@@ -73,7 +73,7 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
         g = answer.gradient / at.slope(u)
         lower, upper = at.room(u)
         if state.search is None:
-            near = EDGE * (upper - lower)
+            near = EDGE * np.minimum(upper - lower, 1.0)
             free = ~(((lower >= -near) & (g > 0)) | ((upper <= near) & (g < 0)))
             d = two_loop(g, free, state.pairs)
             if not state.pairs and (largest := float(np.abs(d).max(initial=0.0))) > 0:

@@ -27,6 +27,8 @@ from bilevel.outer.warm_start import WarmStart
 
 LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
+NEAR = 1e-6
+"""A hyperparameter this close to a limit is at it."""
 VALUE = 0.3
 """The share of its correction by which a corrected outer loss may still be off."""
 SAVED = {
@@ -58,7 +60,7 @@ def check_search(
         raise ValueError(f"{name} chooses its own steps and accuracies: leave out `{which}`.")
     if problem.structure.resampled or problem.sources():
         raise ValueError(
-            f"{name} compares outer losses, but those of mini-batches or renewed data do not compare: use Adam."
+            f"{name} compares outer losses, but those of mini-batches or new data do not compare: use Adam."
         )
     if estimator.differentiates_steps and warm_start.state:
         raise ValueError(
@@ -72,7 +74,7 @@ def check_search(
     if isinstance(search, HyperNewton):
         if estimator.differentiates_steps:
             raise ValueError(
-                f"HyperNewton needs the adjoint vector, which {describe(estimator)} has not: use HyperLBFGS."
+                f"HyperNewton needs an adjoint vector, but {describe(estimator)} has none: use HyperLBFGS."
             )
         if problem.optimality is not None:
             raise ValueError("HyperNewton needs an inner loss, but this problem is stated by a map: use HyperLBFGS.")
@@ -134,8 +136,19 @@ class Searcher:
 
     @property
     def stopped(self) -> str:
-        """How the search ended; empty while it goes on."""
-        return str(self.state.stopped)
+        """How the search ended, and which hyperparameters are at their limits; empty while it goes on."""
+        stopped, at, accepted = str(self.state.stopped), self.state.coordinates, self.state.accepted
+        if not stopped or accepted is None:
+            return stopped
+        near = 1e-9 * np.minimum(at.upper - at.lower, 1.0) + NEAR
+        penalties = isinstance(at, Shrinkage)
+        for ends, meaning in (
+            (accepted.u >= at.upper - near, "upper limit" + " (weights shrunk to zero)" * penalties),
+            (accepted.u <= at.lower + near, "lower limit" + " (weights without a penalty)" * penalties),
+        ):
+            if count := int(ends.sum()):
+                stopped += f"; {count} of {len(ends)} at the {meaning}"
+        return stopped
 
     def accepted(self) -> Tree | None:
         """Return the accepted hyperparameters, None before there are some."""

@@ -84,7 +84,7 @@ def box_step(g: Vector, B: Vector, radius: float, lower: Vector, upper: Vector) 
     def model(s: Vector) -> float:
         return float(g @ s + 0.5 * (s @ (B @ s)))
 
-    near = EDGE * (upper - lower)
+    near = EDGE * np.minimum(upper - lower, 1.0)
     held = ((lower >= -near) & (g > 0)) | ((upper <= near) & (g < 0))
     slope = np.where(held, 0.0, -g)
     size = math.sqrt(slope @ slope)
@@ -101,11 +101,15 @@ def box_step(g: Vector, B: Vector, radius: float, lower: Vector, upper: Vector) 
     for _ in range(PASSES):
         q = g + B @ s
         free = ~(((s <= lower + near) & (q > 0)) | ((s >= upper - near) & (q < 0))) & (upper > lower)
-        room = math.sqrt(max(0.0, radius * radius - float(s @ s)))
-        if not free.any() or np.linalg.norm(q[free]) <= 1e-8 * size or room <= 1e-3 * radius:
+        if not free.any() or np.linalg.norm(q[free]) <= 1e-8 * size:
+            break
+        # The free variables anew, with the others held where they are, in what they leave of the ball.
+        held = np.where(free, 0.0, s)
+        room = math.sqrt(max(0.0, radius * radius - float(held @ held)))
+        if room == 0:
             break
         towards = np.zeros_like(g)
-        towards[free] = ball_step(q[free], B[np.ix_(free, free)], room)
+        towards[free] = ball_step((g + B @ held)[free], B[np.ix_(free, free)], room) - s[free]
         before, best = model(s), _searched(model, s, towards, lower, upper)
         if best is None:
             break
