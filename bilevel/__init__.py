@@ -87,7 +87,9 @@ if TYPE_CHECKING:
     from bilevel.outer import HyperNewton as HyperNewton
     from bilevel.outer import OuterOptimizer as OuterOptimizer
     from bilevel.outer import ToleranceSchedule as ToleranceSchedule
+    from bilevel.outer import Tuned as Tuned
     from bilevel.outer import WarmStart as WarmStart
+    from bilevel.outer import tune as tune
     from bilevel.problems import QuadraticProblem as QuadraticProblem
 
     __version__: str
@@ -119,7 +121,8 @@ _NAMES = {
     "oracles.stacking": "stack",
     "oracles.structure": "Structure",
     "oracles.tracing": "trace",
-    "outer": "BatchOuterOptimizer BatchOuterResult HyperLBFGS HyperNewton OuterOptimizer ToleranceSchedule WarmStart",
+    "outer": "BatchOuterOptimizer BatchOuterResult HyperLBFGS HyperNewton OuterOptimizer ToleranceSchedule Tuned "
+    "WarmStart tune",
     "problems": "QuadraticProblem",
 }
 """The public names of each module."""

@@ -17,4 +17,6 @@ from bilevel.outer.stopping import StoppingRules as StoppingRules
 from bilevel.outer.stopping import no_descent as no_descent
 from bilevel.outer.stopping import not_converged as not_converged
 from bilevel.outer.stopping import with_remark as with_remark
+from bilevel.outer.tuning import Tuned as Tuned
+from bilevel.outer.tuning import tune as tune
 from bilevel.outer.warm_start import WarmStart as WarmStart

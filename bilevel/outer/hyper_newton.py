@@ -26,8 +26,9 @@ PROBE = 10.0
 """A probe at the end is to raise the outer loss by this multiple of what may be left."""
 FORESEEN = 0.5
 """Share of its effect by which a probe may differ from what the model foresees."""
-DOUBTS = 3
-"""Probes that differ by more, after which values and gradients are said to disagree."""
+DOUBTS = 4
+"""Probes that differ by more, each a tenth as high as the last, after which values and gradients are said to disagree:
+what a right model does not foresee shrinks with the probe, and what a wrong gradient adds does not."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class HyperNewton(OuterSearch[NewtonState]):
                 f"{noise:.1e}: lower the inner tolerance"
             )
             return replace(state, stopped=stopped)
-        probe = None if state.probed else self._probe(state, accepted, PROBE * left / 3**state.doubts)
+        probe = None if state.probed else self._probe(state, accepted, PROBE * left / 10**state.doubts)
         if probe is not None:
             return replace(state, trial=probe)
         stopped = f"converged to a local minimum: about {predicted:.1e} of {value:.6g} may be left"

@@ -150,6 +150,10 @@ class Searcher:
                 stopped += f"; {count} of {len(ends)} at the {meaning}"
         return stopped
 
+    def clipped(self, hparams: Tree) -> Tree:
+        """Return hyperparameters within the limits."""
+        return self._tree(self.state.coordinates.clipped(self._vector(hparams)))
+
     def accepted(self) -> Tree | None:
         """Return the accepted hyperparameters, None before there are some."""
         return None if self.state.accepted is None else self._tree(self.state.accepted.u)

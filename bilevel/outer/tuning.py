@@ -1,0 +1,191 @@
+"""`tune`: descend the outer loss of a problem with all choices made, and say which and why."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bilevel.base import Estimate, InnerSolver, describe
+from bilevel.core import tree
+from bilevel.core.options import is_int, is_positive, shown_value
+from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator
+from bilevel.hypergrad.auto import Auto, as_estimator
+from bilevel.hypergrad.hypergradient import hypergradient
+from bilevel.hypergrad.implicit import Implicit
+from bilevel.inner import QuasiNewton
+from bilevel.linear import GMRES
+from bilevel.oracles.hyper_hessian import MAX_PARAMS
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.hyper_lbfgs import HyperLBFGS
+from bilevel.outer.hyper_newton import HyperNewton
+from bilevel.outer.loop import OuterOptimizer
+from bilevel.outer.records import Record
+from bilevel.outer.search import OuterSearch
+
+MOST = 200
+"""Evaluations of the outer loss, unless `tune` is told otherwise."""
+MATRIX = 400
+"""Up to this many hyperparameters their matrix of second derivatives is held."""
+JITTER = 1.5
+"""Standard deviation of the changes by which further starts differ."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` has found.
+
+    Attributes:
+        hparams: the hyperparameters with the smallest outer loss.
+        params: the inner solution at them.
+        outer_loss: the outer loss there.
+        stopped: how the search ended, in words.
+        estimate: the hypergradient at them, with its evidence.
+        history: one `Record` for each evaluation of the outer loss.
+        choices: what was chosen and why, a line each.
+        ends: the outer losses at which further starts ended, where there were some.
+    """
+
+    hparams: Tree
+    params: Tree
+    outer_loss: float
+    stopped: str
+    estimate: Estimate
+    history: Sequence[Record]
+    choices: tuple[str, ...]
+    ends: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        first = self.history[0].outer_loss
+        seconds = sum(record.seconds for record in self.history)
+        lines = [
+            f"outer loss {self.outer_loss:.6g} after {len(self.history)} evaluations in {seconds:.2g} s, "
+            f"{first:.6g} at the first",
+            f"ended: {self.stopped}",
+            f"evidence: {self.estimate}",
+            *self.choices,
+        ]
+        if len(self.ends) > 1:
+            spread = max(self.ends) / min(self.ends) - 1.0 if min(self.ends) > 0 else float("nan")
+            lines.append(
+                f"{len(self.ends)} starts ended at {min(self.ends):.6g} to {max(self.ends):.6g} ({spread:.1%})"
+            )
+        return "\n".join("\n  ".join(textwrap.wrap(line, 110)) for line in lines)
+
+    def plot(self) -> Any:
+        """Return a figure of the outer loss at every evaluation and the best so far; needs matplotlib."""
+        from bilevel.core.figures import COLOURS, panels
+
+        figure, ((axes,),) = panels(1, 1, (6.0, 3.5))
+        steps = [record.step for record in self.history]
+        losses = [record.outer_loss for record in self.history]
+        axes.plot(steps, np.minimum.accumulate(losses), color=COLOURS[0], label="best so far")
+        for colour, phase in zip(COLOURS[1:], dict.fromkeys(record.phase for record in self.history), strict=False):
+            chosen = [(record.step, record.outer_loss) for record in self.history if record.phase == phase]
+            axes.plot(*zip(*chosen, strict=True), "o", color=colour, label=phase or "step")
+        axes.set(xlabel="evaluation", ylabel="outer loss")
+        axes.legend(frameon=False)
+        return figure
+
+
+def tune(
+    problem: BilevelProblem,
+    hparams: Tree = None,
+    accuracy: float = 1e-3,
+    *,
+    solver: InnerSolver | None = None,
+    estimator: HypergradEstimator | str | None = None,
+    optimizer: Any = "auto",
+    constraints: Any = None,
+    steps: int = MOST,
+    multi_start: int = 1,
+    progress: bool = False,
+) -> Tuned:
+    """Minimise the outer loss by its hypergradients; what is not given is chosen, and the result says why.
+
+    Args:
+        problem: the problem.
+        hparams: where to start; None for the problem's own ``initial_hparams()``.
+        accuracy: relative decrease of the outer loss that may be left at the end.
+        solver: the inner solver; None for `QuasiNewton`.
+        estimator: the hypergradient estimator; None for one that gives the derivative of the inner solution.
+        optimizer: "auto", an outer search, or what makes a torch optimizer, see `OuterOptimizer`.
+        constraints: see `OuterOptimizer`.
+        steps: most evaluations of the outer loss.
+        multi_start: starts of the search; those after the first begin around the end of the first.
+        progress: show a progress line.
+
+    Returns:
+        The best hyperparameters with the evidence about them; ``print`` shows it.
+
+    Raises:
+        ValueError: for options that do not fit, and for a problem that has no start.
+
+    >>> from bilevel import QuadraticProblem
+    >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
+    >>> tuned = tune(problem, torch.zeros(2, dtype=torch.float64))
+    >>> tuned.stopped.startswith("converged")
+    True
+    """
+    if not is_positive(accuracy):
+        raise ValueError(f"`accuracy` must be a positive number, got {shown_value(accuracy)}.")
+    if not is_int(multi_start):
+        raise ValueError(f"`multi_start` must be a positive int, got {shown_value(multi_start)}.")
+    if hparams is None:
+        if not hasattr(problem, "initial_hparams"):
+            raise ValueError(f"{type(problem).__name__} has no hyperparameters to start from: give `hparams`.")
+        hparams = problem.initial_hparams()
+    used = solver or QuasiNewton()
+    rule, reason = chosen_estimator(problem, used, hparams) if estimator is None else (as_estimator(estimator), "given")
+    search, why = chosen_search(problem, hparams, accuracy) if optimizer == "auto" else (optimizer, "given")
+    outer = OuterOptimizer(problem, used, rule, hparams, search, constraints=constraints)
+    result = outer.run(steps, progress=progress)
+    ends, history, stopped, best = [result.best_loss], result.history, result.stopped, result.best_hparams
+    for further in range(1, multi_start):
+        start = _jittered(outer, result.best_hparams, further)
+        again = OuterOptimizer(problem, used, rule, start, search, constraints=constraints)
+        other = again.run(steps, progress=progress)
+        ends.append(other.best_loss)
+        if other.best_loss < min(ends[:-1]):
+            outer, history, stopped, best = again, other.history, other.stopped, other.best_hparams
+    estimate = hypergradient(problem, used, rule, best, carry=outer.carry, certify=True, on_failure="return")
+    choices = (
+        f"inner solver {describe(used)}: {'given' if solver else 'second order from first-order steps'}",
+        f"estimator {describe(rule)}: {reason}",
+        f"outer search {describe(search) if isinstance(search, OuterSearch) else 'torch optimizer'}: {why}",
+    )
+    params = estimate.params
+    return Tuned(best, params, min(ends), stopped, estimate, history, choices, tuple(ends))
+
+
+def chosen_estimator(problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> tuple[HypergradEstimator, str]:
+    """Return an estimator of the derivative of the inner solution, and why."""
+    if problem.optimality is not None:
+        return Implicit(GMRES()), "the Jacobian of an optimality map need not be symmetric"
+    choice = Auto().choose(problem, solver, hparams, problem.start())
+    if problem.structure.quadratic:
+        return choice.estimator, choice.reason
+    return Implicit(), "the derivative of the inner solution, with an adjoint vector"
+
+
+def chosen_search(problem: BilevelProblem, hparams: Tree, tol: float) -> tuple[Any, str]:
+    """Return how the outer loss is descended, and why: a search, or None for Adam."""
+    if problem.structure.resampled or problem.sources():
+        return None, "Adam, as outer losses of mini-batches do not compare"
+    size, count = tree.size(problem.start()), tree.size(hparams)
+    if problem.inner_loss is not None and size <= MAX_PARAMS and count <= MATRIX and problem.wrong_third is None:
+        return HyperNewton(tol), f"{size} inner variables and {count} hyperparameters have dense second derivatives"
+    return HyperLBFGS(tol), f"{size} inner variables or {count} hyperparameters are too many for second derivatives"
+
+
+def _jittered(outer: OuterOptimizer, hparams: Tree, seed: int) -> Tree:
+    """Return hyperparameters around some others, within the limits of a search."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = [leaf + JITTER * torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in tree.leaves(hparams)]
+    moved = tree.rebuild(hparams, leaves)
+    return moved if outer.search is None else outer.search.clipped(moved)
