@@ -22,6 +22,8 @@ TRIALS = 12
 """Rejected trials in a row after which values and gradients are said to disagree."""
 KNOWN = 0.3
 """Share of a predicted decrease up to which the accepted value has to be known."""
+REPEATS = 4
+"""Evaluations of one point in a row, each with a smaller inner residual."""
 PROBE = 10.0
 """A probe at the end is to raise the outer loss by this multiple of what may be left."""
 FORESEEN = 0.5
@@ -98,7 +100,7 @@ class HyperNewton(OuterSearch[NewtonState]):
             if seen <= max(left, noise):
                 return self._last(state, accepted, max(predicted, seen), left, noise)
             s, predicted, state = other, seen, replace(state, exact=not state.exact)
-        if answer.error > KNOWN * predicted and not accepted.repeated:
+        if answer.error > KNOWN * predicted and accepted.repeated < REPEATS:
             return replace(state, trial=NewtonTrial(u, predicted, "again"))
         decreases = tuple(-float(slopes @ s + 0.5 * (s @ (model @ s))) for model in models)
         return replace(state, trial=NewtonTrial(at.back(at.of(u) + s), predicted, "step", math.sqrt(s @ s), decreases))
@@ -114,6 +116,8 @@ class HyperNewton(OuterSearch[NewtonState]):
         """Return the end where no step is worth it, or the probe that the end rests on."""
         value, state = accepted.answer.value, replace(state, predicted=predicted)
         if noise > left:
+            if accepted.repeated < REPEATS:
+                return replace(state, trial=NewtonTrial(accepted.u, left, "again"))
             stopped = (
                 f"at the accuracy of the inner solver: {predicted:.1e} of {value:.6g} may be left, values are known to "
                 f"{noise:.1e}: lower the inner tolerance"
@@ -156,7 +160,10 @@ class HyperNewton(OuterSearch[NewtonState]):
         if trial.kind == "again":
             if math.isnan(trial.predicted):
                 return contradicted(state, accepted, answer, self.tol)
-            return replace(state, accepted=replace(accepted, answer=answer or accepted.answer, repeated=True))
+            # What gets no better by one more evaluation is known as well as it will be.
+            better = answer is not None and answer.error < 0.7 * accepted.answer.error
+            repeated = accepted.repeated + 1 if better else REPEATS
+            return replace(state, accepted=replace(accepted, answer=answer or accepted.answer, repeated=repeated))
         radius, reach, exact, actual = state.radius, state.reach, state.exact, -math.inf
         if answer is None:
             radius, reach = SHRINK * trial.length, SHRINK * reach

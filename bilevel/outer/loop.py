@@ -250,13 +250,16 @@ class OuterOptimizer:
     def _estimate(self) -> Any:
         """Return the hypergradient at the present hyperparameters, of rows all of them."""
         target = self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
+        solver, carry = self.solver, self.carry
+        if self.search is not None:
+            solver, carry = self.search.solver(solver), self.search.carry(carry)
         return hypergradient(
             self.problem.on_outer_step(self.steps_taken),
-            self.solver,
+            solver,
             self.estimator,
             self.current,
             self.params,
-            carry=self.carry,
+            carry=carry,
             certify=self.certify,
             target_error=target,
             check=not self._checked,

@@ -19,6 +19,8 @@ from bilevel.outer.trust_region import Vector
 
 TOP, STEP, BOTTOM = 3.0, 4.0, -24.0
 """The scan: mean(u - c) of its first point, the distance of two, and the last."""
+EXPENSIVE = 4.0
+"""A scan ends with a point that costs more than this many times all before it: weaker penalties cost more still."""
 FELL = 1e-3
 """A point of the scan has fallen if it is lower by this share."""
 
@@ -42,11 +44,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The point with the lowest value so far; `repeated` if it was evaluated a second time, more exactly."""
+    """The point with the lowest value so far; `repeated` counts how often it was evaluated again, more exactly."""
 
     u: Vector
     answer: Answer
-    repeated: bool = False
+    repeated: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class SearchState:
         shift: of the next point of the scan; None where there is none any more.
         scanned: the values of the points of the scan that succeeded.
         flat: points of the scan in a row that did not fall.
+        spent: cost of the scan so far.
         accepted: the best point so far.
         trial: the point that is being evaluated; None before it is chosen.
         rejected: trials in a row without a lower value.
@@ -87,6 +90,7 @@ class SearchState:
     shift: float | None
     scanned: tuple[float, ...] = ()
     flat: int = 0
+    spent: float = 0.0
     accepted: Accepted | None = None
     trial: Any = None
     rejected: int = 0
@@ -135,20 +139,26 @@ class OuterSearch(ABC, Generic[State]):
             return replace(state, trial=Trial(state.u))
         return self.step(state, state.accepted)
 
-    def tell(self, state: State, answer: Answer | None) -> State:
-        """Return the state after the evaluation of its trial; None for one that failed."""
+    def tell(self, state: State, answer: Answer | None, cost: float = 0.0) -> State:
+        """Return the state after the evaluation of its trial.
+
+        Args:
+            state: the state that was proposed.
+            answer: what was found; None where the evaluation failed.
+            cost: of the evaluation, in any unit: a scan ends where one costs far more than all before it.
+        """
         trial, state = state.trial, replace(state, trial=None)
         if answer is not None and not (math.isfinite(answer.value) and np.isfinite(answer.gradient).all()):
             answer = None
         if state.shift is not None:
-            return self._scanned(state, trial, answer, state.shift)
+            return self._scanned(state, trial, answer, state.shift, cost)
         if state.accepted is None:
             if answer is None:
                 return replace(state, stopped="the first hypergradient failed")
             return replace(state, accepted=Accepted(trial.u, answer))
         return self.judge(state, state.accepted, trial, answer)
 
-    def _scanned(self, state: State, trial: Trial, answer: Answer | None, shift: float) -> State:
+    def _scanned(self, state: State, trial: Trial, answer: Answer | None, shift: float, cost: float) -> State:
         scanned, accepted, fell = state.scanned, state.accepted, False
         if answer is not None:
             fell = all(answer.value < value * (1 - FELL) for value in scanned)
@@ -156,10 +166,14 @@ class OuterSearch(ABC, Generic[State]):
             if accepted is None or answer.value < accepted.answer.value:
                 accepted = Accepted(trial.u, answer)
         flat = 0 if fell else state.flat + (len(scanned) > 2)
-        ended = flat >= 2 or shift - STEP < BOTTOM
+        expensive = len(scanned) > 2 and cost > EXPENSIVE * state.spent
+        ended = flat >= 2 or shift - STEP < BOTTOM or expensive
         stopped = "every point of the scan failed" if ended and accepted is None else ""
         following = None if ended else shift - STEP
-        return replace(state, scanned=scanned, accepted=accepted, flat=flat, shift=following, stopped=stopped)
+        spent = state.spent + cost
+        return replace(
+            state, scanned=scanned, accepted=accepted, flat=flat, shift=following, spent=spent, stopped=stopped
+        )
 
     @abstractmethod
     def init(self, u: Vector, coordinates: Coordinates) -> State:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.base import Estimate, InnerSolver
+from bilevel.base import Carry, Estimate, InnerSolver
 from bilevel.core import tree
 from bilevel.core.options import describe, first_line
+from bilevel.core.status import Status
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.hyper_hessian import MAX_PARAMS
@@ -21,7 +22,7 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.constraints import bounds
 from bilevel.outer.coordinates import Coordinates, Shrinkage
 from bilevel.outer.hyper_lbfgs import LBFGSState, SearchTrial
-from bilevel.outer.hyper_newton import HyperNewton, NewtonState, NewtonTrial
+from bilevel.outer.hyper_newton import KNOWN, HyperNewton, NewtonState, NewtonTrial
 from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
 from bilevel.outer.warm_start import WarmStart
 
@@ -29,6 +30,8 @@ LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
 NEAR = 1e-6
 """A hyperparameter this close to a limit is at it."""
+RETRIES = 3
+"""Evaluations of one trial, each with a smaller inner residual, before it is rejected."""
 VALUE = 0.3
 """The share of its correction by which a corrected outer loss may still be off."""
 SAVED = {
@@ -127,6 +130,8 @@ class Searcher:
         if scales is not None and search.start is None:
             self.state = replace(self.state, shift=TOP)
         self._solution: tuple[Tree, Tree] | None = None
+        self.tol: float | None = None
+        self._residual, self._retries = math.nan, 0
 
     def _vector(self, hparams: Tree) -> Any:
         return self._raveler.ravel(hparams).detach().double().cpu().numpy()
@@ -165,8 +170,23 @@ class Searcher:
         if second and accepted.answer.second is None and not self.state.stopped:
             self._complete(accepted)
         self.state = self.optimizer.propose(self.state)
+        self._tighten()
         trial = self.state.trial or self.state.accepted
         return self._tree(self.state.u if trial is None else trial.u)
+
+    def _tighten(self) -> None:
+        """Ask for a smaller inner residual where the value of the accepted point is to be known better."""
+        trial, accepted = self.state.trial, self.state.accepted
+        if (
+            trial is None
+            or accepted is None
+            or trial.kind != "again"
+            or not trial.predicted > 0
+            or not self._residual > 0
+        ):
+            return
+        wanted = KNOWN * trial.predicted / accepted.answer.error
+        self.tol = self._residual * min(max(0.5 * wanted, 1e-3), 0.3)
 
     def _complete(self, accepted: Accepted) -> None:
         """Add the second derivatives to the accepted point."""
@@ -181,13 +201,31 @@ class Searcher:
         answer = replace(accepted.answer, second=(gauss_newton, exact))
         self.state = replace(self.state, accepted=replace(accepted, answer=answer))
 
+    def solver(self, solver: InnerSolver) -> InnerSolver:
+        """Return the inner solver with the tolerance that the values are to be known by."""
+        return solver if self.tol is None else replace(solver, tol=self.tol)
+
+    def carry(self, carry: Carry) -> Carry:
+        """Return the warm start of the evaluation to come: the same run goes on where a value is to be known better."""
+        return (
+            replace(carry, ongoing=True) if self.state.trial is not None and self.state.trial.kind == "again" else carry
+        )
+
     def tell(self, estimate: Estimate) -> bool:
         """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""
-        before = self.state.accepted
-        self.state = self.optimizer.tell(self.state, self._answer(estimate))
+        before, far = self.state.accepted, estimate.certificate.value_error
+        if estimate.status is Status.INACCURATE and far is not None and self._retries < RETRIES:
+            # The value is far from that at the inner solution: the same point once more, with a smaller residual.
+            self.tol, self._retries = 0.03 * estimate.certificate.inner_residual, self._retries + 1
+            return False
+        self._retries = 0
+        self.state = self.optimizer.tell(self.state, self._answer(estimate), estimate.cost.gradient_equivalents)
         taken = self.state.accepted is not before and self.state.accepted is not None
         if taken:
-            self._solution = (estimate.params, estimate.carry.adjoint)
+            self._solution, self._residual = (
+                (estimate.params, estimate.carry.adjoint),
+                estimate.certificate.inner_residual,
+            )
         return taken
 
     def _answer(self, estimate: Estimate) -> Answer | None:
@@ -222,13 +260,21 @@ class Searcher:
         solution = None if self._solution is None else [[*map(torch.clone, tree.leaves(x))] for x in self._solution]
         return {
             "free": [leaf.clone() for leaf in tree.leaves(self._tree(self.state.u))],
-            "optimizer": {"state": _plain(self.state), "solution": solution},
+            "optimizer": {
+                "state": _plain(self.state),
+                "solution": solution,
+                "tol": self.tol,
+                "residual": self._residual,
+                "retries": self._retries,
+            },
             "scheduler": None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what `saved` returned."""
-        self.state, solution = _object(state["optimizer"]["state"]), state["optimizer"]["solution"]
+        saved = state["optimizer"]
+        self.state, solution = _object(saved["state"]), saved["solution"]
+        self.tol, self._residual, self._retries = saved["tol"], saved["residual"], saved["retries"]
         like = self.problem.start(None)
         self._solution = None if solution is None else tuple(tree.rebuild(like, leaves) for leaves in solution)
 
