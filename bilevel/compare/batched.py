@@ -15,13 +15,16 @@ from bilevel.core.options import first_line
 from bilevel.oracles.stacking import stack
 from bilevel.outer import joined as joined
 from bilevel.outer import separated as separated  # both were made here
+from bilevel.outer.search import OuterSearch
 
 
 def groups(plan: Plan, cells: Sequence[Cell]) -> list[list[Cell]]:
     """Return the cells in groups that run as one batch; groups of one where the plan asks for no batches."""
     result: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        key = (cell.problem, cell.estimator) if plan.batch else (cell.index,)
+        # A search ends each run at a step of its own.
+        batch = plan.batch and not isinstance(plan.outer.optimizer, OuterSearch | str)
+        key = (cell.problem, cell.estimator) if batch else (cell.index,)
         result.setdefault(key, []).append(cell)
     return list(result.values())
 

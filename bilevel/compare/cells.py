@@ -132,8 +132,9 @@ def take_steps(
     """Take steps of an outer loop, whose rows the cells are, until all have ended or the stop file appears."""
     saved = time.monotonic()
     while not folder.stopping and not all(run.done for run in runs):
-        hparams = outer.hparams
+        hparams = outer.current
         estimate = outer.step()
+        end = None if outer.search is None else outer.search.end(plan.outer.steps if plan.budget is None else None)
         for index, (run, setup) in enumerate(zip(runs, setups, strict=True)):
             if run.done:
                 continue
@@ -141,7 +142,7 @@ def take_steps(
             here, one = (hparams, estimate) if alone else (member(hparams, index), estimate[index])
             row = make_row(run, outer.histories[index][-1], one, setup, plan.solver, here)
             row["seconds_shared_by"] = len(runs)
-            if take_row(plan, run, row, setup, here, one) and on_row is not None:
+            if take_row(plan, run, row, setup, here, one, end) and on_row is not None:
                 on_row(row)
             if run.done:
                 outer.hold(index)
@@ -158,8 +159,11 @@ def _save(runs: Sequence[CellRun], outer: OuterOptimizer, folder: RunFolder) -> 
         folder.save(run.cell, run.state(going))
 
 
-def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, estimate: Estimate) -> bool:
+def take_row(
+    plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, estimate: Estimate, end: str | None = None
+) -> bool:
     """Add a row to a run, and end the run where the row says so; return whether the row is part of the run."""
+    # An outer search says by `end` how it has ended (None without one): its failed evaluations are rejected trials.
     if plan.budget is not None and row["gradient_equivalents_total"] > plan.budget:
         # The step that does not fit is not part of the run, so that no run uses more than the budget.
         _end_of_budget(run, row, plan, setup)
@@ -169,7 +173,7 @@ def take_row(plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, es
     ):
         run.best = tree.Raveler(hparams).ravel(hparams).tolist()
     run.rows.append(row)
-    run.stopped = stop_reason(plan, run.rows, not setup.problem.structure.resampled)
+    run.stopped = stop_reason(plan, run.rows, not setup.problem.structure.resampled) if end is None else end
     run.done = bool(run.stopped)
     if run.done and not run.failed:
         run.stopped = with_remark(run.stopped, setup.problem, estimate.params, hparams)

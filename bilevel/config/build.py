@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from bilevel import hypergrad, inner, linear, meta, problems
+from bilevel import hypergrad, inner, linear, meta, outer, problems
 from bilevel.base import InnerSolver, LinearSolver
 from bilevel.config.document import ConfigError, listed, shown, suggest
 from bilevel.config.imports import imported
@@ -26,6 +26,7 @@ from bilevel.core.options import first_line
 from bilevel.core.tracebacks import told
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.search import OuterSearch
 
 REQUIRED = inspect.Parameter.empty
 
@@ -35,7 +36,7 @@ class Kind:
     """What a class in a config may be: exported by `modules`, of a base class, in words `name` with its article."""
 
     name: str
-    base: type
+    base: type | tuple[type, ...]
     modules: tuple[types.ModuleType, ...]
     exclude: tuple[str, ...] = ()
 
@@ -56,7 +57,12 @@ LINEAR_SOLVER = Kind("a linear solver", LinearSolver, (linear,))
 # Left out: what takes a module and functions, and the base of linear models, which has no loss.
 PROBLEM = Kind("a problem", BilevelProblem, (problems, meta), ("MetaProblem", "LinearModelProblem"))
 # Left out: those that need a closure, sparse gradients or matrices; and those that need functions, metrics or others.
-OPTIMIZER = Kind("a torch optimizer", torch.optim.Optimizer, (torch.optim,), ("LBFGS", "SparseAdam", "Muon"))
+OPTIMIZER = Kind(
+    "a torch optimizer or an outer search",
+    (torch.optim.Optimizer, OuterSearch),
+    (torch.optim, outer),
+    ("LBFGS", "SparseAdam", "Muon"),
+)
 SCHEDULER = Kind(
     "a torch learning-rate scheduler",
     torch.optim.lr_scheduler.LRScheduler,
@@ -66,9 +72,13 @@ SCHEDULER = Kind(
 KINDS = (SOLVER, ESTIMATOR, LINEAR_SOLVER, PROBLEM, OPTIMIZER, SCHEDULER)
 
 
-def _abstract(value: type, base: type) -> bool:
+def _abstract(value: type, base: type | tuple[type, ...]) -> bool:
     # Not every base is an ABC, so abstract methods are looked for by hand.
-    return value is base or any(getattr(getattr(value, n, None), "__isabstractmethod__", False) for n in dir(value))
+    return (
+        value is base
+        or (isinstance(base, tuple) and value in base)
+        or any(getattr(getattr(value, n, None), "__isabstractmethod__", False) for n in dir(value))
+    )
 
 
 def find_class(name: Any, kind: Kind, path: str) -> type:

@@ -44,7 +44,7 @@ def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
         _found.reset(result)
 
 
-def imported(name: str, base: type, what: str, path: str) -> type:
+def imported(name: str, base: type | tuple[type, ...], what: str, path: str) -> type:
     """Return the class that ``module:Class`` names at a path of the config: a subclass of `base`, in words `what`."""
     if not _allowed.get():
         raise ConfigError(

@@ -35,6 +35,7 @@ from bilevel.core import tree
 from bilevel.engine.checks import read_by_steps
 from bilevel.oracles.autograd_errors import DerivativeError
 from bilevel.outer import OuterOptions, ToleranceSchedule, WarmStart
+from bilevel.outer.search import OuterSearch
 from bilevel.problems import DataProblem
 
 NOT_IN_DATA = frozenset({"seed", "device", "dtype", "task"})
@@ -233,9 +234,14 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
 
 
 def _outer(form: OuterForm) -> OuterOptions:
-    owner = find_class(form.optimizer, OPTIMIZER, "outer.optimizer")
+    if form.optimizer == "auto":
+        owner: type = OuterSearch
+        allowed = {}
+    else:
+        owner = find_class(form.optimizer, OPTIMIZER, "outer.optimizer")
+        allowed = options_of(owner, frozenset({"params"}))
+    search = issubclass(owner, OuterSearch)
     extra, known = form.model_extra or {}, OuterForm.model_fields
-    allowed = options_of(owner, frozenset({"params"}))
     for key in extra:
         if key not in allowed:
             raise ConfigError(
@@ -248,16 +254,30 @@ def _outer(form: OuterForm) -> OuterOptions:
         scheduler = partial(maker, **check_options(maker, given, "outer.scheduler", frozenset({"optimizer"})))
     warm_start = form.warm_start
     made = {
-        "optimizer": partial(owner, **check_options(owner, extra, "outer", frozenset({"params"}))),
+        "optimizer": _optimizer(form, owner, extra),
         "scheduler": scheduler,
         "constraints": _constraint(form.constraints),
         "warm_start": warm_start if isinstance(warm_start, bool) else WarmStart(warm_start.state, warm_start.adjoint),
         "schedule": _schedule(form.schedule),
     }
     try:
+        made |= {"tol": None} if search else {}  # that of the search
         return OuterOptions(**{name: made.get(name, getattr(form, name)) for name in known})
     except ValueError as error:
         raise ConfigError(located(error, "outer", OuterOptions)) from None
+
+
+def _optimizer(form: OuterForm, owner: type, extra: dict[str, Any]) -> Any:
+    """Return what makes the optimizer, or the outer search; its ``tol`` is that of ``outer``."""
+    if form.optimizer == "auto":
+        return "auto"
+    if not issubclass(owner, OuterSearch):
+        return partial(owner, **check_options(owner, extra, "outer", frozenset({"params"})))
+    given = extra | ({} if form.tol is None else {"tol": form.tol})
+    try:
+        return owner(**check_options(owner, given, "outer"))
+    except ValueError as error:
+        raise ConfigError(located(error, "outer", owner)) from None
 
 
 def _schedule(spec: dict[str, Any] | str | None) -> str | ToleranceSchedule | None:

@@ -21,7 +21,8 @@ STEP_LR = "scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer
 
 def check_makers(optimizer: Any, scheduler: Any) -> None:
     """Refuse an optimizer or scheduler that is not a function that makes one, such as a name or an instance."""
-    if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, OuterSearch):
+    known = optimizer is None or isinstance(optimizer, OuterSearch) or optimizer == "auto"
+    if not known and not callable(optimizer):
         raise ValueError(f"{OPTIMIZER}, got {shown_value(optimizer)}: {TRY_ADAM}.")
     if scheduler is not None and not callable(scheduler):
         raise ValueError(f"{SCHEDULER}, got {shown_value(scheduler)}: try {STEP_LR}.")

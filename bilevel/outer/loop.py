@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bilevel.base import Carry, InnerSolver, verdict_of
 from bilevel.core import rows, tree
+from bilevel.core.options import describe
 from bilevel.core.rows import check_rows
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
@@ -27,12 +28,12 @@ from bilevel.hypergrad.target_error import check_target
 from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
-from bilevel.outer.checks import check_callbacks, check_steps, check_switches
+from bilevel.outer.checks import check_callbacks, check_makers, check_steps, check_switches
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import Searcher, check_search
+from bilevel.outer.searcher import Searcher, auto_search, check_search
 from bilevel.outer.state import load, saved
 from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
 from bilevel.outer.warm_start import WarmStart
@@ -57,7 +58,8 @@ class OuterOptimizer:
         estimator: the hypergradient estimator; "auto" for `Auto()`.
         hparams: where to start; must satisfy the constraints.
         optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``. Or a `HyperNewton`
-            or `HyperLBFGS`, which chooses its steps by values and ends by itself: a step is one evaluation then.
+            or `HyperLBFGS`, which chooses its steps by values and ends by itself: a step is one evaluation then. "auto"
+            takes one of these where it can, and `choice` says which and why.
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
         constraints: a ``torch.distributions.constraints`` object for all hyperparameters, or a dict of them by key for
             dict hyperparameters (missing keys are free): positive, interval(a, b), simplex, ...
@@ -96,7 +98,7 @@ class OuterOptimizer:
         solver: InnerSolver,
         estimator: HypergradEstimator | str,
         hparams: Tree,
-        optimizer: MakeOptimizer | OuterSearch[Any] | None = None,
+        optimizer: MakeOptimizer | OuterSearch[Any] | str | None = None,
         *,
         scheduler: MakeScheduler | None = None,
         constraints: Any = None,
@@ -120,6 +122,7 @@ class OuterOptimizer:
         self.size: int | None = problem.batch
         if self.size is not None:
             check_rows("hparams", hparams, self.size)
+        check_makers(optimizer, scheduler)
         self.target_error, self.schedule = target_error, as_schedule(schedule, target_error)
         first = target_error if self.schedule is None else self.schedule.at(1)
         if first is not None:
@@ -131,6 +134,10 @@ class OuterOptimizer:
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
         self.search: Searcher | None = None
+        self.choice = ""
+        if isinstance(optimizer, str):
+            optimizer, reason = auto_search(problem, solver, rule, hparams, self.warm_start)
+            self.choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
         if isinstance(optimizer, OuterSearch):
             check_search(optimizer, problem, solver, rule, hparams, scheduler, self.warm_start, schedule)
             self.search = Searcher(optimizer, problem, hparams, constraints)

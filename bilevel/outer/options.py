@@ -13,6 +13,7 @@ from bilevel.outer.constraints import check_constraints
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
+from bilevel.outer.search import OuterSearch
 from bilevel.outer.stopping import StoppingRules
 from bilevel.outer.warm_start import WarmStart
 
@@ -22,7 +23,7 @@ class OuterOptions:
     """An outer run as a value: options of `OuterOptimizer` and of its `run`; steps count where there is no budget."""
 
     steps: int = 30
-    optimizer: MakeOptimizer | None = None
+    optimizer: MakeOptimizer | OuterSearch[Any] | str | None = None
     scheduler: MakeScheduler | None = None
     constraints: Any = None
     warm_start: bool | WarmStart = True

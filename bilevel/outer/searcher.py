@@ -21,11 +21,13 @@ from bilevel.oracles.hyper_hessian import MAX_PARAMS
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.constraints import bounds
 from bilevel.outer.coordinates import Coordinates, Shrinkage
-from bilevel.outer.hyper_lbfgs import LBFGSState, SearchTrial
+from bilevel.outer.hyper_lbfgs import HyperLBFGS, LBFGSState, SearchTrial
 from bilevel.outer.hyper_newton import KNOWN, HyperNewton, NewtonState, NewtonTrial
 from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
 from bilevel.outer.warm_start import WarmStart
 
+MATRIX = 400
+"""Up to this many hyperparameters their matrix of second derivatives is held, unless a `HyperNewton` is asked for."""
 LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
 NEAR = 1e-6
@@ -89,6 +91,32 @@ def check_search(
             )
 
 
+def auto_search(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    warm_start: WarmStart,
+    tol: float = 1e-6,
+) -> tuple[OuterSearch[Any] | None, str]:
+    """Return the search that fits a run, with the reason; None for Adam, where outer losses do not compare."""
+    count = tree.size(hparams)
+    why = f"{count} hyperparameters are more than {MATRIX}, of which second derivatives are held"
+    for search in (HyperNewton(tol), HyperLBFGS(tol)):
+        if isinstance(search, HyperNewton) and (count > MATRIX or problem.wrong_third is not None):
+            why = why if count > MATRIX else f"{problem.wrong_third} has no right third derivatives"
+            continue
+        try:
+            check_search(search, problem, solver, estimator, hparams, None, warm_start, None)
+        except ValueError as error:
+            why = first_line(error).rstrip(".")
+            continue
+        if isinstance(search, HyperNewton):
+            why = f"{tree.size(problem.start(None))} inner variables, {count} hyperparameters: second derivatives fit"
+        return search, why
+    return None, why
+
+
 class Searcher:
     """Runs a search in place of a torch optimizer; see `bilevel.outer.moves.Mover`.
 
@@ -131,7 +159,7 @@ class Searcher:
             self.state = replace(self.state, shift=TOP)
         self._solution: tuple[Tree, Tree] | None = None
         self.tol: float | None = None
-        self._residual, self._retries = math.nan, 0
+        self._residual, self._retries, self.evaluations = math.nan, 0, 0
 
     def _vector(self, hparams: Tree) -> Any:
         return self._raveler.ravel(hparams).detach().double().cpu().numpy()
@@ -154,6 +182,12 @@ class Searcher:
             if count := int(ends.sum()):
                 stopped += f"; {count} of {len(ends)} at the {meaning}"
         return stopped
+
+    def end(self, steps: int | None) -> str:
+        """Return how the search ended, or that it took as many steps as it may; empty while it goes on."""
+        if self.stopped or steps is None or self.evaluations < steps:
+            return self.stopped
+        return f"took {steps} steps, not converged: {self.foreseen()}"
 
     def clipped(self, hparams: Tree) -> Tree:
         """Return hyperparameters within the limits."""
@@ -213,6 +247,7 @@ class Searcher:
 
     def tell(self, estimate: Estimate) -> bool:
         """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""
+        self.evaluations += 1
         before, far = self.state.accepted, estimate.certificate.value_error
         if estimate.status is Status.INACCURATE and far is not None and self._retries < RETRIES:
             # The value is far from that at the inner solution: the same point once more, with a smaller residual.
@@ -250,10 +285,10 @@ class Searcher:
     def foreseen(self) -> str:
         """Return what the search foresees, for the end of a run that was cut off."""
         trial, accepted = self.state.trial, self.state.accepted
-        if accepted is None or trial is None or not math.isfinite(trial.predicted):
+        predicted = self.state.predicted if trial is None or not trial.predicted > 0 else trial.predicted
+        if accepted is None or not math.isfinite(predicted) or accepted.answer.value == 0:
             return "nothing is foreseen yet"
-        share = trial.predicted / abs(accepted.answer.value) if accepted.answer.value else math.inf
-        return f"about {100 * share:.2g} % of the outer loss may be left"
+        return f"about {100 * predicted / abs(accepted.answer.value):.2g} % of the outer loss may be left"
 
     def saved(self) -> dict[str, Any]:
         """Return the state in plain containers and tensors."""
@@ -266,6 +301,7 @@ class Searcher:
                 "tol": self.tol,
                 "residual": self._residual,
                 "retries": self._retries,
+                "evaluations": self.evaluations,
             },
             "scheduler": None,
         }
@@ -275,6 +311,7 @@ class Searcher:
         saved = state["optimizer"]
         self.state, solution = _object(saved["state"]), saved["solution"]
         self.tol, self._residual, self._retries = saved["tol"], saved["residual"], saved["retries"]
+        self.evaluations = saved["evaluations"]
         like = self.problem.start(None)
         self._solution = None if solution is None else tuple(tree.rebuild(like, leaves) for leaves in solution)
 

@@ -20,18 +20,15 @@ from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.implicit import Implicit
 from bilevel.inner import QuasiNewton
 from bilevel.linear import GMRES
-from bilevel.oracles.hyper_hessian import MAX_PARAMS
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.outer.hyper_lbfgs import HyperLBFGS
-from bilevel.outer.hyper_newton import HyperNewton
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.records import Record
 from bilevel.outer.search import OuterSearch
+from bilevel.outer.searcher import auto_search
+from bilevel.outer.warm_start import WarmStart
 
 MOST = 200
 """Evaluations of the outer loss, unless `tune` is told otherwise."""
-MATRIX = 400
-"""Up to this many hyperparameters their matrix of second derivatives is held."""
 JITTER = 1.5
 """Standard deviation of the changes by which further starts differ."""
 
@@ -142,7 +139,9 @@ def tune(
         hparams = problem.initial_hparams()
     used = solver or QuasiNewton()
     rule, reason = chosen_estimator(problem, used, hparams) if estimator is None else (as_estimator(estimator), "given")
-    search, why = chosen_search(problem, hparams, accuracy) if optimizer == "auto" else (optimizer, "given")
+    search, why = optimizer, "given"
+    if isinstance(optimizer, str) and optimizer == "auto":
+        search, why = auto_search(problem, used, rule, hparams, WarmStart(), accuracy)
     outer = OuterOptimizer(problem, used, rule, hparams, search, constraints=constraints)
     result = outer.run(steps, progress=progress)
     ends, history, stopped, best = [result.best_loss], result.history, result.stopped, result.best_hparams
@@ -154,10 +153,11 @@ def tune(
         if other.best_loss < min(ends[:-1]):
             outer, history, stopped, best = again, other.history, other.stopped, other.best_hparams
     estimate = hypergradient(problem, used, rule, best, carry=outer.carry, certify=True, on_failure="return")
+    named = describe(search) if isinstance(search, OuterSearch) else "Adam" if search is None else "of torch"
     choices = (
         f"inner solver {describe(used)}: {'given' if solver else 'second order from first-order steps'}",
         f"estimator {describe(rule)}: {reason}",
-        f"outer search {describe(search) if isinstance(search, OuterSearch) else 'torch optimizer'}: {why}",
+        f"outer search {named}: {why}",
     )
     params = estimate.params
     return Tuned(best, params, min(ends), stopped, estimate, history, choices, tuple(ends))
@@ -171,16 +171,6 @@ def chosen_estimator(problem: BilevelProblem, solver: InnerSolver, hparams: Tree
     if problem.structure.quadratic:
         return choice.estimator, choice.reason
     return Implicit(), "the derivative of the inner solution, with an adjoint vector"
-
-
-def chosen_search(problem: BilevelProblem, hparams: Tree, tol: float) -> tuple[Any, str]:
-    """Return how the outer loss is descended, and why: a search, or None for Adam."""
-    if problem.structure.resampled or problem.sources():
-        return None, "Adam, as outer losses of mini-batches do not compare"
-    size, count = tree.size(problem.start()), tree.size(hparams)
-    if problem.inner_loss is not None and size <= MAX_PARAMS and count <= MATRIX and problem.wrong_third is None:
-        return HyperNewton(tol), f"{size} inner variables and {count} hyperparameters have dense second derivatives"
-    return HyperLBFGS(tol), f"{size} inner variables or {count} hyperparameters are too many for second derivatives"
 
 
 def _jittered(outer: OuterOptimizer, hparams: Tree, seed: int) -> Tree:
