@@ -134,7 +134,11 @@ def take_steps(
     while not folder.stopping and not all(run.done for run in runs):
         hparams = outer.current
         estimate = outer.step()
-        end = None if outer.search is None else outer.search.end(plan.outer.steps if plan.budget is None else None)
+        end = (
+            None
+            if outer.search is None
+            else outer.search.each[0].end(plan.outer.steps if plan.budget is None else None)
+        )
         for index, (run, setup) in enumerate(zip(runs, setups, strict=True)):
             if run.done:
                 continue

@@ -99,13 +99,11 @@ def _assembled(
         costs,
         cost,
         [each.verdict for each in estimates],
-        _joined(problem, solver, hparams, start, [each.carry for each in estimates]),
+        joined(problem, solver, hparams, start, [each.carry for each in estimates]),
     )
 
 
-def _joined(
-    problem: BilevelProblem, solver: InnerSolver, hparams: Tree, start: Tree, carries: Sequence[Carry]
-) -> Carry:
+def joined(problem: BilevelProblem, solver: InnerSolver, hparams: Tree, start: Tree, carries: Sequence[Carry]) -> Carry:
     """Return the warm starts of the members as one; a member without a state is at its start."""
     if all(carry.state is None for carry in carries):
         return Carry(solver=type(solver).__name__)

@@ -21,6 +21,7 @@ from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failu
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
 from bilevel.engine.estimator import HypergradEstimator
+from bilevel.engine.one_by_one import joined
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.side_by_side import as_batch
@@ -33,7 +34,8 @@ from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import Searcher, auto_search, check_search
+from bilevel.outer.searcher import auto_search, check_search
+from bilevel.outer.searches import Searches
 from bilevel.outer.state import load, saved
 from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
 from bilevel.outer.warm_start import WarmStart
@@ -133,14 +135,14 @@ class OuterOptimizer:
             self.warm_start = WarmStart(state=False, adjoint=False)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
-        self.search: Searcher | None = None
+        self.search: Searches | None = None
         self.choice = ""
         if isinstance(optimizer, str):
             optimizer, reason = auto_search(problem, solver, rule, hparams, self.warm_start)
             self.choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
         if isinstance(optimizer, OuterSearch):
             check_search(optimizer, problem, solver, rule, hparams, scheduler, self.warm_start, schedule)
-            self.search = Searcher(optimizer, problem, hparams, constraints)
+            self.search = Searches(optimizer, problem, hparams, constraints, self.size)
             self.mover: Any = self.search
         else:
             self.mover = Mover(hparams, optimizer, scheduler, constraints, self.size)
@@ -160,8 +162,7 @@ class OuterOptimizer:
     @property
     def hparams(self) -> Tree:
         """The present hyperparameters, detached; of a search the best it has accepted."""
-        accepted = None if self.search is None else self.search.accepted()
-        return tree.tree_map(torch.clone, self.current if accepted is None else accepted)
+        return tree.tree_map(torch.clone, self.current if self.search is None else self.search.accepted(self.current))
 
     @property
     def history(self) -> list[Any]:
@@ -221,19 +222,32 @@ class OuterOptimizer:
             self.histories[index].append(record)
         return estimate
 
-    def _searched(self, search: Searcher, estimate: Any) -> Any:
-        """Hand an evaluation to the search; a failed one is a rejected trial, unless nothing has succeeded before."""
-        kind, predicted = search.trial()
-        accepted = search.tell(estimate)
-        if not estimate.status.usable and search.accepted() is None and search.stopped:
+    def _searched(self, search: Searches, estimate: Any) -> Any:
+        """Hand an evaluation to the searches; a failed one is a rejected trial, unless nothing has succeeded before."""
+        told = search.tell(estimate, self._going)
+        alone = search.each[0]
+        if self.size is None and not estimate.status.usable and alone.stopped and alone.accepted() is None:
             report(estimate.verdict, self.on_failure, estimate)
         self._checked = True
-        record = record_of(self.steps_taken + 1, estimate)
-        self.histories[0].append(replace(record, phase=kind, accepted=accepted, predicted=predicted))
-        if accepted:
-            self.best, self.carry = (estimate.outer_loss, self.current), self.warm_start.part_of(estimate.carry)
+        for index, says in enumerate(told):
+            if says is not None:
+                one = estimate if self.size is None else estimate[index]
+                record = record_of(len(self.histories[index]) + 1, one)
+                self.histories[index].append(replace(record, **says))
+        taken = [says is not None and says["accepted"] for says in told]
+        chosen = [index for index, each in enumerate(taken) if each]
+        pairs = zip((estimate.outer_loss, self.current), self.best, strict=True)
+        self.best = tuple(where(chosen, self.size, new, old) for new, old in pairs)
+        self.carry = self._carried(self.warm_start.part_of(estimate.carry), taken)
         self.current = search.propose()
         return estimate
+
+    def _carried(self, new: Carry, taken: Sequence[bool]) -> Carry:
+        """Return the warm starts of the accepted points: the new ones where a point was taken."""
+        if self.size is None or not any(taken) or self.carry.state is None:
+            return new if any(taken) else self.carry
+        parts = [(new if each else self.carry).row(index) for index, each in enumerate(taken)]
+        return joined(self.problem, self.solver, self.current, self.problem.start(self.params), parts)
 
     def hold(self, index: int) -> None:
         """Let a row stand still from now on, until `run` is called."""
@@ -336,7 +350,8 @@ class OuterOptimizer:
         """Return why each row has ended, empty for those that go on, which alone move from now on."""
         verdict = None if estimate is None or self.size is not None else estimate.verdict
         if self.search is not None:
-            reasons = [self.search.stopped or rules.reason(self.histories[0])]
+            pairs = zip(self.search.each, self.histories, strict=True)
+            reasons = [each.stopped or rules.reason(history) for each, history in pairs]
         else:
             reasons = [failure(history, verdict) or rules.reason(history) for history in self.histories]
         self._going = [not reason for reason in reasons]
@@ -345,8 +360,8 @@ class OuterOptimizer:
     def _end(self, rules: StoppingRules, reason: str, steps: int, estimate: Any, index: int) -> str:
         """Return why a row ended, without a reason by its steps, with what is odd about its outer loss."""
         history = self.histories[index]
-        if self.search is not None and not self.search.stopped:
-            reason = f"{reason or f'took {steps} steps'}, not converged: {self.search.foreseen()}"
+        if self.search is not None and not self.search.each[index].stopped:
+            reason = f"{reason or f'took {steps} steps'}, not converged: {self.search.each[index].foreseen()}"
         end = reason or rules.end(f"took {steps} steps", *columns(history), not self.problem.structure.resampled)
         if estimate is None or failure(history):
             return end

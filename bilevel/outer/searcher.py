@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.base import Carry, Estimate, InnerSolver
+from bilevel.base import Estimate, InnerSolver
 from bilevel.core import tree
 from bilevel.core.options import describe, first_line
 from bilevel.core.status import Status
@@ -32,6 +32,8 @@ LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
 NEAR = 1e-6
 """A hyperparameter this close to a limit is at it."""
+COUNTED = ("tol", "residual", "retries", "evaluations")
+"""Numbers of a searcher that go on with a saved run."""
 RETRIES = 3
 """Evaluations of one trial, each with a smaller inner residual, before it is rejected."""
 VALUE = 0.3
@@ -58,8 +60,6 @@ def check_search(
         ValueError: in one sentence.
     """
     name = type(search).__name__
-    if problem.batch is not None:
-        raise ValueError(f"{name} takes one problem at a time: use a torch optimizer for rows.")
     if scheduler is not None or schedule is not None:
         which = "schedule" if scheduler is None else "scheduler"
         raise ValueError(f"{name} chooses its own steps and accuracies: leave out `{which}`.")
@@ -118,7 +118,7 @@ def auto_search(
 
 
 class Searcher:
-    """Runs a search in place of a torch optimizer; see `bilevel.outer.moves.Mover`.
+    """A search on one problem: its hyperparameters as one vector, and estimates as its answers.
 
     Args:
         search: the search.
@@ -129,8 +129,6 @@ class Searcher:
     Raises:
         ValueError: for a scan of what is no log penalty, and a start outside its bounds.
     """
-
-    scheduler = None
 
     def __init__(self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any) -> None:
         self.optimizer, self.problem = search, problem
@@ -157,9 +155,10 @@ class Searcher:
         self.state = search.init(u, kind(centre, lower, upper))
         if scales is not None and search.start is None:
             self.state = replace(self.state, shift=TOP)
+        self.start = self._tree(self.state.u)
         self._solution: tuple[Tree, Tree] | None = None
         self.tol: float | None = None
-        self._residual, self._retries, self.evaluations = math.nan, 0, 0
+        self.residual, self.retries, self.evaluations = math.nan, 0, 0
 
     def _vector(self, hparams: Tree) -> Any:
         return self._raveler.ravel(hparams).detach().double().cpu().numpy()
@@ -211,16 +210,12 @@ class Searcher:
     def _tighten(self) -> None:
         """Ask for a smaller inner residual where the value of the accepted point is to be known better."""
         trial, accepted = self.state.trial, self.state.accepted
-        if (
-            trial is None
-            or accepted is None
-            or trial.kind != "again"
-            or not trial.predicted > 0
-            or not self._residual > 0
-        ):
+        if trial is None or accepted is None or trial.kind != "again":
+            return
+        if not (trial.predicted > 0 and self.residual > 0):
             return
         wanted = KNOWN * trial.predicted / accepted.answer.error
-        self.tol = self._residual * min(max(0.5 * wanted, 1e-3), 0.3)
+        self.tol = self.residual * min(max(0.5 * wanted, 1e-3), 0.3)
 
     def _complete(self, accepted: Accepted) -> None:
         """Add the second derivatives to the accepted point."""
@@ -235,32 +230,20 @@ class Searcher:
         answer = replace(accepted.answer, second=(gauss_newton, exact))
         self.state = replace(self.state, accepted=replace(accepted, answer=answer))
 
-    def solver(self, solver: InnerSolver) -> InnerSolver:
-        """Return the inner solver with the tolerance that the values are to be known by."""
-        return solver if self.tol is None else replace(solver, tol=self.tol)
-
-    def carry(self, carry: Carry) -> Carry:
-        """Return the warm start of the evaluation to come: the same run goes on where a value is to be known better."""
-        return (
-            replace(carry, ongoing=True) if self.state.trial is not None and self.state.trial.kind == "again" else carry
-        )
-
     def tell(self, estimate: Estimate) -> bool:
         """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""
         self.evaluations += 1
         before, far = self.state.accepted, estimate.certificate.value_error
-        if estimate.status is Status.INACCURATE and far is not None and self._retries < RETRIES:
+        if estimate.status is Status.INACCURATE and far is not None and self.retries < RETRIES:
             # The value is far from that at the inner solution: the same point once more, with a smaller residual.
-            self.tol, self._retries = 0.03 * estimate.certificate.inner_residual, self._retries + 1
+            self.tol, self.retries = 0.03 * estimate.certificate.inner_residual, self.retries + 1
             return False
-        self._retries = 0
+        self.retries = 0
         self.state = self.optimizer.tell(self.state, self._answer(estimate), estimate.cost.gradient_equivalents)
         taken = self.state.accepted is not before and self.state.accepted is not None
         if taken:
-            self._solution, self._residual = (
-                (estimate.params, estimate.carry.adjoint),
-                estimate.certificate.inner_residual,
-            )
+            self._solution = (estimate.params, estimate.carry.adjoint)
+            self.residual = estimate.certificate.inner_residual
         return taken
 
     def _answer(self, estimate: Estimate) -> Answer | None:
@@ -293,27 +276,15 @@ class Searcher:
     def saved(self) -> dict[str, Any]:
         """Return the state in plain containers and tensors."""
         solution = None if self._solution is None else [[*map(torch.clone, tree.leaves(x))] for x in self._solution]
-        return {
-            "free": [leaf.clone() for leaf in tree.leaves(self._tree(self.state.u))],
-            "optimizer": {
-                "state": _plain(self.state),
-                "solution": solution,
-                "tol": self.tol,
-                "residual": self._residual,
-                "retries": self._retries,
-                "evaluations": self.evaluations,
-            },
-            "scheduler": None,
-        }
+        return {"state": _plain(self.state), "solution": solution} | {name: getattr(self, name) for name in COUNTED}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, saved: Mapping[str, Any]) -> None:
         """Take back what `saved` returned."""
-        saved = state["optimizer"]
         self.state, solution = _object(saved["state"]), saved["solution"]
-        self.tol, self._residual, self._retries = saved["tol"], saved["residual"], saved["retries"]
-        self.evaluations = saved["evaluations"]
         like = self.problem.start(None)
         self._solution = None if solution is None else tuple(tree.rebuild(like, leaves) for leaves in solution)
+        for name in COUNTED:
+            setattr(self, name, saved[name])
 
 
 def _plain(value: Any) -> Any:

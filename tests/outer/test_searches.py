@@ -395,6 +395,29 @@ def test_a_run_that_is_saved_after_any_evaluation_goes_on_bit_for_bit(rule):
     assert torch.equal(part.hparams, result.hparams)
 
 
+def test_rows_are_searched_each_with_its_own_phase_and_end():
+    problem, starts = Ridge(1).problem(), Ridge(1).starts(3)
+    u = torch.from_numpy(np.stack(starts))
+    together = outer_of(problem, u, batch=3).run(40, progress=False)
+    alone = [outer_of(problem, torch.from_numpy(start)).run(40, progress=False) for start in starts]
+    assert len({len(history) for history in together.history}) > 1
+    for i, single in enumerate(alone):
+        assert together.stopped[i].startswith("converged")
+        assert len(together.history[i]) == len(single.history)
+        losses = [[record.outer_loss for record in each] for each in (together.history[i], single.history)]
+        np.testing.assert_allclose(*losses, rtol=1e-7)
+        torch.testing.assert_close(together[i].hparams.exp(), single.hparams.exp(), rtol=1e-4, atol=1e-6)
+    parts, state = outer_of(problem, u, batch=3), None
+    for _ in range(5):
+        parts = outer_of(problem, u, batch=3)
+        if state is not None:
+            parts.load_state_dict(state)
+        parts.step()
+        state = parts.state_dict()
+    again = outer_of(problem, u, batch=3).run(5, progress=False)
+    assert [[r.outer_loss for r in h] for h in parts.history] == [[r.outer_loss for r in h] for h in again.history]
+
+
 def test_a_run_that_is_cut_off_says_how_much_may_be_left():
     problem = Ridge(0).problem()
     u = torch.from_numpy(Ridge(0).starts(1)[0])
@@ -427,9 +450,6 @@ def test_weights_of_rows_are_bounded_and_tuned_without_a_scan():
 
 
 REFUSED = {
-    "HyperNewton takes one problem at a time: use a torch optimizer for rows.": lambda p, u: outer_of(
-        p, u.expand(3, -1).clone(), batch=3
-    ),
     "HyperNewton chooses its own steps and accuracies: leave out `schedule`.": lambda p, u: outer_of(
         p, u, schedule="quadratic"
     ),
