@@ -34,8 +34,8 @@ from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import auto_search, check_search
-from bilevel.outer.searches import Searches
+from bilevel.outer.searcher import check_search
+from bilevel.outer.searches import Searches, auto_search
 from bilevel.outer.state import load, saved
 from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
 from bilevel.outer.warm_start import WarmStart
@@ -138,7 +138,8 @@ class OuterOptimizer:
         self.search: Searches | None = None
         self.choice = ""
         if isinstance(optimizer, str):
-            optimizer, reason = auto_search(problem, solver, rule, hparams, self.warm_start)
+            given = {"constraints": constraints, "scheduler": scheduler, "schedule": schedule}
+            optimizer, reason = auto_search(problem, solver, rule, hparams, self.warm_start, **given)
             self.choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
         if isinstance(optimizer, OuterSearch):
             check_search(optimizer, problem, solver, rule, hparams, scheduler, self.warm_start, schedule)

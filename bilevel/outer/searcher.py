@@ -21,7 +21,7 @@ from bilevel.oracles.hyper_hessian import MAX_PARAMS
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.constraints import bounds
 from bilevel.outer.coordinates import Coordinates, Shrinkage
-from bilevel.outer.hyper_lbfgs import HyperLBFGS, LBFGSState, SearchTrial
+from bilevel.outer.hyper_lbfgs import LBFGSState, SearchTrial
 from bilevel.outer.hyper_newton import KNOWN, HyperNewton, NewtonState, NewtonTrial
 from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
 from bilevel.outer.warm_start import WarmStart
@@ -89,32 +89,6 @@ def check_search(
                 f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {count:,}: "
                 "use HyperLBFGS."
             )
-
-
-def auto_search(
-    problem: BilevelProblem,
-    solver: InnerSolver,
-    estimator: HypergradEstimator,
-    hparams: Tree,
-    warm_start: WarmStart,
-    tol: float = 1e-6,
-) -> tuple[OuterSearch[Any] | None, str]:
-    """Return the search that fits a run, with the reason; None for Adam, where outer losses do not compare."""
-    count = tree.size(hparams)
-    why = f"{count} hyperparameters are more than {MATRIX}, of which second derivatives are held"
-    for search in (HyperNewton(tol), HyperLBFGS(tol)):
-        if isinstance(search, HyperNewton) and (count > MATRIX or problem.wrong_third is not None):
-            why = why if count > MATRIX else f"{problem.wrong_third} has no right third derivatives"
-            continue
-        try:
-            check_search(search, problem, solver, estimator, hparams, None, warm_start, None)
-        except ValueError as error:
-            why = first_line(error).rstrip(".")
-            continue
-        if isinstance(search, HyperNewton):
-            why = f"{tree.size(problem.start(None))} inner variables, {count} hyperparameters: second derivatives fit"
-        return search, why
-    return None, why
 
 
 class Searcher:

@@ -8,10 +8,60 @@ from typing import Any
 
 from bilevel.base import Carry, Estimate, InnerSolver
 from bilevel.core import rows, tree
+from bilevel.core.options import first_line
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.hyper_lbfgs import HyperLBFGS
+from bilevel.outer.hyper_newton import HyperNewton
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import Searcher
+from bilevel.outer.searcher import MATRIX, Searcher, check_search
+from bilevel.outer.warm_start import WarmStart
+
+
+def auto_search(
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    warm_start: WarmStart,
+    *,
+    constraints: Any = None,
+    scheduler: Any = None,
+    schedule: Any = None,
+    tol: float = 1e-6,
+) -> tuple[OuterSearch[Any] | None, str]:
+    """Return the search that fits a run, with the reason; None for Adam, where outer losses do not compare.
+
+    Args:
+        problem: the problem.
+        solver: the inner solver.
+        estimator: the hypergradient estimator.
+        hparams: where to start.
+        warm_start: what one step hands to the next.
+        constraints: see `OuterOptimizer`.
+        scheduler: a scheduler belongs to a torch optimizer.
+        schedule: a schedule of tolerances does, too.
+        tol: relative decrease of the outer loss that may be left.
+    """
+    count = tree.size(hparams) // (problem.batch or 1)
+    size = tree.size(problem.start(None)) // (problem.batch or 1)
+    reason = f"{size} inner variables and {count} hyperparameters have dense second derivatives"
+    for search in (HyperNewton(tol), HyperLBFGS(tol)):
+        if isinstance(search, HyperNewton) and count > MATRIX:
+            reason = f"{count} hyperparameters are more than the {MATRIX} of which second derivatives are held"
+            continue
+        if isinstance(search, HyperNewton) and problem.wrong_third is not None:
+            reason = f"{problem.wrong_third} has no right third derivatives"
+            continue
+        try:
+            check_search(search, problem, solver, estimator, hparams, scheduler, warm_start, schedule)
+            Searches(search, problem, hparams, constraints, problem.batch)
+        except ValueError as error:
+            reason = first_line(error).rstrip(".")
+            continue
+        return search, reason
+    return None, reason
 
 
 class Searches:

@@ -24,7 +24,7 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.records import Record
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import auto_search
+from bilevel.outer.searches import auto_search
 from bilevel.outer.warm_start import WarmStart
 
 MOST = 200
@@ -141,7 +141,7 @@ def tune(
     rule, reason = chosen_estimator(problem, used, hparams) if estimator is None else (as_estimator(estimator), "given")
     search, why = optimizer, "given"
     if isinstance(optimizer, str) and optimizer == "auto":
-        search, why = auto_search(problem, used, rule, hparams, WarmStart(), accuracy)
+        search, why = auto_search(problem, used, rule, hparams, WarmStart(), constraints=constraints, tol=accuracy)
     outer = OuterOptimizer(problem, used, rule, hparams, search, constraints=constraints)
     result = outer.run(steps, progress=progress)
     ends, history, stopped, best = [result.best_loss], result.history, result.stopped, result.best_hparams
