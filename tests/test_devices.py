@@ -83,7 +83,7 @@ def test_an_outer_run_its_state_and_its_certificate_stay_on_their_device(name: s
     def outer(device: Any) -> bl.OuterOptimizer:
         placed = PROBLEMS[name].make(device)
         solver, estimator = bl.GradientDescent(steps=5), bl.Implicit()
-        return bl.OuterOptimizer(placed.problem, solver, estimator, placed.hparams, certify=True)
+        return bl.OuterOptimizer(placed.problem, solver, estimator, placed.hparams, None, certify=True)
 
     with accelerator() as log:
         there = outer(DEVICE)
@@ -97,6 +97,19 @@ def test_an_outer_run_its_state_and_its_certificate_stay_on_their_device(name: s
         here.run(2, progress=False)
         close(again.hparams, here.hparams, 1e-10)
         assert again.history[-1].error == pytest.approx(here.history[-1].error, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ridge", "logistic"])
+def test_an_outer_search_hands_its_points_to_the_device(name: str) -> None:
+    def ends(device: Any) -> bl.OuterOptimizer:
+        placed = PROBLEMS[name].make(device)
+        return bl.OuterOptimizer(placed.problem, bl.Newton(), bl.Implicit(), placed.hparams, bl.HyperNewton())
+
+    with accelerator():
+        there, here = ends(DEVICE), ends(CPU)
+        results = [outer.run(12, progress=False) for outer in (there, here)]
+        assert on_device([there.hparams, there.current, there.carry.adjoint])
+        close(results[0].hparams, results[1].hparams, 1e-6)
 
 
 def test_the_layer_stays_on_its_device() -> None:

@@ -1,4 +1,4 @@
-"""`OuterOptimizer`: descend hypergradients with any torch optimizer, warm starts, constraints and a resumable state.
+"""`OuterOptimizer`: descend hypergradients by a search or any torch optimizer, with warm starts and a resumable state.
 
 One problem is a run with one history; rows have one each, move together, and end by themselves.
 """
@@ -59,9 +59,11 @@ class OuterOptimizer:
         solver: the inner solver.
         estimator: the hypergradient estimator; "auto" for `Auto()`.
         hparams: where to start; must satisfy the constraints.
-        optimizer: makes a torch optimizer from the list of free tensors; default ``Adam(lr=0.1)``. Or a `HyperNewton`
-            or `HyperLBFGS`, which chooses its steps by values and ends by itself: a step is one evaluation then. "auto"
-            takes one of these where it can, and `choice` says which and why.
+        optimizer: how the hyperparameters move. "auto" (the default) takes a search, `HyperNewton` or `HyperLBFGS`,
+            which chooses its steps by values and slopes, ends by itself and takes one evaluation a step; where losses
+            do not compare (mini-batches, new data, warm-started unrolls), or where a scheduler or a schedule is given,
+            ``Adam(lr=0.1)``; `choice` says which and why. Else one of these searches, or a function that makes a torch
+            optimizer from the list of free tensors; None for that Adam.
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
         constraints: a ``torch.distributions.constraints`` object for all hyperparameters, or a dict of them by key for
             dict hyperparameters (missing keys are free): positive, interval(a, b), simplex, ...
@@ -100,7 +102,7 @@ class OuterOptimizer:
         solver: InnerSolver,
         estimator: HypergradEstimator | str,
         hparams: Tree,
-        optimizer: MakeOptimizer | OuterSearch[Any] | str | None = None,
+        optimizer: MakeOptimizer | OuterSearch[Any] | str | None = "auto",
         *,
         scheduler: MakeScheduler | None = None,
         constraints: Any = None,

@@ -93,7 +93,7 @@ def test_a_member_that_fails_ends_and_the_others_go_on(optimizer: Any) -> None:
 def test_a_failed_member_stops_a_run_that_raises_before_anything_moves() -> None:
     _, batch, hparams = case("ridge", shared=True)
     hparams[2] = 5.0
-    outer = bl.OuterOptimizer(batch, bl.GradientDescent(step_size=0.3, steps=200), bl.Implicit(), hparams)
+    outer = bl.OuterOptimizer(batch, bl.GradientDescent(step_size=0.3, steps=200), bl.Implicit(), hparams, None)
     with pytest.raises(bl.HypergradientError, match="1 of 4 members failed: member 2"):
         outer.run(2, progress=False)
     assert torch.equal(outer.hparams, hparams)
@@ -131,7 +131,7 @@ def test_callbacks_and_the_progress_line(capsys: Any) -> None:
         seen.append(len(estimate))
         return len(seen) == 2
 
-    outer = bl.OuterOptimizer(batch, bl.GradientDescent(), bl.Implicit(), hparams, callbacks=[stop])
+    outer = bl.OuterOptimizer(batch, bl.GradientDescent(), bl.Implicit(), hparams, None, callbacks=[stop])
     result = outer.run(5)
     assert seen == [4, 4]
     assert set(result.stopped) == {"a callback asked to stop"}

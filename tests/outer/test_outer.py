@@ -301,7 +301,7 @@ def test_a_run_says_where_a_constant_predicts_better_and_where_one_row_makes_the
     alone = "; row 7 of X_val alone makes 100% of the outer loss"
     for y_val, remark in ((-right, opposite), (outlier, alone), (right, "a step$")):
         hparams = torch.full(() if batch is None else (batch,), -3.0, dtype=torch.float64)
-        outer = bl.OuterOptimizer(regression(y_val), bl.GradientDescent(), bl.Implicit(), hparams, batch=batch)
+        outer = bl.OuterOptimizer(regression(y_val), bl.GradientDescent(), bl.Implicit(), hparams, None, batch=batch)
         stopped = outer.run(2, progress=False).stopped
         for text in [stopped] if batch is None else stopped:
             assert re.search(remark, text), text
