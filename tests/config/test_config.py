@@ -20,6 +20,7 @@ from bilevel import (
     Auto,
     BalancedImplicit,
     GradientDescent,
+    HyperNewton,
     Implicit,
     ToleranceSchedule,
     TruncatedUnroll,
@@ -110,6 +111,21 @@ def test_tune_keeps_one_estimator_and_one_seed(config: Path) -> None:
     assert list(plan.estimators) == ["short tail"]
     assert plan.seeds == (0,)
     assert list(load_plan(config, only="implicit", tune=True).estimators) == ["implicit"]
+
+
+def test_outer_searches_are_named_in_a_config_and_are_the_default_of_tuning(config: Path) -> None:
+    alone = "estimators={implicit: {class: Implicit}}"
+    named = load_plan(config, ["outer={optimizer: HyperNewton, tol: 1.0e-5, start: given, steps: 7}", alone])
+    assert named.outer.optimizer == HyperNewton(tol=1e-5, start="given")
+    assert (named.outer.tol, named.outer.steps) == (None, 7)
+    text = config.read_text().replace("outer: {optimizer: Adam, lr: 0.1, steps: 2}", "outer: {steps: 9}")
+    config.write_text(text)
+    assert load_plan(config, tune=True).outer.optimizer == "auto"
+    assert load_plan(config).outer.optimizer != "auto"
+    with pytest.raises(ConfigError, match=r"`outer.tol`: `HyperNewton.tol` must be|`outer.limits`: .*two numbers"):
+        load_plan(config, ["outer={optimizer: HyperNewton, limits: [3.0, 1.0]}", alone])
+    with pytest.raises(ConfigError, match="`outer`: HyperNewton compares outer losses, but those of TruncatedUnroll"):
+        load_plan(config, ["outer={optimizer: HyperNewton}"])
 
 
 def test_written_config_is_the_same_plan(config: Path, tmp_path: Path) -> None:
