@@ -7,8 +7,9 @@ from .evidence import EVIDENCE
 from .inputs import INPUTS
 from .loops import LOOPS
 from .row import Break
+from .searches import SEARCHES
 from .solvers import SOLVERS
 from .verdicts import VERDICTS
 
-BREAKS: tuple[Break, ...] = (*SOLVERS, *ESTIMATORS, *EVIDENCE, *VERDICTS, *LOOPS, *INPUTS)
+BREAKS: tuple[Break, ...] = (*SOLVERS, *ESTIMATORS, *EVIDENCE, *VERDICTS, *LOOPS, *SEARCHES, *INPUTS)
 """All rows, each with a name of its own."""

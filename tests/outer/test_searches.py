@@ -441,6 +441,44 @@ def test_general_losses_in_a_dict_converge():
     assert float(here["m"].norm()) < 1e-3
 
 
+def test_values_are_corrected_to_those_at_the_inner_solution():
+    ridge = Ridge(0)
+    u = torch.from_numpy(ridge.centre)
+    exact = ridge.at(u.numpy()).value
+    estimate = bl.hypergradient(ridge.problem(), bl.GradientDescent(steps=200), bl.Implicit(), u)
+    raw, corrected = estimate.outer_loss, estimate.outer_loss - estimate.certificate.value_error
+    assert abs(corrected - exact) < 0.2 * abs(raw - exact)
+    outer = bl.OuterOptimizer(
+        ridge.problem(), bl.GradientDescent(steps=200), bl.Implicit(), u, bl.HyperNewton(start="given")
+    )
+    outer.step()
+    if outer.search.each[0].state.accepted is not None:
+        assert outer.search.each[0].state.accepted.answer.value == pytest.approx(corrected)
+
+
+def test_an_inner_run_that_did_not_converge_is_never_accepted():
+    ridge = Ridge(0)
+    u = torch.from_numpy(ridge.centre - 8.0)
+    solver = bl.GradientDescent(steps=3, tol=1e-10)
+    outer = bl.OuterOptimizer(
+        ridge.problem(), solver, bl.Implicit(), u, bl.HyperNewton(start="given"), on_failure="return"
+    )
+    estimate = outer.step()
+    assert estimate.status is bl.Status.INNER_NOT_CONVERGED
+    assert [record.accepted for record in outer.history] == [False]
+    assert outer.best[0] == math.inf
+
+
+def test_a_rejected_trial_leaves_no_warm_start():
+    ridge = Ridge(1)
+    outer = outer_of(ridge.problem(), torch.from_numpy(ridge.starts(1)[0]))
+    for _ in range(14):
+        before = outer.carry
+        outer.step()
+        assert (outer.carry is before) == (not outer.history[-1].accepted)
+    assert {record.accepted for record in outer.history} == {True, False}
+
+
 def test_weights_of_rows_are_bounded_and_tuned_without_a_scan():
     X, y = data("SoftmaxProblem", 0, rows=12)
     problem = bl.problems.SampleWeightProblem(X, y, *data("SoftmaxProblem", 1), penalty=0.1)

@@ -1,0 +1,86 @@
+"""Breaks of the outer searches: the trust region, coordinates, second derivatives, and what their ends rest on."""
+
+from __future__ import annotations
+
+from .row import Break
+
+TESTS = "test_searches.py::"
+SEARCHES = (
+    Break(
+        "search-hard-case",
+        "bilevel/outer/trust_region.py",
+        "if short > 1e-5 * radius * radius and values[0] < 0:",
+        "if short > 1e9 * radius * radius and values[0] < 0:",
+        TESTS + "test_steps_in_a_ball_satisfy_the_conditions_of_a_global_minimiser",
+    ),
+    Break(
+        "search-ball-of-the-step-alone",
+        "bilevel/outer/trust_region.py",
+        "room = math.sqrt(max(0.0, radius * radius - float(held @ held)))",
+        "room = radius",
+        TESTS + "test_steps_in_a_box_stay_in_it_and_no_small_change_is_better",
+    ),
+    Break(
+        "search-flat-coordinates",
+        "bilevel/outer/coordinates.py",
+        "return model + np.diag(gradient * self.bend(u)) if exact else model",
+        "return model",
+        TESTS + "test_second_derivatives_in_shrinkage_are_those_of_differences",
+    ),
+    Break(
+        "search-third-derivative-lost",
+        "bilevel/problems/hyper_hessian.py",
+        "if not glm.quadratic:",
+        "if False:",
+        TESTS + "test_hyper_hessians_are_the_differences_of_hypergradients",
+    ),
+    Break(
+        "search-lagrangian-without-constraint",
+        "bilevel/oracles/hyper_hessian.py",
+        "lagrangian = outer - a @ g",
+        "lagrangian = outer - 0.9 * (a @ g)",
+        TESTS + "test_hyper_hessians_of_dicts_and_of_outer_losses_that_see_the_hyperparameters",
+    ),
+    Break(
+        "search-no-probe",
+        "bilevel/outer/hyper_newton.py",
+        "probe = None if state.probed else",
+        "probe = None if True else",
+        TESTS + "test_converged_is_never_said_of_wrong_numbers",
+    ),
+    Break(
+        "search-probe-blind-to-slopes",
+        "bilevel/outer/hyper_newton.py",
+        "agrees &= bool(np.all(",
+        "agrees &= bool(np.any(",
+        TESTS + "test_converged_is_never_said_of_wrong_numbers",
+    ),
+    Break(
+        "search-noise-unheeded",
+        "bilevel/outer/hyper_newton.py",
+        "left, noise = self.tol * abs(answer.value), 3.0 * answer.error",
+        "left, noise = self.tol * abs(answer.value), 0.0",
+        TESTS + "test_noise_that_is_known_ends_at_the_accuracy_of_the_inner_solver",
+    ),
+    Break(
+        "search-value-uncorrected",
+        "bilevel/outer/searcher.py",
+        "value, error = estimate.outer_loss - correction,",
+        "value, error = estimate.outer_loss + correction,",
+        TESTS + "test_values_are_corrected_to_those_at_the_inner_solution",
+    ),
+    Break(
+        "search-accepts-what-is-not-ok",
+        "bilevel/outer/searcher.py",
+        "        if not estimate.status.ok:\n            return None",
+        "        if not estimate.status.usable:\n            return None",
+        TESTS + "test_an_inner_run_that_did_not_converge_is_never_accepted",
+    ),
+    Break(
+        "search-carry-of-a-rejected-trial",
+        "bilevel/outer/loop.py",
+        "return new if any(taken) else self.carry",
+        "return new",
+        TESTS + "test_a_rejected_trial_leaves_no_warm_start",
+    ),
+)
