@@ -322,7 +322,7 @@ class OuterOptimizer:
         """
         check_steps(steps)
         rules = StoppingRules(budget, tol, patience, min_progress)
-        reasons = [""] if self.size is None else self._ends(rules)
+        reasons = [""] if self.size is None and self.search is None else self._ends(rules)
         asked, estimate = False, None
         try:
             with tqdm(total=steps, disable=not progress, unit="step") as line:

@@ -427,6 +427,19 @@ def test_a_run_that_is_cut_off_says_how_much_may_be_left():
     assert "nothing is foreseen yet" in outer_of(problem, u).run(2, progress=False).stopped
 
 
+def test_a_search_that_has_ended_stays_where_it_is():
+    problem = Ridge(0).problem()
+    outer = outer_of(problem, torch.from_numpy(Ridge(0).starts(1)[0]))
+    result = outer.run(50, progress=False)
+    again = outer.run(50, progress=False)
+    assert (again.stopped, len(again.history)) == (result.stopped, len(result.history))
+    estimate = outer.step()
+    assert estimate.outer_loss == pytest.approx(result.best_loss, rel=1e-8)
+    assert outer.history[-1].phase == "ended"
+    assert torch.equal(outer.hparams, result.hparams)
+    assert outer.run(50, progress=False).stopped == result.stopped
+
+
 def test_general_losses_in_a_dict_converge():
     problem = tree_problem()
     u = {"m": torch.zeros(3, dtype=F64), "s": torch.zeros((), dtype=F64)}
