@@ -206,8 +206,6 @@ class Searcher:
 
     def tell(self, estimate: Estimate) -> bool:
         """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""
-        if self.state.stopped:
-            return False
         self.evaluations += 1
         before, far = self.state.accepted, estimate.certificate.value_error
         if estimate.status is Status.INACCURATE and far is not None and self.retries < RETRIES:
@@ -236,10 +234,8 @@ class Searcher:
         return Answer(value, self._vector(estimate.hypergradient), error)
 
     def trial(self) -> tuple[str, float | None]:
-        """Return the phase of the evaluation to come ("ended" after the last), and the decrease that is predicted."""
+        """Return the phase of the evaluation to come, and by how much the outer loss is to fall."""
         trial = self.state.trial
-        if trial is None:
-            return "ended", None
         predicted = trial.predicted if math.isfinite(trial.predicted) else None
         return ("scan" if self.state.shift is not None else trial.kind), predicted
 
