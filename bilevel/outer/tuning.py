@@ -14,6 +14,7 @@ from bilevel.base import Estimate, InnerSolver, describe
 from bilevel.core import tree
 from bilevel.core.options import is_int, is_positive, shown_value
 from bilevel.core.tree import Tree
+from bilevel.engine.checks import check_roles
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.hypergrad.auto import Auto, as_estimator
 from bilevel.hypergrad.hypergradient import hypergradient
@@ -137,7 +138,8 @@ def tune(
         if not hasattr(problem, "initial_hparams"):
             raise ValueError(f"{type(problem).__name__} has no hyperparameters to start from: give `hparams`.")
         hparams = problem.initial_hparams()
-    used = solver or QuasiNewton()
+    used = QuasiNewton() if solver is None else solver
+    check_roles(problem, used, Implicit())
     rule, reason = chosen_estimator(problem, used, hparams) if estimator is None else (as_estimator(estimator), "given")
     search, why = optimizer, "given"
     if isinstance(optimizer, str) and optimizer == "auto":
@@ -155,7 +157,7 @@ def tune(
     estimate = hypergradient(problem, used, rule, best, carry=outer.carry, certify=True, on_failure="return")
     named = describe(search) if isinstance(search, OuterSearch) else "Adam" if search is None else "of torch"
     choices = (
-        f"inner solver {describe(used)}: {'given' if solver else 'second order from first-order steps'}",
+        f"inner solver {describe(used)}: {'given' if solver else 'it measures curvature and needs no step size'}",
         f"estimator {describe(rule)}: {reason}",
         f"outer search {named}: {why}",
     )

@@ -1,0 +1,124 @@
+"""`tune`: all choices made, said, and borne out."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from sklearn.datasets import load_breast_cancer
+
+import bilevel as bl
+
+F64 = torch.float64
+
+
+def logistic(dtype: torch.dtype = F64) -> bl.BilevelProblem:
+    X, y = (torch.as_tensor(each) for each in load_breast_cancer(return_X_y=True))
+    X = ((X - X.mean(0)) / X.std(0))[:, :8].to(dtype)
+    return bl.problems.LogisticProblem(X[:300], y[:300], X[300:], y[300:], "per_feature")
+
+
+def norms(dtype: torch.dtype = F64, **options) -> bl.BilevelProblem:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(30, 3, generator=generator, dtype=dtype)
+    y = X @ torch.tensor([1.0, 0.0, -1.0], dtype=dtype) + 0.3 * torch.randn(30, generator=generator, dtype=dtype)
+    return bl.BilevelProblem(
+        lambda w, u: ((X[:15] @ w - y[:15]) ** 2).mean() + (u.exp() * w**2).sum(),
+        lambda w, u: ((X[15:] @ w - y[15:]) ** 2).mean(),
+        params=torch.zeros(3, dtype=dtype),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_one_line_tunes_and_says_what_it_chose(dtype):
+    problem = logistic(dtype)
+    tuned = bl.tune(problem)
+    assert tuned.stopped.startswith("converged to a local minimum")
+    assert tuned.estimate.status.ok
+    assert tuned.outer_loss == pytest.approx(float(problem.outer_loss(tuned.params, tuned.hparams)), rel=1e-4)
+    # No single penalty of a grid is better.
+    grid = [bl.hypergradient(problem, bl.QuasiNewton(), bl.Implicit(), torch.full((8,), u, dtype=dtype)).outer_loss
+            for u in range(-10, 3)]  # fmt: skip
+    assert tuned.outer_loss < min(grid)
+    text = str(tuned)
+    assert all(len(line) <= 112 for line in text.splitlines())
+    for said in (
+        "outer loss ",
+        "ended: converged",
+        "evidence: ",
+        "inner solver QuasiNewton()",
+        "HyperNewton(tol=0.001)",
+    ):
+        assert said in text
+    assert tuned.plot().axes[0].get_xlabel() == "evaluation"
+
+
+def test_further_starts_report_how_far_apart_they_end():
+    tuned = bl.tune(logistic(), accuracy=1e-4, multi_start=3)
+    assert len(tuned.ends) == 3
+    assert tuned.outer_loss == min(tuned.ends)
+    assert f"3 starts ended at {min(tuned.ends):.6g} to {max(tuned.ends):.6g}" in str(tuned).replace("\n  ", " ")
+
+
+def test_general_losses_need_a_start_and_get_no_scan():
+    tuned = bl.tune(norms(), torch.zeros(3, dtype=F64), accuracy=1e-6)
+    assert tuned.stopped.startswith("converged")
+    assert {record.phase for record in tuned.history} == {"step", "probe"}
+    assert "Implicit" in tuned.choices[1]
+    with pytest.raises(ValueError, match="BilevelProblem has no hyperparameters to start from: give `hparams`"):
+        bl.tune(norms())
+
+
+def test_what_is_given_is_kept_and_adam_is_taken_where_losses_do_not_compare():
+    u = torch.zeros(3, dtype=F64)
+    solver = bl.GradientDescent(0.1, steps=30)
+    tuned = bl.tune(norms(), u, solver=solver, estimator=bl.FullUnroll(), steps=4)
+    assert "inner solver GradientDescent(steps=30, step_size=0.1): given" in tuned.choices[0]
+    assert "Adam" in tuned.choices[2]
+    assert "depend on where the inner solver starts" in tuned.choices[2]
+    tuned = bl.tune(norms(), u, optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1), steps=3)
+    assert len(tuned.history) == 3
+    assert "outer search of torch: given" in tuned.choices[2]
+
+
+def test_auto_says_which_search_and_why():
+    outer = bl.OuterOptimizer(norms(), bl.Newton(), bl.Implicit(), torch.zeros(3, dtype=F64))
+    assert outer.choice == (
+        "auto chose HyperNewton(): 3 inner variables and 3 hyperparameters have dense second derivatives"
+    )
+    unrolled = bl.OuterOptimizer(
+        norms(), bl.GradientDescent(0.1, steps=50), bl.FullUnroll(), torch.zeros(3, dtype=F64), warm_start=False
+    )
+    assert unrolled.choice.startswith("auto chose HyperLBFGS(): HyperNewton needs an adjoint vector")
+    result = unrolled.run(25, progress=False)
+    assert result.best_loss < result.history[0].outer_loss
+    scheduled = bl.OuterOptimizer(
+        norms(), bl.Newton(), bl.Implicit(), torch.zeros(3, dtype=F64), schedule="exponential"
+    )
+    assert scheduled.choice.startswith("auto chose Adam: HyperLBFGS chooses its own steps and accuracies")
+    simplex = bl.OuterOptimizer(
+        norms(),
+        bl.Newton(),
+        bl.Implicit(),
+        torch.full((3,), 1 / 3, dtype=F64),
+        constraints=torch.distributions.constraints.simplex,
+    )
+    assert simplex.choice.startswith("auto chose Adam: `constraints` holds Simplex()")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"accuracy": 0.0}, "`accuracy` must be a positive number, got 0.0."),
+        ({"multi_start": 0}, "`multi_start` must be a positive int, got 0."),
+        ({"steps": -1}, "`steps` must be an int that is not negative, got -1."),
+        ({"optimizer": "Newton"}, "`optimizer` must make a torch.optim.Optimizer"),
+        ({"solver": "GD"}, "solver"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        bl.tune(norms(), torch.zeros(3, dtype=F64), **options)
+    assert "\n" not in str(caught.value)
