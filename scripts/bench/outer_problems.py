@@ -294,7 +294,7 @@ def by_torch_lbfgs(problem: Any, u: torch.Tensor, most: int) -> Trace:
         optimizer.step(closure)  # type: ignore[arg-type]
     except Ended:
         pass
-    except ArithmeticError as error:
+    except (ValueError, ArithmeticError) as error:
         trace.stopped = type(error).__name__
     return trace
 
