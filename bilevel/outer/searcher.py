@@ -24,6 +24,7 @@ from bilevel.outer.coordinates import Coordinates, Shrinkage
 from bilevel.outer.hyper_lbfgs import LBFGSState, SearchTrial
 from bilevel.outer.hyper_newton import KNOWN, HyperNewton, NewtonState, NewtonTrial
 from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
+from bilevel.outer.trust_region import EDGE
 from bilevel.outer.warm_start import WarmStart
 
 MATRIX = 400
@@ -31,7 +32,7 @@ MATRIX = 400
 LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
 NEAR = 1e-6
-"""A hyperparameter this close to a limit is at it."""
+"""A hyperparameter this close to a limit is at it, apart from rounding in the coordinates."""
 COUNTED = ("tol", "residual", "retries", "evaluations")
 """Numbers of a searcher that go on with a saved run."""
 RETRIES = 3
@@ -146,14 +147,16 @@ class Searcher:
         stopped, at, accepted = str(self.state.stopped), self.state.coordinates, self.state.accepted
         if not stopped or accepted is None:
             return stopped
-        near = 1e-9 * np.minimum(at.upper - at.lower, 1.0) + NEAR
+        # In the coordinates: near a shrinkage of one, rounding moves a log penalty by 1e-4 and more.
+        v, high, low = (at.of(u) for u in (accepted.u, at.upper, at.lower))
+        near = EDGE * np.minimum(np.abs(high - low), 1.0) + NEAR * np.abs(at.slope(accepted.u))
         penalties = isinstance(at, Shrinkage)
-        for ends, meaning in (
-            (accepted.u >= at.upper - near, "upper limit" + " (weights shrunk to zero)" * penalties),
-            (accepted.u <= at.lower + near, "lower limit" + " (weights without a penalty)" * penalties),
+        for end, meaning in (
+            (high, "upper limit" + " (weights shrunk to zero)" * penalties),
+            (low, "lower limit" + " (weights without a penalty)" * penalties),
         ):
-            if count := int(ends.sum()):
-                stopped += f"; {count} of {len(ends)} at the {meaning}"
+            if count := int((np.abs(v - end) <= near).sum()):
+                stopped += f"; {count} of {len(v)} at the {meaning}"
         return stopped
 
     def end(self, steps: int | None) -> str:

@@ -427,6 +427,19 @@ def test_a_run_that_is_cut_off_says_how_much_may_be_left():
     assert "nothing is foreseen yet" in outer_of(problem, u).run(2, progress=False).stopped
 
 
+def test_an_end_names_the_penalties_at_their_limits_though_shrinkages_near_one_are_rounded():
+    ridge = Ridge(0)
+    result = outer_of(ridge.problem(), torch.from_numpy(ridge.starts(1)[0])).run(50, progress=False)
+    shifts = result.hparams.numpy() - ridge.centre
+    dead, free = int((shifts > 9.99).sum()), int((shifts < -21.0).sum())
+    assert dead
+    assert free > 1
+    assert result.stopped.endswith(
+        f"; {dead} of 6 at the upper limit (weights shrunk to zero); {free} of 6 at the lower limit "
+        "(weights without a penalty)"
+    )
+
+
 def test_a_search_that_has_ended_stays_where_it_is():
     problem = Ridge(0).problem()
     outer = outer_of(problem, torch.from_numpy(Ridge(0).starts(1)[0]))
