@@ -346,9 +346,12 @@ def left_after(problem: Any, u: torch.Tensor) -> tuple[float, float]:
         nonlocal carry
         moved = torch.from_numpy(centre - np.log(t) + np.log1p(-t)).reshape(u.shape)
         estimate = bl.hypergradient(problem, *exact.values(), moved, carry=carry, on_failure="return", check=False)
+        value = trace.told(estimate, 0.0)
+        if not estimate.status.ok:
+            # The outer loss at what is no inner solution may be lower than any: a wall, so that the search turns back.
+            carry = bl.Carry()
+            return 10 * abs(trace.values[0]), np.zeros_like(t)
         carry = estimate.carry
-        value = estimate.outer_loss - (estimate.certificate.value_error or 0.0)
-        trace.values.append(value)
         return value, -estimate.hypergradient.reshape(-1).numpy() / (t * (1 - t))
 
     low, high = (1 / (1 + np.exp(-each)) for each in (-10.0, 28.0))
@@ -358,7 +361,7 @@ def left_after(problem: Any, u: torch.Tensor) -> tuple[float, float]:
         at, t, jac=True, method="L-BFGS-B", bounds=[(low, high)] * len(t), options={"ftol": 1e-15, "gtol": 1e-13}
     )
     ours = searched(problem, u, bl.HyperNewton(tol=1e-14, start="given"), **exact)
-    return first, first - min(min(trace.values), ours.best)
+    return first, first - min(trace.best, ours.best)
 
 
 @contextmanager

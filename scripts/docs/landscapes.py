@@ -1,6 +1,6 @@
 """Draws docs/figures/landscapes.png: the outer loss along single log penalties, and along the same in shrinkage.
 
-    python scripts/docs/landscapes.py
+python scripts/docs/landscapes.py
 """
 
 from __future__ import annotations
