@@ -173,23 +173,22 @@ def ending(fault: str, problem: Any, u: torch.Tensor) -> tuple[str, bool]:
     return f"{said}; {left / first:.1e} of it was left", left <= 3e-6 * abs(first)
 
 
-def run_until_killed(folder: Path, seed: int, kill_at: int | None) -> bl.OuterOptimizer:
+def run_until_killed(folder: Path, seed: int, kill_at: int = 0) -> tuple[Any, Any]:
     """Run a search with a checkpoint after every evaluation, from the last one there is; SIGKILL within one."""
-    problem = PROBLEMS[NAME](seed)
+    problem, path = PROBLEMS[NAME](seed), folder / "state.pt"
     (u,) = starts_of(problem, 1, seed)
-    estimator = planted(lambda p, count: p)
-    outer = bl.OuterOptimizer(problem, bl.QuasiNewton(), estimator, u, bl.HyperNewton())
-    path = folder / "state.pt"
-    if path.exists():
-        outer.load_state_dict(torch.load(path, weights_only=True))
-    assert outer.search is not None
-    while not outer.search.stopped:
-        if kill_at is not None and len(outer.history) + 1 == kill_at:
-            outer.problem.outer_value_and_grads = _kill  # type: ignore[method-assign]
-        outer.step()
+
+    def saved(outer: bl.OuterOptimizer, estimate: bl.Estimate) -> None:
         torch.save(outer.state_dict(), folder / "next.pt")
         (folder / "next.pt").replace(path)
-    return outer
+        if len(outer.history) + 1 == kill_at:
+            problem.outer_value_and_grads = _kill  # type: ignore[method-assign]
+
+    outer = bl.OuterOptimizer(problem, bl.QuasiNewton(), bl.Implicit(), u, bl.HyperNewton(), callbacks=[saved])
+    if path.exists():
+        outer.load_state_dict(torch.load(path, weights_only=True))
+    result = outer.run(100, progress=False)
+    return outer, result
 
 
 def _kill(*_: Any) -> Any:
@@ -199,14 +198,13 @@ def _kill(*_: Any) -> Any:
 def killed(phase: str, seed: int) -> tuple[str, bool]:
     """Return how a run ends in which a child was killed, and whether its bits are those of an undisturbed run."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        whole = run_until_killed(Path(one), seed, None)
+        whole, _ = run_until_killed(Path(one), seed)
         at = KILLED[phase]
         child = subprocess.run([sys.executable, __file__, other, str(seed), str(at)], check=False)
-        resumed = run_until_killed(Path(other), seed, None)
+        resumed, result = run_until_killed(Path(other), seed)
     same = [r.outer_loss for r in resumed.history] == [r.outer_loss for r in whole.history]
     same &= torch.equal(resumed.hparams, whole.hparams) and whole.history[at - 1].phase == phase
-    assert resumed.search is not None
-    said = f"child ended with {child.returncode} in evaluation {at}, identical bits: {same}; {resumed.search.stopped}"
+    said = f"child ended with {child.returncode} in evaluation {at}, identical bits: {same}; {result.stopped}"
     return said, same and child.returncode == -signal.SIGKILL
 
 

@@ -210,17 +210,16 @@ def searched(
 ) -> Trace:
     """Run `OuterOptimizer`, one evaluation after the other."""
     trace, start = Trace(), time.process_time()
-    outer = bl.OuterOptimizer(
-        problem, solver or bl.QuasiNewton(), estimator or bl.Implicit(), u, rule, on_failure="return", **options
-    )
-    for _ in range(most):
-        estimate = outer.step()
+
+    def told(outer: bl.OuterOptimizer, estimate: bl.Estimate) -> None:
+        nonlocal start
         now = time.process_time()
         trace.told(estimate, now - start)
         start = now
-        if outer.search is not None and outer.search.stopped:
-            break
-    result = outer.run(0, progress=False)
+
+    parts = (problem, solver or bl.QuasiNewton(), estimator or bl.Implicit(), u, rule)
+    outer = bl.OuterOptimizer(*parts, on_failure="return", callbacks=[told], **options)
+    result = outer.run(most, progress=False)
     trace.stopped, trace.hparams = result.stopped, result.best_hparams
     return trace
 
