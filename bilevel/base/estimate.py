@@ -70,7 +70,7 @@ class Pullback:
     verdict: Any = GOOD
     error: float | None = None
     error_note: str = ""
-    value_error: Tensor | None = None
+    value_error: Any = None
     counts: Sequence[Counter[str]] = ()
 
     def row(self, index: int) -> Pullback:

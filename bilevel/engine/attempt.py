@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,22 +55,25 @@ def attempt(estimator: HypergradEstimator, run: Run) -> Attempt:
         if pulled.verdict.status.usable:
             gradient = tree.add(by_hparams, pulled.hparams)
             verdict = verdict.worse(finite_gradient("the hypergradient of `hparams", gradient))
-            verdict = verdict.worse(far_from_solution(value, solved.params, by_params, pulled))
+            doubt, pulled = far_from_solution(value, solved.params, by_params, pulled)
+            verdict = verdict.worse(doubt)
         if not verdict.status.usable:
             verdict = not_finite_part(problem, solved.params, hparams, by_params, by_hparams, pulled) or verdict
     return Attempt(solved, pulled, value, gradient, verdict)
 
 
-def far_from_solution(value: float, params: Tree, by_params: Tree, pulled: Pullback) -> Verdict:
+def far_from_solution(value: float, params: Tree, by_params: Tree, pulled: Pullback) -> tuple[Verdict, Pullback]:
     """Return a doubt where the outer loss is far from its value at the inner solution, at which the formula holds.
+
+    The pullback comes back with that error as a number.
 
     Far is a share of the outer loss, or of what it changes over the whole of params where that is larger.
     """
     if pulled.value_error is None:
-        return GOOD
+        return GOOD, pulled
     parts = [(a * b).abs().sum() for a, b in zip(tree.leaves(params), tree.leaves(by_params), strict=True)]
     error, *changes = to_floats([pulled.value_error, *parts])
-    return value_verdict(value, abs(error), sum(changes))
+    return value_verdict(value, abs(error), sum(changes)), replace(pulled, value_error=error)
 
 
 def value_verdict(value: float, error: float, change: float) -> Verdict:

@@ -57,7 +57,7 @@ def _certified(
 
 def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index: int | None = None) -> Certificate:
     """Return the evidence of a problem, or of the row `index`."""
-    value_error = pulled.value_error if index is None or pulled.value_error is None else pulled.value_error[index]
+    value_error = rows.figure(pulled.value_error, index)
     return Certificate(
         inner_residual=rows.figure(solved.residual, index),
         adjoint_residual=rows.figure(pulled.residual, index),

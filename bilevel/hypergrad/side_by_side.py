@@ -71,7 +71,7 @@ def rows_hypergradient(estimator: HypergradEstimator, run: Run, certify: bool, o
         wrong = check_members(problem, hparams, solved.params, good, certify)
         verdicts = [verdict.worse(wrong) for verdict in verdicts]
         verdicts = members_at_kinks(problem, hparams, solver, solved, verdicts, start)
-    verdicts = _far_from_solution(verdicts, value, solved.params, by_params, pulled)
+    verdicts, pulled = _far_from_solution(verdicts, value, solved.params, by_params, pulled)
     usable = torch.tensor([verdict.status.usable for verdict in verdicts], device=value.device)
     gradient = rows.where(usable, gradient, float("nan"))
     costs, cost = _costs(solved, pulled, reached, meter)
@@ -115,16 +115,21 @@ def _with_gradient(verdicts: Sequence[Verdict], pulled: Pullback, gradient: Tree
 
 def _far_from_solution(
     verdicts: Sequence[Verdict], losses: Tensor, params: Tree, by_params: Tree, pulled: Pullback
-) -> list[Verdict]:
-    """Return the verdicts with a doubt where a member's outer loss is far from that at its inner solution."""
+) -> tuple[list[Verdict], Pullback]:
+    """Return the verdicts with a doubt where a member's outer loss is far from that at its inner solution.
+
+    The pullback comes back with these errors as numbers.
+    """
     if pulled.value_error is None:
-        return list(verdicts)
+        return list(verdicts), pulled
     changes = rows.dots(tree.tree_map(torch.abs, params), tree.tree_map(torch.abs, by_params))
-    figures = [map(float, figure) for figure in torch.stack([losses, pulled.value_error.abs(), changes], dim=1).cpu()]
-    return [
-        verdict.worse(value_verdict(*figure)) if verdict.status.ok else verdict
-        for verdict, figure in zip(verdicts, figures, strict=True)
+    stacked = torch.stack([losses, pulled.value_error, changes], dim=1).cpu()
+    figures = [(float(loss), float(error), float(change)) for loss, error, change in stacked]
+    judged = [
+        verdict.worse(value_verdict(loss, abs(error), change)) if verdict.status.ok else verdict
+        for verdict, (loss, error, change) in zip(verdicts, figures, strict=True)
     ]
+    return judged, replace(pulled, value_error=[error for _, error, _ in figures])
 
 
 def _costs(solved: Solution, pulled: Pullback, reached: Sequence[bool], meter: Meter) -> tuple[list[Cost], Cost]:

@@ -71,8 +71,9 @@ class OuterOptimizer:
             variable of its own (`Structure.resampled`).
         params: where the inner solver starts; default: the problem's start.
         certify: estimate the error of every hypergradient; costs a refinement round each.
-        target_error: the largest relative error of every hypergradient, see `hypergradient`. A step that misses it is
-            taken only while its certificate still proves descent, ``|p - dF/du| < |p|``; otherwise `run` ends there.
+        target_error: the largest relative error of every hypergradient, see `hypergradient`; of a search, that of
+            the hypergradient at its end, the last record. A step of a torch optimizer that misses it is taken only
+            while its certificate still proves descent, ``|p - dF/du| < |p|``; otherwise `run` ends there.
         schedule: "quadratic", "cubic", "exponential" or a `ToleranceSchedule`: rough hypergradients first, exact ones
             later; it ends at `target_error` where that is given too.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
@@ -245,6 +246,26 @@ class OuterOptimizer:
         self.current = search.propose()
         return estimate
 
+    def _certify_ends(self) -> None:
+        """Take the hypergradients where searches have ended once more, to the error that was asked for."""
+        if self.search is None or self.target_error is None or not all(each.stopped for each in self.search.each):
+            return
+        if any(history[-1].phase == "certified" for history in self.histories):
+            return
+        estimate: Any = hypergradient(
+            self.problem,
+            self.solver,
+            self.estimator,
+            self.hparams,
+            self.params,
+            carry=self.carry,
+            target_error=self.target_error,
+            on_failure="return",
+        )
+        for index, history in enumerate(self.histories):
+            record = record_of(len(history) + 1, estimate if self.size is None else estimate[index])
+            history.append(replace(record, phase="certified"))
+
     def _carried(self, new: Carry, taken: Sequence[bool]) -> Carry:
         """Return the warm starts of the accepted points: the new ones where a point was taken."""
         if self.size is None or not any(taken) or self.carry.state is None:
@@ -276,7 +297,7 @@ class OuterOptimizer:
         target = self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
         solver, carry = self.solver, self.carry
         if self.search is not None:
-            solver, carry = self.search.solver(solver), self.search.carry(carry)
+            target, solver, carry = None, self.search.solver(solver), self.search.carry(carry)
         return hypergradient(
             self.problem.on_outer_step(self.steps_taken),
             solver,
@@ -336,6 +357,7 @@ class OuterOptimizer:
                     answers = [callback(self, estimate) for callback in self.callbacks]
                     asked = any(answer is True for answer in answers)
                     reasons = self._ends(rules, estimate)
+            self._certify_ends()
         finally:
             self._going = [True] * len(self.histories)
         reasons = [reason or ("a callback asked to stop" if asked else "") for reason in reasons]

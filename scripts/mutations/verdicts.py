@@ -58,7 +58,7 @@ VERDICTS = (
     Break(
         "far-from-the-solution",
         "bilevel/engine/attempt.py",
-        "verdict = verdict.worse(far_from_solution(value, solved.params, by_params, pulled))",
+        "verdict = verdict.worse(doubt)",
         "pass",
         "test_units.py::test_implicit_far_from_the_solution_is_inaccurate",
     ),

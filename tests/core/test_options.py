@@ -27,7 +27,7 @@ NEEDED = {
     bl.TorchOptimizer: {"optimizer": torch.optim.Adam},
     StoppingRules: {"budget": None, "tol": None, "patience": None, "min_progress": 0.0},
 }
-RESULTS = ("Outcome", "Line", "Panel", "Claim", "Table", "Record", "OuterResult", "BatchOuterResult", "Coefficients")
+RESULTS = tuple("Outcome Line Panel Claim Table Record OuterResult BatchOuterResult Coefficients Tuned".split())
 """Dataclasses that hold what was computed: nobody gives their values."""
 
 

@@ -422,7 +422,13 @@ def test_a_resumed_run_with_a_schedule_equals_an_undisturbed_one_bit_for_bit() -
 def test_a_step_without_certain_descent_is_not_taken_and_ends_the_run() -> None:
     case = logistic_case()
     run = bl.OuterOptimizer(
-        case.problem, bl.GradientDescent(steps=1), bl.Implicit(), case.hparams, target_error=0.5, on_failure="return"
+        case.problem,
+        bl.GradientDescent(steps=1),
+        bl.Implicit(),
+        case.hparams,
+        None,
+        target_error=0.5,
+        on_failure="return",
     )
     result = run.run(5, progress=False)
     (record,) = result.history
@@ -438,7 +444,13 @@ def test_a_missed_target_with_certain_descent_still_moves() -> None:
     assert "no figure" in no_descent("TARGET_NOT_REACHED", None, 1.0)
     case = logistic_case()
     run = bl.OuterOptimizer(
-        case.problem, bl.GradientDescent(tol=3e-2), bl.Implicit(), case.hparams, target_error=1e-9, on_failure="return"
+        case.problem,
+        bl.GradientDescent(tol=3e-2),
+        bl.Implicit(),
+        case.hparams,
+        None,
+        target_error=1e-9,
+        on_failure="return",
     )
     run.step()
     moved = not torch.equal(run.hparams, case.hparams)

@@ -169,7 +169,9 @@ def test_a_resumed_run_continues_bit_for_bit_with_its_curvature(factory):
     problem = factory()
 
     def fresh() -> bl.OuterOptimizer:
-        return bl.OuterOptimizer(problem, bl.QuasiNewton(tol=1e-9), bl.Implicit(CG), problem.initial_hparams(-2.0))
+        return bl.OuterOptimizer(
+            problem, bl.QuasiNewton(tol=1e-9), bl.Implicit(CG), problem.initial_hparams(-2.0), None
+        )
 
     whole, first, second = fresh(), fresh(), fresh()
     whole.run(8, progress=False)

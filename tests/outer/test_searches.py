@@ -418,6 +418,18 @@ def test_rows_are_searched_each_with_its_own_phase_and_end():
     assert [[r.outer_loss for r in h] for h in parts.history] == [[r.outer_loss for r in h] for h in again.history]
 
 
+def test_a_target_error_certifies_the_end_of_a_search():
+    problem = Ridge(0).problem()
+    outer = outer_of(problem, torch.from_numpy(Ridge(0).starts(1)[0]), target_error=1e-4)
+    result = outer.run(50, progress=False)
+    *search, last = result.history
+    assert result.stopped.startswith("converged")
+    assert {record.error_kind for record in search} == {"none"}
+    assert (last.phase, last.error_kind, last.status) == ("certified", "bound", "OK")
+    assert last.error <= 1e-4 / (1 + 1e-4) * last.hypergradient_norm * (1 + 1e-9)
+    assert len(outer.run(50, progress=False).history) == len(result.history)
+
+
 def test_a_run_that_is_cut_off_says_how_much_may_be_left():
     problem = Ridge(0).problem()
     u = torch.from_numpy(Ridge(0).starts(1)[0])
