@@ -27,7 +27,10 @@ NEEDED = {
     bl.TorchOptimizer: {"optimizer": torch.optim.Adam},
     StoppingRules: {"budget": None, "tol": None, "patience": None, "min_progress": 0.0},
 }
-RESULTS = tuple("Outcome Line Panel Claim Table Record OuterResult BatchOuterResult Coefficients Tuned".split())
+RESULTS = (
+    *("Outcome", "Line", "Panel", "Claim", "Table"),
+    *("Record", "OuterResult", "BatchOuterResult", "Coefficients", "Tuned"),
+)
 """Dataclasses that hold what was computed: nobody gives their values."""
 
 
