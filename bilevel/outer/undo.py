@@ -35,7 +35,12 @@ class Undo:
         if not self._is_known():
             self._look()
         live = [leaf.detach() for leaf in self._leaves]
-        torch._foreach_copy_([*self._free, *self._copies], [*live, *self._tensors])
+        copies, values = [*self._free, *self._copies], [*live, *self._tensors]
+        if len({value.device for value in values}) == 1:
+            torch._foreach_copy_(copies, values)
+            return
+        for kept, value in zip(copies, values, strict=True):  # torch counts steps on the host
+            kept.copy_(value)
 
     def _look(self) -> None:
         """Find what may change: all values of dicts, and the insides of those that are no plain ones."""
