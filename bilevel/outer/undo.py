@@ -46,13 +46,15 @@ class Undo:
         """Find what may change: all values of dicts, and the insides of those that are no plain ones."""
         optimizer = self._optimizer
         usual = _is_usual(optimizer)
+        # Until all is found there are none: an interrupted look is taken again.
+        self._dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._whole = None if usual else copy.deepcopy(optimizer.state_dict())
         self._state = dict(optimizer.state) if usual else {}
-        self._dicts = [(entry, dict(entry)) for entry in (*self._state.values(), *optimizer.param_groups) if usual]
+        dicts = [(entry, dict(entry)) for entry in (*self._state.values(), *optimizer.param_groups) if usual]
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._others: list[tuple[dict[str, Any], str, Any]] = []
-        for index, (entry, values) in enumerate(self._dicts):
+        for index, (entry, values) in enumerate(dicts):
             for name, value in values.items():
                 if _is_fixed(value) or (index >= len(self._state) and name == "params"):
                     continue
@@ -61,6 +63,7 @@ class Undo:
                     self._copies.append(value.clone())
                 else:
                     self._others.append((entry, name, copied(value)))
+        self._dicts = dicts
 
     def _is_known(self) -> bool:
         """Whether the dicts hold the same objects as at the last look, of which nothing but tensors may change."""

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
+from bilevel.outer import undo
 from bilevel.outer.constraints import ConstraintTransform
 from bilevel.outer.moves import bare_step
 
@@ -152,6 +153,28 @@ def test_a_spoiled_step_of_any_optimizer_leaves_no_trace(kind: str, spoil: Any, 
             plain.carry = spoiled.carry
             same(spoiled.step().hypergradient, plain.step().hypergradient)
         same(held(spoiled), held(plain))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 8])
+def test_an_interrupt_while_copies_are_taken_spoils_no_later_undo(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    outer, calls = make(KINDS["Adam"]), []
+    outer.step()
+
+    def interrupted(value: Any) -> bool:
+        calls.append(value)
+        if len(calls) == after + 1:
+            raise KeyboardInterrupt
+        return fixed(value)
+
+    fixed = undo._is_fixed
+    monkeypatch.setattr(undo, "_is_fixed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        outer.step()
+    before = held(outer)
+    outer.optimizer.spoil = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        outer.step()
+    same(held(outer), before)
 
 
 def test_an_interrupted_step_of_the_scheduler_leaves_no_trace() -> None:
