@@ -224,8 +224,7 @@ class BilevelProblem(Losses):
     def penalty_scales(self, hparams: Tree) -> Tree | None:
         """Return the scales of log penalties, shaped as hparams; None (the default) where they are no log penalties.
 
-        The scale of a penalty is the mean diagonal of the data's Hessian over the weights that share it: with
-        ``exp(u)`` equal to it, a lone weight is shrunk by half.
+        Each is the mean diagonal of the data's Hessian over the weights of a penalty: it shrinks a lone one by half.
         """
         return None
 

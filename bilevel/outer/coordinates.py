@@ -42,6 +42,8 @@ class Coordinates:
     """A first step of one variable that is neither timid nor wild."""
     widest: ClassVar[float] = 6.0
     """The largest one."""
+    of_penalties: ClassVar[bool] = False
+    """Whether these are log penalties, whose limits mean weights of zero and weights without a penalty."""
 
     def clipped(self, u: Vector) -> Vector:
         """Return u within its limits."""
@@ -98,6 +100,7 @@ class Shrinkage(Coordinates):
 
     radius = 0.3
     widest = 1.0
+    of_penalties = True
 
     def of(self, u: Vector) -> Vector:
         return sigmoid(self.centre - u)

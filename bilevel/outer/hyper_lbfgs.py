@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bilevel.core.options import is_int, require
 from bilevel.outer.coordinates import Coordinates
-from bilevel.outer.search import Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
+from bilevel.outer.search import FAILS, Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
 from bilevel.outer.trust_region import EDGE, Vector
 
 ARMIJO = 1e-4
@@ -111,6 +111,8 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
             return state
         if state.pairs:
             return replace(state, pairs=(), search=None, rejected=0)
+        if state.failed:
+            return replace(state, stopped=FAILS)
         return replace(state, trial=SearchTrial(accepted.u, kind="again"))
 
     def _last(self, state: LBFGSState, answer: Answer, predicted: float, left: float, noise: float) -> LBFGSState:

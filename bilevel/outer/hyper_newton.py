@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel.core.options import is_positive, require
 from bilevel.outer.coordinates import Coordinates
-from bilevel.outer.search import Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
+from bilevel.outer.search import FAILS, Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
 from bilevel.outer.trust_region import Vector, box_step
 
 GROWTH, SHRINK = 2.5, 0.3
@@ -89,6 +89,8 @@ class HyperNewton(OuterSearch[NewtonState]):
     def step(self, state: NewtonState, accepted: Accepted) -> NewtonState:
         u, answer, at = accepted.u, accepted.answer, state.coordinates
         if state.rejected >= TRIALS or state.radius < SMALLEST or state.doubts >= DOUBTS:
+            if state.failed:
+                return replace(state, stopped=FAILS)
             return replace(state, trial=NewtonTrial(u, kind="again"))
         slopes, models = self._models(state, accepted)
         lower, upper = at.room(u, state.reach)

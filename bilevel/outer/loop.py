@@ -15,13 +15,11 @@ from tqdm import tqdm
 
 from bilevel.base import Carry, InnerSolver, verdict_of
 from bilevel.core import rows, tree
-from bilevel.core.options import describe
 from bilevel.core.rows import check_rows
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
 from bilevel.engine.estimator import HypergradEstimator
-from bilevel.engine.one_by_one import joined
 from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.side_by_side import as_batch
@@ -34,8 +32,7 @@ from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import check_search
-from bilevel.outer.searches import Searches, auto_search
+from bilevel.outer.searches import certify_ends, searches_of, take
 from bilevel.outer.state import load, saved
 from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
 from bilevel.outer.warm_start import WarmStart
@@ -46,13 +43,10 @@ Callback: TypeAlias = "Callable[[OuterOptimizer, Any], bool | None]"
 class OuterOptimizer:
     """The outer loop: hypergradient, optimizer step, warm start.
 
-    Each `step` takes the hypergradient at the present hyperparameters and moves them. With constraints, the torch
+    Each `step` takes the hypergradient at the present hyperparameters and moves them. With constraints, a torch
     optimizer moves free variables z and ``hparams = transform(z)``; the hypergradient is pulled back by the chain rule.
-
-    With ``batch=64``, or a problem that is a batch, the outer loops of the rows run as one, on stacked hyperparameters.
-    Element-wise optimizers (SGD, Adam, RMSprop, ...) treat rows as if each were alone; those that take norms over a
-    tensor do not, and torch's own of that kind are refused. A row whose hypergradient failed does not move in that
-    step. `run` ends each row by itself: one that has ended moves no more, though it takes part until all have ended.
+    The outer loops of rows run as one, on stacked hyperparameters; optimizers that take norms over a tensor are
+    refused for them. A row whose hypergradient failed does not move in that step, and one that has ended moves no more.
 
     Args:
         problem: the problem.
@@ -67,8 +61,7 @@ class OuterOptimizer:
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
         constraints: a ``torch.distributions.constraints`` object for all hyperparameters, or a dict of them by key for
             dict hyperparameters (missing keys are free): positive, interval(a, b), simplex, ...
-        warm_start: True, False, or a `WarmStart` that switches each part; always off where each outer step has an inner
-            variable of its own (`Structure.resampled`).
+        warm_start: True, False, or a `WarmStart`; always off where `Structure.resampled`.
         params: where the inner solver starts; default: the problem's start.
         certify: estimate the error of every hypergradient; costs a refinement round each.
         target_error: the largest relative error of every hypergradient, see `hypergradient`; of a search, that of
@@ -78,18 +71,14 @@ class OuterOptimizer:
             later; it ends at `target_error` where that is given too.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
-        batch: number of rows whose hyperparameters are tuned side by side: `hparams` then has a row for each in every
-            leaf, constraints hold for each, `history` has one list for each. A problem that is a batch needs none.
+        batch: number of rows that are tuned side by side: every leaf of `hparams` then has a row for each, constraints
+            hold for each, `history` has a list for each. A problem that is a batch needs none.
         rows: how they run, see `hypergradient`: with "loop" one after the other.
 
     >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
-    >>> outer = OuterOptimizer(
-    ...     problem, GradientDescent(), Implicit(), torch.zeros(2, dtype=torch.float64),
-    ...     optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1),
-    ... )
-    >>> result = outer.run(5, progress=False)
-    >>> [record.step for record in result.history]
+    >>> outer = OuterOptimizer(problem, GradientDescent(), Implicit(), torch.zeros(2, dtype=torch.float64))
+    >>> [record.step for record in outer.run(5, progress=False).history]
     [1, 2, 3, 4, 5]
     >>> starts = torch.zeros(4, 2, dtype=torch.float64)
     >>> many = OuterOptimizer(problem, GradientDescent(), Implicit(), starts, batch=4).run(5, progress=False)
@@ -138,18 +127,10 @@ class OuterOptimizer:
             self.warm_start = WarmStart(state=False, adjoint=False)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
-        self.search: Searches | None = None
-        self.choice = ""
-        if isinstance(optimizer, str):
-            given = {"constraints": constraints, "scheduler": scheduler, "schedule": schedule}
-            optimizer, reason = auto_search(problem, solver, rule, hparams, self.warm_start, **given)
-            self.choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
-        if isinstance(optimizer, OuterSearch):
-            check_search(optimizer, problem, solver, rule, hparams, scheduler, self.warm_start, schedule)
-            self.search = Searches(optimizer, problem, hparams, constraints, self.size)
-            self.mover: Any = self.search
-        else:
-            self.mover = Mover(hparams, optimizer, scheduler, constraints, self.size)
+        options = {"constraints": constraints, "scheduler": scheduler, "schedule": schedule}
+        self.search, self.choice = searches_of(optimizer, problem, solver, rule, hparams, self.warm_start, **options)
+        made = None if isinstance(optimizer, str) else optimizer
+        self.mover: Any = self.search or Mover(hparams, made, scheduler, constraints, self.size)
         self.optimizer, self.scheduler = self.mover.optimizer, self.mover.scheduler
         # The first step starts exactly where the user said, not where the transform's rounding puts it.
         self.current = tree.tree_map(torch.clone, tree.detach(hparams))
@@ -187,8 +168,7 @@ class OuterOptimizer:
         """Take the hypergradient at the present hyperparameters, then move them.
 
         Returns:
-            The `Estimate`, whose hypergradient and loss belong to the hyperparameters before the move; of rows the
-            `BatchEstimate`.
+            The `Estimate` at the hyperparameters before the move; of rows the `BatchEstimate`.
 
         Raises:
             HypergradientError: with ``on_failure="raise"`` for an unusable hypergradient, and for an optimizer step
@@ -196,7 +176,7 @@ class OuterOptimizer:
         """
         estimate = self._estimate()
         if self.search is not None:
-            return self._searched(self.search, estimate)
+            return take(self, estimate)
         report(self._verdict(estimate), self.on_failure, estimate)
         self._checked = True
         records = {
@@ -225,53 +205,6 @@ class OuterOptimizer:
         for index, record in records.items():
             self.histories[index].append(record)
         return estimate
-
-    def _searched(self, search: Searches, estimate: Any) -> Any:
-        """Hand an evaluation to the searches; a failed one is a rejected trial, unless nothing has succeeded before."""
-        told = search.tell(estimate, self._going)
-        alone = search.each[0]
-        if self.size is None and not estimate.status.usable and alone.stopped and alone.accepted() is None:
-            report(estimate.verdict, self.on_failure, estimate)
-        self._checked = True
-        for index, says in enumerate(told):
-            if says is not None:
-                one = estimate if self.size is None else estimate[index]
-                record = record_of(len(self.histories[index]) + 1, one)
-                self.histories[index].append(replace(record, **says))
-        taken = [says is not None and says["accepted"] for says in told]
-        chosen = [index for index, each in enumerate(taken) if each]
-        pairs = zip((estimate.outer_loss, self.current), self.best, strict=True)
-        self.best = tuple(where(chosen, self.size, new, old) for new, old in pairs)
-        self.carry = self._carried(self.warm_start.part_of(estimate.carry), taken)
-        self.current = search.propose()
-        return estimate
-
-    def _certify_ends(self) -> None:
-        """Take the hypergradients where searches have ended once more, to the error that was asked for."""
-        if self.search is None or self.target_error is None or not all(each.stopped for each in self.search.each):
-            return
-        if any(history[-1].phase == "certified" for history in self.histories):
-            return
-        estimate: Any = hypergradient(
-            self.problem,
-            self.solver,
-            self.estimator,
-            self.hparams,
-            self.params,
-            carry=self.carry,
-            target_error=self.target_error,
-            on_failure="return",
-        )
-        for index, history in enumerate(self.histories):
-            record = record_of(len(history) + 1, estimate if self.size is None else estimate[index])
-            history.append(replace(record, phase="certified"))
-
-    def _carried(self, new: Carry, taken: Sequence[bool]) -> Carry:
-        """Return the warm starts of the accepted points: the new ones where a point was taken."""
-        if self.size is None or not any(taken) or self.carry.state is None:
-            return new if any(taken) else self.carry
-        parts = [(new if each else self.carry).row(index) for index, each in enumerate(taken)]
-        return joined(self.problem, self.solver, self.current, self.problem.start(self.params), parts)
 
     def hold(self, index: int) -> None:
         """Let a row stand still from now on, until `run` is called."""
@@ -321,11 +254,9 @@ class OuterOptimizer:
         min_progress: float = 0.0,
         progress: bool = True,
     ) -> OuterResult:
-        """Take up to `steps` more steps.
+        """Take up to `steps` more steps; the rules hold for each row by itself.
 
-        On a CPU, many short steps are quicker inside ``with bilevel.threads.short_operations():``, which the commands
-        use and this method does not, as it would change the threads of your process. The rules hold for each row by
-        itself; a row whose history meets one has ended, also when the history is that of an earlier call.
+        On a CPU, many short steps are quicker inside ``with bilevel.threads.short_operations():``, as the commands do.
 
         Args:
             steps: most steps.
@@ -337,9 +268,6 @@ class OuterOptimizer:
 
         Returns:
             The result; a second call continues.
-
-        Raises:
-            ValueError: for `steps` that are not an int, or negative.
         """
         check_steps(steps)
         rules = StoppingRules(budget, tol, patience, min_progress)
@@ -357,7 +285,7 @@ class OuterOptimizer:
                     answers = [callback(self, estimate) for callback in self.callbacks]
                     asked = any(answer is True for answer in answers)
                     reasons = self._ends(rules, estimate)
-            self._certify_ends()
+            certify_ends(self)
         finally:
             self._going = [True] * len(self.histories)
         reasons = [reason or ("a callback asked to stop" if asked else "") for reason in reasons]

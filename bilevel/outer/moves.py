@@ -65,7 +65,7 @@ class Mover:
     def __init__(
         self,
         hparams: Tree,
-        optimizer: MakeOptimizer | None,
+        optimizer: Any,
         scheduler: MakeScheduler | None,
         constraints: Any,
         size: int | None,

@@ -21,6 +21,7 @@ TOP, STEP, BOTTOM = 3.0, 4.0, -24.0
 """The scan: mean(u - c) of its first point, the distance of two, and the last."""
 EXPENSIVE = 4.0
 """A scan ends with a point that costs more than this many times all before it: weaker penalties cost more still."""
+FAILS = "not converged: hypergradients around the best point fail, see the status of the last records"
 FELL = 1e-3
 """A point of the scan has fallen if it is lower by this share."""
 
@@ -81,6 +82,7 @@ class SearchState:
         trial: the point that is being evaluated; None before it is chosen.
         rejected: trials in a row without a lower value.
         doubts: probes that the model had not foreseen.
+        failed: evaluations in a row that failed.
         predicted: the decrease that was still foreseen at the end.
         stopped: how it ended, in words; empty while it goes on.
     """
@@ -95,6 +97,7 @@ class SearchState:
     trial: Any = None
     rejected: int = 0
     doubts: int = 0
+    failed: int = 0
     predicted: float = math.nan
     stopped: str = ""
 
@@ -156,7 +159,8 @@ class OuterSearch(ABC, Generic[State]):
             if answer is None:
                 return replace(state, stopped="the first hypergradient failed")
             return replace(state, accepted=Accepted(trial.u, answer))
-        return self.judge(state, state.accepted, trial, answer)
+        failed = 0 if answer is not None else state.failed + 1
+        return self.judge(replace(state, failed=failed), state.accepted, trial, answer)
 
     def _scanned(self, state: State, trial: Trial, answer: Answer | None, shift: float, cost: float) -> State:
         scanned, accepted, fell = state.scanned, state.accepted, False

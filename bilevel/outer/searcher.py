@@ -150,7 +150,7 @@ class Searcher:
         # In the coordinates: near a shrinkage of one, rounding moves a log penalty by 1e-4 and more.
         v, high, low = (at.of(u) for u in (accepted.u, at.upper, at.lower))
         near = EDGE * np.minimum(np.abs(high - low), 1.0) + NEAR * np.abs(at.slope(accepted.u))
-        penalties = isinstance(at, Shrinkage)
+        penalties = at.of_penalties
         for end, meaning in (
             (high, "upper limit" + " (weights shrunk to zero)" * penalties),
             (low, "lower limit" + " (weights without a penalty)" * penalties),

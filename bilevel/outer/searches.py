@@ -8,12 +8,17 @@ from typing import Any
 
 from bilevel.base import Carry, Estimate, InnerSolver
 from bilevel.core import rows, tree
-from bilevel.core.options import first_line
+from bilevel.core.options import describe, first_line
+from bilevel.core.status import report
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator
+from bilevel.engine.one_by_one import joined
+from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.hyper_lbfgs import HyperLBFGS
 from bilevel.outer.hyper_newton import HyperNewton
+from bilevel.outer.moves import where
+from bilevel.outer.records import record_of
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.searcher import MATRIX, Searcher, check_search
 from bilevel.outer.warm_start import WarmStart
@@ -62,6 +67,31 @@ def auto_search(
             continue
         return search, reason
     return None, reason
+
+
+def searches_of(
+    optimizer: Any,
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    hparams: Tree,
+    warm_start: WarmStart,
+    *,
+    constraints: Any,
+    scheduler: Any,
+    schedule: Any,
+) -> tuple[Searches | None, str]:
+    """Return the searches of a run, None where a torch optimizer moves it, and what "auto" says of its choice."""
+    choice, options = "", {"scheduler": scheduler, "schedule": schedule}
+    if isinstance(optimizer, str):
+        optimizer, reason = auto_search(
+            problem, solver, estimator, hparams, warm_start, constraints=constraints, **options
+        )
+        choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
+    if not isinstance(optimizer, OuterSearch):
+        return None, choice
+    check_search(optimizer, problem, solver, estimator, hparams, scheduler, warm_start, schedule)
+    return Searches(optimizer, problem, hparams, constraints, problem.batch), choice
 
 
 class Searches:
@@ -145,3 +175,45 @@ class Searches:
         """Take back what `saved` returned."""
         for each, saved in zip(self.each, state["optimizer"]["searches"], strict=True):
             each.restore(saved)
+
+
+def take(outer: Any, estimate: Any) -> Any:
+    """Hand an evaluation to the searches of an outer loop; a failure is reported where nothing succeeded before."""
+    alone, search, size = outer.search.each[0], outer.search, outer.size
+    told = search.tell(estimate, outer._going)
+    if size is None and not estimate.status.usable and alone.stopped and alone.accepted() is None:
+        report(estimate.verdict, outer.on_failure, estimate)
+    outer._checked = True
+    for index, says in enumerate(told):
+        if says is not None:
+            record = record_of(len(outer.histories[index]) + 1, estimate if size is None else estimate[index])
+            outer.histories[index].append(replace(record, **says))
+    taken = [says is not None and says["accepted"] for says in told]
+    chosen = [index for index, each in enumerate(taken) if each]
+    pairs = zip((estimate.outer_loss, outer.current), outer.best, strict=True)
+    outer.best = tuple(where(chosen, size, new, old) for new, old in pairs)
+    outer.carry = _carried(outer, outer.warm_start.part_of(estimate.carry), taken)
+    outer.current = search.propose()
+    return estimate
+
+
+def _carried(outer: Any, new: Carry, taken: Sequence[bool]) -> Carry:
+    """Return the warm starts of the accepted points: the new ones where a point was taken."""
+    old: Carry = outer.carry
+    if outer.size is None or not any(taken) or old.state is None:
+        return new if any(taken) else old
+    parts = [(new if each else old).row(index) for index, each in enumerate(taken)]
+    return joined(outer.problem, outer.solver, outer.current, outer.problem.start(outer.params), parts)
+
+
+def certify_ends(outer: Any) -> None:
+    """Take the hypergradients where all searches have ended once more, to the error that was asked for."""
+    if outer.search is None or outer.target_error is None or not all(each.stopped for each in outer.search.each):
+        return
+    if any(history[-1].phase == "certified" for history in outer.histories):
+        return
+    options = {"carry": outer.carry, "target_error": outer.target_error, "on_failure": "return"}
+    estimate: Any = hypergradient(outer.problem, outer.solver, outer.estimator, outer.hparams, outer.params, **options)
+    for index, history in enumerate(outer.histories):
+        record = record_of(len(history) + 1, estimate if outer.size is None else estimate[index])
+        history.append(replace(record, phase="certified"))

@@ -12,7 +12,7 @@ import torch
 
 from bilevel.base import Estimate, InnerSolver, describe
 from bilevel.core import tree
-from bilevel.core.options import is_int, is_positive, shown_value
+from bilevel.core.options import is_int, is_positive, require_value
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
 from bilevel.engine.estimator import HypergradEstimator
@@ -23,7 +23,7 @@ from bilevel.inner import QuasiNewton
 from bilevel.linear import GMRES
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.loop import OuterOptimizer
-from bilevel.outer.records import Record
+from bilevel.outer.records import OuterResult, Record
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.searches import auto_search
 from bilevel.outer.warm_start import WarmStart
@@ -130,39 +130,27 @@ def tune(
     >>> tuned.stopped.startswith("converged")
     True
     """
-    if not is_positive(accuracy):
-        raise ValueError(f"`accuracy` must be a positive number, got {shown_value(accuracy)}.")
-    if not is_int(multi_start):
-        raise ValueError(f"`multi_start` must be a positive int, got {shown_value(multi_start)}.")
-    if hparams is None:
-        if not hasattr(problem, "initial_hparams"):
-            raise ValueError(f"{type(problem).__name__} has no hyperparameters to start from: give `hparams`.")
-        hparams = problem.initial_hparams()
+    require_value("accuracy", accuracy, "a positive number", is_positive(accuracy))
+    require_value("multi_start", multi_start, "a positive int", is_int(multi_start))
+    hparams = _start(problem) if hparams is None else hparams
     used = QuasiNewton() if solver is None else solver
     check_roles(problem, used, Implicit())
     rule, reason = chosen_estimator(problem, used, hparams) if estimator is None else (as_estimator(estimator), "given")
     search, why = optimizer, "given"
     if isinstance(optimizer, str) and optimizer == "auto":
         search, why = auto_search(problem, used, rule, hparams, WarmStart(), constraints=constraints, tol=accuracy)
-    outer = OuterOptimizer(problem, used, rule, hparams, search, constraints=constraints)
-    result = outer.run(steps, progress=progress)
-    ends, history, stopped, best = [result.best_loss], result.history, result.stopped, result.best_hparams
-    for further in range(1, multi_start):
-        start = _jittered(outer, result.best_hparams, further)
-        again = OuterOptimizer(problem, used, rule, start, search, constraints=constraints)
-        other = again.run(steps, progress=progress)
-        ends.append(other.best_loss)
-        if other.best_loss < min(ends[:-1]):
-            outer, history, stopped, best = again, other.history, other.stopped, other.best_hparams
-    estimate = hypergradient(problem, used, rule, best, carry=outer.carry, certify=True, on_failure="return")
-    named = describe(search) if isinstance(search, OuterSearch) else "Adam" if search is None else "of torch"
-    choices = (
-        f"inner solver {describe(used)}: {'given' if solver else 'it measures curvature and needs no step size'}",
-        f"estimator {describe(rule)}: {reason}",
-        f"outer search {named}: {why}",
-    )
-    params = estimate.params
-    return Tuned(best, params, min(ends), stopped, estimate, history, choices, tuple(ends))
+    runs: list[tuple[OuterOptimizer, OuterResult]] = []
+    for number in range(multi_start):
+        start = _jittered(runs[0][0], runs[0][1], number) if runs else hparams
+        outer = OuterOptimizer(problem, used, rule, start, search, constraints=constraints)
+        runs.append((outer, outer.run(steps, progress=progress)))
+    outer, best = min(runs, key=lambda run: run[1].best_loss)
+    tuned, carry = best.best_hparams, outer.carry
+    estimate = hypergradient(problem, used, rule, tuned, carry=carry, certify=True, on_failure="return")
+    first = "given" if solver else "it measures curvature, and needs no step size"
+    choices = _choices(first, used, rule, reason, search, why)
+    ends = tuple(result.best_loss for _, result in runs)
+    return Tuned(tuned, estimate.params, min(ends), best.stopped, estimate, best.history, choices, ends)
 
 
 def chosen_estimator(problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> tuple[HypergradEstimator, str]:
@@ -175,9 +163,26 @@ def chosen_estimator(problem: BilevelProblem, solver: InnerSolver, hparams: Tree
     return Implicit(), "the derivative of the inner solution, with an adjoint vector"
 
 
-def _jittered(outer: OuterOptimizer, hparams: Tree, seed: int) -> Tree:
-    """Return hyperparameters around some others, within the limits of a search."""
-    generator = torch.Generator().manual_seed(seed)
-    leaves = [leaf + JITTER * torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in tree.leaves(hparams)]
-    moved = tree.rebuild(hparams, leaves)
+def _choices(first: str, solver: InnerSolver, estimator: Any, second: str, search: Any, third: str) -> tuple[str, ...]:
+    """Return what was chosen, with the reasons, a line each."""
+    named = describe(search) if isinstance(search, OuterSearch) else "Adam" if search is None else "of torch"
+    return (
+        f"inner solver {describe(solver)}: {first}",
+        f"estimator {describe(estimator)}: {second}",
+        f"outer search {named}: {third}",
+    )
+
+
+def _start(problem: BilevelProblem) -> Tree:
+    """Return the problem's own hyperparameters to start from."""
+    if not hasattr(problem, "initial_hparams"):
+        raise ValueError(f"{type(problem).__name__} has no hyperparameters to start from: give `hparams`.")
+    return problem.initial_hparams()
+
+
+def _jittered(outer: OuterOptimizer, result: OuterResult, seed: int) -> Tree:
+    """Return hyperparameters around the end of a run, within the limits of its search."""
+    generator, best = torch.Generator().manual_seed(seed), result.best_hparams
+    leaves = [leaf + JITTER * torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in tree.leaves(best)]
+    moved = tree.rebuild(best, leaves)
     return moved if outer.search is None else outer.search.clipped(moved)

@@ -78,8 +78,8 @@ SEARCHES = (
     ),
     Break(
         "search-carry-of-a-rejected-trial",
-        "bilevel/outer/loop.py",
-        "return new if any(taken) else self.carry",
+        "bilevel/outer/searches.py",
+        "return new if any(taken) else old",
         "return new",
         TESTS + "test_a_rejected_trial_leaves_no_warm_start",
     ),

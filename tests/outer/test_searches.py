@@ -339,6 +339,14 @@ def test_failed_evaluations_are_rejected_trials():
     assert given.stopped == "the first hypergradient failed"
 
 
+@pytest.mark.parametrize("rule", [bl.HyperNewton(**SCAN), bl.HyperLBFGS(**SCAN)], ids=repr)
+def test_a_search_whose_evaluations_fail_from_some_point_on_says_so(rule):
+    ridge = Ridge(1)
+    state, values = searched(rule, ridge, ridge.starts(1)[0], lambda k, a: a if k < 9 else None)
+    assert state.stopped.startswith("not converged: hypergradients around the best point fail")
+    assert state.accepted.answer.value == min(values[:8])
+
+
 def test_lbfgs_descends_and_never_says_converged():
     for seed in range(3):
         ridge = Ridge(seed)
