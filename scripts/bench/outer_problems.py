@@ -141,6 +141,7 @@ PROBLEMS: dict[str, Callable[[int], bl.BilevelProblem]] = {
     "logistic breast_cancer, 5 groups": lambda seed: made(LOGISTIC, real("breast_cancer", "logistic", seed), 5),
     "ridge breast_cancer, 30": lambda seed: made(RIDGE, real("breast_cancer", "ridge", seed), "per_feature"),
     "ridge 3600x300, 300": lambda seed: made(RIDGE, wide(seed), "per_feature"),
+    "ridge 3600x300, 12 groups": lambda seed: made(RIDGE, wide(seed), 12),
     "logistic breast_cancer, 1": lambda seed: made(LOGISTIC, real("breast_cancer", "logistic", seed), "scalar"),
     "ijcnn1like 1000, 22": lambda seed: made(LOGISTIC, ijcnn_like(seed, 1000, 1800), "per_feature"),
     "ijcnn1like 5000, 22": lambda seed: made(LOGISTIC, ijcnn_like(seed, 5000, 9170), "per_feature"),

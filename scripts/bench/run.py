@@ -13,6 +13,7 @@ import general
 import large_logistic
 import meta
 import networks
+import outer
 import overhead
 import quadratic
 import structured
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     torch.set_num_threads(parser.parse_args().threads)
     benchmarks = (
         *(accuracy, unroll, quadratic, large_logistic, structured, general, networks, batches, overhead, curves),
-        *(certificates, cleaning, meta),
+        *(certificates, cleaning, meta, outer),
     )
     passed = [benchmark.main() for benchmark in benchmarks]
     raise SystemExit(not all(passed))

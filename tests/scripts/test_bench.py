@@ -1,4 +1,4 @@
-"""The benchmark scripts: the quick one runs whole, the others at least load."""
+"""The benchmark scripts: the quick one runs whole, a sample of the outer bars too, the others at least load."""
 
 import json
 import runpy
@@ -15,6 +15,18 @@ def test_the_accuracy_bars_hold():
     assert run.returncode == 0, run.stdout + run.stderr
     assert len(rows) == 16
     assert all(row["ok"] for row in rows)
+
+
+def test_a_small_sample_of_the_bars_of_the_outer_step_holds():
+    sample = ["--only", "2", "5", "10", "--starts", "2", "--peers", "1", "--most", "40"]
+    command = [sys.executable, BENCH / "outer.py", *sample, "--problems", "ridge diabetes, 5 groups"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert [row["name"].split(":")[0] for row in rows] == ["bar 2", "bar 5", "bar 10", "outer bars, all hold"]
+    assert rows[0]["reached"] == "2/2"
+    assert {"Adam 1", "scipy L-BFGS-B", "torch LBFGS"} <= set(rows[0]["peers"])
+    assert rows[1]["converged"] == rows[1]["ends"] == 3
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCH.glob("*.py")))
