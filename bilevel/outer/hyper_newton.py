@@ -22,6 +22,8 @@ TRIALS = 12
 """Rejected trials in a row after which values and gradients are said to disagree."""
 KNOWN = 0.3
 """Share of a predicted decrease up to which the accepted value has to be known."""
+SURE = 3.0
+"""What the models foresee at the end is this much below what may be left: they see it to a factor of about two."""
 REPEATS = 4
 """Evaluations of one point in a row, each with a smaller inner residual."""
 PROBE = 10.0
@@ -94,7 +96,7 @@ class HyperNewton(OuterSearch[NewtonState]):
             return replace(state, trial=NewtonTrial(u, kind="again"))
         slopes, models = self._models(state, accepted)
         lower, upper = at.room(u, state.reach)
-        left, noise = self.tol * abs(answer.value), 3.0 * answer.error
+        left, noise = self.tol * abs(answer.value) / SURE, 3.0 * answer.error
         s, predicted = box_step(slopes, models[state.exact], state.radius, lower, upper)
         if predicted <= max(left, noise):
             # Gauss-Newton's model sees no saddle: the other one has a word, too.
@@ -125,7 +127,7 @@ class HyperNewton(OuterSearch[NewtonState]):
                 f"{noise:.1e}: lower the inner tolerance"
             )
             return replace(state, stopped=stopped)
-        probe = None if state.probed else self._probe(state, accepted, PROBE * left / 10**state.doubts)
+        probe = None if state.probed else self._probe(state, accepted, PROBE * SURE * left / 10**state.doubts)
         if probe is not None:
             return replace(state, trial=probe)
         stopped = f"converged to a local minimum: about {predicted:.1e} of {value:.6g} may be left"

@@ -27,13 +27,13 @@ from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
 from bilevel.outer.trust_region import EDGE
 from bilevel.outer.warm_start import WarmStart
 
-MATRIX = 400
+MATRIX = 1000
 """Up to this many hyperparameters their matrix of second derivatives is held, unless a `HyperNewton` is asked for."""
 LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
 NEAR = 1e-6
 """A hyperparameter this close to a limit is at it, apart from rounding in the coordinates."""
-COUNTED = ("tol", "residual", "retries", "evaluations")
+COUNTED = ("failure", "tol", "residual", "retries", "evaluations")
 """Numbers of a searcher that go on with a saved run."""
 RETRIES = 3
 """Evaluations of one trial, each with a smaller inner residual, before it is rejected."""
@@ -133,6 +133,7 @@ class Searcher:
         self.start = self._tree(self.state.u)
         self._solution: tuple[Tree, Tree] | None = None
         self.tol: float | None = None
+        self.failure = ""
         self.residual, self.retries, self.evaluations = math.nan, 0, 0
 
     def _vector(self, hparams: Tree) -> Any:
@@ -146,7 +147,7 @@ class Searcher:
         """How the search ended, and which hyperparameters are at their limits; empty while it goes on."""
         stopped, at, accepted = str(self.state.stopped), self.state.coordinates, self.state.accepted
         if not stopped or accepted is None:
-            return stopped
+            return f"{stopped}: {self.failure}" if stopped and self.failure else stopped
         # In the coordinates: near a shrinkage of one, rounding moves a log penalty by 1e-4 and more.
         v, high, low = (at.of(u) for u in (accepted.u, at.upper, at.lower))
         near = EDGE * np.minimum(np.abs(high - low), 1.0) + NEAR * np.abs(at.slope(accepted.u))
@@ -210,6 +211,7 @@ class Searcher:
     def tell(self, estimate: Estimate) -> bool:
         """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""
         self.evaluations += 1
+        self.failure = "" if estimate.status.ok else str(estimate.verdict)
         before, far = self.state.accepted, estimate.certificate.value_error
         if estimate.status is Status.INACCURATE and far is not None and self.retries < RETRIES:
             # The value is far from that at the inner solution: the same point once more, with a smaller residual.

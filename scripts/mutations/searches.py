@@ -58,8 +58,8 @@ SEARCHES = (
     Break(
         "search-noise-unheeded",
         "bilevel/outer/hyper_newton.py",
-        "left, noise = self.tol * abs(answer.value), 3.0 * answer.error",
-        "left, noise = self.tol * abs(answer.value), 0.0",
+        "left, noise = self.tol * abs(answer.value) / SURE, 3.0 * answer.error",
+        "left, noise = self.tol * abs(answer.value) / SURE, 0.0",
         TESTS + "test_noise_that_is_known_ends_at_the_accuracy_of_the_inner_solver",
     ),
     Break(
