@@ -71,7 +71,8 @@ def to_the_minimum(bar: str, names: Sequence[str], options: Options, ask: dict[s
         hit = [count for count in counts if count is not None]
         worst = max(hit) if len(hit) == len(counts) else math.inf
         taken = max(len(trace.values) for trace in ours)
-        seconds = statistics.median(sum(trace.seconds) for trace in ours)
+        spent = [sum(trace.seconds[:count]) for trace, count in zip(ours, counts, strict=True)]
+        seconds = statistics.median(spent)
         asked = f"{mark:g} from all starts in at most {ask['ev']:g} ev"
         fine = (taken if "taken" in ask else worst) <= ask["ev"] and len(hit) == len(counts)
         if "cpu_s" in ask:
@@ -86,6 +87,7 @@ def to_the_minimum(bar: str, names: Sequence[str], options: Options, ask: dict[s
             median_ev=statistics.median(hit) if hit else None,
             taken=sorted(len(trace.values) for trace in ours),
             cpu_s=seconds,
+            whole_cpu_s=statistics.median(sum(trace.seconds) for trace in ours),
             left=max(trace.best - best for trace in ours) / abs(best),
             best=best,
             converged=sum(trace.stopped.startswith("converged") for trace in ours),
