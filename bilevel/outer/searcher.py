@@ -27,7 +27,7 @@ from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
 from bilevel.outer.trust_region import EDGE
 from bilevel.outer.warm_start import WarmStart
 
-MATRIX = 1000
+MATRIX = 400
 """Up to this many hyperparameters their matrix of second derivatives is held, unless a `HyperNewton` is asked for."""
 LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
