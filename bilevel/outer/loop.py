@@ -75,13 +75,13 @@ class OuterOptimizer:
             hold for each, `history` has a list for each. A problem that is a batch needs none.
         rows: how they run, see `hypergradient`: with "loop" one after the other.
 
-    >>> from bilevel import GradientDescent, Implicit, QuadraticProblem
+    >>> from bilevel import Implicit, QuadraticProblem, QuasiNewton
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
-    >>> outer = OuterOptimizer(problem, GradientDescent(), Implicit(), torch.zeros(2, dtype=torch.float64))
+    >>> outer = OuterOptimizer(problem, QuasiNewton(), Implicit(), torch.zeros(2, dtype=torch.float64))
     >>> [record.step for record in outer.run(5, progress=False).history]
     [1, 2, 3, 4, 5]
     >>> starts = torch.zeros(4, 2, dtype=torch.float64)
-    >>> many = OuterOptimizer(problem, GradientDescent(), Implicit(), starts, batch=4).run(5, progress=False)
+    >>> many = OuterOptimizer(problem, QuasiNewton(), Implicit(), starts, batch=4).run(3, progress=False)
     >>> len(many), many.best_loss.shape
     (4, torch.Size([4]))
     """

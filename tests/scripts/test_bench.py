@@ -18,14 +18,13 @@ def test_the_accuracy_bars_hold():
 
 
 def test_a_small_sample_of_the_bars_of_the_outer_step_holds():
-    sample = ["--only", "2", "5", "10", "--starts", "2", "--peers", "1", "--most", "40"]
+    sample = ["--only", "2", "5", "--starts", "2", "--peers", "0", "--most", "40"]
     command = [sys.executable, BENCH / "outer.py", *sample, "--problems", "ridge diabetes, 5 groups"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0, run.stdout + run.stderr
-    assert [row["name"].split(":")[0] for row in rows] == ["bar 2", "bar 5", "bar 10", "outer bars, all hold"]
+    assert [row["name"].split(":")[0] for row in rows] == ["bar 2", "bar 5", "outer bars, all hold"]
     assert rows[0]["reached"] == "2/2"
-    assert {"Adam 1", "scipy L-BFGS-B", "torch LBFGS"} <= set(rows[0]["peers"])
     assert rows[1]["converged"] == rows[1]["ends"] == 3
 
 
