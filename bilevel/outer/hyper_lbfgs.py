@@ -23,11 +23,10 @@ SHORTEST = 1e-10
 
 @dataclass(frozen=True)
 class SearchTrial(Trial):
-    """A trial of the search along a direction d: v + share d, with the slope ``g'd`` there."""
+    """A trial of the search along a direction d: v + share d."""
 
     direction: Vector | None = None
     share: float = 1.0
-    slope: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
             predicted = 0.5 * -slope
             if predicted <= max(left, noise):
                 return self._last(state, answer, predicted, left, noise)
-            state = replace(state, search=SearchTrial(u, predicted, "step", d, 1.0, slope))
+            state = replace(state, search=SearchTrial(u, predicted, "step", d))
         search = state.search
         assert search is not None
         assert search.direction is not None

@@ -127,7 +127,7 @@ class OuterOptimizer:
             self.warm_start = WarmStart(state=False, adjoint=False)
         self.certify, self.on_failure, self.callbacks = certify, on_failure, check_callbacks(callbacks)
         self.params = params
-        options = {"constraints": constraints, "scheduler": scheduler, "schedule": schedule}
+        options = {"params": params, "constraints": constraints, "scheduler": scheduler, "schedule": schedule}
         self.search, self.choice = searches_of(optimizer, problem, solver, rule, hparams, self.warm_start, **options)
         made = None if isinstance(optimizer, str) else optimizer
         self.mover: Any = self.search or Mover(hparams, made, scheduler, constraints, self.size)

@@ -50,7 +50,7 @@ def check_search(
     problem: BilevelProblem,
     solver: InnerSolver,
     estimator: HypergradEstimator,
-    hparams: Tree,
+    size: int,
     scheduler: Any,
     warm_start: WarmStart,
     schedule: Any,
@@ -84,10 +84,9 @@ def check_search(
             )
         if problem.optimality is not None:
             raise ValueError("HyperNewton needs an inner loss, but this problem is stated by a map: use HyperLBFGS.")
-        count = tree.size(problem.start(None))
-        if count > MAX_PARAMS:
+        if size > MAX_PARAMS:
             raise ValueError(
-                f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {count:,}: "
+                f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {size:,}: "
                 "use HyperLBFGS."
             )
 
@@ -100,13 +99,16 @@ class Searcher:
         problem: a single problem.
         hparams: where to start.
         constraints: None, or bounds: see `bounds`.
+        params: where the inner solver starts.
 
     Raises:
         ValueError: for a scan of what is no log penalty, and a start outside its bounds.
     """
 
-    def __init__(self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any) -> None:
-        self.optimizer, self.problem = search, problem
+    def __init__(
+        self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any, params: Tree
+    ) -> None:
+        self.optimizer, self.problem, self._params = search, problem, params
         self._raveler = tree.Raveler(hparams)
         (self._like, *_) = tree.leaves(hparams)
         u, scales = self._vector(hparams), problem.penalty_scales(hparams)
@@ -260,8 +262,12 @@ class Searcher:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take back what `saved` returned."""
         self.state, solution = _object(saved["state"]), saved["solution"]
-        like = self.problem.start(None)
-        self._solution = None if solution is None else tuple(tree.rebuild(like, leaves) for leaves in solution)
+        if solution is not None:
+            params, adjoint = solution
+            like = self.problem.trainable(self._params)
+            self._solution = tree.rebuild(self._params, params), tree.rebuild(like, adjoint)
+        else:
+            self._solution = None
         for name in COUNTED:
             setattr(self, name, saved[name])
 

@@ -31,6 +31,7 @@ def auto_search(
     hparams: Tree,
     warm_start: WarmStart,
     *,
+    params: Tree = None,
     constraints: Any = None,
     scheduler: Any = None,
     schedule: Any = None,
@@ -44,13 +45,16 @@ def auto_search(
         estimator: the hypergradient estimator.
         hparams: where to start.
         warm_start: what one step hands to the next.
+        params: where the inner solver starts; None for the problem's own start.
         constraints: see `OuterOptimizer`.
         scheduler: a scheduler belongs to a torch optimizer.
         schedule: a schedule of tolerances does, too.
         tol: relative decrease of the outer loss that may be left.
     """
     count = tree.size(hparams) // (problem.batch or 1)
-    size = tree.size(problem.start(None)) // (problem.batch or 1)
+    size = tree.size(problem.start(params)) // (problem.batch or 1)
+    if solver.steps is not None and solver.tol is None and not estimator.differentiates_steps:
+        return None, f"{describe(solver)} has steps and no tolerance, so outer losses are known as well as it converges"
     reason = f"{size} inner variables and {count} hyperparameters have dense second derivatives"
     for search in (HyperNewton(tol), HyperLBFGS(tol)):
         if isinstance(search, HyperNewton) and count > MATRIX:
@@ -60,8 +64,8 @@ def auto_search(
             reason = f"{problem.wrong_third} has no right third derivatives"
             continue
         try:
-            check_search(search, problem, solver, estimator, hparams, scheduler, warm_start, schedule)
-            Searches(search, problem, hparams, constraints, problem.batch)
+            check_search(search, problem, solver, estimator, size, scheduler, warm_start, schedule)
+            Searches(search, problem, hparams, constraints, params)
         except ValueError as error:
             reason = first_line(error).rstrip(".")
             continue
@@ -77,6 +81,7 @@ def searches_of(
     hparams: Tree,
     warm_start: WarmStart,
     *,
+    params: Tree,
     constraints: Any,
     scheduler: Any,
     schedule: Any,
@@ -85,13 +90,14 @@ def searches_of(
     choice, options = "", {"scheduler": scheduler, "schedule": schedule}
     if isinstance(optimizer, str):
         optimizer, reason = auto_search(
-            problem, solver, estimator, hparams, warm_start, constraints=constraints, **options
+            problem, solver, estimator, hparams, warm_start, params=params, constraints=constraints, **options
         )
         choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
     if not isinstance(optimizer, OuterSearch):
         return None, choice
-    check_search(optimizer, problem, solver, estimator, hparams, scheduler, warm_start, schedule)
-    return Searches(optimizer, problem, hparams, constraints, problem.batch), choice
+    size = tree.size(problem.start(params)) // (problem.batch or 1)
+    check_search(optimizer, problem, solver, estimator, size, scheduler, warm_start, schedule)
+    return Searches(optimizer, problem, hparams, constraints, params), choice
 
 
 class Searches:
@@ -102,20 +108,22 @@ class Searches:
         problem: the problem.
         hparams: where to start; of rows with a leading dimension.
         constraints: None, or bounds, see `Searcher`.
-        size: number of rows, None for one problem.
+        params: where the inner solver starts; None for the problem's own start.
     """
 
     scheduler = None
 
     def __init__(
-        self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any, size: int | None
+        self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any, params: Tree
     ) -> None:
-        self.optimizer, self.size = search, size
-        if size is None:
-            self.each = [Searcher(search, problem, hparams, constraints)]
-        else:
-            starts = [rows.row(hparams, index) for index in range(size)]
-            self.each = [Searcher(search, problem.member(i), start, constraints) for i, start in enumerate(starts)]
+        self.optimizer, self.size, begun = search, problem.batch, problem.start(params)
+        if self.size is None:
+            self.each = [Searcher(search, problem, hparams, constraints, begun)]
+            return
+        self.each = [
+            Searcher(search, problem.member(i), rows.row(hparams, i), constraints, rows.row(begun, i))
+            for i in range(self.size)
+        ]
 
     def _together(self, trees: Sequence[Tree]) -> Tree:
         return trees[0] if self.size is None else rows.stack(trees)

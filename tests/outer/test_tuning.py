@@ -108,6 +108,30 @@ def test_auto_says_which_search_and_why():
     assert simplex.choice.startswith("auto chose Adam: `constraints` holds Simplex()")
 
 
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("search", ["auto", bl.HyperNewton(), bl.HyperLBFGS()], ids=repr)
+def test_a_start_of_the_inner_variable_that_the_problem_has_not(search, batch):
+    problem, other = norms(), torch.ones(3, dtype=F64)
+    problem = bl.BilevelProblem(problem.inner_loss, problem.outer_loss)
+    u = torch.zeros(3, dtype=F64) if batch is None else torch.zeros(2, 3, dtype=F64)
+
+    def begun():
+        return bl.OuterOptimizer(problem, bl.Newton(), bl.Implicit(), u, search, params=other, batch=batch)
+
+    first, second, whole = begun(), begun(), begun()
+    first.run(2, progress=False)
+    second.load_state_dict(first.state_dict())
+    ends = [outer.run(steps, progress=False) for outer, steps in ((second, 3), (whole, 5))]
+    assert torch.equal(ends[0].hparams, ends[1].hparams)
+
+
+def test_a_number_of_inner_steps_without_a_tolerance_takes_adam():
+    far = bl.OuterOptimizer(norms(), bl.GradientDescent(1e-3, steps=3), bl.Implicit(), torch.zeros(3, dtype=F64))
+    assert "Adam: GradientDescent(steps=3, step_size=0.001) has steps and no tolerance" in far.choice
+    with pytest.warns(bl.BilevelWarning):
+        assert far.run(2, progress=False).best_loss < float("inf")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
