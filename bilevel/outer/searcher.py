@@ -84,6 +84,10 @@ def check_search(
             )
         if problem.optimality is not None:
             raise ValueError("HyperNewton needs an inner loss, but this problem is stated by a map: use HyperLBFGS.")
+        if problem.variation:
+            raise ValueError(
+                f"HyperNewton needs one inner loss, but this problem has {problem.variation}: use HyperLBFGS."
+            )
         if size > MAX_PARAMS:
             raise ValueError(
                 f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {size:,}: "

@@ -53,8 +53,11 @@ def auto_search(
     """
     count = tree.size(hparams) // (problem.batch or 1)
     size = tree.size(problem.start(params)) // (problem.batch or 1)
-    if solver.steps is not None and solver.tol is None and not estimator.differentiates_steps:
-        return None, f"{describe(solver)} has steps and no tolerance, so outer losses are known as well as it converges"
+    if solver.steps is not None and not estimator.differentiates_steps:
+        return (
+            None,
+            f"{describe(solver)} may end before it converges, and outer losses are known only as well as it does",
+        )
     reason = f"{size} inner variables and {count} hyperparameters have dense second derivatives"
     for search in (HyperNewton(tol), HyperLBFGS(tol)):
         if isinstance(search, HyperNewton) and count > MATRIX:

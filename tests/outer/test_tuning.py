@@ -125,11 +125,26 @@ def test_a_start_of_the_inner_variable_that_the_problem_has_not(search, batch):
     assert torch.equal(ends[0].hparams, ends[1].hparams)
 
 
-def test_a_number_of_inner_steps_without_a_tolerance_takes_adam():
+def test_auto_takes_adam_where_inner_runs_may_end_before_they_converge():
     far = bl.OuterOptimizer(norms(), bl.GradientDescent(1e-3, steps=3), bl.Implicit(), torch.zeros(3, dtype=F64))
-    assert "Adam: GradientDescent(steps=3, step_size=0.001) has steps and no tolerance" in far.choice
+    assert "Adam: GradientDescent(steps=3, step_size=0.001) may end before it converges" in far.choice
+    capped = bl.OuterOptimizer(norms(), bl.Newton(steps=50, tol=1e-8), bl.Implicit(), torch.zeros(3, dtype=F64))
+    assert capped.choice.startswith("auto chose Adam")
     with pytest.warns(bl.BilevelWarning):
         assert far.run(2, progress=False).best_loss < float("inf")
+
+
+def test_networks_with_running_statistics_have_no_second_derivatives_of_the_search():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).to(F64)
+    X, y = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0), dtype=F64), torch.ones(12, 1, dtype=F64)
+
+    def inner(model, params, u):
+        return ((model(X[0]) - y) ** 2).mean() + u.exp() * sum((p**2).sum() for p in params.values())
+
+    problem = bl.ModuleProblem(model, inner, lambda model, params, u: ((model(X[1]) - y) ** 2).mean())
+    u = torch.tensor(-2.0, dtype=F64)
+    with pytest.raises(ValueError, match="HyperNewton needs one inner loss, but this problem has running statistics"):
+        bl.OuterOptimizer(problem, bl.QuasiNewton(), bl.Implicit(), u, bl.HyperNewton())
 
 
 @pytest.mark.parametrize(
