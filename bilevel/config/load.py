@@ -180,7 +180,7 @@ def _reduced(form: ConfigForm, only: str | None, tune: bool) -> Plan:
         raise ConfigError(f"there is no estimator {name!r} in `estimators` ({listed(form.estimators)}){hint}")
     form.estimators = {name: form.estimators[name]}
     form.seeds = form.seeds[:1] if tune else form.seeds
-    if tune and not (form.outer.model_extra or form.outer.model_fields_set & {"optimizer", "scheduler", "schedule"}):
+    if tune and not (form.outer.model_extra or form.outer.model_fields_set & {"optimizer", "scheduler"}):
         form.outer.optimizer = "auto"  # a comparison judges estimators by one and the same optimizer
     return _plan(form)
 

@@ -55,7 +55,7 @@ class OuterOptimizer:
         hparams: where to start; must satisfy the constraints.
         optimizer: how the hyperparameters move. "auto" (the default) takes a search, `HyperNewton` or `HyperLBFGS`,
             which chooses its steps by values and slopes, ends by itself and takes one evaluation a step; where losses
-            do not compare (mini-batches, new data, warm-started unrolls), or where a scheduler or a schedule is given,
+            do not compare (mini-batches, new data, warm-started unrolls), or where a scheduler is given,
             ``Adam(lr=0.1)``; `choice` says which and why. Else one of these searches, or a function that makes a torch
             optimizer from the list of free tensors; None for that Adam.
         scheduler: makes a torch scheduler from the optimizer; stepped once an outer step.
@@ -67,8 +67,8 @@ class OuterOptimizer:
         target_error: the largest relative error of every hypergradient, see `hypergradient`; of a search, that of
             the hypergradient at its end, the last record. A step of a torch optimizer that misses it is taken only
             while its certificate still proves descent, ``|p - dF/du| < |p|``; otherwise `run` ends there.
-        schedule: "quadratic", "cubic", "exponential" or a `ToleranceSchedule`: rough hypergradients first, exact ones
-            later; it ends at `target_error` where that is given too.
+        schedule: deprecated, as a search chooses its own accuracies: the relative errors that the steps of a torch
+            optimizer may have, by name or as a `ToleranceSchedule`; it ends at `target_error`.
         on_failure: "raise" (default), "warn" or "return"; after a failed hypergradient the hyperparameters do not move.
         callbacks: called as ``callback(outer, estimate)`` after each step; a True return stops `run`.
         batch: number of rows that are tuned side by side: every leaf of `hparams` then has a row for each, constraints

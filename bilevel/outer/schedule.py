@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from bilevel.core.options import is_number, require, shown_value
 
 DECREASES = ("quadratic", "cubic", "exponential")
+DEPRECATED = (
+    "`schedule` is deprecated: HyperNewton and HyperLBFGS (`optimizer` 'auto') choose their own accuracies, "
+    "and a torch optimizer takes one `target_error`."
+)
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,8 @@ class ToleranceSchedule:
     """The relative error that the hypergradient of outer step k = 1, 2, ... may have (Pedregosa 2016, section 4).
 
         quadratic   first / k^2,      cubic   first / k^3,      exponential   first rate^(k-1)
+
+    Deprecated: a search chooses its own accuracies.
 
     A decrease whose sum is finite keeps the outer iteration convergent: far from the optimum a rough gradient does.
 
@@ -49,15 +56,22 @@ class ToleranceSchedule:
         return max(self.least, error)
 
 
-def as_schedule(given: Any, target_error: Any) -> ToleranceSchedule | None:
-    """Return a schedule that is given by name, as an object or not at all; it ends at `target_error`, if not None."""
+def as_schedule(given: Any, target_error: Any, stacklevel: int = 3) -> ToleranceSchedule | None:
+    """Return a schedule that is given by name, as an object or not at all; it ends at `target_error`, if not None.
+
+    Warns that it is deprecated, as the caller at `stacklevel` sees.
+
+    Raises:
+        ValueError: for anything else, and for two places where it ends.
+    """
     if given is None:
         return None
     if isinstance(given, str) and given in DECREASES:
-        return ToleranceSchedule(given) if target_error is None else ToleranceSchedule(given, least=target_error)
-    if not isinstance(given, ToleranceSchedule):
+        given = ToleranceSchedule(given) if target_error is None else ToleranceSchedule(given, least=target_error)
+    elif not isinstance(given, ToleranceSchedule):
         allowed = f"{', '.join(map(repr, DECREASES))} or a ToleranceSchedule"
         raise ValueError(f"`schedule` must be {allowed}, got {shown_value(given)}.")
-    if target_error is not None:
+    elif target_error is not None:
         raise ValueError("give `target_error` or the `least` of the ToleranceSchedule, not both.")
+    warnings.warn(DEPRECATED, DeprecationWarning, stacklevel=stacklevel)
     return given

@@ -53,7 +53,7 @@ def check_search(
     size: int,
     scheduler: Any,
     warm_start: WarmStart,
-    schedule: Any,
+    schedule: Any = None,
 ) -> None:
     """Refuse a run whose outer losses are no function of the hyperparameters, or whose hypergradients are biased.
 

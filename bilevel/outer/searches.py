@@ -34,7 +34,6 @@ def auto_search(
     params: Tree = None,
     constraints: Any = None,
     scheduler: Any = None,
-    schedule: Any = None,
     tol: float = 1e-6,
 ) -> tuple[OuterSearch[Any] | None, str]:
     """Return the search that fits a run, with the reason; None for Adam, where outer losses do not compare.
@@ -48,7 +47,6 @@ def auto_search(
         params: where the inner solver starts; None for the problem's own start.
         constraints: see `OuterOptimizer`.
         scheduler: a scheduler belongs to a torch optimizer.
-        schedule: a schedule of tolerances does, too.
         tol: relative decrease of the outer loss that may be left.
     """
     count = tree.size(hparams) // (problem.batch or 1)
@@ -67,7 +65,7 @@ def auto_search(
             reason = f"{problem.wrong_third} has no right third derivatives"
             continue
         try:
-            check_search(search, problem, solver, estimator, size, scheduler, warm_start, schedule)
+            check_search(search, problem, solver, estimator, size, scheduler, warm_start)
             Searches(search, problem, hparams, constraints, params)
         except ValueError as error:
             reason = first_line(error).rstrip(".")
@@ -90,11 +88,19 @@ def searches_of(
     schedule: Any,
 ) -> tuple[Searches | None, str]:
     """Return the searches of a run, None where a torch optimizer moves it, and what "auto" says of its choice."""
-    choice, options = "", {"scheduler": scheduler, "schedule": schedule}
+    choice = ""
     if isinstance(optimizer, str):
         optimizer, reason = auto_search(
-            problem, solver, estimator, hparams, warm_start, params=params, constraints=constraints, **options
+            problem,
+            solver,
+            estimator,
+            hparams,
+            warm_start,
+            params=params,
+            constraints=constraints,
+            scheduler=scheduler,
         )
+        schedule = None  # the search that was found chooses its own accuracies
         choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
     if not isinstance(optimizer, OuterSearch):
         return None, choice

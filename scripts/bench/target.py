@@ -18,11 +18,10 @@ CASES = (
 )
 WAYS: dict[str, dict[str, Any]] = {
     "target_error=0.1": {"target_error": 0.1},
-    "schedule='quadratic' down to 0.01": {"schedule": "quadratic", "target_error": 0.01},
-    "schedule='exponential'": {"schedule": "exponential"},
+    "target_error=0.01": {"target_error": 0.01},
     "target_error=0.001": {"target_error": 1e-3},
 }
-ASKED = "schedule='quadratic' down to 0.01"
+ASKED = "target_error=0.01"
 
 
 def tuned(problem: Any, solver: Any, linear_solver: Any, **options: Any) -> tuple[float, float, float]:

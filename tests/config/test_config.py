@@ -137,12 +137,17 @@ def test_written_config_is_the_same_plan(config: Path, tmp_path: Path) -> None:
 
 def test_targets_schedules_and_the_word_auto_reach_the_plan(config: Path) -> None:
     auto = ["estimators={best: auto}", "solver={class: GradientDescent}"]
-    plan = load_plan(config, [*auto, "outer={steps: 2, target_error: 1e-3, schedule: cubic}"])
+    with pytest.warns(DeprecationWarning, match="choose their own accuracies") as caught:
+        plan = load_plan(config, [*auto, "outer={steps: 2, target_error: 1e-3, schedule: cubic}"])
+    with pytest.warns(DeprecationWarning, match="choose their own accuracies"):
+        outer = plan.outer.start(plan.problems["iris"](0), plan.solver, plan.estimators["best"])
+    # The commands show what is deprecated in a config.
+    assert any("bilevel/config/load.py" in each.filename for each in caught)
     assert plan.estimators == {"best": Auto()}
     assert (plan.outer.target_error, plan.outer.schedule) == (1e-3, "cubic")
-    outer = plan.outer.start(plan.problems["iris"](0), plan.solver, plan.estimators["best"])
     assert outer.schedule == ToleranceSchedule("cubic", least=1e-3)
-    plan = load_plan(config, [*auto, "outer={schedule: {decrease: exponential, first: 0.5, rate: 0.95}}"])
+    with pytest.warns(DeprecationWarning, match="choose their own accuracies"):
+        plan = load_plan(config, [*auto, "outer={schedule: {decrease: exponential, first: 0.5, rate: 0.95}}"])
     assert plan.outer.schedule == ToleranceSchedule("exponential", first=0.5, rate=0.95)
     plan = load_plan(config, ["estimators={best: {class: Auto, unroll: true, memory_limit: 1e6}}"])
     assert plan.estimators == {"best": Auto(unroll=True, memory_limit=1e6)}

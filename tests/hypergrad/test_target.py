@@ -390,8 +390,13 @@ def outer(case: Case, **options: Any) -> bl.OuterOptimizer:
     )
 
 
+SEARCH = r"^`schedule` is deprecated: HyperNewton and HyperLBFGS .* choose their own accuracies, "
+
+
 def test_every_outer_step_has_the_error_that_the_schedule_says() -> None:
-    run = outer(logistic_case(), schedule="cubic", target_error=1e-3)
+    with pytest.warns(DeprecationWarning, match=SEARCH) as caught:
+        run = outer(logistic_case(), schedule="cubic", target_error=1e-3)
+    assert caught[0].filename == __file__
     history = run.run(6, progress=False).history
     for record in history:
         allowed = max(1e-3, 0.1 / record.step**3)
@@ -410,7 +415,8 @@ def test_an_outer_run_with_a_target_ends_where_an_exact_one_does_for_less() -> N
 
 def test_a_resumed_run_with_a_schedule_equals_an_undisturbed_one_bit_for_bit() -> None:
     case = softmax_case()
-    whole, first, second = (outer(case, schedule="quadratic") for _ in range(3))
+    with pytest.warns(DeprecationWarning, match=SEARCH):
+        whole, first, second = (outer(case, schedule=bl.ToleranceSchedule()) for _ in range(3))
     expected = whole.run(6, progress=False)
     first.run(3, progress=False)
     second.load_state_dict(first.state_dict())
@@ -473,6 +479,14 @@ def test_a_missed_target_with_certain_descent_still_moves() -> None:
 def test_bad_schedules_are_refused(schedule: Any, target: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         outer(logistic_case(), schedule=schedule, target_error=target)
+
+
+def test_a_schedule_without_an_optimizer_leaves_accuracies_to_the_search() -> None:
+    case = logistic_case()
+    with pytest.warns(DeprecationWarning, match=SEARCH):
+        run = bl.OuterOptimizer(case.problem, bl.QuasiNewton(), bl.Implicit(), case.hparams, schedule="quadratic")
+    assert run.choice.startswith("auto chose HyperNewton()")
+    assert run.run(40, progress=False).stopped.startswith("converged")
 
 
 @pytest.mark.parametrize(

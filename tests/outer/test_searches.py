@@ -534,9 +534,6 @@ def test_weights_of_rows_are_bounded_and_tuned_without_a_scan():
 
 
 REFUSED = {
-    "HyperNewton chooses its own steps and accuracies: leave out `schedule`.": lambda p, u: outer_of(
-        p, u, schedule="quadratic"
-    ),
     r"HyperNewton compares outer losses, but those of FullUnroll\(.*\) depend on where the inner solver starts: "
     r"use warm_start=False, or Implicit\(\).": lambda p, u: bl.OuterOptimizer(
         p, bl.GradientDescent(steps=5), bl.FullUnroll(), u, bl.HyperNewton()
@@ -566,6 +563,15 @@ REFUSED = {
     ),
     "`HyperLBFGS.memory` must be a positive int": lambda p, u: bl.HyperLBFGS(memory=0),
 }
+
+
+def test_a_schedule_is_refused_by_a_search_that_was_asked_for():
+    ridge = Ridge(0)
+    with (
+        pytest.warns(DeprecationWarning, match="choose their own accuracies"),
+        pytest.raises(ValueError, match=r"HyperNewton chooses its own steps and accuracies: leave out `schedule`\."),
+    ):
+        outer_of(ridge.problem(), torch.from_numpy(ridge.centre).clone(), schedule="quadratic")
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

@@ -95,7 +95,11 @@ def test_auto_says_which_search_and_why():
     result = unrolled.run(25, progress=False)
     assert result.best_loss < result.history[0].outer_loss
     scheduled = bl.OuterOptimizer(
-        norms(), bl.Newton(), bl.Implicit(), torch.zeros(3, dtype=F64), schedule="exponential"
+        norms(),
+        bl.Newton(),
+        bl.Implicit(),
+        torch.zeros(3, dtype=F64),
+        scheduler=lambda adam: torch.optim.lr_scheduler.ExponentialLR(adam, 0.9),
     )
     assert scheduled.choice.startswith("auto chose Adam: HyperLBFGS chooses its own steps and accuracies")
     simplex = bl.OuterOptimizer(
