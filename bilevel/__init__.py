@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from bilevel.inner import LinearMultistep as LinearMultistep
     from bilevel.inner import Nesterov as Nesterov
     from bilevel.inner import Newton as Newton
+    from bilevel.inner import PreconditionedGradientDescent as PreconditionedGradientDescent
     from bilevel.inner import QuasiNewton as QuasiNewton
     from bilevel.inner import RMSprop as RMSprop
     from bilevel.inner import Sobolev as Sobolev
@@ -109,7 +110,7 @@ _NAMES = {
     ),
     "inner": (
         "Adam AdamW AsymptoticSobolev Chebyshev Coefficients FixedPoint GradientDescent HeavyBall LinearMultistep "
-        "Nesterov Newton QuasiNewton RMSprop SGD Sobolev TorchOptimizer"
+        "Nesterov Newton PreconditionedGradientDescent QuasiNewton RMSprop SGD Sobolev TorchOptimizer"
     ),
     "linear": "CG Direct FixedPointIteration GMRES Neumann Nystrom",
     "networks.module_problem": "ModuleProblem",

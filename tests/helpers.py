@@ -483,6 +483,12 @@ SOLVERS: dict[type, SolverRow] = {
     bl.GradientDescent: SolverRow(
         partial(made, bl.GradientDescent, STEP), descent_formula, 2, "the update is one kernel"
     ),
+    bl.PreconditionedGradientDescent: SolverRow(
+        partial(made, bl.PreconditionedGradientDescent, STEP),
+        lambda gradient, x, memory, k: (x - memory[0] * gradient(x), memory),
+        2,
+        "the update is one kernel",
+    ),
     bl.HeavyBall: SolverRow(
         partial(made, bl.HeavyBall, STEP, MOMENTUM), heavy_ball_formula, 4, "three terms: a product, two sums"
     ),

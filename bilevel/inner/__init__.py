@@ -15,6 +15,7 @@ from bilevel.inner.multistep import LinearMultistep as LinearMultistep
 from bilevel.inner.multistep import StepSizeMethod as StepSizeMethod
 from bilevel.inner.nesterov import Nesterov as Nesterov
 from bilevel.inner.newton import Newton as Newton
+from bilevel.inner.preconditioned import PreconditionedGradientDescent as PreconditionedGradientDescent
 from bilevel.inner.quasi_newton import QuasiNewton as QuasiNewton
 from bilevel.inner.rmsprop import RMSprop as RMSprop
 from bilevel.inner.sgd import SGD as SGD

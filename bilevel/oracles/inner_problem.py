@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge
 from bilevel.core import rows, tree
 from bilevel.core.autograd import edges, pushforward, vector_jacobian
 from bilevel.core.tree import Tree
-from bilevel.numerics.lanczos import Spectrum, lanczos
+from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum, lanczos
 from bilevel.oracles.losses import Losses
 from bilevel.oracles.vjp_sum import ProductSum
 
@@ -302,6 +302,18 @@ class InnerProblem:
         point = self.linearize(params)
         raveler = tree.Raveler(params)
         return lanczos(lambda v: raveler.ravel(point.hvp(raveler.unravel(v))), raveler.ravel(params))
+
+    def majorizer(self, params: Tree, largest: float | None = None) -> Tree:
+        """Return a diagonal D above the Hessian, shaped as `params`; by default the largest curvature, at `params`.
+
+        A problem that knows one overrides it: with it, `PreconditionedGradientDescent` has a step for each variable.
+
+        Args:
+            params: where the Hessian is taken.
+            largest: the largest curvature but for diagonal parts that are known; None: measured.
+        """
+        largest = largest or CURVATURE_MARGIN * self.curvature(params).largest
+        return tree.tree_map(lambda leaf: torch.full_like(leaf, largest), params)
 
     def member(self, index: int) -> InnerProblem:
         """Return one member of a batch as an inner problem of its own, whose calls go to ``alone[index]``."""

@@ -312,8 +312,17 @@ class LinearModelInner(PenalisedInner):
         data = problem.collect(X, problem.glm.slope(problem.predict(X, params), y))
         return torch.addcmul(problem.scale * data, self.penalty, params)
 
+    @property
+    def data_curvature(self) -> float:
+        """A bound of the largest curvature of the data part that holds at every params."""
+        # The norm is measured from below, to a relative 1e-6.
+        bound: float = self.problem.scale * self.problem.glm.max_curvature * self.problem.gram_norm * (1 + 1e-5)
+        return bound
+
     def curvature(self, params: Tensor) -> Spectrum:
         """Return bounds of the spectrum that hold at every params: an automatic step size is safe everywhere."""
-        # The norm is measured from below, to a relative 1e-6.
-        largest = self.problem.scale * self.problem.glm.max_curvature * self.problem.gram_norm * (1 + 1e-5)
-        return Spectrum(float(self.penalty.min()), largest + float(self.penalty.max()))
+        return Spectrum(float(self.penalty.min()), self.data_curvature + float(self.penalty.max()))
+
+    def majorizer(self, params: Tree, largest: float | None = None) -> Tree:
+        """Return the penalty of every weight plus the largest curvature of the data part."""
+        return (self.penalty + (largest or self.data_curvature)).expand_as(params)

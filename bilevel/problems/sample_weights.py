@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bilevel.core.options import is_number, require
 from bilevel.core.tree import Tree
-from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.error_model import Tuned
 from bilevel.oracles.hyper_hessian import hyper_hessians
 from bilevel.oracles.problem import BilevelProblem
@@ -106,10 +105,9 @@ class SampleWeightInner(LinearModelInner):
         """Return a plain sum: the cross products are not linear in the params."""
         return ProductSum(self.hparams)
 
-    def curvature(self, params: Tensor) -> Spectrum:
-        unweighted = super().curvature(params)
-        penalty = float(self.penalty)
-        return Spectrum(penalty, float(self.weights.max()) * (unweighted.largest - penalty) + penalty)
+    @property
+    def data_curvature(self) -> float:
+        return float(self.weights.max()) * super().data_curvature
 
 
 class SampleWeightProblem(SoftmaxProblem):
