@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bilevel import criteria as criteria
     from bilevel import meta as meta
     from bilevel import problems as problems
     from bilevel import theory as theory
@@ -128,7 +129,11 @@ _NAMES = {
 }
 """The public names of each module."""
 _HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
-_MODULES = {"meta": "meta", "problems": "problems", "theory": "theory", "threads": "core.threads", "tree": "core.tree"}
+_MODULES = {
+    **{name: name for name in ("criteria", "meta", "problems", "theory")},
+    "threads": "core.threads",
+    "tree": "core.tree",
+}
 """Public modules."""
 _OLD = ("begin", "run_inner")
 """Functions of `engine.loop` that were public, and forward for one release."""

@@ -24,7 +24,7 @@ FLOORS = (
     "base",
     "inner linear networks certify",
     "problems engine meta",
-    "hypergrad theory",
+    "hypergrad theory criteria",
     "outer check",
     "compare curse",
     "config",

@@ -1,0 +1,174 @@
+"""`Criterion`: a loss of held-out predictions as a function of the log penalties of a linear model."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bilevel.criteria.data import LinearData, Rows
+from bilevel.criteria.penalties import Penalties
+from bilevel.problems.losses import GLMLoss, Logistic, Poisson, Softmax
+
+Array = NDArray[np.float64]
+
+HALF = 0.5
+"""A row with more than this part of the loss is named."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A linear model in the units of the X that was given.
+
+    Attributes:
+        coef: of shape (features,), or (outputs, features).
+        intercept: of shape (), or (outputs,).
+    """
+
+    coef: Tensor
+    intercept: Tensor
+
+    def predict(self, X: Tensor) -> Tensor:
+        """Return the predictions of rows of shape (rows, features): (rows,), or (outputs, rows)."""
+        return (X @ self.coef.T).T + self.intercept[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A criterion at some log penalties.
+
+    Attributes:
+        value: the weighted mean loss of the held-out rows.
+        gradient: its derivatives by the log penalties, of shape (k,).
+        gauss_newton: ``J' diag(curvatures) J / rows``, (k, k), positive semidefinite; None where not asked for.
+        losses: of every held-out row, weighted so that their mean is `value`; in the order of `Criterion.held_out`.
+        predictions: of the held-out rows, (rows,) or (outputs, rows).
+        slopes: derivatives of the weighted losses by the predictions, shaped as these: ``gradient = J' slopes / rows``.
+        curvatures: second derivatives, shaped as the predictions (of softmax, its probabilities; see `GLMLoss`).
+        jacobian: derivatives J of the predictions by the log penalties, (rows, k) or (outputs, rows, k); None where not
+            asked for. Of approximate leave-one-out, without the terms that the Gauss-Newton model leaves out, unless
+            `full` is set.
+        warm: what a next evaluation near by starts from.
+    """
+
+    value: float
+    gradient: Array
+    gauss_newton: Array | None
+    losses: Array
+    predictions: Tensor
+    slopes: Tensor
+    curvatures: Tensor
+    jacobian: Tensor | None
+    warm: Any = None
+
+
+class Criterion(ABC):
+    """A held-out loss of the linear model with penalties ``a = exp(u)``, and its derivatives by u.
+
+        w(u) = argmin sum_i s_i loss(x_i'w + b, y_i) + 1/2 sum_j a_j w_j^2
+
+    with standardised columns, an intercept b that is not penalised, and weights s of mean 1. A criterion has no hidden
+    state: two evaluations at one u are equal, whatever happened between them, up to the tolerance of the inner solve.
+
+    Args:
+        data: the rows.
+        loss: of a row's prediction.
+        penalties: which coefficients share a penalty.
+
+    Raises:
+        ValueError: in one sentence, where they do not fit.
+    """
+
+    def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties) -> None:
+        _check(data, loss, penalties)
+        self.data, self.loss, self.penalties = data, loss, penalties
+
+    @property
+    def held_out(self) -> Tensor:
+        """The indices of the rows that losses are of, in their order."""
+        return torch.arange(self.data.rows)
+
+    @property
+    def unit(self) -> float:
+        """What losses are measured in: 1 for a log likelihood, else the loss of the best constant prediction."""
+        if isinstance(self.loss, Logistic | Softmax | Poisson):
+            return 1.0
+        y, share = self.data.y, self.data.weights / self.data.rows
+        constant = (y * share).sum(-1, keepdim=True) if self.data.intercept else y.new_zeros(*y.shape[:-1], 1)
+        return float((self.loss.value(constant.expand(y.shape), y) * share).sum(-1).mean()) or 1.0
+
+    @abstractmethod
+    def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+        """Return value and gradient at log penalties, and the Gauss-Newton model.
+
+        Args:
+            u: log penalties, of shape (k,).
+            warm: the `warm` of an evaluation near by.
+            second: whether the Gauss-Newton matrix and the Jacobian are needed.
+            full: whether the Jacobian has to be exact, where a model leaves terms out.
+        """
+
+    def scan(self, u: Array) -> list[Evaluation]:
+        """Return evaluations, without second derivatives, at several u, (m, k).
+
+        The default goes through them in their order, each warm from the one before: begin with strong penalties.
+        """
+        found: list[Evaluation] = []
+        for each in u:
+            found.append(self.evaluate(each, found[-1].warm if found else None, second=False))
+        return found
+
+    @abstractmethod
+    def refit(self, u: Array, warm: Any = None) -> Fit:
+        """Return the model of all rows at log penalties."""
+
+    def fits(self, evaluation: Evaluation) -> list[tuple[Fit, Tensor]] | None:
+        """Return the model of every fold with the rows that it has not seen; None where rows are left out singly."""
+        return None
+
+    @abstractmethod
+    def take(self, rows: Rows) -> Self:
+        """Return the same criterion of some of the rows, standardised by themselves."""
+
+    def with_penalties(self, penalties: Penalties) -> Self:
+        """Return the same criterion with other penalties; what is known of the data is shared."""
+        _check(self.data, self.loss, penalties)
+        other = copy.copy(self)
+        other.penalties = penalties
+        return other
+
+    def remark(self, evaluation: Evaluation) -> str:
+        """Name a row that makes more than half of the criterion; empty where none does."""
+        losses = evaluation.losses
+        worst = int(losses.argmax())
+        if len(losses) < 3 or losses[worst] <= HALF * losses.sum():
+            return ""
+        share = losses[worst] / losses.sum()
+        return f"row {int(self.held_out[worst]) + 1} alone makes {share:.0%} of the criterion: look at it."
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """Return losses of every row, (rows,) or (targets, rows), times its weight, of targets the mean."""
+        losses = losses * self.data.weights
+        return losses if losses.dim() == 1 else losses.mean(0)
+
+    def given(self, w: Tensor, intercept: Tensor) -> Fit:
+        """Return the model of standardised coefficients in the units of the X that was given."""
+        coef = w / self.data.scale
+        return Fit(coef, intercept - coef @ self.data.offset)
+
+
+def _check(data: LinearData, loss: GLMLoss, penalties: Penalties) -> None:
+    if penalties.owner.shape[-1] != data.features:
+        raise ValueError(
+            f"penalties cover {penalties.owner.shape[-1]} features, but X has {data.features}: name each feature once."
+        )
+    single = loss.outputs(data.y) if data.y.dim() == 1 else len(data.y)
+    if (penalties.outputs is None) != (single is None) or (penalties.outputs or 0) < (single or 0):
+        wanted = "one" if single is None else str(single)
+        raise ValueError(f"penalties are of {penalties.outputs or 'one'} outputs, but the data have {wanted}.")

@@ -1,0 +1,227 @@
+"""Exact leave-one-out of ridge regression: value, gradient and Gauss-Newton model from one factorisation."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
+from bilevel.criteria.data import LinearData, Rows
+from bilevel.criteria.leverage import factor, symmetric_inverse
+from bilevel.criteria.penalties import Penalties
+from bilevel.problems.losses import GLMLoss, Squared
+
+LEAST = 1e-12
+"""One minus a leverage is at least this: a row that decides its prediction alone has no leave-one-out error."""
+
+
+class RidgeLeaveOneOut(Criterion):
+    """The mean squared error of every row (halved) under the ridge regression of all others, without a refit.
+
+    With ``V = X (X'SX + A)^-1``, ``w = V'Sy``, ``h_i = s_i (V_i'x_i + 1/sum s)`` and centred columns, the error of row
+    i without itself is ``e_i = (y_i - x_i'w) / (1 - h_i)``, and
+
+        value = 1/2 mean(s e^2),    de_i/du_j = a_j V_ij (w_j - s_i e_i V_ij) / (1 - h_i)
+
+    (Allen 1974; the derivatives are those of the formula). One penalty for all columns, or for each target, goes
+    through the eigenbasis of X'SX or, with more columns than rows, of XX': an evaluation is then two products.
+
+    Args:
+        data: the rows; y may hold several targets, of which the loss is the mean.
+        penalties: which coefficients share a penalty.
+
+    >>> data = LinearData.of([[0.0], [1.0], [3.0]], [0.0, 1.0, 2.0])
+    >>> evaluation = RidgeLeaveOneOut(data, Penalties.scalar(1)).evaluate(np.zeros(1))
+    >>> round(evaluation.value, 4), evaluation.gradient.round(4)
+    (0.2893, array([0.2085]))
+    """
+
+    loss: GLMLoss
+
+    def __init__(self, data: LinearData, penalties: Penalties) -> None:
+        super().__init__(data, Squared(), penalties)
+        self.y = data.y.reshape(-1, data.rows)  # (targets, rows)
+        share = data.weights / data.rows
+        self.mean = (self.y * share).sum(1, keepdim=True) if data.intercept else torch.zeros_like(self.y[:, :1])
+        self.own = share if data.intercept else torch.zeros_like(share)  # of a row in the intercept
+
+    def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+        log_a = self.penalties.spread(u)
+        if self._even:
+            return self._even_evaluations(log_a.reshape(-1, self.data.features)[None, :, 0], second)[0]
+        return self._uneven_evaluation(log_a, second)
+
+    def scan(self, u: Array) -> list[Evaluation]:
+        if not self._even:
+            return super().scan(u)
+        log_a = torch.stack([self.penalties.spread(each).reshape(-1, self.data.features)[:, 0] for each in u])
+        return self._even_evaluations(log_a, second=False)
+
+    def refit(self, u: Array, warm: Any = None) -> Fit:
+        log_a = self.penalties.spread(u)
+        if self._even:
+            _, values, c, collect = self._basis
+            log_a = log_a.reshape(-1, self.data.features)[:, 0]
+            w = collect(c / (values[:, None] + log_a.exp().to(values)))
+        else:
+            a = log_a.exp().to(self.y).reshape(-1, self.data.features).expand(len(self.y), -1)
+            w = torch.stack([self._solve(a[t])[1][t] for t in range(len(a))])
+        single = self.data.y.dim() == 1
+        return self.given(w[0] if single else w, self.mean[0, 0] if single else self.mean[:, 0])
+
+    def take(self, rows: Rows) -> Self:
+        return type(self)(self.data.take(rows), self.penalties)
+
+    @cached_property
+    def _centred(self) -> Tensor:
+        """The targets about their weighted mean, (targets, rows)."""
+        return self.y - self.mean
+
+    # One penalty for all columns ------------------------------------------------------------------------------------
+
+    @property
+    def _even(self) -> bool:
+        return self.penalties.even
+
+    @cached_property
+    def _basis(self) -> Any:
+        """``B`` (rows, r), eigenvalues g and ``c = B'S y`` (r, targets): predictions are ``B (c / (g + a))``.
+
+        The last is the function from ``c / (g + a)`` (r, targets) to standardised coefficients (targets, features).
+        """
+        data, s = self.data, self.data.weights
+        if data.features <= data.rows:
+            values, Q = torch.linalg.eigh(data.gram(s))
+            B = data.product(Q.T).T
+            c = B.T @ (self._centred * s).T
+            return B, values.clamp_min(0.0), c, lambda shrunk: (Q @ shrunk).T
+        root = s.sqrt()
+        values, Q = torch.linalg.eigh(data.row_gram() * root[:, None] * root)
+        size = values.clamp_min(0.0).sqrt()
+        # Weights may be zero: B = K S^(1/2) Q / size needs no division by them.
+        kept = size > 1e-8 * size[-1]
+        values, size, Q = values[kept], size[kept], Q[:, kept]
+        B = data.row_gram() @ (root[:, None] * Q) / size
+        c = size[:, None] * (Q.T @ (root * self._centred).T)
+        return B, values, c, lambda shrunk: data.collect((root[:, None] * (Q @ (shrunk / size[:, None]))).T)
+
+    @cached_property
+    def _squared_basis(self) -> Tensor:
+        return self._basis[0].square()
+
+    def _even_evaluations(self, log_a: Tensor, second: bool) -> list[Evaluation]:
+        """Return the evaluations of several log penalties, (m, 1) or (m, targets)."""
+        (B, values, c, _), y, s = self._basis, self.y, self.data.weights
+        count, targets = len(log_a), len(y)
+        a = log_a.exp().to(values).expand(count, targets).reshape(-1)
+        shrink = 1.0 / (values[:, None] + a)
+        slope = -a * shrink.square()  # by u
+        c = c.repeat(1, count)
+        fitted = B @ torch.cat([c * shrink, c * slope], 1)
+        leverage = self._squared_basis @ torch.cat([shrink, slope], 1)
+        fitted, dfitted = fitted.T.reshape(2, count, targets, -1)
+        leverage, dleverage = leverage.T.reshape(2, count, targets, -1)
+        q = (1.0 - self.own - s * leverage).clamp_min(LEAST)
+        error = (self._centred - fitted) / q
+        moved = (dfitted - s * error * dleverage) / q  # of the predictions: - de/du
+        return [self._evaluation(error[m], moved[m], second) for m in range(count)]
+
+    def _evaluation(self, error: Tensor, moved: Tensor, second: bool) -> Evaluation:
+        """Return the evaluation of errors and moves of the predictions, (targets, rows), by each target's penalty."""
+        weight = self.data.weights / len(error)
+        slopes = -weight * error
+        by_target = (slopes * moved).sum(1)
+        owner = self.penalties.owner.reshape(-1, self.data.features)[:, 0].expand(len(error))
+        jacobian = gauss_newton = None
+        if second:
+            chosen = torch.nn.functional.one_hot(owner, self.penalties.size).to(moved)
+            jacobian = moved[..., None] * chosen[:, None]
+            curvature = (weight * moved.square()).sum(1)
+            gauss_newton = np.diag(_numpy(curvature @ chosen)) / self.data.rows
+        gradient = moved.new_zeros(self.penalties.size).index_add_(0, owner.to(moved.device), by_target)
+        return self._answer(error, slopes, gradient / self.data.rows, gauss_newton, jacobian)
+
+    def _answer(
+        self, error: Tensor, slopes: Tensor, gradient: Tensor, gauss_newton: Array | None, jacobian: Tensor | None
+    ) -> Evaluation:
+        losses = _numpy(self.data.weights * (0.5 * error.square()).mean(0))
+        weight = (self.data.weights / len(error)).expand(error.shape)
+        parts = (
+            (self.y - error, slopes, weight) if self.data.y.dim() == 2 else (self.y[0] - error[0], slopes[0], weight[0])
+        )
+        if jacobian is not None and self.data.y.dim() == 1:
+            jacobian = jacobian[0]
+        return Evaluation(float(losses.mean()), _numpy(gradient), gauss_newton, losses, *parts, jacobian)
+
+    # Any penalties --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _X(self) -> Tensor:
+        return self.data.dense()
+
+    @cached_property
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        """X'SX and its products with the targets, (targets, features)."""
+        weighted = self._X.T * self.data.weights
+        return weighted @ self._X, (weighted @ self._centred.T).T
+
+    def _solve(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return V, (rows, features), and the coefficients (targets, features), at the penalties of all columns."""
+        X, s = self._X, self.data.weights
+        if len(a) <= len(X):
+            gram, moment = self._gram
+            inverse = symmetric_inverse(factor(gram, a))
+            return X @ inverse, moment @ inverse
+        scaled, root = X / a, s.clamp_min(1e-300).sqrt()
+        kernel = (scaled @ X.T) * root[:, None] * root
+        L = factor(kernel, torch.ones_like(root))
+        V = torch.cholesky_solve(scaled * root[:, None], L) / root[:, None]
+        return V, (s * self._centred) @ V
+
+    def _uneven_evaluation(self, log_a: Tensor, second: bool) -> Evaluation:
+        data, s, size = self.data, self.data.weights, self.penalties.size
+        a = log_a.exp().to(self.y)
+        shared = self._solve(a) if a.dim() == 1 else None
+        outputs = len(self.y)
+        a, errors, slopes = a.expand(outputs, -1), [], []
+        gradients = torch.zeros_like(a)
+        gauss_newton = np.zeros((size, size))
+        jacobians = []
+        for t in range(outputs):
+            V, coefficients = shared or self._solve(a[t])
+            w = coefficients[t]
+            q = (1.0 - self.own - s * (V * self._X).sum(1)).clamp_min(LEAST)
+            error = (self._centred[t] - self._X @ w) / q
+            slope = -s * error / outputs
+            errors.append(error)
+            slopes.append(slope)
+            by_row = slope / q
+            if second:
+                J = V * (torch.outer(s * error / q, a[t]) * V - (a[t] * w) / q[:, None])
+                gradients[t] = J.T @ slope
+                J = self._columns(J, t)
+                gauss_newton += _numpy(J.T @ (J * (s / outputs)[:, None])) / data.rows
+                jacobians.append(J)
+            else:
+                gradients[t] = a[t] * (V.square().T @ (s * error * by_row) - w * (V.T @ by_row))
+        total = gradients.sum(0) if self.penalties.outputs is None else gradients
+        gradient = self.penalties.gather(total) / data.rows
+        jacobian = torch.stack(jacobians) if second else None
+        return self._answer(
+            torch.stack(errors), torch.stack(slopes), gradient, gauss_newton if second else None, jacobian
+        )
+
+    def _columns(self, J: Tensor, target: int) -> Tensor:
+        """Return derivatives by all log penalties, (rows, k), from those by the columns of one target."""
+        if self.penalties.outputs is None:
+            return self.penalties.gather(J)
+        owner = self.penalties.owner[target].to(J.device)
+        return J.new_zeros(len(J), self.penalties.size).index_add_(1, owner, J)
+
+
+def _numpy(values: Tensor) -> Array:
+    return values.double().cpu().numpy()
