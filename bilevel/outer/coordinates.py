@@ -121,9 +121,14 @@ class Shrinkage(Coordinates):
 class Softplus(Coordinates):
     """The coordinates ``v = log(1 + exp(c - u))``: like the shrinkage for strong penalties, like c - u for weak ones.
 
-    They are for problems whose best penalties lie at the weak end, where the shrinkage has no resolution.
+    They are for problems whose best penalties lie at the weak end, where the shrinkage has no resolution: of a logistic
+    or softmax loss on separable rows the outer loss falls for ever weaker penalties.
     ``dv/du = -t`` and ``d2u/dv2 = (1 - t) / t^2`` with the shrinkage t.
     """
+
+    radius = 4.0
+    widest = 30.0
+    of_penalties = True
 
     def of(self, u: Vector) -> Vector:
         return np.logaddexp(0.0, self.centre - u)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.core.options import is_int, require
-from bilevel.outer.coordinates import Coordinates
+from bilevel.outer.coordinates import Coordinates, Shrinkage, Softplus
 from bilevel.outer.search import FAILS, Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
 from bilevel.outer.trust_region import EDGE, Vector
 
@@ -44,8 +44,10 @@ class LBFGSState(SearchState):
 
 @dataclass(frozen=True)
 class HyperLBFGS(OuterSearch[LBFGSState]):
-    """Descend the outer loss by projected L-BFGS in shrinkage coordinates, between limits.
+    """Descend the outer loss by projected L-BFGS between limits.
 
+    Log penalties move in shrinkage (`Shrinkage`) where the inner loss is quadratic: so is the outer loss there, about.
+    Elsewhere their best values may lie far out at the weak end, and they move in `Softplus`.
     It needs values and hypergradients alone. The free variables are those that are not at a limit with the slope
     pointing out; pairs without curvature on them are left out, so a step takes one evaluation as a rule. First-order
     figures cannot prove that nothing is left: the end says what the last model foresees.
@@ -63,6 +65,9 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "memory", "a positive int", is_int(self.memory))
+
+    def coordinates(self, quadratic: bool) -> type[Coordinates]:
+        return Shrinkage if quadratic else Softplus
 
     def init(self, u: Vector, coordinates: Coordinates) -> LBFGSState:
         return LBFGSState(coordinates, coordinates.clipped(u), self.shift)

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from bilevel.core.options import is_number, is_positive, require
-from bilevel.outer.coordinates import Coordinates
+from bilevel.outer.coordinates import Coordinates, Shrinkage
 from bilevel.outer.trust_region import Vector
 
 TOP, STEP, BOTTOM = 3.0, 4.0, -24.0
@@ -130,6 +130,10 @@ class OuterSearch(ABC, Generic[State]):
     def shift(self) -> float | None:
         """Where the scan begins; None for none."""
         return TOP if self.start == "scan" else None
+
+    def coordinates(self, quadratic: bool) -> type[Coordinates]:
+        """Return the coordinates of log penalties; `quadratic` says whether the inner loss is."""
+        return Shrinkage
 
     def propose(self, state: State) -> State:
         """Return the state with its next trial, or with how it ended."""

@@ -20,7 +20,7 @@ from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.hyper_hessian import MAX_PARAMS
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.constraints import bounds
-from bilevel.outer.coordinates import Coordinates, Shrinkage
+from bilevel.outer.coordinates import Coordinates, Shrinkage, Softplus
 from bilevel.outer.hyper_lbfgs import LBFGSState, SearchTrial
 from bilevel.outer.hyper_newton import KNOWN, HyperNewton, NewtonState, NewtonTrial
 from bilevel.outer.search import TOP, Accepted, Answer, OuterSearch, Trial
@@ -41,7 +41,18 @@ VALUE = 0.3
 """The share of its correction by which a corrected outer loss may still be off."""
 SAVED = {
     each.__name__: each
-    for each in (Coordinates, Shrinkage, NewtonState, NewtonTrial, LBFGSState, SearchTrial, Accepted, Answer, Trial)
+    for each in (
+        Coordinates,
+        Shrinkage,
+        Softplus,
+        NewtonState,
+        NewtonTrial,
+        LBFGSState,
+        SearchTrial,
+        Accepted,
+        Answer,
+        Trial,
+    )
 }
 
 
@@ -118,7 +129,7 @@ class Searcher:
         u, scales = self._vector(hparams), problem.penalty_scales(hparams)
         lower, upper = (self._vector(each) for each in bounds(hparams, constraints))
         centre = np.zeros_like(u) if scales is None else np.log(self._vector(scales))
-        kind = Coordinates if scales is None else Shrinkage
+        kind = Coordinates if scales is None else search.coordinates(problem.structure.quadratic)
         if scales is None and search.start == "scan":
             raise ValueError(
                 f"`{type(search).__name__}.start` 'scan' is for log penalties, which these hyperparameters are not: "

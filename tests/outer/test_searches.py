@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_wine
 
 import bilevel as bl
 from bilevel.outer.coordinates import Coordinates, Shrinkage, Softplus
@@ -356,6 +357,20 @@ def test_lbfgs_descends_and_never_says_converged():
             assert state.accepted.answer.value <= best * 1.01
             assert state.stopped.startswith("no further step is foreseen")
             assert "cannot prove" in state.stopped
+
+
+def test_lbfgs_outruns_adam_where_the_best_penalties_lie_far_out_at_the_weak_end():
+    X, y = load_wine(return_X_y=True)
+    X, y = torch.from_numpy((X - X.mean(0)) / X.std(0)), torch.from_numpy(y)
+    problem = bl.problems.SoftmaxProblem(X[::4], y[::4], X[1::4], y[1::4], "per_weight")
+    u = problem.initial_hparams(-3.0)
+    ours = outer_of(problem, u, bl.HyperLBFGS())
+    assert type(ours.search.each[0].state.coordinates) is Softplus
+    adam = outer_of(problem, u, lambda tensors: torch.optim.Adam(tensors, lr=1.0))
+    losses = [outer.run(30, progress=False).best_loss for outer in (ours, adam)]
+    assert losses[0] < 0.1 * losses[1]
+    quadratic = outer_of(Ridge(0).problem(), torch.from_numpy(Ridge(0).centre), bl.HyperLBFGS())
+    assert type(quadratic.search.each[0].state.coordinates) is Shrinkage
 
 
 # In the outer loop ---------------------------------------------------------------------------------------------------
