@@ -52,21 +52,20 @@ class RidgeLeaveOneOut(Criterion):
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         log_a = self.penalties.spread(u)
         if self._even:
-            return self._even_evaluations(log_a.reshape(-1, self.data.features)[None, :, 0], second)[0]
+            return self._even_evaluations(log_a[..., 0].reshape(1, -1), second)[0]
         return self._uneven_evaluation(log_a, second)
 
     def scan(self, u: Array) -> list[Evaluation]:
         if not self._even:
             return super().scan(u)
-        log_a = torch.stack([self.penalties.spread(each).reshape(-1, self.data.features)[:, 0] for each in u])
-        return self._even_evaluations(log_a, second=False)
+        log_a = self.penalties.spread(u)[..., 0]
+        return self._even_evaluations(log_a.reshape(len(u), -1), second=False)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         log_a = self.penalties.spread(u)
         if self._even:
             _, values, c, collect = self._basis
-            log_a = log_a.reshape(-1, self.data.features)[:, 0]
-            w = collect(c / (values[:, None] + log_a.exp().to(values)))
+            w = collect(c / (values[:, None] + log_a[..., 0].exp().to(values)))
         else:
             a = log_a.exp().to(self.y).reshape(-1, self.data.features).expand(len(self.y), -1)
             w = torch.stack([self._solve(a[t])[1][t] for t in range(len(a))])
@@ -119,43 +118,48 @@ class RidgeLeaveOneOut(Criterion):
         count, targets = len(log_a), len(y)
         a = log_a.exp().to(values).expand(count, targets).reshape(-1)
         shrink = 1.0 / (values[:, None] + a)
-        slope = -a * shrink.square()  # by u
-        c = c.repeat(1, count)
-        fitted = B @ torch.cat([c * shrink, c * slope], 1)
-        leverage = self._squared_basis @ torch.cat([shrink, slope], 1)
-        fitted, dfitted = fitted.T.reshape(2, count, targets, -1)
-        leverage, dleverage = leverage.T.reshape(2, count, targets, -1)
-        q = (1.0 - self.own - s * leverage).clamp_min(LEAST)
+        both = torch.cat([shrink, -a * shrink.square()], 1)  # with the derivatives by u
+        c = c if count == 1 else c.repeat(1, count)
+        products = torch.stack([(B @ (torch.cat([c, c], 1) * both)).T, (self._squared_basis @ both).T])
+        fitted, moved, leverage, dleverage = products.reshape(4, count, targets, -1)
+        q = (1.0 - self.own - s * leverage).clamp_min_(LEAST)
         error = (self._centred - fitted) / q
-        moved = (dfitted - s * error * dleverage) / q  # of the predictions: - de/du
-        return [self._evaluation(error[m], moved[m], second) for m in range(count)]
-
-    def _evaluation(self, error: Tensor, moved: Tensor, second: bool) -> Evaluation:
-        """Return the evaluation of errors and moves of the predictions, (targets, rows), by each target's penalty."""
-        weight = self.data.weights / len(error)
+        moved = (moved - s * error * dleverage) / q  # of the predictions: - de/du
+        weight = s / targets
         slopes = -weight * error
-        by_target = (slopes * moved).sum(1)
-        owner = self.penalties.owner.reshape(-1, self.data.features)[:, 0].expand(len(error))
-        jacobian = gauss_newton = None
+        by_target = (slopes * moved).sum(2)
         if second:
-            chosen = torch.nn.functional.one_hot(owner, self.penalties.size).to(moved)
-            jacobian = moved[..., None] * chosen[:, None]
-            curvature = (weight * moved.square()).sum(1)
-            gauss_newton = np.diag(_numpy(curvature @ chosen)) / self.data.rows
-        gradient = moved.new_zeros(self.penalties.size).index_add_(0, owner.to(moved.device), by_target)
-        return self._answer(error, slopes, gradient / self.data.rows, gauss_newton, jacobian)
+            return [self._answer(error[0], slopes[0], *self._by_penalty(by_target[0], moved[0], weight))]
+        gradients = _numpy(self.penalties.gather_outputs(by_target) / self.data.rows)
+        losses = _numpy(s * (0.5 * error.square()).mean(1))
+        return [
+            Evaluation(value, gradients[m], None, losses[m], *self._shaped(y - error[m], slopes[m], weight), None)
+            for m, value in enumerate(losses.mean(1).tolist())
+        ]
+
+    def _by_penalty(self, by_target: Tensor, moved: Tensor, weight: Tensor) -> tuple[Tensor, Array, Tensor]:
+        """Return gradient, Gauss-Newton matrix and Jacobian of the moves of every target's predictions."""
+        gather, rows = self.penalties.gather_outputs, self.data.rows
+        curvature = gather((weight * moved.square()).sum(1)) / rows
+        jacobian = moved[..., None]
+        if self.penalties.size > 1:
+            jacobian = jacobian * torch.eye(self.penalties.size).to(moved)[:, None]
+        return gather(by_target) / rows, np.diag(_numpy(curvature)), jacobian
 
     def _answer(
         self, error: Tensor, slopes: Tensor, gradient: Tensor, gauss_newton: Array | None, jacobian: Tensor | None
     ) -> Evaluation:
+        """Return the evaluation of every target's errors."""
         losses = _numpy(self.data.weights * (0.5 * error.square()).mean(0))
-        weight = (self.data.weights / len(error)).expand(error.shape)
-        parts = (
-            (self.y - error, slopes, weight) if self.data.y.dim() == 2 else (self.y[0] - error[0], slopes[0], weight[0])
-        )
-        if jacobian is not None and self.data.y.dim() == 1:
-            jacobian = jacobian[0]
-        return Evaluation(float(losses.mean()), _numpy(gradient), gauss_newton, losses, *parts, jacobian)
+        shaped = self._shaped(self.y - error, slopes, self.data.weights / len(error))
+        jacobian = jacobian[0] if jacobian is not None and self.data.y.dim() == 1 else jacobian
+        return Evaluation(float(losses.mean()), _numpy(gradient), gauss_newton, losses, *shaped, jacobian)
+
+    def _shaped(self, predictions: Tensor, slopes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return them with curvatures, of one target without its axis."""
+        if self.data.y.dim() == 1:
+            return predictions[0], slopes[0], weight
+        return predictions, slopes, weight.expand(slopes.shape)
 
     # Any penalties --------------------------------------------------------------------------------------------------
 

@@ -86,15 +86,15 @@ class Penalties:
         return bool((self.owner == self.owner[..., :1]).all())
 
     def spread(self, u: Array) -> Tensor:
-        """Return the log penalty of every coefficient, shaped as they are, in float64.
+        """Return the log penalty of every coefficient, (..., *coefficients), in float64, of u of shape (..., size).
 
         Raises:
-            ValueError: for another shape than (size,), and numbers that are not finite.
+            ValueError: for another shape, and numbers that are not finite.
         """
         u = np.array(u, dtype=np.float64, order="C")
-        if u.shape != (self.size,) or not np.isfinite(u).all():
+        if u.shape[-1:] != (self.size,) or not np.isfinite(u).all():
             raise ValueError(f"u must hold {self.size} finite log penalties, of shape ({self.size},), got {u.shape}.")
-        return torch.from_numpy(u)[self.owner]
+        return torch.from_numpy(u)[..., self.owner]
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the sums over the coefficients of each penalty, (..., size), of values (..., *coefficients)."""
@@ -105,6 +105,13 @@ class Penalties:
             return flat.sum(-1, keepdim=True)
         owner = self.owner.reshape(-1).to(values.device)
         return flat.new_zeros(*flat.shape[:-1], self.size).index_add_(-1, owner, flat)
+
+    def gather_outputs(self, values: Tensor) -> Tensor:
+        """Return the sums over the outputs of each penalty, (..., size), where these are `even`."""
+        if self.size == 1 or self.outputs is None:
+            return values.sum(-1, keepdim=True)
+        owner = self.owner[:, 0].to(values.device)
+        return values.new_zeros(*values.shape[:-1], self.size).index_add_(-1, owner, values)
 
 
 def _shape(features: int, outputs: int | None) -> tuple[int, ...]:
