@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import factor, symmetric_inverse
+from bilevel.criteria.leverage import factor
 from bilevel.criteria.penalties import Penalties
 from bilevel.problems.losses import GLMLoss, Squared
 
@@ -178,7 +178,7 @@ class RidgeLeaveOneOut(Criterion):
         X, s = self._X, self.data.weights
         if len(a) <= len(X):
             gram, moment = self._gram
-            inverse = symmetric_inverse(factor(gram, a))
+            inverse = torch.cholesky_inverse(factor(gram.clone(), a))
             return X @ inverse, moment @ inverse
         scaled, root = X / a, s.clamp_min(1e-300).sqrt()
         kernel = (scaled @ X.T) * root[:, None] * root

@@ -65,17 +65,15 @@ def linear_hyper_hessians(
 
 
 def _third(problem: Any, params: Tensor, adjoint: Tensor, columns: Tensor) -> Tensor:
-    """Return ``sum_i loss'''(z_i)[x_i a, (X J)_i, (X J)_i]``, (k, k), by a derivative of `GLMLoss.hessian_product`."""
+    """Return ``sum_i loss'''(z_i)[x_i a, (X J)_i, (X J)_i]``, (k, k); of several outputs by autograd."""
     X, y, glm = problem.train.X, problem.train.y, problem.glm
     along, moved = problem.predict(X, adjoint), problem.predict(X, columns)
-    with torch.enable_grad():
-        z = problem.predict(X, params).detach().requires_grad_()
-        product = glm.hessian_product(glm.curvature(z, y), along)
-        if not product.requires_grad:
-            return params.new_zeros(len(columns), len(columns))
-        if problem.outputs is None:
-            (third,) = torch.autograd.grad(product.sum(), z)
-            turned = third * moved
-        else:
+    z = problem.predict(X, params)
+    if problem.outputs is None:
+        turned = glm.third(z, y) * along * moved
+    else:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            product = glm.hessian_product(glm.curvature(z, y), along)
             (turned,) = torch.autograd.grad(product, z, moved, is_grads_batched=True)
     return turned.reshape(len(columns), -1) @ moved.reshape(len(columns), -1).T

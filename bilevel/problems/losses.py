@@ -58,6 +58,26 @@ class GLMLoss(ABC):
         """Return ``loss'' dz``, shaped as z, from what `curvature` has returned; several predictions override it."""
         return curvature * dz
 
+    def third(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the third derivatives of one prediction by z, shaped as z; by default, autograd's of `curvature`.
+
+        They are zero where the curvature is constant in pieces.
+
+        Raises:
+            ValueError: where autograd cannot differentiate the curvature.
+        """
+        with torch.enable_grad():
+            try:
+                z = z.detach().requires_grad_()
+                curvature = self.curvature(z, y)
+                return torch.autograd.grad(curvature.sum(), z)[0] if curvature.requires_grad else torch.zeros_like(z)
+            except RuntimeError as error:
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name} has no third derivative, as autograd cannot differentiate {name}.curvature: write "
+                    f"{name}.third(z, y), or use K-fold."
+                ) from error
+
     def curvature_norm(self, z: Tensor, y: Tensor) -> Tensor:
         """Return, for every row, how fast the slope changes with the range of the predictions, for error bounds."""
         return self.curvature(z, y)
@@ -123,6 +143,9 @@ class Squared(GLMLoss):
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
         return dz
 
+    def third(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(z)
+
     def constant_prediction(self, y: Tensor) -> Tensor:
         return y.mean()
 
@@ -150,6 +173,9 @@ class Logistic(GLMLoss):
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.sigmoid(z) * torch.sigmoid(-z)
+
+    def third(self, z: Tensor, y: Tensor) -> Tensor:
+        return -torch.sigmoid(z) * torch.sigmoid(-z) * torch.tanh(0.5 * z)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
         return signs(splits, "LogisticProblem")
@@ -228,6 +254,9 @@ class Poisson(GLMLoss):
         return z.exp() - y
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.exp()
+
+    def third(self, z: Tensor, y: Tensor) -> Tensor:
         return z.exp()
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
