@@ -36,7 +36,8 @@ class Fit:
 
     def predict(self, X: Tensor) -> Tensor:
         """Return the predictions of rows of shape (rows, features): (rows,), or (outputs, rows)."""
-        return (X @ self.coef.T).T + self.intercept[..., None]
+        z = X @ self.coef if self.coef.dim() == 1 else (X @ self.coef.T).T
+        return z + self.intercept[..., None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,6 +41,8 @@ class GLMLoss(ABC):
     """Proved constants, for error bounds; None where there are none: errors are estimated then."""
     quadratic: ClassVar[bool] = False
     """Whether the loss is quadratic in the predictions."""
+    separable: ClassVar[bool] = False
+    """Whether targets are classes whose loss vanishes where predictions separate them far enough."""
 
     @abstractmethod
     def value(self, z: Tensor, y: Tensor) -> Tensor:
@@ -164,6 +166,7 @@ class Logistic(GLMLoss):
 
     max_curvature = 0.25
     constants = LossConstants(curvature=0.25, concordance=1.0, third=1.0 / (6.0 * math.sqrt(3.0)), slope=0.25)
+    separable = True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return softplus(-y * z)
@@ -199,6 +202,7 @@ class Softmax(GLMLoss):
 
     max_curvature = 0.5
     constants = LossConstants(curvature=0.5, concordance=1.0, third=1.0 / (2.0 * math.sqrt(2.0)), slope=0.25)
+    separable = True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.logsumexp(z, -2) - z.gather(-2, _index(z, y)).squeeze(-2)
@@ -322,6 +326,7 @@ class SquaredHinge(GLMLoss):
     """
 
     max_curvature = 1.0
+    separable = True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return 0.5 * (1.0 - y * z).relu().square()
