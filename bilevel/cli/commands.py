@@ -14,6 +14,7 @@ from tabulate import tabulate
 from bilevel.base import describe
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import JUDGING, Comparison, Plan, RunFolder, compare, draw_figures, tables
+from bilevel.compare.cells import best_row
 from bilevel.compare.ownership import FILES
 from bilevel.config import choose_device, load_plan
 from bilevel.core import tree
@@ -112,20 +113,22 @@ def _report_failures(result: Comparison, folder: RunFolder) -> int:
 def _tuned(plan: Plan, run: Any) -> dict[str, Any]:
     """Return the tuned hyperparameters of one run with their scores, in plain containers."""
     setup = plan.problems[run.cell.problem](run.cell.seed)
-    usable = [row for row in run.rows if row["outer_loss"] is not None]
-    best = usable[-1] if setup.problem.structure.resampled else min(usable, key=lambda row: row["outer_loss"])
+    best = best_row(run.rows, not setup.problem.structure.resampled)
+    assert best is not None
     scores = [key for key in best if key.startswith(JUDGING)] or ["outer_loss"]
     start = tree.Raveler(setup.hparams).ravel(setup.hparams).tolist()
     return {
         "estimator": run.cell.estimator,
         "seed": run.cell.seed,
+        "choice": run.choice,
         "stopped": run.stopped,
+        "first_point": "first point of the scan" if run.rows[0].get("phase") == "scan" else "untuned start",
         "best_step": best["step"],
         "unit": setup.unit,
         "labels": list(setup.labels) or [f"hyperparameter {index}" for index in range(len(start))],
         "start": start,
         "tuned": run.best,
-        "scores_start": {key: run.rows[0][key] for key in scores},
+        "scores_start": {key: run.rows[0].get(key) for key in scores},
         "scores_tuned": {key: best[key] for key in scores},
     }
 
@@ -135,7 +138,7 @@ def _tuned_text(problem: str, run: dict[str, Any]) -> str:
     before, after = run["scores_start"], run["scores_tuned"]
     scores = tabulate(
         [(key.replace("_", " "), before[key], after[key]) for key in before],
-        headers=("score", "untuned start", "tuned"),
+        headers=("score", run["first_point"], "tuned"),
         floatfmt=".5g",
     )
     unit, note = run["unit"], ""
@@ -152,4 +155,5 @@ def _tuned_text(problem: str, run: dict[str, Any]) -> str:
     headers = ("hyperparameter", f"{unit}, start", "tuned", *([unit.removeprefix("log ")] if log else []))
     table = tabulate(lines, headers=headers, floatfmt=".4g")
     title = f"{problem}, {run['estimator']}, seed {run['seed']}: best at step {run['best_step']}"
-    return f"{title}\nended: {run['stopped']}\n\n{scores}\n\n{table}{note}"
+    choice = f"{run['choice']}\n" if run["choice"] else ""
+    return f"{title}\n{choice}ended: {run['stopped']}\n\n{scores}\n\n{table}{note}"

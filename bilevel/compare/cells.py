@@ -21,6 +21,7 @@ from bilevel.core.status import Status
 from bilevel.core.tracebacks import memory_ran_out, outside, told
 from bilevel.core.tree import Tree
 from bilevel.outer import OuterOptimizer, Record, separated, with_remark
+from bilevel.outer.searcher import Searcher
 
 FORMAT = 1
 SAVE_EVERY = 1.0
@@ -39,8 +40,8 @@ class CellRun:
         rows: one for each outer step; plain values that JSON can hold.
         done: whether it has ended, well or not.
         stopped: why it ended, in words.
-        best: the hyperparameters with the smallest outer loss (the last, where outer losses do not compare), flat,
-            before the step that followed.
+        best: the hyperparameters of `best_row`, flat, before the step that followed.
+        choice: what "auto" chose to move the hyperparameters, and why; empty where the plan names it.
         kept_from: what kept it from ending, such as a full memory, in words: no result, and never saved.
     """
 
@@ -49,12 +50,13 @@ class CellRun:
     done: bool = False
     stopped: str = ""
     best: list[float] | None = None
+    choice: str = ""
     kept_from: str = ""
 
     @property
     def failed(self) -> bool:
-        """Whether the last row is a failure."""
-        return bool(self.rows) and self.rows[-1]["status"] not in {s.name for s in Status if s.usable}
+        """Whether the run ends with a failure; a search that has accepted a point rejects what fails."""
+        return bool(self.rows) and end_row(self.rows)["status"] not in USABLE
 
     def state(self, outer: dict[str, Any] | None) -> dict[str, Any]:
         """Return the checkpoint, in plain containers and tensors; `outer` is the state of the outer loop."""
@@ -64,6 +66,7 @@ class CellRun:
             "done": self.done,
             "stopped": self.stopped,
             "best": self.best,
+            "choice": self.choice,
             "outer": None if self.done else outer,
         }
 
@@ -85,7 +88,7 @@ def load_cell(folder: RunFolder, cell: Cell) -> LoadedCell:
     except (KeyError, TypeError):
         what = f"the checkpoint {folder.checkpoint(cell)} is not that of {cell}"
         raise RunFolderError(f"{what}: delete it to run that part again, or start anew with --fresh.") from None
-    return CellRun(cell, rows, done, stopped, best), saved.get("outer")
+    return CellRun(cell, rows, done, stopped, best, saved.get("choice", "")), saved.get("outer")
 
 
 def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: OnRow | None = None) -> CellRun:
@@ -98,6 +101,7 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: OnRow | None = N
         outer = plan.outer.start(setup, plan.solver, plan.estimators[cell.estimator])
         if state is not None:
             outer.load_state_dict(state)
+        run.choice = outer.choice
         take_steps(plan, [run], outer, [setup], folder, on_row)
     except RunFolderError:
         # No fault of the cell: it continues from its checkpoint once the folder can be written to.
@@ -134,11 +138,7 @@ def take_steps(
     while not folder.stopping and not all(run.done for run in runs):
         hparams = outer.current
         estimate = outer.step()
-        end = (
-            None
-            if outer.search is None
-            else outer.search.each[0].end(plan.outer.steps if plan.budget is None else None)
-        )
+        searcher = None if outer.search is None else outer.search.each[0]
         for index, (run, setup) in enumerate(zip(runs, setups, strict=True)):
             if run.done:
                 continue
@@ -146,7 +146,7 @@ def take_steps(
             here, one = (hparams, estimate) if alone else (member(hparams, index), estimate[index])
             row = make_row(run, outer.histories[index][-1], one, setup, plan.solver, here)
             row["seconds_shared_by"] = len(runs)
-            if take_row(plan, run, row, setup, here, one, end) and on_row is not None:
+            if take_row(plan, run, row, setup, here, one, searcher) and on_row is not None:
                 on_row(row)
             if run.done:
                 outer.hold(index)
@@ -164,31 +164,65 @@ def _save(runs: Sequence[CellRun], outer: OuterOptimizer, folder: RunFolder) -> 
 
 
 def take_row(
-    plan: Plan, run: CellRun, row: Row, setup: Setup, hparams: Tree, estimate: Estimate, end: str | None = None
+    plan: Plan,
+    run: CellRun,
+    row: Row,
+    setup: Setup,
+    hparams: Tree,
+    estimate: Estimate,
+    searcher: Searcher | None = None,
 ) -> bool:
     """Add a row to a run, and end the run where the row says so; return whether the row is part of the run."""
-    # An outer search says by `end` how it has ended (None without one): its failed evaluations are rejected trials.
+    # An outer search says how it has ended: its failed evaluations are rejected trials.
+    comparable = not setup.problem.structure.resampled
     if plan.budget is not None and row["gradient_equivalents_total"] > plan.budget:
         # The step that does not fit is not part of the run, so that no run uses more than the budget.
-        _end_of_budget(run, row, plan, setup)
+        _end_of_budget(run, row, plan, comparable, searcher)
         return False
-    if estimate.status.usable and (
-        setup.problem.structure.resampled or not any(old["outer_loss"] <= row["outer_loss"] for old in run.rows)
-    ):
-        run.best = tree.Raveler(hparams).ravel(hparams).tolist()
     run.rows.append(row)
-    run.stopped = stop_reason(plan, run.rows, not setup.problem.structure.resampled) if end is None else end
+    if best_row(run.rows, comparable) is row:
+        run.best = tree.Raveler(hparams).ravel(hparams).tolist()
+    if searcher is None:
+        run.stopped = stop_reason(plan, run.rows, comparable)
+    else:
+        run.stopped = searcher.end(plan.outer.steps if plan.budget is None else None)
     run.done = bool(run.stopped)
     if run.done and not run.failed:
-        run.stopped = with_remark(run.stopped, setup.problem, estimate.params, hparams)
+        statuses = [] if searcher is not None else [row["status"] for row in run.rows]
+        run.stopped = with_remark(run.stopped, setup.problem, estimate.params, hparams, statuses)
     return True
 
 
-def _end_of_budget(run: CellRun, row: Row, plan: Plan, setup: Setup) -> None:
+USABLE = {status.name for status in Status if status.usable}
+
+
+def best_row(rows: Sequence[Row], comparable: bool = True) -> Row | None:
+    """Return the row of the best point, or None; the last usable one where outer losses do not compare.
+
+    That is the last one that a search has accepted; else the one with the smallest outer loss among those without a
+    doubt, and where there are none among the doubtful.
+    """
+    if accepted := [row for row in rows if row.get("accepted")]:
+        return accepted[-1]
+    usable = [row for row in rows if row["status"] in USABLE]
+    if not usable or not comparable:
+        return usable[-1] if usable else None
+    sure = [row for row in usable if row["status"] == Status.OK.name]
+    return min(sure or usable, key=lambda row: row["outer_loss"])
+
+
+def end_row(rows: Sequence[Row]) -> Row:
+    """Return the row of the point where a run has ended: the one that a search has accepted last, else the last one."""
+    return next((row for row in reversed(rows) if row.get("accepted")), rows[-1])
+
+
+def _end_of_budget(run: CellRun, row: Row, plan: Plan, comparable: bool, searcher: Searcher | None) -> None:
     budget = plan.budget
     run.done, run.stopped = True, f"used the budget of {budget:g} gradient-equivalents"
-    if run.rows:
-        run.stopped = plan.outer.rules().end(run.stopped, *_columns(run.rows), not setup.problem.structure.resampled)
+    if run.rows and searcher is not None:
+        run.stopped = searcher.stopped or f"{run.stopped}, not converged: {searcher.foreseen()}"
+    elif run.rows:
+        run.stopped = plan.outer.rules().end(run.stopped, *_columns(run.rows), comparable)
     else:
         cost = row["gradient_equivalents"]
         run.stopped = f"failed: the first step costs {cost:g} gradient-equivalents, above the budget of {budget:g}"
@@ -218,6 +252,8 @@ RECORDED = (
     *("error_kind", "gradient_equivalents", "seconds"),
 )
 """What a row takes from the record of its step as it is."""
+SEARCHED = ("phase", "accepted", "predicted")
+"""What a row takes besides where a search proposed the point."""
 
 
 def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, solver: InnerSolver, hparams: Tree) -> Row:
@@ -228,7 +264,7 @@ def make_row(run: CellRun, record: Record, estimate: Estimate, setup: Setup, sol
         raise MemoryError(str(estimate.verdict))
     error, referee = error_against_referee(setup.problem, hparams, estimate)
     empty = _empty_row(run)
-    row = empty | {name: getattr(record, name) for name in RECORDED}
+    row = empty | {name: getattr(record, name) for name in RECORDED + (SEARCHED if record.phase else ())}
     row |= setup.problem.metrics(estimate.params, hparams, solver) if usable else {}
     row |= {
         "hypergradient_error": error,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from tabulate import tabulate
 
-from bilevel.compare.cells import CellRun, Row
+from bilevel.compare.cells import CellRun, Row, best_row, end_row
 from bilevel.compare.plan import Plan
 
 JUDGING = ("val_", "test_", "corrupted_")
@@ -46,15 +47,16 @@ def summarize(plan: Plan, runs: Sequence[CellRun]) -> dict[str, Any]:
 
 def _group(runs: Sequence[CellRun]) -> dict[str, Any]:
     good = [run for run in runs if not run.failed]
-    firsts, lasts = [run.rows[0] for run in good], [run.rows[-1] for run in good]
-    bests = [min(run.rows, key=lambda row: row["outer_loss"]) for run in good]
+    firsts, lasts, spent = ([pick(run.rows) for run in good] for pick in (itemgetter(0), end_row, itemgetter(-1)))
+    bests = [row for run in good if (row := best_row(run.rows)) is not None]
     errors = [row["hypergradient_error"] for run in good for row in run.rows]
     ends = [_last_error(run.rows) for run in good]
-    scores = [key for key in (firsts[0] if firsts else {}) if key.startswith(JUDGING)]
+    scores = [key for key in (lasts[0] if lasts else {}) if key.startswith(JUDGING)]
     figures = {
         "runs": len(runs),
         "failures": len(runs) - len(good),
         "failure": next((run.rows[-1]["message"] for run in runs if run.failed), ""),
+        "choice": list(dict.fromkeys(run.choice for run in runs if run.choice)),
         "stopped": list(dict.fromkeys(run.stopped for run in good)),
         "doubts": dict(Counter(row["status"] for run in good for row in run.rows if row["status"] != "OK")),
         "steps": _median(len(run.rows) for run in good),
@@ -63,7 +65,7 @@ def _group(runs: Sequence[CellRun]) -> dict[str, Any]:
         "outer_loss_best": _median(row["outer_loss"] for row in bests),
     }
     for score in scores:
-        figures[f"{score}_start"] = _median(row[score] for row in firsts)
+        figures[f"{score}_start"] = _median(row.get(score) for row in firsts)
         figures[f"{score}_final"] = _median(row[score] for row in lasts)
     return figures | {
         "hypergradient_error_median": _median(errors),
@@ -71,14 +73,14 @@ def _group(runs: Sequence[CellRun]) -> dict[str, Any]:
         "hypergradient_error_final": _median(ends),
         "hypergradient_error_final_max": max((error for error in ends if error is not None), default=None),
         "referee": sorted({row["referee"] for run in good for row in run.rows}),
-        "gradient_equivalents": _median(row["gradient_equivalents_total"] for row in lasts),
-        "seconds": _median(row["seconds_total"] for row in lasts),
-        "seconds_shared_by": max((row["seconds_shared_by"] for row in lasts), default=1),
+        "gradient_equivalents": _median(row["gradient_equivalents_total"] for row in spent),
+        "seconds": _median(row["seconds_total"] for row in spent),
+        "seconds_shared_by": max((row["seconds_shared_by"] for row in spent), default=1),
         "memory_peak_bytes": _median(
             max((row["memory_peak_bytes"] for row in run.rows if row["memory_peak_bytes"] is not None), default=None)
             for run in good
         ),
-        "memory_kind": next((row["memory_kind"] for row in lasts), None),
+        "memory_kind": next((row["memory_kind"] for row in spent), None),
     }
 
 
@@ -87,7 +89,7 @@ def _last_error(rows: Sequence[Row]) -> float | None:
 
     None where nobody knows, and where error and hypergradient are nothing beside the run's largest hypergradient.
     """
-    last = rows[-1]
+    last = end_row(rows)
     norm, error = last["hypergradient_norm"], last["hypergradient_error"]
     if error is None and last["error_estimate"] is not None and norm:
         error = last["error_estimate"] / norm
@@ -126,6 +128,7 @@ def _ends(by_estimator: dict[str, Any]) -> str:
     """Return a line for each estimator about how its runs ended: that of the first seed, and how many there are."""
     lines = [""]
     for estimator, group in by_estimator.items():
+        lines += [f"  {estimator}: {choice}" for choice in group.get("choice", ())]
         if group["stopped"]:
             more = len(group["stopped"]) - 1
             others = f" (other seeds, {more}: see summary.json)" if more else ""

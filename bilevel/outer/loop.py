@@ -29,12 +29,12 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
 from bilevel.outer.checks import check_callbacks, check_makers, check_steps, check_switches
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
-from bilevel.outer.records import OuterResult, Record, record_of, shown_record, shown_rows
+from bilevel.outer.records import OuterResult, Record, described, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.searches import certify_ends, searches_of, take
 from bilevel.outer.state import load, saved
-from bilevel.outer.stopping import StoppingRules, columns, failure, no_descent, with_remark
+from bilevel.outer.stopping import StoppingRules, columns, failure, lower, no_descent, with_remark
 from bilevel.outer.warm_start import WarmStart
 
 Callback: TypeAlias = "Callable[[OuterOptimizer, Any], bool | None]"
@@ -141,8 +141,10 @@ class OuterOptimizer:
         (like, *_) = tree.leaves(self.current)
         nothing: Any = math.inf if self.size is None else like.new_full((self.size,), math.inf)
         self.best: tuple[Any, ...] = (nothing, self.current)
-        self._going = [True] * len(self.histories)
+        self._going, self.sure = ([word] * len(self.histories) for word in (True, False))
         self._checked = False
+
+    __repr__ = described
 
     @property
     def hparams(self) -> Tree:
@@ -221,7 +223,7 @@ class OuterOptimizer:
     def _keep_best(self, losses: Any, usable: Mapping[int, Record]) -> None:
         """Keep the hyperparameters with the smallest loss, or the last where losses do not compare."""
         best = [self.best[0]] if self.size is None else self.best[0].tolist()
-        better = [i for i, record in usable.items() if self.problem.structure.resampled or record.outer_loss < best[i]]
+        better = list(usable) if self.problem.structure.resampled else lower(usable, best, self.sure)
         pairs = zip((losses, self.current), self.best, strict=True)
         self.best = tuple(where(better, self.size, new, old) for new, old in pairs)
 
@@ -291,13 +293,8 @@ class OuterOptimizer:
         reasons = [reason or ("a callback asked to stop" if asked else "") for reason in reasons]
         ends = [self._end(rules, reason, steps, estimate, index) for index, reason in enumerate(reasons)]
         history = tuple(tuple(records) for records in self.histories)
-        return OuterResult(
-            self.hparams,
-            tree.copied(self.best[1]),
-            self.best[0],
-            history[0] if self.size is None else history,
-            ends[0] if self.size is None else tuple(ends),
-        )
+        ended: Any = (history[0], ends[0]) if self.size is None else (history, tuple(ends))
+        return OuterResult(self.hparams, tree.copied(self.best[1]), self.best[0], *ended)
 
     def _ends(self, rules: StoppingRules, estimate: Any = None) -> list[str]:
         """Return why each row has ended, empty for those that go on, which alone move from now on."""
@@ -318,10 +315,11 @@ class OuterOptimizer:
         end = reason or rules.end(f"took {steps} steps", *columns(history), not self.problem.structure.resampled)
         if estimate is None or failure(history):
             return end
+        statuses = [] if self.search is not None else [record.status for record in history]
         if self.size is None:
-            return with_remark(end, self.problem, estimate.params, self.current)
+            return with_remark(end, self.problem, estimate.params, self.current, statuses)
         params, hparams = rows.row(estimate.params, index), rows.row(self.current, index)
-        return with_remark(end, self.problem.member(index), params, hparams)
+        return with_remark(end, self.problem.member(index), params, hparams, statuses)
 
     def _postfix(self) -> str:
         """Return what the progress line shows."""

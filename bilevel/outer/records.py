@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bilevel.base import Estimate
+from bilevel.base import Estimate, describe
 from bilevel.core import rows, tree
 from bilevel.core.status import Status
 from bilevel.core.tree import Tree
@@ -97,6 +97,14 @@ def record_of(step: int, estimate: Estimate) -> Record:
         seconds=estimate.cost.seconds,
         peak_memory=estimate.cost.peak_memory,
     )
+
+
+def described(outer: Any) -> str:
+    """Return the parts of an outer loop, how its hyperparameters move, and why where "auto" chose that."""
+    parts = [type(outer.problem).__name__, *map(describe, (outer.solver, outer.estimator))]
+    moved = describe(outer.optimizer) if outer.search is not None else type(outer.optimizer).__name__
+    steps = f"{outer.steps_taken} steps taken"
+    return f"OuterOptimizer({', '.join(parts)}, {moved}: {steps}{outer.choice and '; '}{outer.choice})"
 
 
 def shown_record(record: Record) -> str:

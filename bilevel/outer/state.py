@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel.base import Carry, InnerState
 from bilevel.core import rows, tree
 from bilevel.core.options import first_line, shown_value
+from bilevel.core.status import Status
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_origin, shapes
 from bilevel.outer.records import Record
@@ -199,6 +200,7 @@ def load(outer: Any, state: Mapping[str, Any]) -> None:
             raise
         raise ValueError(f"this state cannot be loaded, and nothing of it was: {first_line(error)}") from error
     outer.current, outer.carry, outer.best, outer.histories = hparams, carry, (state["best_loss"], best), histories
+    outer.sure = [any(record.status == Status.OK.name for record in history) for history in histories]
     if outer.search is not None:
         outer.current = outer.search.propose()
 

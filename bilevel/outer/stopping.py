@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bilevel.core.options import is_int, is_number, is_positive, shown_value
@@ -130,7 +130,37 @@ def failure(history: Sequence[Record], verdict: Verdict | None = None) -> str:
     return f"a hypergradient failed: {verdict or Status[history[-1].status].remedy}"
 
 
-def with_remark(stopped: str, problem: BilevelProblem, params: Tree, hparams: Tree) -> str:
-    """Return why a run ended, with what is odd about the outer loss there."""
+def lower(records: Mapping[int, Record], best: Sequence[float], sure: list[bool]) -> list[int]:
+    """Return the rows whose outer loss is lower than the best so far.
+
+    A doubtful loss, such as that of an inner run that has not converged, may be lower for nothing: it counts while a
+    row has no other. `sure` says which rows have one, and is brought up to date.
+    """
+    better = []
+    for index, record in records.items():
+        ok = record.status == Status.OK.name
+        if ok > sure[index] or (ok == sure[index] and record.outer_loss < best[index]):
+            better.append(index)
+        sure[index] |= ok
+    return better
+
+
+def all_doubtful(statuses: Iterable[str]) -> str:
+    """Return what is to be said where no outer loss of a run is beyond doubt, or an empty string.
+
+    >>> all_doubtful(["INNER_NOT_CONVERGED", "INNER_NOT_CONVERGED"])
+    '; every outer loss is doubtful (INNER_NOT_CONVERGED), the best one, too'
+    """
+    names = dict.fromkeys(status for status in statuses if Status[status].usable)
+    if not names or Status.OK.name in names:
+        return ""
+    return f"; every outer loss is doubtful ({', '.join(names)}), the best one, too"
+
+
+def with_remark(
+    stopped: str, problem: BilevelProblem, params: Tree, hparams: Tree, statuses: Iterable[str] = ()
+) -> str:
+    """Return why a run ended, with what is odd about its outer losses: that of the end, and those of all statuses."""
+    stopped += "" if problem.structure.resampled else all_doubtful(statuses)
     remark = problem.remark(params, hparams)
     return f"{stopped}; {remark}" if remark else stopped

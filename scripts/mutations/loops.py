@@ -42,9 +42,9 @@ LOOPS = (
     ),
     Break(
         "outer-best-is-last",
-        "bilevel/outer/loop.py",
-        "self.problem.structure.resampled or record.outer_loss < best[i]]",
-        "self.problem.structure.resampled or record.outer_loss == record.outer_loss]",
+        "bilevel/outer/stopping.py",
+        "(ok == sure[index] and record.outer_loss < best[index])",
+        "(ok == sure[index])",
         "test_outer.py::test_the_best_hyperparameters_are_those_of_the_smallest_loss_and_do_not_move_on",
     ),
     Break(

@@ -94,6 +94,24 @@ def test_tune_prints_hyperparameters_and_scores(config: str, capsys: pytest.Capt
     assert Path("runs/tiny-tune/tuned.json").exists()
 
 
+def test_tune_by_a_search_says_which_why_and_how_it_ended(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--set", "outer={steps: 40}", "--set", "solver={class: QuasiNewton}"]
+    assert main(["tune", config, *options]) == 0
+    out = capsys.readouterr().out
+    tuned = json.loads(Path("runs/tiny-tune/tuned.json").read_text())
+    summary = json.loads(Path("runs/tiny-tune/summary.json").read_text())
+    for name, found in tuned.items():
+        assert found["choice"].startswith("auto chose HyperNewton(): ")
+        assert found["stopped"].startswith("converged to a local minimum")
+        assert f"{found['choice']}\nended: {found['stopped']}\n" in out
+        group = summary["problems"][name]["implicit"]
+        assert (group["choice"], group["stopped"]) == ([found["choice"]], [found["stopped"]])
+        assert group["outer_loss_final"] == pytest.approx(found["scores_tuned"]["val_loss"], rel=1e-9)
+    assert re.search(r"score +first point of the scan +tuned", out)
+    assert main(["tune", config, *options, "--set", "outer.steps=6", "--out", "cut"]) == 0
+    assert "ended: took 6 steps, not converged: " in capsys.readouterr().out
+
+
 def test_doctor_finds_all_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ import yaml
 
 from bilevel import (
     CG,
+    GMRES,
     SGD,
     Adam,
     BilevelProblem,
@@ -32,6 +34,7 @@ from bilevel import (
     HypergradEstimator,
     Implicit,
     QuadraticProblem,
+    QuasiNewton,
     TruncatedUnroll,
     stack,
 )
@@ -52,7 +55,7 @@ from bilevel.compare import (
 from bilevel.compare import folder as folder_module
 from bilevel.compare import run as run_module
 from bilevel.compare.batched import run_group
-from bilevel.compare.cells import CellRun, run_cell
+from bilevel.compare.cells import CellRun, best_row, end_row, run_cell
 from bilevel.compare.summary import summarize
 from bilevel.config import load_plan
 from bilevel.outer import OuterOptimizer, joined, separated
@@ -925,3 +928,61 @@ def test_a_truncated_tail_of_the_shipped_kind_is_called_biased(tmp_path: Path) -
     assert lines[3].endswith(f"biased: off by {100 * off:.0f} %")
     assert lines[4].endswith("ok")
     assert lines[6].startswith("  full unroll: took 3 steps, not converged: |hypergradient| = ")
+
+
+# Searches -------------------------------------------------------------------------------------------------------------
+
+
+def broken_near_the_minimum(seed: int) -> Setup:
+    def outer_loss(w: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        value = (torch.exp(-w) + w / math.e).sum()
+        return value if bool((w > 0.95).all()) else value * math.nan
+
+    one = torch.ones(1, dtype=torch.float64)
+    return Setup(BilevelProblem(lambda w, u: ((w - u) ** 2).sum(), outer_loss, params=one), 2.9 * one)
+
+
+def test_a_search_is_judged_by_the_points_that_it_accepts(tmp_path: Path) -> None:
+    estimators = {"implicit": Implicit(GMRES())}
+    outer = OuterOptions(steps=30, optimizer="auto")
+    problems = {"broken": broken_near_the_minimum}
+    plan = Plan("search", problems, QuasiNewton(), estimators, outer, (0,), None, {"a": 1})
+    done = run(plan, tmp_path / "out")
+    (result,) = done.runs
+    trials = [row for row in result.rows if row["status"] == "NOT_FINITE"]
+    assert trials, "a step goes where the outer loss is not finite"
+    assert not result.failed
+    assert result.stopped.startswith("converged to a local minimum")
+    assert result.best == pytest.approx([1.0], abs=1e-2)
+    group = done.summary["problems"]["broken"]["implicit"]
+    assert group["failures"] == 0
+    assert group["outer_loss_final"] == group["outer_loss_best"] == pytest.approx(2 / math.e, rel=1e-4)
+    assert group["choice"] == [
+        "auto chose HyperNewton(): 1 inner variables and 1 hyperparameters have dense second derivatives"
+    ]
+    assert group["stopped"] == [result.stopped]
+    assert group["choice"][0] in tables(done.summary)
+    assert result.stopped in tables(done.summary)
+    phases = {row["phase"] for row in result.rows}
+    assert phases == {"step", "probe"}
+    # The checkpoints hold all of it.
+    assert run(plan, tmp_path / "out").summary == done.summary
+    # A budget cuts a search off, and the end says how much may be left.
+    less = replace(plan, budget=2.5 * result.rows[0]["gradient_equivalents"], config={"a": 2})
+    cut = run(less, tmp_path / "less").runs[0].stopped
+    assert re.fullmatch(r"used the budget of .* gradient-equivalents, not converged: .* may be left", cut)
+
+
+def test_a_doubtful_outer_loss_is_the_best_only_where_there_is_no_other() -> None:
+    def row(status: str, loss: float | None, **more: Any) -> dict[str, Any]:
+        return {"status": status, "outer_loss": loss, **more}
+
+    doubtful, good, failed = row("INNER_NOT_CONVERGED", 1.0), row("OK", 2.0), row("DIVERGED", None)
+    assert best_row([doubtful, good, failed]) is good
+    assert best_row([doubtful, good, failed], comparable=False) is good
+    assert best_row([doubtful, failed]) is doubtful
+    assert best_row([failed]) is None
+    taken, rejected = row("OK", 3.0, accepted=True), row("OK", 2.0, accepted=False)
+    assert best_row([taken, rejected]) is taken
+    assert end_row([taken, rejected, failed]) is taken
+    assert end_row([good, doubtful]) is doubtful

@@ -617,3 +617,54 @@ def test_runs_and_cells_of_comparisons_end_by_the_same_rules_in_any_unit(
     assert reason.startswith(said)
     assert bool(reason) == bool(said)
     assert stop_reason(plan, rows) == reason  # type: ignore[arg-type]
+
+
+# Inner runs that have not converged -----------------------------------------------------------------------------------
+
+
+def stopped_early(seeds: tuple[int, ...], tol: float) -> bl.OuterOptimizer:
+    """Return loops whose first inner runs end early, where the outer loss is lower than at the inner solution."""
+    made = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(40, 10, generator=generator, dtype=torch.float64)
+        y = 2.0 * torch.randn(40, generator=generator, dtype=torch.float64)
+        made.append(bl.problems.RidgeProblem(X[:15], y[:15], X[15:], y[15:], penalty="scalar"))
+    u = torch.full((len(seeds),), -4.0, dtype=torch.float64)
+    return bl.OuterOptimizer(
+        made[0] if len(made) == 1 else bl.stack(made),
+        bl.GradientDescent(steps=50, tol=tol),
+        bl.Implicit(),
+        u[0] if len(made) == 1 else u,
+        lambda tensors: torch.optim.SGD(tensors, lr=1e-6),
+        on_failure="return",
+    )
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)], ids=str)
+def test_an_inner_run_that_has_not_converged_is_no_best_point_where_others_have(seeds: tuple[int, ...]) -> None:
+    outer = stopped_early(seeds, 1e-6)
+    first = outer.run(5, progress=False)
+    again = stopped_early(seeds, 1e-6)
+    again.load_state_dict(outer.state_dict())
+    for each in first:
+        assert {record.status for record in each.history} == {"INNER_NOT_CONVERGED"}
+        assert each.best_loss == pytest.approx(min(record.outer_loss for record in each.history), rel=1e-12)
+        assert "every outer loss is doubtful (INNER_NOT_CONVERGED), the best one, too" in each.stopped
+    for run in (outer, again):
+        for each in run.run(70, progress=False):
+            sure = [record.outer_loss for record in each.history if record.status == "OK"]
+            assert 0 < len(sure) < 75
+            assert each.best_loss == pytest.approx(min(sure), rel=1e-12)
+            assert each.best_loss > 1.01 * min(record.outer_loss for record in each.history)
+            assert "doubtful" not in each.stopped
+
+
+def test_a_loop_says_what_it_is_made_of_and_what_auto_chose() -> None:
+    assert repr(stopped_early((0,), 1e-6)) == (
+        "OuterOptimizer(RidgeProblem, GradientDescent(steps=50, tol=1e-06), Implicit(linear_solver=CG()), SGD: "
+        "0 steps taken)"
+    )
+    case = ridge_case()
+    outer = bl.OuterOptimizer(case.problem, bl.QuasiNewton(), bl.Implicit(), case.hparams)
+    assert re.fullmatch(r"OuterOptimizer\(RidgeProblem, .*HyperNewton\(\): 0 steps taken; auto chose .*\)", repr(outer))
