@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 
 from bilevel.core.options import is_int, require
 from bilevel.outer.coordinates import Coordinates, Shrinkage, Softplus
-from bilevel.outer.search import FAILS, Accepted, Answer, OuterSearch, SearchState, Trial, contradicted
+from bilevel.outer.ends import DOUBTS, EndingSearch
+from bilevel.outer.search import Accepted, Answer, SearchState, Trial
 from bilevel.outer.trust_region import EDGE, Vector
 
 ARMIJO = 1e-4
 """Share of the slope's decrease that a trial has to keep."""
 CURVED = 1e-12
 """Pairs with ``s'y`` below this share of ``|s| |y|`` on the free variables are left out."""
+REACH = 4.0
+"""How far a log penalty may fall by a step of second order."""
 SHORTEST = 1e-10
 """A search ends where a trial would move by less than this."""
 
@@ -43,14 +46,15 @@ class LBFGSState(SearchState):
 
 
 @dataclass(frozen=True)
-class HyperLBFGS(OuterSearch[LBFGSState]):
+class HyperLBFGS(EndingSearch[LBFGSState]):
     """Descend the outer loss by projected L-BFGS between limits.
 
     Log penalties move in shrinkage (`Shrinkage`) where the inner loss is quadratic: so is the outer loss there, about.
     Elsewhere their best values may lie far out at the weak end, and they move in `Softplus`.
     It needs values and hypergradients alone. The free variables are those that are not at a limit with the slope
     pointing out; pairs without curvature on them are left out, so a step takes one evaluation as a rule. First-order
-    figures cannot prove that nothing is left: the end says what the last model foresees.
+    figures cannot prove that nothing is left: where there are second derivatives, it ends where those foresee nothing
+    either, and goes on along their step where they do. Elsewhere the end says what the last pairs foresee.
 
     Args:
         tol: relative decrease of the outer loss that may be left at the end.
@@ -76,27 +80,33 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
         u, answer, at = accepted.u, accepted.answer, state.coordinates
         g = answer.gradient / at.slope(u)
         lower, upper = at.room(u)
+        if state.doubts >= DOUBTS:
+            return self.disagreed(state, accepted)
         if state.search is None:
             near = EDGE * np.minimum(upper - lower, 1.0)
             free = ~(((lower >= -near) & (g > 0)) | ((upper <= near) & (g < 0)))
             d = two_loop(g, free, state.pairs)
             if not state.pairs and (largest := float(np.abs(d).max(initial=0.0))) > 0:
                 d = d * (at.radius / largest)
-            slope = float(g @ d)
-            left, noise = self.tol * abs(answer.value), 3.0 * answer.error
-            predicted = 0.5 * -slope
-            if predicted <= max(left, noise):
-                return self._last(state, answer, predicted, left, noise)
+            predicted = 0.5 * -float(g @ d)
+            if predicted <= max(self.tol * abs(answer.value), 3.0 * answer.error):
+                return self._last(state, accepted, g, predicted)
             state = replace(state, search=SearchTrial(u, predicted, "step", d))
+        return self._moved(state, accepted)
+
+    def _moved(self, state: LBFGSState, accepted: Accepted) -> LBFGSState:
+        """Return the state with the next trial of its search along a direction."""
+        u, at = accepted.u, state.coordinates
+        lower, upper = at.room(u)
         search = state.search
         assert search is not None
         assert search.direction is not None
         moved = np.clip(search.share * search.direction, lower, upper)
         return replace(state, trial=replace(search, u=at.back(at.of(u) + moved)))
 
-    def judge(self, state: LBFGSState, accepted: Accepted, trial: SearchTrial, answer: Answer | None) -> LBFGSState:
-        if trial.kind == "again":
-            return contradicted(state, accepted, answer, self.tol)
+    def judge(self, state: LBFGSState, accepted: Accepted, trial: Trial, answer: Answer | None) -> LBFGSState:
+        if not isinstance(trial, SearchTrial):
+            return self.settled(state, accepted, trial, answer)
         at, before = state.coordinates, accepted.answer
         moved = at.of(trial.u) - at.of(accepted.u)
         g = before.gradient / at.slope(accepted.u)
@@ -115,16 +125,32 @@ class HyperLBFGS(OuterSearch[LBFGSState]):
             return state
         if state.pairs:
             return replace(state, pairs=(), search=None, rejected=0)
-        if state.failed:
-            return replace(state, stopped=FAILS)
-        return replace(state, trial=SearchTrial(accepted.u, kind="again"))
+        return self.disagreed(state, accepted)
 
-    def _last(self, state: LBFGSState, answer: Answer, predicted: float, left: float, noise: float) -> LBFGSState:
+    def _last(self, state: LBFGSState, accepted: Accepted, slopes: Vector, predicted: float) -> LBFGSState:
+        """Return the end, once second derivatives foresee no step either; where they do, a search along it."""
+        answer, at = accepted.answer, state.coordinates
+        if answer.second is None:
+            return state
+        if answer.second:
+            radius = at.radius * math.sqrt(min(len(slopes), 4))
+            s, predicted, *_ = self.foreseen(state, accepted, radius, REACH, False)
+            if predicted <= max(self.bounds(answer)):
+                return self.last(state, accepted, predicted)
+            return self._moved(replace(state, search=SearchTrial(accepted.u, predicted, "step", s)), accepted)
+        state = replace(state, predicted=predicted)
+        left, noise = self.bounds(answer)
+        if noise <= left and not state.probed:
+            s, y = state.pairs[-1] if state.pairs else (slopes, slopes)
+            curved = math.sqrt(float(y @ y) / max(float(s @ s), 1e-300))
+            probe = self.probe(state, accepted, slopes, np.full_like(slopes, curved), lambda d: curved * d)
+            if probe is not None:
+                return replace(state, trial=probe)
         why = (
             "first-order figures cannot prove that no more is" if noise <= left else f"values are known to {noise:.1e}"
         )
         stopped = f"no further step is foreseen: about {predicted:.1e} of {answer.value:.6g} may be left; {why}"
-        return replace(state, predicted=predicted, stopped=stopped)
+        return replace(state, stopped=stopped)
 
 
 def cubic(f0: float, d0: float, f1: float, d1: float) -> float:

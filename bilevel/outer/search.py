@@ -34,13 +34,14 @@ class Answer:
         value: the outer loss, corrected to second order where that is possible.
         gradient: by the hyperparameters, (k,).
         error: how far `value` may be off.
-        second: the Gauss-Newton and the exact second derivatives, each (k, k); None where they are not known.
+        second: the Gauss-Newton and the exact second derivatives, each (k, k); None where nobody asked for them, and
+            empty where there are none.
     """
 
     value: float
     gradient: Vector
     error: float = 0.0
-    second: tuple[Vector, Vector] | None = None
+    second: tuple[Vector, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class SearchState:
         trial: the point that is being evaluated; None before it is chosen.
         rejected: trials in a row without a lower value.
         doubts: probes that the model had not foreseen.
+        probed: whether a probe around the accepted point was as foreseen.
         failed: evaluations in a row that failed.
         predicted: the decrease that was still foreseen at the end.
         stopped: how it ended, in words; empty while it goes on.
@@ -97,6 +99,7 @@ class SearchState:
     trial: Any = None
     rejected: int = 0
     doubts: int = 0
+    probed: bool = False
     failed: int = 0
     predicted: float = math.nan
     stopped: str = ""
@@ -136,7 +139,10 @@ class OuterSearch(ABC, Generic[State]):
         return Shrinkage
 
     def propose(self, state: State) -> State:
-        """Return the state with its next trial, or with how it ended."""
+        """Return the state with its next trial, or with how it ended.
+
+        With neither of the two, second derivatives of the accepted point are wanted (`Answer.second`).
+        """
         if state.stopped or state.trial is not None:
             return state
         if state.shift is not None:
@@ -194,7 +200,7 @@ class OuterSearch(ABC, Generic[State]):
 
     @abstractmethod
     def step(self, state: State, accepted: Accepted) -> State:
-        """Return the state with the trial that follows the accepted point, or with its end."""
+        """Return the state with the trial that follows the accepted point, or with its end, see `propose`."""
 
     @abstractmethod
     def judge(self, state: State, accepted: Accepted, trial: Any, answer: Answer | None) -> State:

@@ -29,6 +29,8 @@ from bilevel.outer.warm_start import WarmStart
 
 MATRIX = 400
 """Up to this many hyperparameters their matrix of second derivatives is held, unless a `HyperNewton` is asked for."""
+CHECKED = 1000
+"""Up to this many hyperparameters the end of another search is examined by one: it costs many evaluations."""
 LIMITS = {torch.float32: (-12.0, 10.0)}
 """Distances of a log penalty to the logarithm of its scale, by dtype; elsewhere (-28, 10)."""
 NEAR = 1e-6
@@ -193,11 +195,9 @@ class Searcher:
 
     def propose(self) -> Tree:
         """Return where the next hypergradient is wanted; once the search has ended, the accepted hyperparameters."""
-        accepted = self.state.accepted
-        second = isinstance(self.optimizer, HyperNewton) and self.state.shift is None and accepted is not None
-        if second and accepted.answer.second is None and not self.state.stopped:
-            self._complete(accepted)
         self.state = self.optimizer.propose(self.state)
+        if self.state.trial is None and not self.state.stopped:
+            self.state = self.optimizer.propose(self._completed(self.state))
         self._tighten()
         trial = self.state.trial or self.state.accepted
         return self._tree(self.state.u if trial is None else trial.u)
@@ -212,18 +212,29 @@ class Searcher:
         wanted = KNOWN * trial.predicted / accepted.answer.error
         self.tol = self.residual * min(max(0.5 * wanted, 1e-3), 0.3)
 
-    def _complete(self, accepted: Accepted) -> None:
-        """Add the second derivatives to the accepted point."""
+    def _completed(self, state: Any) -> Any:
+        """Return the state with the second derivatives at its accepted point, or with none where there are none."""
+        accepted, second = state.accepted, None
         assert self._solution is not None
         params, adjoint = self._solution
-        second = None if adjoint is None else self.problem.hyper_hessians(self._tree(accepted.u), params, adjoint)
-        if second is None:
-            stopped = "HyperNewton has no second derivatives here (no adjoint, or no Cholesky factor): use HyperLBFGS"
-            self.state = replace(self.state, stopped=stopped)
-            return
-        gauss_newton, exact = (each.double().cpu().numpy() for each in second)
-        answer = replace(accepted.answer, second=(gauss_newton, exact))
-        self.state = replace(self.state, accepted=replace(accepted, answer=answer))
+        if adjoint is not None and self._differentiable(state):
+            try:
+                second = self.problem.hyper_hessians(self._tree(accepted.u), params, adjoint)
+            except RuntimeError:
+                # Some operation has no third derivative, or none for many vectors at once: a first-order search has
+                # never needed one, and goes without.
+                if isinstance(self.optimizer, HyperNewton):
+                    raise
+        found = () if second is None else tuple(each.double().cpu().numpy() for each in second)
+        return replace(state, accepted=replace(accepted, answer=replace(accepted.answer, second=found)))
+
+    def _differentiable(self, state: Any) -> bool:
+        """Whether second derivatives are right here, and worth their price at the end of a search without them."""
+        if isinstance(self.optimizer, HyperNewton):
+            return True
+        problem = self.problem
+        known = problem.optimality is None and not problem.variation and problem.wrong_third is None
+        return known and len(state.u) <= CHECKED
 
     def tell(self, estimate: Estimate) -> bool:
         """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""

@@ -66,6 +66,9 @@ def searched(rule, ridge, u, change=lambda count, answer: answer, most=100):
     state, values = rule.init(u, ridge.coordinates()), []
     while True:
         state = rule.propose(state)
+        if state.trial is None and not state.stopped:  # second derivatives are wanted, and there are none
+            accepted = replace(state.accepted, answer=replace(state.accepted.answer, second=()))
+            state = rule.propose(replace(state, accepted=accepted))
         if state.stopped or len(values) == most:
             return state, values
         answer = change(len(values) + 1, ridge.at(state.trial.u))
@@ -278,17 +281,16 @@ def test_newton_reaches_the_minimum_from_every_start_and_says_what_is_left(seed)
         assert len(values) <= 25
 
 
-def test_converged_is_true_at_every_tolerance():
+@pytest.mark.parametrize("kind", [bl.HyperNewton, bl.HyperLBFGS])
+def test_converged_is_true_at_every_tolerance(kind):
     for seed in range(4):
         ridge = Ridge(seed, rows=30, features=4)
         for u in ridge.starts(3):
             for tol in (1e-4, 1e-6, 1e-8):
-                state, _ = searched(bl.HyperNewton(tol, "given"), ridge, u)
+                state, _ = searched(kind(tol, "given"), ridge, u)
                 assert state.stopped.startswith("converged"), state.stopped
-                further = replace(bl.HyperNewton(1e-14, "given").init(state.accepted.u, ridge.coordinates()))
-                rule, count = bl.HyperNewton(1e-14, "given"), 0
-                while not (further := rule.propose(further)).stopped and count < 60:
-                    further, count = rule.tell(further, ridge.at(further.trial.u)), count + 1
+                rule = bl.HyperNewton(1e-14, "given")
+                further, _ = searched(rule, ridge, state.accepted.u, most=60)
                 value = state.accepted.answer.value
                 assert value - further.accepted.answer.value <= 3 * tol * value
 
@@ -304,14 +306,15 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("kind", [bl.HyperNewton, bl.HyperLBFGS])
 @pytest.mark.parametrize("fault", WRONG)
-def test_converged_is_never_said_of_wrong_numbers(fault):
+def test_converged_is_never_said_of_wrong_numbers(fault, kind):
     for seed in range(3):
         ridge, rng = Ridge(seed), np.random.default_rng(seed)
         for u in ridge.starts(2):
-            state, _ = searched(bl.HyperNewton(**SCAN), ridge, u, lambda k, a, rng=rng: WRONG[fault](k, a, rng))
+            state, _ = searched(kind(**SCAN), ridge, u, lambda k, a, rng=rng: WRONG[fault](k, a, rng))
             assert "converged" not in state.stopped
-            if fault in ("noise", "renewed data"):
+            if kind is bl.HyperNewton and fault in ("noise", "renewed data"):
                 assert state.stopped.startswith("the outer loss is no function of the hyperparameters")
 
 
@@ -348,7 +351,7 @@ def test_a_search_whose_evaluations_fail_from_some_point_on_says_so(rule):
     assert state.accepted.answer.value == min(values[:8])
 
 
-def test_lbfgs_descends_and_never_says_converged():
+def test_lbfgs_without_second_derivatives_descends_and_never_says_converged():
     for seed in range(3):
         ridge = Ridge(seed)
         best = searched(bl.HyperNewton(tol=1e-12, **SCAN), ridge, ridge.starts(1)[0])[0].accepted.answer.value
@@ -357,6 +360,19 @@ def test_lbfgs_descends_and_never_says_converged():
             assert state.accepted.answer.value <= best * 1.01
             assert state.stopped.startswith("no further step is foreseen")
             assert "cannot prove" in state.stopped
+
+
+def test_a_slope_of_the_wrong_sign_shows_at_the_end_without_second_derivatives():
+    for seed in range(3):
+        for index, u in enumerate(Ridge(seed).starts(6)):
+            signs = np.where(np.arange(6) == index, -1.0, 1.0)
+            state, _ = searched(
+                bl.HyperLBFGS(**SCAN),
+                Ridge(seed),
+                u,
+                lambda k, a, signs=signs: replace(a, gradient=a.gradient * signs, second=None),
+            )
+            assert not state.stopped.startswith("no further step is foreseen"), (seed, index)
 
 
 def test_lbfgs_outruns_adam_where_the_best_penalties_lie_far_out_at_the_weak_end():
