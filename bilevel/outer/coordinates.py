@@ -47,7 +47,7 @@ class Coordinates:
 
     def clipped(self, u: Vector) -> Vector:
         """Return u within its limits."""
-        return np.clip(u, self.lower, self.upper)
+        return np.minimum(np.maximum(u, self.lower), self.upper)
 
     def of(self, u: Vector) -> Vector:
         """Return v, (k,)."""
@@ -65,20 +65,20 @@ class Coordinates:
         """Return ``d2u/dv2``, (k,)."""
         return np.zeros_like(u)
 
-    def model(self, u: Vector, gradient: Vector, second: Vector, exact: bool) -> Vector:
-        """Return second derivatives by v, (k, k), from those by u.
+    def models(self, u: Vector, gradient: Vector, second: tuple[Vector, ...]) -> tuple[Vector, tuple[Vector, ...]]:
+        """Return slopes and second derivatives by v, (k,) and each (k, k), from those by u.
 
         With ``D = diag(du/dv)``: ``D B D``, and of the exact ones ``diag(g d2u/dv2)`` besides.
 
         Args:
             u: where they were taken.
             gradient: g, by u.
-            second: B, Gauss-Newton or exact second derivatives by u.
-            exact: whether they are the exact ones.
+            second: B, Gauss-Newton and exact second derivatives by u.
         """
         slope = self.slope(u)
-        model = second / np.outer(slope, slope)
-        return model + np.diag(gradient * self.bend(u)) if exact else model
+        squares = slope * slope[:, None]
+        gauss_newton, exact = (each / squares for each in second)
+        return gradient / slope, (gauss_newton, exact + np.diag(gradient * self.bend(u)))
 
     def room(self, u: Vector, reach: float = np.inf) -> tuple[Vector, Vector]:
         """Return the least and the largest step in v; towards small u at most one by which u falls by `reach`."""
@@ -114,7 +114,8 @@ class Shrinkage(Coordinates):
         return -t * (1.0 - t)
 
     def bend(self, u: Vector) -> Vector:
-        return (1.0 - 2.0 * self.of(u)) / self.slope(u) ** 2
+        t = self.of(u)
+        return (1.0 - 2.0 * t) / (t * (1.0 - t)) ** 2
 
 
 @dataclass(frozen=True)

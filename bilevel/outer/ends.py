@@ -37,12 +37,11 @@ what a right model does not foresee shrinks with the probe, and what a wrong gra
 class EndingSearch(OuterSearch[State], ABC):
     """A search that proves its end by second derivatives, where there are some."""
 
-    def models(self, state: State, accepted: Accepted) -> tuple[Vector, list[Vector]]:
+    def models(self, state: State, accepted: Accepted) -> tuple[Vector, tuple[Vector, ...]]:
         """Return the slopes, and the Gauss-Newton and the exact second derivatives, in the coordinates."""
-        u, answer, at = accepted.u, accepted.answer, state.coordinates
+        answer = accepted.answer
         assert answer.second
-        pairs = zip(answer.second, (False, True), strict=True)
-        return answer.gradient / at.slope(u), [at.model(u, answer.gradient, second, exact) for second, exact in pairs]
+        return state.coordinates.models(accepted.u, answer.gradient, answer.second)
 
     def foreseen(
         self, state: State, accepted: Accepted, radius: float, reach: float, exact: bool
@@ -72,11 +71,8 @@ class EndingSearch(OuterSearch[State], ABC):
 
     def last(self, state: State, accepted: Accepted, predicted: float) -> State:
         """Return the end where no step is worth it, or what is to be evaluated before."""
-        value, (left, noise), state = (
-            accepted.answer.value,
-            self.bounds(accepted.answer),
-            replace(state, predicted=predicted),
-        )
+        value, (left, noise) = accepted.answer.value, self.bounds(accepted.answer)
+        state = replace(state, predicted=predicted)
         if noise > left:
             if accepted.repeated < REPEATS:
                 return replace(state, trial=Trial(accepted.u, left, "again"))
@@ -90,7 +86,7 @@ class EndingSearch(OuterSearch[State], ABC):
             probe = self.probe(state, accepted, slopes, np.diag(model), lambda d: model @ d)
             if probe is not None:
                 return replace(state, trial=probe)
-        return replace(state, stopped=f"converged to a local minimum: about {predicted:.1e} of {value:.6g} may be left")
+        return replace(state, stopped=_converged(predicted, value))
 
     def probe(
         self, state: State, accepted: Accepted, slopes: Vector, diagonal: Vector, product: Callable[[Vector], Vector]
@@ -161,4 +157,10 @@ class EndingSearch(OuterSearch[State], ABC):
         parts = np.abs(foreseen * d)
         missed = np.abs((after - before - foreseen) * d)
         agrees &= bool(np.all(missed <= FORESEEN * np.maximum(parts, parts.mean()) + noise))
-        return replace(state, probed=True) if agrees else doubted
+        # No step was foreseen from here, and nothing has moved since.
+        stopped = _converged(state.predicted, accepted.answer.value)
+        return replace(state, probed=True, stopped=stopped) if agrees else doubted
+
+
+def _converged(predicted: float, value: float) -> str:
+    return f"converged to a local minimum: about {predicted:.1e} of {value:.6g} may be left"

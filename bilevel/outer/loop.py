@@ -281,8 +281,9 @@ class OuterOptimizer:
                     if asked or all(reasons):
                         break
                     estimate = self.step()
-                    line.set_postfix_str(self._postfix(), refresh=False)
-                    line.update()
+                    if progress:
+                        line.set_postfix_str(self._postfix(), refresh=False)
+                        line.update()
                     # A list, so that every callback is called.
                     answers = [callback(self, estimate) for callback in self.callbacks]
                     asked = any(answer is True for answer in answers)

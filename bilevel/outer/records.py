@@ -79,8 +79,8 @@ BatchOuterResult = OuterResult
 """The name of the result of rows, for code that was written when it had a class of its own."""
 
 
-def record_of(step: int, estimate: Estimate) -> Record:
-    """Return an outer step as numbers."""
+def record_of(step: int, estimate: Estimate, **says: Any) -> Record:
+    """Return an outer step as numbers, with what a search says of it."""
     c = estimate.certificate
     return Record(
         step=step,
@@ -96,6 +96,7 @@ def record_of(step: int, estimate: Estimate) -> Record:
         gradient_equivalents=estimate.cost.gradient_equivalents,
         seconds=estimate.cost.seconds,
         peak_memory=estimate.cost.peak_memory,
+        **says,
     )
 
 

@@ -160,17 +160,17 @@ class OuterSearch(ABC, Generic[State]):
             answer: what was found; None where the evaluation failed.
             cost: of the evaluation, in any unit: a scan ends where one costs far more than all before it.
         """
-        trial, state = state.trial, replace(state, trial=None)
+        trial = state.trial
         if answer is not None and not (math.isfinite(answer.value) and np.isfinite(answer.gradient).all()):
             answer = None
         if state.shift is not None:
             return self._scanned(state, trial, answer, state.shift, cost)
         if state.accepted is None:
             if answer is None:
-                return replace(state, stopped="the first hypergradient failed")
-            return replace(state, accepted=Accepted(trial.u, answer))
+                return replace(state, trial=None, stopped="the first hypergradient failed")
+            return replace(state, trial=None, accepted=Accepted(trial.u, answer))
         failed = 0 if answer is not None else state.failed + 1
-        return self.judge(replace(state, failed=failed), state.accepted, trial, answer)
+        return self.judge(replace(state, trial=None, failed=failed), state.accepted, trial, answer)
 
     def _scanned(self, state: State, trial: Trial, answer: Answer | None, shift: float, cost: float) -> State:
         scanned, accepted, fell = state.scanned, state.accepted, False
@@ -183,10 +183,9 @@ class OuterSearch(ABC, Generic[State]):
         expensive = len(scanned) > 2 and cost > EXPENSIVE * state.spent
         ended = flat >= 2 or shift - STEP < BOTTOM or expensive
         stopped = "every point of the scan failed" if ended and accepted is None else ""
-        following = None if ended else shift - STEP
-        spent = state.spent + cost
+        to, spent = None if ended else shift - STEP, state.spent + cost
         return replace(
-            state, scanned=scanned, accepted=accepted, flat=flat, shift=following, spent=spent, stopped=stopped
+            state, trial=None, scanned=scanned, accepted=accepted, flat=flat, shift=to, spent=spent, stopped=stopped
         )
 
     @abstractmethod

@@ -203,8 +203,8 @@ def take(outer: Any, estimate: Any) -> Any:
     outer._checked = True
     for index, says in enumerate(told):
         if says is not None:
-            record = record_of(len(outer.histories[index]) + 1, estimate if size is None else estimate[index])
-            outer.histories[index].append(replace(record, **says))
+            history = outer.histories[index]
+            history.append(record_of(len(history) + 1, estimate if size is None else estimate[index], **says))
     taken = [says is not None and says["accepted"] for says in told]
     chosen = [index for index, each in enumerate(taken) if each]
     pairs = zip((estimate.outer_loss, outer.current), outer.best, strict=True)
@@ -232,5 +232,5 @@ def certify_ends(outer: Any) -> None:
     options = {"carry": outer.carry, "target_error": outer.target_error, "on_failure": "return"}
     estimate: Any = hypergradient(outer.problem, outer.solver, outer.estimator, outer.hparams, outer.params, **options)
     for index, history in enumerate(outer.histories):
-        record = record_of(len(history) + 1, estimate if outer.size is None else estimate[index])
-        history.append(replace(record, phase="certified"))
+        one = estimate if outer.size is None else estimate[index]
+        history.append(record_of(len(history) + 1, one, phase="certified"))

@@ -9,7 +9,6 @@ row for each hyperparameter or group of them, so all of it runs on the host, in 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,34 +32,20 @@ def ball_step(g: Vector, B: Vector, radius: float) -> Vector:
     array([-0.5  ,  1.936])
     """
     values, vectors = np.linalg.eigh(B)
-    slopes = vectors.T @ g
-    largest = max(abs(values[0]), abs(values[-1]), 1e-300)
-    if values[0] > 1e-14 * largest:
-        step = -slopes / values
-        if math.sqrt(step @ step) <= radius:
-            return np.asarray(vectors @ step)
-    # Hebden's iteration for |s(shift)| = radius, which is concave in the reciprocal, kept between bounds.
-    low = max(0.0, -values[0]) + 1e-15 * largest
-    high = shift = low + math.sqrt(g @ g) / radius + 1e-300
+    slopes, lowest, spread = -(g @ vectors), float(values[0]), values - values[0]
+    least = max(lowest, 1e-15 * max(abs(lowest), float(values[-1]), 1e-285))
+    # Hebden's iteration for |s| = radius, in the lowest damped eigenvalue. It begins where one component alone is that
+    # long, and goes up to the root, never past it: 1/|s| is concave.
+    damped = spread + max(least, float((np.abs(slopes) / radius - spread).max()))
     for _ in range(60):
-        step = slopes / (values + shift)
-        length = math.sqrt(step @ step)
-        if length > radius:
-            low = shift
-        else:
-            high = shift
-            if length >= (1 - 1e-6) * radius:
-                break
-        fall = float(step @ (step / (values + shift)))
-        shift += (length / radius - 1.0) * length * length / fall if fall > 0 else 0.0
-        if not low < shift < high:
-            # The shift may lie many orders above its lower end.
-            shift = math.sqrt(low * high) if high > 10 * low > 0 else 0.5 * (low + high)
-        if high - low <= 1e-12 * high:
+        step = slopes / damped
+        square = float(step @ step)
+        length = math.sqrt(square)
+        if length <= (1 + 1e-10) * radius:
             break
-    step = -slopes / (values + high)
-    short = radius * radius - step @ step
-    if short > 1e-5 * radius * radius and values[0] < 0:
+        damped = damped + (length / radius - 1.0) * square / float(step @ (step / damped))
+    short = radius * radius - square
+    if short > 1e-5 * radius * radius and lowest < 0:
         # The hard case: along the lowest eigenvector the model falls up to the sphere.
         step[0] = math.copysign(math.sqrt(step[0] * step[0] + short), step[0] + 0.0)
     return np.asarray(vectors @ step)
@@ -80,55 +65,70 @@ def box_step(g: Vector, B: Vector, radius: float, lower: Vector, upper: Vector) 
     >>> s, decrease
     (array([0.5, 1. ]), 0.875)
     """
-
-    def model(s: Vector) -> float:
-        return float(g @ s + 0.5 * (s @ (B @ s)))
-
     near = EDGE * np.minimum(upper - lower, 1.0)
-    held = ((lower >= -near) & (g > 0)) | ((upper <= near) & (g < 0))
-    slope = np.where(held, 0.0, -g)
+    low, high, apart = lower + near, upper - near, upper > lower
+
+    def free(s: Vector, q: Vector) -> NDArray[np.bool_]:
+        return ((s > low) | (q <= 0)) & ((s < high) | (q >= 0)) & apart
+
+    s = bent = np.zeros(len(g))
+    slope = np.where(free(s, g), -g, 0.0)
     size = math.sqrt(slope @ slope)
-    s = np.zeros_like(g)
     if size == 0:
         return s, 0.0
     length = radius / size
     for _ in range(30):
-        trial = np.clip(length * slope, lower, upper)
-        if model(trial) <= CAUCHY * (g @ trial):
-            s = trial
+        trial = np.minimum(np.maximum(length * slope, lower), upper)
+        product, along = B @ trial, float(g @ trial)
+        if along + 0.5 * float(trial @ product) <= CAUCHY * along:
+            s, bent = trial, product
             break
         length /= 4
+    solved = b""
     for _ in range(PASSES):
-        q = g + B @ s
-        free = ~(((s <= lower + near) & (q > 0)) | ((s >= upper - near) & (q < 0))) & (upper > lower)
-        if not free.any() or np.linalg.norm(q[free]) <= 1e-8 * size:
+        q = g + bent
+        moving = free(s, q)
+        (at,), mask = moving.nonzero(), moving.tobytes()
+        rest = q[at]
+        if mask == solved or math.sqrt(rest @ rest) <= 1e-8 * size:
             break
         # The free variables anew, with the others held where they are, in what they leave of the ball.
-        held = np.where(free, 0.0, s)
+        held = np.where(moving, 0.0, s)
         room = math.sqrt(max(0.0, radius * radius - float(held @ held)))
         if room == 0:
             break
-        towards = np.zeros_like(g)
-        towards[free] = ball_step((g + B @ held)[free], B[np.ix_(free, free)], room) - s[free]
-        before, best = model(s), _searched(model, s, towards, lower, upper)
-        if best is None:
+        model, start, towards = B[at][:, at], s[at], np.zeros(len(g))
+        towards[at] = ball_step(rest - model @ start, model, room) - start
+        before = 0.5 * float((g + q) @ s)
+        found = _searched(g, B, s, before, towards, lower, upper)
+        if found is None:
             break
-        value, s = best
+        value, s, bent, whole = found
         if before - value <= GAIN * -value:
             break
-    return s, -model(s)
+        solved = mask if whole else b""
+    return s, -0.5 * float((g + g + bent) @ s)
 
 
-def _searched(model: Any, s: Vector, towards: Vector, lower: Vector, upper: Vector) -> tuple[float, Vector] | None:
-    """Return the first lowest value of the model along the projected way, with its step; None where it rises."""
-    best: tuple[float, Vector] | None = None
-    base, share = model(s), 1.0
+def _searched(
+    g: Vector, B: Vector, s: Vector, before: float, towards: Vector, lower: Vector, upper: Vector
+) -> tuple[float, Vector, Vector, bool] | None:
+    """Return the first lowest value of the model along the projected way, below the one before; None where it rises.
+
+    With it the step, B times the step, and whether it is the whole one, which meets no bound: then none is better.
+    """
+    best: tuple[float, Vector, Vector, bool] | None = None
+    share = 1.0
     for _ in range(12):
-        trial = np.clip(s + share * towards, lower, upper)
-        value = model(trial)
-        if value < (base if best is None else best[0]):
-            best = (value, trial)
+        moved = s + share * towards
+        trial = np.minimum(np.maximum(moved, lower), upper)
+        bent = B @ trial
+        value, whole = float(g @ trial) + 0.5 * float(trial @ bent), share == 1.0 and bool((trial == moved).all())
+        if value < (before if best is None else best[0]):
+            best = (value, trial, bent, whole)
         elif best is not None:
+            break
+        if whole:
             break
         share /= 2
     return best
