@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bilevel import criteria as criteria
     from bilevel import meta as meta
     from bilevel import problems as problems
+    from bilevel import selection as selection
     from bilevel import theory as theory
     from bilevel.base import BatchEstimate as BatchEstimate
     from bilevel.base import Carry as Carry
@@ -130,7 +131,7 @@ _NAMES = {
 """The public names of each module."""
 _HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 _MODULES = {
-    **{name: name for name in ("criteria", "meta", "problems", "theory")},
+    **{name: name for name in ("criteria", "meta", "problems", "selection", "theory")},
     "threads": "core.threads",
     "tree": "core.tree",
 }

@@ -25,7 +25,7 @@ FLOORS = (
     "inner linear networks certify",
     "problems engine meta",
     "hypergrad theory criteria",
-    "outer check",
+    "outer check selection",
     "compare curse",
     "config",
     "cli",

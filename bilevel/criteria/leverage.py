@@ -86,6 +86,7 @@ class FactoredRows(Factored):
 
     @cached_property
     def V(self) -> Tensor:
+        """``X1 H^-1``, of shape (rows, p1)."""
         if not self.intercept:
             return self.part
         return torch.cat([self.part, (1.0 / self.total - self.part @ self.mean)[:, None]], 1)

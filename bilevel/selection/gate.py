@@ -1,0 +1,105 @@
+"""Which node of a path to take: only gains that the honest losses of single rows prove."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilevel.criteria.criterion import Array
+from bilevel.problems.losses import GLMLoss
+
+FEW_NATS = 50.0
+"""Below this sum of a loss that vanishes on separated rows, few rows carry it, and its standard error is too small."""
+
+Rule = Literal["best", "one_se"]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A node, and what speaks for it.
+
+    Attributes:
+        node: the chosen one; 0 is one penalty.
+        best: the one with the least honest loss.
+        open: whether the gain of the best node over one penalty is more than ``kappa`` standard errors.
+        kappa: standard errors that were asked for.
+        losses: mean honest loss of every node.
+        gains: mean of ``L_0 - L_k`` for every node k, (nodes,).
+        gain_errors: their standard errors; infinite for a node that failed.
+    """
+
+    node: int
+    best: int
+    open: bool
+    kappa: float
+    losses: Array
+    gains: Array
+    gain_errors: Array
+
+    @property
+    def gates(self) -> Array:
+        """The gains in standard errors, (nodes,); 0 for node 0 and for nodes that failed."""
+        known = (self.gain_errors > 0) & np.isfinite(self.gain_errors)
+        return np.where(known, self.gains, 0.0) / np.where(known, self.gain_errors, 1.0)
+
+
+def paired(losses: Array, other: Array) -> tuple[Array, Array]:
+    """Return the mean and the standard error ``sd / sqrt(n)`` of differences of losses of the same rows.
+
+    Args:
+        losses: of shape (..., rows).
+        other: of shape (rows,).
+
+    >>> paired(np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.0, 0.0]))
+    (array(2.), array(0.57735027))
+    """
+    difference: Array = losses - other
+    rows = difference.shape[-1]
+    deviation = difference.std(-1, ddof=1) if rows > 1 else np.full(difference.shape[:-1], np.inf)
+    return np.asarray(difference.mean(-1)), np.asarray(deviation / np.sqrt(rows))
+
+
+def one_se(losses: Array) -> int:
+    """Return the first node whose loss is above the least by at most one standard error of their difference.
+
+    Args:
+        losses: honest losses of rows, (nodes, rows), from the simplest node to the richest.
+    """
+    best = int(np.argmin(losses.mean(1)))
+    excess, error = paired(losses, losses[best])
+    return int(np.flatnonzero(excess <= error)[0])
+
+
+def kappa_of(loss: GLMLoss, losses: Array) -> float:
+    """Return the standard errors that a gain must have: 1; 2 where rows are nearly separated.
+
+    Args:
+        loss: of a row.
+        losses: honest losses of rows under one penalty, (rows,).
+    """
+    return 2.0 if loss.separable and float(losses.sum()) < FEW_NATS else 1.0
+
+
+def choose(losses: Array, kappa: float, rule: Rule = "best") -> Choice:
+    """Return the best node, or the first within a standard error of it, where its gain over one penalty is proved.
+
+    Node 0 is kept unless ``mean(L_0 - L_b) > kappa se``, with b the node of the least honest loss.
+
+    Args:
+        losses: honest losses of rows, (nodes, rows), one penalty first; nodes with losses that are not finite are out.
+        kappa: standard errors of the gain that are asked for.
+        rule: "best", or "one_se" where honest losses still flatter the nodes with weak hyperpriors.
+    """
+    fine = np.isfinite(losses.sum(1))
+    usable: NDArray[np.intp] = np.flatnonzero(fine | (np.arange(len(losses)) == 0))
+    means = np.where(fine, np.where(fine[:, None], losses, 0.0).mean(1), np.inf)
+    gains, errors = np.full(len(losses), -np.inf), np.full(len(losses), np.inf)
+    mean, error = paired(losses[usable], losses[0])
+    gains[usable], errors[usable] = -mean, error
+    best = int(usable[np.argmin(means[usable])])
+    proved = bool(gains[best] > kappa * errors[best])
+    node = 0 if not proved else best if rule == "best" else int(usable[one_se(losses[usable])])
+    return Choice(node, best, proved, kappa, means, gains, errors)

@@ -1,0 +1,157 @@
+"""Honest losses of the nodes of a path: of rows that no part of the tuning has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bilevel.criteria.criterion import Array, Criterion, Fit
+from bilevel.criteria.data import LinearData
+from bilevel.selection.path import PathPoint, path
+
+COARSE_STEPS, COARSE_TOL = 3, 3e-3
+"""How far the paths of the folds are followed at every tau: honest losses are as good as those of converged paths."""
+LEAST = 0.05
+"""One minus the influence of a row on its own hyperparameters is at least this."""
+
+Fold = tuple[Any, Any]
+"""Indices of the training rows, and of the rows held out."""
+
+
+@dataclass(frozen=True, eq=False)
+class HonestLosses:
+    """Losses of single rows under every node.
+
+    Attributes:
+        losses: weighted so that the mean over rows is the honest loss, (nodes, rows).
+        rows: the rows' indices, (rows,).
+        evaluations: of the criterion that they took.
+    """
+
+    losses: Array
+    rows: NDArray[np.intp]
+    evaluations: int
+
+
+def nested(
+    criterion: Criterion,
+    folds: Sequence[Fold],
+    taus: Sequence[float],
+    *,
+    anchored: bool,
+    steps: int = COARSE_STEPS,
+    tol: float = COARSE_TOL,
+    n_jobs: int | None = None,
+) -> HonestLosses:
+    """Return losses of held-out rows after the whole tuning, its one penalty included, of the other rows of a fold.
+
+    Everything begins anew in every fold: a start at the penalties of all rows would know the rows held out. A row that
+    several folds hold out has its mean loss; rows that none holds out, or whose
+    class its fold does not know, have none.
+
+    Args:
+        criterion: of all rows.
+        folds: pairs of indices, (training rows, rows held out).
+        taus: of the path, decreasing.
+        anchored: see `path`.
+        steps: the most steps at every tau.
+        tol: relative gain at which each descent ends.
+        n_jobs: of joblib, over folds; None for one.
+
+    Raises:
+        ValueError: in one sentence, where a fold cannot be fitted.
+    """
+    pairs = [_indices(fold, index, criterion) for index, fold in enumerate(folds)]
+    tasks = [(criterion, train, held, taus, anchored, steps, tol) for train, held in pairs]
+    if n_jobs in (None, 1):
+        results = [_fold_losses(*task) for task in tasks]
+    else:
+        from joblib import Parallel, delayed
+
+        results = Parallel(n_jobs=n_jobs)(delayed(_fold_losses)(*task) for task in tasks)
+    total, count = np.zeros((len(taus) + 1, criterion.data.rows)), np.zeros(criterion.data.rows)
+    for losses, rows, _ in results:
+        total[:, rows] += losses
+        count[rows] += 1
+    rows = np.flatnonzero(count)
+    weights = criterion.data.weights.cpu().numpy()[rows]
+    return HonestLosses(total[:, rows] / count[rows] / weights.mean(), rows, sum(each[2] for each in results))
+
+
+def _indices(fold: Fold, index: int, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """Return a fold as tensors of indices.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    train, held = (torch.as_tensor(np.asarray(part)) for part in fold)
+    y = criterion.data.y
+    if not len(train) or not len(held):
+        raise ValueError(f"fold {index} has no {'held-out' if len(train) else 'training'} rows: give it some.")
+    if criterion.loss.separable and bool((y[train] == y[train][0]).all()):
+        raise ValueError(f"the training rows of fold {index} are all of one class: use fewer or stratified folds.")
+    return train, held
+
+
+def _fold_losses(
+    criterion: Criterion, train: Tensor, held: Tensor, taus: Sequence[float], anchored: bool, steps: int, tol: float
+) -> tuple[Array, NDArray[np.intp], int]:
+    """Return weighted losses of the rows that a fold holds out, (nodes, rows), their indices, and evaluations."""
+    part, y = criterion.take(train), criterion.data.y
+    if criterion.loss.separable:
+        held = held[torch.isin(y[held], y[train])]
+    nodes = path(part, taus, anchored=anchored, steps=steps, tol=tol)
+    losses = [_losses(criterion, part.refit(node.u, node.evaluation.warm))[held] for node in nodes]
+    return torch.stack(losses).double().cpu().numpy(), held.numpy(), sum(node.evaluations for node in nodes)
+
+
+def _losses(criterion: Criterion, fit: Fit) -> Tensor:
+    """Return the weighted losses of all rows under a model, (rows,)."""
+    return criterion.weighted(criterion.loss.value(predictions(criterion.data, fit), criterion.data.y))
+
+
+def predictions(data: LinearData, fit: Fit) -> Tensor:
+    """Return the predictions for rows, standardised as they are, of a model in the units of the X that was given."""
+    return data.product(fit.coef * data.scale) + (fit.intercept + fit.coef @ data.offset)[..., None]
+
+
+def second_level(criterion: Criterion, points: Sequence[PathPoint]) -> HonestLosses:
+    """Return losses of every row under penalties that were tuned without its loss, to first order, without a refit.
+
+    The tuned penalties are an M-estimator with a loss term for each row, so leaving one out is one Newton step here,
+    too. With t the leave-one-out predictions, ``J = dt/du`` and ``H = J' diag(l'') J / n + R''``,
+
+        t_i <- t_i + v_i l'_i / max(1 - v_i l''_i, 0.05),     v_i = J_i' H^-1 J_i / n
+
+    The predictions for the other rows still know the row. It flatters penalties that nearly interpolate the rows: for
+    at most half as many penalties as rows.
+
+    Args:
+        criterion: that leaves out rows singly.
+        points: of its path.
+    """
+    data, losses, evaluations = criterion.data, [], 0
+    for point in points:
+        # Of the first point, that of one penalty, only the level moves.
+        scalar = point.prior is None
+        found = criterion.evaluate(point.u, point.evaluation.warm, full=True)
+        evaluations += 1
+        J = found.jacobian
+        assert J is not None
+        J = (J.sum(-1, keepdim=True) if scalar else J).double()
+        slopes, curvatures = found.slopes.double(), found.curvatures.double()
+        prior = 0.0 if point.prior is None else torch.from_numpy(point.prior.hessian).to(J)
+        flat = J.reshape(-1, J.shape[-1])
+        H = flat.T @ (flat * curvatures.reshape(-1, 1)) / data.rows + prior
+        H.diagonal().add_(1e-9 * float(H.diagonal().max()) + 1e-300)
+        influence = (flat * torch.linalg.solve(H, flat.T).T).sum(-1).clamp_min(0.0).reshape(slopes.shape) / data.rows
+        shift = influence * slopes / (1.0 - influence * curvatures).clamp_min(LEAST)
+        moved = (found.predictions.double() + shift).to(found.predictions)
+        losses.append(criterion.weighted(criterion.loss.value(moved, data.y)).double().cpu().numpy())
+    return HonestLosses(np.stack(losses), np.arange(data.rows), evaluations)

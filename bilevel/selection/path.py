@@ -1,0 +1,77 @@
+"""The path of tuned penalties from one for all, under a weaker and weaker hyperprior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bilevel.criteria.criterion import Array, Criterion, Evaluation
+from bilevel.selection.descend import Hyperprior, tune
+from bilevel.selection.scalar import best_penalty
+
+TAUS = (1.0, 0.3, 0.1, 0.03, 0.01)
+MANY_ROWS = (0.003, 0.001)
+"""Weaker hyperpriors, for more than ten rows for each penalty."""
+
+
+@dataclass(frozen=True, eq=False)
+class PathPoint:
+    """A point of the path.
+
+    Attributes:
+        tau: weight of the hyperprior, as a part of the criterion's unit; infinite for one penalty.
+        u: log penalties, (k,).
+        evaluation: the criterion there; of the first point, that by the one penalty.
+        evaluations: how many it took.
+        prior: None for the first point.
+    """
+
+    tau: float
+    u: Array
+    evaluation: Evaluation
+    evaluations: int
+    prior: Hyperprior | None = None
+
+
+def default_taus(rows: int, penalties: int) -> tuple[float, ...]:
+    """Return the weights of the hyperprior that a path goes through."""
+    return TAUS + (MANY_ROWS if rows > 10 * penalties else ())
+
+
+def path(
+    criterion: Criterion,
+    taus: Sequence[float] | None = None,
+    *,
+    tol: float = 1e-4,
+    steps: int = 25,
+    anchored: bool | None = None,
+) -> list[PathPoint]:
+    """Return the tuned penalties for one penalty, and then for every tau, each from the one before it.
+
+    ``F(u) = criterion(u) + tau unit sum_j c_j (u_j - m)^2``, with c_j the share of the coefficients of a penalty. m is
+    the mean of u. With as many features as rows, where that would let all penalties sink until the rows are
+    interpolated, it is the best single penalty.
+
+    Args:
+        criterion: of the penalties.
+        taus: decreasing; None for `default_taus`.
+        tol: relative gain at which each descent ends.
+        steps: the most steps of each.
+        anchored: whether m is the best single penalty; None: see above.
+    """
+    penalties, data = criterion.penalties, criterion.data
+    single = best_penalty(criterion)
+    points = [PathPoint(math.inf, np.full(penalties.size, single.u[0]), single.evaluation, single.evaluations)]
+    if penalties.size == 1:
+        return points
+    anchored = data.features >= data.rows if anchored is None else anchored
+    u, warm, unit = points[0].u, single.evaluation.warm, criterion.unit
+    for tau in default_taus(data.rows, penalties.size) if taus is None else taus:
+        prior = Hyperprior(tau * unit, penalties.weights, float(single.u[0]) if anchored else None)
+        tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm)
+        u, warm = tuned.u, tuned.evaluation.warm
+        points.append(PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior))
+    return points

@@ -1,0 +1,160 @@
+"""`penalty_cv`: penalties of a linear model, tuned by a criterion, and kept only where tuning is proved to help."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from bilevel.core.status import BilevelWarning
+from bilevel.criteria.criterion import Criterion
+from bilevel.selection.folds import make_folds
+from bilevel.selection.gate import Choice, Rule, choose, kappa_of
+from bilevel.selection.honest import Fold, HonestLosses, nested, second_level
+from bilevel.selection.path import default_taus, path
+from bilevel.selection.selected import Selected, nodes_of, remarks_of
+
+Guard = Literal["auto", "best", "one_se", "off"]
+Honest = Literal["auto", "nested", "alo"]
+
+
+def penalty_cv(
+    criterion: Criterion,
+    *,
+    guard: Guard = "auto",
+    honest: Honest = "auto",
+    folds: int | Sequence[Fold] = 5,
+    groups: Any = None,
+    ordered: bool = False,
+    taus: Sequence[float] | None = None,
+    kappa: float | None = None,
+    anchored: bool | None = None,
+    tol: float = 1e-4,
+    random_state: int = 0,
+    n_jobs: int | None = None,
+) -> Selected:
+    """Return the model of all rows with tuned penalties, or with one, whichever held-out rows speak for.
+
+    Many penalties that minimise a criterion over-fit it, whatever it is. So a path goes from one penalty for all to
+    tuned ones under a weaker and weaker hyperprior; an outer loop repeats all of that without some of the rows; and a
+    gate keeps one penalty unless the gain on the rows left out is more than ``kappa`` standard errors.
+
+    Args:
+        criterion: what is descended: of the data, with the penalties.
+        guard: "best" lets the node with the least honest loss through the gate, "one_se" the first node within one
+            standard error of it; "auto" takes the second where there are more than half as many penalties as rows, or
+            with honest="alo". "off" takes the last node, without an outer loop.
+        honest: how honest losses are taken: by "nested" folds ("auto"), or by approximate leave-one-out of the tuning
+            itself, "alo", which costs no refit, for at most half as many penalties as rows.
+        folds: of the outer loop: how many, shuffled and stratified by class, or pairs of indices, (training rows, rows
+            held out).
+        groups: of rows, (rows,): a group is held out together; for a number of `folds`.
+        ordered: whether contiguous blocks of rows are held out; for a number of `folds`.
+        taus: weights of the hyperprior, decreasing; None for 1 to 0.01, and down to 0.001 where there are more than
+            ten rows for each penalty.
+        kappa: standard errors of the gain that open the gate; None for 1, and 2 where rows are nearly separated.
+        anchored: whether the hyperprior holds penalties at the single best one, not at their mean; None: where there
+            are as many features as rows.
+        tol: relative gain at which each descent ends.
+        random_state: seed of the folds.
+        n_jobs: of joblib, over folds.
+
+    Raises:
+        ValueError: in one sentence, for options that do not fit the data.
+
+    >>> import numpy as np
+    >>> from bilevel.criteria import LinearData, Penalties, RidgeLeaveOneOut
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.standard_normal((80, 12))
+    >>> data = LinearData.of(X, X[:, 0] + rng.standard_normal(80))
+    >>> selected = penalty_cv(RidgeLeaveOneOut(data, Penalties.feature(12)))
+    >>> selected.open, selected.node.loss < selected.scalar.loss
+    (True, True)
+    """
+    start = time.process_time()
+    data, size = criterion.data, criterion.penalties.size
+    _check(criterion, guard, honest)
+    taus = default_taus(data.rows, size) if taus is None else tuple(taus)
+    anchored = data.features >= data.rows if anchored is None else anchored
+    guarded = size > 1 and guard != "off"
+    pairs: tuple[Fold, ...] = ()
+    if guarded and honest != "alo":
+        pairs = tuple(_folds(criterion, folds, groups, ordered, random_state))
+    points = path(criterion, taus, tol=tol, anchored=anchored)
+    losses: HonestLosses | None = None
+    choice: Choice | None = None
+    chosen, remarks = len(points) - 1, []
+    rule: Rule | Literal["last"] = "last"
+    if guarded:
+        if honest == "alo":
+            losses = second_level(criterion, points)
+        else:
+            losses = nested(criterion, pairs, taus, anchored=anchored, n_jobs=n_jobs)
+        asked = kappa_of(criterion.loss, losses.losses[0]) if kappa is None else kappa
+        if kappa is None and asked > 1:
+            remarks.append("rows are nearly separated, few carry the loss: a gain must be two standard errors.")
+        rule = (
+            "one_se" if guard == "one_se" or (guard == "auto" and (honest == "alo" or 2 * size > data.rows)) else "best"
+        )
+        choice = choose(losses.losses, asked, rule)
+        chosen = choice.node
+    elif size > data.rows:
+        remarks.append(_risk(size, data.rows))
+    point = points[chosen]
+    return Selected(
+        fit=criterion.refit(point.u, point.evaluation.warm),
+        nodes=nodes_of(criterion, points, losses, choice),
+        chosen=chosen,
+        choice=choice,
+        honest="none" if losses is None else "alo" if honest == "alo" else "nested",
+        rule=rule,
+        losses=losses,
+        folds=pairs,
+        evaluations=sum(each.evaluations for each in points) + (losses.evaluations if losses is not None else 0),
+        seconds=time.process_time() - start,
+        remarks=(*remarks, *remarks_of(criterion, point)),
+    )
+
+
+def _check(criterion: Criterion, guard: str, honest: str) -> None:
+    """Refuse options that are none, and honest losses that would flatter.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    for name, value, kind in (("guard", guard, Guard), ("honest", honest, Honest)):
+        if value not in get_args(kind):
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}.")
+    size, rows = criterion.penalties.size, criterion.data.rows
+    if honest == "alo" and guard != "off" and 2 * size > rows:
+        raise ValueError(
+            f"honest='alo' flatters penalties that are more than half as many as the rows, here {size} and {rows}: use "
+            "honest='nested'."
+        )
+
+
+def _folds(criterion: Criterion, folds: Any, groups: Any, ordered: bool, seed: int) -> Sequence[Fold]:
+    """Return the folds of the outer loop."""
+    if not isinstance(folds, int):
+        return list(folds)
+    y = criterion.data.y
+    labels = y.cpu().numpy() if criterion.loss.separable and groups is None and not ordered else None
+    return make_folds(criterion.data.rows, folds, labels=labels, groups=groups, ordered=ordered, seed=seed)
+
+
+def _rule(guard: Guard, honest: Honest, size: int, rows: int) -> Rule:
+    """Return what an open gate lets through."""
+    if guard == "best" or guard == "one_se":
+        return guard
+    return "one_se" if honest == "alo" or 2 * size > rows else "best"
+
+
+def _risk(size: int, rows: int) -> str:
+    """Say, and return, what becomes of more penalties than rows without an outer loop."""
+    risk = (
+        f"{size} penalties were tuned on {rows} rows without an outer loop: they may fit these rows and predict worse "
+        "than one penalty would; use guard='auto'."
+    )
+    warnings.warn(risk, BilevelWarning, stacklevel=3)
+    return risk

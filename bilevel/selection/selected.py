@@ -1,0 +1,167 @@
+"""`Selected`: a tuned model, the nodes it was chosen from, and what spoke for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from bilevel.criteria.criterion import Array, Criterion, Fit
+from bilevel.selection.gate import Choice, paired
+from bilevel.selection.honest import Fold, HonestLosses
+from bilevel.selection.path import PathPoint
+
+STRONG, WEAK = 6.0, 10.0
+"""Log penalties this far above log n all but drop a feature, and this far below it do not matter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """Tuned penalties under one weight of the hyperprior.
+
+    Attributes:
+        tau: that weight, as a part of the criterion's unit; infinite for one penalty.
+        u: log penalties, (k,), as `Criterion.evaluate` takes them.
+        penalties: of every coefficient, shaped as they are; of standardised columns and sums of losses.
+        value: of the criterion on all rows: a training loss of the penalties.
+        loss: honest mean loss; NaN without an outer loop.
+        std_error: of the difference between `loss` and the least of all nodes.
+        gain: the honest loss of one penalty minus this one's.
+        gain_error: the standard error of the gain.
+        evaluations: of the criterion on all rows, from the node before.
+    """
+
+    tau: float
+    u: Array
+    penalties: Tensor
+    value: float
+    loss: float
+    std_error: float
+    gain: float
+    gain_error: float
+    evaluations: int
+
+    @property
+    def gate(self) -> float:
+        """The gain in standard errors; 0 where there is none."""
+        return self.gain / self.gain_error if 0 < self.gain_error < math.inf else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """A tuned model, and what was seen on the way to it.
+
+    Attributes:
+        fit: the model of all rows, in the units of the X that was given.
+        nodes: of the path, one penalty first.
+        chosen: the index of the node whose model `fit` is.
+        choice: what spoke for it; None without an outer loop.
+        honest: how honest losses were taken: "nested", "alo", or "none".
+        rule: what an open gate lets through: "best" or "one_se"; "last" without an outer loop.
+        losses: honest losses of rows; None without an outer loop.
+        folds: of the outer loop; empty without folds.
+        evaluations: of the criterion, those of the outer loop included.
+        seconds: processor time.
+        remarks: what is worth knowing besides, a sentence each.
+    """
+
+    fit: Fit
+    nodes: tuple[Node, ...]
+    chosen: int
+    choice: Choice | None
+    honest: str
+    rule: str
+    losses: HonestLosses | None
+    folds: tuple[Fold, ...]
+    evaluations: int
+    seconds: float
+    remarks: tuple[str, ...]
+
+    @property
+    def coef(self) -> Tensor:
+        """Coefficients, (features,) or (outputs, features), in the units of the X that was given."""
+        return self.fit.coef
+
+    @property
+    def intercept(self) -> Tensor:
+        """The intercept, of shape () or (outputs,)."""
+        return self.fit.intercept
+
+    @property
+    def node(self) -> Node:
+        """The chosen node."""
+        return self.nodes[self.chosen]
+
+    @property
+    def scalar(self) -> Node:
+        """The node with one penalty."""
+        return self.nodes[0]
+
+    @property
+    def open(self) -> bool:
+        """Whether the gain of tuning was proved on rows that the tuning had not seen."""
+        return self.choice is not None and self.choice.open
+
+    @property
+    def summary(self) -> str:
+        """Whether tuning generalised, in one sentence."""
+        count = self.node.u.size
+        if count == 1:
+            return f"One penalty, {float(self.node.penalties.flatten()[0]):.4g}, with criterion {self.node.value:.5g}."
+        if self.choice is None:
+            return f"{count} penalties were tuned without an outer loop: whether that generalises is not known."
+        best = self.nodes[self.choice.best]
+        if self.choice.best == 0:
+            return f"One penalty is kept: no tuned ones have a smaller loss on held-out rows ({self.scalar.loss:.5g})."
+        figures = (
+            f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows, {best.gate:.1f} standard errors where "
+            f"{self.choice.kappa:g} are asked for"
+        )
+        if not self.open:
+            return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
+        gain = self.node.gain / abs(self.scalar.loss) if self.scalar.loss else 0.0
+        return f"{count} tuned penalties generalise: their loss is {gain:.1%} smaller than one penalty's ({figures})."
+
+
+def nodes_of(
+    criterion: Criterion, points: list[PathPoint], losses: HonestLosses | None, choice: Choice | None
+) -> tuple[Node, ...]:
+    """Return the nodes of a path with their honest losses."""
+    unknown = np.full(len(points), np.nan)
+    loss = errors = gains = gain_errors = unknown
+    if losses is not None and choice is not None:
+        loss, gains, gain_errors = choice.losses, choice.gains, choice.gain_errors
+        with np.errstate(invalid="ignore"):
+            errors = paired(losses.losses, losses.losses[choice.best])[1]
+    return tuple(
+        Node(
+            tau=point.tau,
+            u=point.u,
+            penalties=criterion.penalties.spread(point.u).exp(),
+            value=point.evaluation.value,
+            loss=float(loss[index]),
+            std_error=float(errors[index]),
+            gain=float(gains[index]),
+            gain_error=float(gain_errors[index]),
+            evaluations=point.evaluations,
+        )
+        for index, point in enumerate(points)
+    )
+
+
+def remarks_of(criterion: Criterion, point: PathPoint) -> list[str]:
+    """Return what is worth knowing of the penalties of a point."""
+    off, size = point.u - math.log(criterion.data.rows), point.u.size
+    strong, weak = int((off >= STRONG).sum()), int((off <= -WEAK).sum())
+    found = [criterion.remark(point.evaluation)]
+    if point.prior is None and strong:
+        found.append("no feature helps: with the one penalty that is best, the model is all but constant.")
+    elif point.prior is None and weak:
+        found.append("the one penalty that is best is so small that the model is all but unpenalised.")
+    elif strong or weak:
+        found.append(
+            f"of {size} penalties, {strong} all but drop what they penalise, and {weak} are too small to matter."
+        )
+    return [each for each in found if each]

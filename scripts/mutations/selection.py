@@ -1,0 +1,57 @@
+"""Breaks of the choice of penalties: leaks, gates that open by themselves, wrong priors."""
+
+from __future__ import annotations
+
+from .row import Break
+
+SELECTION = (
+    Break(
+        "fold-sees-what-it-holds-out",
+        "bilevel/selection/honest.py",
+        "part, y = criterion.take(train), criterion.data.y",
+        "part, y = criterion, criterion.data.y",
+        "test_honest_losses.py::test_folds_never_see_the_rows_that_they_hold_out",
+    ),
+    Break(
+        "second-level-without-the-prior",
+        "bilevel/selection/honest.py",
+        "torch.from_numpy(point.prior.hessian).to(J)",
+        "0.0",
+        "test_honest_losses.py::test_the_second_level_is_the_tuning_without_a_row_to_first_order",
+    ),
+    Break(
+        "gate-always-open",
+        "bilevel/selection/gate.py",
+        "proved = bool(gains[best] > kappa * errors[best])",
+        "proved = bool(gains[best] > 0)",
+        "test_gate.py",
+    ),
+    Break(
+        "one-se-of-unpaired-losses",
+        "bilevel/selection/gate.py",
+        "difference: Array = losses - other",
+        "difference: Array = losses - other.mean()",
+        "test_gate.py",
+    ),
+    Break(
+        "kappa-of-nearly-separated-rows",
+        "bilevel/selection/gate.py",
+        "return 2.0 if loss.separable and",
+        "return 1.0 if loss.separable and",
+        "test_gate.py",
+    ),
+    Break(
+        "hyperprior-holds-the-level",
+        "bilevel/selection/descend.py",
+        "self.shares @ u if self.anchor is None else self.anchor",
+        "0.0 if self.anchor is None else self.anchor",
+        "test_tuned_path.py",
+    ),
+    Break(
+        "descent-leaves-the-box",
+        "bilevel/selection/descend.py",
+        "new = np.clip(here.u + _step(g, H, free, damping), low, high)",
+        "new = here.u + _step(g, H, free, damping)",
+        "test_tuned_path.py",
+    ),
+)

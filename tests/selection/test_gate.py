@@ -1,0 +1,56 @@
+"""The gate and the one-standard-error rule, beside arithmetic by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bilevel.problems.losses import Logistic, Softmax, Squared, SquaredHinge
+from bilevel.selection import choose, kappa_of, one_se, paired
+
+ZERO = np.array([4.0, 2.0, 3.0, 3.0])
+BETTER = np.array([2.0, 1.0, 2.0, 3.0])  # gains 2, 1, 1, 0: mean 1, sd sqrt(2/3), se 0.40825
+NEARLY = np.array([2.0, 1.0, 3.0, 3.0])  # above BETTER by 0, 0, 1, 0: mean 0.25, sd 0.5, se 0.25
+
+
+def test_differences_are_paired() -> None:
+    mean, error = paired(ZERO, BETTER)
+    assert mean == 1.0
+    assert error == pytest.approx(np.sqrt(2 / 3) / 2)
+    assert np.isinf(paired(np.array([1.0]), np.array([0.0]))[1])
+
+
+def test_the_first_node_within_one_standard_error_is_taken() -> None:
+    assert one_se(np.stack([ZERO, NEARLY, BETTER])) == 1
+    assert one_se(np.stack([ZERO, BETTER, NEARLY])) == 1
+    assert one_se(np.stack([ZERO, ZERO + 1, BETTER])) == 2
+    assert one_se(np.stack([ZERO, ZERO])) == 0
+
+
+def test_the_gate_opens_by_as_many_standard_errors_as_asked_for() -> None:
+    losses = np.stack([ZERO, NEARLY, BETTER])
+    gate = 1.0 / (np.sqrt(2 / 3) / 2)  # 2.449
+    open_, closed = choose(losses, gate - 1e-6), choose(losses, gate + 1e-6)
+    assert (open_.node, open_.best, open_.open) == (2, 2, True)
+    assert (closed.node, closed.best, closed.open) == (0, 2, False)
+    np.testing.assert_allclose(open_.gates, [0.0, 0.75 / (np.sqrt(2.75 / 3) / 2), gate])
+    np.testing.assert_allclose(open_.gains, [0.0, 0.75, 1.0])
+    np.testing.assert_allclose(open_.losses, [3.0, 2.25, 2.0])
+    assert choose(losses, 1.0, "one_se").node == 1
+    assert choose(losses, gate + 1e-6, "one_se").node == 0
+
+
+def test_nodes_that_fail_are_never_taken() -> None:
+    broken = np.array([np.nan, 0.0, 0.0, 0.0])
+    choice = choose(np.stack([ZERO, broken, BETTER, np.full(4, np.inf)]), 1.0, "one_se")
+    assert choice.node == 2
+    assert np.isinf(choice.losses[[1, 3]]).all()
+    assert np.isinf(choice.gains[[1, 3]]).all()
+    assert choice.gates[[1, 3]].tolist() == [0.0, 0.0]
+
+
+def test_nearly_separated_rows_need_two_standard_errors() -> None:
+    for loss in (Logistic(), Softmax(), SquaredHinge()):
+        assert kappa_of(loss, np.full(100, 0.49)) == 2.0
+        assert kappa_of(loss, np.full(100, 0.51)) == 1.0
+    assert kappa_of(Squared(), np.full(100, 0.01)) == 1.0

@@ -1,0 +1,144 @@
+"""Tuned penalties that are kept only where held-out rows speak for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from selection_cases import ridge, table
+
+import bilevel as bl
+from bilevel.criteria import LinearData, Penalties, RidgeLeaveOneOut
+from bilevel.selection import penalty_cv
+
+
+@pytest.fixture(scope="module")
+def sparse() -> Any:
+    """Tuning helps: two of twelve features do all."""
+    return ridge(70, 12)
+
+
+@pytest.fixture(scope="module")
+def selected(sparse: Any) -> Any:
+    return penalty_cv(sparse)
+
+
+def test_tuned_penalties_are_kept_where_they_help(sparse: Any, selected: Any) -> None:
+    assert selected.open
+    assert selected.chosen > 0
+    assert selected.node.loss < selected.scalar.loss
+    assert selected.node.gate > 1.0
+    assert selected.node.gain == pytest.approx(selected.scalar.loss - selected.node.loss)
+    fit = sparse.refit(selected.node.u)
+    torch.testing.assert_close(selected.coef, fit.coef)
+    torch.testing.assert_close(selected.intercept, fit.intercept)
+    torch.testing.assert_close(selected.node.penalties, torch.from_numpy(np.exp(selected.node.u)))
+    assert selected.evaluations > sum(node.evaluations for node in selected.nodes)
+    assert "12 tuned penalties generalise" in selected.summary
+    assert (selected.honest, selected.rule, selected.choice.kappa) == ("nested", "best", 1.0)
+
+
+def test_nodes_carry_their_honest_losses_and_errors(selected: Any) -> None:
+    losses = selected.losses.losses
+    best = losses[selected.choice.best]
+    for node, row in zip(selected.nodes, losses, strict=True):
+        assert node.loss == pytest.approx(row.mean())
+        assert node.std_error == pytest.approx((row - best).std(ddof=1) / np.sqrt(70))
+        assert node.gain_error == pytest.approx((losses[0] - row).std(ddof=1) / np.sqrt(70))
+    assert selected.nodes[0].tau == np.inf
+
+
+def test_one_penalty_is_kept_where_tuning_does_not_help() -> None:
+    X, _ = table(50, 8)
+    y = X @ np.ones(8) + 3.0 * np.random.default_rng(5).standard_normal(50)
+    found = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, y), Penalties.feature(8)))
+    assert not found.open
+    assert found.chosen == 0
+    assert np.ptp(found.node.u) == 0.0
+    assert found.summary.startswith("One penalty is kept")
+
+
+def test_a_seed_and_workers_give_the_same_model(sparse: Any, selected: Any) -> None:
+    again = penalty_cv(sparse)
+    assert torch.equal(again.coef, selected.coef)
+    assert (again.losses.losses == selected.losses.losses).all()
+    other = penalty_cv(sparse, random_state=1)
+    assert (other.losses.losses != selected.losses.losses).any()
+
+
+def test_groups_share_a_penalty_and_go_through_weaker_hyperpriors(sparse: Any) -> None:
+    found = penalty_cv(sparse.with_penalties(Penalties.groups([0, 0] + [1] * 10)))
+    assert found.open
+    assert len(found.node.u) == 2
+    assert found.nodes[-1].tau == 0.001
+    assert found.node.u[0] < found.node.u[1]
+    assert len(set(found.node.penalties[2:].tolist())) == 1
+
+
+def test_one_penalty_needs_no_outer_loop(sparse: Any) -> None:
+    found = penalty_cv(sparse.with_penalties(Penalties.scalar(12)))
+    assert (found.honest, len(found.nodes), found.folds) == ("none", 1, ())
+    assert found.summary.startswith("One penalty, ")
+
+
+def test_the_outer_loop_without_refits(sparse: Any) -> None:
+    found = penalty_cv(sparse, honest="alo", taus=(0.1, 0.01))
+    assert (found.honest, found.rule, found.folds) == ("alo", "one_se", ())
+    assert found.open
+    assert found.losses.evaluations == 3
+
+
+def test_rules_can_be_asked_for(sparse: Any) -> None:
+    assert penalty_cv(sparse, kappa=1e3, taus=(0.1,)).chosen == 0
+    assert penalty_cv(sparse, guard="one_se", taus=(0.1,)).rule == "one_se"
+    off = penalty_cv(sparse, guard="off", taus=(0.1,))
+    assert (off.honest, off.chosen, off.open) == ("none", 1, False)
+    assert "not known" in off.summary
+    assert np.isnan(off.node.loss)
+
+
+def test_folds_of_ones_own_and_groups_of_rows(sparse: Any) -> None:
+    folds = [(np.arange(35), np.arange(35, 70)), (np.arange(35, 70), np.arange(35))]
+    found = penalty_cv(sparse, folds=folds, taus=(0.1,))
+    assert [held.tolist() for _, held in found.folds] == [held.tolist() for _, held in folds]
+    groups = np.arange(70) // 7
+    grouped = penalty_cv(sparse, folds=3, groups=groups, taus=(0.1,))
+    assert all(not set(groups[train]) & set(groups[held]) for train, held in grouped.folds)
+    blocks = penalty_cv(sparse, folds=3, ordered=True, taus=(0.1,))
+    assert all((np.diff(held) == 1).all() for _, held in blocks.folds)
+
+
+def test_more_penalties_than_rows_without_an_outer_loop_are_warned_of() -> None:
+    wide = ridge(20, 30)
+    with pytest.warns(bl.BilevelWarning, match="30 penalties were tuned on 20 rows without an outer loop") as caught:
+        found = penalty_cv(wide, guard="off", taus=(0.3,))
+    assert caught[0].filename == __file__
+    assert any("without an outer loop" in remark for remark in found.remarks)
+    assert penalty_cv(wide, taus=(0.3,)).rule == "one_se"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"guard": "yes"}, "`guard` must be one of 'auto', 'best', 'one_se', 'off', got 'yes'."),
+        ({"honest": "cv"}, "`honest` must be one of 'auto', 'nested', 'alo', got 'cv'."),
+        ({"folds": 1}, "`folds` must be from 2 to 20"),
+        ({"honest": "alo"}, "more than half as many as the rows, here 12 and 20: use honest='nested'."),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        penalty_cv(ridge(20, 12), **options)
+
+
+def test_penalties_at_their_limits_and_rows_that_decide_are_named() -> None:
+    X, y = table(40, 3)
+    y[7] += 60.0
+    found = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, y), Penalties.scalar(3)))
+    assert any("row 8 alone makes" in remark for remark in found.remarks)
+    full = np.column_stack([np.ones(40), X])
+    useless = y - full @ np.linalg.lstsq(full, y)[0]
+    flat = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, useless), Penalties.scalar(3)))
+    assert any("all but constant" in remark for remark in flat.remarks)

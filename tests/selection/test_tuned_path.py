@@ -1,0 +1,110 @@
+"""The descent of a criterion, the hyperprior, the best single penalty, and the path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from selection_cases import ridge
+
+from bilevel.criteria import Penalties, RidgeLeaveOneOut
+from bilevel.selection import Hyperprior, best_penalty, path, tune
+from bilevel.selection.descend import box
+
+
+@pytest.mark.parametrize("anchor", [None, 0.7])
+def test_the_derivatives_of_the_hyperprior(anchor: float | None) -> None:
+    shares = np.array([0.5, 0.3, 0.2])
+    prior, u, h = Hyperprior(0.4, shares, anchor), np.array([1.0, -2.0, 0.5]), 1e-5
+    centre = shares @ u if anchor is None else anchor
+    assert prior.value(u) == pytest.approx(
+        0.4 * sum(c * (each - centre) ** 2 for c, each in zip(shares, u, strict=True))
+    )
+    for j, unit in enumerate(np.eye(3)):
+        slope = (prior.value(u + h * unit) - prior.value(u - h * unit)) / (2 * h)
+        assert prior.gradient(u)[j] == pytest.approx(slope, abs=1e-9)
+        bend = (prior.gradient(u + h * unit) - prior.gradient(u - h * unit)) / (2 * h)
+        np.testing.assert_allclose(prior.hessian[j], bend, atol=1e-9)
+
+
+@pytest.mark.parametrize("anchor", [None, 3.0])
+def test_a_descent_ends_at_the_minimum(anchor: float | None) -> None:
+    criterion = ridge(60, 6)
+    prior = Hyperprior(0.02 * criterion.unit, criterion.penalties.weights, anchor)
+
+    def objective(u: Any) -> tuple[float, Any]:
+        found = criterion.evaluate(u, second=False)
+        return found.value + prior.value(u), found.gradient + prior.gradient(u)
+
+    least = minimize(objective, np.full(6, 4.0), jac=True, tol=1e-12).fun
+    tuned = tune(criterion, np.full(6, 4.0), prior, tol=1e-10, steps=100)
+    assert objective(tuned.u)[0] == pytest.approx(least, rel=1e-7)
+    coarse = tune(criterion, np.full(6, 4.0), prior, tol=1e-4)
+    assert objective(coarse.u)[0] == pytest.approx(least, rel=3e-4)
+    assert coarse.evaluations < 15
+
+
+def test_a_descent_stays_in_the_box_and_stops_where_features_have_no_effect() -> None:
+    criterion = ridge(60, 6)
+    low, high = box(60)
+    tuned = tune(criterion, np.full(6, 4.0), tol=1e-6, steps=200)
+    assert (tuned.u >= low).all()
+    assert tuned.u.max() == high
+    assert tuned.evaluations < 20
+    assert tune(criterion, np.full(6, 1e6), steps=0).u.tolist() == [high] * 6
+
+
+class Holes(RidgeLeaveOneOut):
+    """A criterion that fails for weak penalties of the first feature."""
+
+    def evaluate(self, u: Any, warm: Any = None, **options: Any) -> Any:
+        found = super().evaluate(u, warm, **options)
+        return replace(found, value=float("nan")) if u[0] < 3.0 else found
+
+
+def test_a_descent_goes_round_evaluations_that_fail() -> None:
+    plain = ridge(60, 6)
+    tuned = tune(Holes(plain.data, plain.penalties), np.full(6, 4.0), tol=1e-8, steps=60)
+    assert 3.0 <= tuned.u[0] < 4.0
+    assert tuned.evaluation.value < plain.evaluate(np.full(6, 4.0)).value
+
+
+def test_the_best_single_penalty_is_no_worse_than_a_fine_grid() -> None:
+    for seed in range(2):
+        criterion = ridge(50, 8, seed, useful=1 + 6 * seed)
+        one = criterion.with_penalties(Penalties.scalar(8))
+        grid = np.linspace(*box(50), 800)[:, None]
+        best = min(each.value for each in one.scan(grid))
+        found = best_penalty(criterion)
+        assert found.evaluation.value <= best * (1 + 1e-7)
+        assert found.evaluations < 25
+
+
+def test_a_path_goes_from_one_penalty_to_looser_and_looser_ones() -> None:
+    criterion = ridge(80, 10)
+    points = path(criterion, (1.0, 0.1, 0.01))
+    assert [each.tau for each in points] == [np.inf, 1.0, 0.1, 0.01]
+    assert np.ptp(points[0].u) == 0.0
+    spreads = [np.ptp(each.u) for each in points]
+    assert spreads == sorted(spreads)
+    values = [each.evaluation.value for each in points]
+    assert values == sorted(values, reverse=True)
+    assert points[0].evaluation.value == pytest.approx(criterion.evaluate(points[0].u).value)
+
+
+def test_with_as_many_features_as_rows_penalties_are_held_at_the_single_one() -> None:
+    wide = ridge(30, 40)
+    (single, tuned), (_, free) = path(wide, (0.3,)), path(wide, (0.3,), anchored=False)
+    assert tuned.prior is not None
+    assert tuned.prior.anchor == single.u[0]
+    assert free.prior is not None
+    assert free.prior.anchor is None
+    assert abs(tuned.u.mean() - single.u[0]) < abs(free.u.mean() - single.u[0])
+
+
+def test_one_penalty_has_no_path() -> None:
+    criterion = ridge(40, 5)
+    assert len(path(criterion.with_penalties(Penalties.scalar(5)))) == 1
