@@ -59,6 +59,7 @@ class RidgeFolds(Criterion):
 
     @cached_property
     def held_out(self) -> Tensor:
+        """The indices of the rows that losses are of, in their order."""
         return torch.cat([held for _, held in self.folds])
 
     @cached_property
