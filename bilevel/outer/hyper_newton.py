@@ -88,11 +88,10 @@ class HyperNewton(EndingSearch[NewtonState]):
         s, predicted, exact, decreases = self.foreseen(state, accepted, state.radius, state.reach, state.exact)
         if predicted <= max(self.bounds(answer)):
             return self.last(state, accepted, predicted)
-        state = replace(state, exact=exact)
         if answer.error > KNOWN * predicted and accepted.repeated < REPEATS:
-            return replace(state, trial=Trial(u, predicted, "again"))
+            return replace(state, exact=exact, trial=Trial(u, predicted, "again"))
         u = at.back(at.of(u) + s)
-        return replace(state, trial=NewtonTrial(u, predicted, "step", math.sqrt(s @ s), decreases(s)))
+        return replace(state, exact=exact, trial=NewtonTrial(u, predicted, "step", math.sqrt(s @ s), decreases(s)))
 
     def judge(self, state: NewtonState, accepted: Accepted, trial: Trial, answer: Answer | None) -> NewtonState:
         """Accept or reject a step, and set the region and the model for the next."""

@@ -224,8 +224,9 @@ class OuterOptimizer:
         """Keep the hyperparameters with the smallest loss, or the last where losses do not compare."""
         best = [self.best[0]] if self.size is None else self.best[0].tolist()
         better = list(usable) if self.problem.structure.resampled else lower(usable, best, self.sure)
-        pairs = zip((losses, self.current), self.best, strict=True)
-        self.best = tuple(where(better, self.size, new, old) for new, old in pairs)
+        if better:
+            pairs = zip((losses, self.current), self.best, strict=True)
+            self.best = tuple(where(better, self.size, new, old) for new, old in pairs)
 
     def _estimate(self) -> Any:
         """Return the hypergradient at the present hyperparameters, of rows all of them."""
@@ -311,7 +312,7 @@ class OuterOptimizer:
     def _end(self, rules: StoppingRules, reason: str, steps: int, estimate: Any, index: int) -> str:
         """Return why a row ended, without a reason by its steps, with what is odd about its outer loss."""
         history = self.histories[index]
-        if self.search is not None and not self.search.each[index].stopped:
+        if self.search is not None and not self.search.each[index].state.stopped:
             reason = f"{reason or f'took {steps} steps'}, not converged: {self.search.each[index].foreseen()}"
         end = reason or rules.end(f"took {steps} steps", *columns(history), not self.problem.structure.resampled)
         if estimate is None or failure(history):

@@ -169,7 +169,7 @@ class Searches:
         estimates: list[Estimate] = [estimate] if self.size is None else [estimate[i] for i in range(self.size)]
         told: list[dict[str, Any] | None] = []
         for each, one, goes in zip(self.each, estimates, going, strict=True):
-            if not goes or each.stopped:
+            if not goes or each.state.stopped:
                 told.append(None)
                 continue
             phase, predicted = each.trial()
