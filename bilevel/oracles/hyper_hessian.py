@@ -1,4 +1,4 @@
-"""Second derivatives of the outer loss by the hyperparameters, at an inner solution with a dense Hessian.
+"""Second derivatives of the outer loss by the hyperparameters, at an inner solution.
 
 With w(u) the inner solution, g the inner gradient, H its Hessian, ``J = dw/du = -H^-1 g_u`` and the adjoint vector
 ``a = H^-1 f_w``, the Lagrangian ``L(w, u) = f(w, u) - a'g(w, u)`` has ``L_w = 0`` there, so that
@@ -8,15 +8,25 @@ With w(u) the inner solution, g the inner gradient, H its Hessian, ``J = dw/du =
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
+from bilevel.numerics.conjugate_gradients import Krylov, conjugate_gradients
 from bilevel.oracles.losses import Losses
 
 MAX_PARAMS = 2000
 """Up to this many inner variables the inner Hessian is factored."""
+MAX_TANGENTS = 40
+"""Above that the columns of J are solved for one by one, up to this many."""
+TANGENT = 1e-6
+"""Their relative residuals."""
+PRODUCTS = 2000
+"""Most products with the inner Hessian for a column."""
 
 
 def hyper_hessians(problem: Losses, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
@@ -29,9 +39,10 @@ def hyper_hessians(problem: Losses, hparams: Tree, params: Tree, adjoint: Tree) 
         adjoint: ``H^-1 f_w`` there, shaped as params.
 
     Returns:
-        The two matrices; None for more than 2,000 inner variables, and where H has no Cholesky factor.
+        The two matrices; None where H is not positive definite, and for more than 2,000 inner variables and 40
+        hyperparameters.
     """
-    if tree.size(params) > MAX_PARAMS:
+    if tree.size(params) > MAX_PARAMS and tree.size(hparams) > MAX_TANGENTS:
         return None
     w_ravel, u_ravel = tree.Raveler(params), tree.Raveler(hparams)
     w = w_ravel.ravel(params).detach().requires_grad_()
@@ -41,11 +52,9 @@ def hyper_hessians(problem: Losses, hparams: Tree, params: Tree, adjoint: Tree) 
         outer = problem.outer_loss(w_ravel.unravel(w), u_ravel.unravel(u))
         inner = problem.inner_loss(w_ravel.unravel(w), u_ravel.unravel(u))
         (g,) = torch.autograd.grad(inner, w, create_graph=True)
-        H, cross = _columns(g, (w, u), torch.eye(len(w), dtype=w.dtype, device=w.device))
-        factor, info = torch.linalg.cholesky_ex(0.5 * (H + H.T))
-        if bool(info):
+        J = _tangents(g, w, u)
+        if J is None:
             return None
-        J = -torch.cholesky_solve(cross, factor)
         slope = _gradient(outer, w)
         (outer_columns,) = _columns(slope, (w,), J.T) if slope.requires_grad else (torch.zeros_like(J.T),)
         lagrangian = outer - a @ g
@@ -57,6 +66,42 @@ def hyper_hessians(problem: Losses, hparams: Tree, params: Tree, adjoint: Tree) 
             second = torch.zeros_like(sides.T)
     exact = second @ sides
     return outer_columns @ J, 0.5 * (exact + exact.T)
+
+
+def _tangents(g: Tensor, w: Tensor, u: Tensor) -> Tensor | None:
+    """Return ``J = -H^-1 g_u`` of a gradient with its graph, (size, k); None where H is not positive definite."""
+    if len(w) <= MAX_PARAMS:
+        H, cross = _columns(g, (w, u), torch.eye(len(w), dtype=w.dtype, device=w.device))
+        factor, info = torch.linalg.cholesky_ex(0.5 * (H + H.T))
+        return None if bool(info) else -torch.cholesky_solve(cross, factor)
+    # The derivative of g_u' v by v, a row for each hyperparameter.
+    v = torch.zeros_like(w).requires_grad_()
+    (pulled,) = torch.autograd.grad(g, u, v, create_graph=True, materialize_grads=True)
+    if not pulled.requires_grad:
+        return w.new_zeros(len(w), len(u))
+    (cross,) = _columns(pulled, (v,), torch.eye(len(u), dtype=w.dtype, device=w.device))
+    return solved(lambda x: torch.autograd.grad(g, w, x, retain_graph=True)[0], -cross.T)
+
+
+def solved(product: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor | None:
+    """Return ``H^-1 columns``, (size, k), by conjugate gradients; None where H is not positive definite, or too hard.
+
+    Args:
+        product: H with a vector, (size,) -> (size,).
+        columns: of shape (size, k).
+    """
+    found, share = [], max(TANGENT, 20.0 * torch.finfo(columns.dtype).eps)
+    for b in columns.T:
+        goal = share * float(torch.linalg.vector_norm(b))
+        run = conjugate_gradients(product, torch.zeros_like(b), b, partial(_enough, goal), PRODUCTS)
+        if not run.residual <= goal:
+            return None
+        found.append(run.x)
+    return torch.stack(found, dim=1)
+
+
+def _enough(goal: float, run: Krylov) -> bool:
+    return run.residual <= goal
 
 
 def _gradient(value: Tensor, w: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Second derivatives of the outer loss by the penalties of a linear model, with a dense factor of the inner Hessian.
+"""Second derivatives of the outer loss by the penalties of a linear model, at an inner solution.
 
 With w(u) the inner solution, H the inner Hessian, ``Q = d(inner gradient)/du``, a = H^-1 f_w the adjoint vector:
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.oracles.hyper_hessian import MAX_PARAMS
+from bilevel.oracles.hyper_hessian import MAX_PARAMS, MAX_TANGENTS, solved
 
 
 def linear_hyper_hessians(
@@ -32,16 +32,12 @@ def linear_hyper_hessians(
         adjoint: ``H^-1 f_w`` there, shaped as params.
 
     Returns:
-        The two matrices; None for more than 2,000 weights, and where H has no Cholesky factor.
+        The two matrices; None where H is not positive definite, and for more than 2,000 weights and 40 hyperparameters.
     """
     size, count = params.numel(), hparams.numel()
-    if size > MAX_PARAMS:
+    if size > MAX_PARAMS and count > MAX_TANGENTS:
         return None
-    inner = problem.bind(hparams)
-    point = inner.linearize(params)
-    factor, info = torch.linalg.cholesky_ex(point.dense_hessian())
-    if bool(info):
-        return None
+    point = problem.bind(hparams).linearize(params)
     tuned = problem.tuned(hparams)
     owner, slope = tuned.penalty_owner.reshape(-1), tuned.penalty_slope.reshape(-1)
     w, a = params.reshape(-1), adjoint.reshape(-1)
@@ -49,7 +45,9 @@ def linear_hyper_hessians(
     def grouped(values: Tensor) -> Tensor:
         return values.new_zeros(size, count).index_put_((torch.arange(size, device=owner.device), owner), values)
 
-    J = -torch.cholesky_solve(grouped(slope * w), factor)
+    J = _solved(point, -grouped(slope * w))
+    if J is None:
+        return None
     columns = J.T.reshape(count, *params.shape)
     glm, outer = problem.glm, problem.val
     z, moved = problem.predict(outer.X, params), problem.predict(outer.X, columns)
@@ -62,6 +60,14 @@ def linear_hyper_hessians(
     if not glm.quadratic:
         exact = exact - problem.scale * _third(problem, params, adjoint, columns)
     return gauss_newton, 0.5 * (exact + exact.T)
+
+
+def _solved(point: Any, columns: Tensor) -> Tensor | None:
+    """Return ``H^-1 columns``; None where H is not positive definite."""
+    if len(columns) > MAX_PARAMS:
+        return solved(lambda v: point.hvp(v.reshape(point.params.shape)).reshape(-1), columns)
+    factor, info = torch.linalg.cholesky_ex(point.dense_hessian())
+    return None if bool(info) else torch.cholesky_solve(columns, factor)
 
 
 def _third(problem: Any, params: Tensor, adjoint: Tensor, columns: Tensor) -> Tensor:

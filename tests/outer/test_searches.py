@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from sklearn.datasets import load_wine
 
 import bilevel as bl
+from bilevel import oracles, problems
 from bilevel.outer.coordinates import Coordinates, Shrinkage, Softplus
 from bilevel.outer.hyper_lbfgs import cubic, two_loop
 from bilevel.outer.search import Answer
@@ -237,6 +239,25 @@ def test_hyper_hessians_are_the_differences_of_hypergradients(family, penalty, p
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["RidgeProblem", "SoftmaxProblem"])
+def test_hyper_hessians_of_many_inner_variables_are_solved_for_column_by_column(family, monkeypatch):
+    problem = getattr(bl.problems, family)(*data(family, 0), *data(family, 1), "per_feature")
+    u = problem.initial_hparams(-1.5)
+    here = bl.hypergradient(problem, bl.Newton(tol=1e-12), bl.Implicit(bl.Direct()), u)
+    factored = problem.hyper_hessians(u, here.params, here.carry.adjoint)
+    for module in (oracles.hyper_hessian, problems.hyper_hessian):
+        monkeypatch.setattr(module, "MAX_PARAMS", 3)
+    for form in (problem.hyper_hessians, partial(bl.BilevelProblem.hyper_hessians, problem)):
+        for mine, other in zip(form(u, here.params, here.carry.adjoint), factored, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-9)
+    for module in (oracles.hyper_hessian, problems.hyper_hessian):
+        monkeypatch.setattr(module, "MAX_TANGENTS", 3)
+    assert problem.hyper_hessians(u, here.params, here.carry.adjoint) is None
+    assert bl.BilevelProblem.hyper_hessians(problem, u, here.params, here.carry.adjoint) is None
+    # Where H is not positive definite there is no minimum to differentiate.
+    assert oracles.hyper_hessian.solved(lambda v: -v, torch.ones(2, 1, dtype=F64)) is None
 
 
 def tree_problem():
