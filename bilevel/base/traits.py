@@ -18,6 +18,7 @@ class Traits:
         multistep: whether it is linear multistep, with `coefficients` for each step.
         stationary_from: index of the step from which on these coefficients no longer change; None: they may always.
         oscillates: whether iterates swing about the solution: sequence extrapolation mistakes that for progress.
+        superlinear: whether the residual falls faster and faster, so that a digit more costs next to nothing.
         check_every: steps between two looks at the residual on a CPU; 1 where the next step needs the same gradient.
     """
 
@@ -26,6 +27,7 @@ class Traits:
     multistep: bool = False
     stationary_from: int | None = None
     oscillates: bool = False
+    superlinear: bool = False
     check_every: int = 1
 
 

@@ -19,6 +19,8 @@ from bilevel.oracles.problem import BilevelProblem
 FAR = 5e-4
 """Share of the outer loss by which it may differ from its value at the inner solution; `scripts/studies/far.py` shows
 of how many hypergradients that are off by 5 % to 50 % it says OK."""
+NOT_SOLVED = "params are not the inner solution"
+"""How the doubt about the outer loss begins."""
 SHARE = 1e-3
 """Share of the parts of a hypergradient up to which an error above the hypergradient itself is left: where the parts
 cancel, as they do at the outer optimum, their sum may be as small as one likes."""
@@ -80,8 +82,13 @@ def value_verdict(value: float, error: float, change: float) -> Verdict:
     """Judge an outer loss that is `error` away from its value at the inner solution."""
     if not error > FAR * max(abs(value), change):
         return GOOD
-    detail = f"params are not the inner solution: there the outer loss, {value:.3g}, would differ by about {error:.1e}"
+    detail = f"{NOT_SOLVED}: there the outer loss, {value:.3g}, would differ by about {error:.1e}"
     return Verdict(Status.INACCURATE, detail)
+
+
+def only_the_value(verdict: Verdict) -> bool:
+    """Whether a verdict doubts nothing but the outer loss: how far off it is, `Pullback.value_error` says."""
+    return verdict.status is Status.INACCURATE and verdict.detail.startswith(NOT_SOLVED)
 
 
 def error_verdict(

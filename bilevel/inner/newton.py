@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.base import InnerSolver, InnerState, LinearSolver, Variables
+from bilevel.base import InnerSolver, InnerState, LinearSolver, Traits, Variables
 from bilevel.core import tree
 from bilevel.core.device import to_floats
 from bilevel.core.options import is_not_negative, option, optional
@@ -45,6 +45,7 @@ class Newton(InnerSolver):
     damping: float = option(0.0, "a number that is not negative", is_not_negative)
 
     default_max_steps = 100
+    traits = Traits(superlinear=True)
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step; at the rounding floor, where no step helps, stay."""

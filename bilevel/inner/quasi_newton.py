@@ -54,7 +54,7 @@ class QuasiNewton(InnerSolver):
 
     default_max_steps = 2_000
     # The pairs and the kept curvature are no differentiable function of the state.
-    traits = Traits(differentiable=False)
+    traits = Traits(differentiable=False, superlinear=True)
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Return the state at the same iterate with the curvature; problems that can, measure it now to last."""

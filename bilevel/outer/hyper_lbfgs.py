@@ -66,6 +66,8 @@ class HyperLBFGS(EndingSearch[LBFGSState]):
 
     memory: int = 20
 
+    accuracy = 0.1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "memory", "a positive int", is_int(self.memory))

@@ -231,13 +231,13 @@ class OuterOptimizer:
     def _estimate(self) -> Any:
         """Return the hypergradient at the present hyperparameters, of rows all of them."""
         target = self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
-        solver, carry = self.solver, self.carry
+        solver, estimator, carry = self.solver, self.estimator, self.carry
         if self.search is not None:
-            target, solver, carry = None, self.search.solver(solver), self.search.carry(carry)
+            target, (solver, estimator, carry) = None, self.search.asked(solver, estimator, carry)
         return hypergradient(
             self.problem.on_outer_step(self.steps_taken),
             solver,
-            self.estimator,
+            estimator,
             self.current,
             self.params,
             carry=carry,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -121,6 +121,9 @@ class OuterSearch(ABC, Generic[State]):
     tol: float = 1e-6
     start: str | None = None
     limits: tuple[float, float] | None = None
+
+    accuracy: ClassVar[float] = 0.3
+    """Share of the decrease that is sought to which values are to be known, where a search chooses accuracies."""
 
     def __post_init__(self) -> None:
         require(self, "tol", "a positive number", is_positive(self.tol))

@@ -19,6 +19,7 @@ from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.hyper_hessian import MAX_PARAMS
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.accuracy import Accuracy
 from bilevel.outer.constraints import bounds
 from bilevel.outer.coordinates import Coordinates, Shrinkage, Softplus
 from bilevel.outer.hyper_lbfgs import LBFGSState, SearchTrial
@@ -117,14 +118,22 @@ class Searcher:
         hparams: where to start.
         constraints: None, or bounds: see `bounds`.
         params: where the inner solver starts.
+        chooses: whether it chooses the accuracy of its evaluations, see `chooses_accuracy`.
 
     Raises:
         ValueError: for a scan of what is no log penalty, and a start outside its bounds.
     """
 
     def __init__(
-        self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any, params: Tree
+        self,
+        search: OuterSearch[Any],
+        problem: BilevelProblem,
+        hparams: Tree,
+        constraints: Any,
+        params: Tree,
+        chooses: bool = False,
     ) -> None:
+        self.accuracy = Accuracy(search) if chooses else None
         self.optimizer, self.problem, self._params = search, problem, params
         self._raveler = tree.Raveler(hparams)
         (self._like, *_) = tree.leaves(hparams)
@@ -195,12 +204,20 @@ class Searcher:
 
     def propose(self) -> Tree:
         """Return where the next hypergradient is wanted; once the search has ended, the accepted hyperparameters."""
-        self.state = self.optimizer.propose(self.state)
-        if self.state.trial is None and not self.state.stopped:
-            self.state = self.optimizer.propose(self._completed(self.state))
-        self._tighten()
+        if self.accuracy is not None:
+            self.state = self.accuracy.proposed(self._proposed, self.state)
+        else:
+            self.state = self._proposed(self.state)
+            self._tighten()
         trial = self.state.trial or self.state.accepted
         return self._tree(self.state.u if trial is None else trial.u)
+
+    def _proposed(self, state: Any) -> Any:
+        """Return what the search proposes, with the second derivatives that it needs."""
+        proposed = self.optimizer.propose(state)
+        if proposed.trial is None and not proposed.stopped:
+            proposed = self.optimizer.propose(self._completed(proposed))
+        return proposed
 
     def _tighten(self) -> None:
         """Ask for a smaller inner residual where the value of the accepted point is to be known better."""
@@ -239,31 +256,45 @@ class Searcher:
     def tell(self, estimate: Estimate) -> bool:
         """Take the hypergradient at the proposed point; returns whether it is the accepted point now."""
         self.evaluations += 1
-        self.failure = "" if estimate.status.ok else str(estimate.verdict)
+        accuracy, cost = self.accuracy, estimate.cost.gradient_equivalents
+        usable = estimate.status.ok if accuracy is None else accuracy.usable(estimate)
+        self.failure = "" if usable else str(estimate.verdict)
         before, far = self.state.accepted, estimate.certificate.value_error
-        if estimate.status is Status.INACCURATE and far is not None and self.retries < RETRIES:
+        if accuracy is not None:
+            if accuracy.goes_on(self.state, estimate):
+                return False
+            cost = accuracy.spent
+        elif estimate.status is Status.INACCURATE and far is not None and self.retries < RETRIES:
             # The value is far from that at the inner solution: the same point once more, with a smaller residual.
             self.tol, self.retries = 0.03 * estimate.certificate.inner_residual, self.retries + 1
             return False
         self.retries = 0
-        self.state = self.optimizer.tell(self.state, self._answer(estimate), estimate.cost.gradient_equivalents)
+        answer = self._answer(estimate) if usable else None
+        if accuracy is not None and accuracy.sharpening:
+            self.state = replace(self.state, trial=None)
+            if before is not None and answer is not None:
+                self.state = replace(self.state, accepted=replace(before, answer=answer))
+        else:
+            self.state = self.optimizer.tell(self.state, answer, cost)
         taken = self.state.accepted is not before and self.state.accepted is not None
+        if accuracy is not None:
+            accuracy.told(taken)
         if taken:
             self._solution = (estimate.params, estimate.carry.adjoint)
             self.residual = estimate.certificate.inner_residual
         return taken
 
-    def _answer(self, estimate: Estimate) -> Answer | None:
-        """Return an estimate as an answer; None where it cannot be used.
+    def _answer(self, estimate: Estimate) -> Answer:
+        """Return an estimate as an answer.
 
         With an adjoint vector a and the inner gradient g, ``f - a'g`` is the outer loss at the inner solution but for
         terms of second order.
         """
-        if not estimate.status.ok:
-            return None
         correction = estimate.certificate.value_error or 0.0
         rounding = 4.0 * torch.finfo(self._like.dtype).eps * abs(estimate.outer_loss)
         value, error = estimate.outer_loss - correction, VALUE * abs(correction) + rounding
+        if self.accuracy is not None:
+            error += self.accuracy.bend * estimate.certificate.inner_residual**2
         return Answer(value, self._vector(estimate.hypergradient), error)
 
     def trial(self) -> tuple[str, float | None]:
@@ -283,7 +314,9 @@ class Searcher:
     def saved(self) -> dict[str, Any]:
         """Return the state in plain containers and tensors."""
         solution = None if self._solution is None else [[*map(torch.clone, tree.leaves(x))] for x in self._solution]
-        return {"state": _plain(self.state), "solution": solution} | {name: getattr(self, name) for name in COUNTED}
+        accuracy = None if self.accuracy is None else self.accuracy.saved()
+        own = {name: getattr(self, name) for name in COUNTED}
+        return {"state": _plain(self.state), "solution": solution, "accuracy": accuracy} | own
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take back what `saved` returned."""
@@ -296,6 +329,8 @@ class Searcher:
             self._solution = None
         for name in COUNTED:
             setattr(self, name, saved[name])
+        if self.accuracy is not None:
+            self.accuracy.restore(saved["accuracy"])
 
 
 def _plain(value: Any) -> Any:

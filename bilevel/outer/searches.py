@@ -15,6 +15,7 @@ from bilevel.engine.estimator import HypergradEstimator
 from bilevel.engine.one_by_one import joined
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.accuracy import chooses_accuracy
 from bilevel.outer.hyper_lbfgs import HyperLBFGS
 from bilevel.outer.hyper_newton import HyperNewton
 from bilevel.outer.moves import where
@@ -106,7 +107,8 @@ def searches_of(
         return None, choice
     size = tree.size(problem.start(params)) // (problem.batch or 1)
     check_search(optimizer, problem, solver, estimator, size, scheduler, warm_start, schedule)
-    return Searches(optimizer, problem, hparams, constraints, params), choice
+    chooses = chooses_accuracy(problem, solver, estimator)
+    return Searches(optimizer, problem, hparams, constraints, params, chooses), choice
 
 
 class Searches:
@@ -118,16 +120,23 @@ class Searches:
         hparams: where to start; of rows with a leading dimension.
         constraints: None, or bounds, see `Searcher`.
         params: where the inner solver starts; None for the problem's own start.
+        chooses: whether it chooses the accuracy of its evaluations, see `chooses_accuracy`.
     """
 
     scheduler = None
 
     def __init__(
-        self, search: OuterSearch[Any], problem: BilevelProblem, hparams: Tree, constraints: Any, params: Tree
+        self,
+        search: OuterSearch[Any],
+        problem: BilevelProblem,
+        hparams: Tree,
+        constraints: Any,
+        params: Tree,
+        chooses: bool = False,
     ) -> None:
         self.optimizer, self.size, begun = search, problem.batch, problem.start(params)
         if self.size is None:
-            self.each = [Searcher(search, problem, hparams, constraints, begun)]
+            self.each = [Searcher(search, problem, hparams, constraints, begun, chooses)]
             return
         self.each = [
             Searcher(search, problem.member(i), rows.row(hparams, i), constraints, rows.row(begun, i))
@@ -149,16 +158,23 @@ class Searches:
             points.append((otherwise if self.size is None else rows.row(otherwise, index)) if point is None else point)
         return self._together(points)
 
-    def solver(self, solver: InnerSolver) -> InnerSolver:
-        """Return the inner solver with the smallest tolerance that a value is to be known by."""
-        asked = [each.tol for each in self.each if each.tol is not None]
-        return replace(solver, tol=min(asked)) if asked else solver
+    def asked(
+        self, solver: InnerSolver, estimator: HypergradEstimator, carry: Carry
+    ) -> tuple[InnerSolver, HypergradEstimator, Carry]:
+        """Return inner solver, estimator and warm start of the evaluation to come, as exact as it is to be.
 
-    def carry(self, carry: Carry) -> Carry:
-        """Return the warm start of what comes: the same run goes on where a value is to be known better."""
-        trial = self.each[0].state.trial
-        ongoing = self.size is None and trial is not None and trial.kind == "again"
-        return replace(carry, ongoing=True) if ongoing else carry
+        Of rows, the inner tolerance is the smallest that one asks for. The same run goes on where a value is to be
+        known better.
+        """
+        alone = self.each[0]
+        if alone.accuracy is not None:
+            solver, estimator = alone.accuracy.asked(solver, estimator, alone.state)
+            carry = alone.accuracy.pending or carry
+        elif tolerances := [each.tol for each in self.each if each.tol is not None]:
+            solver = replace(solver, tol=min(tolerances))
+        trial = alone.state.trial
+        again = self.size is None and trial is not None and trial.kind == "again"
+        return solver, estimator, replace(carry, ongoing=True) if again else carry
 
     def tell(self, estimate: Any, going: Sequence[bool]) -> list[dict[str, Any] | None]:
         """Hand an evaluation to the searches that go on.
