@@ -225,6 +225,27 @@ def searched(
     return trace
 
 
+def exactly(problem: Any, u: torch.Tensor, solver: Any, estimator: Any) -> tuple[list[float], list[float], str]:
+    """Run `HyperNewton`: the exact outer loss at the accepted point after each evaluation, their costs, and its end."""
+    values: list[float] = []
+    spent: list[float] = []
+    last: Any = None
+
+    def told(outer: bl.OuterOptimizer, estimate: bl.Estimate) -> None:
+        nonlocal last
+        spent.append(estimate.cost.gradient_equivalents)
+        if not any(record.accepted for record in outer.history):
+            values.append(float("inf"))
+        elif last is None or not torch.equal(outer.hparams, last):
+            last = outer.hparams
+            values.append(bl.hypergradient(problem, bl.QuasiNewton(), bl.Implicit(), last, check=False).outer_loss)
+        else:
+            values.append(values[-1])
+
+    outer = bl.OuterOptimizer(problem, solver, estimator, u, bl.HyperNewton(), on_failure="return", callbacks=[told])
+    return values, spent, outer.run(EVALUATIONS, progress=False).stopped
+
+
 def adam(rate: float) -> Callable[[list[torch.Tensor]], torch.optim.Optimizer]:
     """Return what makes torch's Adam."""
     return lambda tensors: torch.optim.Adam(tensors, lr=rate)
