@@ -13,7 +13,17 @@ from tabulate import tabulate
 
 from bilevel.base import describe
 from bilevel.cli.threads import chosen_threads
-from bilevel.compare import JUDGING, Comparison, Plan, RunFolder, compare, draw_figures, tables
+from bilevel.compare import (
+    JUDGING,
+    Comparison,
+    Plan,
+    RunFolder,
+    compare,
+    draw_figures,
+    tables,
+    tune_beside,
+    tuning_table,
+)
 from bilevel.compare.cells import best_row
 from bilevel.compare.ownership import FILES
 from bilevel.config import choose_device, load_plan
@@ -46,6 +56,9 @@ def _run_command(arguments: Namespace, tune: bool) -> int:
             print("".join(f"\n{_tuned_text(problem, run)}\n" for problem, run in tuned.items()))
         else:
             print(f"\n{tables(result.summary)}\n")
+            if beside := tune_beside(plan):
+                folder.write_json("tuning.json", beside)
+                print(f"{tuning_table(plan, beside)}\n")
         _finish(result, folder)
         return _report_failures(result, folder)
 

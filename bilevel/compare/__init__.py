@@ -12,4 +12,6 @@ from bilevel.compare.run import compare as compare
 from bilevel.compare.summary import JUDGING as JUDGING
 from bilevel.compare.summary import summarize as summarize
 from bilevel.compare.summary import tables as tables
+from bilevel.compare.tuning import tune_beside as tune_beside
+from bilevel.compare.tuning import tuning_table as tuning_table
 from bilevel.outer import OuterOptions as OuterOptions

@@ -13,7 +13,7 @@ import yaml
 from bilevel.compare.plan import Cell
 from bilevel.core.files import GuardedLoader, read_json, read_mark
 
-FILES = ("config.yaml", "environment.json", "results.jsonl", "summary.json", "tuned.json")
+FILES = ("config.yaml", "environment.json", "results.jsonl", "summary.json", "tuned.json", "tuning.json")
 FIGURES = ("outer_loss_by_cost", "outer_loss_by_seconds", "hypergradient_error", "memory")
 """With the checkpoints, these are all files that a run writes; `fresh` removes them and nothing else."""
 EARLY = ("checkpoints/owner", "checkpoints/stop")

@@ -66,6 +66,7 @@ class Plan:
             estimator run batches: the same results up to rounding. The seconds of a cell are then its share.
         identity: what the numbers depend on besides `config`: under "data" and "classes", names and digests.
         debug: raise what ends a cell, instead of keeping it as the cell's result.
+        tuning: the same problems with one solver, one estimator and another outer method, for the tuning table.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Plan:
     batch: bool = False
     identity: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     debug: bool = False
+    tuning: Plan | None = None
 
     @property
     def cells(self) -> list[Cell]:

@@ -33,12 +33,16 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Kind:
-    """What a class in a config may be: exported by `modules`, of a base class, in words `name` with its article."""
+    """What a class in a config may be: exported by `modules`, of a base class, in words `name` with its article.
+
+    `words` stand for a choice among the classes.
+    """
 
     name: str
     base: type | tuple[type, ...]
     modules: tuple[types.ModuleType, ...]
     exclude: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
     def classes(self) -> dict[str, type]:
         """Return the exported classes of this kind that can be made."""
@@ -52,7 +56,7 @@ class Kind:
 
 
 SOLVER = Kind("an inner solver", InnerSolver, (inner,))
-ESTIMATOR = Kind("a hypergradient estimator", HypergradEstimator, (hypergrad,))
+ESTIMATOR = Kind("a hypergradient estimator", HypergradEstimator, (hypergrad,), words=("auto",))
 LINEAR_SOLVER = Kind("a linear solver", LinearSolver, (linear,))
 # Left out: what takes a module and functions, and the base of linear models, which has no loss.
 PROBLEM = Kind("a problem", BilevelProblem, (problems, meta), ("MetaProblem", "LinearModelProblem"))
@@ -62,6 +66,7 @@ OPTIMIZER = Kind(
     (torch.optim.Optimizer, OuterSearch),
     (torch.optim, outer),
     ("LBFGS", "SparseAdam", "Muon"),
+    ("auto",),
 )
 SCHEDULER = Kind(
     "a torch learning-rate scheduler",
@@ -90,8 +95,9 @@ def find_class(name: Any, kind: Kind, path: str) -> type:
         return classes[name]
     # One name may stand for two classes (`Adam` is an inner solver and an optimizer): only the wanted kind counts.
     other = next((k.name for k in KINDS if isinstance(name, str) and name in k.classes()), None)
-    hint = f", which is {other}." if other else suggest(str(name), classes)
-    raise ConfigError(f"`{path}` must be {kind.name} ({listed(classes)}), got {shown(name)}{hint}")
+    allowed = [*kind.words, *classes]
+    hint = f", which is {other}." if other else suggest(str(name), allowed)
+    raise ConfigError(f"`{path}` must be {kind.name} ({listed(allowed)}), got {shown(name)}{hint}")
 
 
 def options_of(owner: Callable[..., Any], exclude: frozenset[str] = frozenset()) -> dict[str, tuple[Any, Any]]:

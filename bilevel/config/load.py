@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from bilevel.config.build import (
 )
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.config.imports import digest, importing
-from bilevel.config.schema import ConfigForm, OuterForm, check_form
+from bilevel.config.schema import ConfigForm, OuterForm, TuningForm, check_form
 from bilevel.core import tree
 from bilevel.engine.checks import read_by_steps
 from bilevel.oracles.autograd_errors import DerivativeError
@@ -157,6 +158,9 @@ def load_plan(
         with importing(allow_import, path.parent) as sources:
             plan = _plan(form)
             _check_fit(plan)
+            if plan.tuning is not None:
+                with _in_tuning():
+                    _check_fit(plan.tuning)
             plan = _reduced(form, only, tune) if tune or only else plan
             return replace(plan, identity={"data": _data(plan), "classes": sources})
     except ConfigError as error:
@@ -178,7 +182,7 @@ def _reduced(form: ConfigForm, only: str | None, tune: bool) -> Plan:
     if name not in form.estimators:
         hint = suggest(name, form.estimators)
         raise ConfigError(f"there is no estimator {name!r} in `estimators` ({listed(form.estimators)}){hint}")
-    form.estimators = {name: form.estimators[name]}
+    form.estimators, form.tuning = {name: form.estimators[name]}, None
     form.seeds = form.seeds[:1] if tune else form.seeds
     if tune and not (form.outer.model_extra or form.outer.model_fields_set & {"optimizer", "scheduler"}):
         form.outer.optimizer = "auto"  # a comparison judges estimators by one and the same optimizer
@@ -194,9 +198,27 @@ def _plan(form: ConfigForm) -> Plan:
         outer=_outer(form.outer),
         seeds=tuple(form.seeds),
         budget=form.budget,
-        config=form.model_dump(),
+        # Configs that were written before there was this key are still those of their runs.
+        config=form.model_dump(exclude=None if form.tuning else {"tuning"}),
         batch=form.batch == "auto",
+        tuning=None if form.tuning is None else _tuning(form, form.tuning),
     )
+
+
+def _tuning(form: ConfigForm, part: TuningForm) -> Plan:
+    """Return the plan of the tuning table."""
+    changes = {"solver": part.solver, "estimators": {"tuning": part.estimator}, "outer": part.outer}
+    with _in_tuning():
+        return _plan(form.model_copy(update=changes | {"seeds": form.seeds[:1], "tuning": None}))
+
+
+@contextmanager
+def _in_tuning() -> Iterator[None]:
+    """Let an error say that it is about ``tuning``."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"in `tuning`: {error}") from error.__cause__
 
 
 def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
@@ -236,9 +258,9 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
 
 
 def _outer(form: OuterForm) -> OuterOptions:
+    owner: type
     if form.optimizer == "auto":
-        owner: type = OuterSearch
-        allowed = {}
+        owner, allowed = OuterSearch, {}
     else:
         owner = find_class(form.optimizer, OPTIMIZER, "outer.optimizer")
         allowed = options_of(owner, frozenset({"params"}))
@@ -246,9 +268,11 @@ def _outer(form: OuterForm) -> OuterOptions:
     extra, known = form.model_extra or {}, OuterForm.model_fields
     for key in extra:
         if key not in allowed:
+            options = f"{owner.__name__} ({listed(allowed)})"
             raise ConfigError(
-                f"`outer.{key}` is neither a key of `outer` ({listed(known)}) nor an option of {owner.__name__} "
-                f"({listed(allowed)}){suggest(key, [*known, *allowed])}"
+                f"`outer.{key}` is neither a key of `outer` ({listed(known)}) nor an option of "
+                f"{'auto, which has none: name an optimizer' if form.optimizer == 'auto' else options}"
+                f"{suggest(key, [*known, *allowed])}"
             )
     scheduler = None
     if form.scheduler is not None:

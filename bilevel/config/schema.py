@@ -16,6 +16,7 @@ Spec = dict[str, Any] | str
 Named = Annotated[dict[Annotated[str, Field(min_length=1)], Spec], Field(min_length=1)]
 
 
+SPECS = ("solver", "outer.scheduler", "outer.constraints", "tuning.solver", "tuning.estimator")
 PLAIN = {
     "int_type": "an int",
     "int_from_float": "an int",
@@ -62,6 +63,16 @@ class OuterForm(BaseModel):
     min_progress: Annotated[float, Field(ge=0)] = 0.0
 
 
+class TuningForm(BaseModel):
+    """The form of ``tuning``: what tunes the problems of a comparison after it, beside its own outer method."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    solver: Spec
+    estimator: Spec
+    outer: OuterForm
+
+
 class ConfigForm(BaseModel):
     """The form of a config file."""
 
@@ -72,6 +83,7 @@ class ConfigForm(BaseModel):
     solver: Spec
     estimators: Named
     outer: OuterForm = Field(default_factory=OuterForm)
+    tuning: TuningForm | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_unique)] = [0]
     budget: Annotated[float, Field(gt=0)] | None = None
     batch: Literal["auto", False] = False
@@ -94,15 +106,19 @@ def _sentence(error: ValidationError, document: dict[str, Any]) -> str:
     keys = _path_in(document, first["loc"])
     path, given = ".".join(map(str, keys)), shown(first["input"])
     if first["type"] == "extra_forbidden":
-        form = WarmStartForm if keys[:-1] else ConfigForm
+        form: type[BaseModel] = ConfigForm
+        if keys[:-1]:
+            form = TuningForm if keys == ["tuning", keys[-1]] else WarmStartForm
         owner = f"`{'.'.join(map(str, keys[:-1]))}`" if keys[:-1] else "the config"
         allowed = form.model_fields
         return f"`{path}` is not a key of {owner} ({listed(allowed)}){suggest(str(keys[-1]), allowed)}"
     if first["type"] == "missing":
+        if keys[:-1]:
+            return f"`{'.'.join(map(str, keys[:-1]))}` lacks the key `{keys[-1]}`."
         return f"the config lacks the key `{path}` (it has {listed(document)})."
-    if path.startswith(("problems.", "estimators.")) or path in ("solver", "outer.scheduler", "outer.constraints"):
+    if path.startswith(("problems.", "estimators.")) or path in SPECS:
         return f"`{path}` must be of the form {{class: Name, option: value, ...}}, got {given}."
-    if path == "outer.warm_start":
+    if path.endswith("outer.warm_start"):
         return f"`{path}` must be true, false or {{state: true or false, adjoint: true or false}}, got {given}."
     if path == "name":
         return f"`name` must be a string of letters, digits and . _ -, as it names a folder, got {given}."

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.core import tree
 from bilevel.core.options import is_int, shown_value
+from bilevel.core.tree import Tree
+from bilevel.oracles.validation import check_tensors
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.warm_start import WarmStart
 
 OPTIMIZER = "`optimizer` must make a torch.optim.Optimizer from a list of tensors"
+SEARCHES = ("HyperNewton", "HyperLBFGS")
 TRY_ADAM = "try optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1)"
 SCHEDULER = "`scheduler` must make a torch scheduler from an optimizer"
 STEP_LR = "scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)"
@@ -22,10 +26,23 @@ STEP_LR = "scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer
 def check_makers(optimizer: Any, scheduler: Any) -> None:
     """Refuse an optimizer or scheduler that is not a function that makes one, such as a name or an instance."""
     known = optimizer is None or isinstance(optimizer, OuterSearch) or optimizer == "auto"
+    search = optimizer.__name__ if isinstance(optimizer, type) and issubclass(optimizer, OuterSearch) else optimizer
+    if isinstance(search, str) and search in SEARCHES:
+        raise ValueError(f"`optimizer` takes a search as an object: write optimizer={search}().")
     if not known and not callable(optimizer):
         raise ValueError(f"{OPTIMIZER}, got {shown_value(optimizer)}: {TRY_ADAM}.")
     if scheduler is not None and not callable(scheduler):
         raise ValueError(f"{SCHEDULER}, got {shown_value(scheduler)}: try {STEP_LR}.")
+
+
+def check_start(hparams: Tree) -> None:
+    """Refuse hyperparameters that are no tensors, or not of floating numbers."""
+    check_tensors("hparams", hparams)
+    for name, leaf in zip(tree.names(hparams), tree.leaves(hparams), strict=True):
+        if not leaf.is_floating_point():
+            raise ValueError(
+                f"`hparams{name}` must hold floating-point numbers, got {leaf.dtype}: hparams.double() does."
+            )
 
 
 def check_made(optimizer: Any, free: Sequence[Tensor]) -> None:

@@ -26,8 +26,7 @@ from bilevel.hypergrad.side_by_side import as_batch
 from bilevel.hypergrad.target_error import check_target
 from bilevel.oracles.batching import Rows
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.validation import check_tensors
-from bilevel.outer.checks import check_callbacks, check_makers, check_steps, check_switches
+from bilevel.outer.checks import check_callbacks, check_makers, check_start, check_steps, check_switches
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler, Mover, where
 from bilevel.outer.records import OuterResult, Record, described, record_of, shown_record, shown_rows
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
@@ -112,7 +111,7 @@ class OuterOptimizer:
         check_switches(certify, warm_start)
         rule: HypergradEstimator = as_estimator(estimator)
         check_roles(problem, solver, rule)
-        check_tensors("hparams", hparams)
+        check_start(hparams)
         self.size: int | None = problem.batch
         if self.size is not None:
             check_rows("hparams", hparams, self.size)

@@ -91,6 +91,11 @@ def check_search(
         estimator.at_tolerance(1e-6)
     except ValueError as error:
         raise ValueError(f"{name} needs hypergradients without bias: {first_line(error)}") from error
+    if getattr(problem, "dropout_rng", None) is not None and not estimator.differentiates_steps:
+        raise ValueError(
+            f"{name} compares outer losses at inner solutions, but with random layers each inner step has another one: "
+            "use FullUnroll() with warm_start=False, or Adam."
+        )
     if isinstance(search, HyperNewton):
         if estimator.differentiates_steps:
             raise ValueError(
@@ -107,6 +112,10 @@ def check_search(
                 f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {size:,}: "
                 "use HyperLBFGS."
             )
+
+
+class OutsideLimits(ValueError):
+    """A start that the limits of a search exclude."""
 
 
 class Searcher:
@@ -151,7 +160,7 @@ class Searcher:
             lower, upper = np.maximum(lower, centre + low), np.minimum(upper, centre + high)
         if np.any((u < lower) | (u > upper)):
             index = int(np.argmax((u < lower) | (u > upper)))
-            raise ValueError(
+            raise OutsideLimits(
                 f"hyperparameter {index} starts at {u[index]:.4g}, outside its limits {lower[index]:.4g} to "
                 f"{upper[index]:.4g}: start inside, or give `limits`."
             )

@@ -21,7 +21,7 @@ from bilevel.outer.hyper_newton import HyperNewton
 from bilevel.outer.moves import where
 from bilevel.outer.records import record_of
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import MATRIX, Searcher, check_search
+from bilevel.outer.searcher import MATRIX, OutsideLimits, Searcher, check_search
 from bilevel.outer.warm_start import WarmStart
 
 
@@ -36,6 +36,7 @@ def auto_search(
     constraints: Any = None,
     scheduler: Any = None,
     tol: float = 1e-6,
+    outside: bool = True,
 ) -> tuple[OuterSearch[Any] | None, str]:
     """Return the search that fits a run, with the reason; None for Adam, where outer losses do not compare.
 
@@ -49,6 +50,10 @@ def auto_search(
         constraints: see `OuterOptimizer`.
         scheduler: a scheduler belongs to a torch optimizer.
         tol: relative decrease of the outer loss that may be left.
+        outside: whether hyperparameters that start outside the limits of a search are left to Adam, or refused.
+
+    Raises:
+        ValueError: for such a start that is refused.
     """
     count = tree.size(hparams) // (problem.batch or 1)
     size = tree.size(problem.start(params)) // (problem.batch or 1)
@@ -69,6 +74,8 @@ def auto_search(
             check_search(search, problem, solver, estimator, size, scheduler, warm_start)
             Searches(search, problem, hparams, constraints, params)
         except ValueError as error:
+            if isinstance(error, OutsideLimits) and not outside:
+                raise
             reason = first_line(error).rstrip(".")
             continue
         return search, reason

@@ -22,6 +22,7 @@ from bilevel.hypergrad.implicit import Implicit
 from bilevel.inner import QuasiNewton
 from bilevel.linear import GMRES
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.checks import check_start
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.records import OuterResult, Record
 from bilevel.outer.search import OuterSearch
@@ -32,6 +33,9 @@ MOST = 200
 """Evaluations of the outer loss, unless `tune` is told otherwise."""
 JITTER = 1.5
 """Standard deviation of the changes by which further starts differ."""
+
+WIDTH = 79
+"""Of the lines of a result, so that they fit into a terminal."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Tuned:
             lines.append(
                 f"{len(self.ends)} starts ended at {min(self.ends):.6g} to {max(self.ends):.6g} ({spread:.1%})"
             )
-        return "\n".join("\n  ".join(textwrap.wrap(line, 110)) for line in lines)
+        return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
 
     def plot(self) -> Any:
         """Return a figure of the outer loss at every evaluation and the best so far; needs matplotlib."""
@@ -122,7 +126,9 @@ def tune(
         The best hyperparameters with the evidence about them; ``print`` shows it.
 
     Raises:
-        ValueError: for options that do not fit, and for a problem that has no start.
+        ValueError: for options that do not fit, a problem that has no start, and a start outside the limits of the
+            search.
+        HypergradientError: where no evaluation of the outer loss succeeds.
 
     >>> from bilevel import QuadraticProblem
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -130,15 +136,21 @@ def tune(
     >>> tuned.stopped.startswith("converged")
     True
     """
+    require_value("problem", problem, "a BilevelProblem", isinstance(problem, BilevelProblem))
     require_value("accuracy", accuracy, "a positive number", is_positive(accuracy))
     require_value("multi_start", multi_start, "a positive int", is_int(multi_start))
-    hparams = _start(problem) if hparams is None else hparams
+    require_value("steps", steps, "a positive int", is_int(steps))
     used = QuasiNewton() if solver is None else solver
-    check_roles(problem, used, Implicit())
+    check_roles(problem, used, Implicit() if estimator is None else as_estimator(estimator))
+    if problem.batch is not None:
+        raise ValueError("`tune` takes one problem at a time, but this is a batch: use OuterOptimizer for its rows.")
+    hparams = _start(problem) if hparams is None else hparams
+    check_start(hparams)
     rule, reason = chosen_estimator(problem, used, hparams) if estimator is None else (as_estimator(estimator), "given")
     search, why = optimizer, "given"
     if isinstance(optimizer, str) and optimizer == "auto":
-        search, why = auto_search(problem, used, rule, hparams, WarmStart(), constraints=constraints, tol=accuracy)
+        options: Any = {"constraints": constraints, "tol": accuracy, "outside": False}
+        search, why = auto_search(problem, used, rule, hparams, WarmStart(), **options)
     runs: list[tuple[OuterOptimizer, OuterResult]] = []
     for number in range(multi_start):
         start = _jittered(runs[0][0], runs[0][1], number) if runs else hparams

@@ -94,6 +94,24 @@ def test_tune_prints_hyperparameters_and_scores(config: str, capsys: pytest.Capt
     assert Path("runs/tiny-tune/tuned.json").exists()
 
 
+def test_compare_shows_another_outer_method_beside_its_own(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tuning = "tuning={solver: {class: QuasiNewton}, estimator: {class: Implicit}, outer: {optimizer: auto, steps: 40}}"
+    assert main(["compare", config, "--set", f"{tuning}"]) == 0
+    out = capsys.readouterr().out
+    assert "tuning by QuasiNewton() and Implicit(linear_solver=CG()), seed 0\n" in out
+    runs = json.loads(Path("runs/tiny/tuning.json").read_text())
+    assert [(run["problem"], run["outer_method"]) for run in runs] == [
+        (problem, method) for problem in ("iris", "ridge") for method in ("Adam(lr=0.3)", "HyperNewton() (auto)")
+    ]
+    for adam, search in zip(runs[::2], runs[1::2], strict=True):
+        assert search["outer_loss_best"] < adam["outer_loss_best"]
+        assert (adam["evaluations"], adam["choice"]) == (3, "")
+        assert adam["stopped"].startswith("took 3 steps, not converged: ")
+        assert search["stopped"].startswith("converged to a local minimum")
+        assert search["choice"].startswith("auto chose HyperNewton(): ")
+    assert " ".join(runs[1]["stopped"].split()) in " ".join(out.split())
+
+
 def test_tune_by_a_search_says_which_why_and_how_it_ended(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--set", "outer={steps: 40}", "--set", "solver={class: QuasiNewton}"]
     assert main(["tune", config, *options]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from bilevel import (
     GradientDescent,
     HyperNewton,
     Implicit,
+    QuasiNewton,
     ToleranceSchedule,
     TruncatedUnroll,
     WarmStart,
@@ -128,6 +130,48 @@ def test_outer_searches_are_named_in_a_config_and_are_the_default_of_tuning(conf
         load_plan(config, ["outer={optimizer: HyperNewton}"])
 
 
+SEARCHES = {
+    "{optimizer: HyperNewton, limits: [-28, -20]}": "`outer`: hyperparameter 0 starts at -2, outside its limits ",
+    "{optimizer: HyperLBFGS, scheduler: {class: StepLR, step_size: 2}}": "leave out `scheduler`.",
+}
+
+
+@pytest.mark.parametrize("outer", SEARCHES)
+def test_what_a_search_does_not_take_is_one_sentence(config: Path, outer: str) -> None:
+    alone = ["estimators={implicit: {class: Implicit}}", "solver={class: Newton}"]
+    with pytest.raises(ConfigError, match=re.escape(SEARCHES[outer])) as caught:
+        load_plan(config, [*alone, f"outer={outer}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scan_of_what_is_no_log_penalty_and_a_schedule_are_one_sentence(config: Path) -> None:
+    alone = ["estimators={implicit: {class: Implicit}}", "solver={class: Newton}"]
+    weights = "problems={iris: {class: SampleWeightProblem, data: iris, penalty: 0.1}}"
+    with pytest.raises(
+        ConfigError, match="'scan' is for log penalties, which these hyperparameters are not: use start"
+    ):
+        load_plan(config, [*alone, weights, "outer={optimizer: HyperNewton, start: scan}"])
+    with (
+        pytest.warns(DeprecationWarning, match="choose their own accuracies"),
+        pytest.raises(
+            ConfigError, match="`outer`: HyperNewton chooses its own steps and accuracies: leave out `schedule`"
+        ),
+    ):
+        load_plan(config, [*alone, "outer={optimizer: HyperNewton, schedule: cubic}"])
+
+
+def test_tuning_is_a_plan_beside_that_of_the_comparison(config: Path) -> None:
+    tuning = "tuning={solver: {class: QuasiNewton}, estimator: auto, outer: {optimizer: auto, steps: 9}}"
+    plan = load_plan(config, [tuning])
+    assert plan.tuning is not None
+    assert (plan.tuning.solver, plan.tuning.estimators) == (QuasiNewton(), {"tuning": Auto()})
+    assert (plan.tuning.outer.optimizer, plan.tuning.outer.steps, plan.tuning.seeds) == ("auto", 9, (0,))
+    assert plan.config["tuning"]["solver"] == {"class": "QuasiNewton"}
+    assert load_plan(config, [tuning], tune=True).tuning is None
+    # A config without it is the same as before there was one.
+    assert "tuning" not in load_plan(config).config
+
+
 def test_written_config_is_the_same_plan(config: Path, tmp_path: Path) -> None:
     plan = load_plan(config, ["outer.certify=true"])
     copy = tmp_path / "copy.yaml"
@@ -159,7 +203,8 @@ SENTENCES = {
     ),
     "solver.class=CG": (
         "`solver.class` must be an inner solver (Adam, AdamW, AsymptoticSobolev, Chebyshev, FixedPoint, "
-        "GradientDescent, HeavyBall, Nesterov, Newton, QuasiNewton, RMSprop, SGD, Sobolev, TorchOptimizer), got 'CG', "
+        "GradientDescent, HeavyBall, Nesterov, Newton, PreconditionedGradientDescent, QuasiNewton, RMSprop, SGD, "
+        "Sobolev, TorchOptimizer), got 'CG', "
         "which is a linear solver."
     ),
     "solver={class: SGD, step_size: fast}": "`solver.step_size` must be a number, got 'fast'.",
@@ -201,7 +246,21 @@ SENTENCES = {
     "outer.stesp=5": "`outer.stesp` is neither a key of `outer`",
     "outer.lr=fast": "`outer.lr` must be a number, got 'fast'.",
     "outer.lr=-1": "`outer`: Invalid learning rate: -1.0.",
-    "outer.optimizer=Adma": "`outer.optimizer` must be a torch optimizer",
+    "outer.optimizer=Adma": "`outer.optimizer` must be a torch optimizer or an outer search (auto, ",
+    "outer.optimizer=hypernewton": "got 'hypernewton': did you mean `HyperNewton`?",
+    "outer.tol=-1": "`outer.tol` must be greater than 0, got -1.",
+    "outer={optimizer: auto, lr: 0.1}": "nor an option of auto, which has none: name an optimizer.",
+    "outer={optimizer: HyperNewton, lr: 0.1}": "nor an option of HyperNewton (tol, start, limits, radius).",
+    "outer={optimizer: HyperNewton, start: here}": "`outer.start`: `HyperNewton.start` must be 'scan', 'given' or None",
+    "outer={optimizer: HyperLBFGS, memory: 0}": "`outer.memory`: `HyperLBFGS.memory` must be a positive int, got 0.",
+    "estimators.implicit=Implcit": "must be a hypergradient estimator (auto, Adaptive",
+    "tuning=3": "`tuning` must be a mapping (`key: value` lines), got 3.",
+    "tuning={solver: Newton}": "`tuning` lacks the key `estimator`.",
+    "tuning={solver: Newton, estimator: auto, outer: {}, seeds: [1]}": "`tuning.seeds` is not a key of `tuning` (",
+    "tuning={solver: Newtn, estimator: auto, outer: {}}": "in `tuning`: `solver.class` must be an inner solver",
+    "tuning={solver: {class: GradientDescent, steps: 5}, estimator: FullUnroll, outer: {optimizer: HyperNewton}}": (
+        "in `tuning`: `outer`: HyperNewton compares outer losses, but those of FullUnroll"
+    ),
     "outer.optimizer=LBFGS": "got 'LBFGS': did you mean `HyperLBFGS`?",
     "outer.steps=0": "`outer.steps` must be at least 1, got 0.",
     "outer.betas=[0.9]": "`outer.betas` must be a list of 2 values, each a number, got [0.9].",

@@ -43,7 +43,9 @@ def test_one_line_tunes_and_says_what_it_chose(dtype):
             for u in range(-10, 3)]  # fmt: skip
     assert tuned.outer_loss < min(grid)
     text = str(tuned)
-    assert all(len(line) <= 112 for line in text.splitlines())
+    assert all(len(line) < 80 for line in text.splitlines())
+    assert len(text.splitlines()) < 24
+    text = text.replace("\n  ", " ")
     for said in (
         "outer loss ",
         "ended: converged",
@@ -156,12 +158,48 @@ def test_networks_with_running_statistics_have_no_second_derivatives_of_the_sear
     [
         ({"accuracy": 0.0}, "`accuracy` must be a positive number, got 0.0."),
         ({"multi_start": 0}, "`multi_start` must be a positive int, got 0."),
-        ({"steps": -1}, "`steps` must be an int that is not negative, got -1."),
+        ({"accuracy": "high"}, "`accuracy` must be a positive number, got 'high'."),
+        ({"steps": 0}, "`steps` must be a positive int, got 0."),
         ({"optimizer": "Newton"}, "`optimizer` must make a torch.optim.Optimizer"),
-        ({"solver": "GD"}, "solver"),
+        ({"optimizer": "HyperNewton"}, "`optimizer` takes a search as an object: write optimizer=HyperNewton()."),
+        ({"optimizer": bl.HyperLBFGS}, "`optimizer` takes a search as an object: write optimizer=HyperLBFGS()."),
+        ({"solver": "GD"}, "got str in the place of InnerSolver"),
+        ({"estimator": "best"}, "got str in the place of HypergradEstimator"),
+        ({"problem": "ridge"}, "`problem` must be a BilevelProblem, got 'ridge'."),
+        ({"problem": bl.problems.RidgeProblem}, "`problem` must be a BilevelProblem, got the class RidgeProblem"),
+        ({"problem": bl.stack([logistic(), logistic()])}, "`tune` takes one problem at a time, but this is a batch"),
+        ({"hparams": [0.0, 0.0, 0.0]}, "`hparams[0]` must be a Tensor, got float: torch.as_tensor makes one."),
+        ({"hparams": 1e-3}, "`hparams` must be a Tensor, got float: torch.as_tensor makes one."),
+        ({"hparams": torch.full((3,), torch.nan, dtype=F64)}, "`hparams` holds NaN or infinite values."),
+        ({"hparams": torch.zeros(3)}, "`hparams` is torch.float32 on cpu, but params are torch.float64 on cpu"),
+        ({"hparams": torch.zeros(3, dtype=torch.int64)}, "`hparams` must hold floating-point numbers, got torch.int64"),
+        ({"problem": logistic(), "hparams": torch.full((8,), 99.0, dtype=F64)}, "starts at 99, outside its limits"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(options, words):
+    given = {"problem": norms(), "hparams": torch.zeros(3, dtype=F64)} | options
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        bl.tune(norms(), torch.zeros(3, dtype=F64), **options)
+        bl.tune(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_random_layers_leave_a_search_no_inner_solution():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5), torch.nn.Linear(2, 1)).to(F64)
+    X, y = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0), dtype=F64), torch.ones(12, 1, dtype=F64)
+
+    def inner(model, params, u):
+        return ((model(X[0]) - y) ** 2).mean() + u.exp() * sum((p**2).sum() for p in params.values())
+
+    problem = bl.ModuleProblem(model, inner, lambda model, params, u: ((model(X[1]) - y) ** 2).mean(), seed=1)
+    u, solver = torch.tensor(-2.0, dtype=F64), bl.GradientDescent(0.1, steps=20)
+    for search in (bl.HyperNewton(), bl.HyperLBFGS()):
+        with pytest.raises(ValueError, match=r"with random layers each inner step has another one: use FullUnroll\(\)"):
+            bl.OuterOptimizer(problem, bl.QuasiNewton(), bl.Implicit(), u, search)
+    assert "auto chose Adam: " in repr(bl.OuterOptimizer(problem, bl.QuasiNewton(), bl.Implicit(), u))
+    # A cold unroll is a function of the hyperparameters: the same draws at each step.
+    cold = bl.OuterOptimizer(problem, solver, bl.FullUnroll(), u, warm_start=False)
+    assert cold.choice.startswith("auto chose HyperLBFGS()")
+    result = cold.run(12, progress=False)
+    assert result.best_loss < result.history[0].outer_loss
+    again = bl.hypergradient(problem, solver, bl.FullUnroll(), result.hparams)
+    assert again.outer_loss == pytest.approx(result.best_loss, rel=1e-12)
