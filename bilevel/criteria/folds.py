@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bilevel.criteria import newton, newton_cg
-from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
+from bilevel.criteria.criterion import Array, Evaluation, Fit
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import factor, factored, weighted_gram
 from bilevel.criteria.penalties import Penalties
-from bilevel.criteria.splits import checked_folds, restricted
+from bilevel.criteria.splits import FoldCriterion, checked_folds, restricted
 from bilevel.problems.losses import GLMLoss
 
 DIRECT = 400
@@ -35,7 +35,7 @@ class _Solved:
     kept: newton_cg.Preconditioner | None
 
 
-class KFold(Criterion):
+class KFold(FoldCriterion):
     """The mean loss of held-out folds under the models of the other rows; a hold-out is one fold.
 
     With ``w_k`` the model of fold k's training rows, ``H_k`` its Hessian and ``g_k`` the derivatives of the validation
@@ -72,10 +72,6 @@ class KFold(Criterion):
         self.folds, self.tol = checked_folds(folds, data, loss), tol
 
     @cached_property
-    def held_out(self) -> Tensor:
-        return torch.cat([held for _, held in self.folds])
-
-    @cached_property
     def _weights(self) -> Tensor:
         """Those of the training rows of every fold, (K, rows); zeros for all others."""
         masks = torch.zeros(len(self.folds), self.data.rows).to(self.data.weights)
@@ -88,12 +84,6 @@ class KFold(Criterion):
         """Of the training columns of every fold, (K, features); one where a column is constant."""
         _, scale = self.data.moments(self._weights)
         return scale.masked_fill(scale == 0, 1.0).square() if self.data.standardize else torch.ones_like(scale)
-
-    @cached_property
-    def _share(self) -> Tensor:
-        """The weights of the held-out rows, with mean one."""
-        weights = self.data.weights[self.held_out]
-        return weights / weights.mean()
 
     @cached_property
     def _system(self) -> newton_cg.System:
@@ -111,9 +101,9 @@ class KFold(Criterion):
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         solved, data = self._solve(u, warm), self.data
         z, y = self._held(solved.z), data.y[self.held_out]
-        count, weight = len(self.held_out), self._share if z.dim() == 1 else self._share[None]
+        count, weight = len(self.held_out), self.share if z.dim() == 1 else self.share[None]
         slopes, curvatures = weight * self.loss.slope(z, y), self.loss.curvature(z, y)
-        losses = (self._share * self.loss.value(z, y)).double().cpu().numpy()
+        losses = (self.share * self.loss.value(z, y)).double().cpu().numpy()
         invert = self._inverses(solved)
         adjoint = invert(self._system.collect(self._scattered(slopes / count, solved.z)), False)
         moved = (solved.a * solved.w)[..., : data.features]
@@ -122,7 +112,7 @@ class KFold(Criterion):
         gauss_newton = jacobian = None
         if second:
             jacobian = self._jacobian(moved, invert)
-            turned = self._share[:, None] * self._turned(curvatures, jacobian)
+            turned = self.share[:, None] * self._turned(curvatures, jacobian)
             flat = jacobian.reshape(-1, self.penalties.size)
             gauss_newton = (flat.T @ turned.reshape(flat.shape) / count).double().cpu().numpy()
         curvatures = weight * curvatures if self.penalties.outputs is None else curvatures
