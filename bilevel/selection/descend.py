@@ -59,11 +59,13 @@ class Tuned(NamedTuple):
         u: log penalties, (k,).
         evaluation: the criterion there.
         evaluations: how many were made.
+        converged: whether it ended before its steps were used up.
     """
 
     u: Array
     evaluation: Evaluation
     evaluations: int
+    converged: bool = True
 
 
 def box(rows: int) -> tuple[float, float]:
@@ -137,6 +139,8 @@ def tune(
         here, small = there, small + 1 if little else 0
         if small >= 2 or (little and gain > 0.5 * foreseen):
             break
+    else:
+        return Tuned(here.u, here.evaluation, count, converged=False)
     return Tuned(here.u, here.evaluation, count)
 
 

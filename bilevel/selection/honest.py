@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from bilevel.criteria.criterion import Array, Criterion, Fit
 from bilevel.criteria.data import LinearData
@@ -22,6 +24,8 @@ LEAST = 0.05
 
 Fold = tuple[Any, Any]
 """Indices of the training rows, and of the rows held out."""
+FoldLosses = tuple[Array, NDArray[np.intp], int]
+Score = Callable[[Fit, NDArray[np.intp]], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +34,7 @@ class HonestLosses:
 
     Attributes:
         losses: weighted so that the mean over rows is the honest loss, (nodes, rows).
-        rows: the rows' indices, (rows,).
+        rows: the rows' indices, (rows,); those of folds where a score has the place of the loss.
         evaluations: of the criterion that they took.
     """
 
@@ -47,7 +51,10 @@ def nested(
     anchored: bool,
     steps: int = COARSE_STEPS,
     tol: float = COARSE_TOL,
+    candidates: Array | None = None,
+    score: Score | None = None,
     n_jobs: int | None = None,
+    progress: bool = False,
 ) -> HonestLosses:
     """Return losses of held-out rows after the whole tuning, its one penalty included, of the other rows of a fold.
 
@@ -62,19 +69,29 @@ def nested(
         anchored: see `path`.
         steps: the most steps at every tau.
         tol: relative gain at which each descent ends.
+        candidates: see `path`.
+        score: of a model on rows that it has not seen, the larger the better, (fit, indices) -> float. Its negative
+            takes the place of the losses, with one for every fold in place of every row.
         n_jobs: of joblib, over folds; None for one.
+        progress: whether a line shows it.
 
     Raises:
         ValueError: in one sentence, where a fold cannot be fitted.
     """
+    follow = partial(path, taus=taus, anchored=anchored, steps=steps, tol=tol, candidates=candidates)
     pairs = [_indices(fold, index, criterion) for index, fold in enumerate(folds)]
-    tasks = [(criterion, train, held, taus, anchored, steps, tol) for train, held in pairs]
+    tasks = [(criterion, train, held, follow, score) for train, held in pairs]
+    found: Iterable[FoldLosses]
     if n_jobs in (None, 1):
-        results = [_fold_losses(*task) for task in tasks]
+        found = (_fold_losses(*task) for task in tasks)
     else:
         from joblib import Parallel, delayed
 
-        results = Parallel(n_jobs=n_jobs)(delayed(_fold_losses)(*task) for task in tasks)
+        found = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(_fold_losses)(*task) for task in tasks)
+    results = list(tqdm(found, total=len(tasks), disable=not progress, unit="fold", desc="outer loop"))
+    if score is not None:
+        scores = np.concatenate([each[0] for each in results], axis=1)
+        return HonestLosses(scores, np.arange(len(results)), sum(each[2] for each in results))
     total, count = np.zeros((len(taus) + 1, criterion.data.rows)), np.zeros(criterion.data.rows)
     for losses, rows, _ in results:
         total[:, rows] += losses
@@ -99,16 +116,25 @@ def _indices(fold: Fold, index: int, criterion: Criterion) -> tuple[Tensor, Tens
     return train, held
 
 
-def _fold_losses(
-    criterion: Criterion, train: Tensor, held: Tensor, taus: Sequence[float], anchored: bool, steps: int, tol: float
-) -> tuple[Array, NDArray[np.intp], int]:
-    """Return weighted losses of the rows that a fold holds out, (nodes, rows), their indices, and evaluations."""
+def _fold_losses(criterion: Criterion, train: Tensor, held: Tensor, follow: Any, score: Score | None) -> FoldLosses:
+    """Return weighted losses of the rows that a fold holds out, (nodes, rows), their indices, and evaluations.
+
+    Args:
+        criterion: of all rows.
+        train: indices of the training rows.
+        held: indices of the rows held out.
+        follow: from a criterion to the points of its path.
+        score: see `nested`.
+    """
     part, y = criterion.take(train), criterion.data.y
     if criterion.loss.separable:
         held = held[torch.isin(y[held], y[train])]
-    nodes = path(part, taus, anchored=anchored, steps=steps, tol=tol)
-    losses = [_losses(criterion, part.refit(node.u, node.evaluation.warm))[held] for node in nodes]
-    return torch.stack(losses).double().cpu().numpy(), held.numpy(), sum(node.evaluations for node in nodes)
+    nodes = follow(part)
+    fits, evaluations = [part.refit(node.u, node.evaluation.warm) for node in nodes], sum(n.evaluations for n in nodes)
+    if score is not None:
+        return -np.array([[score(fit, held.numpy())] for fit in fits]), held.numpy(), evaluations
+    losses = torch.stack([_losses(criterion, fit)[held] for fit in fits])
+    return losses.double().cpu().numpy(), held.numpy(), evaluations
 
 
 def _losses(criterion: Criterion, fit: Fit) -> Tensor:

@@ -27,6 +27,7 @@ class PathPoint:
         evaluation: the criterion there; of the first point, that by the one penalty.
         evaluations: how many it took.
         prior: None for the first point.
+        converged: whether the descent to it ended before its steps were used up.
     """
 
     tau: float
@@ -34,6 +35,7 @@ class PathPoint:
     evaluation: Evaluation
     evaluations: int
     prior: Hyperprior | None = None
+    converged: bool = True
 
 
 def default_taus(rows: int, penalties: int) -> tuple[float, ...]:
@@ -48,6 +50,8 @@ def path(
     tol: float = 1e-4,
     steps: int = 25,
     anchored: bool | None = None,
+    candidates: Array | None = None,
+    start: float | None = None,
 ) -> list[PathPoint]:
     """Return the tuned penalties for one penalty, and then for every tau, each from the one before it.
 
@@ -61,17 +65,20 @@ def path(
         tol: relative gain at which each descent ends.
         steps: the most steps of each.
         anchored: whether m is the best single penalty; None: see above.
+        candidates: log penalties of which the single one is the best; None for any.
+        start: a log penalty that the search of the single one begins at; None for a scan.
     """
     penalties, data = criterion.penalties, criterion.data
-    single = best_penalty(criterion)
-    points = [PathPoint(math.inf, np.full(penalties.size, single.u[0]), single.evaluation, single.evaluations)]
+    single = best_penalty(criterion, candidates=candidates, start=start)
+    u = np.full(penalties.size, single.u[0])
+    points = [PathPoint(math.inf, u, single.evaluation, single.evaluations, converged=single.converged)]
     if penalties.size == 1:
         return points
     anchored = data.features >= data.rows if anchored is None else anchored
-    u, warm, unit = points[0].u, single.evaluation.warm, criterion.unit
+    warm, unit = single.evaluation.warm, criterion.unit
     for tau in default_taus(data.rows, penalties.size) if taus is None else taus:
         prior = Hyperprior(tau * unit, penalties.weights, float(single.u[0]) if anchored else None)
         tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm)
         u, warm = tuned.u, tuned.evaluation.warm
-        points.append(PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior))
+        points.append(PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged))
     return points

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from bilevel.core.status import BilevelWarning
-from bilevel.criteria.criterion import Criterion
+from bilevel.criteria.criterion import Array, Criterion
 from bilevel.selection.folds import make_folds
 from bilevel.selection.gate import Choice, Rule, choose, kappa_of
-from bilevel.selection.honest import Fold, HonestLosses, nested, second_level
+from bilevel.selection.honest import Fold, HonestLosses, Score, nested, second_level
 from bilevel.selection.path import default_taus, path
 from bilevel.selection.selected import Selected, nodes_of, remarks_of
 
@@ -31,8 +31,13 @@ def penalty_cv(
     kappa: float | None = None,
     anchored: bool | None = None,
     tol: float = 1e-4,
+    steps: int = 25,
+    candidates: Array | None = None,
+    start: float | None = None,
+    score: Score | None = None,
     random_state: int = 0,
     n_jobs: int | None = None,
+    progress: bool = False,
 ) -> Selected:
     """Return the model of all rows with tuned penalties, or with one, whichever held-out rows speak for.
 
@@ -57,8 +62,13 @@ def penalty_cv(
         anchored: whether the hyperprior holds penalties at the single best one, not at their mean; None: where there
             are as many features as rows.
         tol: relative gain at which each descent ends.
+        steps: the most steps of each.
+        candidates: log penalties, of which the one penalty, where the path begins, is the best; None for any.
+        start: a log penalty that the search of the one begins at, in place of a scan; for all rows only.
+        score: what the outer loop chooses by in place of the loss: see `nested`.
         random_state: seed of the folds.
         n_jobs: of joblib, over folds.
+        progress: whether a line shows the folds.
 
     Raises:
         ValueError: in one sentence, for options that do not fit the data.
@@ -72,7 +82,7 @@ def penalty_cv(
     >>> selected.open, selected.node.loss < selected.scalar.loss
     (True, True)
     """
-    start = time.process_time()
+    began = time.process_time()
     data, size = criterion.data, criterion.penalties.size
     _check(criterion, guard, honest)
     taus = default_taus(data.rows, size) if taus is None else tuple(taus)
@@ -81,7 +91,7 @@ def penalty_cv(
     pairs: tuple[Fold, ...] = ()
     if guarded and honest != "alo":
         pairs = tuple(_folds(criterion, folds, groups, ordered, random_state))
-    points = path(criterion, taus, tol=tol, anchored=anchored)
+    points = path(criterion, taus, tol=tol, steps=steps, anchored=anchored, candidates=candidates, start=start)
     losses: HonestLosses | None = None
     choice: Choice | None = None
     chosen, remarks = len(points) - 1, []
@@ -90,18 +100,26 @@ def penalty_cv(
         if honest == "alo":
             losses = second_level(criterion, points)
         else:
-            losses = nested(criterion, pairs, taus, anchored=anchored, n_jobs=n_jobs)
-        asked = kappa_of(criterion.loss, losses.losses[0]) if kappa is None else kappa
-        if kappa is None and asked > 1:
-            remarks.append("rows are nearly separated, few carry the loss: a gain must be two standard errors.")
-        rule = (
-            "one_se" if guard == "one_se" or (guard == "auto" and (honest == "alo" or 2 * size > data.rows)) else "best"
-        )
-        choice = choose(losses.losses, asked, rule)
+            losses = nested(
+                *(criterion, pairs, taus),
+                anchored=anchored,
+                candidates=candidates,
+                score=score,
+                n_jobs=n_jobs,
+                progress=progress,
+            )
+        if kappa is None:
+            kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0])
+            if kappa > 1:
+                remarks.append("rows are nearly separated, few carry the loss: a gain must be two standard errors.")
+        rule = _rule(guard, honest, size, data.rows)
+        choice = choose(losses.losses, kappa, rule)
         chosen = choice.node
     elif size > data.rows:
         remarks.append(_risk(size, data.rows))
     point = points[chosen]
+    if named := criterion.remark(point.evaluation):
+        warnings.warn(named, BilevelWarning, stacklevel=2)
     return Selected(
         fit=criterion.refit(point.u, point.evaluation.warm),
         nodes=nodes_of(criterion, points, losses, choice),
@@ -112,7 +130,7 @@ def penalty_cv(
         losses=losses,
         folds=pairs,
         evaluations=sum(each.evaluations for each in points) + (losses.evaluations if losses is not None else 0),
-        seconds=time.process_time() - start,
+        seconds=time.process_time() - began,
         remarks=(*remarks, *remarks_of(criterion, point)),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bilevel.criteria.criterion import Criterion
+from bilevel.criteria.criterion import Array, Criterion
 from bilevel.criteria.penalties import Penalties
 from bilevel.selection.descend import Tuned, box, tune
 
@@ -14,18 +14,32 @@ INSIDE = (3.0, 4.0)
 """How far the strongest and the weakest of them are inside the box."""
 
 
-def best_penalty(criterion: Criterion, *, tol: float = 1e-6, steps: int = 15) -> Tuned:
+def best_penalty(
+    criterion: Criterion,
+    *,
+    candidates: Array | None = None,
+    start: float | None = None,
+    tol: float = 1e-6,
+    steps: int = 15,
+) -> Tuned:
     """Return the single penalty of all coefficients with the least criterion: a coarse scan, then a descent.
 
     Args:
         criterion: with any penalties; the result is of its form with one.
+        candidates: log penalties, of which the best is taken, without a descent; None for any.
+        start: a log penalty that the descent begins at, in place of the scan.
         tol: relative gain at which the descent ends.
         steps: its most steps.
     """
     one = criterion.with_penalties(Penalties.scalar(criterion.data.features, criterion.penalties.outputs))
     low, high = box(criterion.data.rows)
-    grid = np.linspace(high - INSIDE[0], low + INSIDE[1], POINTS)[:, None]
+    if candidates is None and start is not None:
+        return tune(one, np.array([start]), tol=tol, steps=steps)
+    grid = np.linspace(high - INSIDE[0], low + INSIDE[1], POINTS) if candidates is None else np.sort(candidates)[::-1]
+    grid = grid[:, None]
     scanned = one.scan(grid)
     best = int(np.nanargmin([each.value for each in scanned]))
+    if candidates is not None:
+        return Tuned(grid[best], one.evaluate(grid[best], scanned[best].warm), len(grid) + 1)
     tuned = tune(one, grid[best], tol=tol, steps=steps, warm=scanned[best].warm)
     return tuned._replace(evaluations=tuned.evaluations + len(grid))

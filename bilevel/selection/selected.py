@@ -31,6 +31,7 @@ class Node:
         gain: the honest loss of one penalty minus this one's.
         gain_error: the standard error of the gain.
         evaluations: of the criterion on all rows, from the node before.
+        converged: whether the descent to it ended before its steps were used up.
     """
 
     tau: float
@@ -42,6 +43,7 @@ class Node:
     gain: float
     gain_error: float
     evaluations: int
+    converged: bool
 
     @property
     def gate(self) -> float:
@@ -146,6 +148,7 @@ def nodes_of(
             gain=float(gains[index]),
             gain_error=float(gain_errors[index]),
             evaluations=point.evaluations,
+            converged=point.converged,
         )
         for index, point in enumerate(points)
     )

@@ -136,9 +136,46 @@ def test_options_that_do_not_fit_are_refused(options: dict, says: str) -> None:
 def test_penalties_at_their_limits_and_rows_that_decide_are_named() -> None:
     X, y = table(40, 3)
     y[7] += 60.0
-    found = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, y), Penalties.scalar(3)))
+    with pytest.warns(bl.BilevelWarning, match="row 8 alone makes"):
+        found = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, y), Penalties.scalar(3)))
     assert any("row 8 alone makes" in remark for remark in found.remarks)
     full = np.column_stack([np.ones(40), X])
     useless = y - full @ np.linalg.lstsq(full, y)[0]
-    flat = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, useless), Penalties.scalar(3)))
+    with pytest.warns(bl.BilevelWarning, match="row 8 alone makes"):
+        flat = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, useless), Penalties.scalar(3)))
     assert any("all but constant" in remark for remark in flat.remarks)
+
+
+def test_the_one_penalty_may_be_the_best_of_candidates(sparse: Any, selected: Any) -> None:
+    candidates = np.array([-3.0, 1.0, 3.0, 9.0])
+    found = penalty_cv(sparse, candidates=candidates)
+    values = [each.value for each in sparse.with_penalties(Penalties.scalar(12)).scan(candidates[:, None])]
+    assert found.scalar.u[0] == candidates[np.argmin(values)]
+    assert found.scalar.value >= selected.scalar.value
+
+
+def test_a_search_may_begin_where_another_ended(sparse: Any, selected: Any) -> None:
+    found = penalty_cv(sparse, start=float(selected.scalar.u[0]))
+    assert found.scalar.value == pytest.approx(selected.scalar.value, rel=1e-6)
+    assert found.scalar.evaluations < selected.scalar.evaluations
+    np.testing.assert_array_equal(found.losses.losses[0], selected.losses.losses[0])
+
+
+def test_a_score_takes_the_place_of_the_loss_in_the_outer_loop(sparse: Any, selected: Any) -> None:
+    X, y = sparse.data.X, sparse.data.y
+
+    def score(fit: Any, rows: Any) -> float:
+        # The columns are standardised, and the models are in the units of what was given.
+        z = X[rows] @ (fit.coef * sparse.data.scale) + fit.intercept + fit.coef @ sparse.data.offset
+        return -float((z - y[rows]).square().mean() / 2)
+
+    found = penalty_cv(sparse, score=score)
+    assert found.losses.losses.shape == (len(selected.nodes), 5)
+    means = [float(selected.losses.losses[:, held].mean()) for _, held in selected.folds]
+    np.testing.assert_allclose(found.losses.losses.mean(0), means, rtol=1e-8)
+    assert found.choice.kappa == 1.0
+
+
+def test_few_steps_are_said_not_to_have_converged(sparse: Any, selected: Any) -> None:
+    assert all(node.converged for node in selected.nodes)
+    assert not all(node.converged for node in penalty_cv(sparse, steps=1, guard="off").nodes)
