@@ -117,8 +117,7 @@ class ApproximateLeaveOneOut(Criterion):
 
     @cached_property
     def _X1(self) -> Tensor:
-        X = self.data.dense()
-        return torch.cat([X, X.new_ones(len(X), 1)], 1) if self.data.intercept else X
+        return self.data.with_ones()
 
     def _penalties(self, u: Array) -> Tensor:
         """Return the penalties of all coefficients, with a zero for the intercept."""

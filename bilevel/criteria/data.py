@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -143,6 +143,17 @@ class LinearData:
             warnings.simplefilter("ignore", UserWarning)  # torch calls all of CSR a beta
             return self.X.t().to_sparse_csr()
 
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the data in another precision."""
+        y = self.y.to(dtype) if self.y.is_floating_point() else self.y
+        parts = {name: getattr(self, name).to(dtype) for name in ("X", "weights", "offset", "scale")}
+        return replace(self, y=y, **parts)
+
+    def with_ones(self) -> Tensor:
+        """Return dense X, with a last column of ones where there is an intercept."""
+        X = self.dense()
+        return torch.cat([X, X.new_ones(len(X), 1)], 1) if self.intercept else X
+
     def product(self, w: Tensor) -> Tensor:
         """Return the predictions without intercept, (..., rows), of standardised coefficients (..., features)."""
         if not self.sparse:
@@ -196,16 +207,16 @@ class LinearData:
             weights: of shape (..., rows), such as zeros for the rows of a fold.
         """
         share = weights / weights.sum(-1, keepdim=True)
-        mean, square = self.collect(share), self._squares(share)
+        mean, square = self.collect(share), self.squares(share)
         if not self.intercept:
             return torch.zeros_like(mean), _deviations(square, square)
         return mean, _deviations(square - mean.square(), square)
 
-    def _squares(self, share: Tensor) -> Tensor:
-        """Return the weighted means of the squares of the standardised columns."""
+    def squares(self, weights: Tensor) -> Tensor:
+        """Return the sums of the squares of the standardised columns, (..., features), under weights (..., rows)."""
         if not self.sparse:
-            return share @ self.X.square()
-        flat = share.reshape(-1, self.rows)
+            return weights @ self.X.square()
+        flat = weights.reshape(-1, self.rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             squared = torch.sparse_csr_tensor(
@@ -213,7 +224,7 @@ class LinearData:
             )
         first, second = (self.Xt @ flat.T).T, (squared @ flat.T).T
         total = second - 2.0 * self.offset * first + self.offset.square() * flat.sum(1, keepdim=True)
-        return (total / self.scale.square()).reshape(*share.shape[:-1], self.features)
+        return (total / self.scale.square()).reshape(*weights.shape[:-1], self.features)
 
 
 def _blocks(size: int, like: Tensor) -> Sequence[Tensor]:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
+from bilevel.criteria.criterion import Array, Evaluation, Fit
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import factor
 from bilevel.criteria.penalties import Penalties
-from bilevel.criteria.splits import checked_folds, restricted
+from bilevel.criteria.splits import FoldCriterion, checked_folds, restricted
 from bilevel.problems.losses import Squared
 
 
@@ -30,7 +30,7 @@ class _Grams(NamedTuple):
     variance: Tensor  # of the training columns, (K, features); one where these are constant
 
 
-class RidgeFolds(Criterion):
+class RidgeFolds(FoldCriterion):
     """The mean squared error (halved) of ridge regression on held-out folds, from the Gram matrices of the folds.
 
     For every fold, with G and c the training rows' ``X'SX`` and ``X'Sy`` about their own means, and Gv, cv those of the
@@ -56,17 +56,6 @@ class RidgeFolds(Criterion):
         super().__init__(data, Squared(), penalties)
         self.folds = checked_folds(folds, data, self.loss)
         self.y = data.y.reshape(-1, data.rows)
-
-    @cached_property
-    def held_out(self) -> Tensor:
-        """The indices of the rows that losses are of, in their order."""
-        return torch.cat([held for _, held in self.folds])
-
-    @cached_property
-    def _share(self) -> Tensor:
-        """The part of the criterion that each held-out row has."""
-        weights = self.data.weights[self.held_out]
-        return weights / weights.sum()
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         grams, penalties, outputs = self._grams, self.penalties, len(self.y)
@@ -174,7 +163,7 @@ class RidgeFolds(Criterion):
         data, intercepts, outputs = self.data, self._intercepts(w), len(self.y)
         parts = [self._predicted(w[:, k], held) + intercepts[:, k, None] for k, (_, held) in enumerate(self.folds)]
         predictions, y = torch.cat(parts, 1), self.y[:, self.held_out]
-        weight = self._share * len(self.held_out) / outputs
+        weight = self.share / outputs
         slopes = weight * (predictions - y)
         losses = (0.5 * (predictions - y) * slopes).sum(0).double().cpu().numpy()
         shaped = (predictions, slopes, weight.expand(slopes.shape))

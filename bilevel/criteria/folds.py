@@ -1,0 +1,210 @@
+"""K-fold and hold-out of any generalised linear model, with exact gradients by one adjoint system for each fold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from bilevel.criteria import newton, newton_cg
+from bilevel.criteria.criterion import Array, Evaluation, Fit
+from bilevel.criteria.data import LinearData, Rows
+from bilevel.criteria.leverage import factor, factored, weighted_gram
+from bilevel.criteria.penalties import Penalties
+from bilevel.criteria.splits import FoldCriterion, checked_folds, restricted
+from bilevel.problems.losses import GLMLoss
+
+DIRECT = 400
+"""Coefficients, or rows, up to which Hessians of one output are factored."""
+FEW = 8
+"""Penalties up to which the Jacobian is exact where systems are solved by conjugate gradients."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """Fold models at some penalties, and how to solve systems with their Hessians."""
+
+    w: Tensor  # (K, p1) or (K, outputs, p1)
+    z: Tensor  # predictions of all rows
+    a: Tensor
+    kept: newton_cg.Preconditioner | None
+
+
+class KFold(FoldCriterion):
+    """The mean loss of held-out folds under the models of the other rows; a hold-out is one fold.
+
+    With ``w_k`` the model of fold k's training rows, ``H_k`` its Hessian and ``g_k`` the derivatives of the validation
+    losses by its coefficients,
+
+        dvalue/du_j = -sum_k a_kj w_kj (H_k^-1 g_k)_j
+
+    where a_kj is the penalty in the units of the data: every fold standardises columns by its own training rows.
+    Hessians of one output with few columns are factored, those of all folds at once; else Newton steps are solved by
+    conjugate gradients, which only multiply by X.
+
+    The Gauss-Newton matrix is that of the exact Jacobian, but for more than 8 penalties of several outputs, of many
+    columns or of sparse inputs, where the Hessian is that of the preconditioner.
+
+    Args:
+        data: the rows.
+        loss: of any number of outputs.
+        penalties: which coefficients share a penalty.
+        folds: pairs (training rows, validation rows), such as ``StratifiedKFold(5).split(X, y)`` of scikit-learn.
+        tol: relative decrease of the training objective that a model may be away from its minimum.
+
+    >>> import numpy as np
+    >>> from bilevel.problems import Logistic
+    >>> data = LinearData.of([[0.0], [1.0], [2.0], [3.0]], [0, 1, 0, 1], loss=Logistic())
+    >>> criterion = KFold(data, Logistic(), Penalties.scalar(1), [([0, 3], [1, 2]), ([1, 2], [0, 3])])
+    >>> round(criterion.evaluate(np.array([0.0])).value, 4)
+    1.4802
+    """
+
+    def __init__(
+        self, data: LinearData, loss: GLMLoss, penalties: Penalties, folds: Iterable[Any], *, tol: float = 1e-10
+    ) -> None:
+        super().__init__(data, loss, penalties)
+        self.folds, self.tol = checked_folds(folds, data, loss), tol
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """Those of the training rows of every fold, (K, rows); zeros for all others."""
+        masks = torch.zeros(len(self.folds), self.data.rows).to(self.data.weights)
+        for mask, (train, _) in zip(masks, self.folds, strict=True):
+            mask[train] = 1.0
+        return masks * self.data.weights
+
+    @cached_property
+    def _variance(self) -> Tensor:
+        """Of the training columns of every fold, (K, features); one where a column is constant."""
+        _, scale = self.data.moments(self._weights)
+        return scale.masked_fill(scale == 0, 1.0).square() if self.data.standardize else torch.ones_like(scale)
+
+    @cached_property
+    def _system(self) -> newton_cg.System:
+        return newton_cg.System(self.data, self.loss, self._weights)
+
+    @property
+    def _direct(self) -> bool:
+        data = self.data
+        return self.penalties.outputs is None and not data.sparse and min(data.features, data.rows) <= DIRECT
+
+    @cached_property
+    def _X1(self) -> Tensor:
+        return self.data.with_ones()
+
+    def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+        solved, data = self._solve(u, warm), self.data
+        z, y = self._held(solved.z), data.y[self.held_out]
+        count, weight = len(self.held_out), self.share if z.dim() == 1 else self.share[None]
+        slopes, curvatures = weight * self.loss.slope(z, y), self.loss.curvature(z, y)
+        losses = (self.share * self.loss.value(z, y)).double().cpu().numpy()
+        invert = self._inverses(solved)
+        adjoint = invert(self._system.collect(self._scattered(slopes / count, solved.z)), False)
+        moved = (solved.a * solved.w)[..., : data.features]
+        by_fold = -moved * adjoint[..., : data.features]
+        gradient = self.penalties.gather(by_fold.sum(0)).double().cpu().numpy()
+        gauss_newton = jacobian = None
+        if second:
+            jacobian = self._jacobian(moved, invert)
+            turned = self.share[:, None] * self._turned(curvatures, jacobian)
+            flat = jacobian.reshape(-1, self.penalties.size)
+            gauss_newton = (flat.T @ turned.reshape(flat.shape) / count).double().cpu().numpy()
+        curvatures = weight * curvatures if self.penalties.outputs is None else curvatures
+        value = float(losses.mean())
+        return Evaluation(value, gradient, gauss_newton, losses, z, slopes, curvatures, jacobian, solved)
+
+    def refit(self, u: Array, warm: Any = None) -> Fit:
+        # One fold that trains on all rows and validates on none.
+        whole = copy.copy(self)
+        for name in ("_weights", "_variance", "_system"):
+            whole.__dict__.pop(name, None)
+        every = torch.arange(self.data.rows)
+        whole.folds = [(every, every[:0])]
+        start = None if warm is None else replace(warm, w=warm.w.mean(0, keepdim=True))
+        return self._fit(whole._solve(u, start).w[0])
+
+    def fits(self, evaluation: Evaluation) -> list[tuple[Fit, Tensor]]:
+        return [(self._fit(w), held) for w, (_, held) in zip(evaluation.warm.w, self.folds, strict=True)]
+
+    def take(self, rows: Rows) -> Self:
+        folds = restricted(self.folds, rows, self.data.rows)
+        return type(self)(self.data.take(rows), self.loss, self.penalties, folds, tol=self.tol)
+
+    def _fit(self, w: Tensor) -> Fit:
+        if not self.data.intercept:
+            return self.given(w, w.new_zeros(w.shape[:-1]))
+        return self.given(w[..., :-1], w[..., -1])
+
+    def _penalties(self, u: Array) -> Tensor:
+        """Return those of every fold in the units of the data, zero for the intercept, (K, [outputs,] p1)."""
+        a = self.penalties.spread(u).exp().to(self._variance)
+        a = a * (self._variance if a.dim() == 1 else self._variance[:, None])
+        return torch.nn.functional.pad(a, (0, 1)) if self.data.intercept else a
+
+    def _solve(self, u: Array, warm: _Solved | None) -> _Solved:
+        a = self._penalties(u)
+        start = torch.zeros_like(a) if warm is None else warm.w.expand(a.shape)
+        if self._direct:
+            models = newton.solve(
+                *(self._X1, self.data.y, self.loss, self._weights, a, start),
+                intercept=self.data.intercept,
+                tol=self.tol,
+            )
+            return _Solved(models.w, models.z, a, None)
+        found = newton_cg.solve(self._system, a, start, None if warm is None else warm.kept, self.tol)
+        return _Solved(found.w, found.z, a, found.preconditioner)
+
+    def _inverses(self, solved: _Solved) -> Any:
+        """Return the function from right-hand sides (K, [outputs,] p1) to solutions.
+
+        Its second argument says whether a right-hand side is one of many, (K, ..., k), of a model that may be rough.
+        """
+        if not self._direct:
+            kept = solved.kept
+            assert kept is not None
+
+            def iterate(r: Tensor, rough: bool) -> Tensor:
+                if rough:
+                    return kept(r)
+                return newton_cg.inverse_product(self._system, solved.z, solved.a, kept, r, 0.1 * self.tol**0.5)
+
+            return iterate
+        d = self._weights * self.loss.curvature(solved.z, self.data.y)
+        if self._X1.shape[1] > self._X1.shape[0] + 1:
+            rows = [factored(self._X1, dk, ak, self.data.intercept) for dk, ak in zip(d, solved.a, strict=True)]
+            return lambda r, rough: torch.stack([one.solve(rk) for one, rk in zip(rows, r, strict=True)])
+        L = factor(weighted_gram(self._X1, d), solved.a)
+        return lambda r, rough: torch.cholesky_solve(r[..., None], L)[..., 0]
+
+    def _jacobian(self, moved: Tensor, invert: Any) -> Tensor:
+        """Return the derivatives of the held-out predictions, ([outputs,] held, k)."""
+        penalties, rough, columns = self.penalties, self.penalties.size > FEW, []
+        for each in range(penalties.size):
+            r = moved if penalties.size == 1 else moved * (penalties.owner == each).to(moved)
+            r = torch.nn.functional.pad(r, (0, 1)) if self.data.intercept else r
+            columns.append(self._held(self._system.product(-invert(r, rough))))
+        return torch.stack(columns, -1)
+
+    def _turned(self, curvatures: Tensor, jacobian: Tensor) -> Tensor:
+        """Return the products of the second derivatives with the Jacobian."""
+        if self.penalties.outputs is None:
+            return curvatures[:, None] * jacobian
+        return self.loss.hessian_product(curvatures, jacobian.movedim(-1, 0)).movedim(0, -1)
+
+    def _held(self, z: Tensor) -> Tensor:
+        """Return the predictions of the rows that each fold has not seen, ([outputs,] held), from those of all rows."""
+        return torch.cat([zk[..., held] for zk, (_, held) in zip(z, self.folds, strict=True)], -1)
+
+    def _scattered(self, values: Tensor, like: Tensor) -> Tensor:
+        """Return values of the held-out rows in their places of all rows, (K, [outputs,] rows), else zeros."""
+        result, start = torch.zeros_like(like), 0
+        for zk, (_, held) in zip(result, self.folds, strict=True):
+            zk[..., held] = values[..., start : start + len(held)]
+            start += len(held)
+        return result

@@ -1,0 +1,293 @@
+"""Newton's method by conjugate gradients for several weightings of the same rows at once; sparse inputs, any loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from bilevel.criteria.data import LinearData
+from bilevel.problems.losses import GLMLoss
+
+Product = Callable[[Tensor], Tensor]
+"""K matrices, as what they make of K vectors."""
+
+STEPS = 60
+"""Newton steps at most."""
+CG_STEPS = 500
+"""Steps of conjugate gradients at most."""
+SHORTEST = 1e-8
+"""The shortest part of a Newton step that is tried."""
+DENSE = 1500
+"""Unknowns up to which the preconditioner is a dense inverse, in float32."""
+LOW = 1e-3
+"""The accuracy of directions that are searched in float32."""
+REFINEMENTS = 8
+"""Refinements of a solution in full precision at most."""
+STALE = 12
+"""Steps of conjugate gradients in one Newton step after which the preconditioner is made anew."""
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products of K vectors of any shape, (K,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def spread(scalars: Tensor, like: Tensor) -> Tensor:
+    """Return K scalars in a shape that broadcasts to K vectors."""
+    return scalars.reshape(-1, *[1] * (like.dim() - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """The models of K weightings; coefficients (K, p1) or (K, outputs, p1) end with the intercept, if there is one.
+
+    Attributes:
+        data: the rows.
+        loss: of predictions (K, rows) or (K, outputs, rows).
+        weights: (K, rows).
+    """
+
+    data: LinearData
+    loss: GLMLoss
+    weights: Tensor
+
+    @cached_property
+    def X1(self) -> Tensor | None:
+        """Dense rows, with a last column of ones for the intercept, if there is one."""
+        return None if self.data.sparse else self.data.with_ones()
+
+    @cached_property
+    def low(self) -> Self:
+        """The same system in float32, in which directions are searched."""
+        return type(self)(self.data.to(torch.float32), self.loss, self.weights.float())
+
+    def product(self, w: Tensor) -> Tensor:
+        """Return the predictions of coefficients."""
+        if self.X1 is not None:
+            return w @ self.X1.T
+        return self.data.product(w[..., :-1]) + w[..., -1:] if self.data.intercept else self.data.product(w)
+
+    def collect(self, r: Tensor) -> Tensor:
+        """Return ``X1' r``."""
+        if self.X1 is not None:
+            return r @ self.X1
+        collected = self.data.collect(r)
+        return torch.cat([collected, r.sum(-1, keepdim=True)], -1) if self.data.intercept else collected
+
+    def weigh(self, r: Tensor) -> Tensor:
+        """Return ``S r``."""
+        return (self.weights if r.dim() == 2 else self.weights[:, None]) * r
+
+    def objective(self, w: Tensor, z: Tensor, a: Tensor) -> Tensor:
+        """Return the training objectives, (K,)."""
+        return (self.weights * self.loss.value(z, self.data.y)).sum(1) + 0.5 * dots(a * w, w)
+
+    def gradient(self, w: Tensor, z: Tensor, a: Tensor) -> Tensor:
+        """Return their gradients."""
+        return self.collect(self.weigh(self.loss.slope(z, self.data.y))) + a * w
+
+    def hessian(self, z: Tensor, a: Tensor) -> Product:
+        """Return the products with the Hessians at predictions z."""
+        curvature = self.loss.curvature(z, self.data.y)
+
+        def product(v: Tensor) -> Tensor:
+            return self.collect(self.weigh(self.loss.hessian_product(curvature, self.product(v)))) + a * v
+
+        return product
+
+
+class Preconditioner:
+    """The inverse of ``H0 + A`` with the Hessian H0 of the data at some predictions, of which K weightings share one.
+
+    Up to `DENSE` unknowns H0 is a dense matrix; above, its diagonal. All in float32.
+
+    Args:
+        system: the models.
+        z: their predictions; H0 is at the mean.
+    """
+
+    def __init__(self, system: System, z: Tensor) -> None:
+        z, loss, data = z.mean(0), system.loss, system.data
+        curvature = loss.curvature(z, data.y)
+        unit = torch.eye(z.shape[0]).to(z)[..., None].expand(-1, -1, z.shape[-1]) if z.dim() == 2 else None
+        blocks = curvature[None, None] if unit is None else loss.hessian_product(curvature, unit)
+        blocks = (blocks * system.weights.mean(0)).float()  # (outputs, outputs, rows)
+        # Of softmax, intercepts that all change alike change nothing.
+        self.shift = data.intercept and len(blocks) > 1 and bool((blocks.sum(1).abs() <= 1e-5).all())
+        self.X1 = system.low.X1
+        self.dense = self.X1 is not None and len(blocks) * self.X1.shape[1] <= DENSE
+        self.hessian = self._matrix(blocks) if self.dense else self._diagonal(system.low, blocks)
+        self.inverse = self.hessian
+
+    def bind(self, a: Tensor) -> None:
+        """Take the penalties of the models, (K, [outputs,] p1): their mean."""
+        mean = a.mean(0).float()
+        if not self.dense:
+            self.inverse = 1.0 / (self.hessian.reshape(mean.shape) + mean)
+            return
+        hessian = self.hessian.clone()
+        diagonal = hessian.diagonal()
+        if self.shift:
+            width = mean.shape[-1]
+            last = slice(width - 1, None, width)
+            hessian[last, last] += diagonal[last].mean()
+        diagonal += mean.reshape(-1) + 1e-6 * diagonal.mean()
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian)[0])
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """Return the product with K vectors."""
+        if self.dense:
+            return (r.flatten(1).float() @ self.inverse).to(r.dtype).reshape(r.shape)
+        return self.inverse * r
+
+    def settle(self, w: Tensor) -> Tensor:
+        """Take out of coefficients what all intercepts have in common, where that changes nothing."""
+        if self.shift:
+            w[..., -1] -= w[..., -1].mean(1, keepdim=True)
+        return w
+
+    def _matrix(self, blocks: Tensor) -> Tensor:
+        X1, outputs = self.X1, len(blocks)
+        assert X1 is not None
+        rows, width = X1.shape
+        hessian = X1.new_zeros(outputs, width, outputs, width)
+        for c in range(outputs):
+            rest = (X1.T * blocks[c, c:, None]).reshape(-1, rows) @ X1
+            hessian[c:, :, c] = rest.reshape(outputs - c, width, width)
+            hessian[c, :, c:] = hessian[c:, :, c].transpose(0, 1).clone()
+        return hessian.reshape(outputs * width, outputs * width)
+
+    def _diagonal(self, system: System, blocks: Tensor) -> Tensor:
+        own = blocks.diagonal().T
+        squares = system.data.squares(own)
+        return torch.cat([squares, own.sum(-1, keepdim=True)], -1) if system.data.intercept else squares
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+    r: Tensor,
+    tol: Tensor,
+    most: int = CG_STEPS,
+) -> tuple[Tensor, int]:
+    """Return ``H^-1 r`` of K systems, and the steps.
+
+    Args:
+        product: with the matrices.
+        inverse: the preconditioner.
+        r: right-hand sides.
+        tol: (K,) or (), by how much the preconditioned norm of each residual has to fall.
+        most: steps at most.
+    """
+    x = torch.zeros_like(r)
+    z = inverse(r)
+    p, rz = z, dots(r, z)
+    enough = tol.square() * rz
+    for step in range(most):
+        done = rz <= enough
+        if bool(done.all()):
+            return x, step
+        q = product(p)
+        # Those that are done wait for the others.
+        alpha = spread((rz / dots(p, q)).masked_fill(done, 0.0), r)
+        x, r = x + alpha * p, r - alpha * q
+        z = inverse(r)
+        new = dots(r, z)
+        p = z + spread((new / rz).masked_fill(done, 0.0), r) * p
+        rz = new
+    return x, most
+
+
+def inverse_product(system: System, z: Tensor, a: Tensor, inverse: Preconditioner, r: Tensor, tol: float) -> Tensor:
+    """Return ``H^-1 r`` with the Hessians at predictions z: conjugate gradients in float32, refined in full precision.
+
+    Args:
+        system: the models.
+        z: predictions.
+        a: penalties.
+        inverse: the preconditioner.
+        r: right-hand sides.
+        tol: by how much the preconditioned norm of each residual has to fall.
+    """
+    product, quick = system.hessian(z, a), system.low.hessian(z.float(), a.float())
+    x, first, left = torch.zeros_like(r), dots(r, inverse(r)), r
+    for _ in range(REFINEMENTS):
+        rest = dots(left, inverse(left))
+        if bool((rest <= tol**2 * first).all()):
+            break
+        size = spread(left.flatten(1).norm(dim=1).clamp_min(torch.finfo(r.dtype).tiny), r)
+        needed = (tol**2 * first / rest.clamp_min(torch.finfo(r.dtype).tiny)).sqrt().clamp_min(LOW)
+        x = x + conjugate_gradients(quick, inverse, (left / size).float(), needed.float())[0].to(r.dtype) * size
+        left = r - product(x)
+    return inverse.settle(x)
+
+
+@dataclass
+class Solved:
+    """Solved models.
+
+    Attributes:
+        w: coefficients.
+        z: predictions.
+        preconditioner: bound to the penalties.
+        work: products with the Hessians that were made.
+    """
+
+    w: Tensor
+    z: Tensor
+    preconditioner: Preconditioner
+    work: int
+
+
+def solve(system: System, a: Tensor, start: Tensor, kept: Preconditioner | None, tol: float) -> Solved:
+    """Return the models at penalties a, by Newton's method.
+
+    Args:
+        system: the models.
+        a: penalties, shaped as the coefficients.
+        start: coefficients.
+        kept: a preconditioner of a solve near by.
+        tol: the squared preconditioned gradient is then below this part of the objective.
+    """
+    w, z, low = start, system.product(start), a.float()
+    fresh = kept is None
+    inverse = Preconditioner(system, z) if kept is None else copy.copy(kept)
+    inverse.bind(a)
+    value, work = system.objective(w, z, a), 0
+    before = last = torch.full_like(value, torch.inf)
+    for _ in range(STEPS):
+        gradient = system.gradient(w, z, a)
+        relative = dots(gradient, inverse(gradient)) / (value + 1e-12 * z.shape[-1])
+        # Near rounding errors the objective says nothing any more, and at last neither does the gradient.
+        if bool(((relative <= tol) | ((value >= before) & (relative > 0.5 * last))).all()):
+            break
+        # As far as a Newton step is worth it, but not beyond what is asked for.
+        eta = torch.maximum(relative, 0.1 * tol / relative).sqrt().clamp(LOW, 0.3)
+        size = spread(gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(a.dtype).tiny), gradient)
+        most, product = CG_STEPS if fresh else STALE, system.low.hessian(z.float(), low)
+        step, steps = conjugate_gradients(product, inverse, (gradient / size).float(), eta.float(), most)
+        step = inverse.settle(step.to(w.dtype) * size)
+        work, before, last = work + steps, value, relative
+        w, z, value = _searched(system, a, w, z, value, step, dots(gradient, step))
+        if steps >= STALE and not fresh:
+            inverse, fresh = Preconditioner(system, z), True
+            inverse.bind(a)
+    return Solved(w, z, inverse, work)
+
+
+def _searched(system: System, a: Tensor, w: Tensor, z: Tensor, value: Tensor, step: Tensor, decrease: Tensor) -> Any:
+    """Return the ends of Newton steps, halved until the objective falls, with predictions and objectives."""
+    dz, length = system.product(step), torch.ones_like(value)
+    while True:
+        there, predicted = w - spread(length, w) * step, z - spread(length, z) * dz
+        new = system.objective(there, predicted, a)
+        rose = ~(new <= value - 1e-4 * length * decrease + 1e-12 * value.abs()) & (length > SHORTEST)
+        if not bool(rose.any()):
+            return there, predicted, new
+        length = torch.where(rose, 0.5 * length, length)
