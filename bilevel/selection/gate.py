@@ -73,14 +73,19 @@ def one_se(losses: Array) -> int:
     return int(np.flatnonzero(excess <= error)[0])
 
 
-def kappa_of(loss: GLMLoss, losses: Array) -> float:
-    """Return the standard errors that a gain must have: 1; 2 where rows are nearly separated.
+def kappa_of(loss: GLMLoss, losses: Array, penalties: int) -> float:
+    """Return the standard errors that a gain must have: 1; 2 where it is easily a mistake, and a costly one.
+
+    That is where rows are nearly separated, so that few carry the loss and its standard error is too small, and with
+    more than half as many penalties as rows, where true gains are many standard errors and a false one fits the rows.
 
     Args:
         loss: of a row.
         losses: honest losses of rows under one penalty, (rows,).
+        penalties: how many there are.
     """
-    return 2.0 if loss.separable and float(losses.sum()) < FEW_NATS else 1.0
+    separated = loss.separable and float(losses.sum()) < FEW_NATS
+    return 2.0 if separated or 2 * penalties > len(losses) else 1.0
 
 
 def choose(losses: Array, kappa: float, rule: Rule = "best") -> Choice:

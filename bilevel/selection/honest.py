@@ -15,10 +15,8 @@ from tqdm import tqdm
 
 from bilevel.criteria.criterion import Array, Criterion, Fit
 from bilevel.criteria.data import LinearData
-from bilevel.selection.path import PathPoint, path
+from bilevel.selection.path import TOL, PathPoint, path
 
-COARSE_STEPS, COARSE_TOL = 3, 3e-3
-"""How far the paths of the folds are followed at every tau: honest losses are as good as those of converged paths."""
 LEAST = 0.05
 """One minus the influence of a row on its own hyperparameters is at least this."""
 
@@ -49,8 +47,8 @@ def nested(
     taus: Sequence[float],
     *,
     anchored: bool,
-    steps: int = COARSE_STEPS,
-    tol: float = COARSE_TOL,
+    steps: int | None = None,
+    tol: float = TOL,
     candidates: Array | None = None,
     score: Score | None = None,
     n_jobs: int | None = None,
@@ -67,7 +65,7 @@ def nested(
         folds: pairs of indices, (training rows, rows held out).
         taus: of the path, decreasing.
         anchored: see `path`.
-        steps: the most steps at every tau.
+        steps: the most steps at every tau; None for `STEPS` of them.
         tol: relative gain at which each descent ends.
         candidates: see `path`.
         score: of a model on rows that it has not seen, the larger the better, (fit, indices) -> float. Its negative

@@ -15,6 +15,8 @@ from bilevel.selection.scalar import best_penalty
 TAUS = (1.0, 0.3, 0.1, 0.03, 0.01)
 MANY_ROWS = (0.003, 0.001)
 """Weaker hyperpriors, for more than ten rows for each penalty."""
+STEPS, TOL = 3, 3e-3
+"""How far each descent goes. Penalties that are descended further fit the rows more, and do not predict better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class PathPoint:
         evaluation: the criterion there; of the first point, that by the one penalty.
         evaluations: how many it took.
         prior: None for the first point.
-        converged: whether the descent to it ended before its steps were used up.
+        converged: whether the descent to it ended before the steps that were asked for were used up.
     """
 
     tau: float
@@ -47,8 +49,8 @@ def path(
     criterion: Criterion,
     taus: Sequence[float] | None = None,
     *,
-    tol: float = 1e-4,
-    steps: int = 25,
+    tol: float = TOL,
+    steps: int | None = None,
     anchored: bool | None = None,
     candidates: Array | None = None,
     start: float | None = None,
@@ -63,7 +65,7 @@ def path(
         criterion: of the penalties.
         taus: decreasing; None for `default_taus`.
         tol: relative gain at which each descent ends.
-        steps: the most steps of each.
+        steps: the most steps of each; None for `STEPS`, after which a descent has done what it is to do.
         anchored: whether m is the best single penalty; None: see above.
         candidates: log penalties of which the single one is the best; None for any.
         start: a log penalty that the search of the single one begins at; None for a scan.
@@ -78,7 +80,7 @@ def path(
     warm, unit = single.evaluation.warm, criterion.unit
     for tau in default_taus(data.rows, penalties.size) if taus is None else taus:
         prior = Hyperprior(tau * unit, penalties.weights, float(single.u[0]) if anchored else None)
-        tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm)
+        tuned = tune(criterion, u, prior, tol=tol, steps=STEPS if steps is None else steps, warm=warm)
         u, warm = tuned.u, tuned.evaluation.warm
-        points.append(PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged))
+        points.append(PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged or steps is None))
     return points

@@ -12,7 +12,7 @@ from bilevel.criteria.criterion import Array, Criterion
 from bilevel.selection.folds import make_folds
 from bilevel.selection.gate import Choice, Rule, choose, kappa_of
 from bilevel.selection.honest import Fold, HonestLosses, Score, nested, second_level
-from bilevel.selection.path import default_taus, path
+from bilevel.selection.path import TOL, default_taus, path
 from bilevel.selection.selected import Selected, nodes_of, remarks_of
 
 Guard = Literal["auto", "best", "one_se", "off"]
@@ -30,8 +30,8 @@ def penalty_cv(
     taus: Sequence[float] | None = None,
     kappa: float | None = None,
     anchored: bool | None = None,
-    tol: float = 1e-4,
-    steps: int = 25,
+    tol: float = TOL,
+    steps: int | None = None,
     candidates: Array | None = None,
     start: float | None = None,
     score: Score | None = None,
@@ -48,8 +48,8 @@ def penalty_cv(
     Args:
         criterion: what is descended: of the data, with the penalties.
         guard: "best" lets the node with the least honest loss through the gate, "one_se" the first node within one
-            standard error of it; "auto" takes the second where there are more than half as many penalties as rows, or
-            with honest="alo". "off" takes the last node, without an outer loop.
+            standard error of it; "auto" takes the second where there are as many penalties as rows, or with
+            honest="alo". "off" takes the last node, without an outer loop.
         honest: how honest losses are taken: by "nested" folds ("auto"), or by approximate leave-one-out of the tuning
             itself, "alo", which costs no refit, for at most half as many penalties as rows.
         folds: of the outer loop: how many, shuffled and stratified by class, or pairs of indices, (training rows, rows
@@ -58,11 +58,12 @@ def penalty_cv(
         ordered: whether contiguous blocks of rows are held out; for a number of `folds`.
         taus: weights of the hyperprior, decreasing; None for 1 to 0.01, and down to 0.001 where there are more than
             ten rows for each penalty.
-        kappa: standard errors of the gain that open the gate; None for 1, and 2 where rows are nearly separated.
+        kappa: standard errors of the gain that open the gate; None for 1, and 2 where rows are nearly separated or
+            penalties are more than half as many: see `kappa_of`.
         anchored: whether the hyperprior holds penalties at the single best one, not at their mean; None: where there
             are as many features as rows.
-        tol: relative gain at which each descent ends.
-        steps: the most steps of each.
+        tol: relative gain at which each descent ends, on all rows and in the folds alike.
+        steps: the most steps of each; None for the few after which penalties begin to fit the rows: see `path`.
         candidates: log penalties, of which the one penalty, where the path begins, is the best; None for any.
         start: a log penalty that the search of the one begins at, in place of a scan; for all rows only.
         score: what the outer loop chooses by in place of the loss: see `nested`.
@@ -103,15 +104,15 @@ def penalty_cv(
             losses = nested(
                 *(criterion, pairs, taus),
                 anchored=anchored,
+                steps=steps,
+                tol=tol,
                 candidates=candidates,
                 score=score,
                 n_jobs=n_jobs,
                 progress=progress,
             )
         if kappa is None:
-            kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0])
-            if kappa > 1:
-                remarks.append("rows are nearly separated, few carry the loss: a gain must be two standard errors.")
+            kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0], size)
         rule = _rule(guard, honest, size, data.rows)
         choice = choose(losses.losses, kappa, rule)
         chosen = choice.node
@@ -165,7 +166,7 @@ def _rule(guard: Guard, honest: Honest, size: int, rows: int) -> Rule:
     """Return what an open gate lets through."""
     if guard == "best" or guard == "one_se":
         return guard
-    return "one_se" if honest == "alo" or 2 * size > rows else "best"
+    return "one_se" if honest == "alo" or size >= rows else "best"
 
 
 def _risk(size: int, rows: int) -> str:

@@ -36,8 +36,8 @@ SELECTION = (
     Break(
         "kappa-of-nearly-separated-rows",
         "bilevel/selection/gate.py",
-        "return 2.0 if loss.separable and",
-        "return 1.0 if loss.separable and",
+        "if separated or 2 * penalties",
+        "if 2 * penalties",
         "test_gate.py",
     ),
     Break(

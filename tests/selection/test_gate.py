@@ -49,8 +49,9 @@ def test_nodes_that_fail_are_never_taken() -> None:
     assert choice.gates[[1, 3]].tolist() == [0.0, 0.0]
 
 
-def test_nearly_separated_rows_need_two_standard_errors() -> None:
+def test_gains_that_are_easily_mistaken_need_two_standard_errors() -> None:
     for loss in (Logistic(), Softmax(), SquaredHinge()):
-        assert kappa_of(loss, np.full(100, 0.49)) == 2.0
-        assert kappa_of(loss, np.full(100, 0.51)) == 1.0
-    assert kappa_of(Squared(), np.full(100, 0.01)) == 1.0
+        assert kappa_of(loss, np.full(100, 0.49), 50) == 2.0
+        assert kappa_of(loss, np.full(100, 0.51), 50) == 1.0
+    assert kappa_of(Squared(), np.full(100, 0.01), 50) == 1.0
+    assert kappa_of(Squared(), np.full(100, 1.0), 51) == 2.0

@@ -116,7 +116,8 @@ def test_more_penalties_than_rows_without_an_outer_loop_are_warned_of() -> None:
         found = penalty_cv(wide, guard="off", taus=(0.3,))
     assert caught[0].filename == __file__
     assert any("without an outer loop" in remark for remark in found.remarks)
-    assert penalty_cv(wide, taus=(0.3,)).rule == "one_se"
+    guarded = penalty_cv(wide, taus=(0.3,))
+    assert (guarded.rule, guarded.choice.kappa) == ("one_se", 2.0)
 
 
 @pytest.mark.parametrize(
