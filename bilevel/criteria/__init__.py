@@ -1,6 +1,7 @@
 """Criteria of linear models in closed form: what tuned penalties are judged by, with exact derivatives."""
 
 from bilevel.criteria.approximate import ApproximateLeaveOneOut as ApproximateLeaveOneOut
+from bilevel.criteria.choose import choose_criterion as choose_criterion
 from bilevel.criteria.criterion import Criterion as Criterion
 from bilevel.criteria.criterion import Evaluation as Evaluation
 from bilevel.criteria.criterion import Fit as Fit
