@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +15,23 @@ from tqdm import tqdm
 
 from bilevel.criteria.criterion import Array, Criterion, Fit
 from bilevel.criteria.data import LinearData
-from bilevel.selection.path import TOL, PathPoint, path
+from bilevel.selection.gate import paired
+from bilevel.selection.path import PathPoint, follow
 
 LEAST = 0.05
 """One minus the influence of a row on its own hyperparameters is at least this."""
 
 Fold = tuple[Any, Any]
 """Indices of the training rows, and of the rows held out."""
-FoldLosses = tuple[Array, NDArray[np.intp], int]
 Score = Callable[[Fit, NDArray[np.intp]], float]
+
+
+class FoldLosses(NamedTuple):
+    """What a node has in a fold: weighted losses of the rows held out, their indices, and evaluations."""
+
+    losses: Array
+    rows: NDArray[np.intp]
+    evaluations: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,56 +55,72 @@ def nested(
     taus: Sequence[float],
     *,
     anchored: bool,
-    steps: int | None = None,
-    tol: float = TOL,
-    candidates: Array | None = None,
     score: Score | None = None,
     n_jobs: int | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> HonestLosses:
     """Return losses of held-out rows after the whole tuning, its one penalty included, of the other rows of a fold.
 
     Everything begins anew in every fold: a start at the penalties of all rows would know the rows held out. A row that
-    several folds hold out has its mean loss; rows that none holds out, or whose
-    class its fold does not know, have none.
+    several folds hold out has its mean loss; rows that none holds out, or whose class its fold does not know, have
+    none. All folds go through the path side by side, until their loss has clearly risen: weaker hyperpriors are worse.
 
     Args:
         criterion: of all rows.
         folds: pairs of indices, (training rows, rows held out).
         taus: of the path, decreasing.
         anchored: see `path`.
-        steps: the most steps at every tau; None for `STEPS` of them.
-        tol: relative gain at which each descent ends.
-        candidates: see `path`.
         score: of a model on rows that it has not seen, the larger the better, (fit, indices) -> float. Its negative
             takes the place of the losses, with one for every fold in place of every row.
         n_jobs: of joblib, over folds; None for one.
         progress: whether a line shows it.
+        options: see `path`.
 
     Raises:
         ValueError: in one sentence, where a fold cannot be fitted.
     """
-    follow = partial(path, taus=taus, anchored=anchored, steps=steps, tol=tol, candidates=candidates)
+    walk: Callable[..., Iterator[FoldLosses]] = partial(
+        _fold_losses, criterion, taus=taus, score=score, anchored=anchored, **options
+    )
     pairs = [_indices(fold, index, criterion) for index, fold in enumerate(folds)]
-    tasks = [(criterion, train, held, follow, score) for train, held in pairs]
-    found: Iterable[FoldLosses]
+    walks: Sequence[Iterable[FoldLosses]]
     if n_jobs in (None, 1):
-        found = (_fold_losses(*task) for task in tasks)
+        walks = [walk(*pair) for pair in pairs]
     else:
         from joblib import Parallel, delayed
 
-        found = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(_fold_losses)(*task) for task in tasks)
-    results = list(tqdm(found, total=len(tasks), disable=not progress, unit="fold", desc="outer loop"))
-    if score is not None:
-        scores = np.concatenate([each[0] for each in results], axis=1)
-        return HonestLosses(scores, np.arange(len(results)), sum(each[2] for each in results))
-    total, count = np.zeros((len(taus) + 1, criterion.data.rows)), np.zeros(criterion.data.rows)
-    for losses, rows, _ in results:
-        total[:, rows] += losses
-        count[rows] += 1
-    rows = np.flatnonzero(count)
-    weights = criterion.data.weights.cpu().numpy()[rows]
-    return HonestLosses(total[:, rows] / count[rows] / weights.mean(), rows, sum(each[2] for each in results))
+        walks = Parallel(n_jobs=n_jobs)(delayed(_listed)(walk, *pair) for pair in pairs)
+    count, weights = np.zeros(criterion.data.rows), criterion.data.weights.cpu().numpy()
+    losses: list[Array] = []
+    evaluations = 0
+    steps = zip(*walks, strict=True)
+    for found in tqdm(steps, total=len(taus) + 1, disable=not progress, unit="node", desc="outer loop"):
+        evaluations += sum(each.evaluations for each in found)
+        if score is not None:
+            losses.append(np.concatenate([each.losses for each in found]))
+            continue
+        total = np.zeros_like(count)
+        for each in found:
+            total[each.rows] += each.losses
+            count[each.rows] += not losses
+        rows = np.flatnonzero(count)
+        losses.append(total[rows] / count[rows] / weights[rows].mean())
+        if has_risen(losses):
+            break
+    rows = np.arange(len(pairs)) if score is not None else rows
+    return HonestLosses(np.stack(losses), rows, evaluations)
+
+
+def has_risen(losses: Sequence[Array]) -> bool:
+    """Return whether the last node is worse than the best before it by more than a standard error.
+
+    Args:
+        losses: of rows, for every node so far.
+    """
+    best = min(losses, key=lambda each: float(each.mean()))
+    excess, error = paired(losses[-1], best)
+    return bool(excess > error)
 
 
 def _indices(fold: Fold, index: int, criterion: Criterion) -> tuple[Tensor, Tensor]:
@@ -114,25 +138,33 @@ def _indices(fold: Fold, index: int, criterion: Criterion) -> tuple[Tensor, Tens
     return train, held
 
 
-def _fold_losses(criterion: Criterion, train: Tensor, held: Tensor, follow: Any, score: Score | None) -> FoldLosses:
-    """Return weighted losses of the rows that a fold holds out, (nodes, rows), their indices, and evaluations.
+def _fold_losses(
+    criterion: Criterion, train: Tensor, held: Tensor, score: Score | None, **options: Any
+) -> Iterator[FoldLosses]:
+    """Yield the losses of the rows that a fold holds out, node by node.
 
     Args:
         criterion: of all rows.
         train: indices of the training rows.
         held: indices of the rows held out.
-        follow: from a criterion to the points of its path.
         score: see `nested`.
+        options: of `follow`.
     """
     part, y = criterion.take(train), criterion.data.y
     if criterion.loss.separable:
         held = held[torch.isin(y[held], y[train])]
-    nodes = follow(part)
-    fits, evaluations = [part.refit(node.u, node.evaluation.warm) for node in nodes], sum(n.evaluations for n in nodes)
-    if score is not None:
-        return -np.array([[score(fit, held.numpy())] for fit in fits]), held.numpy(), evaluations
-    losses = torch.stack([_losses(criterion, fit)[held] for fit in fits])
-    return losses.double().cpu().numpy(), held.numpy(), evaluations
+    rows = held.numpy()
+    for node in follow(part, **options):
+        fit = part.refit(node.u, node.evaluation.warm)
+        losses = (
+            _losses(criterion, fit)[held].double().cpu().numpy() if score is None else np.array([-score(fit, rows)])
+        )
+        yield FoldLosses(losses, rows, node.evaluations)
+
+
+def _listed(walk: Callable[..., Iterable[FoldLosses]], *pair: Tensor) -> list[FoldLosses]:
+    """Return all that a fold yields, for a process of its own."""
+    return list(walk(*pair))
 
 
 def _losses(criterion: Criterion, fit: Fit) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ TAUS = (1.0, 0.3, 0.1, 0.03, 0.01)
 MANY_ROWS = (0.003, 0.001)
 """Weaker hyperpriors, for more than ten rows for each penalty."""
 STEPS, TOL = 3, 3e-3
-"""How far each descent goes. Penalties that are descended further fit the rows more, and do not predict better."""
+"""How far each descent of tuned penalties goes: those that go further fit the rows more, and do not predict better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +46,34 @@ def default_taus(rows: int, penalties: int) -> tuple[float, ...]:
     return TAUS + (MANY_ROWS if rows > 10 * penalties else ())
 
 
-def path(
+def follow(
     criterion: Criterion,
-    taus: Sequence[float] | None = None,
+    taus: Sequence[float],
     *,
-    tol: float = TOL,
-    steps: int | None = None,
-    anchored: bool | None = None,
+    anchored: bool,
+    tol: float = 1e-6,
+    steps: int = 25,
+    converge: bool = False,
     candidates: Array | None = None,
     start: float | None = None,
+) -> Iterator[PathPoint]:
+    """Yield the points of `path`, each when it is asked for."""
+    penalties = criterion.penalties
+    single = best_penalty(criterion, candidates=candidates, start=start, tol=tol, steps=steps)
+    u, warm, unit = np.full(penalties.size, single.u[0]), single.evaluation.warm, criterion.unit
+    yield PathPoint(math.inf, u, single.evaluation, single.evaluations, converged=single.converged)
+    if penalties.size == 1:
+        return
+    tol, steps = (tol, steps) if converge else (TOL, STEPS)
+    for tau in taus:
+        prior = Hyperprior(tau * unit, penalties.weights, float(single.u[0]) if anchored else None)
+        tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm)
+        u, warm = tuned.u, tuned.evaluation.warm
+        yield PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged or not converge)
+
+
+def path(
+    criterion: Criterion, taus: Sequence[float] | None = None, *, anchored: bool | None = None, **options: Any
 ) -> list[PathPoint]:
     """Return the tuned penalties for one penalty, and then for every tau, each from the one before it.
 
@@ -64,23 +84,16 @@ def path(
     Args:
         criterion: of the penalties.
         taus: decreasing; None for `default_taus`.
-        tol: relative gain at which each descent ends.
-        steps: the most steps of each; None for `STEPS`, after which a descent has done what it is to do.
         anchored: whether m is the best single penalty; None: see above.
-        candidates: log penalties of which the single one is the best; None for any.
-        start: a log penalty that the search of the single one begins at; None for a scan.
+        options: `tol`, relative gain at which the descent of the single penalty ends, and `steps`, its most steps;
+            `converge`, whether tuned penalties are descended as far, and not only by the few steps after which they
+            begin to fit the rows; `candidates`, log penalties of which the single one is the best; `start`, a log
+            penalty that its search begins at in place of a scan.
     """
-    penalties, data = criterion.penalties, criterion.data
-    single = best_penalty(criterion, candidates=candidates, start=start)
-    u = np.full(penalties.size, single.u[0])
-    points = [PathPoint(math.inf, u, single.evaluation, single.evaluations, converged=single.converged)]
-    if penalties.size == 1:
-        return points
-    anchored = data.features >= data.rows if anchored is None else anchored
-    warm, unit = single.evaluation.warm, criterion.unit
-    for tau in default_taus(data.rows, penalties.size) if taus is None else taus:
-        prior = Hyperprior(tau * unit, penalties.weights, float(single.u[0]) if anchored else None)
-        tuned = tune(criterion, u, prior, tol=tol, steps=STEPS if steps is None else steps, warm=warm)
-        u, warm = tuned.u, tuned.evaluation.warm
-        points.append(PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged or steps is None))
-    return points
+    taus = default_taus(criterion.data.rows, criterion.penalties.size) if taus is None else taus
+    return list(follow(criterion, taus, anchored=is_wide(criterion) if anchored is None else anchored, **options))
+
+
+def is_wide(criterion: Criterion) -> bool:
+    """Return whether there are as many features as rows."""
+    return criterion.data.features >= criterion.data.rows

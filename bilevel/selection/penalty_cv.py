@@ -12,7 +12,7 @@ from bilevel.criteria.criterion import Array, Criterion
 from bilevel.selection.folds import make_folds
 from bilevel.selection.gate import Choice, Rule, choose, kappa_of
 from bilevel.selection.honest import Fold, HonestLosses, Score, nested, second_level
-from bilevel.selection.path import TOL, default_taus, path
+from bilevel.selection.path import default_taus, is_wide, path
 from bilevel.selection.selected import Selected, nodes_of, remarks_of
 
 Guard = Literal["auto", "best", "one_se", "off"]
@@ -30,8 +30,8 @@ def penalty_cv(
     taus: Sequence[float] | None = None,
     kappa: float | None = None,
     anchored: bool | None = None,
-    tol: float = TOL,
-    steps: int | None = None,
+    tol: float = 1e-6,
+    steps: int = 25,
     candidates: Array | None = None,
     start: float | None = None,
     score: Score | None = None,
@@ -62,8 +62,9 @@ def penalty_cv(
             penalties are more than half as many: see `kappa_of`.
         anchored: whether the hyperprior holds penalties at the single best one, not at their mean; None: where there
             are as many features as rows.
-        tol: relative gain at which each descent ends, on all rows and in the folds alike.
-        steps: the most steps of each; None for the few after which penalties begin to fit the rows: see `path`.
+        tol: relative gain at which the descent of the one penalty ends, and without an outer loop any. With one, tuned
+            penalties take the few steps after which they begin to fit the rows, in the folds as on all rows.
+        steps: the most steps of such a descent.
         candidates: log penalties, of which the one penalty, where the path begins, is the best; None for any.
         start: a log penalty that the search of the one begins at, in place of a scan; for all rows only.
         score: what the outer loop chooses by in place of the loss: see `nested`.
@@ -87,30 +88,22 @@ def penalty_cv(
     data, size = criterion.data, criterion.penalties.size
     _check(criterion, guard, honest)
     taus = default_taus(data.rows, size) if taus is None else tuple(taus)
-    anchored = data.features >= data.rows if anchored is None else anchored
+    anchored = is_wide(criterion) if anchored is None else anchored
     guarded = size > 1 and guard != "off"
     pairs: tuple[Fold, ...] = ()
     if guarded and honest != "alo":
         pairs = tuple(_folds(criterion, folds, groups, ordered, random_state))
-    points = path(criterion, taus, tol=tol, steps=steps, anchored=anchored, candidates=candidates, start=start)
+    options: dict[str, Any] = {"anchored": anchored, "candidates": candidates, "tol": tol, "steps": steps}
     losses: HonestLosses | None = None
     choice: Choice | None = None
+    if pairs:
+        losses = nested(criterion, pairs, taus, score=score, n_jobs=n_jobs, progress=progress, **options)
+        taus = taus[: len(losses.losses) - 1]
+    points = path(criterion, taus, start=start, converge=not guarded, **options)
     chosen, remarks = len(points) - 1, []
     rule: Rule | Literal["last"] = "last"
     if guarded:
-        if honest == "alo":
-            losses = second_level(criterion, points)
-        else:
-            losses = nested(
-                *(criterion, pairs, taus),
-                anchored=anchored,
-                steps=steps,
-                tol=tol,
-                candidates=candidates,
-                score=score,
-                n_jobs=n_jobs,
-                progress=progress,
-            )
+        losses = second_level(criterion, points) if losses is None else losses
         if kappa is None:
             kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0], size)
         rule = _rule(guard, honest, size, data.rows)

@@ -20,7 +20,7 @@ def best_penalty(
     candidates: Array | None = None,
     start: float | None = None,
     tol: float = 1e-6,
-    steps: int = 15,
+    steps: int = 25,
 ) -> Tuned:
     """Return the single penalty of all coefficients with the least criterion: a coarse scan, then a descent.
 

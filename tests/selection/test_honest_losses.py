@@ -10,8 +10,8 @@ from scipy.optimize import minimize
 from selection_cases import ridge, table
 
 from bilevel.criteria import LinearData, Penalties, RidgeLeaveOneOut
-from bilevel.selection import Hyperprior, make_folds, nested, path, second_level, tune
-from bilevel.selection.honest import predictions
+from bilevel.selection import Hyperprior, make_folds, nested, path, penalty_cv, second_level, tune
+from bilevel.selection.honest import has_risen, predictions
 
 TAUS = (0.3, 0.03)
 
@@ -35,8 +35,8 @@ def blind(kind: type[RidgeLeaveOneOut]) -> bool:
         moved[held] += 2.0
         after = nested(kind(LinearData.of(X, moved), Penalties.feature(4)), folds, TAUS, anchored=False).losses
         # (z - y - 2)^2 / 2 - (z - y)^2 / 2 = 2 - 2 (z - y), for the same prediction z.
-        error = 1.0 - (after - before)[:, held] / 2.0
-        same.append(np.allclose(0.5 * error**2, before[:, held], rtol=1e-9, atol=1e-9))
+        error = 1.0 - (after[:2] - before[:2])[:, held] / 2.0
+        same.append(np.allclose(0.5 * error**2, before[:2, held], rtol=1e-9, atol=1e-9))
     return all(same)
 
 
@@ -91,6 +91,22 @@ def test_a_fold_without_rows_is_refused(part: int) -> None:
         nested(ridge(30, 3), [(np.arange(10), np.arange(10, 30)), tuple(fold)], TAUS, anchored=False)
 
 
+def test_folds_follow_the_path_until_their_loss_has_clearly_risen() -> None:
+    X, _ = table(50, 12)
+    y = X @ np.ones(12) + 4.0 * np.random.default_rng(7).standard_normal(50)
+    criterion = RidgeLeaveOneOut(LinearData.of(X, y), Penalties.feature(12))
+    taus = (0.1, 0.01, 0.003, 0.001, 1e-4)
+    found = nested(criterion, make_folds(50, 5), taus, anchored=False)
+    nodes = len(found.losses)
+    assert nodes < 6
+    assert has_risen(list(found.losses))
+    assert not any(has_risen(list(found.losses[:n])) for n in range(1, nodes))
+    side_by_side = nested(criterion, make_folds(50, 5), taus, anchored=False, n_jobs=2)
+    np.testing.assert_array_equal(side_by_side.losses, found.losses)
+    assert side_by_side.evaluations == found.evaluations
+    assert len(penalty_cv(criterion, taus=taus).nodes) == nodes
+
+
 def without_its_term(criterion: RidgeLeaveOneOut, prior: Hyperprior, start: Any, row: int) -> float:
     """Return the leave-one-out loss of a row under penalties that were tuned with all other rows' losses."""
     rows = criterion.data.rows
@@ -107,7 +123,7 @@ def without_its_term(criterion: RidgeLeaveOneOut, prior: Hyperprior, start: Any,
 
 def test_the_second_level_is_the_tuning_without_a_row_to_first_order() -> None:
     criterion = ridge(30, 3, useful=1)
-    scalar, point = path(criterion, (0.1,), tol=1e-10, steps=100)
+    scalar, point = path(criterion, (0.1,), tol=1e-10, steps=100, converge=True)
     found = second_level(criterion, [scalar, point])
     exact = np.array([without_its_term(criterion, point.prior, point.u, row) for row in range(30)])
     plain, honest = point.evaluation.losses, found.losses[1]
@@ -119,7 +135,7 @@ def test_the_second_level_is_the_tuning_without_a_row_to_first_order() -> None:
 
 def test_the_second_level_is_near_refits_of_the_whole_tuning_and_no_less() -> None:
     criterion = ridge(30, 3, useful=1)
-    _, point = path(criterion, (0.1,), tol=1e-8, steps=100)
+    _, point = path(criterion, (0.1,), tol=1e-8, steps=100, converge=True)
     losses = []
     for row in range(30):
         part = criterion.take(np.delete(np.arange(30), row))
