@@ -27,7 +27,7 @@ FIRST = 1e-2
 """Inner tolerance of the first evaluation, a share of the parts that cancel in the gradient; none is larger later."""
 SCAN = 0.03
 """Share of the outer loss to which the values of a scan are to be known."""
-ADJOINT, SLOPE = 3e-2, 0.1
+ADJOINT, SLOPE = 6e-2, 0.1
 """Relative residual of the adjoint system: the largest, and for each square root of the decrease that is sought, in
 outer losses: a slope that is off by a share of what such a decrease takes moves the end by the square of that share."""
 GROWTH, CUT = 3.0, 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 import bilevel as bl
-from bilevel.outer.accuracy import chooses_accuracy
+from bilevel.base import Carry
+from bilevel.outer.accuracy import Accuracy, chooses_accuracy
+from bilevel.outer.coordinates import Coordinates
+from bilevel.outer.search import SearchState
 
 RULES = [bl.HyperNewton(), bl.HyperLBFGS()]
 
@@ -103,6 +107,26 @@ def test_a_point_of_the_scan_costs_at_most_what_ends_it() -> None:
         outer.step()
     costs = [record.gradient_equivalents for record in outer.history]
     assert all(cost <= 4 * sum(costs[:index]) + 100 for index, cost in enumerate(costs) if index > 2)
+
+
+def test_two_looks_at_a_point_show_what_is_left_of_second_order() -> None:
+    accuracy = Accuracy(bl.HyperNewton())
+    zero = np.zeros(1)
+    state = SearchState(Coordinates(zero, zero - 1, zero + 1), zero, shift=3.0)
+
+    def look(value: float, first: float, residual: float) -> Any:
+        evidence = SimpleNamespace(value_error=first, inner_residual=residual, inner_steps=1)
+        cost = SimpleNamespace(gradient_equivalents=1.0)
+        return SimpleNamespace(
+            status=bl.Status.OK, outer_loss=value + first, cost=cost, certificate=evidence, carry=Carry()
+        )
+
+    assert accuracy.goes_on(state, look(1.0, 0.1, 0.2))
+    assert not accuracy.goes_on(state, look(0.99, 0.001, 0.1))
+    assert accuracy.bend == pytest.approx(0.01 / (0.2**2 - 0.1**2))
+    accuracy.told(True)
+    # To first order alone, 0.001 would do.
+    assert accuracy.goes_on(state, look(0.98, 0.001, 0.4))
 
 
 class Short(bl.PreconditionedGradientDescent):
