@@ -102,13 +102,13 @@ SEARCHES = (
         "bilevel/outer/accuracy.py",
         "return first + self.bend * residual**2",
         "return first",
-        "tests/outer/test_accuracy.py::test_two_looks_at_a_point_show_what_is_left_of_second_order",
+        "outer/test_accuracy.py::test_two_looks_at_a_point_show_what_is_left_of_second_order",
     ),
     Break(
         "search-forgets-a-run-that-goes-on",
         "bilevel/outer/accuracy.py",
         '| {"pending": held}',
         '| {"pending": None}',
-        "tests/outer/test_accuracy.py::test_a_run_that_is_saved_after_any_evaluation_goes_on_bit_for_bit_in_the_middle_of_a_point",
+        "outer/test_accuracy.py::test_a_run_that_is_saved_after_any_evaluation_goes_on_bit_for_bit_in_the_middle_of_a_point",
     ),
 )
