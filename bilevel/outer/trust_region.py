@@ -76,14 +76,12 @@ def box_step(g: Vector, B: Vector, radius: float, lower: Vector, upper: Vector) 
     size = math.sqrt(slope @ slope)
     if size == 0:
         return s, 0.0
-    length = radius / size
-    for _ in range(30):
-        trial = np.minimum(np.maximum(length * slope, lower), upper)
+    for attempt in range(30):
+        trial = np.minimum(np.maximum(radius / size / 4.0**attempt * slope, lower), upper)
         product, along = B @ trial, float(g @ trial)
         if along + 0.5 * float(trial @ product) <= CAUCHY * along:
             s, bent = trial, product
             break
-        length /= 4
     solved = b""
     for _ in range(PASSES):
         q = g + bent
@@ -126,9 +124,7 @@ def _searched(
         value, whole = float(g @ trial) + 0.5 * float(trial @ bent), share == 1.0 and bool((trial == moved).all())
         if value < (before if best is None else best[0]):
             best = (value, trial, bent, whole)
-        elif best is not None:
-            break
-        if whole:
+        if whole or (best is not None and best[1] is not trial):
             break
         share /= 2
     return best
