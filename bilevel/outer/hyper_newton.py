@@ -17,6 +17,8 @@ GROWTH, SHRINK = 2.5, 0.3
 """Factors of the trust radius after a step that the model foresaw, and after one that it did not."""
 REACH, FARTHEST = 4.0, 30.0
 """How far a log penalty may fall in the first step, and ever."""
+LONG = 0.5
+"""A rejected step by which no log penalty falls by more leaves the reach: a short one would hide what is left."""
 SMALLEST = 1e-9
 """Least radius, below which values and gradients are said to disagree."""
 TRIALS = 12
@@ -107,7 +109,7 @@ class HyperNewton(EndingSearch[NewtonState]):
                 exact = not exact
             ratio, far = actual / trial.predicted, float(np.max(accepted.u - trial.u, initial=0.0))
             if ratio < 0.1:
-                radius, reach = SHRINK * trial.length, SHRINK * min(reach, max(far, 1e-3))
+                radius, reach = SHRINK * trial.length, SHRINK * min(reach, far) if far > LONG else reach
             elif ratio > 0.7:
                 if trial.length > 0.8 * radius:
                     radius = min(GROWTH * radius, state.coordinates.widest * math.sqrt(len(trial.u)))

@@ -130,19 +130,23 @@ TRUE = (*TABLE, "ridge breast_cancer, 30", "ijcnn1like 1000, 22")
 
 def endings(options: Options) -> bool:
     """Bar 5: what long runs find below an end that is called converged."""
+    return _endings(bl.HyperNewton, options) & _endings(bl.HyperLBFGS, options)
+
+
+def _endings(rule: Callable[..., Any], options: Options) -> bool:
     ratios, words = [], []
     for name in (each for each in TRUE if each in options.problems):
         problem = PROBLEMS[name](options.data)
         for u in starts_of(problem, max(1, (2 * options.starts + 4) // 5), options.seed):
             for tol in (1e-4, 1e-6, 1e-8):
-                trace = searched(problem, u, bl.HyperNewton(tol=tol))
+                trace = searched(problem, u, rule(tol=tol), most=options.most)
                 words.append(trace.stopped.startswith("converged"))
                 if words[-1]:
                     first, left = left_after(problem, trace.hparams)
                     ratios.append((left / (tol * abs(first)), name, tol))
     false = [f"{name} at {tol:g}: {ratio:.2g} tol" for ratio, name, tol in ratios if ratio > 3]
     return emit(
-        "bar 5: ends called converged of which at most 3 tol is left",
+        f"bar 5: {rule.__name__}: ends called converged of which at most 3 tol is left",
         1 - len(false) / max(1, len(ratios)),
         "all",
         not false,

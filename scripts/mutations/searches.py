@@ -77,6 +77,13 @@ SEARCHES = (
         TESTS + "test_converged_is_true_at_every_tolerance",
     ),
     Break(
+        "search-reach-of-any-rejected-step",
+        "bilevel/outer/hyper_newton.py",
+        "if far > LONG else reach",
+        "if True else reach",
+        TESTS + "test_a_rejected_step_towards_strong_penalties_does_not_shorten_the_way_to_weak_ones",
+    ),
+    Break(
         "search-value-uncorrected",
         "bilevel/outer/searcher.py",
         "value, error = estimate.outer_loss - correction,",

@@ -317,6 +317,18 @@ def test_converged_is_true_at_every_tolerance(kind):
                 assert value - further.accepted.answer.value <= 3 * tol * value
 
 
+def test_a_rejected_step_towards_strong_penalties_does_not_shorten_the_way_to_weak_ones():
+    ridge = Ridge(0)
+    rule, u = bl.HyperNewton(start="given"), ridge.centre.copy()
+    state = rule.propose(rule.init(u, ridge.coordinates()))
+    first = rule.propose(rule.tell(state, ridge.at(u)))
+    for change, reach in ((0.2, first.reach), (-0.2, first.reach), (-3.0, 0.3 * 3.0)):
+        trial = replace(first.trial, u=u + change)
+        told = rule.tell(replace(first, trial=trial), replace(ridge.at(u), value=1e3))
+        assert told.reach == pytest.approx(reach)
+        assert told.radius < first.radius
+
+
 WRONG = {
     "sign of one slope": lambda k, a, r: replace(a, gradient=a.gradient * np.where(np.arange(6) == 2, -1, 1)),
     "bias": lambda k, a, r: replace(a, gradient=0.5 * a.gradient + 0.05 * np.abs(a.gradient).max()),

@@ -23,7 +23,7 @@ def test_a_small_sample_of_the_bars_of_the_outer_step_holds():
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0, run.stdout + run.stderr
-    assert [row["name"].split(":")[0] for row in rows] == ["bar 2", "bar 5", "outer bars, all hold"]
+    assert [row["name"].split(":")[0] for row in rows] == ["bar 2", "bar 5", "bar 5", "outer bars, all hold"]
     assert rows[0]["reached"] == "2/2"
     assert rows[1]["converged"] == rows[1]["ends"] == 3
 
