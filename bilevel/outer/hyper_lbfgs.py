@@ -21,7 +21,7 @@ CURVED = 1e-12
 REACH = 4.0
 """How far a log penalty may fall by a step of second order."""
 SHORTEST = 1e-10
-"""A search ends where a trial would move by less than this."""
+"""A search ends where a trial would move hyperparameters by less than this."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class HyperLBFGS(EndingSearch[LBFGSState]):
         share = trial.share * min(max(cut, 0.1), 0.5)
         state = replace(state, rejected=state.rejected + 1, search=replace(trial, share=share))
         assert trial.direction is not None
-        if share * float(np.abs(trial.direction).max()) > SHORTEST and state.rejected < 12:
+        if share * float(np.abs(trial.direction / at.slope(accepted.u)).max()) > SHORTEST and state.rejected < 12:
             return state
         if state.pairs:
             return replace(state, pairs=(), search=None, rejected=0)

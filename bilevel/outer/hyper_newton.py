@@ -19,8 +19,6 @@ REACH, FARTHEST = 4.0, 30.0
 """How far a log penalty may fall in the first step, and ever."""
 LONG = 0.5
 """A rejected step by which no log penalty falls by more leaves the reach: a short one would hide what is left."""
-SMALLEST = 1e-9
-"""Least radius, below which values and gradients are said to disagree."""
 TRIALS = 12
 """Rejected trials in a row after which values and gradients are said to disagree."""
 KNOWN = 0.3
@@ -85,7 +83,7 @@ class HyperNewton(EndingSearch[NewtonState]):
         if not answer.second:
             stopped = "HyperNewton has no second derivatives here (no adjoint, or no Cholesky factor): use HyperLBFGS"
             return replace(state, stopped=stopped)
-        if state.rejected >= TRIALS or state.radius < SMALLEST or state.doubts >= DOUBTS:
+        if state.rejected >= TRIALS or state.doubts >= DOUBTS:
             return self.disagreed(state, accepted)
         s, predicted, exact, decreases = self.foreseen(state, accepted, state.radius, state.reach, state.exact)
         if predicted <= max(self.bounds(answer)):

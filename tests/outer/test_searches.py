@@ -329,6 +329,17 @@ def test_a_rejected_step_towards_strong_penalties_does_not_shorten_the_way_to_we
         assert told.radius < first.radius
 
 
+def test_a_rejected_step_at_the_weak_end_is_followed_by_a_shorter_one():
+    ridge = Ridge(0, features=1)
+    rule, u = bl.HyperNewton(start="given"), ridge.centre - 20.0
+    answer = Answer(1.0, np.ones(1), 0.0, (np.zeros((1, 1)), np.zeros((1, 1))))
+    first = rule.propose(rule.tell(rule.propose(rule.init(u, ridge.coordinates())), answer))
+    assert 0 < first.trial.length < 1e-8  # in shrinkages near one
+    told = rule.propose(rule.tell(first, replace(answer, value=2.0)))
+    assert told.trial.kind == "step"
+    assert 0 < told.trial.length < first.trial.length
+
+
 WRONG = {
     "sign of one slope": lambda k, a, r: replace(a, gradient=a.gradient * np.where(np.arange(6) == 2, -1, 1)),
     "bias": lambda k, a, r: replace(a, gradient=0.5 * a.gradient + 0.05 * np.abs(a.gradient).max()),
