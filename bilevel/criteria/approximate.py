@@ -8,15 +8,17 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from bilevel.criteria import newton, newton_cg
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import Factored, factored
-from bilevel.criteria.newton import solve
+from bilevel.criteria.leverage import Factored, Sketched, factored
 from bilevel.criteria.penalties import Penalties
 from bilevel.problems.losses import GLMLoss
 
 LEAST = 1e-10
 """One minus a leverage is at least this."""
+LARGE = 1_000_000_000
+"""Rows times squared columns from which leverages are sketched, if there are twenty rows for each column."""
 
 
 class _Point(NamedTuple):
@@ -25,10 +27,9 @@ class _Point(NamedTuple):
     With ``h = diag(X1 H^-1 X1')`` and ``q = 1 - h d``, the prediction without row i is ``t = z + h g / q``.
     """
 
-    w: Tensor  # coefficients, without the intercept
+    w: Tensor  # coefficients, with the intercept
     a: Tensor
     factor: Factored
-    V: Tensor  # X1 H^-1, the columns of the coefficients
     t: Tensor
     by_z: Tensor  # dt/dz at fixed h
     by_h: Tensor  # dt/dh
@@ -49,7 +50,8 @@ class ApproximateLeaveOneOut(Criterion):
         dvalue/du_j = -a_j/n [w_j V_j' (loss'(t) c1 - d3 k) + (V_j^2)' b],    k_i = sum_m b_m (x_m'H^-1 x_i)^2
 
     The Jacobian of the Gauss-Newton model leaves out what h changes by d: ``-a_j V_ij (c1_i w_j + c2_i V_ij)``; that of
-    one penalty, and with `full`, is exact.
+    one penalty, and with `full`, is exact. Of many rows (20,000 of 250 columns and more), leverages and their
+    derivatives are estimated by a random sketch, `leverage.Sketched`.
 
     Args:
         data: the rows.
@@ -68,7 +70,7 @@ class ApproximateLeaveOneOut(Criterion):
     1.2344
     """
 
-    def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties, *, tol: float = 1e-10) -> None:
+    def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties, *, tol: float = 1e-8) -> None:
         if data.y.dim() > 1 or loss.outputs(data.y) is not None:
             raise ValueError(
                 f"approximate leave-one-out takes a loss of one prediction for each row, and {type(loss).__name__} has "
@@ -80,20 +82,19 @@ class ApproximateLeaveOneOut(Criterion):
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         a = self._penalties(u)
-        w, z = self._solved(a, warm)
+        w, z, kept = self._solved(a, warm)
         data, loss, s = self.data, self.loss, self.data.weights
         g, d, third = (s * part(z, data.y) for part in (loss.slope, loss.curvature, loss.third))
-        H = factored(self._X1, d, a, data.intercept)
+        H = Sketched(self._X1, self._low, d, a) if self._large else factored(self._X1, d, a, data.intercept)
         h = H.leverages()
         q = (1.0 - h * d).clamp_min(LEAST)
         shift = h * g / q
         t, by_h = z + shift, g / q.square()
-        V = H.V[:, : data.features]
-        point = _Point(w[: data.features], a[: data.features], H, V, t, 1.0 / q + h * shift * third / q, by_h, third)
+        point = _Point(w, a, H, t, 1.0 / q + h * shift * third / q, by_h, third)
         slopes, curvatures = s * loss.slope(t, data.y), s * loss.curvature(t, data.y)
         losses = (s * loss.value(t, data.y)).double().cpu().numpy()
         jacobian = gauss_newton = None
-        if second and self.penalties.size == 1:
+        if self.penalties.size == 1:
             jacobian = self._exact(point)
             gradient = jacobian.T @ slopes / data.rows
         else:
@@ -104,11 +105,19 @@ class ApproximateLeaveOneOut(Criterion):
             gauss_newton = (jacobian.T @ (jacobian * curvatures[:, None]) / data.rows).double().cpu().numpy()
         value = float(losses.mean())
         return Evaluation(
-            value, gradient.double().cpu().numpy(), gauss_newton, losses, t, slopes, curvatures, jacobian, w
+            value,
+            gradient.double().cpu().numpy(),
+            gauss_newton,
+            losses,
+            t,
+            slopes,
+            curvatures,
+            jacobian if second else None,
+            (w, kept),
         )
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
-        w, _ = self._solved(self._penalties(u), warm)
+        w, _, _ = self._solved(self._penalties(u), warm)
         intercept = w[-1] if self.data.intercept else w.new_zeros(())
         return self.given(w[: self.data.features], intercept)
 
@@ -124,40 +133,60 @@ class ApproximateLeaveOneOut(Criterion):
         a = self.penalties.spread(u).exp().to(self._X1)
         return torch.cat([a, a.new_zeros(1)]) if self.data.intercept else a
 
-    def _solved(self, a: Tensor, warm: Any) -> tuple[Tensor, Tensor]:
-        """Return the coefficients with the intercept, and the predictions, of the model of all rows."""
+    @property
+    def _large(self) -> bool:
+        """Whether there are so many rows that directions are searched in float32, and leverages sketched."""
+        rows, features = self.data.rows, self.data.features
+        return rows >= 20 * features and rows * features**2 >= LARGE
+
+    @cached_property
+    def _system(self) -> newton_cg.System:
+        return newton_cg.System(self.data, self.loss, self.data.weights[None])
+
+    @property
+    def _low(self) -> Tensor:
+        low = self._system.low.X1
+        return self._X1.float() if low is None else low
+
+    def _solved(self, a: Tensor, warm: Any) -> tuple[Tensor, Tensor, Any]:
+        """Return the coefficients and the predictions of the model of all rows, and what to keep for the next."""
         data = self.data
-        start = torch.zeros_like(a) if warm is None else warm
-        models = solve(
+        start, kept = (torch.zeros_like(a), None) if warm is None else warm
+        if self._large:
+            found = newton_cg.solve(self._system, a[None], start[None], kept, self.tol)
+            return found.w[0], found.z[0], found.preconditioner
+        models = newton.solve(
             *(self._X1, data.y, self.loss, data.weights[None], a[None], start[None]),
             intercept=data.intercept,
             tol=self.tol,
         )
-        return models.w[0], models.z[0]
+        return models.w[0], models.z[0], None
 
     def _gradient(self, at: _Point, slopes: Tensor) -> Tensor:
         b = slopes * at.by_h
         adjoint = slopes * at.by_z
         if not self.loss.quadratic:
             adjoint = adjoint - at.third * at.factor.squares(b)
-        by_column = at.w * (at.V.T @ adjoint) + at.V.square().T @ b
-        return self.penalties.gather(-at.a * by_column) / self.data.rows
+        by_column = -at.a * (at.w * at.factor.collected(adjoint) + at.factor.by_column(b))
+        return self.penalties.gather(by_column[: self.data.features]) / self.data.rows
 
     def _model(self, at: _Point) -> Tensor:
         """Return the Jacobian (rows, k) without what the leverages change by the curvatures of the losses."""
-        by_column = torch.outer(at.by_z, at.a * at.w) + torch.outer(at.by_h, at.a) * at.V
-        return self.penalties.gather(-at.V * by_column)
+        V = at.factor.V
+        by_column = -V * (torch.outer(at.by_z, at.a * at.w) + torch.outer(at.by_h, at.a) * V)
+        return self.penalties.gather(by_column[:, : self.data.features])
 
     def _exact(self, at: _Point) -> Tensor:
         """Return the Jacobian (rows, k); ``dh_i = -sum_j V_ij^2 a_j du_j - sum_k S_ik^2 d3_k dz_k``."""
         if self.penalties.size == 1:
-            dz, dh = -(at.V @ (at.a * at.w))[:, None], -(at.V.square() @ at.a)[:, None]
+            dz, dh = -at.factor.predicted(at.a * at.w)[:, None], -at.factor.by_row(at.a)[:, None]
         else:
-            dz = self.penalties.gather(-at.V * (at.a * at.w))
-            dh = self.penalties.gather(-at.V.square() * at.a)
+            V, features = at.factor.V, self.data.features
+            dz = self.penalties.gather((-V * (at.a * at.w))[:, :features])
+            dh = self.penalties.gather((-V.square() * at.a)[:, :features])
         if not self.loss.quadratic:
             moved = at.third[:, None] * dz
-            if self.penalties.size * at.V.shape[1] <= len(at.V):
+            if self.penalties.size * len(at.a) <= len(moved):
                 dh = dh - torch.stack([at.factor.squares(each) for each in moved.T], 1)
             else:
                 dh = dh - at.factor.kernel().square() @ moved

@@ -11,6 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+BLOCKED = 200_000_000
+"""Rows times squared columns from which a Gram matrix is computed in blocks."""
+BLOCKS = 4
+SKETCH = 64
+"""Columns of a sketch."""
+
 
 def factor(gram: Tensor, a: Tensor) -> Tensor:
     """Return the Cholesky factor of ``gram + diag(a)``, (..., p, p); where rounding leaves none, of a little more.
@@ -56,6 +62,22 @@ class Factored:
         """Return the diagonal of ``X1 H^-1 X1'``."""
         return (self.V * self.X1).sum(1)
 
+    def predicted(self, v: Tensor) -> Tensor:
+        """Return ``V v``."""
+        return self.V @ v
+
+    def collected(self, r: Tensor) -> Tensor:
+        """Return ``V' r``."""
+        return self.V.T @ r
+
+    def by_column(self, b: Tensor) -> Tensor:
+        """Return ``sum_i b_i V_ij^2`` for every column j."""
+        return self.V.square().T @ b
+
+    def by_row(self, a: Tensor) -> Tensor:
+        """Return ``sum_j a_j V_ij^2`` for every row i."""
+        return self.V.square() @ a
+
     def squares(self, b: Tensor) -> Tensor:
         """Return ``sum_i b_i S_ik^2`` for every k, with ``S = X1 H^-1 X1'``, without S."""
         return ((self.V @ weighted_gram(self.X1, b)) * self.V).sum(1)
@@ -63,6 +85,55 @@ class Factored:
     def kernel(self) -> Tensor:
         """Return S, of shape (rows, rows)."""
         return self.V @ self.X1.T
+
+
+class Sketched(Factored):
+    """H with many more rows than columns, whose leverages are estimated by a random sketch, in float32.
+
+    With ``H = L L'`` and Gaussian Omega of shape (p1, 64), ``h_i = |x_i' L^-T Omega|^2 / 64`` has the right mean and a
+    deviation of 18 %; of a mean loss that is p / n times as much. Other quadratic forms of the rows likewise.
+
+    Args:
+        X1: as of `Factored`.
+        low: X1 in float32.
+        d: as of `Factored`.
+        a: as of `Factored`.
+    """
+
+    def __init__(self, X1: Tensor, low: Tensor, d: Tensor, a: Tensor) -> None:
+        self.X1, self.low = X1, low
+        self.L = factor(weighted_gram(low, d.float()).to(a.dtype), a)
+        draws = torch.randn(len(a), SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.draws = draws.to(a) / SKETCH**0.5
+        self.sketch = self._rows(self.draws)
+
+    def _rows(self, T: Tensor) -> Tensor:
+        """Return ``X1 L^-T T``."""
+        return self.low @ torch.linalg.solve_triangular(self.L.T, T, upper=True).float()
+
+    def _quadratic(self, M: Tensor) -> Tensor:
+        """Return ``x_i' H^-1 M H^-1 x_i`` for every row, from ``M L^-T Omega``."""
+        turned = self._rows(torch.linalg.solve_triangular(self.L, M, upper=False))
+        return (self.sketch * turned).sum(1).to(M.dtype)
+
+    def leverages(self) -> Tensor:
+        return self.sketch.square().sum(1).to(self.L.dtype)
+
+    def predicted(self, v: Tensor) -> Tensor:
+        return self.X1 @ self.solve(v)
+
+    def collected(self, r: Tensor) -> Tensor:
+        return self.solve(self.X1.T @ r)
+
+    def by_column(self, b: Tensor) -> Tensor:
+        inverse, gram = torch.cholesky_inverse(self.L), weighted_gram(self.low, b.float()).to(b.dtype)
+        return ((inverse @ gram) * inverse).sum(1)
+
+    def by_row(self, a: Tensor) -> Tensor:
+        return self._quadratic(a[:, None] * torch.linalg.solve_triangular(self.L.T, self.draws, upper=True))
+
+    def squares(self, b: Tensor) -> Tensor:
+        return self._quadratic((self.low.T @ (b.float()[:, None] * self.sketch)).to(b.dtype))
 
 
 class FactoredRows(Factored):
@@ -105,7 +176,16 @@ def weighted_gram(X: Tensor, d: Tensor) -> Tensor:
     """Return ``X' diag(d) X``, (..., p, p), for d of shape (..., rows)."""
     if d.dim() > 1 and d.numel() * X.shape[1] > 2_000_000:
         return torch.stack([weighted_gram(X, each) for each in d])
-    return (X.T * d[..., None, :]) @ X
+    size = X.shape[1]
+    if d.dim() > 1 or len(X) * size**2 < BLOCKED:
+        return (X.T * d[..., None, :]) @ X
+    # Of a symmetric matrix only the blocks on one side of the diagonal are computed.
+    gram = X.new_empty(size, size)
+    for start in range(0, size, -(-size // BLOCKS)):
+        block = slice(start, start + -(-size // BLOCKS))
+        gram[block, start:] = (X[:, block] * d[:, None]).T @ X[:, start:]
+        gram[start:, block] = gram[block, start:].T
+    return gram
 
 
 def factored(X1: Tensor, d: Tensor, a: Tensor, intercept: bool) -> Factored:

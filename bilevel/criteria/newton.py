@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from bilevel.criteria.leverage import factor, factored, weighted_gram
 from bilevel.problems.losses import GLMLoss
@@ -52,22 +53,22 @@ def solve(
         The models.
     """
     w, z = start, start @ X1.T
-    value = _objective(loss, weights, y, a, w, z)
-    steps = 0
+    value, dual, steps = _objective(loss, weights, y, a, w, z), X1.shape[1] > X1.shape[0] + 1, 0
+    floor = 1e-12 * len(X1)
     while steps < STEPS:
         steps += 1
         gradient = (weights * loss.slope(z, y)) @ X1 + a * w
         d = weights * loss.curvature(z, y)
-        if X1.shape[1] > X1.shape[0] + 1:
+        if dual:
             parts = zip(d, a, gradient, strict=True)
             move = torch.stack([factored(X1, dk, ak, intercept).solve(g) for dk, ak, g in parts])
         else:
             move = torch.cholesky_solve(gradient[..., None], factor(weighted_gram(X1, d), a))[..., 0]
-        decrease = (gradient * move).sum(1)
+        decrease = vecdot(gradient, move).tolist()
         w, z, new = _searched(loss, weights, y, a, w, z, move, move @ X1.T, value, decrease)
-        small = decrease <= tol * (value + 1e-12 * weights.shape[1])
         # A step that rounding leaves without a decrease ends it, too.
-        if bool((small | (new >= value)).all()):
+        ends = [by <= tol * (old + floor) or now >= old for by, old, now in zip(decrease, value, new, strict=True)]
+        if all(ends):
             break
         value = new
     return Models(w, z, steps)
@@ -82,21 +83,25 @@ def _searched(
     z: Tensor,
     move: Tensor,
     dz: Tensor,
-    value: Tensor,
-    decrease: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    value: list[float],
+    decrease: list[float],
+) -> tuple[Tensor, Tensor, list[float]]:
     """Return the ends of Newton steps, halved until the objective falls, and their objectives."""
     there, predicted = w - move, z - dz
-    new = _objective(loss, weights, y, a, there, predicted)
-    length = torch.ones_like(value)
+    lengths = [1.0] * len(value)
     while True:
-        rose = ~(new <= value - 1e-4 * length * decrease + 1e-12 * value.abs()) & (length > SHORTEST)
-        if not bool(rose.any()):
-            return there, predicted, new
-        length = torch.where(rose, 0.5 * length, length)
-        there, predicted = w - length[:, None] * move, z - length[:, None] * dz
         new = _objective(loss, weights, y, a, there, predicted)
+        # Written so that NaN counts as a rise.
+        fell = [
+            now <= old - 1e-4 * length * by + 1e-12 * abs(old)
+            for now, old, length, by in zip(new, value, lengths, decrease, strict=True)
+        ]
+        if all(ok or length <= SHORTEST for ok, length in zip(fell, lengths, strict=True)):
+            return there, predicted, new
+        lengths = [length if ok else 0.5 * length for ok, length in zip(fell, lengths, strict=True)]
+        length = torch.tensor(lengths).to(w)[:, None]
+        there, predicted = w - length * move, z - length * dz
 
 
-def _objective(loss: GLMLoss, weights: Tensor, y: Tensor, a: Tensor, w: Tensor, z: Tensor) -> Tensor:
-    return (weights * loss.value(z, y)).sum(1) + 0.5 * (a * w * w).sum(1)
+def _objective(loss: GLMLoss, weights: Tensor, y: Tensor, a: Tensor, w: Tensor, z: Tensor) -> list[float]:
+    return torch.add(vecdot(weights, loss.value(z, y)), vecdot(a * w, w), alpha=0.5).tolist()

@@ -12,7 +12,7 @@ import torch
 from criteria_cases import differences, penalty_cases, refit
 from torch import Tensor
 
-from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut
+from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut, approximate
 from bilevel.problems import GLMLoss, Huber, Logistic, Poisson, Softmax, Squared, SquaredHinge
 
 LOSSES: list[GLMLoss] = [Logistic(), Squared(), Poisson(), Huber(1.0), SquaredHinge()]
@@ -97,6 +97,22 @@ def test_of_squared_losses_it_is_exact_and_a_warm_start_changes_nothing() -> Non
     assert [each.value for each in criterion.scan(np.stack([u + 1.0, u]))][1] == pytest.approx(
         criterion.evaluate(u).value, rel=1e-11
     )
+
+
+def test_sketched_leverages_are_near_and_so_are_their_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = made(Logistic(), 1500, 12)
+    for penalties in (Penalties.scalar(12), Penalties.groups(np.arange(12) % 3)):
+        criterion = ApproximateLeaveOneOut(data, Logistic(), penalties)
+        u = np.linspace(3.0, 5.0, penalties.size)
+        exact = criterion.evaluate(u, full=True)
+        monkeypatch.setattr(approximate, "LARGE", 0)
+        found = criterion.evaluate(u, full=True)
+        monkeypatch.undo()
+        # Leverages are about p / n, and their mean has an error of a few percent.
+        assert found.value == pytest.approx(exact.value, rel=1e-3)
+        np.testing.assert_allclose(found.gradient, exact.gradient, rtol=0.05, atol=1e-5)
+        np.testing.assert_allclose(found.gauss_newton, exact.gauss_newton, rtol=0.05, atol=1e-5)
+        torch.testing.assert_close(found.predictions, exact.predictions, rtol=0.05, atol=0.02)
 
 
 def test_sparse_inputs_give_what_dense_ones_do_and_parts_what_their_own_data_do() -> None:
