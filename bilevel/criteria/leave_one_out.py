@@ -68,7 +68,7 @@ class RidgeLeaveOneOut(Criterion):
             w = collect(c / (values[:, None] + log_a[..., 0].exp().to(values)))
         else:
             a = log_a.exp().to(self.y).reshape(-1, self.data.features).expand(len(self.y), -1)
-            w = torch.stack([self._solve(a[t])[1][t] for t in range(len(a))])
+            w = torch.stack([self._coefficients(a[t], t) for t in range(len(a))])
         single = self.data.y.dim() == 1
         return self.given(w[0] if single else w, self.mean[0, 0] if single else self.mean[:, 0])
 
@@ -172,6 +172,13 @@ class RidgeLeaveOneOut(Criterion):
         """X'SX and its products with the targets, (targets, features)."""
         weighted = self._X.T * self.data.weights
         return weighted @ self._X, (weighted @ self._centred.T).T
+
+    def _coefficients(self, a: Tensor, target: int) -> Tensor:
+        """Return the coefficients of a target, (features,), at the penalties of all columns."""
+        if len(a) > self.data.rows:
+            return self._solve(a)[1][target]
+        gram, moment = self._gram
+        return torch.cholesky_solve(moment[target][:, None], factor(gram.clone(), a))[:, 0]
 
     def _solve(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """Return V, (rows, features), and the coefficients (targets, features), at the penalties of all columns."""

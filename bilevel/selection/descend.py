@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation
@@ -91,6 +92,7 @@ def tune(
     tol: float = 1e-4,
     steps: int = 25,
     warm: Any = None,
+    known: Evaluation | None = None,
 ) -> Tuned:
     """Return log penalties that minimise the criterion plus a hyperprior, by projected Levenberg-Marquardt steps.
 
@@ -105,18 +107,19 @@ def tune(
         tol: relative gain of the objective at which it ends.
         steps: the most steps.
         warm: the `warm` of an evaluation near by.
+        known: the criterion at u, with second derivatives, where that has been evaluated.
     """
     low, high = box(criterion.data.rows)
 
-    def at(u: Array, warm: Any) -> _Point:
-        found = criterion.evaluate(u, warm)
+    def at(u: Array, warm: Any, known: Evaluation | None = None) -> _Point:
+        found = criterion.evaluate(u, warm) if known is None else known
         assert found.gauss_newton is not None
         if prior is None:
             return _Point(u, found.value, found.gradient, found.gauss_newton, found)
         gradient, hessian = found.gradient + prior.gradient(u), found.gauss_newton + prior.hessian
         return _Point(u, found.value + prior.value(u), gradient, hessian, found)
 
-    here, damping, small, count = at(np.clip(u, low, high), warm), DAMPING, 0, 1
+    here, damping, small, count = at(np.clip(u, low, high), warm, known), DAMPING, 0, int(known is None)
     for _ in range(steps):
         g, H = here.gradient, here.hessian
         free = ~(((here.u <= low) & (g > 0)) | ((here.u >= high) & (g < 0)))
@@ -149,7 +152,10 @@ def _step(g: Array, H: Array, free: NDArray[np.bool_], damping: float) -> Array:
     every = bool(free.all())
     A = (H if every else H[np.ix_(free, free)]).copy()
     A.flat[:: len(A) + 1] += damping * max(float(A.diagonal().max()), 1e-300) + 1e-14
+    matrix, slopes = torch.from_numpy(A), torch.from_numpy(g[free])[:, None]
+    L, broken = torch.linalg.cholesky_ex(matrix)
+    solved = torch.linalg.solve(matrix, slopes) if bool(broken) else torch.cholesky_solve(slopes, L)
     step = np.zeros_like(g)
-    step[free] = -np.linalg.solve(A, g[free])
+    step[free] = -solved[:, 0].numpy()
     longest = float(np.abs(step).max())
     return step * min(1.0, LONGEST / longest) if longest > 0 else step

@@ -65,10 +65,11 @@ def follow(
     if penalties.size == 1:
         return
     tol, steps = (tol, steps) if converge else (TOL, STEPS)
+    known = None  # of one penalty, there are no derivatives by many
     for tau in taus:
         prior = Hyperprior(tau * unit, penalties.weights, float(single.u[0]) if anchored else None)
-        tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm)
-        u, warm = tuned.u, tuned.evaluation.warm
+        tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm, known=known)
+        u, known = tuned.u, tuned.evaluation
         yield PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged or not converge)
 
 
