@@ -1,0 +1,161 @@
+"""Figures of a tuned estimator, as scikit-learn's Displays: made by `from_estimator`, drawn by `plot`."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted
+
+from bilevel.core.figures import COLOURS
+
+MOST = 30
+"""Features that a figure names."""
+
+
+def _axes(ax: Any) -> Any:
+    """Return the axes to draw into; None for new ones.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ImportError("figures need matplotlib: pip install 'bilevel[plot]'.") from None
+    return pyplot.subplots(layout="constrained")[1] if ax is None else ax
+
+
+class TuningPathDisplay:
+    """The losses of the nodes of a path, from one penalty for all to freely tuned ones.
+
+    Bars are one standard error of the gain over one penalty. Where the criterion falls and the loss of held-out rows
+    does not, tuning over-fits the criterion.
+
+    Args:
+        tau: weights of the hyperprior, (nodes,); infinite for one penalty.
+        loss: of held-out rows, (nodes,); NaN without an outer loop.
+        gain_error: standard errors of the gains over one penalty, (nodes,).
+        criterion: its values on all rows, (nodes,).
+        chosen: the index of the node that was taken.
+        loss_name: what the losses are.
+
+    Attributes:
+        ax_: the axes.
+        figure_: the figure.
+        lines_: losses of held-out rows, and values of the criterion.
+    """
+
+    def __init__(
+        self,
+        *,
+        tau: NDArray[np.float64],
+        loss: NDArray[np.float64],
+        gain_error: NDArray[np.float64],
+        criterion: NDArray[np.float64],
+        chosen: int,
+        loss_name: str,
+    ) -> None:
+        self.tau, self.loss, self.gain_error, self.criterion = tau, loss, gain_error, criterion
+        self.chosen, self.loss_name = chosen, loss_name
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Any = None, **kwargs: Any) -> Self:
+        """Return the drawn display of a fitted estimator.
+
+        Args:
+            estimator: fitted, of `bilevel.sklearn`.
+            ax: matplotlib's axes; None for new ones.
+            kwargs: of matplotlib's errorbar.
+        """
+        check_is_fitted(estimator)
+        results = estimator.cv_results_
+        display = cls(
+            tau=results["tau"],
+            loss=results["loss"],
+            gain_error=results["gain_error"],
+            criterion=results["criterion"],
+            chosen=int(np.flatnonzero(results["chosen"])[0]),
+            loss_name=estimator.tuning_report_.loss_name,
+        )
+        return display.plot(ax=ax, **kwargs)
+
+    def plot(self, ax: Any = None, **kwargs: Any) -> Self:
+        """Return self, drawn.
+
+        Args:
+            ax: matplotlib's axes; None for new ones.
+            kwargs: of matplotlib's errorbar.
+        """
+        ax = _axes(ax)
+        at = np.arange(len(self.tau))
+        style = {"color": COLOURS[0], "marker": "o", "capsize": 3, "label": "held-out rows"} | kwargs
+        held_out = ax.errorbar(at, self.loss, yerr=np.nan_to_num(self.gain_error), **style)
+        (fitted,) = ax.plot(at, self.criterion, color=COLOURS[1], linestyle="--", label="criterion, all rows")
+        shown = self.loss if np.isfinite(self.loss[self.chosen]) else self.criterion
+        ax.plot(self.chosen, shown[self.chosen], "o", ms=12, mfc="none", color=COLOURS[6], label="chosen")
+        ax.set_xticks(at, ["one penalty" if np.isinf(tau) else f"{tau:g}" for tau in self.tau])
+        ax.set(xlabel="weight of the hyperprior", ylabel=self.loss_name)
+        ax.legend()
+        self.ax_, self.figure_, self.lines_ = ax, ax.figure, [held_out, fitted]
+        return self
+
+
+class PenaltiesDisplay:
+    """The penalty of each feature, beside the best one for all: a strong one takes a feature out.
+
+    Args:
+        penalties: (features,), or (outputs, features).
+        one_penalty: the best one for all.
+        feature_names: (features,).
+
+    Attributes:
+        ax_: the axes.
+        figure_: the figure.
+        points_: a matplotlib line for each output.
+    """
+
+    def __init__(
+        self, *, penalties: NDArray[np.float64], one_penalty: float, feature_names: NDArray[np.object_]
+    ) -> None:
+        self.penalties, self.one_penalty, self.feature_names = penalties, one_penalty, feature_names
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Any = None, **kwargs: Any) -> Self:
+        """Return the drawn display of a fitted estimator.
+
+        Args:
+            estimator: fitted, of `bilevel.sklearn`.
+            ax: matplotlib's axes; None for new ones.
+            kwargs: of matplotlib's plot.
+        """
+        check_is_fitted(estimator)
+        names = getattr(estimator, "feature_names_in_", None)
+        display = cls(
+            penalties=estimator.penalties_,
+            one_penalty=float(estimator.cv_results_["penalties"][0].mean()),
+            feature_names=np.arange(estimator.n_features_in_).astype(object) if names is None else names,
+        )
+        return display.plot(ax=ax, **kwargs)
+
+    def plot(self, ax: Any = None, **kwargs: Any) -> Self:
+        """Return self, drawn: the weakest penalties on top; of many features, those with the weakest.
+
+        Args:
+            ax: matplotlib's axes; None for new ones.
+            kwargs: of matplotlib's plot.
+        """
+        ax = _axes(ax)
+        penalties = np.atleast_2d(self.penalties)
+        order = np.argsort(np.log(penalties).mean(0), kind="stable")[:MOST]
+        at = np.arange(len(order))[::-1]
+        style = {"linestyle": "none", "marker": "o"} | kwargs
+        self.points_ = [ax.plot(each[order], at, **style)[0] for each in penalties]
+        ax.axvline(self.one_penalty, color=COLOURS[6], linestyle="--", linewidth=1, label="one penalty for all")
+        ax.set_xscale("log")
+        ax.set_yticks(at, [str(self.feature_names[each]) for each in order])
+        ax.set(xlabel="penalty")
+        ax.legend()
+        self.ax_, self.figure_ = ax, ax.figure
+        return self

@@ -1,0 +1,190 @@
+"""`LogisticRegressionCV`: logistic regression with tuned penalties, in place of scikit-learn's class of that name."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn import linear_model
+from sklearn.base import _fit_context
+from sklearn.utils import check_scalar
+from sklearn.utils._param_validation import Interval, Options, StrOptions
+from sklearn.utils.extmath import softmax
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+
+from bilevel.problems.losses import Logistic, Softmax
+from bilevel.sklearn.splits import folds_of
+from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
+
+SOLVERS = {"lbfgs", "liblinear", "newton-cg", "newton-cholesky", "sag", "saga"}
+
+
+class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
+    """Logistic regression whose penalties are tuned by a criterion, and kept only where that generalises.
+
+    minimise over w, b   sum_i s_i nll(x_i'w + b, y_i) + 1/2 sum_j w_j^2 / C_j
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **TunedLinearModel._shared_constraints,
+        "Cs": [None, Interval(Integral, 1, None, closed="left"), "array-like"],
+        "l1_ratios": ["array-like", None],
+        "dual": ["boolean"],
+        "penalty": [StrOptions({"l2", "deprecated"})],
+        "solver": [StrOptions(SOLVERS)],
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+        "refit": [Options(bool, {True})],
+        "intercept_scaling": [Interval(Real, 0, None, closed="neither")],
+        "use_legacy_attributes": ["boolean"],
+        "penalty_structure": [StrOptions(STRUCTURES | {"class", "class_feature"})],
+    }
+    _loss_name = "log loss"
+    _own_scoring = "neg_log_loss"
+
+    def __init__(
+        self,
+        *,
+        Cs: Any = None,
+        l1_ratios: Any = None,
+        fit_intercept: bool = True,
+        cv: Any = None,
+        dual: bool = False,
+        penalty: str = "l2",
+        scoring: Any = None,
+        solver: str = "lbfgs",
+        tol: float = 1e-4,
+        max_iter: int = 25,
+        class_weight: Any = None,
+        n_jobs: int | None = None,
+        verbose: Any = 0,
+        refit: bool = True,
+        intercept_scaling: float = 1.0,
+        random_state: Any = None,
+        use_legacy_attributes: bool = False,
+        penalty_structure: str = "feature",
+        groups: Any = None,
+        criterion: str = "auto",
+        guard: str = "auto",
+        honest: str = "auto",
+        standardize: bool = True,
+        certify: bool | float = False,
+        device: Any = None,
+        warm_start: bool = False,
+    ) -> None:
+        self.Cs = Cs
+        self.l1_ratios = l1_ratios
+        self.fit_intercept = fit_intercept
+        self.cv = cv
+        self.dual = dual
+        self.penalty = penalty
+        self.scoring = scoring
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.class_weight = class_weight
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+        self.refit = refit
+        self.intercept_scaling = intercept_scaling
+        self.random_state = random_state
+        self.use_legacy_attributes = use_legacy_attributes
+        self.penalty_structure = penalty_structure
+        self.groups = groups
+        self.criterion = criterion
+        self.guard = guard
+        self.honest = honest
+        self.standardize = standardize
+        self.certify = certify
+        self.device = device
+        self.warm_start = warm_start
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
+        """Return self, fitted to all rows with tuned penalties.
+
+        Args:
+            X: array or sparse matrix of shape (n_samples, n_features).
+            y: labels of any type, of shape (n_samples,).
+            sample_weight: of shape (n_samples,): a row of weight 2 is fitted as two rows; None for equal ones.
+            params: for the splitter and the scorer, such as ``groups`` of rows.
+
+        Raises:
+            ValueError: in one sentence, for data and parameters that do not fit.
+        """
+        if self.l1_ratios is not None and np.any(np.asarray(self.l1_ratios) != 0):
+            raise ValueError("l1_ratios must be None or zeros: the penalties of this class are squares.")
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
+        y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        weights = self._weights(sample_weight, X)
+        self.classes_, encoded = np.unique(y, return_inverse=True)
+        _check_present(self.classes_, encoded, weights)
+        weights = weights * self._class_weights(encoded, weights)[encoded]
+        split, scored = self._routed(sample_weight, params)
+        folds = folds_of(self.cv, X, encoded, self.classes_, split, self.random_state)
+        binary = len(self.classes_) == 2
+        labels = torch.from_numpy(encoded * 2.0 - 1.0 if binary else encoded)
+        leading = (1,) if binary else ()
+        score = self._score_of(X, y, leading, scored)
+        loss = Logistic() if binary else Softmax()
+        selected = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
+        self._set_model(selected.fit, X.dtype, leading)
+        shape = self.coef_.shape if self.penalty_structure == "class_feature" else (-1,)
+        self.C_ = 1.0 / self._penalty(selected, shape)
+        self.l1_ratio_ = 0.0
+        return self
+
+    def predict_proba(self, X: Any) -> NDArray[np.floating[Any]]:
+        """Return the probabilities of the classes, in the order of `classes_`.
+
+        Args:
+            X: of shape (n_samples, n_features).
+        """
+        check_is_fitted(self)
+        z = self.decision_function(X)
+        return softmax(np.column_stack([np.zeros_like(z), z]) if z.ndim == 1 else z, copy=False)
+
+    def _candidates(self) -> NDArray[np.float64] | None:
+        if self.Cs is None:
+            return None
+        if isinstance(self.Cs, Integral):
+            return np.logspace(4, -4, int(self.Cs))
+        for index, C in enumerate(self.Cs):
+            check_scalar(C, f"Cs[{index}]", Real, min_val=0.0, include_boundaries="neither")
+        return 1.0 / np.asarray(self.Cs, dtype=np.float64)
+
+    def _class_weights(self, encoded: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the weight of each class; "balanced" gives all classes the same sum of weights.
+
+        Raises:
+            ValueError: for weights of classes that y does not hold.
+        """
+        labels = self.classes_.tolist()
+        if self.class_weight is None:
+            return np.ones(len(labels))
+        if isinstance(self.class_weight, str):
+            return weights.sum() / (len(labels) * np.bincount(encoded, weights))
+        if unknown := set(self.class_weight) - set(labels):
+            raise ValueError(
+                "The given class_weight dict must have the class labels as keys; "
+                f"classes={labels} but key={sorted(unknown, key=str)}."
+            )
+        return np.array([self.class_weight.get(label, 1.0) for label in labels])
+
+
+def _check_present(classes: Any, encoded: Any, weights: NDArray[np.float64]) -> None:
+    """Refuse labels of a single class, and classes whose rows have no weight.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    present = np.bincount(encoded, weights, minlength=len(classes)) > 0
+    if present.sum() < 2:
+        only = classes[int(np.argmax(present))]
+        raise ValueError(f"y needs weighted rows of at least 2 classes, but the data contain only one class: {only}.")
+    if not present.all():
+        raise ValueError(f"All rows of class {classes[int(np.argmin(present))]} have weight zero: leave them out.")

@@ -1,0 +1,150 @@
+"""`RidgeCV`: ridge regression with tuned penalties, in place of `sklearn.linear_model.RidgeCV`."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn import linear_model
+from sklearn.base import _fit_context
+from sklearn.utils import check_scalar
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import validate_data
+
+from bilevel.problems.losses import Squared
+from bilevel.sklearn.splits import folds_of
+from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
+
+
+class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
+    """Ridge regression whose penalties are tuned by a criterion, and kept only where that generalises.
+
+        minimise over w, b   sum_i s_i (y_i - x_i'w - b)^2 + sum_j alpha_j w_j^2
+
+    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **TunedLinearModel._shared_constraints,
+        "alphas": [None, "array-like", Interval(Real, 0, None, closed="neither")],
+        "gcv_mode": [StrOptions({"auto", "svd", "eigen"}), None],
+        "store_cv_results": ["boolean"],
+        "alpha_per_target": ["boolean"],
+        "penalty_structure": [StrOptions(STRUCTURES | {"target", "target_feature"})],
+    }
+    _loss_name = "mean squared error"
+    _loss_factor = 2.0
+    _own_scoring = "neg_mean_squared_error"
+
+    def __init__(
+        self,
+        alphas: Any = None,
+        *,
+        fit_intercept: bool = True,
+        scoring: Any = None,
+        cv: Any = None,
+        gcv_mode: str | None = None,
+        store_cv_results: bool = False,
+        alpha_per_target: bool = False,
+        penalty_structure: str = "feature",
+        groups: Any = None,
+        criterion: str = "auto",
+        guard: str = "auto",
+        honest: str = "auto",
+        standardize: bool = True,
+        certify: bool | float = False,
+        tol: float = 1e-4,
+        max_iter: int = 25,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        device: Any = None,
+        verbose: Any = 0,
+        warm_start: bool = False,
+    ) -> None:
+        self.alphas = alphas
+        self.fit_intercept = fit_intercept
+        self.scoring = scoring
+        self.cv = cv
+        self.gcv_mode = gcv_mode
+        self.store_cv_results = store_cv_results
+        self.alpha_per_target = alpha_per_target
+        self.penalty_structure = penalty_structure
+        self.groups = groups
+        self.criterion = criterion
+        self.guard = guard
+        self.honest = honest
+        self.standardize = standardize
+        self.certify = certify
+        self.tol = tol
+        self.max_iter = max_iter
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.device = device
+        self.verbose = verbose
+        self.warm_start = warm_start
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
+        """Return self, fitted to all rows with tuned penalties.
+
+        Args:
+            X: array or sparse matrix of shape (n_samples, n_features).
+            y: of shape (n_samples,) or (n_samples, n_targets).
+            sample_weight: of shape (n_samples,): a row of weight 2 is fitted as two rows; None for equal ones.
+            params: for the splitter and the scorer, such as ``groups`` of rows.
+
+        Raises:
+            ValueError: in one sentence, for data and parameters that do not fit.
+        """
+        X, y = validate_data(
+            self,
+            X,
+            y,
+            accept_sparse="csr",
+            dtype=[np.float64, np.float32],
+            multi_output=True,
+            y_numeric=True,
+            ensure_min_samples=2,
+        )
+        weights = self._weights(sample_weight, X)
+        split, scored = self._routed(sample_weight, params)
+        folds = folds_of(self.cv, X, y, None, split, self.random_state)
+        column = y.ndim == 2 and y.shape[1] == 1
+        targets = torch.from_numpy(np.array(y.ravel() if column else y, dtype=np.float64))
+        leading = (1,) if column else ()
+        score = self._score_of(X, y, leading, scored)
+        selected = self._tune(X, targets, weights, Squared(), self._structure(), folds, score)
+        self._set_model(selected.fit, X.dtype, leading)
+        per_target = self._structure() == "target_feature" and targets.dim() == 2
+        self.alpha_ = self._penalty(selected, self.coef_.shape if per_target else (-1,))
+        results = self.cv_results_
+        losses = results["criterion"] if selected.choice is None else results["loss"]
+        self.best_score_ = -float(losses[selected.chosen])
+        return self
+
+    def _candidates(self) -> NDArray[np.float64] | None:
+        if self.alphas is None:
+            return None
+        for index, alpha in enumerate(alphas := np.atleast_1d(self.alphas)):
+            check_scalar(alpha, f"alphas[{index}]", Real, min_val=0.0, include_boundaries="neither")
+        return alphas.astype(np.float64)
+
+    def _structure(self) -> str:
+        """Return which coefficients share a penalty, `alpha_per_target` included.
+
+        Raises:
+            ValueError: for groups of each target.
+        """
+        if not self.alpha_per_target or self.penalty_structure.startswith("target"):
+            return self.penalty_structure
+        if self.penalty_structure == "group":
+            raise ValueError("alpha_per_target=True takes no penalty_structure='group': use 'scalar' or 'feature'.")
+        return "target" if self.penalty_structure == "scalar" else "target_feature"
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.array_api_support = False
+        return tags

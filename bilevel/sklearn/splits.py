@@ -1,0 +1,161 @@
+"""From `cv` and `groups` of an estimator to pairs of indices, and to penalties that features share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import (
+    GroupKFold,
+    GroupShuffleSplit,
+    LeaveOneGroupOut,
+    LeavePGroupsOut,
+    StratifiedGroupKFold,
+    TimeSeriesSplit,
+    check_cv,
+)
+from sklearn.utils import check_random_state
+
+from bilevel.criteria import Penalties
+from bilevel.selection import make_folds
+
+FOLDS = 5
+"""Folds of the outer loop where `cv` is None."""
+GROUPED = (GroupKFold, GroupShuffleSplit, LeaveOneGroupOut, LeavePGroupsOut, StratifiedGroupKFold)
+
+Pair = tuple[NDArray[np.intp], NDArray[np.intp]]
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Folds of the rows.
+
+    Attributes:
+        pairs: indices of training rows and rows held out.
+        spare: other folds, for an outer loop around `pairs` where these are too few for one.
+        labels: the class of every row; None without classes.
+        given: whether `pairs` came from `cv` or from groups of rows, so that the criterion takes them too.
+        dependence: "grouped" or "ordered" where rows are declared to be; else "".
+    """
+
+    pairs: list[Pair]
+    spare: list[Pair]
+    labels: Any
+    given: bool
+    dependence: str
+
+    def outer(self, inner: bool) -> list[Pair]:
+        """Return the folds of an outer loop.
+
+        Args:
+            inner: whether the criterion takes, in every outer fold, what is left of all the others.
+        """
+        if not inner:
+            return self.pairs
+        usable = [pair for pair in self.pairs if self._leaves_folds(pair[0])]
+        return usable if len(usable) > 1 else self.spare
+
+    def _leaves_folds(self, rows: Any) -> bool:
+        """Whether some of the rows, without the others, still have folds with all classes."""
+        inner = [(np.intersect1d(train, rows), np.intersect1d(held, rows)) for train, held in self.pairs]
+        inner = [(train, held) for train, held in inner if len(train) and len(held)]
+        classes = 0 if self.labels is None else len(np.unique(self.labels))
+        return bool(inner) and all(not classes or len(np.unique(self.labels[train])) == classes for train, _ in inner)
+
+
+def folds_of(cv: Any, X: Any, y: Any, classes: Any, split: dict[str, Any], random_state: Any) -> Folds:
+    """Return the folds that a parameter `cv` stands for.
+
+    Args:
+        cv: None, a number, a splitter of scikit-learn, or pairs of indices.
+        X: of shape (rows, features).
+        y: of shape (rows,) or (rows, targets); of a classifier the indices of classes.
+        classes: of a classifier its labels, else None.
+        split: what goes to the splitter, such as groups of rows.
+        random_state: of the shuffle, for a number.
+
+    Raises:
+        ValueError: in one sentence, for folds that cannot be fitted.
+    """
+    groups, labels = split.get("groups"), None if classes is None else y
+    grouped, ordered = groups is not None or isinstance(cv, GROUPED), isinstance(cv, TimeSeriesSplit)
+    seed = 0 if random_state is None else int(check_random_state(random_state).randint(2**31 - 1))
+    if cv is None or isinstance(cv, Integral):
+        pairs = _numbered(cv, X.shape[0], labels, groups, seed)
+    else:
+        splitter = check_cv(cv, labels, classifier=classes is not None)
+        pairs = [(np.asarray(train), np.asarray(held)) for train, held in splitter.split(X, y, **split)]
+    if classes is not None:
+        _check_classes(pairs, y, classes)
+    spare = [] if grouped or ordered else _numbered(None, X.shape[0], labels, None, seed + 1)
+    return Folds(
+        pairs, spare, labels, cv is not None or grouped, "grouped" if grouped else "ordered" if ordered else ""
+    )
+
+
+def _numbered(cv: Any, rows: int, labels: Any, groups: Any, seed: int) -> list[Pair]:
+    """Return so many folds, shuffled, stratified by labels or of whole groups; None stands for five, or fewer.
+
+    Raises:
+        ValueError: in one sentence, for more folds than rows or groups.
+    """
+    parts, what = (rows, "rows") if groups is None else (len(np.unique(groups)), "groups of rows")
+    count = min(FOLDS, parts) if cv is None else int(cv)
+    if not 2 <= count <= parts:
+        raise ValueError(f"cv={cv} must be at least 2 and at most {parts}, the number of {what}.")
+    pairs = make_folds(rows, count, labels=labels if groups is None else None, groups=groups, seed=seed)
+    if labels is None or groups is not None:
+        return pairs
+    # Rows of rare classes are trained on in every fold: an outer and an inner fold may leave none of them.
+    counts = np.bincount(labels)
+    rare = counts - np.ceil(counts / count) - np.ceil(counts / max(count, 3)) < 1
+    stay = np.flatnonzero(rare[labels])
+    pairs = [(np.union1d(train, stay), np.setdiff1d(held, stay)) for train, held in pairs]
+    return [(train, held) for train, held in pairs if len(held)]
+
+
+def _check_classes(pairs: list[Pair], y: Any, classes: Any) -> None:
+    """Refuse a fold whose training rows are without a class.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    for number, (train, _) in enumerate(pairs, 1):
+        if len(missing := np.setdiff1d(np.arange(len(classes)), y[train])):
+            raise ValueError(
+                f"Fold {number} of cv trains on no row of class {classes[missing[0]]!s}: use StratifiedKFold, or fewer "
+                "folds."
+            )
+
+
+def penalties_of(structure: str, groups: Any, features: int, outputs: int | None) -> Penalties:
+    """Return which coefficients share a penalty.
+
+    Args:
+        structure: "scalar", "group", "feature", "class" or "target", "class_feature" or "target_feature".
+        groups: the group of every feature, for "group".
+        features: of a row.
+        outputs: classes or targets; None for one prediction.
+
+    Raises:
+        ValueError: in one sentence, for groups that do not fit.
+    """
+    if (structure == "group") != (groups is not None):
+        needs = "needs groups, the group of every feature" if groups is None else "takes no groups: say 'group'"
+        raise ValueError(f"penalty_structure={structure!r} {needs}.")
+    if structure == "group":
+        labels = list(groups)
+        if len(labels) != features or any(np.ndim(each) for each in labels):
+            raise ValueError(
+                f"groups must hold one label for each of the {features} features of X, got {len(labels)} entries."
+            )
+        return Penalties.groups(np.asarray(labels), outputs)
+    if structure in ("class", "target") and outputs is not None:
+        return Penalties.output(features, outputs)
+    if structure in ("class_feature", "target_feature") and outputs is not None:
+        return Penalties.output_feature(features, outputs)
+    one = structure in ("scalar", "class", "target")
+    return Penalties.scalar(features, outputs) if one else Penalties.feature(features, outputs)

@@ -1,0 +1,322 @@
+"""`TunedLinearModel`: what the estimators share: parameters, the way of the data, and fitted attributes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn import get_config
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import check_scoring, get_scorer_names
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.metadata_routing import process_routing
+from sklearn.utils.validation import _check_sample_weight
+from torch import Tensor
+
+from bilevel.core.status import BilevelWarning
+from bilevel.criteria import (
+    ApproximateLeaveOneOut,
+    Criterion,
+    Fit,
+    KFold,
+    LinearData,
+    Penalties,
+    RidgeFolds,
+    RidgeLeaveOneOut,
+)
+from bilevel.problems.losses import GLMLoss, Softmax
+from bilevel.selection import Selected, penalty_cv
+from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
+from bilevel.sklearn.report import TuningReport
+from bilevel.sklearn.splits import Folds, penalties_of
+
+CRITERIA = {
+    "loo": "exact leave-one-out",
+    "alo": "approximate leave-one-out",
+    "kfold": "K-fold cross-validation",
+    "holdout": "a hold-out",
+    "evidence": "evidence",
+}
+"""What `criterion` may name, and what reports call it."""
+STRUCTURES = {"scalar", "group", "feature"}
+
+
+class TunedLinearModel:
+    """Penalties of a linear model, tuned by a criterion and kept only where that generalises; a mixin."""
+
+    _shared_constraints: ClassVar[dict[str, Any]] = {
+        "fit_intercept": ["boolean"],
+        "cv": ["cv_object"],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "groups": ["array-like", None],
+        "criterion": [StrOptions({"auto", *CRITERIA})],
+        "guard": [StrOptions({"auto", "best", "one_se", "off"})],
+        "honest": [StrOptions({"auto", "nested", "alo"})],
+        "standardize": ["boolean"],
+        "certify": ["boolean", Interval(Real, 0, 1, closed="neither")],
+        "tol": [Interval(Real, 0, None, closed="neither")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "random_state": ["random_state"],
+        "n_jobs": [None, Integral],
+        "device": [None, str, torch.device],
+        "verbose": ["verbose"],
+        "warm_start": ["boolean"],
+    }
+    _loss_name: ClassVar[str]
+    _loss_factor: ClassVar[float] = 1.0
+    """What a loss of `bilevel.criteria` is multiplied by to be the one that is shown."""
+    _own_scoring: ClassVar[str]
+    """The scorer that is the negative loss."""
+
+    fit_intercept: bool
+    cv: Any
+    scoring: Any
+    groups: Any
+    criterion: str
+    guard: Any
+    honest: Any
+    standardize: bool
+    tol: float
+    max_iter: int
+    warm_start: bool
+    random_state: Any
+    n_jobs: int | None
+    device: Any
+    verbose: Any
+    cv_results_: dict[str, Any]
+    tuning_report_: TuningReport
+
+    def _validate_params(self) -> None:
+        """Check parameters as scikit-learn does.
+
+        Raises:
+            ValueError: for a scorer as the criterion.
+        """
+        scorer = isinstance(self.criterion, str) and self.criterion in get_scorer_names()
+        if scorer or callable(self.criterion):
+            raise ValueError(
+                f"criterion={self.criterion!r} is a scorer, and has no derivatives by the penalties: give it as "
+                f"scoring, by which the outer loop then chooses, and leave criterion 'auto'."
+            )
+        super()._validate_params()  # type: ignore[misc]
+
+    def _routed(self, sample_weight: Any, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what of the metadata goes to the splitter, and to the scorer.
+
+        Raises:
+            ValueError: for metadata that nobody takes.
+        """
+        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+        if get_config()["enable_metadata_routing"]:
+            routed = process_routing(self, "fit", **weights, **params)
+            return dict(routed.splitter.split), dict(routed.scorer.score)
+        if unknown := params.keys() - {"groups"}:
+            raise ValueError(
+                f"{type(self).__name__}.fit takes {sorted(unknown)} with sklearn.set_config(enable_metadata_routing="
+                "True) only; groups of rows for cv are taken without."
+            )
+        return params, weights
+
+    def _weights(self, sample_weight: Any, X: Any) -> NDArray[np.float64]:
+        """Return the weights of the rows, in float64.
+
+        Raises:
+            ValueError: for weights that are negative, or all zero.
+        """
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        if not weights.any():
+            raise ValueError("Sample weights must contain at least one non-zero number, got only zeros.")
+        return weights
+
+    def _tune(
+        self, X: Any, y: Tensor, weights: NDArray[np.float64], loss: GLMLoss, structure: str, folds: Folds, score: Any
+    ) -> Selected:
+        """Return the tuned model; the attributes that all estimators have are set.
+
+        Args:
+            X: of shape (rows, features).
+            y: as the loss takes it, (rows,) or (rows, targets).
+            weights: of shape (rows,).
+            loss: of a row.
+            structure: which coefficients share a penalty.
+            folds: of the outer loop.
+            score: of a model on some rows, (fit, rows) -> float; None for the loss.
+        """
+        outputs = y.shape[1] if y.dim() == 2 else loss.outputs(y)
+        penalties = penalties_of(structure, self.groups, X.shape[1], outputs)
+        data = LinearData.of(
+            _on_device(X, self.device), y, weights, intercept=self.fit_intercept, standardize=self.standardize
+        )
+        kind = self._kind(loss, folds)
+        criterion = _criterion(kind, data, loss, penalties, folds.pairs)
+        outer: list[Any] = []
+        remarks: list[str] = []
+        if penalties.size > 1 and self.guard != "off":
+            outer = folds.outer(kind in ("kfold", "holdout"))
+            if len(outer) < 2:
+                criterion = criterion.with_penalties(Penalties.scalar(X.shape[1], outputs))
+                remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")
+                if folds.given:
+                    warnings.warn(f"cv={self.cv!r}: {remarks[0]}", BilevelWarning, stacklevel=4)
+        if score is not None and not outer:
+            warnings.warn(
+                f"scoring={self.scoring!r} has no say without an outer loop: the {self._loss_name} alone decides; see "
+                "penalty_structure and guard.",
+                UserWarning,
+                stacklevel=4,
+            )
+        mean_weight = float(weights.mean())
+        candidates = self._candidates()
+        again = self.warm_start and hasattr(self, "cv_results_")
+        selected = penalty_cv(
+            criterion,
+            guard=self.guard,
+            honest=self.honest,
+            folds=outer,
+            tol=self.tol,
+            steps=int(self.max_iter),
+            candidates=None if candidates is None else np.log(candidates / mean_weight),
+            start=float(np.log(self.cv_results_["penalties"][0, 0] / mean_weight)) if again else None,
+            score=score,
+            n_jobs=self.n_jobs,
+            progress=bool(self.verbose),
+        )
+        if not selected.node.converged:
+            warnings.warn(
+                f"The search of penalties has used up its steps (max_iter={self.max_iter}): raise max_iter, or tol, "
+                f"which is {self.tol:g}.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        selected = replace(selected, remarks=(*remarks, *selected.remarks))
+        self._set_results(_shown(selected, self._loss_factor, score is None), mean_weight, CRITERIA[kind])
+        return selected
+
+    def _candidates(self) -> NDArray[np.float64] | None:
+        """Return the penalties that the one penalty is chosen from; None for any."""
+        raise NotImplementedError
+
+    def _score_of(self, X: Any, y: Any, leading: tuple[int, ...], params: dict[str, Any]) -> Any:
+        """Return the score of a model on some of the rows, (fit, rows) -> float; None where it is the loss.
+
+        Args:
+            X: of all rows.
+            y: likewise.
+            leading: dimensions that scikit-learn gives coefficients of one prediction.
+            params: of the scorer, of all rows.
+        """
+        if self.scoring is None or self.scoring == self._own_scoring:
+            return None
+        scorer = check_scoring(self, scoring=self.scoring)
+
+        def score(fit: Fit, rows: NDArray[np.intp]) -> float:
+            model = copy.copy(self)
+            model.__dict__.pop("feature_names_in_", None)
+            model._set_model(fit, X.dtype, leading)
+            return float(scorer(model, X[rows], y[rows], **{name: np.asarray(params[name])[rows] for name in params}))
+
+        return score
+
+    def _kind(self, loss: GLMLoss, folds: Folds) -> str:
+        """Return the name of the criterion that is descended.
+
+        Raises:
+            ValueError: where single rows would be left out of groups or of an order.
+        """
+        if self.criterion == "auto":
+            return "kfold" if folds.given or isinstance(loss, Softmax) else "loo" if loss.quadratic else "alo"
+        if self.criterion in ("loo", "alo") and folds.dependence:
+            raise ValueError(
+                f"criterion={self.criterion!r} leaves out single rows, but cv={self.cv!r} or groups say that rows are "
+                f"{folds.dependence}: use 'kfold' or 'auto', since a row's neighbours tell it."
+            )
+        return self.criterion
+
+    def _set_results(self, selected: Selected, mean_weight: float, criterion: str) -> None:
+        """Set `penalties_`, `cv_results_`, `tuning_report_` and `n_iter_`.
+
+        Args:
+            selected: with losses as they are shown.
+            mean_weight: of the rows: the criterion has weights of mean 1, penalties here belong to the given ones.
+            criterion: what was descended.
+        """
+        nodes, node = selected.nodes, selected.node
+
+        def of_nodes(name: str) -> NDArray[np.float64]:
+            return np.array([getattr(each, name) for each in nodes])
+
+        self.penalties_ = node.penalties.numpy() * mean_weight
+        self.n_iter_ = sum(each.evaluations for each in nodes)
+        self.cv_results_ = {
+            "tau": of_nodes("tau"),
+            "criterion": of_nodes("value"),
+            "loss": of_nodes("loss"),
+            "std_error": of_nodes("std_error"),
+            "gain": of_nodes("gain"),
+            "gain_error": of_nodes("gain_error"),
+            "gate": of_nodes("gate"),
+            "penalties": np.exp(of_nodes("u")) * mean_weight,
+            "chosen": np.arange(len(nodes)) == selected.chosen,
+        }
+        best = nodes[selected.choice.best] if selected.choice is not None else node
+        self.tuning_report_ = TuningReport(
+            estimator=type(self).__name__,
+            loss_name=self._loss_name,
+            criterion=criterion,
+            honest=selected.honest,
+            n_penalties=node.u.size,
+            one_penalty_loss=selected.scalar.loss,
+            tuned_loss=best.loss,
+            gain=best.gain / abs(selected.scalar.loss) if selected.scalar.loss else 0.0,
+            gate=best.gate,
+            kappa=float("nan") if selected.choice is None else selected.choice.kappa,
+            survived=selected.open,
+            n_evaluations=selected.evaluations,
+            seconds=selected.seconds,
+            summary=selected.summary,
+            remarks=selected.remarks,
+            nodes=self.cv_results_,
+        )
+
+    def _set_model(self, fit: Fit, dtype: Any, leading: tuple[int, ...]) -> None:
+        """Set `coef_` and `intercept_`, in the dtype of X, with a leading dimension where scikit-learn has one."""
+        self.coef_ = fit.coef.cpu().numpy().astype(dtype).reshape((*leading, *fit.coef.shape))
+        self.intercept_ = fit.intercept.cpu().numpy().astype(dtype).reshape((*leading, *fit.intercept.shape))[()]
+
+    def _penalty(self, selected: Selected, shape: tuple[int, ...]) -> Any:
+        """Return the chosen penalty, a float where it is one for all, else an array of the given shape."""
+        chosen = self.cv_results_["penalties"][selected.chosen]
+        return float(chosen[0]) if np.isinf(selected.node.tau) else chosen.reshape(shape)
+
+    def plot_path(self, *, ax: Any = None, **kwargs: Any) -> TuningPathDisplay:
+        """Draw the losses from one penalty to freely tuned ones: see `TuningPathDisplay.from_estimator`."""
+        return TuningPathDisplay.from_estimator(self, ax=ax, **kwargs)
+
+    def plot_penalties(self, *, ax: Any = None, **kwargs: Any) -> PenaltiesDisplay:
+        """Draw the penalty of each feature: see `PenaltiesDisplay.from_estimator`."""
+        return PenaltiesDisplay.from_estimator(self, ax=ax, **kwargs)
+
+
+def _on_device(X: Any, device: Any) -> Any:
+    """Return X on a device, where one is named."""
+    return X if device is None else torch.as_tensor(X).to(device)
+
+
+def _shown(selected: Selected, factor: float, honest: bool) -> Selected:
+    """Return the same with values of the criterion times a factor; with honest losses, too, unless they are scores."""
+    scaled = ("value", "loss", "std_error", "gain", "gain_error") if honest else ("value",)
+    nodes = tuple(replace(node, **{name: factor * getattr(node, name) for name in scaled}) for node in selected.nodes)
+    return replace(selected, nodes=nodes)
+
+
+def _criterion(kind: str, data: LinearData, loss: GLMLoss, penalties: Penalties, pairs: list[Any]) -> Criterion:
+    """Return the criterion of a name."""
+    if kind in ("kfold", "holdout"):
+        return RidgeFolds(data, penalties, pairs) if loss.quadratic else KFold(data, loss, penalties, pairs)
+    return RidgeLeaveOneOut(data, penalties) if loss.quadratic else ApproximateLeaveOneOut(data, loss, penalties)

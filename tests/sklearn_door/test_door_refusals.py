@@ -1,0 +1,155 @@
+"""What the estimators refuse or warn of: one sentence each, which names the parameter."""
+
+import numpy as np
+import pytest
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit
+
+import bilevel as bl
+from bilevel.sklearn import LogisticRegressionCV, RidgeCV
+
+rng = np.random.default_rng(0)
+X = rng.standard_normal((40, 4))
+y = X[:, 0] + rng.standard_normal(40)
+LABELS = np.where(y > 0, "yes", "no")
+THREE = np.array(["a", "b"] * 19 + ["c", "c"])
+OPTIONS = [
+    (RidgeCV(alphas=-1.0), "The 'alphas' parameter of RidgeCV"),
+    (RidgeCV(alphas=[1.0, 0.0]), r"alphas\[1\] == 0.0, must be > 0"),
+    (RidgeCV(penalty_structure="each"), "The 'penalty_structure' parameter of RidgeCV must be a str among"),
+    (RidgeCV(criterion="mse"), "The 'criterion' parameter of RidgeCV must be a str among"),
+    (
+        RidgeCV(criterion="r2"),
+        "criterion='r2' is a scorer, and has no derivatives by the penalties: give it as scoring",
+    ),
+    (RidgeCV(guard=1), "The 'guard' parameter of RidgeCV must be a str among"),
+    (RidgeCV(scoring="nice"), "The 'scoring' parameter of RidgeCV must be a str among"),
+    (RidgeCV(cv=0), "The 'cv' parameter of RidgeCV must be an int"),
+    (RidgeCV(cv=41), "cv=41 must be at least 2 and at most 40, the number of rows"),
+    (RidgeCV(penalty_structure="group"), "penalty_structure='group' needs groups, the group of every feature"),
+    (RidgeCV(groups=[0, 0, 1, 1]), "penalty_structure='feature' takes no groups: say 'group'"),
+    (
+        RidgeCV(penalty_structure="group", groups=[0, 0, 1]),
+        "groups must hold one label for each of the 4 features of X, got 3 entries",
+    ),
+    (
+        RidgeCV(penalty_structure="group", groups=[[0, 1], [2, 3], [0, 1], [2, 3]]),
+        "groups must hold one label for each of the 4 features of X",
+    ),
+    (
+        RidgeCV(penalty_structure="group", groups=[0, 0, 1, 1], alpha_per_target=True),
+        "alpha_per_target=True takes no penalty_structure='group'",
+    ),
+    (RidgeCV(criterion="loo", cv=TimeSeriesSplit(3)), "criterion='loo' .* cv=TimeSeriesSplit.* ordered"),
+]
+CLASSES = [
+    (LogisticRegressionCV(Cs=0), "The 'Cs' parameter of LogisticRegressionCV"),
+    (LogisticRegressionCV(l1_ratios=[0.5]), "l1_ratios must be None or zeros: the penalties of this class are squares"),
+    (LogisticRegressionCV(penalty="l1"), "The 'penalty' parameter of LogisticRegressionCV"),
+    (LogisticRegressionCV(refit=False), "The 'refit' parameter of LogisticRegressionCV"),
+    (
+        LogisticRegressionCV(class_weight={"maybe": 2.0}),
+        "The given class_weight dict must have the class labels as keys",
+    ),
+    (LogisticRegressionCV(criterion="accuracy"), "criterion='accuracy' is a scorer"),
+    (
+        LogisticRegressionCV(cv=[(np.flatnonzero(y > 0), np.flatnonzero(y < 0))]),
+        "Fold 1 of cv trains on no row of class no",
+    ),
+]
+
+
+@pytest.mark.parametrize(("estimator", "sentence"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_options_of_ridge(estimator, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        estimator.fit(X, y)
+
+
+@pytest.mark.parametrize(("estimator", "sentence"), CLASSES, ids=lambda value: str(value)[:40])
+def test_options_of_logistic_regression(estimator, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        estimator.fit(X, LABELS)
+
+
+@pytest.mark.parametrize("criterion", ["loo", "alo"])
+def test_single_rows_are_not_left_out_of_groups(criterion):
+    estimator = RidgeCV(criterion="loo") if criterion == "loo" else LogisticRegressionCV(criterion="alo")
+    with pytest.raises(ValueError, match=f"criterion='{criterion}' leaves out single rows, but .* grouped"):
+        estimator.fit(X, LABELS if criterion == "alo" else y, groups=np.arange(40) // 4)
+    with pytest.raises(ValueError, match=f"criterion='{criterion}' leaves out single rows, but .* grouped"):
+        estimator.set_params(cv=GroupKFold(3)).fit(X, LABELS if criterion == "alo" else y, groups=np.arange(40) // 4)
+
+
+def test_data_are_refused_as_by_scikit_learn():
+    model = RidgeCV(penalty_structure="scalar")
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        model.fit(np.where(X > 2, np.nan, X), y)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        model.fit(X, y[:-1])
+    with pytest.raises(ValueError, match="Negative values in data passed to `sample_weight`"):
+        model.fit(X, y, sample_weight=np.r_[-1.0, np.ones(39)])
+    with pytest.raises(ValueError, match="Sample weights must contain at least one non-zero number"):
+        model.fit(X, y, sample_weight=np.zeros(40))
+    with pytest.raises(ValueError, match=r"RidgeCV.fit takes \['nonsense'\] with sklearn.set_config"):
+        model.fit(X, y, nonsense=1)
+    model.fit(X, y)
+    with pytest.raises(ValueError, match="X has 3 features, but RidgeCV is expecting 4 features"):
+        model.predict(X[:, :3])
+
+
+def test_classes_need_rows():
+    model = LogisticRegressionCV(penalty_structure="scalar")
+    with pytest.raises(ValueError, match="the data contain only one class: yes"):
+        model.fit(X, np.full(40, "yes"))
+    with pytest.raises(ValueError, match="the data contain only one class: yes"):
+        model.fit(X, LABELS, sample_weight=LABELS == "yes")
+    with pytest.raises(ValueError, match="All rows of class c have weight zero: leave them out"):
+        model.fit(X, THREE, sample_weight=THREE != "c")
+    with pytest.raises(ValueError, match="Unknown label type"):
+        model.fit(X, y)
+    with pytest.raises(
+        ValueError, match="Fold 2 of cv trains on no row of class c: use StratifiedKFold, or fewer folds"
+    ):
+        model.set_params(cv=KFold(2)).fit(X, THREE)
+
+
+def test_a_class_of_one_row_is_trained_on():
+    labels = np.where(np.arange(40) == 7, "rare", LABELS)
+    model = LogisticRegressionCV(penalty_structure="scalar").fit(X, labels)
+    assert model.classes_.tolist() == ["no", "rare", "yes"]
+    assert np.isfinite(model.coef_).all()
+
+
+def test_more_penalties_than_rows_without_a_guard_are_warned_of():
+    wide = np.random.default_rng(1).standard_normal((12, 20))
+    with pytest.warns(bl.BilevelWarning, match="20 penalties were tuned on 12 rows without an outer loop"):
+        RidgeCV(guard="off").fit(wide, wide[:, 0])
+
+
+def test_a_row_that_makes_most_of_the_criterion_is_named():
+    spoiled = y.copy()
+    spoiled[17] = 1e3
+    with pytest.warns(bl.BilevelWarning, match="row 18 alone makes 9.% of the criterion"):
+        RidgeCV(penalty_structure="scalar").fit(X, spoiled)
+
+
+def test_a_search_that_was_cut_short_says_what_to_do():
+    many = np.random.default_rng(1).standard_normal((120, 30))
+    with pytest.warns(ConvergenceWarning, match="used up its steps .max_iter=1.: raise max_iter, or tol, which is 0"):
+        RidgeCV(guard="off", max_iter=1).fit(many, many[:, 0] + rng.standard_normal(120))
+
+
+def test_a_score_without_an_outer_loop_has_no_say():
+    with pytest.warns(UserWarning, match="scoring='r2' has no say without an outer loop: the mean squared error alone"):
+        RidgeCV(penalty_structure="scalar", scoring="r2").fit(X, y)
+
+
+def test_folds_that_are_too_few_for_an_outer_loop_leave_one_penalty():
+    with pytest.warns(
+        bl.BilevelWarning, match="cv=TimeSeriesSplit.*too few for an outer loop, so one penalty was tuned"
+    ):
+        model = RidgeCV(cv=TimeSeriesSplit(2)).fit(X, y)
+    assert isinstance(model.alpha_, float)
+    assert "too few for an outer loop" in str(model.tuning_report_)

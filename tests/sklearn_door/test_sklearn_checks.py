@@ -1,0 +1,13 @@
+"""scikit-learn's own checks of the estimators."""
+
+import pytest
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from bilevel.sklearn import RidgeCV
+
+
+# The checks fit a few rows, of one of which the criterion may be made: that is a warning to people, not to checks.
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+@parametrize_with_checks([RidgeCV(penalty_structure="scalar")])
+def test_the_estimator_is_one_of_scikit_learns(estimator, check):
+    check(estimator)
