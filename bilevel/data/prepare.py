@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from bilevel.core.status import BilevelWarning
+from bilevel.data.columns import Encoder, listed
 from bilevel.data.sources import Array, Raw
 
 MAX_CLASSES = 20
@@ -27,7 +28,9 @@ def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | 
     targets = np.concatenate([y for _, y in raw.parts.values()])
     labels, kind = np.unique(targets), targets.dtype.kind
     words = kind == "U"
-    parts = {part: (X.astype(np.float64), y) for part, (X, y) in raw.parts.items()}
+    parts = raw.parts
+    if raw.columns is None:
+        parts = {part: (X.astype(np.float64), y) for part, (X, y) in parts.items()}
     if task is None:
         few = kind in "iu" and len(labels) <= MAX_CLASSES
         task = "classification" if few or words or kind == "b" else "regression"
@@ -61,10 +64,73 @@ def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | 
     return replace(raw, parts=parts), labels, task
 
 
-def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: float) -> dict[str, tuple[Array, Array]]:
+def without_rare(raw: Raw, labels: Array, least: int) -> tuple[Raw, Array]:
+    """Return the data and their labels without the rows of classes that have fewer rows than `least`.
+
+    A class stays where fewer than two would be left, where a file brings its own parts, and where more than a tenth of
+    the rows would go: such targets are hardly labels.
+    """
+    if "" not in raw.parts:
+        return raw, labels
+    X, y = raw.parts[""]
+    members = np.bincount(y, minlength=len(labels))
+    few = np.flatnonzero(members < least)
+    if not len(few) or len(labels) - len(few) < 2 or 10 * members[few].sum() > len(y):
+        return raw, labels
+    keep = ~np.isin(y, few)
+    named = ", ".join(f"{labels[each]!s} ({members[each]})" for each in few[:4])
+    named += f" and {len(few) - 4} more" if len(few) > 4 else ""
+    stay = np.delete(np.arange(len(labels)), few)
+    note = f"the rows of classes with fewer than {least} rows are left out: {named}"
+    parts = {"": (X[keep], np.searchsorted(stay, y[keep]))}
+    return replace(raw, parts=parts, notes=(*raw.notes, note)), labels[stay]
+
+
+def filled(raw: Raw) -> Raw:
+    """Return the data of a table with its features, fitted on the training part, in place of the rows' numbers."""
+    columns = raw.columns
+    if columns is None:
+        return raw
+    rows = {part: X[:, 0] for part, (X, _) in raw.parts.items()}
+    encoder = Encoder.fit(columns.table, columns.features, rows["train"])
+    X, notes = encoder.transform(columns.table)
+    constant = [name for name, column in zip(encoder.features, X[rows["train"]].T, strict=True) if np.ptp(column) == 0]
+    if constant:
+        notes.append(f"{listed(constant)} {'is' if len(constant) == 1 else 'are'} constant: no influence")
+    return replace(
+        raw,
+        parts={part: (X[index], raw.parts[part][1]) for part, index in rows.items()},
+        feature_names=encoder.features,
+        notes=(*raw.notes, *notes),
+        weights=None if columns.weights is None else columns.weights[rows["train"]],
+        encoder=encoder,
+    )
+
+
+def how_split(raw: Raw, labels: Array | None, ordered: bool, seed: int) -> str:
+    """Return how rows are split, in words."""
+    if ordered:
+        return "split in the order of the rows"
+    if raw.groups is not None:
+        return f"whole groups, split with seed {seed}"
+    return f"{'split' if labels is None else 'stratified'} with seed {seed}"
+
+
+def in_words(task: str, labels: Array | None) -> str:
+    """Return the targets in words: classes with the strings that they stand for."""
+    if labels is None:
+        return "y as it came" if task == "raw" else task
+    shown = f" ({', '.join(map(str, labels))})" if labels.dtype.kind == "U" and len(labels) <= 5 else ""
+    return f"{len(labels)} classes{shown}"
+
+
+def split(
+    raw: Raw, labels: Array | None, seed: int, validation: float, test: float, ordered: bool = False
+) -> dict[str, tuple[Array, Array]]:
     """Return the parts of a seeded split of data without parts, stratified by the labels of a classification.
 
-    `validation` and `test` are fractions of the rows; without the latter there is no such part.
+    `validation` and `test` are fractions of the rows; without the latter there is no such part. Where the data have
+    groups, whole groups go to the parts; with `ordered` the parts are blocks of rows, the last of them the test part.
 
     Raises:
         ValueError: if a part would lack rows, or rows of a class.
@@ -75,8 +141,9 @@ def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: fl
     count = len(y)
     sizes = {"train": count, "val": round(validation * count), "test": round(test * count)}
     sizes["train"] -= sizes["val"] + sizes["test"]
-    if test == 0:
-        del sizes["test"]
+    sizes = {part: size for part, size in sizes.items() if part == "train" or (validation, test)[part == "test"]}
+    if ordered or raw.groups is not None:
+        return _blocks(raw, labels, sizes, None if ordered else np.random.default_rng(seed))
     shown = "/".join(map(str, sizes.values()))
     many = "" if labels is None or len(labels) <= MAX_CLASSES else " (or is it a regression target?)"
     least = 1 if labels is None else len(labels)
@@ -108,6 +175,38 @@ def split(raw: Raw, labels: Array | None, seed: int, validation: float, test: fl
         raise ValueError(thin)
     rows = {"train": rest} | dict(reversed(parts.items()))
     return {part: (X[index], y[index]) for part, index in rows.items()}
+
+
+def _blocks(
+    raw: Raw, labels: Array | None, sizes: dict[str, int], rng: np.random.Generator | None
+) -> dict[str, tuple[Array, Array]]:
+    """Return parts of whole groups in a random order, or without a generator of rows as they stand.
+
+    Raises:
+        ValueError: if a part would lack rows, or training a class.
+    """
+    X, y = raw.parts[""]
+    groups = raw.groups
+    names, owner = np.unique(np.arange(len(y)) if rng is None or groups is None else groups, return_inverse=True)
+    place = np.arange(len(names)) if rng is None else rng.permutation(len(names))
+    order = np.argsort(place[owner], kind="stable")
+    # A group belongs to the part in which its first row stands.
+    first = np.searchsorted(place[owner][order], np.arange(len(names)))
+    ends = np.cumsum(list(sizes.values()))
+    part_of = np.searchsorted(ends, first, side="right")[place[owner]]
+    parts = {part: (X[part_of == index], y[part_of == index]) for index, part in enumerate(sizes)}
+    what = "groups" if rng is not None else "rows"
+    for part, (_, targets) in parts.items():
+        if not len(targets):
+            raise ValueError(f"{raw.source!r} has too few {what} ({len(names)}): none is left for the part {part!r}.")
+    if labels is not None:
+        lacking = np.setdiff1d(np.arange(len(labels)), parts["train"][1])
+        if len(lacking):
+            raise ValueError(
+                f"the training part of {raw.source!r} has no row of the class {labels[lacking[0]]}, as it is made of "
+                f"{'whole groups' if rng is not None else 'the first rows'}: take `split: random`, or fewer parts."
+            )
+    return parts
 
 
 def standardized(raw: Raw, centre: bool) -> Raw:

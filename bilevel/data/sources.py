@@ -1,20 +1,17 @@
-"""Raw data: reads `.npz` archives of plain arrays, `.csv` tables with a header row and MNIST, and looks at them."""
+"""Raw data: reads `.npz` archives of plain arrays, svmlight files and MNIST, takes tables, and looks at them."""
 
 from __future__ import annotations
 
-import csv
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-
-INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
-"""The name of the index of a table that pandas has written, or has written, read and written again."""
+from bilevel.data.columns import INDEX as INDEX
+from bilevel.data.columns import Columns, Encoder, target_values
+from bilevel.data.table import Array as Array
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,10 @@ class Raw:
         feature_names: one for each feature.
         truth: the true weights of a synthetic set.
         is_file: whether it is a file of the user's.
-        note: what was left out, in words.
+        notes: what was done, in words.
+        columns: of a table: what they are for.
+        weights: of the training rows of a table.
+        encoder: of a table, once its rows are split.
     """
 
     source: str
@@ -35,7 +35,17 @@ class Raw:
     feature_names: tuple[str, ...]
     truth: Array | None = None
     is_file: bool = False
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    columns: Columns | None = None
+    weights: Array | None = None
+    encoder: Encoder | None = None
+
+    @property
+    def groups(self) -> Array | None:
+        """The group of every row of a table that is not split yet."""
+        if self.columns is None or self.columns.groups is None:
+            return None
+        return self.columns.groups[self.parts[""][0][:, 0]]
 
 
 def read_mnist() -> Raw:
@@ -88,50 +98,33 @@ def _one_column(y: Array) -> Array:
     return np.char.decode(y, "utf-8") if y.dtype.kind == "S" else y
 
 
-def read_csv(source: str, path: Path, target: str | None) -> Raw:
-    """Return the data of a .csv file with a header row; empty cells are missing values.
-
-    Columns without a name whose values all differ (the index that pandas writes) are left out. The target, by default
-    the last column, becomes integers if all cells are, else numbers, else strings.
+def read_svmlight(source: str, path: Path) -> Raw:
+    """Return the data of a file in the svmlight format, with sparse X.
 
     Raises:
-        ValueError: if it is no such table, or a column is missing, doubled or not numeric.
+        ValueError: if it is no such file.
     """
+    from sklearn.datasets import load_svmlight_file
+
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file) if line]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source!r} cannot be read as a .csv file in UTF-8: {error}.") from error
-    header, body = (lines[0], lines[1:]) if lines else ([], [])
-    if not body:
-        raise ValueError(f"{source!r} holds no data: it needs a header row and rows below it.")
-    if len(header) < 2:
-        raise ValueError(f"{source!r} has the one column {header[0]!r}: it needs features and a target, with commas.")
-    if all(map(_is_number, header)):
-        raise ValueError(f"{source!r} has no header row: its first row is {', '.join(header[:3])}, ...")
-    if len(set(header)) < len(header):
-        twice = next(column for column in header if header.count(column) > 1)
-        raise ValueError(f"{source!r} has two columns of the name {twice!r}.")
-    for number, line in enumerate(body, 1):
-        if len(line) != len(header):
-            raise ValueError(f"row {number} of {source!r} has {len(line)} cells, but the header has {len(header)}.")
-    target = header[-1] if target is None else target
-    if target not in header:
-        raise ValueError(f"{source!r} has no target column {target!r}: its columns are {', '.join(header)}.")
-    columns = dict(zip(header, np.array(body).T, strict=True))
-    y = columns.pop(target)
-    left_out = [name for name, column in columns.items() if INDEX.fullmatch(name) and len(set(column)) == len(column)]
-    for name in left_out:
-        del columns[name]
-    if not columns:
-        raise ValueError(f"{source!r} holds no features besides the target {target!r} and the index of its rows.")
-    names = ", ".join(repr(name) if name else "without a name" for name in left_out)
+        X, y = load_svmlight_file(str(path))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source!r} cannot be read as a file in the svmlight format: {error}.") from error
+    y = y.astype(np.int64) if (y == np.round(y)).all() else y
+    return Raw(source, {"": (X, y)}, tuple(f"x{index}" for index in range(X.shape[1])), is_file=True)
+
+
+def of_columns(columns: Columns) -> Raw:
+    """Return the data of a table, whose X is the number of each row until the rows are split, in their order."""
+    y = target_values(columns.table, columns.target)
+    order = np.arange(len(y)) if columns.order is None else np.argsort(columns.order, kind="stable")
     return Raw(
-        source,
-        {"": (np.stack([_numeric(source, *column) for column in columns.items()], axis=1), _target(source, y))},
-        tuple(columns),
+        columns.table.source,
+        {"": (order[:, None], y[order])},
+        ("row",),
         is_file=True,
-        note=f"the column {names} is left out, as it numbers the rows" if left_out else "",
+        notes=columns.notes,
+        columns=columns,
     )
 
 
@@ -164,35 +157,3 @@ def check_part(raw: Raw, part: str) -> None:
                 f"{name} {where} holds NaN or infinite values ({bad.sum()} of {values.size}), the first in row "
                 f"{row + 1}{at}: drop or fill them first."
             )
-
-
-def _is_number(cell: str) -> bool:
-    """Whether a cell reads as a number; an empty one is a missing number."""
-    try:
-        float(cell or "nan")
-    except ValueError:
-        return False
-    return True
-
-
-def _numeric(source: str, name: str, column: Array) -> Array:
-    for number, cell in enumerate(column, 1):
-        if not _is_number(cell):
-            raise ValueError(
-                f"the feature column {name!r} of {source!r} is not numeric: row {number} holds {str(cell)!r} "
-                "(encode it as numbers, or name it as the `target`)."
-            )
-    return np.where(column == "", "nan", column).astype(np.float64)
-
-
-def _target(source: str, column: Array) -> Array:
-    """Return a target column as integers, else as numbers, else as strings."""
-    if all(map(_is_number, column)):
-        try:
-            return column.astype(np.int64)
-        except (ValueError, OverflowError):
-            return np.where(column == "", "nan", column).astype(np.float64)
-    if (column == "").any():
-        first = int(np.argmax(column == "")) + 1
-        raise ValueError(f"the target of {source!r} misses labels ({(column == '').sum()}), the first in row {first}.")
-    return column

@@ -161,17 +161,17 @@ def test_a_missing_file_is_named(name):
     [
         ("", "holds no data: it needs a header row and rows below it"),
         ("a,y\n", "holds no data: it needs a header row and rows below it"),
-        ("a;y\n1;2\n", "has the one column 'a;y': it needs features and a target, with commas"),
+        ("a|y\n1|2\n", r"has the one column 'a\|y': it needs features and a target, with commas, semicolons or tabs"),
         ("1.5,2\n3,4\n5,6\n", "has no header row: its first row is 1.5, 2"),
         ("a,a,y\n1,2,3\n", "has two columns of the name 'a'"),
         ("a,b,y\n1,2,3\n1,2\n", "row 2 of .* has 2 cells, but the header has 3"),
         (
             "a,colour,y\n1,2,3\n1,red,3\n",
-            "the feature column 'colour' of .* is not numeric: row 2 holds 'red' .encode it as numbers, or name it as",
+            "the feature column 'colour' of .* is not numeric: row 2 holds 'red' .encode it as numbers, take `strin",
         ),
         (
             "a,b,y\n1,2,1.5\n1,,2.5\n1,nan,3\n",
-            r"X of .* holds NaN or infinite values \(2 of 6\), the first in row 2, .*'b'",
+            r"X of .* holds NaN or missing values, the first in row 2, column 'b': drop or fill them first, or",
         ),
         (
             "a,y\n1,2\n1,\n2,3\n",
@@ -187,7 +187,7 @@ def test_a_missing_file_is_named(name):
 )
 def test_a_csv_that_cannot_work_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        load(write_csv(tmp_path, text))
+        load(write_csv(tmp_path, text), strings="refuse", missing="refuse")
 
 
 def test_a_missing_target_column_is_named(tmp_path):

@@ -1,0 +1,110 @@
+"""Rows for tuning by folds: features, targets, weights and groups, and perhaps a test part that tuning never sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bilevel.data.columns import Encoder
+from bilevel.data.prepare import encode, filled, how_split, in_words, split, without_rare
+from bilevel.data.read import TableOptions, read
+from bilevel.data.sources import Array
+
+LEAST = 3
+"""Rows of a class with which every fold of a fold trains on it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a data set.
+
+    Attributes:
+        name: the name or path they were loaded by.
+        task: "regression" or "classification".
+        X: of shape (rows, features): an array, or sparse CSR.
+        y: numbers, or labels from 0 on.
+        classes: what the labels stand for; None for a regression.
+        X_test: rows of the test part; None where there is none.
+        y_test: its targets.
+        weights: of the rows, or None.
+        groups: of the rows, or None.
+        ordered: whether the rows are in an order of time.
+        encoder: how columns became features; of data without named columns, as numbers each.
+        target: the name of the target.
+        ignored: other columns that are no features.
+        decimal: what stands before decimals, where it was said.
+        notes: what was done, a line each.
+    """
+
+    name: str
+    task: str
+    X: Any
+    y: Array
+    classes: tuple[Any, ...] | None
+    X_test: Any
+    y_test: Array | None
+    weights: Array | None
+    groups: Array | None
+    ordered: bool
+    encoder: Encoder
+    target: str
+    ignored: tuple[str, ...]
+    decimal: str | None
+    notes: tuple[str, ...]
+
+
+def load_rows(name: Any, options: TableOptions, *, task: str | None = None, test: float = 0.0, seed: int = 0) -> Rows:
+    """Return the rows of a data set to tune by folds.
+
+    Fill values and categories are those of the rows that are returned; folds share them, but scale columns by their own
+    training rows. A category that a fold does not train on has no influence there.
+
+    Args:
+        name: as of `load`.
+        options: what is done with columns.
+        task: "regression" or "classification"; None: by the targets.
+        test: fraction of the rows that is set aside.
+        seed: of that split.
+
+    Raises:
+        ValueError: in one sentence, for data that cannot be used.
+    """
+    options.check(name)
+    raw = read(name, options, seed)
+    joined = [part for part in ("train", "val") if part in raw.parts]
+    if joined:
+        # Folds do without the validation part that a file brings.
+        X, y = (np.concatenate([raw.parts[part][index] for part in joined]) for index in (0, 1))
+        raw = replace(raw, parts={"train": (X, y)} | {k: v for k, v in raw.parts.items() if k == "test"})
+    raw, labels, task = encode(raw, task)
+    if labels is not None and options.rare == "leave_out":
+        raw, labels = without_rare(raw, labels, LEAST + (test > 0))
+    groups, how = None, "as in the file"
+    if "" in raw.parts:
+        how = how_split(raw, labels, options.ordered, seed)
+        columns = raw.columns
+        parts = split(raw, labels, seed, 0.0, test, options.ordered) if test else {"train": raw.parts[""]}
+        if columns is not None and columns.groups is not None:
+            groups = columns.groups[parts["train"][0][:, 0]]
+        raw = replace(raw, parts=parts)
+    raw = filled(raw)
+    X, y = raw.parts["train"]
+    X_test, y_test = raw.parts.get("test", (None, None))
+    aside = f", {len(y_test)} set aside ({how})" if y_test is not None else ""
+    size = f"{len(y)} rows to tune on{aside}, {X.shape[1]} features, {in_words(task, labels)}"
+    return Rows(
+        *(raw.source, task, X, y),
+        classes=None if labels is None else tuple(labels.tolist()),
+        X_test=X_test,
+        y_test=y_test,
+        weights=raw.weights,
+        groups=groups,
+        ordered=options.ordered,
+        encoder=raw.encoder or Encoder.of_numbers(raw.feature_names),
+        target=raw.columns.target if raw.columns is not None else "y",
+        ignored=() if raw.columns is None else raw.columns.ignored,
+        decimal=options.decimal,
+        notes=(size, *raw.notes),
+    )

@@ -1,0 +1,239 @@
+"""Tables: named columns of numbers or words, from text files, parquet files and data frames."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+SEPARATORS = (",", ";", "\t")
+MISSING = np.array([
+    *("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-nan", "NULL", "null", "None", "<NA>", "NaT", "?")
+])  # fmt: skip
+"""What stands for a missing value in a text file."""
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+SVMLIGHT = (".svm", ".svmlight", ".libsvm", ".svm.gz", ".svmlight.gz", ".libsvm.gz")
+COMMA = re.compile(r"[-+]?\d+(,\d+)?([eE][-+]?\d+)?")
+TIME = r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?"
+MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+DATE = re.compile(
+    rf"(\d{{4}}([-/.])\d{{1,2}}\2\d{{1,2}}|\d{{1,2}}([-/.])\d{{1,2}}\3(\d{{4}}|\d{{2}})"
+    rf"|\d{{1,2}}[ -]{MONTH}[ ,-]+\d{{2,4}}"
+    rf"|{MONTH} \d{{1,2}},? \d{{4}})([T ]+{TIME} ?([ap]m)?(Z|[-+]\d{{2}}:?\d{{2}})?)?|{TIME}",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Named columns, of shape (rows,) each: numbers, or words with "" for a missing one.
+
+    Attributes:
+        source: the name or path, for messages.
+        columns: by name, in their order.
+        separator: of the cells of a text file; empty for other sources.
+        decimal: what stands before the decimals of a text file, where it was said.
+        notes: what was done, in words.
+    """
+
+    source: str
+    columns: Mapping[str, Array]
+    separator: str = ""
+    decimal: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def numbers(self, name: str) -> Array | None:
+        """Return a column as numbers, with NaN for what is missing; None where some cell is a word.
+
+        True and False are 1 and 0. Decimal commas are read where `decimal` is a comma, or where it is not said, another
+        separator parts the cells, and all of the column can be read so.
+        """
+        column = self.columns[name]
+        if column.dtype.kind != "U":
+            return column.astype(np.float64)
+        there = column != ""
+        result = np.full(len(column), np.nan)
+        lowered = np.char.lower(column[there])
+        if len(lowered) and np.isin(lowered, ("true", "false")).all():
+            result[there] = lowered == "true"
+            return result
+        if self.has_decimal_commas(name):
+            result[there] = np.char.replace(column[there], ",", ".").astype(np.float64)
+            return result
+        try:
+            result[there] = column[there].astype(np.float64)
+        except ValueError:
+            return None
+        return result
+
+    def has_decimal_commas(self, name: str) -> bool:
+        """Whether a column holds numbers with decimal commas."""
+        column = self.columns[name]
+        if column.dtype.kind != "U" or self.decimal == "." or (self.decimal is None and self.separator in ("", ",")):
+            return False
+        cells = column[column != ""]
+        return bool((np.char.find(cells, ",") >= 0).any()) and all(map(COMMA.fullmatch, cells))
+
+    def words(self, name: str) -> Array:
+        """Return a column as words, with "" for what is missing; whole numbers have no decimal point."""
+        column = self.columns[name]
+        if column.dtype.kind == "U":
+            return column
+        return np.array([_word(value) for value in column.tolist()], dtype=str)
+
+    def without(self, names: Iterable[str]) -> dict[str, Array]:
+        """Return the columns but some."""
+        left_out = set(names)
+        return {name: column for name, column in self.columns.items() if name not in left_out}
+
+    def date(self, name: str) -> tuple[int, str] | None:
+        """Return the row and the text of the first date in a column of dates; None for other columns."""
+        column = self.columns[name]
+        there = np.flatnonzero(column != "") if column.dtype.kind == "U" else np.array([], dtype=int)
+        if not len(there) or not all(map(DATE.fullmatch, column[there])):
+            return None
+        return int(there[0]) + 1, str(column[there[0]])
+
+
+def _word(value: Any) -> str:
+    if value != value:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def ending(name: str) -> str:
+    """Return the ending of a path in lower case, that of what is compressed included.
+
+    >>> ending("Data.CSV.gz")
+    '.csv.gz'
+    """
+    path = Path(name.lower())
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
+def is_frame(data: Any) -> bool:
+    """Whether an object is a table of named columns, as those of pandas and polars are."""
+    return not isinstance(data, str | Path) and hasattr(data, "columns") and hasattr(data, "__getitem__")
+
+
+def read_table(source: str, path: Path, separator: str | None = None, decimal: str | None = None) -> Table:
+    """Return the table in a text file with a header row, or in a parquet file.
+
+    Args:
+        source: the path as it was given.
+        path: of the file.
+        separator: of cells; None for the one of comma, semicolon and tab that parts the header into most columns.
+        decimal: see `Table`.
+
+    Raises:
+        ValueError: in one sentence, for a file that is no such table.
+        ModuleNotFoundError: for a parquet file without the package `pyarrow`.
+    """
+    if ending(source) == ".parquet":
+        return _read_parquet(source, path)
+    opened = gzip.open if ending(source).endswith(".gz") else open
+    try:
+        with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
+            text = file.read()
+        separator = separator or _separator(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        lines = [[cell.strip() for cell in line] for line in reader if line]
+    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{source!r} cannot be read as a .csv file in UTF-8: {error}.") from error
+    header, body = (lines[0], lines[1:]) if lines else ([], [])
+    if not body:
+        raise ValueError(f"{source!r} holds no data: it needs a header row and rows below it.")
+    if len(header) > 1 and all(map(is_number, header)):
+        raise ValueError(f"{source!r} has no header row: its first row is {', '.join(header[:3])}, ...")
+    if len(set(header)) < len(header):
+        twice = next(column for column in header if header.count(column) > 1)
+        raise ValueError(f"{source!r} has two columns of the name {twice!r}.")
+    for number, line in enumerate(body, 1):
+        if len(line) != len(header):
+            raise ValueError(f"row {number} of {source!r} has {len(line)} cells, but the header has {len(header)}.")
+    columns = dict(zip(header, np.array(body).T, strict=True))
+    columns = {name: np.where(np.isin(column, MISSING), "", column) for name, column in columns.items()}
+    shown = {";": "semicolons", "\t": "tabs"}.get(separator)
+    return Table(source, columns, separator, decimal, (f"{shown} part the cells",) if shown else ())
+
+
+def _separator(text: str) -> str:
+    """Return what parts a header into most columns, a comma where several do."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return max(SEPARATORS, key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell reads as a number; an empty one is a missing number."""
+    try:
+        float(cell or "nan")
+    except ValueError:
+        return False
+    return True
+
+
+def _read_parquet(source: str, path: Path) -> Table:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{source!r} is a parquet file, which the package pyarrow reads: pip install pyarrow, or write a .csv file."
+        ) from error
+    try:
+        return from_frame(parquet.read_table(path).to_pydict(), source)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{source!r} cannot be read as a parquet file: {' '.join(str(error).split())}.") from error
+
+
+def from_frame(frame: Any, source: str = "the table") -> Table:
+    """Return the table of a data frame, or of a mapping from names to columns.
+
+    Raises:
+        ValueError: in one sentence, for two columns of one name, and for columns of several values in a row.
+    """
+    names = list(frame if isinstance(frame, Mapping) else frame.columns)
+    if len(set(map(str, names))) < len(names):
+        raise ValueError(f"{source} has two columns of one name.")
+    return Table(source, {str(name): _column(source, str(name), frame[name]) for name in names})
+
+
+def _column(source: str, name: str, values: Any) -> Array:
+    """Return a column of a frame as an array of numbers or of words."""
+    array = np.asarray(values, dtype=object) if isinstance(values, list) else np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"the column {name!r} of {source} holds arrays: give numbers, words, True and False.")
+    if array.dtype.kind in "fiu":
+        return array
+    if array.dtype.kind == "b":
+        return array.astype(np.int64)
+    if array.dtype.kind in "mM":
+        return np.where(np.isnat(array), "", array.astype(str))
+    cells = ["" if _is_missing(value) else value for value in array.tolist()]
+    there = [value for value in cells if not isinstance(value, str)]
+    if len(there) == len(cells) and all(isinstance(value, bool | int) for value in there):
+        return np.array(cells, dtype=np.int64)
+    if all(value == "" if isinstance(value, str) else _is_numeric(value) for value in cells):
+        return np.array([np.nan if value == "" else float(value) for value in cells])
+    return np.array([str(value).strip() for value in cells], dtype=str)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or bool(value != value)
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, bool | int | float) or type(value).__name__ == "Decimal"

@@ -1,0 +1,230 @@
+"""Tables as people have them: words, missing cells, other separators, columns that number rows, groups and time."""
+
+from __future__ import annotations
+
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bilevel.data import Dataset, load
+from bilevel.data.read import TableOptions
+from bilevel.data.rows import load_rows
+
+ROWS = 40
+SIZE = [None if row == 3 else row * 0.5 for row in range(ROWS)]
+COLOUR = ["" if row == 5 else ("red", "blue", "green")[row % 3] for row in range(ROWS)]
+COLUMNS = {
+    "user_id": list(range(100, 100 + ROWS)),
+    "size": SIZE,
+    "colour": COLOUR,
+    "old": [row % 2 == 0 for row in range(ROWS)],
+    "same": [7] * ROWS,
+    "y": [row * 0.25 for row in range(ROWS)],
+}
+
+
+class Frame:
+    """What pandas and polars have in common."""
+
+    def __init__(self, columns: dict[str, Any]) -> None:
+        self.columns = list(columns)
+        self._columns = columns
+
+    def __getitem__(self, name: str) -> Any:
+        return np.array(self._columns[name], dtype=object)
+
+
+def write(path: Path, columns: dict[str, Any] = COLUMNS, separator: str = ",", comma: bool = False) -> str:
+    """Write columns to a text file, and return its path."""
+
+    def cell(value: Any) -> str:
+        return "" if value is None else str(value).replace(".", "," if comma and isinstance(value, float) else ".")
+
+    lines = [separator.join(columns), *(separator.join(map(cell, row)) for row in zip(*columns.values(), strict=True))]
+    text = "\ufeff" + "\n".join(lines)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def parts(data: Dataset) -> torch.Tensor:
+    assert data.X_test is not None
+    return torch.cat([data.X_train, data.X_val, data.X_test])
+
+
+def test_words_and_missing_cells_become_numbers_by_the_training_rows_and_each_thing_is_said(tmp_path: Path) -> None:
+    data = load(write(tmp_path / "t.csv"), standardize=False)
+    assert data.feature_names == ("size", "colour=blue", "colour=green", "colour=red", "old", "same")
+    X, y = parts(data), torch.cat([data.y_train, data.y_val, data.y_test]) if data.y_test is not None else data.y_train
+    row = (4 * y).round().long()
+    seen = data.X_train[data.y_train != 0.75]
+    size = torch.where(row == 3, seen[:, 0].quantile(0.5), row.double() * 0.5)
+    torch.testing.assert_close(X[:, 0], size)
+    train = [("red", "blue", "green")[r % 3] for r in (4 * data.y_train).round().long().tolist() if r != 5]
+    fill = max(sorted(set(train)), key=train.count)
+    words = [fill if r == 5 else ("red", "blue", "green")[r % 3] for r in row.tolist()]
+    assert [("blue", "green", "red")[int(i)] for i in X[:, 1:4].argmax(1)] == words
+    assert torch.equal(X[:, 1:4].sum(1), torch.ones(ROWS).double())
+    assert torch.equal(X[:, 4], (row % 2 == 0).double())
+    for said in (
+        "the column 'user_id' is left out, as it numbers the rows",
+        "the words of 'colour' become 3 features of 0 and 1, one for each category",
+        "missing values of 'size' (1), 'colour' (1) are filled by the median or the most frequent word of the training",
+        "'same' is constant: no influence",
+    ):
+        assert sum(said in line for line in data.note.splitlines()) == 1, data.note
+
+
+def test_the_same_table_in_other_forms_is_the_same_data(tmp_path: Path) -> None:
+    first = load(write(tmp_path / "t.csv"))
+    forms = {
+        "semicolons part": write(tmp_path / "s.csv", separator=";"),
+        "decimal commas are read in 'size', 'y'": write(tmp_path / "c.csv", separator=";", comma=True),
+        "tabs part": write(tmp_path / "t.tsv", separator="\t"),
+        "size": write(tmp_path / "z.csv.gz"),
+        "colour": Frame(COLUMNS),
+        "same": Frame(COLUMNS | {"old": np.array(COLUMNS["old"]), "y": np.array(COLUMNS["y"])}),
+    }
+    for said, form in forms.items():
+        data = load(form)
+        assert said in data.note
+        assert all(torch.equal(data.splits()[key], value) for key, value in first.splits().items()), said
+    both = load(write(tmp_path / "q.csv", {n: [f'"{v}"' for v in c] for n, c in COLUMNS.items()}), decimal=".")
+    assert torch.equal(both.y_val, first.y_val)
+
+
+def test_each_thing_can_be_switched_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv")
+    assert load(path, index="keep").feature_names[0] == "user_id"
+    assert load(path, drop=["size", "colour"]).feature_names == ("old", "same")
+    with pytest.raises(ValueError, match=r"'colour' of .* is not numeric: row 1 holds 'red' .*`strings: one_hot`"):
+        load(path, strings="refuse")
+    with pytest.raises(
+        ValueError, match="the first in row 4, column 'size': drop or fill them first, or take `missing"
+    ):
+        load(path, missing="refuse", drop=["colour"])
+    with pytest.raises(ValueError, match=r"`drop` names 'weight', but the columns of .* are user_id, size"):
+        load(path, drop=["weight"])
+
+
+@pytest.mark.parametrize("day", ["2024-01-{:02d}", "{}/3/2024", "{:02d}.01.24 10:30", "{} March 2024", "Jan {}, 2024"])
+def test_dates_are_refused_by_name_with_the_remedy(tmp_path: Path, day: str) -> None:
+    columns = COLUMNS | {"signed": [f'"{day.format(row % 28 + 1)}"' for row in range(ROWS)], "y": COLUMNS["y"]}
+    columns = {name: columns[name] for name in ("size", "signed", "y")}
+    with pytest.raises(
+        ValueError, match=r"the column 'signed' of .* holds dates \('.*' in row 1\): .* `drop: \[signed\]`"
+    ):
+        load(write(tmp_path / "t.csv", columns))
+    assert load(write(tmp_path / "t.csv", columns), drop=["signed"]).feature_names == ("size",)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (
+            [*range(1, ROWS), "abc"],
+            "the column 'a' of .* holds numbers, but 'abc' in row 40: correct it, leave the cell",
+        ),
+        ([f'"{row},{row}5"' for row in range(ROWS)], r"holds numbers with commas, such as '0,05': say `decimal: ','`"),
+    ],
+)
+def test_a_column_that_is_neither_numbers_nor_categories_is_refused(
+    tmp_path: Path, cells: list[Any], message: str
+) -> None:
+    path = write(tmp_path / "t.csv", {"b": COLUMNS["y"], "a": cells, "y": COLUMNS["y"]})
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    assert "decimal commas" in load(path, decimal=",").note if '"' in str(cells[0]) else True
+
+
+def test_groups_stay_together_and_time_goes_forward(tmp_path: Path) -> None:
+    shuffled = np.random.default_rng(0).permutation(ROWS)
+    columns = {
+        "when": [f"2024-{1 + r // 28:02d}-{1 + r % 28:02d}" for r in shuffled],
+        "site": [f"s{r % 8}" for r in shuffled],
+    }
+    columns |= {"a": shuffled.astype(float).tolist(), "y": (shuffled * 0.5).tolist()}
+    path = write(tmp_path / "t.csv", columns)
+    for options in ({"groups": "site"}, {"split": {"groups": "site"}}):
+        data = load(path, drop=["when"], standardize=False, **options)
+        assert data.feature_names == ("a",)
+        sites = [set((X[:, 0] % 8).tolist()) for X in (data.X_train, data.X_val, data.X_test) if X is not None]
+        assert sum(map(len, sites)) == 8
+        assert "whole groups, split with seed 0" in data.note
+    data = load(path, drop=["site"], standardize=False, split={"time": "when"})
+    assert parts(data)[:, 0].tolist() == list(range(ROWS))
+    assert "split in the order of the rows" in data.note
+    rows = load(path, drop=["site", "when"], standardize=False, split="time")
+    assert parts(rows)[:, 0].tolist() == shuffled.tolist()
+    with pytest.raises(ValueError, match=r"the column 'site' of .* cannot order the rows: it needs numbers"):
+        load(path, drop=["when"], split={"time": "site"})
+    with pytest.raises(ValueError, match=r"has no groups column 'shop': its columns are when, site"):
+        load(path, groups="shop")
+
+
+def test_weights_belong_to_their_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", {"a": COLUMNS["y"], "w": [1 + row for row in range(ROWS)], "y": COLUMNS["y"]})
+    data = load(path, weights="w", standardize=False)
+    assert data.feature_names == ("a",)
+    assert data.weights is not None
+    torch.testing.assert_close(data.weights, 4 * data.X_train[:, 0] + 1)
+    with pytest.raises(ValueError, match=r"the weights in the column 'w' of .* must be numbers from 0 on"):
+        load(write(tmp_path / "t.csv", {"a": COLUMNS["y"], "w": ["x"] * ROWS, "y": COLUMNS["y"]}), weights="w")
+
+
+def test_classes_of_one_row_are_left_out_or_refused(tmp_path: Path) -> None:
+    kinds = ["rare" if row == 0 else ("cat", "dog")[row % 2] for row in range(ROWS)]
+    path = write(tmp_path / "t.csv", {"a": COLUMNS["y"], "y": kinds})
+    assert "the rows of classes with fewer than 3 rows are left out: rare (1)" in load(path).note
+    assert load_rows(path, TableOptions()).classes == ("cat", "dog")
+    with pytest.raises(ValueError, match=r"the class rare of .* has too few rows \(1\)"):
+        load(path, rare="refuse")
+
+
+def test_svmlight_is_read_and_stays_sparse_for_folds(tmp_path: Path) -> None:
+    path = tmp_path / "t.svmlight"
+    path.write_text("".join(f"{row * 0.25} 1:{row} 3:{row % 3}\n" for row in range(ROWS)))
+    data = load(str(path), standardize=False)
+    assert "sparse inputs are made dense" in data.note
+    torch.testing.assert_close(parts(data)[:, 0].sort().values, torch.arange(ROWS).double())
+    rows = load_rows(str(path), TableOptions())
+    assert hasattr(rows.X, "tocsr")
+    assert rows.X.shape == (ROWS, 3)
+    path.write_text("this is no such file\n")
+    with pytest.raises(ValueError, match="cannot be read as a file in the svmlight format"):
+        load(str(path))
+
+
+def test_parquet_is_read_or_its_package_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    path.write_bytes(b"PAR1 no parquet")
+    if find_spec("pyarrow") is None:
+        with pytest.raises(
+            ModuleNotFoundError, match="which the package pyarrow reads: pip install pyarrow, or write a"
+        ):
+            load(str(path))
+        return
+    with pytest.raises(ValueError, match="cannot be read as a parquet file"):
+        load(str(path))
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(COLUMNS), path)
+    assert torch.equal(load(str(path)).X_val, load(write(tmp_path / "t.csv")).X_val)
+
+
+def test_rows_to_fold_keep_their_order_and_their_test_part(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", COLUMNS | {"site": [f"s{row % 5}" for row in range(ROWS)]})
+    rows = load_rows(path, TableOptions(target="y", groups="site"), test=0.2)
+    assert (len(rows.y), rows.target, rows.ordered) == (32, "y", False)
+    assert rows.groups is not None
+    assert set(rows.groups) == {f"s{int(4 * y) % 5}" for y in rows.y}
+    assert len(set(rows.groups)) == 4
+    last = load_rows(path, TableOptions(target="y", split="time", drop=["site"]), test=0.25)
+    assert last.y_test is not None
+    assert last.y_test.tolist() == [row * 0.25 for row in range(30, ROWS)]
+    assert last.encoder.rules[0].fill == np.median([row * 0.5 for row in range(30) if row != 3])
