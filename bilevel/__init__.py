@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from bilevel.linear import Nystrom as Nystrom
     from bilevel.networks.module_problem import ModuleProblem as ModuleProblem
     from bilevel.networks.weight_decay import weight_decay as weight_decay
+    from bilevel.oracles.folds import folds as folds
     from bilevel.oracles.inner_problem import InnerProblem as InnerProblem
     from bilevel.oracles.inner_problem import Linearization as Linearization
     from bilevel.oracles.inner_problem import Preconditioner as Preconditioner
@@ -117,6 +118,7 @@ _NAMES = {
     "linear": "CG Direct FixedPointIteration GMRES Neumann Nystrom",
     "networks.module_problem": "ModuleProblem",
     "networks.weight_decay": "weight_decay",
+    "oracles.folds": "folds",
     "oracles.inner_problem": "InnerProblem Linearization Preconditioner",
     "oracles.loaders": "LoaderBatches",
     "oracles.problem": "BilevelProblem",
