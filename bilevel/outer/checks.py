@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.base import InnerSolver
 from bilevel.core import tree
-from bilevel.core.options import is_int, shown_value
+from bilevel.core.options import describe, first_line, is_int, shown_value
 from bilevel.core.tree import Tree
+from bilevel.engine.estimator import HypergradEstimator
+from bilevel.oracles.hyper_hessian import MAX_PARAMS
+from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
+from bilevel.outer.hyper_newton import HyperNewton
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.warm_start import WarmStart
 
@@ -114,3 +119,58 @@ def check_steps(steps: Any) -> None:
     """Refuse a number of steps that is not an int, or below zero."""
     if not is_int(steps, 0):
         raise ValueError(f"`steps` must be an int that is not negative, got {steps!r}.")
+
+
+def check_search(
+    search: OuterSearch[Any],
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    estimator: HypergradEstimator,
+    size: int,
+    scheduler: Any,
+    warm_start: WarmStart,
+    schedule: Any = None,
+) -> None:
+    """Refuse a run whose outer losses are no function of the hyperparameters, or whose hypergradients are biased.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    name = type(search).__name__
+    if scheduler is not None or schedule is not None:
+        which = "schedule" if scheduler is None else "scheduler"
+        raise ValueError(f"{name} chooses its own steps and accuracies: leave out `{which}`.")
+    if problem.structure.resampled or problem.sources():
+        raise ValueError(
+            f"{name} compares outer losses, but those of mini-batches or new data do not compare: use Adam."
+        )
+    if estimator.differentiates_steps and warm_start.state:
+        raise ValueError(
+            f"{name} compares outer losses, but those of {describe(estimator)} depend on where the inner solver "
+            "starts: use warm_start=False, or Implicit()."
+        )
+    try:
+        estimator.at_tolerance(1e-6)
+    except ValueError as error:
+        raise ValueError(f"{name} needs hypergradients without bias: {first_line(error)}") from error
+    if getattr(problem, "dropout_rng", None) is not None and not estimator.differentiates_steps:
+        raise ValueError(
+            f"{name} compares outer losses at inner solutions, but with random layers each inner step has another one: "
+            "use FullUnroll() with warm_start=False, or Adam."
+        )
+    if isinstance(search, HyperNewton):
+        if estimator.differentiates_steps:
+            raise ValueError(
+                f"HyperNewton needs an adjoint vector, but {describe(estimator)} has none: use HyperLBFGS."
+            )
+        if problem.optimality is not None:
+            raise ValueError("HyperNewton needs an inner loss, but this problem is stated by a map: use HyperLBFGS.")
+        if problem.variation:
+            raise ValueError(
+                f"HyperNewton needs one inner loss, but this problem has {problem.variation}: use HyperLBFGS."
+            )
+        if size > MAX_PARAMS:
+            raise ValueError(
+                f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {size:,}: "
+                "use HyperLBFGS."
+            )

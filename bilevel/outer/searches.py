@@ -16,12 +16,13 @@ from bilevel.engine.one_by_one import joined
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.accuracy import chooses_accuracy
+from bilevel.outer.checks import check_search
 from bilevel.outer.hyper_lbfgs import HyperLBFGS
 from bilevel.outer.hyper_newton import HyperNewton
 from bilevel.outer.moves import where
 from bilevel.outer.records import record_of
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.searcher import MATRIX, OutsideLimits, Searcher, check_search
+from bilevel.outer.searcher import MATRIX, OutsideLimits, Searcher
 from bilevel.outer.warm_start import WarmStart
 
 
