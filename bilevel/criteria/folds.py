@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from bilevel.criteria import newton, newton_cg
+from bilevel.criteria import newton, newton_cg, newton_dense
 from bilevel.criteria.criterion import Array, Evaluation, Fit
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import factor, factored, weighted_gram
@@ -94,6 +94,13 @@ class KFold(FoldCriterion):
         data = self.data
         return self.penalties.outputs is None and not data.sparse and min(data.features, data.rows) <= DIRECT
 
+    @property
+    def _few(self) -> bool:
+        """Whether Hessians of several outputs are factored."""
+        data, outputs = self.data, self.penalties.outputs or 0
+        few = 0 < outputs * (data.features + 1) <= newton_dense.MOST
+        return few and data.rows * data.features <= newton_dense.ENTRIES
+
     @cached_property
     def _X1(self) -> Tensor:
         return self.data.with_ones()
@@ -157,6 +164,9 @@ class KFold(FoldCriterion):
                 tol=self.tol,
             )
             return _Solved(models.w, models.z, a, None)
+        if self._few:
+            w, z = newton_dense.solve(self._system, self._X1, a, start, self.tol)
+            return _Solved(w, z, a, None)
         found = newton_cg.solve(self._system, a, start, None if warm is None else warm.kept, self.tol)
         return _Solved(found.w, found.z, a, found.preconditioner)
 
@@ -165,6 +175,9 @@ class KFold(FoldCriterion):
 
         Its second argument says whether a right-hand side is one of many, (K, ..., k), of a model that may be rough.
         """
+        if self._few:
+            L = newton_dense.factors(self._system, self._X1, solved.z, solved.a)
+            return lambda r, rough: newton_dense.inverse_product(L, r)
         if not self._direct:
             kept = solved.kept
             assert kept is not None

@@ -274,14 +274,14 @@ def solve(system: System, a: Tensor, start: Tensor, kept: Preconditioner | None,
         step, steps = conjugate_gradients(product, inverse, (gradient / size).float(), eta.float(), most)
         step = inverse.settle(step.to(w.dtype) * size)
         work, before, last = work + steps, value, relative
-        w, z, value = _searched(system, a, w, z, value, step, dots(gradient, step))
+        w, z, value = searched(system, a, w, z, value, step, dots(gradient, step))
         if steps >= STALE and not fresh:
             inverse, fresh = Preconditioner(system, z), True
             inverse.bind(a)
     return Solved(w, z, inverse, work)
 
 
-def _searched(system: System, a: Tensor, w: Tensor, z: Tensor, value: Tensor, step: Tensor, decrease: Tensor) -> Any:
+def searched(system: System, a: Tensor, w: Tensor, z: Tensor, value: Tensor, step: Tensor, decrease: Tensor) -> Any:
     """Return the ends of Newton steps, halved until the objective falls, with predictions and objectives."""
     dz, length = system.product(step), torch.ones_like(value)
     while True:
