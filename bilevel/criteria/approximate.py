@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from bilevel.criteria import newton, newton_cg
-from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import Factored, Sketched, factored
 from bilevel.criteria.penalties import Penalties
@@ -124,7 +123,7 @@ class ApproximateLeaveOneOut(Criterion):
     def take(self, rows: Rows) -> Self:
         return type(self)(self.data.take(rows), self.loss, self.penalties, tol=self.tol)
 
-    @cached_property
+    @shared
     def _X1(self) -> Tensor:
         return self.data.with_ones()
 
@@ -139,7 +138,7 @@ class ApproximateLeaveOneOut(Criterion):
         rows, features = self.data.rows, self.data.features
         return rows >= 20 * features and rows * features**2 >= LARGE
 
-    @cached_property
+    @shared
     def _system(self) -> newton_cg.System:
         return newton_cg.System(self.data, self.loss, self.data.weights[None])
 

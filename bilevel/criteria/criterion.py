@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from bilevel.criteria.penalties import Penalties
 from bilevel.problems.losses import GLMLoss, Logistic, Poisson, Softmax
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 HALF = 0.5
 """A row with more than this part of the loss is named."""
@@ -69,6 +71,28 @@ class Evaluation:
     warm: Any = None
 
 
+class shared(Generic[T]):
+    """A property that is computed once for a criterion and all that `with_penalties` makes of it."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, criterion: None, owner: type[Any]) -> Self: ...
+    @overload
+    def __get__(self, criterion: Criterion, owner: type[Any]) -> T: ...
+    def __get__(self, criterion: Criterion | None, owner: type[Any]) -> Self | T:
+        if criterion is None:
+            return self
+        if self.name not in criterion.known:
+            criterion.known[self.name] = self.compute(criterion)
+        return criterion.known[self.name]
+
+
 class Criterion(ABC):
     """A held-out loss of the linear model with penalties ``a = exp(u)``, and its derivatives by u.
 
@@ -89,6 +113,7 @@ class Criterion(ABC):
     def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties) -> None:
         _check(data, loss, penalties)
         self.data, self.loss, self.penalties = data, loss, penalties
+        self.known: dict[str, Any] = {}
 
     @property
     def held_out(self) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bilevel.criteria import newton, newton_cg, newton_dense
-from bilevel.criteria.criterion import Array, Evaluation, Fit
+from bilevel.criteria.criterion import Array, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import factor, factored, weighted_gram
 from bilevel.criteria.penalties import Penalties
@@ -25,14 +25,17 @@ FEW = 8
 """Penalties up to which the Jacobian is exact where systems are solved by conjugate gradients."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Solved:
-    """Fold models at some penalties, and how to solve systems with their Hessians."""
+    """Fold models at some penalties, and what the next ones start from."""
 
+    u: Array
     w: Tensor  # (K, p1) or (K, outputs, p1)
     z: Tensor  # predictions of all rows
     a: Tensor
-    kept: newton_cg.Preconditioner | None
+    kept: newton_cg.Preconditioner | None = None
+    columns: list[Tensor] | None = None  # dw/du_j, of few penalties
+    adjoint: Tensor | None = None
 
 
 class KFold(FoldCriterion):
@@ -71,7 +74,7 @@ class KFold(FoldCriterion):
         super().__init__(data, loss, penalties)
         self.folds, self.tol = checked_folds(folds, data, loss), tol
 
-    @cached_property
+    @shared
     def _weights(self) -> Tensor:
         """Those of the training rows of every fold, (K, rows); zeros for all others."""
         masks = torch.zeros(len(self.folds), self.data.rows).to(self.data.weights)
@@ -79,13 +82,13 @@ class KFold(FoldCriterion):
             mask[train] = 1.0
         return masks * self.data.weights
 
-    @cached_property
+    @shared
     def _variance(self) -> Tensor:
         """Of the training columns of every fold, (K, features); one where a column is constant."""
         _, scale = self.data.moments(self._weights)
         return scale.masked_fill(scale == 0, 1.0).square() if self.data.standardize else torch.ones_like(scale)
 
-    @cached_property
+    @shared
     def _system(self) -> newton_cg.System:
         return newton_cg.System(self.data, self.loss, self._weights)
 
@@ -101,7 +104,7 @@ class KFold(FoldCriterion):
         few = 0 < outputs * (data.features + 1) <= newton_dense.MOST
         return few and data.rows * data.features <= newton_dense.ENTRIES
 
-    @cached_property
+    @shared
     def _X1(self) -> Tensor:
         return self.data.with_ones()
 
@@ -112,28 +115,33 @@ class KFold(FoldCriterion):
         slopes, curvatures = weight * self.loss.slope(z, y), self.loss.curvature(z, y)
         losses = (self.share * self.loss.value(z, y)).double().cpu().numpy()
         invert = self._inverses(solved)
-        adjoint = invert(self._system.collect(self._scattered(slopes / count, solved.z)), False)
-        moved = (solved.a * solved.w)[..., : data.features]
-        by_fold = -moved * adjoint[..., : data.features]
-        gradient = self.penalties.gather(by_fold.sum(0)).double().cpu().numpy()
-        gauss_newton = jacobian = None
-        if second:
-            jacobian = self._jacobian(moved, invert)
-            turned = self.share[:, None] * self._turned(curvatures, jacobian)
+        moved = solved.a * solved.w
+        gauss_newton, jacobian = None, z[..., None]
+        few = self.penalties.size == 1 or (second and self.penalties.size <= FEW)
+        if second or few:
+            jacobian = self._jacobian(solved, moved, invert, None if few else solved.kept, warm)
             flat = jacobian.reshape(-1, self.penalties.size)
+        if few:
+            gradient = flat.T @ slopes.reshape(-1) / count
+        else:
+            start = None if warm is None else warm.adjoint
+            solved.adjoint = invert(self._system.collect(self._scattered(slopes / count, solved.z)), start)
+            gradient = self.penalties.gather(-(moved * solved.adjoint)[..., : data.features].sum(0))
+        if second:
+            turned = self.share[:, None] * self._turned(curvatures, jacobian)
             gauss_newton = (flat.T @ turned.reshape(flat.shape) / count).double().cpu().numpy()
         curvatures = weight * curvatures if self.penalties.outputs is None else curvatures
         value = float(losses.mean())
-        return Evaluation(value, gradient, gauss_newton, losses, z, slopes, curvatures, jacobian, solved)
+        shaped = (z, slopes, curvatures, jacobian if second else None)
+        return Evaluation(value, gradient.double().cpu().numpy(), gauss_newton, losses, *shaped, solved)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         # One fold that trains on all rows and validates on none.
         whole = copy.copy(self)
-        for name in ("_weights", "_variance", "_system"):
-            whole.__dict__.pop(name, None)
+        whole.known = {}
         every = torch.arange(self.data.rows)
         whole.folds = [(every, every[:0])]
-        start = None if warm is None else replace(warm, w=warm.w.mean(0, keepdim=True))
+        start = None if warm is None else replace(warm, w=warm.w.mean(0, keepdim=True), columns=None)
         return self._fit(whole._solve(u, start).w[0])
 
     def fits(self, evaluation: Evaluation) -> list[tuple[Fit, Tensor]]:
@@ -157,52 +165,62 @@ class KFold(FoldCriterion):
     def _solve(self, u: Array, warm: _Solved | None) -> _Solved:
         a = self._penalties(u)
         start = torch.zeros_like(a) if warm is None else warm.w.expand(a.shape)
+        if warm is not None and warm.columns is not None and warm.u.shape == u.shape:
+            for column, by in zip(warm.columns, np.clip(u - warm.u, -1.0, 1.0), strict=True):
+                start = start + float(by) * column
         if self._direct:
             models = newton.solve(
                 *(self._X1, self.data.y, self.loss, self._weights, a, start),
                 intercept=self.data.intercept,
                 tol=self.tol,
             )
-            return _Solved(models.w, models.z, a, None)
+            return _Solved(np.array(u), models.w, models.z, a)
         if self._few:
             w, z = newton_dense.solve(self._system, self._X1, a, start, self.tol)
-            return _Solved(w, z, a, None)
+            return _Solved(np.array(u), w, z, a)
         found = newton_cg.solve(self._system, a, start, None if warm is None else warm.kept, self.tol)
-        return _Solved(found.w, found.z, a, found.preconditioner)
+        return _Solved(np.array(u), found.w, found.z, a, found.preconditioner)
 
-    def _inverses(self, solved: _Solved) -> Any:
-        """Return the function from right-hand sides (K, [outputs,] p1) to solutions.
-
-        Its second argument says whether a right-hand side is one of many, (K, ..., k), of a model that may be rough.
-        """
+    def _inverses(self, solved: _Solved) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Return the function from right-hand sides (K, [outputs,] p1), and a guess, to solutions."""
+        kept = solved.kept
+        if kept is not None:
+            tol = 0.1 * self.tol**0.5
+            return lambda r, guess: newton_cg.inverse_product(self._system, solved.z, solved.a, kept, r, tol, guess)
         if self._few:
-            L = newton_dense.factors(self._system, self._X1, solved.z, solved.a)
-            return lambda r, rough: newton_dense.inverse_product(L, r)
-        if not self._direct:
-            kept = solved.kept
-            assert kept is not None
-
-            def iterate(r: Tensor, rough: bool) -> Tensor:
-                if rough:
-                    return kept(r)
-                return newton_cg.inverse_product(self._system, solved.z, solved.a, kept, r, 0.1 * self.tol**0.5)
-
-            return iterate
+            factors = newton_dense.factors(self._system, self._X1, solved.z, solved.a)
+            return lambda r, guess: newton_dense.inverse_product(factors, r)
         d = self._weights * self.loss.curvature(solved.z, self.data.y)
         if self._X1.shape[1] > self._X1.shape[0] + 1:
             rows = [factored(self._X1, dk, ak, self.data.intercept) for dk, ak in zip(d, solved.a, strict=True)]
-            return lambda r, rough: torch.stack([one.solve(rk) for one, rk in zip(rows, r, strict=True)])
+            return lambda r, guess: torch.stack([one.solve(rk) for one, rk in zip(rows, r, strict=True)])
         L = factor(weighted_gram(self._X1, d), solved.a)
-        return lambda r, rough: torch.cholesky_solve(r[..., None], L)[..., 0]
+        return lambda r, guess: torch.cholesky_solve(r[..., None], L)[..., 0]
 
-    def _jacobian(self, moved: Tensor, invert: Any) -> Tensor:
-        """Return the derivatives of the held-out predictions, ([outputs,] held, k)."""
-        penalties, rough, columns = self.penalties, self.penalties.size > FEW, []
-        for each in range(penalties.size):
-            r = moved if penalties.size == 1 else moved * (penalties.owner == each).to(moved)
-            r = torch.nn.functional.pad(r, (0, 1)) if self.data.intercept else r
-            columns.append(self._held(self._system.product(-invert(r, rough))))
-        return torch.stack(columns, -1)
+    def _jacobian(self, solved: _Solved, moved: Tensor, invert: Any, rough: Any, warm: _Solved | None) -> Tensor:
+        """Return the derivatives of the held-out predictions, ([outputs,] held, k); few coefficients' are kept.
+
+        Args:
+            solved: the models.
+            moved: ``a w``.
+            invert: the function that solves systems.
+            rough: a rough inverse in its place; None for no such.
+            warm: models near by.
+        """
+        size, owner, columns = self.penalties.size, self.penalties.owner.to(moved.device), []
+        guesses = [None] * size if warm is None or warm.columns is None else warm.columns
+        if len(guesses) != size:
+            guesses = [None] * size
+        if self.data.intercept:
+            owner = torch.nn.functional.pad(owner, (0, 1), value=-1)
+        predictions = []
+        for each, guess in enumerate(guesses):
+            r = moved if size == 1 else moved * (owner == each)
+            column = -(invert(r, None if guess is None else -guess) if rough is None else rough(r))
+            predictions.append(self._held(self._system.product(column)))
+            columns.append(column)
+        solved.columns = columns if size <= FEW else None
+        return torch.stack(predictions, -1)
 
     def _turned(self, curvatures: Tensor, jacobian: Tensor) -> Tensor:
         """Return the products of the second derivatives with the Jacobian."""

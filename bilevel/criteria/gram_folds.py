@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria.criterion import Array, Evaluation, Fit
+from bilevel.criteria.criterion import Array, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import factor
 from bilevel.criteria.penalties import Penalties
@@ -96,7 +95,7 @@ class RidgeFolds(FoldCriterion):
     def take(self, rows: Rows) -> Self:
         return type(self)(self.data.take(rows), self.penalties, restricted(self.folds, rows, self.data.rows))
 
-    @cached_property
+    @shared
     def _grams(self) -> _Grams:
         """The moments of every fold; where training is all but validation, by differences from those of all rows."""
         whole, parts = self._moments(torch.arange(self.data.rows)), []
@@ -128,7 +127,7 @@ class RidgeFolds(FoldCriterion):
             variance,
         )
 
-    @cached_property
+    @shared
     def _centre(self) -> Tensor:
         """The mean targets of all rows, (targets, 1): moments about them lose no digits."""
         means = (self.y * self.data.weights).mean(1, keepdim=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import factor
 from bilevel.criteria.penalties import Penalties
@@ -75,7 +74,7 @@ class RidgeLeaveOneOut(Criterion):
     def take(self, rows: Rows) -> Self:
         return type(self)(self.data.take(rows), self.penalties)
 
-    @cached_property
+    @shared
     def _centred(self) -> Tensor:
         """The targets about their weighted mean, (targets, rows)."""
         return self.y - self.mean
@@ -86,11 +85,12 @@ class RidgeLeaveOneOut(Criterion):
     def _even(self) -> bool:
         return self.penalties.even
 
-    @cached_property
+    @shared
     def _basis(self) -> Any:
-        """``B`` (rows, r), eigenvalues g and ``c = B'S y`` (r, targets): predictions are ``B (c / (g + a))``.
+        """The basis B (rows, r) in which predictions are ``B (c / (g + a))``, with eigenvalues g and ``c = B'S y``.
 
-        The last is the function from ``c / (g + a)`` (r, targets) to standardised coefficients (targets, features).
+        Returns:
+            B, g, c, and the function from ``c / (g + a)`` to standardised coefficients, (targets, features).
         """
         data, s = self.data, self.data.weights
         if data.features <= data.rows:
@@ -99,16 +99,17 @@ class RidgeLeaveOneOut(Criterion):
             c = B.T @ (self._centred * s).T
             return B, values.clamp_min(0.0), c, lambda shrunk: (Q @ shrunk).T
         root = s.sqrt()
-        values, Q = torch.linalg.eigh(data.row_gram() * root[:, None] * root)
+        kernel = data.row_gram()
+        values, Q = torch.linalg.eigh(kernel * root[:, None] * root)
         size = values.clamp_min(0.0).sqrt()
         # Weights may be zero: B = K S^(1/2) Q / size needs no division by them.
         kept = size > 1e-8 * size[-1]
         values, size, Q = values[kept], size[kept], Q[:, kept]
-        B = data.row_gram() @ (root[:, None] * Q) / size
+        B = kernel @ (root[:, None] * Q) / size
         c = size[:, None] * (Q.T @ (root * self._centred).T)
         return B, values, c, lambda shrunk: data.collect((root[:, None] * (Q @ (shrunk / size[:, None]))).T)
 
-    @cached_property
+    @shared
     def _squared_basis(self) -> Tensor:
         return self._basis[0].square()
 
@@ -163,11 +164,11 @@ class RidgeLeaveOneOut(Criterion):
 
     # Any penalties --------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @shared
     def _X(self) -> Tensor:
         return self.data.dense()
 
-    @cached_property
+    @shared
     def _gram(self) -> tuple[Tensor, Tensor]:
         """X'SX and its products with the targets, (targets, features)."""
         weighted = self._X.T * self.data.weights

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria.criterion import Criterion
+from bilevel.criteria.criterion import Criterion, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.problems.losses import GLMLoss
 
@@ -27,12 +26,12 @@ class FoldCriterion(Criterion):
 
     folds: Folds
 
-    @cached_property
+    @shared
     def held_out(self) -> Tensor:
         """The validation rows of all folds, one fold after the other."""
         return torch.cat([held for _, held in self.folds])
 
-    @cached_property
+    @shared
     def share(self) -> Tensor:
         """The weights of the held-out rows, with mean one."""
         weights = self.data.weights[self.held_out]
