@@ -1,5 +1,7 @@
 """Choose penalties of linear models: descend a criterion, and keep what an honest outer loop speaks for."""
 
+from bilevel.selection.certified import RangeCertificate as RangeCertificate
+from bilevel.selection.certified import certify_range as certify_range
 from bilevel.selection.descend import Hyperprior as Hyperprior
 from bilevel.selection.descend import Tuned as Tuned
 from bilevel.selection.descend import tune as tune

@@ -83,7 +83,7 @@ def nested(
     walk: Callable[..., Iterator[FoldLosses]] = partial(
         _fold_losses, criterion, taus=taus, score=score, anchored=anchored, **options
     )
-    pairs = [_indices(fold, index, criterion) for index, fold in enumerate(folds)]
+    pairs = [_indices(fold, index, criterion) for index, fold in enumerate(folds, 1)]
     walks: Sequence[Iterable[FoldLosses]]
     if n_jobs in (None, 1):
         walks = [walk(*pair) for pair in pairs]

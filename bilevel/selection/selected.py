@@ -118,8 +118,8 @@ class Selected:
         if self.choice.best == 0:
             return f"One penalty is kept: no tuned ones have a smaller loss on held-out rows ({self.scalar.loss:.5g})."
         figures = (
-            f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows, {best.gate:.1f} standard errors where "
-            f"{self.choice.kappa:g} are asked for"
+            f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows: {best.gate:.1f} standard errors, with "
+            f"{self.choice.kappa:g} needed"
         )
         if not self.open:
             return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
