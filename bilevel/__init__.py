@@ -49,12 +49,14 @@ if TYPE_CHECKING:
     from bilevel.hypergrad import TruncatedUnroll as TruncatedUnroll
     from bilevel.hypergrad import solution as solution
     from bilevel.hypergrad.hypergradient import hypergradient as hypergradient
+    from bilevel.inner import FISTA as FISTA
     from bilevel.inner import SGD as SGD
     from bilevel.inner import Adam as Adam
     from bilevel.inner import AdamW as AdamW
     from bilevel.inner import AsymptoticSobolev as AsymptoticSobolev
     from bilevel.inner import Chebyshev as Chebyshev
     from bilevel.inner import Coefficients as Coefficients
+    from bilevel.inner import CoordinateDescent as CoordinateDescent
     from bilevel.inner import FixedPoint as FixedPoint
     from bilevel.inner import GradientDescent as GradientDescent
     from bilevel.inner import HeavyBall as HeavyBall
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from bilevel.inner import Nesterov as Nesterov
     from bilevel.inner import Newton as Newton
     from bilevel.inner import PreconditionedGradientDescent as PreconditionedGradientDescent
+    from bilevel.inner import ProximalGradient as ProximalGradient
     from bilevel.inner import QuasiNewton as QuasiNewton
     from bilevel.inner import RMSprop as RMSprop
     from bilevel.inner import Sobolev as Sobolev
@@ -79,6 +82,11 @@ if TYPE_CHECKING:
     from bilevel.oracles.inner_problem import Linearization as Linearization
     from bilevel.oracles.inner_problem import Preconditioner as Preconditioner
     from bilevel.oracles.loaders import LoaderBatches as LoaderBatches
+    from bilevel.oracles.nonsmooth import L1 as L1
+    from bilevel.oracles.nonsmooth import ElasticNet as ElasticNet
+    from bilevel.oracles.nonsmooth import GroupLasso as GroupLasso
+    from bilevel.oracles.nonsmooth import NonNegative as NonNegative
+    from bilevel.oracles.nonsmooth import Nonsmooth as Nonsmooth
     from bilevel.oracles.problem import BilevelProblem as BilevelProblem
     from bilevel.oracles.samplers import MiniBatches as MiniBatches
     from bilevel.oracles.samplers import Sampler as Sampler
@@ -112,8 +120,9 @@ _NAMES = {
         "Spectral TruncatedUnroll hypergradient solution"
     ),
     "inner": (
-        "Adam AdamW AsymptoticSobolev Chebyshev Coefficients FixedPoint GradientDescent HeavyBall LinearMultistep "
-        "Nesterov Newton PreconditionedGradientDescent QuasiNewton RMSprop SGD Sobolev TorchOptimizer"
+        "Adam AdamW AsymptoticSobolev Chebyshev Coefficients CoordinateDescent FISTA FixedPoint GradientDescent "
+        "HeavyBall LinearMultistep Nesterov Newton PreconditionedGradientDescent ProximalGradient QuasiNewton RMSprop "
+        "SGD Sobolev TorchOptimizer"
     ),
     "linear": "CG Direct FixedPointIteration GMRES Neumann Nystrom",
     "networks.module_problem": "ModuleProblem",
@@ -121,6 +130,7 @@ _NAMES = {
     "oracles.folds": "folds",
     "oracles.inner_problem": "InnerProblem Linearization Preconditioner",
     "oracles.loaders": "LoaderBatches",
+    "oracles.nonsmooth": "ElasticNet GroupLasso L1 NonNegative Nonsmooth",
     "oracles.problem": "BilevelProblem",
     "oracles.samplers": "MiniBatches Sampler",
     "oracles.stacking": "stack",

@@ -422,6 +422,16 @@ def nesterov_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> t
     return y - STEP * gradient(y), (x,)
 
 
+def fista_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+    whole = torch.cat(memory)
+    before, (t, size) = whole[: len(x)], whole[len(x) :].detach()  # the two are constants
+    after = (1 + (1 + 4 * t**2).sqrt()) / 2
+    y = x + (t - 1) / after * (x - before)
+    new = y - size * gradient(y)
+    back = ((y - new) * (new - x)).sum() > 0
+    return new, (x, torch.where(back, 1.0, after)[None], whole[-1:])
+
+
 def newton_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
     hessian = torch.autograd.functional.jacobian(gradient, x, create_graph=True)
     return x - torch.linalg.solve(hessian, gradient(x)), ()
@@ -515,6 +525,15 @@ SOLVERS: dict[type, SolverRow] = {
         5,
         "momentum two, Nesterov's sum one, the update one",
     ),
+    bl.ProximalGradient: SolverRow(
+        partial(made, bl.ProximalGradient, STEP),
+        lambda gradient, x, memory, k: (x - memory[0].detach() * gradient(x), memory),
+        2,
+        "without a nonsmooth term the update is one kernel",
+    ),
+    bl.FISTA: SolverRow(
+        partial(made, bl.FISTA, STEP), fista_formula, 16, "the momentum eight, y two, the update one, a restart four"
+    ),
     bl.RMSprop: SolverRow(
         partial(made, bl.RMSprop, STEP, 0.9, 1.0, momentum=0.5, centered=True),
         rmsprop_formula,
@@ -535,6 +554,15 @@ SOLVERS: dict[type, SolverRow] = {
         51,
         "gradient, curvature and Newton direction of the first step, eleven for a pair",
         waits=7,
+        forward=False,
+        unrolls=False,
+    ),
+    bl.CoordinateDescent: SolverRow(
+        partial(made, bl.CoordinateDescent),
+        None,
+        40,
+        "gradient and Hessian, the moment, and copies to and from the host",
+        waits=12,
         forward=False,
         unrolls=False,
     ),

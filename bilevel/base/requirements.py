@@ -51,7 +51,7 @@ NEEDS: Mapping[str, Need] = {
         "symmetric: use Implicit(GMRES()) or Implicit(Direct()).",
     ),
     "quadratic": Need(
-        lambda problem, solver: problem.structure.quadratic,
+        lambda problem, solver: problem.structure.quadratic and problem.nonsmooth is None,
         "{who} needs a quadratic inner loss, which this {problem} does not say it has: use Implicit(), or set "
         "`structure = Structure(quadratic=True)` on a problem that has one.",
     ),
@@ -60,6 +60,16 @@ NEEDS: Mapping[str, Need] = {
         "{who} needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with penalty='scalar' and at "
         "most 5,000 features, or a problem with a `spectrum` method), which this {problem} does not have: use "
         "FullUnroll or TruncatedUnroll.",
+    ),
+    "smooth": Need(
+        lambda problem, solver: problem.nonsmooth is None,
+        "{who} needs a smooth inner loss, but this problem has the nonsmooth term {term}: use Implicit(), FullUnroll() "
+        "or TruncatedUnroll.",
+    ),
+    "proximal_solver": Need(
+        lambda problem, solver: problem.nonsmooth is None or solver.traits.proximal,
+        "{solver} needs a smooth inner loss, but this problem has the nonsmooth term {term}: use ProximalGradient() or "
+        "FISTA().",
     ),
     "multistep": Need(
         lambda problem, solver: solver.traits.multistep,
@@ -85,8 +95,9 @@ def check_requirements(who: Any, problem: BilevelProblem, solver: InnerSolver) -
         unknown = min(requires - NEEDS.keys())
         raise ValueError(f"`{name}.requires` names {shown_value(unknown)}: choose from {', '.join(NEEDS)}.")
     for key, need in NEEDS.items():
-        if key in requires and not need.met(problem, solver):
+        if key in {*requires, "proximal_solver"} and not need.met(problem, solver):
             remedy = ": use FullUnroll or TruncatedUnroll" if solver.traits.differentiable else ""
             said = {"problem": type(problem).__name__, "solver": type(solver).__name__, "variation": problem.variation}
+            said["term"] = type(problem.nonsmooth).__name__
             reason = f"{solver.bias_reason(problem)}{remedy}"
             raise ValueError(need.sentence.format(who=name, described=describe(who), reason=reason, **said))

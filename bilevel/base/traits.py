@@ -19,6 +19,7 @@ class Traits:
         stationary_from: index of the step from which on these coefficients no longer change; None: they may always.
         oscillates: whether iterates swing about the solution: sequence extrapolation mistakes that for progress.
         superlinear: whether the residual falls faster and faster, so that a digit more costs next to nothing.
+        proximal: whether it takes a nonsmooth term of the inner problem, by its proximal map.
         check_every: steps between two looks at the residual on a CPU; 1 where the next step needs the same gradient.
     """
 
@@ -28,6 +29,7 @@ class Traits:
     stationary_from: int | None = None
     oscillates: bool = False
     superlinear: bool = False
+    proximal: bool = False
     check_every: int = 1
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from bilevel.check.differences import HALVINGS, PIECES, derivative, largest_jump
+from bilevel.check.nonsmooth import near_kink
 from bilevel.check.report import Finding
 from bilevel.check.subject import DIRECTIONS, Subject
 from bilevel.core import tree
@@ -101,7 +102,7 @@ def gradients(subject: Subject, which: str) -> Finding:
 
 def _partial_gradients(subject: Subject, which: str, params: Tree) -> list[tuple[str, Tree, Tree]]:
     if which == "inner":
-        return [("params", params, subject.gradient(params, subject.hparams))]
+        return [("params", params, subject.smooth_gradient(params, subject.hparams))]
     _, by_params, by_hparams = subject.problem.outer_value_and_grads(params, subject.hparams)
     return [("params", params, by_params), ("hparams", subject.hparams, by_hparams)]
 
@@ -193,6 +194,8 @@ def _segment(subject: Subject, which: str, what: str) -> Callable[[float], tuple
 
 def kinks(subject: Subject, reached: Tree) -> Finding:
     """Search the inner gradient for jumps on the way from the start to where the inner solver ended: never a fault."""
+    if subject.problem.nonsmooth is not None:
+        return near_kink(subject, reached)
     x, chord = subject.start, tree.add(reached, subject.start, -1.0)
 
     def gradient(t: float) -> Tree:
@@ -231,7 +234,7 @@ def precision(subject: Subject) -> Finding:
         with subject.wide():
             loss = subject.problem.inner_loss(roots, hparams)
             exact = torch.autograd.grad(loss, tree.leaves(roots), materialize_grads=True)
-        ours = tree.leaves(subject.gradient(params, subject.hparams))
+        ours = tree.leaves(subject.smooth_gradient(params, subject.hparams))
         size = float(tree.norm(list(exact)))
         apart = float(tree.norm([a.double() - b for a, b in zip(ours, exact, strict=True)]))
         worst = max(worst, apart / size if size > 0 else 0.0)

@@ -21,7 +21,7 @@ NAMED = 3
 
 def double_backward(subject: Subject) -> Finding:
     """Take one product with the Hessian and one with the cross derivative; an operation without them raises."""
-    point = subject.problem.bind(subject.hparams).linearize(subject.start)
+    point = subject.problem.smooth.bind(subject.hparams).linearize(subject.start)
     v = subject.direction(subject.start, 0)
     point.hvp(v)
     point.cross(v)
@@ -32,7 +32,7 @@ def second_derivatives(subject: Subject) -> Finding:
     """Compare both products with differences of the inner gradient, at two points."""
     worst, where = 0.0, ""
     for place, params in subject.points():
-        point = subject.problem.bind(subject.hparams).linearize(params)
+        point = subject.problem.smooth.bind(subject.hparams).linearize(params)
         for index in range(DIRECTIONS):
             v = subject.direction(params, 200 + index)
             for what, product, value in (

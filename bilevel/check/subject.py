@@ -113,6 +113,10 @@ class Subject:
         """Return the inner gradient, or the optimality map, by the problem's own oracle."""
         return self.problem.bind(hparams).grad(params)
 
+    def smooth_gradient(self, params: Tree, hparams: Tree) -> Tree:
+        """Return the gradient of the smooth part, where there is a nonsmooth term."""
+        return self.problem.smooth.bind(hparams).grad(params)
+
     def loss(self, which: str) -> Callable[[Tree, Tree], Tensor]:
         """Return the inner or the outer loss."""
         return self.problem.inner_loss if which == "inner" else self.problem.outer_loss

@@ -68,7 +68,7 @@ def check_members(problem: BilevelProblem, hparams: Tree, params: Tree, usable: 
 
 def _judged(problem: BilevelProblem, hparams: Tree, params: Tree, lines: Any) -> Verdict:
     """Judge all lines, in float64 where the dtype of the problem leaves a doubt."""
-    rest = problem.deterministic()
+    rest = problem.deterministic().smooth
     point = Point(rest, problem.trainable(params), hparams)
     try:
         if all(_agrees(line, point.eps) for make, groups in lines(point) for line in map(make, groups)):

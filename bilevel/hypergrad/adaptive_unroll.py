@@ -93,7 +93,7 @@ class AdaptiveUnroll(HypergradEstimator):
 
     @property
     def requires(self) -> Set[str]:
-        return super().requires | {"differentiable_steps", "one_inner_loss"}
+        return super().requires | {"differentiable_steps", "one_inner_loss", "smooth"}
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse a tail longer than the run, and an extrapolation that is not allowed; ValueError says so."""

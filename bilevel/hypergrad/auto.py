@@ -90,6 +90,8 @@ class Auto(HypergradEstimator):
         bytes_each = like.element_size()
         if problem.batch is not None:
             return Choice(Implicit(CG()), "the members of a batch share the products of one linear solve")
+        if problem.nonsmooth is not None:
+            return Choice(Implicit(CG()), "with a nonsmooth term the solution moves on its support alone")
         if problem.spectrum() is not None:
             return Choice(ClosedForm(), "the spectrum of the inner Hessian is known")
         if problem.structure.quadratic and size <= FACTORED and 3 * size**2 * bytes_each <= self.memory_limit:

@@ -52,7 +52,7 @@ class BalancedImplicit(HypergradEstimator):
     damping: float = option(0.0, "a number that is not negative", is_not_negative)
     max_steps: int | None = option(None, "a positive int or None", optional(is_int))
 
-    requires = frozenset({"inner_solution", "one_inner_loss", "symmetric"})
+    requires = frozenset({"inner_solution", "one_inner_loss", "smooth", "symmetric"})
     resumes = True
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bilevel.base import InnerSolver, InnerState
+from bilevel.base import InnerSolver, InnerState, Traits
 from bilevel.core import tree
 from bilevel.core.options import require_arguments
 from bilevel.core.tree import Tree
@@ -37,6 +37,8 @@ class FixedPoint(InnerSolver):
     """
 
     update: Callable[[Tree, Tree], Tree]
+
+    traits = Traits(proximal=True)  # the map may hold a proximal step
 
     def __post_init__(self) -> None:
         super().__post_init__()

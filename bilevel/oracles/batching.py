@@ -90,6 +90,7 @@ SAMPLED = "a problem with a sampler does not run in batches: give its data by `d
 
 def side_by_side(problem: Losses, size: int, data: Tree, make: Callable[..., Any]) -> Any:
     """Return a batch of a general problem: its functions vectorised over members, made a problem by `make`."""
+    term = problem.nonsmooth
     if data is None:
         single: list[Any] = [problem] * size
         functions: tuple[Function | None, ...] = (
@@ -101,13 +102,13 @@ def side_by_side(problem: Losses, size: int, data: Tree, make: Callable[..., Any
         rows.check_rows("data", data, size)
         functions = problem.functions
         single = [
-            make(*functions[:2], problem.params, optimality=functions[2], data=row_of(data, index))
+            make(*functions[:2], problem.params, optimality=functions[2], data=row_of(data, index), nonsmooth=term)
             for index in range(size)
         ]
     inner, outer, optimality = (for_rows(function, data) for function in functions)
     params = None if problem.params is None else rows.expand(problem.params, size)
     total = None if inner is None else lambda params, hparams: inner(params, hparams).sum()
-    return make(total, outer, params, optimality=optimality).as_batch(single)
+    return make(total, outer, params, optimality=optimality, nonsmooth=term).as_batch(single)
 
 
 def start(size: int, own: Tree, params: Tree) -> Tree:

@@ -28,11 +28,21 @@ class DifferentiableInner(InnerProblem):
         self._inner = inner
         self._graph = graph
         self.augmented = inner.augmented
+        self._smooth = self if inner.smooth is inner else DifferentiableInner(inner.smooth, hparams, graph)
+
+    @property
+    def smooth(self) -> InnerProblem:
+        return self._smooth
+
+    def prox(self, v: Tree, step: Tensor, hparams: Tree = None) -> Tree:
+        return self._inner.prox(v, step, self.hparams)
 
     def trainable(self, params: Tree) -> Tree:
         return self._inner.trainable(params)
 
     def grad(self, params: Tree) -> Tree:
+        if self._smooth is not self:  # a residual, which no proximal step differentiates
+            return self._inner.grad(tree.detach(params))
         return super().grad(self.trainable(params))
 
     def value(self, params: Tree) -> Tensor:

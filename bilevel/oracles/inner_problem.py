@@ -234,6 +234,15 @@ class InnerProblem:
         self._last: tuple[Tree, Tree] | None = None
         self._last_value: tuple[Tree, Tensor] | None = None
 
+    @property
+    def smooth(self) -> InnerProblem:
+        """The problem without its nonsmooth term, where it has one."""
+        return self
+
+    def prox(self, v: Tree, step: Tensor, hparams: Tree = None) -> Tree:
+        """Return the proximal point of v for the nonsmooth term; v itself where there is none."""
+        return v
+
     def value(self, params: Tree) -> Tensor:
         """Return the inner loss, a 0-d tensor; where the last gradient came with it, nothing is computed or counted."""
         if self._last_value is not None and self._last_value[0] is params:

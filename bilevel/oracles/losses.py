@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
+from bilevel.oracles.nonsmooth import Nonsmooth
 
 Loss: TypeAlias = Callable[..., Tensor]
 """``(params, hparams) -> scalar``, or ``(params, hparams, data) -> scalar``."""
@@ -55,6 +57,8 @@ class Losses:
     optimality: Callable[[Tree, Tree], Tree] | None = None
     functions: tuple[Callable[..., Any] | None, ...] = ()
     """The functions as they were given: inner loss, outer loss, optimality map."""
+    nonsmooth: Nonsmooth | None = None
+    """The nonsmooth term that is added to the inner loss; None for none."""
     params: Tree = None
     data: Tree = None
     minibatch: Tree = ()
@@ -75,6 +79,15 @@ class Losses:
     def symmetric(self) -> bool:
         """Whether the Jacobian of the optimality map is a Hessian, hence symmetric."""
         return self.optimality is None
+
+    @property
+    def smooth(self) -> Any:
+        """This problem without its nonsmooth term: a view, or the problem itself where it has none."""
+        if self.nonsmooth is None:
+            return self
+        view = copy.copy(self)
+        view.nonsmooth = None
+        return view
 
     def member(self, index: int) -> Any:
         """Return one member of a batch as a problem of its own."""

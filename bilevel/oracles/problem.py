@@ -7,7 +7,6 @@ subject to         params*(hparams) = argmin over params of inner_loss(params, h
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,16 +24,19 @@ from bilevel.oracles.error_model import Certifiable
 from bilevel.oracles.hyper_hessian import hyper_hessians
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.losses import Loss, Losses, Purity
+from bilevel.oracles.nonsmooth import Nonsmooth, require_term
+from bilevel.oracles.old_forwards import OldForwards
+from bilevel.oracles.proximal_inner import ProximalInner
 from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
 from bilevel.oracles.structure import QuadraticForm, Structure, declared
-from bilevel.oracles.tracing import TracedInner, trace
+from bilevel.oracles.tracing import TracedInner
 from bilevel.oracles.validation import Reads, check_losses, check_tensors
 
 Solver = TypeVar("Solver")
 
 
-class BilevelProblem(Losses):
+class BilevelProblem(OldForwards, Losses):
     """An inner and an outer loss over trees of tensors.
 
     Both losses are called as ``loss(params, hparams)`` and return a scalar Tensor; data are captured by the functions.
@@ -57,6 +59,8 @@ class BilevelProblem(Losses):
         outer_sampler: the batches of the outer loss, likewise; another one each outer step.
         data: a tree of tensors that the functions are then given as a third argument,
             ``loss(params, hparams, data)``: what differs between the problems of a batch.
+        nonsmooth: a term that is added to `inner_loss`, which is then the smooth part: `L1`, `ElasticNet`,
+            `GroupLasso`, `NonNegative`, or a `Nonsmooth` of your own; for `ProximalGradient` and `FISTA`.
 
     Raises:
         ValueError: unless exactly one of `inner_loss` and `optimality` is given, every function takes its arguments,
@@ -100,6 +104,7 @@ class BilevelProblem(Losses):
         fresh_batch: FreshBatch = "inner step",
         outer_sampler: Sampler | DataLoader[Any] | None = None,
         data: Tree = None,
+        nonsmooth: Nonsmooth | None = None,
     ) -> None:
         if data is not None and (sampler is not None or outer_sampler is not None):
             raise ValueError("give `data` or a `sampler`, not both: each is the third argument of a loss.")
@@ -130,6 +135,9 @@ class BilevelProblem(Losses):
         if not callable(getattr(self, "outer_loss", None)):
             raise ValueError("a BilevelProblem needs an `outer_loss`, a function (params, hparams) -> scalar Tensor.")
         self.params = params
+        if nonsmooth is not None:
+            require_term(nonsmooth, optimality)
+            self.nonsmooth = nonsmooth
         self.purity = Purity()
         self._sampling = sampling(sampler, fresh_batch, inner_loss, outer_sampler, outer_loss)
         if self._sampling is not None:
@@ -147,7 +155,8 @@ class BilevelProblem(Losses):
 
     def bind(self, hparams: Tree, counts: Counter[str] | None = None) -> InnerProblem:
         """Return the inner problem at fixed hyperparameters; its oracle calls are counted in `counts`."""
-        return self.inner_problem(self, hparams, counts)
+        inner = self.inner_problem(self, hparams, counts)
+        return inner if self.nonsmooth is None else ProximalInner(inner, self.nonsmooth)
 
     def on_batch(self, batch: Tree) -> BilevelProblem:
         if self._sampling is None or self._sampling.sampler is None:
@@ -199,11 +208,6 @@ class BilevelProblem(Losses):
         if sampling.outer_sampler is not None:
             self.outer_loss = batches.with_last(sampling.outer_loss, sampling.outer_sampler(outer_step))
 
-    def traced(self, mode: str = "fx") -> BilevelProblem:
-        """Forward to `bilevel.trace`, with a DeprecationWarning."""
-        warnings.warn("BilevelProblem.traced is now bilevel.trace(problem).", DeprecationWarning, stacklevel=2)
-        return trace(self, mode)
-
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
         return None if self.batch is None else batches.exact_hypergradient(self, hparams)
@@ -219,7 +223,7 @@ class BilevelProblem(Losses):
         Returns:
             Two matrices of shape (k, k), in the order of the leaves; None where there is no dense factor of H.
         """
-        return None if self.inner_loss is None else hyper_hessians(self, hparams, params, adjoint)
+        return None if self.inner_loss is None or self.nonsmooth else hyper_hessians(self, hparams, params, adjoint)
 
     def penalty_scales(self, hparams: Tree) -> Tree | None:
         """Return the scales of log penalties, shaped as hparams; None (the default) where they are no log penalties.
@@ -340,11 +344,3 @@ class BilevelProblem(Losses):
             params=params,
             optimality=lambda params, hparams: tree.add(params, update(params, hparams), -1.0),
         )
-
-    @classmethod
-    def from_module(cls, *arguments: Any, **options: Any) -> BilevelProblem:
-        """Forward to `bilevel.ModuleProblem`, with a DeprecationWarning."""
-        import bilevel  # the class stands above this one; the call goes with the next release
-
-        warnings.warn("BilevelProblem.from_module is now bilevel.ModuleProblem.", DeprecationWarning, stacklevel=2)
-        return bilevel.ModuleProblem(*arguments, **options)

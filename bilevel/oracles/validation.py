@@ -171,6 +171,8 @@ def _check_losses(problem: Losses, params: Tree, hparams: Tree, reads: Reads | N
         if problem.optimality is None:
             check_use(partial_gradients("inner_loss", inner, x), by_outer[:cut], x)
         gradient = problem.gradient_graph(x, hparams)
+        if problem.nonsmooth is not None:
+            gradient = [*tree.leaves(gradient), check_scalar("nonsmooth.value", problem.nonsmooth.value, x, hparams)]
         check_influence(what, gradient, by_outer[cut:], x, hparams, reads and partial(reads, problem, x, hparams))
 
 

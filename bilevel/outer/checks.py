@@ -165,6 +165,11 @@ def check_search(
             )
         if problem.optimality is not None:
             raise ValueError("HyperNewton needs an inner loss, but this problem is stated by a map: use HyperLBFGS.")
+        if problem.nonsmooth is not None:
+            raise ValueError(
+                f"HyperNewton needs a smooth inner loss, but this problem has the nonsmooth term "
+                f"{type(problem.nonsmooth).__name__}: use HyperLBFGS."
+            )
         if problem.variation:
             raise ValueError(
                 f"HyperNewton needs one inner loss, but this problem has {problem.variation}: use HyperLBFGS."

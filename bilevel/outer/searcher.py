@@ -200,7 +200,12 @@ class Searcher:
         if isinstance(self.optimizer, HyperNewton):
             return True
         problem = self.problem
-        known = problem.optimality is None and not problem.variation and problem.wrong_third is None
+        known = (
+            problem.optimality is None
+            and problem.nonsmooth is None
+            and not problem.variation
+            and problem.wrong_third is None
+        )
         return known and len(state.u) <= CHECKED
 
     def tell(self, estimate: Estimate) -> bool:

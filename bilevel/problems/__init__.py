@@ -2,6 +2,8 @@
 
 from bilevel.problems.data_problem import DataProblem as DataProblem
 from bilevel.problems.huber import HuberProblem as HuberProblem
+from bilevel.problems.lasso import ElasticNetProblem as ElasticNetProblem
+from bilevel.problems.lasso import LassoProblem as LassoProblem
 from bilevel.problems.linear_model import LinearModelProblem as LinearModelProblem
 from bilevel.problems.logistic import LogisticProblem as LogisticProblem
 from bilevel.problems.losses import GLMLoss as GLMLoss

@@ -19,6 +19,8 @@ TEXTS = {
     "module_loss": "needs a single problem of `ModuleProblem`",
     "symmetric": "Asks needs a symmetric matrix",
     "quadratic": "Asks needs a quadratic inner loss, which this BilevelProblem does not say it has",
+    "smooth": "Asks needs a smooth inner loss, but this problem has the nonsmooth term L1",
+    "proximal_solver": "AdamW needs a smooth inner loss, .* L1: use ProximalGradient",
     "eigenbasis": "Asks needs a quadratic inner loss whose Hessian",
     "multistep": "Asks needs a linear multistep solver .*, got AdamW",
     "fixed_steps": "Asks needs a fixed number of steps: give AdamW `steps` and no `tol`",
@@ -43,6 +45,8 @@ def unfit(need: str) -> bl.BilevelProblem:
     start = torch.ones(1, dtype=torch.float64)
     if need == "one_inner_loss":
         return bl.BilevelProblem(loss, lambda w, u: (w**2).sum(), start, sampler=bl.MiniBatches(start[None], 1))
+    if need in ("smooth", "proximal_solver"):
+        return bl.BilevelProblem(loss, lambda w, u: (w**2).sum(), start, nonsmooth=bl.L1(1.0))
     return bl.BilevelProblem(outer_loss=lambda w, u: (w**2).sum(), params=start, optimality=lambda w, u: w + u * w)
 
 
