@@ -532,7 +532,10 @@ SOLVERS: dict[type, SolverRow] = {
         "without a nonsmooth term the update is one kernel",
     ),
     bl.FISTA: SolverRow(
-        partial(made, bl.FISTA, STEP), fista_formula, 16, "the momentum eight, y two, the update one, a restart four"
+        partial(made, bl.FISTA, STEP),
+        fista_formula,
+        15,
+        "the momentum six, y two, gradient and update two, a restart five",
     ),
     bl.RMSprop: SolverRow(
         partial(made, bl.RMSprop, STEP, 0.9, 1.0, momentum=0.5, centered=True),

@@ -100,13 +100,13 @@ class FISTA(ProximalGradient):
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         previous, t, size = state.memory
         t, size, x, batch = t.detach(), size.detach(), state.params, inner.problem.batch
-        after = (1.0 + torch.sqrt(1.0 + 4.0 * t * t)) / 2.0
+        after = 0.5 + torch.sqrt(0.25 + t * t)
         momentum = (t - 1.0) / after
         y = tree.tree_map(lambda a, b: a.addcmul(rows.fit(momentum, a), a - b), x, previous)
         new = proximal_step(inner, y, size)
         with torch.no_grad():
             back = rows.dot(tree.add(y, new, -1.0), tree.add(new, x, -1.0), batch) > 0
-            after = torch.where(back, torch.ones_like(after), after)
+            after = torch.where(back, 1.0, after)
         return state.moved(new, (x, after, state.memory[2]))
 
     def _memory(self, inner: InnerProblem, params: Tree, size: Tensor) -> Tree:
