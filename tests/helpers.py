@@ -534,8 +534,8 @@ SOLVERS: dict[type, SolverRow] = {
     bl.FISTA: SolverRow(
         partial(made, bl.FISTA, STEP),
         fista_formula,
-        15,
-        "the momentum six, y two, gradient and update two, a restart five",
+        16,
+        "the momentum six, y two, gradient and update two, a restart six",
     ),
     bl.RMSprop: SolverRow(
         partial(made, bl.RMSprop, STEP, 0.9, 1.0, momentum=0.5, centered=True),
