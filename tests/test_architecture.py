@@ -26,7 +26,7 @@ FLOORS = (
     "problems engine meta",
     "hypergrad theory criteria",
     "outer check selection",
-    "compare curse sklearn",
+    "compare curse sklearn tables",
     "config",
     "cli",
 )

@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bilevel.base import describe
+from bilevel.cli.fold import run_folds
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import (
     JUDGING,
@@ -27,6 +28,7 @@ from bilevel.compare import (
 from bilevel.compare.cells import best_row
 from bilevel.compare.ownership import FILES
 from bilevel.config import choose_device, load_plan
+from bilevel.config.folds import load_folds
 from bilevel.core import tree
 from bilevel.core.threads import short_operations
 
@@ -40,8 +42,18 @@ def run_compare(arguments: Namespace) -> int:
 
 
 def run_tune(arguments: Namespace) -> int:
-    """Run ``bilevel tune``."""
-    return _run_command(arguments, tune=True)
+    """Run ``bilevel tune``: by folds where the config names no solver, else by hypergradients of a hold-out."""
+    if arguments.device:
+        choose_device(arguments.device)
+    plan = load_folds(
+        arguments.config,
+        arguments.set,
+        device=arguments.device,
+        seed=arguments.seed,
+        jobs=arguments.jobs,
+        allow_import=arguments.allow_import,
+    )
+    return _run_command(arguments, tune=True) if plan is None else run_folds(plan, arguments)
 
 
 def _run_command(arguments: Namespace, tune: bool) -> int:

@@ -12,6 +12,7 @@ from bilevel.cli.check import run_check
 from bilevel.cli.commands import run_compare, run_tune
 from bilevel.cli.curse import run_curse
 from bilevel.cli.doctor import run_doctor
+from bilevel.cli.fold import run_predict
 from bilevel.compare import RunFolderError
 from bilevel.compare.folder import unwritten
 from bilevel.config import ConfigError
@@ -31,15 +32,30 @@ What is printed is written too: runs/NAME/{results.jsonl, summary.json, figures/
 Ctrl-C stops; the same command continues.
 """
 TUNE = """\
-Tune the hyperparameters of a config's problems with one estimator (the first, or --estimator NAME), on one data split
-(the first seed), and print them with the validation and test scores before and after.
+Tune the hyperparameters of a config's problems.
+
+A config without `solver` and `estimators`: penalties of linear models of data, by folds, kept only where held-out rows
+speak for them, beside one penalty and a constant; the model is of all rows.
+Other configs: with one estimator (the first, or --estimator NAME), on one data split (the first seed), with the
+validation and test scores before and after.
 
 example:
+  bilevel tune configs/tune.yaml
   bilevel tune configs/ridge_diabetes.yaml
   bilevel tune configs/quickstart.yaml --estimator implicit --set outer.lr=0.1
 
-Written to runs/NAME-tune/{tuned.json, results.jsonl, summary.json, figures/*.png, config.yaml, environment.json}.
-Ctrl-C stops; the same command continues.
+Written to runs/NAME-tune/{tuned.json, config.yaml, environment.json}; by folds {model.npz, model.json}, for `bilevel
+predict`, else {results.jsonl, summary.json, figures/*.png}. Ctrl-C stops; the same command continues.
+"""
+PREDICT = """\
+Predict new rows by a model that `bilevel tune` has written: a column of predictions, and of classes their
+probabilities, as CSV. Columns may stand in any order; missing cells and words are treated as in training.
+
+example:
+  bilevel tune configs/tune.yaml
+  bilevel predict runs/tune-tune new_rows.csv --output predictions.csv
+
+model.json holds the formula by which model.npz gives the same numbers.
 """
 CHECK = """\
 Examine a problem of your own before its hypergradients are used: both gradients against differences of the losses,
@@ -89,6 +105,12 @@ REFUSED_BY_CHECK = {
     "--jobs": "it runs in one process",
     "--set": "it takes a problem as it is",
     "--estimator": "it looks at all of them",
+}
+REFUSED_BY_PREDICT = {
+    "--out": "give a file by --output OUT.csv",
+    "--set": "it takes a model as it is",
+    "--device": "a linear model needs none",
+    "--seed": "nothing that it does is random",
 }
 REFUSED_BY_DOCTOR = {
     "--seed": "nothing that it checks is random",
@@ -159,6 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--estimator", metavar="NAME", help="a name under `estimators` in the config (default: the first)"
     )
+    predict = _add(commands, "predict", "predict new rows by a tuned model", PREDICT, run_predict)
+    predict.add_argument("model", metavar="MODEL", help="a folder with model.npz and model.json, or one of both")
+    predict.add_argument(
+        "data", metavar="NEW.csv", help="a table with the columns of training (.csv, .tsv, .parquet, ...)"
+    )
+    predict.add_argument("--output", metavar="OUT.csv", help="where to write (default: the standard output)")
+    _add_debug(predict)
+    _refuse(predict, REFUSED_BY_PREDICT)
     _add_device(doctor)
     _add_threads(doctor, "show what a run would use with N threads in torch and at most as many workers")
     summary = "examine a problem of your own: derivatives, curvature, determinism, steps, estimators"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch.distributions import constraints as dist_constraints
 
 from bilevel import data
-from bilevel.compare import Plan, RunFolderError, Setup
+from bilevel.compare import Plan
 from bilevel.compare.environment import package_version
 from bilevel.config.build import (
     ESTIMATOR,
@@ -30,9 +30,9 @@ from bilevel.config.build import (
     split_spec,
 )
 from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
-from bilevel.config.imports import digest, importing
-from bilevel.config.schema import ConfigForm, OuterForm, TuningForm, check_form
-from bilevel.core import tree
+from bilevel.config.imports import importing
+from bilevel.config.schema import ConfigForm, OuterForm, TuningForm, check_form, tunes_by_folds
+from bilevel.config.setups import DataSetup, ProblemSetup, digest_of
 from bilevel.engine.checks import read_by_steps
 from bilevel.oracles.autograd_errors import DerivativeError
 from bilevel.outer import OuterOptions, ToleranceSchedule, WarmStart
@@ -45,64 +45,6 @@ NOT_IN_DATA = frozenset({"seed", "device", "dtype", "task"})
 
 ELSEWHERE = frozenset({"seed", "device"})
 """Options by which a problem makes its own data; a config states them elsewhere."""
-
-
-def digest_of(name: str) -> str:
-    """Return the digest of the file that a name of a data set stands for; empty where it stands for none."""
-    try:
-        file = Path(name).expanduser()
-        return digest(file) if file.is_file() else ""
-    except (OSError, RuntimeError, ValueError):
-        return ""
-
-
-@dataclass(frozen=True)
-class DataSetup:
-    """Makes a problem from a data set, for the split of a seed.
-
-    Attributes:
-        kind: the problem class.
-        options: its options.
-        data: options of `bilevel.data.load`.
-        start: value of all hyperparameters at the start.
-        device: where the data go.
-        digest: of the data file, which must not change; empty for data that are no file.
-    """
-
-    kind: type[DataProblem]
-    options: Mapping[str, Any]
-    data: Mapping[str, Any]
-    start: float
-    device: str = field(default="cpu", kw_only=True)
-    digest: str = field(default="", kw_only=True)
-
-    def __call__(self, seed: int) -> Setup:
-        """Load the data and make the problem."""
-        if self.digest and self.digest != digest_of(self.data["name"]):
-            raise RunFolderError(
-                f"the data file {self.data['name']} has changed since this command began: run the same command again."
-            )
-        result = data.load(**self.data, task=self.kind.task, seed=seed, device=self.device)
-        problem = self.kind.from_data(result, **self.options)
-        labels = problem.labels(result.feature_names)
-        return Setup(problem, problem.initial_hparams(self.start), labels, problem.unit, result.note)
-
-
-@dataclass(frozen=True)
-class ProblemSetup:
-    """Makes a problem that brings its data, for a seed; the attributes are those of `DataSetup`."""
-
-    kind: type[Any]
-    options: Mapping[str, Any]
-    device: str = field(default="cpu", kw_only=True)
-
-    def __call__(self, seed: int) -> Setup:
-        """Make the problem."""
-        problem = self.kind(**self.options, seed=seed, device=self.device)
-        hparams = problem.initial_hparams()
-        named = zip(tree.names(hparams), tree.leaves(hparams), strict=True)
-        labels = [f"{name}[{index}]" for name, leaf in named for index in range(leaf.numel())]
-        return Setup(problem, hparams, labels, problem.unit)
 
 
 def choose_device(name: str) -> str:
@@ -151,6 +93,9 @@ def load_plan(
     try:
         for assignment in overrides:
             override(document, assignment)
+        if tunes_by_folds(document):
+            what = "it names no `solver` and `estimators`, so it is a config of `bilevel tune`"
+            raise ConfigError(f"{what}: run `bilevel tune {path}`.")
         form = check_form(document)
         form.device = choose_device(device or form.device)
         if seed is not None:

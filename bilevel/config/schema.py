@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,8 @@ Named = Annotated[dict[Annotated[str, Field(min_length=1)], Spec], Field(min_len
 
 
 SPECS = ("solver", "outer.scheduler", "outer.constraints", "tuning.solver", "tuning.estimator")
+UNROLLED = frozenset({"solver", "estimators", "outer", "tuning", "budget", "batch", "experiment"})
+"""Keys of which each one makes a config one of hypergradients."""
 PLAIN = {
     "int_type": "an int",
     "int_from_float": "an int",
@@ -90,23 +92,28 @@ class ConfigForm(BaseModel):
     device: str = "auto"
 
 
+def tunes_by_folds(document: Mapping[str, Any]) -> bool:
+    """Whether a config is tuned by folds: it names problems, and nothing of solvers, estimators and outer loops."""
+    return "problems" in document and not UNROLLED & set(document)
+
+
 def check_form(document: dict[str, Any]) -> ConfigForm:
     """Return the config in its form; the first thing that does not fit is refused, without the file's name."""
     try:
         return ConfigForm.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, document)) from None
+        raise ConfigError(sentence(error, document, ConfigForm)) from None
 
 
-def _sentence(error: ValidationError, document: dict[str, Any]) -> str:
-    """Return the first error of pydantic as one sentence."""
+def sentence(error: ValidationError, document: dict[str, Any], whole: type[BaseModel]) -> str:
+    """Return the first error of pydantic about a document as one sentence; `whole`: the form of the document."""
     # An unknown key says more than a missing one: it is usually the missing one, misspelt.
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first = errors[0]
     keys = _path_in(document, first["loc"])
     path, given = ".".join(map(str, keys)), shown(first["input"])
     if first["type"] == "extra_forbidden":
-        form: type[BaseModel] = ConfigForm
+        form = whole
         if keys[:-1]:
             form = TuningForm if keys == ["tuning", keys[-1]] else WarmStartForm
         owner = f"`{'.'.join(map(str, keys[:-1]))}`" if keys[:-1] else "the config"

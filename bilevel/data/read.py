@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core.options import require_value
-from bilevel.data.columns import sort_columns
+from bilevel.data.roles import sort_columns
 from bilevel.data.sources import Raw, check_part, of_columns, read_bundled, read_mnist, read_npz, read_svmlight
 from bilevel.data.table import SVMLIGHT, TABLES, Table, ending, from_frame, is_frame, read_table
 

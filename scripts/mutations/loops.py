@@ -84,7 +84,7 @@ LOOPS = (
     ),
     Break(
         "config-changed-data",
-        "bilevel/config/load.py",
+        "bilevel/config/setups.py",
         'if self.digest and self.digest != digest_of(self.data["name"]):',
         "if self.digest is None:",
         "test_config.py::test_a_plan_knows_its_data_and_the_sources_of_its_classes",

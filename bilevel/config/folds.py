@@ -1,0 +1,179 @@
+"""A config without a solver: linear models of data, tuned by folds with a guard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bilevel import data
+from bilevel.config.build import PROBLEM, check_options, located, split_spec
+from bilevel.config.document import ConfigError, listed, override, read_document, shown
+from bilevel.config.imports import importing
+from bilevel.config.load import choose_device
+from bilevel.config.schema import Named, sentence, tunes_by_folds
+from bilevel.core.options import require_value
+from bilevel.data.read import TableOptions
+from bilevel.data.rows import Rows, load_rows
+from bilevel.problems import HuberProblem, LinearModelProblem
+from bilevel.problems.losses import GLMLoss, Huber
+from bilevel.tables import LOSSES, PENALTIES, FoldOptions
+
+OPTIONS = frozenset({"name", "test", *TableOptions.__dataclass_fields__})
+
+
+class FoldsForm(BaseModel):
+    """The form of a config without a solver."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    problems: Named
+    criterion: Literal["auto", "loo", "alo", "kfold", "holdout"] = "auto"
+    guard: Literal["auto", "best", "one_se", "off"] = "auto"
+    honest: Literal["auto", "nested", "alo"] = "auto"
+    folds: Annotated[int, Field(ge=2)] = 5
+    kappa: Annotated[float, Field(gt=0)] | None = None
+    beside: Literal["scikit-learn"] | None = None
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1)] = [0]
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class TableSetup:
+    """One problem of such a config.
+
+    Attributes:
+        rows: its data.
+        loss: of a row; None: by the targets.
+        options: how it is tuned.
+    """
+
+    rows: Rows
+    loss: GLMLoss | None
+    options: FoldOptions
+
+
+@dataclass(frozen=True)
+class FoldsPlan:
+    """A checked config without a solver.
+
+    Attributes:
+        name: of the config.
+        problems: by name.
+        config: the checked document.
+    """
+
+    name: str
+    problems: Mapping[str, TableSetup]
+    config: Mapping[str, Any]
+
+
+def load_folds(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    seed: int | None = None,
+    jobs: int = 1,
+    allow_import: bool = False,
+) -> FoldsPlan | None:
+    """Return the plan of a config without a solver, with its data read; None for another config.
+
+    Raises:
+        ConfigError: about the first mistake, in one sentence that names the file and the place in it.
+    """
+    path = Path(path)
+    document = read_document(path)
+    document.setdefault("name", path.stem)
+    try:
+        for assignment in overrides:
+            override(document, assignment)
+        if not tunes_by_folds(document):
+            return None
+        try:
+            form = FoldsForm.model_validate(document)
+        except ValidationError as error:
+            raise ConfigError(sentence(error, document, FoldsForm)) from None
+        form.device = choose_device(device or form.device)
+        form.seeds = form.seeds if seed is None else [seed]
+        with importing(allow_import, path.parent):
+            problems = {name: _problem(spec, f"problems.{name}", form, jobs) for name, spec in form.problems.items()}
+        return FoldsPlan(form.name, problems, form.model_dump())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error.__cause__
+
+
+def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
+    """Read the data of a problem, and look at its options."""
+    given = dict(spec) if isinstance(spec, dict) else {"class": spec}
+    owner: Any = None
+    if "class" in given:
+        owner, given = split_spec(given, PROBLEM, path)
+    source, penalty = given.pop("data", None), given.pop("penalty", FoldOptions.penalty)
+    if isinstance(source, str):
+        source = {"name": source}
+    if not isinstance(source, dict) or not isinstance(source.get("name"), str):
+        raise ConfigError(
+            f"`{path}.data` must be a data set ({listed(data.available())}), a path ending in .npz, .csv, .tsv, "
+            f".parquet or .svmlight, or {{name: ..., option: value}}, got {shown(source)}."
+        )
+    if owner is not None and "task" in source:
+        raise ConfigError(f"`{path}.data.task` is not given here, but by the problem class: leave one of both out.")
+    loss = _loss(owner, given, path)
+    try:
+        words = " or ".join(map(repr, PENALTIES))
+        require_value(f"{path}.penalty", penalty, words, penalty in PENALTIES)
+        hints = get_type_hints(data.load)
+        skip = frozenset(hints) - OPTIONS - {"task"}
+        options = check_options(data.load, source, f"{path}.data", skip)
+        name, test, task = (options.pop(key, value) for key, value in (("name", ""), ("test", 0.0), ("task", None)))
+        table = TableOptions(**options)
+        task = task if owner is None else owner.task
+        rows = load_rows(name, table, task=task, test=test, seed=form.seeds[0])
+    except ConfigError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(located(error, path)) from error
+    how = FoldOptions(
+        penalty=penalty,
+        **{key: getattr(form, key) for key in ("criterion", "guard", "honest", "folds", "kappa", "beside", "device")},
+        seed=form.seeds[0],
+        jobs=jobs,
+    )
+    return TableSetup(rows, loss, how)
+
+
+def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss | None:
+    """Return the loss of a problem class; None where none is named."""
+    if owner is None:
+        if given:
+            raise ConfigError(
+                f"`{path}.{next(iter(given))}` is not an option of a problem without a class (class, data, penalty)."
+            )
+        return None
+    if not issubclass(owner, LinearModelProblem):
+        raise ConfigError(
+            f"`{path}.class` is {owner.__name__}, which is no linear model: name a `solver` and `estimators`, which "
+            "tune it by hypergradients."
+        )
+    width = given.pop("width", None)
+    if given:
+        key = next(iter(given))
+        raise ConfigError(
+            f"`{path}.{key}` is not an option where folds are tuned (class, data, penalty): the search needs no start; "
+            "other options need a `solver` and `estimators`."
+        )
+    try:
+        loss = Huber(**({} if width is None else {"width": width})) if owner is HuberProblem else owner.glm
+    except (ValueError, TypeError) as error:
+        raise ConfigError(located(error, path)) from error
+    if type(loss).__name__ not in LOSSES or (width is not None and owner is not HuberProblem):
+        what = (
+            f"{owner.__name__} has no `width`" if width is not None else f"nobody knows what {owner.__name__} predicts"
+        )
+        raise ConfigError(f"`{path}`: {what}: leave it out, or name a `solver` and `estimators`.")
+    return loss

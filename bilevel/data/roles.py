@@ -1,0 +1,244 @@
+"""What the columns of a table are for: features, target, weights, groups, time; those that number rows; dates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bilevel.data.columns import SHOWN, first_word, listed
+from bilevel.data.table import Array, Table, is_number
+
+INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
+"""The name of the index of a table that pandas has written, or has written, read and written again."""
+NUMBERED = re.compile(r"(?i:index|id|rownames|row[ _]?(id|number|names)?|.+[ _](id|number))|.*[a-z](Id|ID|Number)")
+"""Names of columns that number the rows."""
+NUMBERLIKE = re.compile(r"[-+]?\d[\d.,]*")
+FEW_ROWS, FEW_VALUES = 20, 20
+"""With more rows than this, different words in each row say who it is; more different numbers are no categories."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The columns of a table by what they are for.
+
+    Attributes:
+        table: with all columns.
+        features: names of those that become features.
+        target: the name of the target.
+        weights: weights of the rows, (rows,), or None.
+        groups: the group of every row, (rows,), or None.
+        order: what rows are in the order of, (rows,), or None.
+        notes: what was done, in words.
+    """
+
+    table: Table
+    features: tuple[str, ...]
+    target: str
+    weights: Array | None
+    groups: Array | None
+    order: Array | None
+    notes: tuple[str, ...]
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of the other columns."""
+        return tuple(name for name in self.table.columns if name not in {*self.features, self.target})
+
+
+def sort_columns(
+    table: Table,
+    *,
+    target: str | None,
+    weights: str | None,
+    groups: str | None,
+    time: str | None,
+    drop: Sequence[str],
+    index: str,
+    strings: str,
+    missing: str,
+) -> Columns:
+    """Return what every column is for; dates are refused by their name.
+
+    Args:
+        table: all columns.
+        target: a column; None for the last.
+        weights: a column, or None.
+        groups: a column, or None.
+        time: a column that the rows are in the order of, or None.
+        drop: columns that are left out.
+        index: "leave_out" or "keep" columns that number or name the rows.
+        strings: "one_hot", or "refuse" columns of words.
+        missing: "fill", or "refuse" missing values.
+
+    Raises:
+        ValueError: in one sentence that names the column and what to do.
+    """
+    names = list(table.columns)
+    if target is None:
+        target = next((name for name in reversed(names) if name not in {weights, groups, time, *drop}), names[-1])
+    for role, name in (("target", target), ("weights", weights), ("groups", groups), ("time", time)):
+        if name is not None and name not in names:
+            raise ValueError(f"{table.source!r} has no {role} column {name!r}: its columns are {', '.join(names)}.")
+    if unknown := [name for name in drop if name not in names]:
+        raise ValueError(f"`drop` names {unknown[0]!r}, but the columns of {table.source!r} are {', '.join(names)}.")
+    features = [name for name in names if name not in {target, weights, groups, time, *drop}]
+    notes = list(table.notes)
+    if len(names) == 1:
+        raise ValueError(
+            f"{table.source!r} has the one column {names[0]!r}: it needs features and a target, with commas, "
+            "semicolons or tabs between them."
+        )
+    if index == "leave_out":
+        left_out = [name for name in features if _numbers_rows(table, name)]
+        features = [name for name in features if name not in left_out]
+        if left_out:
+            notes.append(f"the column {listed(left_out)} is left out, as it numbers the rows")
+        if not features:
+            raise ValueError(
+                f"{table.source!r} holds no features besides the target {target!r} and the index of its rows."
+            )
+    if not features:
+        raise ValueError(f"{table.source!r} holds no features besides the target {target!r}.")
+    if commas := [name for name in (*features, target) if table.has_decimal_commas(name)]:
+        notes.append(f"decimal commas are read in {listed(commas)}")
+    notes += _check_features(table, features, strings, missing)
+    return Columns(
+        *(table, tuple(features), target),
+        weights=None if weights is None else _weights(table, weights),
+        groups=None if groups is None else table.words(groups),
+        order=None if time is None else _order(table, time),
+        notes=tuple(notes),
+    )
+
+
+def _check_features(table: Table, features: list[str], strings: str, missing: str) -> list[str]:
+    """Return in words what becomes of the features."""
+    words, holes = [], []
+    for name in features:
+        numbers = table.numbers(name)
+        _refuse_dates(table, name)
+        if numbers is None:
+            _refuse_mixed(table, name)
+            if strings == "refuse":
+                row, word = first_word(table, name)
+                raise ValueError(
+                    f"the feature column {name!r} of {table.source!r} is not numeric: row {row} holds {word!r} (encode "
+                    "it as numbers, take `strings: one_hot`, or leave it out with `drop`)."
+                )
+            words.append(name)
+        empty = np.isnan(numbers) if numbers is not None else table.words(name) == ""
+        if empty.any():
+            holes.append(f"{name!r} ({int(empty.sum())})")
+            if missing == "refuse":
+                raise ValueError(
+                    f"X of {table.source!r} holds NaN or missing values, the first in row {int(empty.argmax()) + 1}, "
+                    f"column {name!r}: drop or fill them first, or take `missing: fill`."
+                )
+    notes = []
+    if words:
+        count = sum(len(np.unique(table.words(name)[table.words(name) != ""])) for name in words)
+        notes.append(f"the words of {listed(words)} become {count} features of 0 and 1, one for each category")
+    if holes:
+        more = f" and of {len(holes) - SHOWN} more" if len(holes) > SHOWN else ""
+        notes.append(
+            f"missing values of {', '.join(holes[:SHOWN])}{more} are filled by the median or the most frequent word of "
+            "the training rows"
+        )
+    return notes
+
+
+def _numbers_rows(table: Table, name: str) -> bool:
+    """Whether a column says which row it is: all values differ, and its name or its words say so."""
+    column = table.columns[name]
+    if len(np.unique(column)) < len(column):
+        return False
+    numbers = table.numbers(name)
+    if numbers is None:
+        numbers_like = any(map(NUMBERLIKE.fullmatch, column)) or table.date(name) is not None
+        long = len(column) > FEW_ROWS and not numbers_like
+        return bool(NUMBERED.fullmatch(name) or INDEX.fullmatch(name)) or long
+    whole = bool((numbers == np.round(numbers)).all())
+    return INDEX.fullmatch(name) is not None or (whole and NUMBERED.fullmatch(name) is not None)
+
+
+def _refuse_dates(table: Table, name: str) -> None:
+    found = table.date(name)
+    if found:
+        raise ValueError(
+            f"the column {name!r} of {table.source!r} holds dates ({found[1]!r} in row {found[0]}): turn it into "
+            f"numbers (a year, or days since a start), or leave it out with `drop: [{name}]`."
+        )
+
+
+def _refuse_mixed(table: Table, name: str) -> None:
+    """Refuse a column of many different numbers with a few words, and one of numbers with commas."""
+    cells = np.unique(table.words(name))
+    cells = cells[cells != ""]
+    words = [str(cell) for cell in cells if not is_number(cell)]
+    if len(cells) > FEW_VALUES and all(re.fullmatch(r"[-+]?\d[\d.]*(,\d+)+", word) for word in words):
+        raise ValueError(
+            f"the column {name!r} of {table.source!r} holds numbers with commas, such as {words[0]!r}: say "
+            "`decimal: ','` if they stand before decimals, else write numbers without them."
+        )
+    if len(cells) - len(words) > max(FEW_VALUES, 9 * len(words)):
+        row = int((table.words(name) == words[0]).argmax()) + 1
+        raise ValueError(
+            f"the column {name!r} of {table.source!r} holds numbers, but {words[0]!r} in row {row}: correct it, leave "
+            f"the cell empty, or leave the column out with `drop: [{name}]`."
+        )
+
+
+def _weights(table: Table, name: str) -> Array:
+    weights = table.numbers(name)
+    if weights is None or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(
+            f"the weights in the column {name!r} of {table.source!r} must be numbers from 0 on, not all 0."
+        )
+    return weights
+
+
+def _order(table: Table, name: str) -> Array:
+    """Return what sorts the rows by time: numbers, or dates from the year on.
+
+    Raises:
+        ValueError: for words and for dates whose text has another order.
+    """
+    numbers = table.numbers(name)
+    if numbers is not None and not np.isnan(numbers).any():
+        return numbers
+    words = table.words(name)
+    if numbers is None and all(re.match(r"\d{4}[-/.]\d\d([-/.]\d\d|$)", word) for word in words):
+        return words
+    raise ValueError(
+        f"the column {name!r} of {table.source!r} cannot order the rows: it needs numbers or dates such as 2024-01-31 "
+        "in every row."
+    )
+
+
+def target_values(table: Table, name: str) -> Array:
+    """Return a target column as integers, else as numbers, else as words.
+
+    Raises:
+        ValueError: in one sentence, for missing labels, and for dates.
+    """
+    column = table.columns[name]
+    if column.dtype.kind in "iu":
+        return column
+    if column.dtype.kind == "U" and len(column) and np.isin(np.char.lower(column), ("true", "false")).all():
+        return column
+    numbers = table.numbers(name)
+    if numbers is not None:
+        try:
+            return column.astype(np.int64) if column.dtype.kind == "U" else numbers
+        except (ValueError, OverflowError):
+            return numbers
+    _refuse_dates(table, name)
+    if (column == "").any():
+        first = int(np.argmax(column == "")) + 1
+        raise ValueError(
+            f"the target of {table.source!r} misses labels ({(column == '').sum()}), the first in row {first}."
+        )
+    return column

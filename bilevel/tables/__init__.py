@@ -1,0 +1,10 @@
+"""A front door for tables: penalties tuned by folds with a guard, models in files, predictions of new rows."""
+
+from bilevel.tables.model import Predictions as Predictions
+from bilevel.tables.model import TableModel as TableModel
+from bilevel.tables.tune import LOSSES as LOSSES
+from bilevel.tables.tune import PENALTIES as PENALTIES
+from bilevel.tables.tune import FoldOptions as FoldOptions
+from bilevel.tables.tune import Score as Score
+from bilevel.tables.tune import TunedTable as TunedTable
+from bilevel.tables.tune import tune_rows as tune_rows

@@ -1,0 +1,213 @@
+"""`TableModel`: a linear model of a table in two files, from which anybody can compute its predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from scipy.special import expit, softmax
+
+from bilevel.core.files import read_json, write_whole
+from bilevel.data.columns import Encoder, listed
+from bilevel.data.table import SVMLIGHT, TABLES, Array, Table, ending, from_frame, is_frame, read_table
+
+FORMAT = 1
+ARRAYS = ("weights", "intercept", "mean", "scale")
+FORMULA = "z = ((X - mean) / scale) @ weights.T + intercept"
+LINKS = {
+    "Squared": "prediction = z",
+    "Huber": "prediction = z",
+    "Poisson": "prediction = exp(z)",
+    "Logistic": "probability of classes[1] = 1 / (1 + exp(-z)); prediction = the likelier class",
+    "SquaredHinge": "prediction = classes[1] where z > 0, else classes[0]",
+    "Softmax": "probabilities = exp(z) / sum(exp(z)); prediction = the likeliest class",
+}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what made a model."""
+    packages = ("bilevel", "torch", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model says of new rows.
+
+    Attributes:
+        columns: "prediction", and of classes with probabilities "probability=CLASS" for each; of shape (rows,).
+        notes: what was done to the new table, in words.
+    """
+
+    columns: Mapping[str, Array]
+    notes: tuple[str, ...]
+
+    def to_csv(self) -> str:
+        """Return the columns as the text of a .csv file, numbers in all their digits."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(zip(*(column.tolist() for column in self.columns.values()), strict=True))
+        return text.getvalue()
+
+
+@dataclass(frozen=True, eq=False)
+class TableModel:
+    """A linear model with the way from the columns of a table to its features.
+
+        z = ((X - mean) / scale) @ weights.T + intercept
+
+    Attributes:
+        name: of the problem.
+        loss: the class name of its loss, which says what z stands for.
+        task: "regression" or "classification".
+        weights: of standardised features, (features,) or (classes, features).
+        intercept: of shape (), or (classes,).
+        mean: of the features, (features,).
+        scale: of the features, (features,).
+        encoder: from columns to features.
+        classes: what labels stand for, sorted; None for a regression.
+        target: the name of the column that is predicted.
+        ignored: other columns of the training table that are no features.
+        decimal: what stands before decimals in the training file, where it was said.
+        summary: how the penalties were chosen, in a sentence.
+        versions: of the packages that made it.
+    """
+
+    name: str
+    loss: str
+    task: str
+    weights: Array
+    intercept: Array
+    mean: Array
+    scale: Array
+    encoder: Encoder
+    classes: tuple[Any, ...] | None
+    target: str
+    ignored: tuple[str, ...] = ()
+    decimal: str | None = None
+    summary: str = ""
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``model.npz`` and ``model.json`` into a folder, and return both paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = io.BytesIO()
+        np.savez(arrays, weights=self.weights, intercept=self.intercept, mean=self.mean, scale=self.scale)
+        record = {
+            "format": FORMAT,
+            "name": self.name,
+            "task": self.task,
+            "loss": self.loss,
+            "target": self.target,
+            "classes": None if self.classes is None else list(self.classes),
+            "features": list(self.encoder.features),
+            "columns": self.encoder.to_list(),
+            "ignored": list(self.ignored),
+            "decimal": self.decimal,
+            "formula": FORMULA,
+            "link": LINKS[self.loss],
+            "summary": self.summary,
+            "versions": dict(self.versions),
+        }
+        files = [folder / "model.npz", folder / "model.json"]
+        write_whole(files[0], arrays.getvalue())
+        write_whole(files[1], json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        return files
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Return the model in a folder, or beside the one of its two files that is named.
+
+        Raises:
+            ValueError: in one sentence, where there is no such model.
+        """
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        if not path.is_dir() and path.name not in ("model.npz", "model.json"):
+            raise ValueError(f"{path} is no model: name the folder with model.npz and model.json, or one of both.")
+        record = read_json(folder / "model.json")
+        good = isinstance(record, dict) and record.get("loss") in LINKS
+        if not good:
+            inside = sorted(str(file.parent) for file in folder.glob("*/model.json"))
+            hint = f": it has {', '.join(inside)}" if inside else ": `bilevel tune` writes one"
+            raise ValueError(f"{folder} holds no model.json that bilevel wrote{hint}.")
+        if record.get("format") != FORMAT:
+            raise ValueError(f"{folder}/model.json is of another version of bilevel: tune again, or install that one.")
+        try:
+            with np.load(folder / "model.npz", allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in ARRAYS}
+            encoder, classes = Encoder.from_list(record["columns"]), record["classes"]
+            fields = {key: record[key] for key in ("name", "loss", "task", "target", "decimal", "summary", "versions")}
+            model = cls(
+                **fields,
+                **arrays,
+                encoder=encoder,
+                classes=None if classes is None else tuple(classes),
+                ignored=tuple(record["ignored"]),
+            )
+        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"the model in {folder} cannot be read ({type(error).__name__}): tune again.") from error
+        if model.weights.shape[-1] != len(encoder.features):
+            raise ValueError(f"{folder}/model.npz is not the one that {folder}/model.json describes: tune again.")
+        return model
+
+    def predict(self, data: Any) -> Predictions:
+        """Return what the model says of the rows of a file or a data frame, in their order.
+
+        Columns may stand in any order, and others beside them. Missing cells and words are treated as in training.
+
+        Raises:
+            ValueError: in one sentence, for a file that is no table, and for a column that is missing.
+        """
+        if is_frame(data):
+            return self._predict_table(from_frame(data))
+        source = str(data)
+        path, kind = Path(source).expanduser(), ending(source)
+        if kind not in (*TABLES, *SVMLIGHT):
+            raise ValueError(f"{source!r} is no table: give a .csv, .tsv, .parquet or .svmlight file.")
+        if not path.is_file():
+            raise ValueError(f"the data file {source!r} does not exist.")
+        if kind in TABLES:
+            return self._predict_table(read_table(source, path, decimal=self.decimal))
+        from sklearn.datasets import load_svmlight_file
+
+        try:
+            X, _ = load_svmlight_file(str(path), n_features=len(self.mean))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{source!r} does not fit the {len(self.mean)} features of the model: {error}.") from error
+        coef = self.weights / self.scale
+        return Predictions(self.of_scores(X @ coef.T + (self.intercept - coef @ self.mean)), ())
+
+    def _predict_table(self, table: Table) -> Predictions:
+        X, notes = self.encoder.transform(table)
+        known = {*(rule.name for rule in self.encoder.rules), self.target, *self.ignored}
+        if extra := [name for name in table.columns if name not in known]:
+            notes.append(f"the model does not know the column {listed(extra)}: left out")
+        z = ((X - self.mean) / self.scale) @ self.weights.T + self.intercept
+        return Predictions(self.of_scores(z), (*table.notes, *notes))
+
+    def of_scores(self, z: Array) -> dict[str, Array]:
+        """Return the columns of predictions of scores z, (rows,) or (rows, classes)."""
+        if self.classes is None:
+            return {"prediction": np.exp(z) if self.loss == "Poisson" else z}
+        classes = np.array(self.classes, dtype=object)
+        if self.loss == "Softmax":
+            shares = softmax(z, axis=1)
+            columns = {"prediction": classes[z.argmax(1)]}
+        else:
+            columns = {"prediction": classes[(z > 0).astype(int)]}
+            if self.loss == "SquaredHinge":
+                return columns
+            shares = np.stack([expit(-z), expit(z)], axis=1)
+        return columns | {f"probability={name}": shares[:, index] for index, name in enumerate(self.classes)}

@@ -1,0 +1,278 @@
+"""Penalties of a linear model of a table, tuned by folds, kept where they generalise, beside simpler models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel.criteria import Criterion, Fit, LinearData, Penalties
+from bilevel.criteria.choose import choose_criterion
+from bilevel.data.rows import Rows
+from bilevel.data.table import Array
+from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared, SquaredHinge
+from bilevel.selection import Selected, make_folds, penalty_cv
+from bilevel.selection.honest import Fold, predictions
+from bilevel.tables.beside import scikit_learn
+from bilevel.tables.model import TableModel
+
+PENALTIES = ("scalar", "per_feature", "per_column", "per_class", "per_weight")
+LOSSES = {
+    "Squared": ("mean squared error", 2.0),
+    "Logistic": ("log loss", 1.0),
+    "Softmax": ("log loss", 1.0),
+    "Poisson": ("half the mean deviance", 1.0),
+    "Huber": ("Huber loss", 1.0),
+    "SquaredHinge": ("squared hinge loss", 1.0),
+}
+"""How the loss of a row is called, and what the library's is multiplied by to be that."""
+CRITERIA = {
+    "RidgeLeaveOneOut": "exact leave-one-out",
+    "ApproximateLeaveOneOut": "approximate leave-one-out",
+    "RidgeFolds": "K-fold",
+    "KFold": "K-fold",
+}
+CONSTANT = 30.0
+"""A log penalty this far above log n leaves the intercept alone."""
+
+
+@dataclass(frozen=True)
+class FoldOptions:
+    """How a table is tuned: the keys of a config without a solver.
+
+    Attributes:
+        penalty: which coefficients share a penalty, of `PENALTIES`; "per_column": the categories of a column do.
+        criterion: "auto", "loo", "alo", "kfold" or "holdout": see `choose_criterion`.
+        guard: see `penalty_cv`.
+        honest: see `penalty_cv`.
+        folds: of the outer loop, and of the criterion "kfold".
+        kappa: see `penalty_cv`.
+        beside: "scikit-learn": its own cross-validation on the same folds is shown, too.
+        seed: of folds.
+        jobs: processes.
+        device: where it is computed.
+    """
+
+    penalty: str = "per_feature"
+    criterion: str = "auto"
+    guard: Any = "auto"
+    honest: Any = "auto"
+    folds: int = 5
+    kappa: float | None = None
+    beside: str | None = None
+    seed: int = 0
+    jobs: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Losses and figures of merit of one model; None where there is none.
+
+    Attributes:
+        model: in words.
+        criterion: the criterion's value.
+        held_out: the mean loss on rows that the outer folds held out, or that of the approximate leave-one-out.
+        test: the mean loss on the test part.
+        merits: accuracy, r2 or d2 on the test part.
+    """
+
+    model: str
+    criterion: float | None
+    held_out: float | None
+    test: float | None
+    merits: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class TunedTable:
+    """A tuned model of a table and what stands beside it.
+
+    Attributes:
+        model: of all rows but the test part.
+        selected: the nodes, with losses as they are called.
+        scores: of the model, of one penalty, of a constant, and of scikit-learn where asked for.
+        loss_name: what the losses are.
+        criterion: what was descended, in words.
+        penalties: of every feature, shaped as the weights, of standardised columns and sums of losses.
+    """
+
+    model: TableModel
+    selected: Selected
+    scores: tuple[Score, ...]
+    loss_name: str
+    criterion: str
+    penalties: Array
+
+
+def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None = None) -> TunedTable:
+    """Return the model of the rows with tuned penalties, or with one, whichever held-out rows speak for.
+
+    Args:
+        name: of the problem.
+        rows: of `load_rows`.
+        options: how.
+        loss: by default squared for numbers, logistic for two classes and softmax for more.
+
+    Raises:
+        ValueError: in one sentence, for options that do not fit the data.
+    """
+    loss = loss or (Squared() if rows.classes is None else Logistic() if len(rows.classes) == 2 else Softmax())
+    X = rows.X if hasattr(rows.X, "tocsr") else torch.as_tensor(rows.X, device=options.device)
+    data = LinearData.of(X, rows.y, rows.weights, loss=loss)
+    penalties = _penalties(options.penalty, rows, loss.outputs(data.y))
+    folds = _folds(rows, options)
+    dependent = "ordered in time" if rows.ordered else "grouped" if rows.groups is not None else None
+    pairs = folds[:1] if options.criterion == "holdout" else folds
+    criterion = choose_criterion(options.criterion, data, loss, penalties, folds=pairs, dependent=dependent)
+    selected = penalty_cv(
+        *(criterion,),
+        guard=options.guard,
+        honest=options.honest,
+        folds=folds,
+        kappa=options.kappa,
+        n_jobs=options.jobs,
+        progress=True,
+    )
+    words, factor = LOSSES[type(loss).__name__]
+    scores = _scores(rows, criterion, selected, folds, factor, options.beside)
+    selected = _scaled(selected, factor)
+    return TunedTable(
+        _model(name, rows, criterion, selected),
+        selected,
+        scores,
+        words,
+        CRITERIA.get(type(criterion).__name__, type(criterion).__name__),
+        selected.node.penalties.cpu().numpy(),
+    )
+
+
+def _penalties(name: str, rows: Rows, outputs: int | None) -> Penalties:
+    features = rows.X.shape[1]
+    if name in ("per_class", "per_weight"):
+        if outputs is None:
+            raise ValueError(
+                f"`penalty` {name!r} is for more than two classes: use 'scalar', 'per_feature' or 'per_column'."
+            )
+        make = Penalties.output if name == "per_class" else Penalties.output_feature
+        return make(features, outputs)
+    if name == "per_column":
+        return Penalties.groups(list(rows.encoder.owners), outputs)
+    return Penalties.scalar(features, outputs) if name == "scalar" else Penalties.feature(features, outputs)
+
+
+def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
+    """Return the folds: blocks of ordered rows, whole groups, or shuffled rows, stratified by class."""
+    most = len(rows.y) if rows.groups is None else len(np.unique(rows.groups))
+    labels = rows.y if rows.classes is not None and rows.groups is None and not rows.ordered else None
+    return list(
+        make_folds(
+            *(len(rows.y), max(2, min(options.folds, most))),
+            labels=labels,
+            groups=None if rows.ordered else rows.groups,
+            ordered=rows.ordered,
+            seed=options.seed,
+        )
+    )
+
+
+def _scores(
+    rows: Rows, criterion: Criterion, selected: Selected, folds: Sequence[Fold], factor: float, beside: str | None
+) -> tuple[Score, ...]:
+    """Return the scores of the model and of those beside it."""
+    data, node = criterion.data, selected.node
+    one = criterion.with_penalties(Penalties.scalar(data.features, criterion.penalties.outputs))
+    log_n = math.log(data.rows)
+    constant = np.array([log_n + CONSTANT])
+    held: list[float | None] = [None, None, None]
+    if selected.honest != "none":
+        held = [factor * selected.node.loss, factor * selected.scalar.loss, None]
+        if selected.honest == "nested":
+            parts = [(one.take(torch.as_tensor(np.asarray(train))), held_out) for train, held_out in folds]
+            held[2] = factor * _held_out(criterion, [(p.refit(constant), rows_out) for p, rows_out in parts])
+    fits: list[Fit | None] = [selected.fit, None, None]
+    if rows.X_test is not None:
+        fits[1:] = [criterion.refit(selected.scalar.u), one.refit(constant)]
+    values = [node.value, selected.scalar.value, one.evaluate(constant, second=False).value]
+    count = node.u.size
+    names = [f"the model ({'one penalty' if count == 1 else f'{count} tuned penalties'})", "one penalty", "a constant"]
+    if count == 1 or selected.chosen == 0:
+        names[0] = "the model (one penalty)"
+    found = [
+        Score(label, factor * value, loss, *_tested(rows, criterion, fit, factor))
+        for label, value, loss, fit in zip(names, values, held, fits, strict=True)
+    ]
+    if beside:
+        label, fit_of = scikit_learn(rows, criterion.loss)
+        loss = factor * _held_out(criterion, [(fit_of(train), out) for train, out in folds])
+        all_rows = np.arange(data.rows)
+        test = _tested(rows, criterion, fit_of(all_rows) if rows.X_test is not None else None, factor)
+        found.append(Score(label, None, loss, *test))
+    return tuple(found)
+
+
+def _held_out(criterion: Criterion, fits: Sequence[tuple[Fit, Any]]) -> float:
+    """Return the weighted mean loss of held-out rows under the models of their folds."""
+    data, total, weight = criterion.data, 0.0, 0.0
+    for fit, held in fits:
+        losses = criterion.weighted(criterion.loss.value(predictions(data, fit), data.y))
+        total += float(losses[torch.as_tensor(np.asarray(held))].sum())
+        weight += float(data.weights[torch.as_tensor(np.asarray(held))].sum())
+    return total / weight
+
+
+def _tested(rows: Rows, criterion: Criterion, fit: Fit | None, factor: float) -> tuple[float | None, dict[str, float]]:
+    """Return the loss and the figures of merit of a model on the test part."""
+    if rows.X_test is None or rows.y_test is None or fit is None:
+        return None, {}
+    loss = criterion.loss
+    X = rows.X_test.toarray() if hasattr(rows.X_test, "toarray") else rows.X_test
+    z = Fit(fit.coef.cpu(), fit.intercept.cpu()).predict(torch.as_tensor(X, dtype=torch.float64))
+    y = _encoded(loss, rows.y_test)
+    return factor * float(loss.value(z, y).mean()), loss.scores(z, y)
+
+
+def _encoded(loss: GLMLoss, y: Array) -> Tensor:
+    """Return targets as a loss takes them."""
+    if isinstance(loss, Softmax):
+        return torch.as_tensor(y, dtype=torch.int64)
+    numbers = torch.as_tensor(y, dtype=torch.float64)
+    return 2.0 * numbers - 1.0 if isinstance(loss, Logistic | SquaredHinge) else numbers
+
+
+def _scaled(selected: Selected, factor: float) -> Selected:
+    """Return the same with losses times a factor."""
+    names = ("value", "loss", "std_error", "gain", "gain_error")
+    nodes = tuple(replace(node, **{name: factor * getattr(node, name) for name in names}) for node in selected.nodes)
+    return replace(selected, nodes=nodes)
+
+
+def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected) -> TableModel:
+    """Return the model in the units of standardised features."""
+    mean, scale = (part.double().cpu().numpy() for part in (criterion.data.offset, criterion.data.scale))
+    coef, intercept = (part.double().cpu().numpy() for part in (selected.coef, selected.intercept))
+    return TableModel(
+        name=name,
+        loss=type(criterion.loss).__name__,
+        task=rows.task,
+        weights=coef * scale,
+        intercept=intercept + coef @ mean,
+        mean=mean,
+        scale=scale,
+        encoder=rows.encoder,
+        classes=None if rows.classes is None else tuple(map(_plain, rows.classes)),
+        target=rows.target,
+        ignored=rows.ignored,
+        decimal=rows.decimal,
+        summary=selected.summary,
+    )
+
+
+def _plain(label: Any) -> Any:
+    """Return a label as a file holds it: whole numbers without a decimal point."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label

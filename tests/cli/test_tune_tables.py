@@ -1,0 +1,274 @@
+"""`bilevel tune` of tables as people have them, by folds and with a guard, and `bilevel predict`."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from bilevel.cli import main
+from bilevel.data import load
+from bilevel.tables import TableModel
+
+rng = np.random.default_rng(0)
+ROWS = 48
+X = rng.standard_normal((ROWS, 4)).round(3)
+SIGNAL = X @ [1.0, -1.0, 0.5, 0.0]
+NUMBERS = {f"x{index}": X[:, index].tolist() for index in range(4)}
+PRICE = {"price": (SIGNAL + 0.3 * rng.standard_normal(ROWS)).round(3).tolist()}
+SIGN = np.where(SIGNAL + 0.3 * rng.standard_normal(ROWS) > 0, "yes", "no").tolist()
+COLOUR = [("red", "blue", "green")[row % 3] for row in range(ROWS)]
+Columns = dict[str, Sequence[Any]]
+
+
+def text(columns: Columns, separator: str = ",") -> str:
+    """The table as a text file holds it."""
+    rows = zip(*columns.values(), strict=True)
+    return "\n".join([separator.join(columns), *(separator.join(map(str, row)) for row in rows)]) + "\n"
+
+
+def hollow(values: Sequence[Any], step: int) -> list[Any]:
+    """Values of which every so many is missing."""
+    return ["" if row % step == 0 else value for row, value in enumerate(values)]
+
+
+def wide() -> Columns:
+    return {f"g{index}": rng.standard_normal(ROWS).round(3).tolist() for index in range(2 * ROWS)}
+
+
+JOBS: dict[str, tuple[str, str | bytes, dict[str, Any]]] = {
+    "strings": ("t.csv", text({"colour": COLOUR} | NUMBERS | PRICE), {}),
+    "missing cells": ("t.csv", text(NUMBERS | {"colour": hollow(COLOUR, 7), "x0": hollow(X[:, 0], 5)} | PRICE), {}),
+    "True and False": ("t.csv", text({"old": [row % 3 == 0 for row in range(ROWS)]} | NUMBERS | PRICE), {}),
+    "a byte-order mark": ("t.csv", "\ufeff" + text(NUMBERS | PRICE), {}),
+    "semicolons and decimal commas": ("t.csv", text(NUMBERS | PRICE, ";").replace(".", ","), {}),
+    "tabs": ("t.tsv", text(NUMBERS | PRICE, "\t"), {}),
+    "compressed": ("t.csv.gz", gzip.compress(text(NUMBERS | PRICE).encode()), {}),
+    "an index": ("t.csv", text({"": range(ROWS)} | NUMBERS | PRICE), {}),
+    "identifiers": ("t.csv", text({"CustomerId": range(900, 900 + ROWS)} | NUMBERS | {"churn": SIGN}), {}),
+    "a constant column": ("t.csv", text({"site": ["a"] * ROWS, "one": [1] * ROWS} | NUMBERS | PRICE), {}),
+    "a class of one row": ("t.csv", text(NUMBERS | {"kind": ["odd", *SIGN[1:]]}), {}),
+    "24 levels": ("t.csv", text(NUMBERS | {"level": [row % 24 for row in range(ROWS)]}), {}),
+    "more columns than rows": ("t.csv", text(wide() | PRICE), {}),
+    "few of one class": ("t.csv", text(NUMBERS | {"fraud": [int(row in (4, 9, 23, 31)) for row in range(ROWS)]}), {}),
+    "groups": ("t.csv", text({"site": [row % 6 for row in range(ROWS)]} | NUMBERS | PRICE), {"groups": "site"}),
+    "time, weights": ("t.csv", text({"w": [1, 2, 3] * 16} | NUMBERS | PRICE), {"split": "time", "weights": "w"}),
+    "svmlight": ("t.svmlight", "".join(f"{a + b:.3f} 1:{a} 3:{b}\n" for a, b in X[:, :2]), {}),
+}  # fmt: skip
+"""The file's name, what it holds, and options of the data."""
+SAID = {
+    "strings": "the words of 'colour' become 3 features of 0 and 1",
+    "missing cells": "missing values of 'x0' (10), 'colour' (7) are filled by the median or the most frequent word",
+    "semicolons and decimal commas": "decimal commas are read in 'x0', 'x1', 'x2', 'x3' and 1 more",
+    "an index": "the column without a name is left out, as it numbers the rows",
+    "identifiers": "the column 'CustomerId' is left out, as it numbers the rows",
+    "a constant column": "'site=a', 'one' are constant: no influence",
+    "a class of one row": "the rows of classes with fewer than 3 rows are left out: odd (1)",
+    "24 levels": "4 features, regression",
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(source: str | dict[str, Any], **keys: Any) -> str:
+    """A config of the problem `t`, and its path."""
+    problem = {"data": source} | {key: keys.pop(key) for key in ("class", "penalty") if key in keys}
+    Path("job.yaml").write_text(yaml.safe_dump({"problems": {"t": problem}} | keys))
+    return "job.yaml"
+
+
+def write(name: str, content: str | bytes) -> None:
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_tables_as_people_have_them_are_tuned_and_predicted(
+    here: Path, capsys: pytest.CaptureFixture[str], job: str
+) -> None:
+    name, content, options = JOBS[job]
+    write(name, content)
+    assert main(["tune", config({"name": name} | options, folds=3)]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert SAID.get(job, "rows to tune on") in out
+    assert "one penalty" in out
+    assert "a constant" in out
+    assert any(words in out for words in ("generalise", "is kept")), out
+    assert main(["predict", "runs/job-tune", name]) == 0
+    predicted = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(predicted) == ROWS
+
+
+def test_dates_alone_are_refused_by_name_and_remedy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("t.csv", text({"signed": [f"2024-01-{1 + row % 28:02d}" for row in range(ROWS)]} | NUMBERS | PRICE))
+    assert main(["tune", config("t.csv")]) == 2
+    err = capsys.readouterr().err
+    assert "`problems.t`: the column 'signed' of 't.csv' holds dates ('2024-01-01' in row 1)" in err
+    assert "leave it out with `drop: [signed]`" in err
+    assert len(err.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def of_files(folder: str, features: np.ndarray) -> np.ndarray:
+    """What the formula in model.json says of features, by numpy alone."""
+    with np.load(f"{folder}/model.npz") as arrays:
+        weights, intercept, mean, scale = (arrays[name] for name in ("weights", "intercept", "mean", "scale"))
+    return ((features - mean) / scale) @ weights.T + intercept
+
+
+def encoded(folder: str, rows: list[dict[str, str]]) -> np.ndarray:
+    """Features of the cells of a table, by what model.json says of its columns."""
+    columns = json.loads(Path(folder, "model.json").read_text())["columns"]
+    features = []
+    for column in columns:
+        cells = [row[column["name"]] or column["fill"] for row in rows]
+        if column["categories"] is None:
+            features.append([float(cell) for cell in cells])
+        else:
+            features += [[float(cell == category) for cell in cells] for category in column["categories"]]
+    return np.array(features).T
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    shares = np.exp(z - z.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "link"),
+    [
+        (PRICE, None),
+        ({"answer": SIGN}, lambda z: np.stack([1 / (1 + np.exp(z)), 1 / (1 + np.exp(-z))], 1)),
+        ({"kind": [("a", "b", "c")[int(np.digitize(s, [-0.6, 0.6]))] for s in SIGNAL]}, softmax),
+    ],
+    ids=["numbers", "two classes", "three classes"],
+)
+def test_predictions_are_those_of_numpy_from_the_two_files(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: Columns,
+    link: Callable[[np.ndarray], np.ndarray] | None,
+) -> None:
+    columns = {"colour": hollow(COLOUR, 9), "x0": hollow(X[:, 0], 8)} | {"x1": X[:, 1], "x2": X[:, 2]}
+    write("t.csv", text(columns | target))
+    path = config({"name": "t.csv", "test": 0.25}, folds=3, criterion="kfold", guard="off")
+    assert main(["tune", path, "--out", "model"]) == 0
+    # Another order of columns, one more, a new category.
+    new = {"more": range(ROWS)} | dict(reversed(columns.items())) | {"colour": ["pink", *COLOUR[1:]]}
+    write("new.csv", text(new, ";"))
+    capsys.readouterr()
+    assert main(["predict", "model/model.npz", "new.csv", "--output", "out.csv"]) == 0
+    err = capsys.readouterr().err
+    assert "'colour' holds 'pink', which training has not seen: zeros for all its categories" in err
+    assert "the model does not know the column 'more': left out" in err
+    rows = list(csv.DictReader(text(new).splitlines()))
+    z = of_files("model", encoded("model", rows))
+    found = list(csv.DictReader(Path("out.csv").read_text().splitlines()))
+    if link is None:
+        np.testing.assert_allclose([float(row["prediction"]) for row in found], z, rtol=0, atol=1e-12)
+        return
+    record = json.loads(Path("model/model.json").read_text())
+    shares = link(z)
+    for index, label in enumerate(record["classes"]):
+        np.testing.assert_allclose([float(row[f"probability={label}"]) for row in found], shares[:, index], atol=1e-12)
+    assert [row["prediction"] for row in found] == [record["classes"][index] for index in shares.argmax(1)]
+
+
+def test_new_rows_that_do_not_fit_are_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("t.csv", text({"colour": COLOUR} | NUMBERS | PRICE))
+    assert main(["tune", config("t.csv", penalty="scalar", folds=3)]) == 0
+    capsys.readouterr()
+    bad = {
+        "": "holds no data: it needs a header row and rows below it",
+        "colour,x0,x1,x2,x3\n": "holds no data: it needs a header row and rows below it",
+        "colour,x0,x1,x2\nred,1,2,3\n": "'new.csv' lacks the column 'x3' that the model was made with: add it",
+        "colour,x0,x1,x2,x3\nred,1,2,3,four\n": "the column 'x3' of 'new.csv' holds 'four' in row 1, but numbers where",
+        "colour,x0,x1,x2,x3\nred,1,2,3\n": "row 1 of 'new.csv' has 4 cells, but the header has 5",
+    }
+    for content, sentence in bad.items():
+        write("new.csv", content)
+        assert main(["predict", "runs/job-tune", "new.csv", "--output", "out.csv"]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err
+        assert len(err.splitlines()) == 1
+    assert main(["predict", "runs/job-tune", "no.csv"]) == 2
+    assert "the data file 'no.csv' does not exist" in capsys.readouterr().err
+    assert main(["predict", ".", "t.csv"]) == 2
+    assert "holds no model.json that bilevel wrote" in capsys.readouterr().err
+    assert main(["predict", "runs/job-tune", "t.csv", "--output", "t.csv"]) == 2
+    assert "write the predictions elsewhere" in capsys.readouterr().err
+    assert not Path("out.csv").exists()
+    Path("runs/job-tune/model.npz").write_bytes(b"no archive")
+    assert main(["predict", "runs/job-tune", "t.csv"]) == 2
+    assert "the model in runs/job-tune cannot be read" in capsys.readouterr().err
+
+
+def test_tuning_says_what_it_gains_over_one_penalty_and_a_constant(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config({"name": "diabetes", "test": 0.25}, beside="scikit-learn", penalty="per_feature")
+    assert main(["tune", path]) == 0
+    out = capsys.readouterr().out
+    assert "exact leave-one-out, penalties per_feature; 5 folds repeat all of it without their rows" in out
+    assert "mean squared error, rows held out" in out
+    record = json.loads(Path("runs/job-tune/tuned.json").read_text())["t"]
+    model, one, constant, sklearn = record["scores"]
+    assert record["summary"] in " ".join(out.split())
+    assert model["held_out"] <= one["held_out"] < constant["held_out"]
+    assert abs(one["held_out"] - sklearn["held_out"]) < 0.02 * constant["held_out"]
+    assert constant["r2"] <= 0 < min(model["r2"], one["r2"], sklearn["r2"])
+    # The model's files give the test loss that was printed.
+    raw = load("diabetes", standardize=False, test=0.25)
+    assert raw.X_test is not None
+    assert sum(len(part) for part in (raw.X_train, raw.X_val)) == 331 + (len(raw.X_test) - 111) * -1
+    z = of_files("runs/job-tune", raw.X_test.numpy()[:, :])
+    assert z.shape == (len(raw.X_test),)
+    loaded = TableModel.load("runs/job-tune")
+    assert loaded.summary == record["summary"]
+
+    # Again, and by another command, in the same folder.
+    assert main(["tune", path]) == 0
+    assert main(["compare", path]) == 2
+    assert "is a config of `bilevel tune`" in capsys.readouterr().err
+    Path("runs/other").mkdir()
+    Path("runs/other/model.npz").write_text("mine")
+    assert main(["tune", path, "--out", "runs/other"]) == 2
+    assert "holds model.npz, but nothing says that this command wrote it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("problem", "keys", "sentence"),
+    [
+        ({"class": "MLPProblem", "data": "iris"}, {}, "which is no linear model: name a `solver` and `estimators`"),
+        ({"data": "iris", "penalty": "each"}, {}, "`problems.t.penalty` must be 'scalar' or 'per_feature'"),
+        ({"class": "RidgeProblem", "data": "diabetes", "start": 0.0}, {}, "`problems.t.start` is not an option where"),
+        ({"class": "RidgeProblem", "data": "diabetes", "penalty": "per_class"}, {}, "is for more than two classes"),
+        ({"class": "LogisticProblem", "data": "iris"}, {}, "LogisticProblem takes two, SoftmaxProblem any number"),
+        (
+            {"data": {"name": "iris", "corrupted": 0.1}},
+            {},
+            "`problems.t.data.corrupted` is not an option of a data set",
+        ),
+        ({"data": "iris"}, {"gaurd": "off"}, "`gaurd` is not a key of the config (name, problems, criterion, guard,"),
+        ({"data": "iris"}, {"guard": "on"}, "`guard` must be 'auto', 'best', 'one_se' or 'off', got 'on'"),
+        ({"data": "iris"}, {"criterion": "loo"}, "'loo' is exact for squared losses only"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str], problem: dict[str, Any], keys: dict[str, Any], sentence: str
+) -> None:
+    Path("job.yaml").write_text(yaml.safe_dump({"problems": {"t": problem}} | keys))
+    assert main(["tune", "job.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert len(err.splitlines()) == 1
