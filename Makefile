@@ -6,8 +6,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 .PHONY: demo test coverage lint docs figures bench bars clean
 
-demo: .venv/.demo  ## tune two models with three hypergradient estimators and plot the comparison
+demo: .venv/.demo  ## two models with three hypergradient estimators, compared; then by folds, beside scikit-learn
 	$(BIN)/bilevel compare configs/quickstart.yaml
+	$(BIN)/bilevel tune configs/tune.yaml
 
 test: .venv/.dev  ## the whole test suite, a process for each core
 	$(BIN)/python -m pytest -n auto --dist worksteal

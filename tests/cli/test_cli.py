@@ -207,7 +207,7 @@ def test_a_run_of_which_nothing_succeeds_fails(config: str, capsys: pytest.Captu
     assert main(["tune", config, *options]) == 1
 
 
-@pytest.mark.parametrize("command", [[], ["compare"], ["tune"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["compare"], ["tune"], ["predict"], ["doctor"]])
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
