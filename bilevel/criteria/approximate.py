@@ -84,7 +84,12 @@ class ApproximateLeaveOneOut(Criterion):
         w, z, kept = self._solved(a, warm)
         data, loss, s = self.data, self.loss, self.data.weights
         g, d, third = (s * part(z, data.y) for part in (loss.slope, loss.curvature, loss.third))
-        H = Sketched(self._X1, self._low, d, a) if self._large else factored(self._X1, d, a, data.intercept)
+        H: Factored
+        if self._large:
+            H = Sketched(self._X1, self._low, d, a)
+            kept = kept.at(H.gram)
+        else:
+            H = factored(self._X1, d, a, data.intercept)
         h = H.leverages()
         q = (1.0 - h * d).clamp_min(LEAST)
         shift = h * g / q
@@ -125,7 +130,8 @@ class ApproximateLeaveOneOut(Criterion):
 
     @shared
     def _X1(self) -> Tensor:
-        return self.data.with_ones()
+        dense = self._system.X1
+        return self.data.with_ones() if dense is None else dense
 
     def _penalties(self, u: Array) -> Tensor:
         """Return the penalties of all coefficients, with a zero for the intercept."""
@@ -178,11 +184,12 @@ class ApproximateLeaveOneOut(Criterion):
     def _exact(self, at: _Point) -> Tensor:
         """Return the Jacobian (rows, k); ``dh_i = -sum_j V_ij^2 a_j du_j - sum_k S_ik^2 d3_k dz_k``."""
         if self.penalties.size == 1:
-            dz, dh = -at.factor.predicted(at.a * at.w)[:, None], -at.factor.by_row(at.a)[:, None]
-        else:
-            V, features = at.factor.V, self.data.features
-            dz = self.penalties.gather((-V * (at.a * at.w))[:, :features])
-            dh = self.penalties.gather((-V.square() * at.a)[:, :features])
+            dz = -at.factor.predicted(at.a * at.w)
+            dh = -at.factor.by_row(at.a) if self.loss.quadratic else -at.factor.moved(at.a, at.third * dz)
+            return (at.by_z * dz + at.by_h * dh)[:, None]
+        V, features = at.factor.V, self.data.features
+        dz = self.penalties.gather((-V * (at.a * at.w))[:, :features])
+        dh = self.penalties.gather((-V.square() * at.a)[:, :features])
         if not self.loss.quadratic:
             moved = at.third[:, None] * dz
             if self.penalties.size * len(at.a) <= len(moved):

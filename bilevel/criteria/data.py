@@ -112,12 +112,12 @@ class LinearData:
             mean, scale = part.moments(weights)
         else:
             mean = share @ X if self.intercept else torch.zeros_like(self.offset)
-            size = share @ X.square()
             X = X - mean
-            scale = _deviations(share @ X.square(), size)
+            variance = share @ X.square()
+            scale = _deviations(variance, variance + mean.square())
             X[:, scale == 0] = 0.0
         scale = scale.masked_fill(scale == 0, 1.0) if self.standardize else torch.ones_like(scale)
-        X = X if self.sparse or not self.standardize else X / scale
+        X = X if self.sparse or not self.standardize else X.div_(scale)
         offset = self.offset + self.scale * mean
         return type(self)(X, y, weights, offset, self.scale * scale, self.intercept, self.standardize)
 
@@ -271,7 +271,8 @@ def _inputs(given: Any) -> Tensor:
     X = X.double() if X.device.type == "cpu" else X
     if X.dim() != 2 or 0 in X.shape:
         raise ValueError(f"X must have shape (rows, features), got {tuple(X.shape)}.")
-    if not bool(torch.isfinite(_values(X)).all()):
+    # A sum sees all of them in one pass; one that overflows is looked at again.
+    if not bool(_values(X).sum().isfinite()) and not bool(torch.isfinite(_values(X)).all()):
         raise ValueError("X holds NaN or infinite values: drop or fill those rows first.")
     return X
 

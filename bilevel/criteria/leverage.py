@@ -78,6 +78,10 @@ class Factored:
         """Return ``sum_j a_j V_ij^2`` for every row i."""
         return self.V.square() @ a
 
+    def moved(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the sum of `by_row` and `squares`."""
+        return self.by_row(a) + self.squares(b)
+
     def squares(self, b: Tensor) -> Tensor:
         """Return ``sum_i b_i S_ik^2`` for every k, with ``S = X1 H^-1 X1'``, without S."""
         return ((self.V @ weighted_gram(self.X1, b)) * self.V).sum(1)
@@ -102,7 +106,8 @@ class Sketched(Factored):
 
     def __init__(self, X1: Tensor, low: Tensor, d: Tensor, a: Tensor) -> None:
         self.X1, self.low = X1, low
-        self.L = factor(weighted_gram(low, d.float()).to(a.dtype), a)
+        self.gram = weighted_gram(low, d.float())
+        self.L = factor(self.gram.to(torch.float64), a.double()).to(a.dtype)
         draws = torch.randn(len(a), SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.draws = draws.to(a) / SKETCH**0.5
         self.sketch = self._rows(self.draws)
@@ -130,10 +135,19 @@ class Sketched(Factored):
         return ((inverse @ gram) * inverse).sum(1)
 
     def by_row(self, a: Tensor) -> Tensor:
-        return self._quadratic(a[:, None] * torch.linalg.solve_triangular(self.L.T, self.draws, upper=True))
+        return self._quadratic(self._penalised(a))
 
     def squares(self, b: Tensor) -> Tensor:
-        return self._quadratic((self.low.T @ (b.float()[:, None] * self.sketch)).to(b.dtype))
+        return self._quadratic(self._weighted(b))
+
+    def moved(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._quadratic(self._penalised(a) + self._weighted(b))
+
+    def _penalised(self, a: Tensor) -> Tensor:
+        return a[:, None] * torch.linalg.solve_triangular(self.L.T, self.draws, upper=True)
+
+    def _weighted(self, b: Tensor) -> Tensor:
+        return (self.low.T @ (b.float()[:, None] * self.sketch)).to(b.dtype)
 
 
 class FactoredRows(Factored):

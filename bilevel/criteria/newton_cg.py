@@ -146,6 +146,12 @@ class Preconditioner:
         diagonal += mean.reshape(-1) + 1e-6 * diagonal.mean()
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian)[0])
 
+    def at(self, hessian: Tensor) -> Self:
+        """Return one with another H0, of one weighting."""
+        other = copy.copy(self)
+        other.hessian, other.bound = hessian, None
+        return other
+
     def __call__(self, r: Tensor) -> Tensor:
         """Return the product with K vectors."""
         if self.dense:
