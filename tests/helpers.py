@@ -423,7 +423,7 @@ def nesterov_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> t
 
 
 def fista_formula(gradient: Gradient, x: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
-    whole = torch.cat(memory)
+    whole = torch.cat([part.reshape(-1) for part in memory])
     before, (t, size) = whole[: len(x)], whole[len(x) :].detach()  # the two are constants
     after = (1 + (1 + 4 * t**2).sqrt()) / 2
     y = x + (t - 1) / after * (x - before)
