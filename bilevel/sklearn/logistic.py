@@ -71,7 +71,6 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         guard: str = "auto",
         honest: str = "auto",
         standardize: bool = True,
-        certify: bool | float = False,
         device: Any = None,
         warm_start: bool = False,
     ) -> None:
@@ -98,7 +97,6 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         self.guard = guard
         self.honest = honest
         self.standardize = standardize
-        self.certify = certify
         self.device = device
         self.warm_start = warm_start
 

@@ -55,7 +55,6 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         guard: str = "auto",
         honest: str = "auto",
         standardize: bool = True,
-        certify: bool | float = False,
         tol: float = 1e-4,
         max_iter: int = 25,
         random_state: Any = None,
@@ -77,7 +76,6 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         self.guard = guard
         self.honest = honest
         self.standardize = standardize
-        self.certify = certify
         self.tol = tol
         self.max_iter = max_iter
         self.random_state = random_state

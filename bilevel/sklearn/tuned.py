@@ -29,21 +29,22 @@ from bilevel.criteria import (
     Penalties,
     RidgeFolds,
     RidgeLeaveOneOut,
+    choose_criterion,
 )
-from bilevel.problems.losses import GLMLoss, Softmax
+from bilevel.criteria.choose import KINDS
+from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
 from bilevel.sklearn.report import TuningReport
 from bilevel.sklearn.splits import Folds, penalties_of
 
-CRITERIA = {
-    "loo": "exact leave-one-out",
-    "alo": "approximate leave-one-out",
-    "kfold": "K-fold cross-validation",
-    "holdout": "a hold-out",
-    "evidence": "evidence",
+NAMES: dict[type[Criterion], str] = {
+    RidgeLeaveOneOut: "exact leave-one-out",
+    ApproximateLeaveOneOut: "approximate leave-one-out",
+    KFold: "held-out folds",
+    RidgeFolds: "held-out folds",
 }
-"""What `criterion` may name, and what reports call it."""
+"""What reports call a criterion."""
 STRUCTURES = {"scalar", "group", "feature"}
 
 
@@ -55,11 +56,10 @@ class TunedLinearModel:
         "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "groups": ["array-like", None],
-        "criterion": [StrOptions({"auto", *CRITERIA})],
+        "criterion": [StrOptions(set(KINDS))],
         "guard": [StrOptions({"auto", "best", "one_se", "off"})],
         "honest": [StrOptions({"auto", "nested", "alo"})],
         "standardize": ["boolean"],
-        "certify": ["boolean", Interval(Real, 0, 1, closed="neither")],
         "tol": [Interval(Real, 0, None, closed="neither")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "random_state": ["random_state"],
@@ -153,12 +153,11 @@ class TunedLinearModel:
         data = LinearData.of(
             _on_device(X, self.device), y, weights, intercept=self.fit_intercept, standardize=self.standardize
         )
-        kind = self._kind(loss, folds)
-        criterion = _criterion(kind, data, loss, penalties, folds.pairs)
+        criterion = self._criterion(data, loss, penalties, folds)
         outer: list[Any] = []
         remarks: list[str] = []
         if penalties.size > 1 and self.guard != "off":
-            outer = folds.outer(kind in ("kfold", "holdout"))
+            outer = folds.outer(isinstance(criterion, KFold | RidgeFolds))
             if len(outer) < 2:
                 criterion = criterion.with_penalties(Penalties.scalar(X.shape[1], outputs))
                 remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")
@@ -195,7 +194,7 @@ class TunedLinearModel:
                 stacklevel=4,
             )
         selected = replace(selected, remarks=(*remarks, *selected.remarks))
-        self._set_results(_shown(selected, self._loss_factor, score is None), mean_weight, CRITERIA[kind])
+        self._set_results(_shown(selected, self._loss_factor, score is None), mean_weight, NAMES[type(criterion)])
         return selected
 
     def _candidates(self) -> NDArray[np.float64] | None:
@@ -223,20 +222,19 @@ class TunedLinearModel:
 
         return score
 
-    def _kind(self, loss: GLMLoss, folds: Folds) -> str:
-        """Return the name of the criterion that is descended.
+    def _criterion(self, data: LinearData, loss: GLMLoss, penalties: Penalties, folds: Folds) -> Criterion:
+        """Return what is descended.
 
         Raises:
-            ValueError: where single rows would be left out of groups or of an order.
+            ValueError: where it does not fit, such as single rows that would be left out of groups or of an order.
         """
-        if self.criterion == "auto":
-            return "kfold" if folds.given or isinstance(loss, Softmax) else "loo" if loss.quadratic else "alo"
         if self.criterion in ("loo", "alo") and folds.dependence:
             raise ValueError(
                 f"criterion={self.criterion!r} leaves out single rows, but cv={self.cv!r} or groups say that rows are "
                 f"{folds.dependence}: use 'kfold' or 'auto', since a row's neighbours tell it."
             )
-        return self.criterion
+        kind = "kfold" if self.criterion == "auto" and folds.given else self.criterion
+        return choose_criterion(kind, data, loss, penalties, folds=folds.pairs, dependent=folds.dependence or None)
 
     def _set_results(self, selected: Selected, mean_weight: float, criterion: str) -> None:
         """Set `penalties_`, `cv_results_`, `tuning_report_` and `n_iter_`.
@@ -313,10 +311,3 @@ def _shown(selected: Selected, factor: float, honest: bool) -> Selected:
     scaled = ("value", "loss", "std_error", "gain", "gain_error") if honest else ("value",)
     nodes = tuple(replace(node, **{name: factor * getattr(node, name) for name in scaled}) for node in selected.nodes)
     return replace(selected, nodes=nodes)
-
-
-def _criterion(kind: str, data: LinearData, loss: GLMLoss, penalties: Penalties, pairs: list[Any]) -> Criterion:
-    """Return the criterion of a name."""
-    if kind in ("kfold", "holdout"):
-        return RidgeFolds(data, penalties, pairs) if loss.quadratic else KFold(data, loss, penalties, pairs)
-    return RidgeLeaveOneOut(data, penalties) if loss.quadratic else ApproximateLeaveOneOut(data, loss, penalties)
