@@ -94,8 +94,9 @@ class KFold(FoldCriterion):
 
     @property
     def _direct(self) -> bool:
-        data = self.data
-        return self.penalties.outputs is None and not data.sparse and min(data.features, data.rows) <= DIRECT
+        data, small = self.data, self.data.rows * self.data.features <= newton_dense.ENTRIES
+        dense = small or not data.sparse
+        return self.penalties.outputs is None and dense and min(data.features, data.rows) <= DIRECT
 
     @property
     def _few(self) -> bool:
