@@ -6,6 +6,7 @@ from bilevel.criteria.criterion import Criterion as Criterion
 from bilevel.criteria.criterion import Evaluation as Evaluation
 from bilevel.criteria.criterion import Fit as Fit
 from bilevel.criteria.data import LinearData as LinearData
+from bilevel.criteria.evidence import Evidence as Evidence
 from bilevel.criteria.folds import KFold as KFold
 from bilevel.criteria.gram_folds import RidgeFolds as RidgeFolds
 from bilevel.criteria.leave_one_out import RidgeLeaveOneOut as RidgeLeaveOneOut

@@ -8,13 +8,14 @@ from typing import Any
 from bilevel.criteria.approximate import ApproximateLeaveOneOut
 from bilevel.criteria.criterion import Criterion
 from bilevel.criteria.data import DENSE, LinearData
+from bilevel.criteria.evidence import Evidence
 from bilevel.criteria.folds import KFold
 from bilevel.criteria.gram_folds import RidgeFolds
 from bilevel.criteria.leave_one_out import RidgeLeaveOneOut
 from bilevel.criteria.penalties import Penalties
 from bilevel.problems.losses import GLMLoss, Squared
 
-KINDS = ("auto", "loo", "alo", "kfold", "holdout")
+KINDS = ("auto", "loo", "alo", "kfold", "holdout", "evidence")
 MANY = 20
 """Rows for each feature from which the folds of ridge regression are summed up by their Gram matrices."""
 
@@ -35,7 +36,7 @@ def choose_criterion(
     that are too large to be dense.
 
     Args:
-        kind: "auto", "loo", "alo", "kfold", or "holdout", which is one fold.
+        kind: "auto", "loo", "alo", "kfold", "holdout", which is one fold, or "evidence".
         data: the rows.
         loss: of their predictions.
         penalties: which coefficients share a penalty.
@@ -58,8 +59,10 @@ def choose_criterion(
             f"rows are {dependent}: a row that is left out alone is known from the others; use 'kfold' with folds that "
             "keep such rows together."
         )
-    if kind == "loo" and not isinstance(loss, Squared):
-        raise ValueError(f"'loo' is exact for squared losses only, got {type(loss).__name__}: use 'alo' or 'kfold'.")
+    if kind in ("loo", "evidence") and not isinstance(loss, Squared):
+        raise ValueError(f"{kind!r} is of squared losses only, got {type(loss).__name__}: use 'alo' or 'kfold'.")
+    if kind == "evidence":
+        return Evidence(data, penalties)
     if kind == "loo":
         return RidgeLeaveOneOut(data, penalties)
     if kind == "alo":

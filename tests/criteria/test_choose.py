@@ -33,16 +33,22 @@ def test_auto_leaves_out_single_rows_where_it_can() -> None:
     assert chosen("auto", Softmax(), 3, folds=PAIRS) == "KFold"
     assert chosen("auto", Logistic(), folds=PAIRS, dependent="grouped") == "KFold"
     assert chosen("kfold", Squared(), folds=PAIRS) == "RidgeFolds"
+    assert chosen("evidence", Squared()) == "Evidence"
     assert chosen("holdout", Logistic(), folds=PAIRS[:1]) == "KFold"
 
 
 @pytest.mark.parametrize(
     ("kind", "loss", "options", "sentence"),
     [
-        ("cv", Squared(), {}, "`criterion` must be one of 'auto', 'loo', 'alo', 'kfold', 'holdout', got 'cv'"),
+        (
+            "cv",
+            Squared(),
+            {},
+            "`criterion` must be one of 'auto', 'loo', .*'evidence', got 'cv'",
+        ),
         ("loo", Squared(), {"dependent": "grouped"}, "rows are grouped: a row that is left out alone is known"),
         ("alo", Logistic(), {"dependent": "ordered"}, "rows are ordered: a row that is left out alone is known"),
-        ("loo", Logistic(), {}, "'loo' is exact for squared losses only, got Logistic: use 'alo' or 'kfold'"),
+        ("loo", Logistic(), {}, "'loo' is of squared losses only, got Logistic: use 'alo' or 'kfold'"),
         ("kfold", Logistic(), {}, "'kfold' needs `folds`, pairs"),
         ("auto", Logistic(), {"dependent": "grouped"}, "'kfold' needs `folds`, pairs"),
         ("holdout", Logistic(), {"folds": PAIRS}, "'holdout' takes one pair of training and validation rows, got 2"),
