@@ -27,6 +27,47 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
     """Logistic regression whose penalties are tuned by a criterion, and kept only where that generalises.
 
     minimise over w, b   sum_i s_i nll(x_i'w + b, y_i) + 1/2 sum_j w_j^2 / C_j
+
+    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X. Several classes are
+    multinomial. docs/sklearn.md has the parameters and the fitted attributes in full.
+
+    Args:
+        Cs: inverse penalties of which that of the one penalty, where the path begins, is the best: a list, or so many
+            from 1e-4 to 1e4; None for any.
+        l1_ratios: None or zeros.
+        fit_intercept: whether there is an intercept, which is not penalised.
+        cv: folds, for the criterion and the outer loop: None (approximate leave-one-out for two classes, and five), a
+            number, a splitter, or pairs.
+        dual: accepted, without effect.
+        penalty: "l2".
+        scoring: what the outer loop chooses by, and `score` returns: a scorer of scikit-learn; None for the log loss,
+            and for accuracy.
+        solver: accepted, without effect.
+        tol: relative gain at which a descent ends.
+        max_iter: the most steps of a descent on all rows.
+        class_weight: by label, or "balanced".
+        n_jobs: of joblib, over folds.
+        verbose: whether a line shows the outer loop.
+        refit: True.
+        intercept_scaling: accepted, without effect.
+        random_state: of the folds, for a number or None as cv; None is a fixed seed.
+        use_legacy_attributes: accepted, without effect.
+        penalty_structure: what shares a penalty: "scalar", "group", "feature", "class" or "class_feature".
+        groups: the group of every feature, for "group".
+        criterion: "auto", "loo", "alo", "kfold" or "holdout": see `bilevel.criteria.choose_criterion`.
+        guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
+        honest: how the losses of the outer loop are taken: see there.
+        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are.
+        device: of torch, for the arithmetic; None for the CPU.
+        warm_start: whether a further fit begins the search of the one penalty where the last one ended.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.standard_normal((80, 3))
+    >>> labels = np.where(X[:, 0] + rng.logistic(size=80) > 0, "up", "down")
+    >>> model = LogisticRegressionCV(penalty_structure="scalar").fit(X, labels)
+    >>> model.predict([[2.0, 0.0, 0.0]])
+    array(['up'], dtype='<U4')
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -129,7 +170,7 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         leading = (1,) if binary else ()
         score = self._score_of(X, y, leading, scored)
         loss = Logistic() if binary else Softmax()
-        selected = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
+        selected, _ = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
         self._set_model(selected.fit, X.dtype, leading)
         shape = self.coef_.shape if self.penalty_structure == "class_feature" else (-1,)
         self.C_ = 1.0 / self._penalty(selected, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
 
 from bilevel.problems.losses import Squared
+from bilevel.selection import certify_range
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
@@ -24,7 +26,38 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
 
         minimise over w, b   sum_i s_i (y_i - x_i'w - b)^2 + sum_j alpha_j w_j^2
 
-    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X.
+    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X. docs/sklearn.md has the
+    parameters and the fitted attributes in full.
+
+    Args:
+        alphas: penalties of which the one penalty, where the path begins, is the best; None for any.
+        fit_intercept: whether there is an intercept, which is not penalised.
+        scoring: what the outer loop chooses by: a scorer of scikit-learn; None for the criterion's loss.
+        cv: folds, for the criterion and the outer loop: None (leave-one-out, and five), a number, a splitter, or pairs.
+        gcv_mode: accepted, without effect.
+        store_cv_results: accepted, without effect: `cv_results_` is always there.
+        alpha_per_target: whether every target has penalties of its own.
+        penalty_structure: what shares a penalty: "scalar", "group", "feature", "target" or "target_feature".
+        groups: the group of every feature, for "group".
+        criterion: "auto", "loo", "alo", "kfold" or "holdout": see `bilevel.criteria.choose_criterion`.
+        guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
+        honest: how the losses of the outer loop are taken: see there.
+        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are.
+        certify: whether to prove that no single penalty from 1e-8 to 1e8 is better by more than a share of the
+            criterion: True for a thousandth, or the share. `certificate_` is then a `RangeCertificate`.
+        tol: relative gain at which a descent ends.
+        max_iter: the most steps of a descent on all rows.
+        random_state: of the folds, for a number or None as cv; None is a fixed seed.
+        n_jobs: of joblib, over folds.
+        device: of torch, for the arithmetic; None for the CPU.
+        verbose: whether a line shows the outer loop.
+        warm_start: whether a further fit begins the search of the one penalty where the last one ended.
+
+    >>> import numpy as np
+    >>> X = np.random.default_rng(0).standard_normal((80, 3))
+    >>> model = RidgeCV(penalty_structure="scalar").fit(X, 2.0 * X[:, 0] + 1.0)
+    >>> model.predict([[1.0, 0.0, 0.0]]).round(2)
+    array([3.])
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -33,6 +66,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         "gcv_mode": [StrOptions({"auto", "svd", "eigen"}), None],
         "store_cv_results": ["boolean"],
         "alpha_per_target": ["boolean"],
+        "certify": ["boolean", Interval(Real, 0, 1, closed="neither")],
         "penalty_structure": [StrOptions(STRUCTURES | {"target", "target_feature"})],
     }
     _loss_name = "mean squared error"
@@ -55,6 +89,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         guard: str = "auto",
         honest: str = "auto",
         standardize: bool = True,
+        certify: bool | float = False,
         tol: float = 1e-4,
         max_iter: int = 25,
         random_state: Any = None,
@@ -76,6 +111,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         self.guard = guard
         self.honest = honest
         self.standardize = standardize
+        self.certify = certify
         self.tol = tol
         self.max_iter = max_iter
         self.random_state = random_state
@@ -114,10 +150,21 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         targets = torch.from_numpy(np.array(y.ravel() if column else y, dtype=np.float64))
         leading = (1,) if column else ()
         score = self._score_of(X, y, leading, scored)
-        selected = self._tune(X, targets, weights, Squared(), self._structure(), folds, score)
+        selected, criterion = self._tune(X, targets, weights, Squared(), self._structure(), folds, score)
         self._set_model(selected.fit, X.dtype, leading)
         per_target = self._structure() == "target_feature" and targets.dim() == 2
         self.alpha_ = self._penalty(selected, self.coef_.shape if per_target else (-1,))
+        if self.certify:
+            share = 1e-3 if isinstance(self.certify, bool) else float(self.certify)
+            found, unit = certify_range(criterion, eps=share), float(weights.mean())
+            self.certificate_ = replace(
+                found,
+                penalty=unit * found.penalty,
+                low=unit * found.low,
+                high=unit * found.high,
+                value=self._loss_factor * found.value,
+                lower=self._loss_factor * found.lower,
+            )
         results = self.cv_results_
         losses = results["criterion"] if selected.choice is None else results["loss"]
         self.best_score_ = -float(losses[selected.chosen])

@@ -136,8 +136,8 @@ class TunedLinearModel:
 
     def _tune(
         self, X: Any, y: Tensor, weights: NDArray[np.float64], loss: GLMLoss, structure: str, folds: Folds, score: Any
-    ) -> Selected:
-        """Return the tuned model; the attributes that all estimators have are set.
+    ) -> tuple[Selected, Criterion]:
+        """Return the tuned model and its criterion; the attributes that all estimators have are set.
 
         Args:
             X: of shape (rows, features).
@@ -195,7 +195,7 @@ class TunedLinearModel:
             )
         selected = replace(selected, remarks=(*remarks, *selected.remarks))
         self._set_results(_shown(selected, self._loss_factor, score is None), mean_weight, NAMES[type(criterion)])
-        return selected
+        return selected, criterion
 
     def _candidates(self) -> NDArray[np.float64] | None:
         """Return the penalties that the one penalty is chosen from; None for any."""

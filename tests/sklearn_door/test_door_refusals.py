@@ -141,6 +141,13 @@ def test_a_search_that_was_cut_short_says_what_to_do():
         RidgeCV(guard="off", max_iter=1).fit(many, many[:, 0] + rng.standard_normal(120))
 
 
+def test_a_proof_is_of_one_target():
+    with pytest.raises(
+        ValueError, match="certify_range takes leave-one-out or K-fold of ridge regression with one target"
+    ):
+        RidgeCV(penalty_structure="scalar", certify=True).fit(X, X[:, :2])
+
+
 def test_a_score_without_an_outer_loop_has_no_say():
     with pytest.warns(UserWarning, match="scoring='r2' has no say without an outer loop: the mean squared error alone"):
         RidgeCV(penalty_structure="scalar", scoring="r2").fit(X, y)

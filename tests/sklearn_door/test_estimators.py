@@ -222,3 +222,15 @@ def test_progress_is_one_line(capfd):
     assert "outer loop: " in capfd.readouterr().err
     RidgeCV().fit(X, y)
     assert capfd.readouterr().err == ""
+
+
+def test_one_penalty_is_proved_the_best_of_a_range():
+    model = RidgeCV(penalty_structure="scalar", certify=1e-4).fit(X, y, WEIGHTS)
+    certificate = model.certificate_
+    assert certificate.holds
+    assert certificate.penalty == pytest.approx(model.alpha_, rel=0.05)
+    assert certificate.lower <= -model.best_score_ <= certificate.lower * 1.001
+    # So have all of a grid, whose penalties are those of the given weights.
+    for alpha in np.logspace(-3, 4, 8):
+        assert -RidgeCV(alpha, penalty_structure="scalar").fit(X, y, WEIGHTS).best_score_ >= certificate.lower
+    assert not hasattr(RidgeCV(penalty_structure="scalar").fit(X, y), "certificate_")
