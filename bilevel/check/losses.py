@@ -218,7 +218,7 @@ def kinks(subject: Subject, reached: Tree) -> Finding:
     sentence = (
         f"the inner loss has a kink on the way of the run: the inner gradient jumps there by {result:.2g}, beside its "
         f"norm {size:.2g} at the start; derivatives see no kink, so a solution at one needs a proximal step "
-        "(`BilevelProblem.from_fixed_point`) or a smooth stand-in."
+        "(give the term as `nonsmooth=` and take FISTA) or a smooth stand-in."
     )
     return Finding("kinks", "note", sentence, result)
 

@@ -52,7 +52,7 @@ class Status(enum.Enum):
     )
     NOT_SMOOTH = (
         "the inner gradient jumps where the run ends, so neither steps nor the implicit function theorem describe the "
-        "solution: smooth the kink, or state the problem by its proximal step (`BilevelProblem.from_fixed_point`)"
+        "solution: smooth the kink, or give the term with the kink as `nonsmooth=` and take FISTA"
     )
 
     @property

@@ -203,9 +203,9 @@ SENTENCES = {
         "`solver.stesp` is not an option of GradientDescent (step_size, steps, tol): did you mean `steps`?"
     ),
     "solver.class=CG": (
-        "`solver.class` must be an inner solver (Adam, AdamW, AsymptoticSobolev, Chebyshev, FixedPoint, "
-        "GradientDescent, HeavyBall, Nesterov, Newton, PreconditionedGradientDescent, QuasiNewton, RMSprop, SGD, "
-        "Sobolev, TorchOptimizer), got 'CG', "
+        "`solver.class` must be an inner solver (Adam, AdamW, AsymptoticSobolev, Chebyshev, CoordinateDescent, "
+        "FISTA, FixedPoint, GradientDescent, HeavyBall, Nesterov, Newton, PreconditionedGradientDescent, "
+        "ProximalGradient, QuasiNewton, RMSprop, SGD, Sobolev, TorchOptimizer), got 'CG', "
         "which is a linear solver."
     ),
     "solver={class: SGD, step_size: fast}": "`solver.step_size` must be a number, got 'fast'.",
@@ -296,7 +296,7 @@ SENTENCES = {
         "`problems.ridge.penalty`: `RidgeProblem.penalty` must be one of 'scalar', 'per_feature', got 'per_class'."
     ),
     "problems.ridge.class=QuadraticProblem": "`problems.ridge.class` is QuadraticProblem, which is not made",
-    "problems.ridge.class=LinearModelProblem": "`problems.ridge.class` must be a problem (HuberProblem, ",
+    "problems.ridge.class=LinearModelProblem": "`problems.ridge.class` must be a problem (ElasticNetProblem, ",
     "seeds=[0, 0]": "`seeds` must not repeat a seed, got [0, 0].",
     "seeds=[-1]": "`seeds.0` must be at least 0, got -1.",
     "seeds=3": "`seeds` must be a list, got 3.",
