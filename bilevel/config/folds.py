@@ -22,7 +22,8 @@ from bilevel.problems import HuberProblem, LinearModelProblem
 from bilevel.problems.losses import GLMLoss, Huber
 from bilevel.tables import LOSSES, PENALTIES, FoldOptions
 
-OPTIONS = frozenset({"name", "test", *TableOptions.__dataclass_fields__})
+SYNTHETIC = ("rows", "features", "noise")
+OPTIONS = frozenset({"name", "test", *SYNTHETIC, *TableOptions.__dataclass_fields__})
 
 
 class FoldsForm(BaseModel):
@@ -39,7 +40,7 @@ class FoldsForm(BaseModel):
     kappa: Annotated[float, Field(gt=0)] | None = None
     beside: Literal["scikit-learn"] | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1)] = [0]
-    device: str = "auto"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,10 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
         skip = frozenset(hints) - OPTIONS - {"task"}
         options = check_options(data.load, source, f"{path}.data", skip)
         name, test, task = (options.pop(key, value) for key, value in (("name", ""), ("test", 0.0), ("task", None)))
+        synthetic = {key: options.pop(key, None) for key in SYNTHETIC}
         table = TableOptions(**options)
         task = task if owner is None else owner.task
-        rows = load_rows(name, table, task=task, test=test, seed=form.seeds[0])
+        rows = load_rows(name, table, task=task, test=test, seed=form.seeds[0], **synthetic)
     except ConfigError:
         raise
     except (ValueError, OSError, ImportError) as error:

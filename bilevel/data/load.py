@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_int, is_not_negative, is_number, optional, require_value
+from bilevel.core.options import is_int, is_number, require_value
 from bilevel.data.prepare import TASKS, corrupt, encode, filled, how_split, in_words, standardized, without_rare
 from bilevel.data.prepare import split as split_rows
-from bilevel.data.read import SYNTHETIC, TableOptions, dense, read
+from bilevel.data.read import TableOptions, check_synthetic, dense, read
 from bilevel.data.read import available as available
 from bilevel.data.sources import Array, Raw
 
@@ -145,12 +145,12 @@ def load(
     'iris: 74 train, 38 val, 38 test rows (stratified with seed 1), 4 features, 3 classes'
     """
     require_value("dtype", dtype, "a floating dtype", dtype.is_floating_point)
-    synthetic = {"rows": rows, "features": features, "noise": noise}
+    synthetic: dict[str, Any] = {"rows": rows, "features": features, "noise": noise}
     options = TableOptions(*(target, drop, strings, missing, index, rare, separator, decimal, split, groups, weights))
     options.check(name)
     _check_options(name, seed, validation, test, corrupted, synthetic)
     require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)
-    raw = dense(read(name, options, seed, rows or 200, features or 20, 0.5 if noise is None else noise))
+    raw = dense(read(name, options, seed, **synthetic))
     raw, labels, task = encode(raw, task, warn=not corrupted)
     if labels is not None and rare == "leave_out":
         raw, labels = without_rare(raw, labels, 3 if test else 2)
@@ -206,13 +206,7 @@ def _check_options(
     name: Any, seed: int, validation: float, test: float, corrupted: float, synthetic: dict[str, Any]
 ) -> None:
     """Refuse options out of range, and those that would have no effect on this data set."""
-    for option, value in synthetic.items():
-        if value is not None and not (isinstance(name, str) and name in SYNTHETIC):
-            raise ValueError(f"`{option}` is an option of the synthetic sets alone, got {value!r} for {name!r}.")
-    for option in ("rows", "features"):
-        require_value(option, synthetic[option], "a positive int", optional(is_int)(synthetic[option]))
-    noise = synthetic["noise"]
-    require_value("noise", noise, "a number that is not negative", optional(is_not_negative)(noise))
+    check_synthetic(name, **synthetic)
     require_value("seed", seed, "an int from 0 to 2**32 - 1", is_int(seed, at_least=0) and seed < 2**32)
     require_value(
         "validation", validation, "a fraction above 0 and below 1", is_number(validation) and 0 < validation < 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.core.options import require_value
+from bilevel.core.options import is_int, is_not_negative, optional, require_value
 from bilevel.data.roles import sort_columns
 from bilevel.data.sources import Raw, check_part, of_columns, read_bundled, read_mnist, read_npz, read_svmlight
 from bilevel.data.table import SVMLIGHT, TABLES, Table, ending, from_frame, is_frame, read_table
@@ -107,9 +107,30 @@ def available() -> dict[str, str]:
     return BUNDLED | MNIST | SYNTHETIC
 
 
-def read(name: Any, options: TableOptions, seed: int, rows: int = 200, features: int = 20, noise: float = 0.5) -> Raw:
+def check_synthetic(name: Any, rows: int | None, features: int | None, noise: float | None) -> None:
+    """Refuse options of the synthetic sets that are out of range, or of another set.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    for option, value in (("rows", rows), ("features", features), ("noise", noise)):
+        if value is not None and not (isinstance(name, str) and name in SYNTHETIC):
+            raise ValueError(f"`{option}` is an option of the synthetic sets alone, got {value!r} for {name!r}.")
+    require_value("rows", rows, "a positive int", optional(is_int)(rows))
+    require_value("features", features, "a positive int", optional(is_int)(features))
+    require_value("noise", noise, "a number that is not negative", optional(is_not_negative)(noise))
+
+
+def read(
+    name: Any,
+    options: TableOptions,
+    seed: int,
+    rows: int | None = None,
+    features: int | None = None,
+    noise: float | None = None,
+) -> Raw:
     """Return the data that a name, a path or a data frame stands for, looked at."""
-    raw = _read(name, options, seed, rows, features, noise)
+    raw = _read(name, options, seed, rows or 200, features or 20, 0.5 if noise is None else noise)
     for part, (X, _) in raw.parts.items():
         if not hasattr(X, "tocsr"):
             check_part(raw, part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Columns:
         target: the name of the target.
         weights: weights of the rows, (rows,), or None.
         groups: the group of every row, (rows,), or None.
-        order: what rows are in the order of, (rows,), or None.
+        rows: indices of the rows that are used, in their order.
         notes: what was done, in words.
     """
 
@@ -39,7 +39,7 @@ class Columns:
     target: str
     weights: Array | None
     groups: Array | None
-    order: Array | None
+    rows: Array
     notes: tuple[str, ...]
 
     @property
@@ -71,7 +71,7 @@ def sort_columns(
         drop: columns that are left out.
         index: "leave_out" or "keep" columns that number or name the rows.
         strings: "one_hot", or "refuse" columns of words.
-        missing: "fill", or "refuse" missing values.
+        missing: "fill", or "refuse" missing values; a row without a target is left out, or refused.
 
     Raises:
         ValueError: in one sentence that names the column and what to do.
@@ -105,13 +105,29 @@ def sort_columns(
     if commas := [name for name in (*features, target) if table.has_decimal_commas(name)]:
         notes.append(f"decimal commas are read in {listed(commas)}")
     notes += _check_features(table, features, strings, missing)
+    aimed = np.arange(table.rows) if missing == "refuse" else _rows_with(table, target)
+    if len(aimed) < table.rows:
+        notes.append(f"{table.rows - len(aimed)} rows without a target are left out")
     return Columns(
         *(table, tuple(features), target),
         weights=None if weights is None else _weights(table, weights),
         groups=None if groups is None else table.words(groups),
-        order=None if time is None else _order(table, time),
+        rows=aimed if time is None else aimed[np.argsort(_order(table, time)[aimed], kind="stable")],
         notes=tuple(notes),
     )
+
+
+def _rows_with(table: Table, name: str) -> Array:
+    """Return the indices of the rows that have a value in a column.
+
+    Raises:
+        ValueError: where none has.
+    """
+    column = table.columns[name]
+    there = np.flatnonzero(column != "" if column.dtype.kind == "U" else ~np.isnan(column.astype(np.float64)))
+    if not len(there):
+        raise ValueError(f"the target {name!r} of {table.source!r} is empty: name another column as the `target`.")
+    return there
 
 
 def _check_features(table: Table, features: list[str], strings: str, missing: str) -> list[str]:
@@ -218,15 +234,16 @@ def _order(table: Table, name: str) -> Array:
     )
 
 
-def target_values(table: Table, name: str) -> Array:
-    """Return a target column as integers, else as numbers, else as words.
+def target_values(table: Table, name: str, rows: Array) -> Array:
+    """Return a target column, at some rows, as integers, else as numbers, else as words.
 
     Raises:
         ValueError: in one sentence, for missing labels, and for dates.
     """
-    column = table.columns[name]
+    column = table.columns[name][rows]
     if column.dtype.kind in "iu":
         return column
+    table = replace(table, columns={name: column})
     if column.dtype.kind == "U" and len(column) and np.isin(np.char.lower(column), ("true", "false")).all():
         return column
     numbers = table.numbers(name)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.core.options import is_number, require_value
 from bilevel.data.columns import Encoder
 from bilevel.data.prepare import encode, filled, how_split, in_words, split, without_rare
-from bilevel.data.read import TableOptions, read
+from bilevel.data.read import TableOptions, check_synthetic, read
 from bilevel.data.sources import Array
 
 LEAST = 3
@@ -55,7 +56,17 @@ class Rows:
     notes: tuple[str, ...]
 
 
-def load_rows(name: Any, options: TableOptions, *, task: str | None = None, test: float = 0.0, seed: int = 0) -> Rows:
+def load_rows(
+    name: Any,
+    options: TableOptions,
+    *,
+    task: str | None = None,
+    test: float = 0.0,
+    seed: int = 0,
+    rows: int | None = None,
+    features: int | None = None,
+    noise: float | None = None,
+) -> Rows:
     """Return the rows of a data set to tune by folds.
 
     Fill values and categories are those of the rows that are returned; folds share them, but scale columns by their own
@@ -66,13 +77,18 @@ def load_rows(name: Any, options: TableOptions, *, task: str | None = None, test
         options: what is done with columns.
         task: "regression" or "classification"; None: by the targets.
         test: fraction of the rows that is set aside.
-        seed: of that split.
+        seed: of that split, and of a synthetic set.
+        rows: of a synthetic set: see `load`.
+        features: of a synthetic set.
+        noise: of a synthetic set.
 
     Raises:
         ValueError: in one sentence, for data that cannot be used.
     """
     options.check(name)
-    raw = read(name, options, seed)
+    require_value("test", test, "a fraction from 0 to below 1", is_number(test) and 0 <= test < 1)
+    check_synthetic(name, rows, features, noise)
+    raw = read(name, options, seed, rows, features, noise)
     joined = [part for part in ("train", "val") if part in raw.parts]
     if joined:
         # Folds do without the validation part that a file brings.

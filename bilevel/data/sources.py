@@ -117,11 +117,10 @@ def read_svmlight(source: str, path: Path) -> Raw:
 
 def of_columns(columns: Columns) -> Raw:
     """Return the data of a table, whose X is the number of each row until the rows are split, in their order."""
-    y = target_values(columns.table, columns.target)
-    order = np.arange(len(y)) if columns.order is None else np.argsort(columns.order, kind="stable")
+    y = target_values(columns.table, columns.target, columns.rows)
     return Raw(
         columns.table.source,
-        {"": (order[:, None], y[order])},
+        {"": (columns.rows[:, None], y)},
         ("row",),
         is_file=True,
         notes=columns.notes,

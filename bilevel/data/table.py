@@ -6,7 +6,7 @@ import csv
 import gzip
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -95,11 +95,6 @@ class Table:
             return column
         return np.array([_word(value) for value in column.tolist()], dtype=str)
 
-    def without(self, names: Iterable[str]) -> dict[str, Array]:
-        """Return the columns but some."""
-        left_out = set(names)
-        return {name: column for name, column in self.columns.items() if name not in left_out}
-
     def date(self, name: str) -> tuple[int, str] | None:
         """Return the row and the text of the first date in a column of dates; None for other columns."""
         column = self.columns[name]
@@ -165,8 +160,10 @@ def read_table(source: str, path: Path, separator: str | None = None, decimal: s
     for number, line in enumerate(body, 1):
         if len(line) != len(header):
             raise ValueError(f"row {number} of {source!r} has {len(line)} cells, but the header has {len(header)}.")
-    columns = dict(zip(header, np.array(body).T, strict=True))
-    columns = {name: np.where(np.isin(column, MISSING), "", column) for name, column in columns.items()}
+    columns = {}
+    for name, cells in zip(header, zip(*body, strict=True), strict=True):
+        column = np.array(cells)
+        columns[name] = np.where(np.isin(column, MISSING), "", column)
     shown = {";": "semicolons", "\t": "tabs"}.get(separator)
     return Table(source, columns, separator, decimal, (f"{shown} part the cells",) if shown else ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.core.status import BilevelWarning
 from bilevel.criteria import Criterion, Fit, LinearData, Penalties
 from bilevel.criteria.choose import choose_criterion
 from bilevel.data.rows import Rows
@@ -128,17 +130,21 @@ def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None 
     penalties = _penalties(options.penalty, rows, loss.outputs(data.y))
     folds = _folds(rows, options)
     dependent = "ordered in time" if rows.ordered else "grouped" if rows.groups is not None else None
-    pairs = folds[:1] if options.criterion == "holdout" else folds
+    # The rows of a hold-out lie in several of the outer folds, each of which keeps some of them.
+    other = replace(options, folds=options.folds + 1, seed=options.seed + 1)
+    pairs = _folds(rows, other)[1:2] if options.criterion == "holdout" else folds
     criterion = choose_criterion(options.criterion, data, loss, penalties, folds=pairs, dependent=dependent)
-    selected = penalty_cv(
-        *(criterion,),
-        guard=options.guard,
-        honest=options.honest,
-        folds=folds,
-        kappa=options.kappa,
-        n_jobs=options.jobs,
-        progress=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BilevelWarning)  # remarks say the same
+        selected = penalty_cv(
+            *(criterion,),
+            guard=options.guard,
+            honest=options.honest,
+            folds=folds,
+            kappa=options.kappa,
+            n_jobs=options.jobs,
+            progress=True,
+        )
     words, factor = LOSSES[type(loss).__name__]
     scores = _scores(rows, criterion, selected, folds, factor, options.beside)
     selected = _scaled(selected, factor)
@@ -170,50 +176,59 @@ def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
     """Return the folds: blocks of ordered rows, whole groups, or shuffled rows, stratified by class."""
     most = len(rows.y) if rows.groups is None else len(np.unique(rows.groups))
     labels = rows.y if rows.classes is not None and rows.groups is None and not rows.ordered else None
-    return list(
-        make_folds(
-            *(len(rows.y), max(2, min(options.folds, most))),
-            labels=labels,
-            groups=None if rows.ordered else rows.groups,
-            ordered=rows.ordered,
-            seed=options.seed,
-        )
+    folds = make_folds(
+        *(len(rows.y), max(2, min(options.folds, most))),
+        labels=labels,
+        groups=None if rows.ordered else rows.groups,
+        ordered=rows.ordered,
+        seed=options.seed,
     )
+    for number, (train, _) in enumerate(folds, 1):
+        if rows.classes is not None and len(lacking := np.setdiff1d(rows.y, rows.y[train])):
+            why = "blocks of rows in time" if rows.ordered else "whole groups" if rows.groups is not None else "small"
+            raise ValueError(
+                f"fold {number} would train on no row of the class {rows.classes[lacking[0]]!r}, as folds are {why}: "
+                "name other groups, split at random, or take fewer folds."
+            )
+    return list(folds)
 
 
 def _scores(
     rows: Rows, criterion: Criterion, selected: Selected, folds: Sequence[Fold], factor: float, beside: str | None
 ) -> tuple[Score, ...]:
     """Return the scores of the model and of those beside it."""
-    data, node = criterion.data, selected.node
+    data = criterion.data
     one = criterion.with_penalties(Penalties.scalar(data.features, criterion.penalties.outputs))
-    log_n = math.log(data.rows)
-    constant = np.array([log_n + CONSTANT])
-    held: list[float | None] = [None, None, None]
-    if selected.honest != "none":
-        held = [factor * selected.node.loss, factor * selected.scalar.loss, None]
-        if selected.honest == "nested":
-            parts = [(one.take(torch.as_tensor(np.asarray(train))), held_out) for train, held_out in folds]
-            held[2] = factor * _held_out(criterion, [(p.refit(constant), rows_out) for p, rows_out in parts])
-    fits: list[Fit | None] = [selected.fit, None, None]
-    if rows.X_test is not None:
-        fits[1:] = [criterion.refit(selected.scalar.u), one.refit(constant)]
-    values = [node.value, selected.scalar.value, one.evaluate(constant, second=False).value]
-    count = node.u.size
-    names = [f"the model ({'one penalty' if count == 1 else f'{count} tuned penalties'})", "one penalty", "a constant"]
-    if count == 1 or selected.chosen == 0:
-        names[0] = "the model (one penalty)"
-    found = [
-        Score(label, factor * value, loss, *_tested(rows, criterion, fit, factor))
-        for label, value, loss, fit in zip(names, values, held, fits, strict=True)
-    ]
+    constant = np.array([math.log(data.rows) + CONSTANT])
+    found = []
+    for index, label in _shown(selected):
+        node = selected.nodes[index]
+        held = None if selected.honest == "none" else factor * node.loss
+        fit = selected.fit if index == selected.chosen else criterion.refit(node.u)
+        found.append(Score(label, factor * node.value, held, *_tested(rows, criterion, fit, factor)))
+    held = None
+    if selected.honest == "nested":
+        parts = [(one.take(torch.as_tensor(np.asarray(train))), out) for train, out in folds]
+        held = factor * _held_out(criterion, [(part.refit(constant), out) for part, out in parts])
+    value = factor * one.evaluate(constant, second=False).value
+    found.append(Score("a constant", value, held, *_tested(rows, criterion, one.refit(constant), factor)))
     if beside:
         label, fit_of = scikit_learn(rows, criterion.loss)
         loss = factor * _held_out(criterion, [(fit_of(train), out) for train, out in folds])
-        all_rows = np.arange(data.rows)
-        test = _tested(rows, criterion, fit_of(all_rows) if rows.X_test is not None else None, factor)
-        found.append(Score(label, None, loss, *test))
+        fit = fit_of(np.arange(data.rows)) if rows.X_test is not None else selected.fit
+        found.append(Score(label, None, loss, *_tested(rows, criterion, fit, factor)))
     return tuple(found)
+
+
+def _shown(selected: Selected) -> list[tuple[int, str]]:
+    """Return the nodes that are shown, the model first, then the best of the other kind, with their names."""
+    chosen, count = selected.chosen, selected.nodes[-1].u.size
+    if chosen:
+        return [(chosen, f"{count} tuned penalties (the model)"), (0, "one penalty")]
+    if count == 1:
+        return [(0, "one penalty (the model)")]
+    best = 1 + int(np.argmin([node.loss for node in selected.nodes[1:]]))
+    return [(0, "one penalty (the model)"), (best, f"{count} tuned penalties, not kept")]
 
 
 def _held_out(criterion: Criterion, fits: Sequence[tuple[Fit, Any]]) -> float:
@@ -226,9 +241,9 @@ def _held_out(criterion: Criterion, fits: Sequence[tuple[Fit, Any]]) -> float:
     return total / weight
 
 
-def _tested(rows: Rows, criterion: Criterion, fit: Fit | None, factor: float) -> tuple[float | None, dict[str, float]]:
+def _tested(rows: Rows, criterion: Criterion, fit: Fit, factor: float) -> tuple[float | None, dict[str, float]]:
     """Return the loss and the figures of merit of a model on the test part."""
-    if rows.X_test is None or rows.y_test is None or fit is None:
+    if rows.X_test is None or rows.y_test is None:
         return None, {}
     loss = criterion.loss
     X = rows.X_test.toarray() if hasattr(rows.X_test, "toarray") else rows.X_test
@@ -259,7 +274,7 @@ def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected) -> T
     return TableModel(
         name=name,
         loss=type(criterion.loss).__name__,
-        task=rows.task,
+        task="regression" if rows.classes is None else rows.task,
         weights=coef * scale,
         intercept=intercept + coef @ mean,
         mean=mean,

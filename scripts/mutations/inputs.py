@@ -27,6 +27,20 @@ INPUTS = (
         "test_data.py test_datafiles.py",
     ),
     Break(
+        "table-fill",
+        "bilevel/data/prepare.py",
+        'Encoder.fit(columns.table, columns.features, rows["train"])',
+        "Encoder.fit(columns.table, columns.features, np.arange(columns.table.rows))",
+        "test_tables.py",
+    ),
+    Break(
+        "table-groups",
+        "bilevel/data/prepare.py",
+        'part_of = np.searchsorted(ends, first, side="right")[place[owner]]',
+        'part_of = np.searchsorted(ends, np.argsort(order), side="right")',
+        "test_tables.py",
+    ),
+    Break(
         "sampler-epoch",
         "bilevel/oracles/samplers.py",
         "seed_of(ORDER, self._seed, epoch)",

@@ -150,7 +150,7 @@ def test_groups_stay_together_and_time_goes_forward(tmp_path: Path) -> None:
     columns |= {"a": shuffled.astype(float).tolist(), "y": (shuffled * 0.5).tolist()}
     path = write(tmp_path / "t.csv", columns)
     for options in ({"groups": "site"}, {"split": {"groups": "site"}}):
-        data = load(path, drop=["when"], standardize=False, **options)
+        data = load(path, drop=["when"], standardize=False, validation=0.3, **options)
         assert data.feature_names == ("a",)
         sites = [set((X[:, 0] % 8).tolist()) for X in (data.X_train, data.X_val, data.X_test) if X is not None]
         assert sum(map(len, sites)) == 8
@@ -164,6 +164,19 @@ def test_groups_stay_together_and_time_goes_forward(tmp_path: Path) -> None:
         load(path, drop=["when"], split={"time": "site"})
     with pytest.raises(ValueError, match=r"has no groups column 'shop': its columns are when, site"):
         load(path, groups="shop")
+
+
+def test_rows_without_a_target_are_left_out_and_counted(tmp_path: Path) -> None:
+    targets = ["" if row in (1, 8) else row * 0.25 for row in range(ROWS)]
+    path = write(tmp_path / "t.csv", {"a": [float(row) for row in range(ROWS)], "y": targets})
+    data = load(path, standardize=False)
+    assert "2 rows without a target are left out" in data.note
+    assert sorted(parts(data)[:, 0].tolist()) == [row for row in range(ROWS) if row not in (1, 8)]
+    torch.testing.assert_close(data.y_train, data.X_train[:, 0] * 0.25)
+    with pytest.raises(ValueError, match=r"y of .* holds NaN or infinite values \(2 of 40\)"):
+        load(path, missing="refuse")
+    with pytest.raises(ValueError, match=r"the target 'y' of .* is empty: name another column as the `target`"):
+        load(write(tmp_path / "t.csv", {"a": [1.0] * ROWS, "y": [""] * ROWS}))
 
 
 def test_weights_belong_to_their_rows(tmp_path: Path) -> None:
