@@ -48,6 +48,18 @@ def exported(package: ModuleType, base: type) -> list[type]:
     return [cls for cls in classes if issubclass(cls, base) and not inspect.isabstract(cls)]
 
 
+class Frame:
+    """What data frames of pandas and polars have in common."""
+
+    def __init__(self, columns: dict[str, Any]) -> None:
+        self.columns = list(columns)
+        self._columns = columns
+
+    def __getitem__(self, name: str) -> Any:
+        column = self._columns[name]
+        return column if isinstance(column, np.ndarray) else np.array(column, dtype=object)
+
+
 def write_npz(folder: Path, **arrays: Any) -> str:
     """Write arrays to a file, and return its path."""
     path = folder / "arrays.npz"

@@ -18,10 +18,19 @@ from bilevel.config.schema import Named, sentence, tunes_by_folds
 from bilevel.core.options import require_value
 from bilevel.data.read import TableOptions
 from bilevel.data.rows import Rows, load_rows
-from bilevel.problems import HuberProblem, LinearModelProblem
+from bilevel.problems import (
+    HuberProblem,
+    LogisticProblem,
+    PoissonProblem,
+    RidgeProblem,
+    SoftmaxProblem,
+    SquaredHingeProblem,
+)
 from bilevel.problems.losses import GLMLoss, Huber
-from bilevel.tables import LOSSES, PENALTIES, FoldOptions
+from bilevel.tables import PENALTIES, FoldOptions
 
+TUNED = (RidgeProblem, LogisticProblem, SoftmaxProblem, PoissonProblem, HuberProblem, SquaredHingeProblem)
+"""Problems that are nothing but a loss and quadratic penalties."""
 SYNTHETIC = ("rows", "features", "noise")
 OPTIONS = frozenset({"name", "test", *SYNTHETIC, *TableOptions.__dataclass_fields__})
 
@@ -157,10 +166,10 @@ def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss 
                 f"`{path}.{next(iter(given))}` is not an option of a problem without a class (class, data, penalty)."
             )
         return None
-    if not issubclass(owner, LinearModelProblem):
+    if owner not in TUNED:
         raise ConfigError(
-            f"`{path}.class` is {owner.__name__}, which is no linear model: name a `solver` and `estimators`, which "
-            "tune it by hypergradients."
+            f"`{path}.class` is {owner.__name__}, which no folds tune ({listed(each.__name__ for each in TUNED)}): "
+            "name a `solver` and `estimators`, which do it by hypergradients."
         )
     width = given.pop("width", None)
     if given:
@@ -173,9 +182,6 @@ def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss 
         loss = Huber(**({} if width is None else {"width": width})) if owner is HuberProblem else owner.glm
     except (ValueError, TypeError) as error:
         raise ConfigError(located(error, path)) from error
-    if type(loss).__name__ not in LOSSES or (width is not None and owner is not HuberProblem):
-        what = (
-            f"{owner.__name__} has no `width`" if width is not None else f"nobody knows what {owner.__name__} predicts"
-        )
-        raise ConfigError(f"`{path}`: {what}: leave it out, or name a `solver` and `estimators`.")
+    if width is not None and owner is not HuberProblem:
+        raise ConfigError(f"`{path}.width` is not an option of {owner.__name__}: leave it out.")
     return loss

@@ -2,7 +2,6 @@
 
 from bilevel.tables.model import Predictions as Predictions
 from bilevel.tables.model import TableModel as TableModel
-from bilevel.tables.tune import LOSSES as LOSSES
 from bilevel.tables.tune import PENALTIES as PENALTIES
 from bilevel.tables.tune import FoldOptions as FoldOptions
 from bilevel.tables.tune import Score as Score

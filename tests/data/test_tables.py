@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import Frame
 
 from bilevel.data import Dataset, load
 from bilevel.data.read import TableOptions
@@ -26,17 +27,6 @@ COLUMNS = {
     "same": [7] * ROWS,
     "y": [row * 0.25 for row in range(ROWS)],
 }
-
-
-class Frame:
-    """What pandas and polars have in common."""
-
-    def __init__(self, columns: dict[str, Any]) -> None:
-        self.columns = list(columns)
-        self._columns = columns
-
-    def __getitem__(self, name: str) -> Any:
-        return np.array(self._columns[name], dtype=object)
 
 
 def write(path: Path, columns: dict[str, Any] = COLUMNS, separator: str = ",", comma: bool = False) -> str:
@@ -120,6 +110,16 @@ def test_dates_are_refused_by_name_with_the_remedy(tmp_path: Path, day: str) -> 
     ):
         load(write(tmp_path / "t.csv", columns))
     assert load(write(tmp_path / "t.csv", columns), drop=["signed"]).feature_names == ("size",)
+
+
+def test_dates_of_a_data_frame_are_dates() -> None:
+    days = np.datetime64("2024-01-31") + np.arange(ROWS)
+    for unit in ("D", "ns"):
+        frame = Frame(COLUMNS | {"colour": days.astype(f"M8[{unit}]")})
+        with pytest.raises(
+            ValueError, match=r"'colour' of 'the table' holds dates \('2024-01-31.* in row 1\): .*drop: \["
+        ):
+            load(frame)
 
 
 @pytest.mark.parametrize(
