@@ -50,6 +50,8 @@ class RidgeLeaveOneOut(Criterion):
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         log_a = self.penalties.spread(u)
+        if self.data.y.dim() == 1 and self.penalties.size == 1:
+            return self._evaluation(float(log_a[0].exp()), second)
         if self._even:
             return self._even_evaluations(log_a[..., 0].reshape(1, -1), second)[0]
         return self._uneven_evaluation(log_a, second)
@@ -112,6 +114,28 @@ class RidgeLeaveOneOut(Criterion):
     @shared
     def _squared_basis(self) -> Tensor:
         return self._basis[0].square()
+
+    @shared
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """``B'S y`` and one minus what a row has in the intercept, of one target."""
+        return self._basis[2][:, 0].contiguous(), 1.0 - self.own
+
+    def _evaluation(self, a: float, second: bool) -> Evaluation:
+        """Return what `_even_evaluations` does, of one target and one penalty: in half as many calls."""
+        (B, values, _, _), squared, (c, free), s = self._basis, self._squared_basis, self._vectors, self.data.weights
+        shrink = (values + a).reciprocal_()
+        slope = shrink.square().mul_(-a)  # by u
+        q = torch.addcmul(free, s, squared @ shrink, value=-1.0).clamp_min_(LEAST)
+        error = (self._centred[0] - B @ (c * shrink)).div_(q)
+        slopes = -s * error
+        moved = (B @ (c * slope)).addcmul_(slopes, squared @ slope).div_(q)  # of the predictions: - de/du
+        losses, by_u, rows = _numpy(slopes * error) * -0.5, slopes @ moved, self.data.rows
+        gradient, gauss_newton, jacobian = np.array([float(by_u) / rows]), None, None
+        if second:
+            gauss_newton = np.array([[float((s * moved) @ moved) / rows]])
+            jacobian = moved[:, None]
+        parts = (self.data.y - error, slopes, s, jacobian)
+        return Evaluation(float(losses.mean()), gradient, gauss_newton, losses, *parts)
 
     def _even_evaluations(self, log_a: Tensor, second: bool) -> list[Evaluation]:
         """Return the evaluations of several log penalties, (m, 1) or (m, targets)."""
