@@ -105,11 +105,10 @@ class KFold(FoldCriterion):
         few = 0 < outputs * (data.features + 1) <= newton_dense.MOST
         return few and data.rows * data.features <= newton_dense.ENTRIES
 
-    @property
+    @shared
     def _X1(self) -> Tensor:
         dense = self._system.X1
-        assert dense is not None
-        return dense
+        return self.data.with_ones() if dense is None else dense
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         solved, data = self._solve(u, warm), self.data

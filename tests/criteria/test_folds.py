@@ -150,7 +150,7 @@ def test_folds_of_one_model_agree_however_it_is_solved(monkeypatch: pytest.Monke
     y, u = labels(Logistic()), np.linspace(0.0, 2.0, FEATURES)
     sparse = scipy.sparse.csr_matrix(np.where(np.abs(X) > 2.0, X, 0.0))
     penalties, found = Penalties.feature(FEATURES), []
-    for given, direct in ((sparse, 400), (sparse.toarray(), 400), (sparse.toarray(), 0)):
+    for given, direct in ((sparse, 400), (sparse.toarray(), 400), (sparse, 0), (sparse.toarray(), 0)):
         monkeypatch.setattr(module, "DIRECT", direct)
         data = LinearData.of(given, y, WEIGHTS, loss=Logistic())
         criterion = KFold(data, Logistic(), penalties, SPLITS, tol=1e-20)
