@@ -35,7 +35,11 @@ class LassoProblem(RidgeProblem):
         y_val: validation targets.
         penalty: "scalar" or "per_feature".
         l1_ratio: r, in (0, 1].
-        options: further ones of `LinearModelProblem`.
+        X_test: test inputs, for `metrics` alone.
+        y_test: test targets.
+        loss: "mean" or "sum" over the training rows.
+        parametrization: "log".
+        unknown: nothing: an option of another name is refused.
 
     >>> X = torch.eye(3, dtype=torch.float64)
     >>> y = torch.tensor([0.5, 2.0, -3.0], dtype=torch.float64)
@@ -54,12 +58,23 @@ class LassoProblem(RidgeProblem):
         penalty: str = "scalar",
         *,
         l1_ratio: float = 1.0,
-        **options: Any,
+        X_test: Any = None,
+        y_test: Any = None,
+        loss: str = "mean",
+        parametrization: str = "log",
+        **unknown: Any,
     ) -> None:
         fits = is_number(l1_ratio) and 0 < l1_ratio <= 1
         require_value(f"{type(self).__name__}.l1_ratio", l1_ratio, "a number in (0, 1]", fits)
         self.l1_ratio = float(l1_ratio)
-        super().__init__(X_train, y_train, X_val, y_val, penalty, **options)
+        super().__init__(
+            *(X_train, y_train, X_val, y_val, penalty),
+            X_test=X_test,
+            y_test=y_test,
+            loss=loss,
+            parametrization=parametrization,
+            **unknown,
+        )
         shape = self._group_shape
         self.nonsmooth = L1(lambda hparams: self.l1_penalty(hparams).reshape(shape))
 
@@ -121,9 +136,27 @@ class ElasticNetProblem(LassoProblem):
     """
 
     def __init__(
-        self, X_train: Any, y_train: Any, X_val: Any, y_val: Any, penalty: str = "scalar", **options: Any
+        self,
+        X_train: Any,
+        y_train: Any,
+        X_val: Any,
+        y_val: Any,
+        penalty: str = "scalar",
+        *,
+        X_test: Any = None,
+        y_test: Any = None,
+        loss: str = "mean",
+        parametrization: str = "log",
+        **unknown: Any,
     ) -> None:
-        super().__init__(X_train, y_train, X_val, y_val, penalty, **options)
+        self.refuse_options(unknown)
+        super().__init__(
+            *(X_train, y_train, X_val, y_val, penalty),
+            X_test=X_test,
+            y_test=y_test,
+            loss=loss,
+            parametrization=parametrization,
+        )
         self._hparams_shape = (2, *self._hparams_shape)
 
     def l1_penalty(self, hparams: Tensor) -> Tensor:
