@@ -20,3 +20,4 @@ from bilevel.selection.penalty_cv import penalty_cv as penalty_cv
 from bilevel.selection.scalar import best_penalty as best_penalty
 from bilevel.selection.selected import Node as Node
 from bilevel.selection.selected import Selected as Selected
+from bilevel.selection.stack import stack as stack

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation
-from bilevel.selection.descend import Hyperprior, tune
+from bilevel.selection.descend import Hyperprior, Tuned, tune
 from bilevel.selection.scalar import best_penalty
 
 TAUS = (1.0, 0.3, 0.1, 0.03, 0.01)
 MANY_ROWS = (0.003, 0.001)
 """Weaker hyperpriors, for more than ten rows for each penalty."""
+ROOM, FLAT = (8.0, 6.0), 0.01
+"""A path begins at most this far below and above log n, where that costs at most this part of the criterion. A single
+penalty at its least interpolates the rows, as larger ones do, but no penalty could fall from there; one at its largest
+has no slope."""
 STEPS, TOL = 3, 3e-3
 """How far each descent of tuned penalties goes: those that go further fit the rows more, and do not predict better."""
 
@@ -65,12 +69,24 @@ def follow(
     if penalties.size == 1:
         return
     tol, steps = (tol, steps) if converge else (TOL, STEPS)
+    begin = _begin(criterion, single)
+    u = np.full(penalties.size, begin)
     known = None  # of one penalty, there are no derivatives by many
     for tau in taus:
-        prior = Hyperprior(tau * unit, penalties.weights, float(single.u[0]) if anchored else None)
+        prior = Hyperprior(tau * unit, penalties.weights, begin if anchored else None)
         tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm, known=known)
         u, known = tuned.u, tuned.evaluation
         yield PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged or not converge)
+
+
+def _begin(criterion: Criterion, single: Tuned) -> float:
+    """Return the log penalty that a path begins at, given the best single one: from there all must be able to move."""
+    best, centre = float(single.u[0]), math.log(criterion.data.rows)
+    begin = float(np.clip(best, centre - ROOM[0], centre + ROOM[1]))
+    if begin == best:
+        return best
+    there = criterion.evaluate(np.full(criterion.penalties.size, begin), single.evaluation.warm, second=False)
+    return begin if there.value <= (1 + FLAT) * single.evaluation.value else best
 
 
 def path(

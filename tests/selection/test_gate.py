@@ -17,6 +17,8 @@ def test_differences_are_paired() -> None:
     mean, error = paired(ZERO, BETTER)
     assert mean == 1.0
     assert error == pytest.approx(np.sqrt(2 / 3) / 2)
+    # Rows differ by far more than the losses of one row do.
+    assert paired(np.array([1.0, 10.0]), np.array([0.0, 8.0])) == (1.5, 0.5)
     assert np.isinf(paired(np.array([1.0]), np.array([0.0]))[1])
 
 

@@ -105,6 +105,15 @@ def test_with_as_many_features_as_rows_penalties_are_held_at_the_single_one() ->
     assert abs(tuned.u.mean() - single.u[0]) < abs(free.u.mean() - single.u[0])
 
 
+def test_a_path_leaves_a_single_penalty_that_interpolates() -> None:
+    wide = ridge(40, 80, 0, useful=6, noise=0.02)
+    single, tuned = path(wide, (1.0,))
+    assert single.u[0] == box(40)[0]
+    # There, only the ratios of penalties matter: those of features that help have to be able to fall.
+    assert tuned.u.min() < tuned.u.mean() - 1.0
+    assert tuned.evaluation.value < 0.5 * single.evaluation.value
+
+
 def test_one_penalty_has_no_path() -> None:
     criterion = ridge(40, 5)
     assert len(path(criterion.with_penalties(Penalties.scalar(5)))) == 1
