@@ -23,6 +23,7 @@ from bilevel.core.status import BilevelWarning
 from bilevel.criteria import (
     ApproximateLeaveOneOut,
     Criterion,
+    Evidence,
     Fit,
     KFold,
     LinearData,
@@ -43,6 +44,7 @@ NAMES: dict[type[Criterion], str] = {
     ApproximateLeaveOneOut: "approximate leave-one-out",
     KFold: "held-out folds",
     RidgeFolds: "held-out folds",
+    Evidence: "evidence",
 }
 """What reports call a criterion."""
 STRUCTURES = {"scalar", "group", "feature"}

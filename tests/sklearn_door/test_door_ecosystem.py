@@ -74,25 +74,6 @@ def test_a_file_predicts_the_same_in_a_fresh_process(fitted, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "z.npy"), fitted.predict(X))
 
 
-def test_names_of_columns_are_kept():
-    class Frame:
-        """A table as far as scikit-learn looks at it."""
-
-        columns = np.array(["a", "b", "c", "d"], dtype=object)
-        shape = X.shape
-
-        def __array__(self, dtype=None, copy=None):
-            return X.astype(dtype or float)
-
-        def __dataframe__(self, *args):
-            raise NotImplementedError
-
-        def __len__(self):
-            return len(X)
-
-    assert RidgeCV(penalty_structure="scalar").fit(X, y).n_features_in_ == 4
-
-
 @pytest.mark.parametrize(
     "cv",
     [2, KFold(3), TimeSeriesSplit(3), ShuffleSplit(3, test_size=0.3, random_state=0), list(KFold(3).split(X))],

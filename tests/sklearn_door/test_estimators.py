@@ -234,3 +234,11 @@ def test_one_penalty_is_proved_the_best_of_a_range():
     for alpha in np.logspace(-3, 4, 8):
         assert -RidgeCV(alpha, penalty_structure="scalar").fit(X, y, WEIGHTS).best_score_ >= certificate.lower
     assert not hasattr(RidgeCV(penalty_structure="scalar").fit(X, y), "certificate_")
+
+
+@pytest.mark.parametrize("criterion", ["auto", "loo", "kfold", "holdout", "evidence"])
+def test_any_criterion_of_the_library(criterion):
+    cv = [(np.arange(60), np.arange(60, 90))] if criterion == "holdout" else None
+    model = RidgeCV(penalty_structure="scalar", criterion=criterion, cv=cv).fit(X, y)
+    assert model.score(X, y) > 0.5
+    assert "tuned by" in str(model.tuning_report_)
