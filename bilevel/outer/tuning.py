@@ -13,6 +13,7 @@ import torch
 from bilevel.base import Estimate, InnerSolver, describe
 from bilevel.core import tree
 from bilevel.core.options import is_int, is_positive, require_value
+from bilevel.core.threads import short_operations
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_roles
 from bilevel.engine.estimator import HypergradEstimator
@@ -95,6 +96,7 @@ class Tuned:
         return figure
 
 
+@short_operations()
 def tune(
     problem: BilevelProblem,
     hparams: Tree = None,
@@ -109,6 +111,8 @@ def tune(
     progress: bool = False,
 ) -> Tuned:
     """Minimise the outer loss by its hypergradients; what is not given is chosen, and the result says why.
+
+    It runs in `threads.short_operations`, as the commands do.
 
     Args:
         problem: the problem.

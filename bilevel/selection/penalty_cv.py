@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from bilevel.core.status import BilevelWarning
+from bilevel.core.threads import short_operations
 from bilevel.criteria.criterion import Array, Criterion
 from bilevel.selection.folds import make_folds
 from bilevel.selection.gate import Choice, Rule, choose, kappa_of
@@ -19,6 +22,25 @@ Guard = Literal["auto", "best", "one_se", "off"]
 Honest = Literal["auto", "nested", "alo"]
 
 
+SHORT = 1_000_000
+"""Entries of X up to which one thread of torch is quicker than several, which wait for each other."""
+
+Function = TypeVar("Function", bound=Callable[..., Selected])
+
+
+def _in_short_operations(function: Function) -> Function:
+    """Let a function of a criterion of few rows run on one thread of torch, whose number is restored at its end."""
+
+    @wraps(function)
+    def run(criterion: Criterion, **options: Any) -> Selected:
+        short = criterion.data.rows * criterion.data.features <= SHORT
+        with short_operations() if short else nullcontext():
+            return function(criterion, **options)
+
+    return cast(Function, run)
+
+
+@_in_short_operations
 def penalty_cv(
     criterion: Criterion,
     *,
@@ -113,7 +135,7 @@ def penalty_cv(
         remarks.append(_risk(size, data.rows))
     point = points[chosen]
     if named := criterion.remark(point.evaluation):
-        warnings.warn(named, BilevelWarning, stacklevel=2)
+        warnings.warn(named, BilevelWarning, stacklevel=3)
     return Selected(
         fit=criterion.refit(point.u, point.evaluation.warm),
         nodes=nodes_of(criterion, points, losses, choice),
@@ -168,5 +190,5 @@ def _risk(size: int, rows: int) -> str:
         f"{size} penalties were tuned on {rows} rows without an outer loop: they may fit these rows and predict worse "
         "than one penalty would; use guard='auto'."
     )
-    warnings.warn(risk, BilevelWarning, stacklevel=3)
+    warnings.warn(risk, BilevelWarning, stacklevel=4)
     return risk
