@@ -61,11 +61,4 @@ SELECTION = (
         "0.5 * float(least_value)",
         "test_certified_range.py",
     ),
-    Break(
-        "certificate-of-a-slow-leverage",
-        "bilevel/selection/certified.py",
-        "rho = (rows.leverages @ most) / least",
-        "rho = 0.0 * least",
-        "test_certified_range.py",
-    ),
 )
