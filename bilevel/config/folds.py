@@ -26,7 +26,8 @@ from bilevel.problems import (
     SoftmaxProblem,
     SquaredHingeProblem,
 )
-from bilevel.problems.losses import GLMLoss, Huber
+from bilevel.problems.huber import Huber
+from bilevel.problems.losses import GLMLoss
 from bilevel.tables import PENALTIES, FoldOptions
 
 TUNED = (RidgeProblem, LogisticProblem, SoftmaxProblem, PoissonProblem, HuberProblem, SquaredHingeProblem)

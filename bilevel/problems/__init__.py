@@ -1,13 +1,13 @@
 """Problems made from data, most with closed-form oracles, behind the interface of a `BilevelProblem`."""
 
 from bilevel.problems.data_problem import DataProblem as DataProblem
+from bilevel.problems.huber import Huber as Huber
 from bilevel.problems.huber import HuberProblem as HuberProblem
 from bilevel.problems.lasso import ElasticNetProblem as ElasticNetProblem
 from bilevel.problems.lasso import LassoProblem as LassoProblem
 from bilevel.problems.linear_model import LinearModelProblem as LinearModelProblem
 from bilevel.problems.logistic import LogisticProblem as LogisticProblem
 from bilevel.problems.losses import GLMLoss as GLMLoss
-from bilevel.problems.losses import Huber as Huber
 from bilevel.problems.losses import Logistic as Logistic
 from bilevel.problems.losses import Poisson as Poisson
 from bilevel.problems.losses import Softmax as Softmax

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from torch import Tensor
+
+from bilevel.core.options import check_fields, is_positive, option
 from bilevel.problems.linear_model import LinearModelProblem
-from bilevel.problems.losses import Huber
+from bilevel.problems.losses import GLMLoss, r_squared
+
+
+@dataclass(frozen=True)
+class Huber(GLMLoss):
+    """``1/2 r^2`` of residuals ``r = z - y`` up to a width, and ``width |r| - width^2 / 2`` beyond (Huber 1964).
+
+    The curvature jumps from one to zero at the width: no bound of errors is proved, they are estimated.
+
+    >>> Huber(1.0).value(torch.tensor([0.5, 3.0]), torch.zeros(2))
+    tensor([0.1250, 2.5000])
+    """
+
+    width: float = option(1.0, "a positive number", is_positive)
+
+    max_curvature: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``s (r - s / 2)`` with s the slope."""
+        s = self.slope(z, y)
+        return s * (z - y - 0.5 * s)
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).clamp(-self.width, self.width)
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        return ((z - y).abs() <= self.width).to(z.dtype)
+
+    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        return {"r2": r_squared(z, y)}
 
 
 class HuberProblem(LinearModelProblem):
@@ -20,7 +56,6 @@ class HuberProblem(LinearModelProblem):
     Options are those of `LinearModelProblem`, and `width`: up to which residuals count in squares, in units of the
     targets.
 
-    >>> import torch
     >>> X, y = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.5, 9.0], dtype=torch.float64)
     >>> problem = HuberProblem(X, y, X, y, width=1.5)
     >>> problem.bind(problem.initial_hparams()).grad(torch.zeros(1, dtype=torch.float64))

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel.core.options import check_fields, is_positive, option
 from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.splits import Split, class_labels, signs, training_classes
 
@@ -152,7 +150,7 @@ class Squared(GLMLoss):
         return y.mean()
 
     def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"r2": _r_squared(z, y)}
+        return {"r2": r_squared(z, y)}
 
 
 class Logistic(GLMLoss):
@@ -284,38 +282,6 @@ class Poisson(GLMLoss):
         return {"d2": float(1.0 - self.value(z, y).sum() / alone) if bool(alone > 0) else float("nan")}
 
 
-@dataclass(frozen=True)
-class Huber(GLMLoss):
-    """``1/2 r^2`` of residuals ``r = z - y`` up to a width, and ``width |r| - width^2 / 2`` beyond (Huber 1964).
-
-    The curvature jumps from one to zero at the width: no bound of errors is proved, they are estimated.
-
-    >>> Huber(1.0).value(torch.tensor([0.5, 3.0]), torch.zeros(2))
-    tensor([0.1250, 2.5000])
-    """
-
-    width: float = option(1.0, "a positive number", is_positive)
-
-    max_curvature: ClassVar[float] = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """``s (r - s / 2)`` with s the slope."""
-        s = self.slope(z, y)
-        return s * (z - y - 0.5 * s)
-
-    def slope(self, z: Tensor, y: Tensor) -> Tensor:
-        return (z - y).clamp(-self.width, self.width)
-
-    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
-        return ((z - y).abs() <= self.width).to(z.dtype)
-
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"r2": _r_squared(z, y)}
-
-
 class SquaredHinge(GLMLoss):
     """``1/2 max(0, 1 - y z)^2`` for labels y of -1 and +1: the loss of an L2 support vector machine.
 
@@ -357,7 +323,7 @@ def _accuracy(z: Tensor, y: Tensor) -> float:
     return float((z * y > 0).double().mean())
 
 
-def _r_squared(z: Tensor, y: Tensor) -> float:
+def r_squared(z: Tensor, y: Tensor) -> float:
     """Return ``1 - |z - y|^2 / |y - mean(y)|^2``; NaN for constant targets."""
     spread = (y - y.mean()).square().sum()
     return float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")
