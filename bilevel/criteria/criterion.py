@@ -143,16 +143,12 @@ class Criterion(ABC):
     def scan(self, u: Array) -> list[Evaluation]:
         """Return evaluations, without second derivatives, at several u, (m, k), on a line.
 
-        The default goes through them in their order, each warm from the one before: begin with strong penalties, which
-        cost least. It ends where values have fallen, and the last rose or its gradient says that the next will.
+        The default goes through all of them in their order, each warm from the one before: begin with strong penalties,
+        which cost least. A criterion may have several minima, so it ends nowhere before.
         """
         found: list[Evaluation] = []
-        for index, each in enumerate(u):
+        for each in u:
             found.append(self.evaluate(each, found[-1].warm if found else None, second=False))
-            fell = min(one.value for one in found) < found[0].value
-            rises = fell and (found[-1].value > found[-2].value or found[-1].gradient @ (each - u[index - 1]) > 0)
-            if rises:
-                break
         return found
 
     @abstractmethod

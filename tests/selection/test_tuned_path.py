@@ -10,8 +10,9 @@ import pytest
 from scipy.optimize import minimize
 from selection_cases import ridge
 
-from bilevel.criteria import Penalties, RidgeLeaveOneOut
-from bilevel.selection import Hyperprior, best_penalty, path, tune
+from bilevel.criteria import KFold, LinearData, Penalties, RidgeFolds, RidgeLeaveOneOut
+from bilevel.problems import Squared
+from bilevel.selection import Hyperprior, best_penalty, make_folds, path, tune
 from bilevel.selection.descend import box
 
 
@@ -81,6 +82,37 @@ def test_the_best_single_penalty_is_no_worse_than_a_fine_grid() -> None:
         found = best_penalty(criterion)
         assert found.evaluation.value <= best * (1 + 1e-7)
         assert found.evaluations < 25
+
+
+@pytest.mark.parametrize("kind", [KFold, RidgeFolds])
+def test_the_best_single_penalty_is_found_beyond_a_first_minimum(kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    d, s = rng.standard_normal((2, 60))
+    # The difference of two near-equal columns says more than their sum, but only weak penalties let it through.
+    X = np.column_stack([s + 0.03 * d, s - 0.03 * d, rng.standard_normal((60, 30))])
+    y = 0.6 * s + 3.0 * d + 0.5 * rng.standard_normal(60)
+    folds = make_folds(60, 5)
+
+    def loss(u: float) -> float:
+        total = 0.0
+        for train, held in folds:
+            mean, scale = X[train].mean(0), X[train].std(0)
+            Z, V = (X[train] - mean) / scale, (X[held] - mean) / scale
+            w = np.linalg.solve(Z.T @ Z + np.exp(u) * np.eye(32), Z.T @ (y[train] - y[train].mean()))
+            total += 0.5 * np.square(V @ w + y[train].mean() - y[held]).sum()
+        return total / 60
+
+    candidates = np.linspace(-8.0, 12.0, 21)
+    values = np.array([loss(u) for u in candidates])
+    best, first = int(values.argmin()), 20 - int((np.diff(values[::-1]) > 0).argmax())
+    assert best < first < 20
+    assert values[best] < 0.5 * values[first]
+    data, penalties = LinearData.of(X, y), Penalties.scalar(32)
+    criterion = KFold(data, Squared(), penalties, folds) if kind is KFold else RidgeFolds(data, penalties, folds)
+    of_candidates = best_penalty(criterion, candidates=candidates)
+    assert of_candidates.u[0] == candidates[best]
+    assert of_candidates.evaluation.value == pytest.approx(values.min(), rel=1e-6)
+    assert best_penalty(criterion).evaluation.value <= values.min() * (1 + 1e-6)
 
 
 def test_a_path_goes_from_one_penalty_to_looser_and_looser_ones() -> None:
