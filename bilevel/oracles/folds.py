@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core import tree
+from bilevel.core.options import shown_value
 from bilevel.core.tree import Tree
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.problem import BilevelProblem
@@ -58,12 +59,27 @@ class FoldsProblem(BilevelProblem):
     inner_problem = FoldsInner
 
     def __init__(self, problems: Sequence[BilevelProblem]) -> None:
+        if isinstance(problems, BilevelProblem) or not isinstance(problems, Iterable):
+            raise ValueError(f"`folds` takes a list of problems, got {shown_value(problems)}.")
+        problems = tuple(problems)
         if not problems:
             raise ValueError("`folds` needs at least one problem.")
-        for problem in problems:
+        for index, problem in enumerate(problems):
+            if not isinstance(problem, BilevelProblem):
+                raise ValueError(f"`folds` takes problems, but problem {index} is {shown_value(problem)}.")
+            if problem.nonsmooth is not None:
+                raise ValueError(
+                    f"`folds` takes smooth inner losses, but problem {index} has the nonsmooth term "
+                    f"{type(problem.nonsmooth).__name__}: tune on one split, or smooth the term."
+                )
             if problem.batch is not None or problem.sampler is not None or problem.optimality is not None:
                 raise ValueError("`folds` takes single problems with an inner loss, without samplers.")
-        self.problems = tuple(problems)
+            if (shapes := _shapes(problem)) and (first := _shapes(problems[0])) and shapes != first:
+                raise ValueError(
+                    "`folds` takes problems that share their hyperparameters, but problem 0 has them of shape "
+                    f"{_shown(first)}, and problem {index} of shape {_shown(shapes)}."
+                )
+        self.problems = problems
         super().__init__(params=tuple(problem.start() for problem in problems))
         self.structure = replace(
             problems[0].structure, quadratic=all(problem.structure.quadratic for problem in problems)
@@ -101,6 +117,18 @@ class FoldsProblem(BilevelProblem):
         return self.problems[0].unit
 
 
+def _shapes(problem: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of the hyperparameters that a problem starts from; none where it says nothing of them."""
+    if isinstance(problem, FoldsProblem):
+        return _shapes(problem.problems[0])
+    start = problem.initial_hparams() if hasattr(problem, "initial_hparams") else None
+    return [] if start is None else [tuple(leaf.shape) for leaf in tree.leaves(start)]
+
+
+def _shown(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(str(shape) for shape in shapes)
+
+
 def folds(problems: Sequence[BilevelProblem]) -> FoldsProblem:
     """Return problems that share their hyperparameters as one, such as a problem for each fold of a cross-validation.
 
@@ -111,7 +139,7 @@ def folds(problems: Sequence[BilevelProblem]) -> FoldsProblem:
         problems: single ones, with hyperparameters of one shape, each with a start.
 
     Raises:
-        ValueError: for none, and for batches and samplers.
+        ValueError: for none, for batches, samplers and nonsmooth terms, and for hyperparameters of different shapes.
 
     >>> from bilevel.problems import RidgeProblem
     >>> X, y = torch.eye(4, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64)

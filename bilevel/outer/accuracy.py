@@ -121,7 +121,9 @@ class Accuracy:
             return propose(replace(state, accepted=following.accepted)) if following.stopped else following
         self.looks += 1
         self.last = (accepted.answer.value, error, residual)
-        self.inner, self.adjoint = residual * min(self.factor(want, error, residual), STEP), adjoint
+        self.adjoint = adjoint
+        if residual > 0:
+            self.inner = residual * min(self.factor(want, error, residual), STEP)
         return replace(state, trial=Trial(accepted.u, decrease, "again"))
 
     def error(self, first: float, residual: float) -> float:
@@ -175,7 +177,7 @@ class Accuracy:
             want = SCAN * abs(value)
         else:
             want, _ = self.wanted(self.sought(state)[0], state.accepted.answer.value)
-        if self.error(first, residual) <= want or self.looks >= LOOKS:
+        if residual == 0 or self.error(first, residual) <= want or self.looks >= LOOKS:
             return False
         self.looks += 1
         self.inner = residual * min(self.factor(want, first, residual), STEP)

@@ -90,7 +90,7 @@ class HyperLBFGS(EndingSearch[LBFGSState]):
             d = two_loop(g, free, state.pairs)
             if not state.pairs and (largest := float(np.abs(d).max(initial=0.0))) > 0:
                 d = d * (at.radius / largest)
-            predicted = 0.5 * -float(g @ d)
+            predicted = 0.0 - 0.5 * float(g @ d)
             if predicted <= max(self.tol * abs(answer.value), 3.0 * answer.error):
                 return self._last(state, accepted, g, predicted)
             state = replace(state, search=SearchTrial(u, predicted, "step", d))

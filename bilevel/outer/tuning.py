@@ -20,7 +20,7 @@ from bilevel.engine.estimator import HypergradEstimator
 from bilevel.hypergrad.auto import Auto, as_estimator
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.implicit import Implicit
-from bilevel.inner import QuasiNewton
+from bilevel.inner import FISTA, QuasiNewton
 from bilevel.linear import GMRES
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.checks import check_start
@@ -118,7 +118,7 @@ def tune(
         problem: the problem.
         hparams: where to start; None for the problem's own ``initial_hparams()``.
         accuracy: relative decrease of the outer loss that may be left at the end.
-        solver: the inner solver; None for `QuasiNewton`.
+        solver: the inner solver; None for `QuasiNewton`, and for `FISTA` where the problem has a nonsmooth term.
         estimator: the hypergradient estimator; None for one that gives the derivative of the inner solution.
         optimizer: "auto", an outer search, or what makes a torch optimizer, see `OuterOptimizer`.
         constraints: see `OuterOptimizer`.
@@ -144,7 +144,7 @@ def tune(
     require_value("accuracy", accuracy, "a positive number", is_positive(accuracy))
     require_value("multi_start", multi_start, "a positive int", is_int(multi_start))
     require_value("steps", steps, "a positive int", is_int(steps))
-    used = QuasiNewton() if solver is None else solver
+    used, first = chosen_solver(problem) if solver is None else (solver, "given")
     check_roles(problem, used, Implicit() if estimator is None else as_estimator(estimator))
     if problem.batch is not None:
         raise ValueError("`tune` takes one problem at a time, but this is a batch: use OuterOptimizer for its rows.")
@@ -163,10 +163,17 @@ def tune(
     outer, best = min(runs, key=lambda run: run[1].best_loss)
     tuned, carry = best.best_hparams, outer.carry
     estimate = hypergradient(problem, used, rule, tuned, carry=carry, certify=True, on_failure="return")
-    first = "given" if solver else "it measures curvature, and needs no step size"
     choices = _choices(first, used, rule, reason, search, why)
     ends = tuple(result.best_loss for _, result in runs)
     return Tuned(tuned, estimate.params, min(ends), best.stopped, estimate, best.history, choices, ends)
+
+
+def chosen_solver(problem: BilevelProblem) -> tuple[InnerSolver, str]:
+    """Return an inner solver that takes the problem without a step size, and why."""
+    if problem.nonsmooth is not None:
+        term = type(problem.nonsmooth).__name__
+        return FISTA(), f"it takes the nonsmooth term {term} by its proximal map, and needs no step size"
+    return QuasiNewton(), "it measures curvature, and needs no step size"
 
 
 def chosen_estimator(problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> tuple[HypergradEstimator, str]:

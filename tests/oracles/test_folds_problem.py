@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from sklearn.model_selection import KFold
 
 import bilevel as bl
 from bilevel.criteria import LinearData, Penalties, RidgeFolds
-from bilevel.problems import LogisticProblem, RidgeProblem
+from bilevel.problems import LassoProblem, LogisticProblem, RidgeProblem
 
 X, Y = normal(0, 40, 4), normal(1, 40)
 PAIRS = list(KFold(4).split(X))
@@ -46,3 +49,16 @@ def test_what_it_does_not_take_is_refused() -> None:
         bl.folds([])
     with pytest.raises(ValueError, match="takes single problems"):
         bl.folds([bl.stack(made())])
+    assert len(bl.folds(problem for problem in made()).problems) == 4  # type: ignore[arg-type]
+    single = RidgeProblem(X[:20], Y[:20], X[20:], Y[20:])
+    wrong: list[tuple[Any, str]] = [
+        ([1, 2], "`folds` takes problems, but problem 0 is 1."),
+        (single, "`folds` takes a list of problems, got "),
+        (3, "`folds` takes a list of problems, got 3."),
+        ([single, made()[0]], "problem 0 has them of shape (), and problem 1 of shape (4,)."),
+        ([single, LassoProblem(X[:20], Y[:20], X[20:], Y[20:])], "but problem 1 has the nonsmooth term L1: "),
+    ]
+    for given, sentence in wrong:
+        with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+            bl.folds(given)
+        assert "\n" not in str(caught.value)

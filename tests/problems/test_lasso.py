@@ -123,3 +123,23 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="HyperNewton needs a smooth inner loss"):
         bl.OuterOptimizer(problem, bl.FISTA(), bl.Implicit(), u, bl.HyperNewton())
     assert str(bl.hypergradient(problem, bl.FISTA(), "auto", u).status.name) == "OK"
+
+
+def test_tune_takes_a_proximal_solver_and_says_so() -> None:
+    problem, _ = CASES["lasso"]
+    tuned = bl.tune(problem)
+    assert tuned.choices[0] == (
+        "inner solver FISTA(): it takes the nonsmooth term L1 by its proximal map, and needs no step size"
+    )
+    grid = [float(problem.outer_loss(problem.solve(u), u)) for u in torch.linspace(-6, 1, 50, dtype=F64)]  # type: ignore[attr-defined]
+    assert tuned.outer_loss <= min(grid) * 1.01
+
+
+@pytest.mark.parametrize("solver", [bl.FISTA(), bl.CoordinateDescent()], ids=repr)
+def test_a_start_at_which_all_weights_are_zero_and_exact_is_an_end(solver: bl.InnerSolver) -> None:
+    problem, _ = CASES["lasso"]
+    u = torch.tensor(2.0, dtype=F64)
+    tuned = bl.tune(problem, u, solver=solver, optimizer=bl.HyperLBFGS(1e-3, start="given"))
+    assert not tuned.params.any()
+    assert tuned.outer_loss == pytest.approx(float(DATA[3].square().mean() / 2))
+    assert "-0.0e" not in str(tuned)
