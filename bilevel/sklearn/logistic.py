@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from sklearn import linear_model
 from sklearn.base import _fit_context
-from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.extmath import softmax
 from sklearn.utils.multiclass import check_classification_targets
@@ -18,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.sklearn.splits import folds_of
-from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
+from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel, positive
 
 SOLVERS = {"lbfgs", "liblinear", "newton-cg", "newton-cholesky", "sag", "saga"}
 
@@ -162,8 +161,8 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         weights = self._weights(sample_weight, X)
         self.classes_, encoded = np.unique(y, return_inverse=True)
         _check_present(self.classes_, encoded, weights)
+        split, scored = self._routed(None if sample_weight is None else weights, params)
         weights = weights * self._class_weights(encoded, weights)[encoded]
-        split, scored = self._routed(sample_weight, params)
         folds = folds_of(self.cv, X, encoded, self.classes_, split, self.random_state)
         binary = len(self.classes_) == 2
         labels = torch.from_numpy(encoded * 2.0 - 1.0 if binary else encoded)
@@ -172,6 +171,7 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         loss = Logistic() if binary else Softmax()
         selected, _ = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
         self._set_model(selected.fit, X.dtype, leading)
+        self.penalties_ = self.penalties_.reshape(self.coef_.shape)
         shape = self.coef_.shape if self.penalty_structure == "class_feature" else (-1,)
         self.C_ = 1.0 / self._penalty(selected, shape)
         self.l1_ratio_ = 0.0
@@ -192,9 +192,7 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
             return None
         if isinstance(self.Cs, Integral):
             return np.logspace(4, -4, int(self.Cs))
-        for index, C in enumerate(self.Cs):
-            check_scalar(C, f"Cs[{index}]", Real, min_val=0.0, include_boundaries="neither")
-        return 1.0 / np.asarray(self.Cs, dtype=np.float64)
+        return 1.0 / positive("Cs", self.Cs)
 
     def _class_weights(self, encoded: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the weight of each class; "balanced" gives all classes the same sum of weights.

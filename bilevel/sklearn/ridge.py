@@ -11,14 +11,13 @@ import torch
 from numpy.typing import NDArray
 from sklearn import linear_model
 from sklearn.base import _fit_context
-from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
 
 from bilevel.problems.losses import Squared
 from bilevel.selection import certify_range
 from bilevel.sklearn.splits import folds_of
-from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
+from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel, positive
 
 
 class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
@@ -43,8 +42,9 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
         honest: how the losses of the outer loop are taken: see there.
         standardize: whether penalties are those of columns with deviation 1, not of the columns as they are.
-        certify: whether to prove that no single penalty from 1e-8 to 1e8 is better by more than a share of the
-            criterion: True for a thousandth, or the share. `certificate_` is then a `RangeCertificate`.
+        certify: whether to prove that no single penalty from 1e-8 to 1e8 is better than the one of this fit by more
+            than a share of the criterion: True for a thousandth, or the share. `certificate_` is then a
+            `RangeCertificate`.
         tol: relative gain at which a descent ends.
         max_iter: the most steps of a descent on all rows.
         random_state: of the folds, for a number or None as cv; None is a fixed seed.
@@ -144,7 +144,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
             ensure_min_samples=2,
         )
         weights = self._weights(sample_weight, X)
-        split, scored = self._routed(sample_weight, params)
+        split, scored = self._routed(None if sample_weight is None else weights, params)
         folds = folds_of(self.cv, X, y, None, split, self.random_state)
         column = y.ndim == 2 and y.shape[1] == 1
         targets = torch.from_numpy(np.array(y.ravel() if column else y, dtype=np.float64))
@@ -152,30 +152,29 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         score = self._score_of(X, y, leading, scored)
         selected, criterion = self._tune(X, targets, weights, Squared(), self._structure(), folds, score)
         self._set_model(selected.fit, X.dtype, leading)
+        self.penalties_ = self.penalties_.reshape(self.coef_.shape)
         per_target = self._structure() == "target_feature" and targets.dim() == 2
         self.alpha_ = self._penalty(selected, self.coef_.shape if per_target else (-1,))
+        results = self.cv_results_
         if self.certify:
             share = 1e-3 if isinstance(self.certify, bool) else float(self.certify)
-            found, unit = certify_range(criterion, eps=share), float(weights.mean())
+            # Half of the share is proved of the best penalty, the other half is left to the one that was found here.
+            found, unit = certify_range(criterion, eps=share / 2), float(weights.mean())
             self.certificate_ = replace(
                 found,
-                penalty=unit * found.penalty,
+                penalty=float(results["penalties"][0, 0]),
                 low=unit * found.low,
                 high=unit * found.high,
-                value=self._loss_factor * found.value,
+                value=float(results["criterion"][0]),
                 lower=self._loss_factor * found.lower,
+                eps=share,
             )
-        results = self.cv_results_
         losses = results["criterion"] if selected.choice is None else results["loss"]
         self.best_score_ = -float(losses[selected.chosen])
         return self
 
     def _candidates(self) -> NDArray[np.float64] | None:
-        if self.alphas is None:
-            return None
-        for index, alpha in enumerate(alphas := np.atleast_1d(self.alphas)):
-            check_scalar(alpha, f"alphas[{index}]", Real, min_val=0.0, include_boundaries="neither")
-        return alphas.astype(np.float64)
+        return None if self.alphas is None else positive("alphas", np.atleast_1d(self.alphas))
 
     def _structure(self) -> str:
         """Return which coefficients share a penalty, `alpha_per_target` included.

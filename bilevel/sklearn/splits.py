@@ -81,19 +81,53 @@ def folds_of(cv: Any, X: Any, y: Any, classes: Any, split: dict[str, Any], rando
         ValueError: in one sentence, for folds that cannot be fitted.
     """
     groups, labels = split.get("groups"), None if classes is None else y
+    if groups is not None:
+        groups = _sortable(groups, "rows")
     grouped, ordered = groups is not None or isinstance(cv, GROUPED), isinstance(cv, TimeSeriesSplit)
     seed = 0 if random_state is None else int(check_random_state(random_state).randint(2**31 - 1))
     if cv is None or isinstance(cv, Integral):
         pairs = _numbered(cv, X.shape[0], labels, groups, seed)
     else:
         splitter = check_cv(cv, labels, classifier=classes is not None)
-        pairs = [(np.asarray(train), np.asarray(held)) for train, held in splitter.split(X, y, **split)]
+        found = enumerate(splitter.split(X, y, **split), 1)
+        pairs = [(_indices(train, X.shape[0], fold), _indices(held, X.shape[0], fold)) for fold, (train, held) in found]
     if classes is not None:
         _check_classes(pairs, y, classes)
     spare = [] if grouped or ordered else _numbered(None, X.shape[0], labels, None, seed + 1)
     return Folds(
         pairs, spare, labels, cv is not None or grouped, "grouped" if grouped else "ordered" if ordered else ""
     )
+
+
+def _indices(part: Any, rows: int, fold: int) -> NDArray[np.intp]:
+    """Return the indices of a part of a fold, which may be given as a mask of the rows.
+
+    Raises:
+        ValueError: in one sentence, for a mask of other rows, and indices of none.
+    """
+    given = np.asarray(part)
+    if given.dtype == bool:
+        if given.shape != (rows,):
+            raise ValueError(f"Fold {fold} of cv holds a mask of shape {given.shape}, but X has {rows} rows.")
+        return np.flatnonzero(given)
+    whole = given.ndim == 1 and (given.dtype.kind in "iu" or not given.size)
+    if not whole or (given.size and not -rows <= given.min() <= given.max() < rows):
+        raise ValueError(f"Fold {fold} of cv must hold indices of the {rows} rows of X, or masks of them.")
+    return given.astype(np.intp)
+
+
+def _sortable(groups: Any, what: str) -> NDArray[Any]:
+    """Return labels of groups as an array.
+
+    Raises:
+        ValueError: in one sentence, for labels that do not compare, such as None among strings.
+    """
+    labels = np.asarray(groups)
+    try:
+        np.unique(labels)
+    except TypeError:
+        raise ValueError(f"groups of {what} must be labels of one type without None: name every group.") from None
+    return labels
 
 
 def _numbered(cv: Any, rows: int, labels: Any, groups: Any, seed: int) -> list[Pair]:
@@ -152,7 +186,7 @@ def penalties_of(structure: str, groups: Any, features: int, outputs: int | None
             raise ValueError(
                 f"groups must hold one label for each of the {features} features of X, got {len(labels)} entries."
             )
-        return Penalties.groups(np.asarray(labels), outputs)
+        return Penalties.groups(_sortable(labels, "features"), outputs)
     if structure in ("class", "target") and outputs is not None:
         return Penalties.output(features, outputs)
     if structure in ("class_feature", "target_feature") and outputs is not None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn import get_config
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring, get_scorer_names
+from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.validation import _check_sample_weight
@@ -33,7 +34,7 @@ from bilevel.criteria import (
     choose_criterion,
 )
 from bilevel.criteria.choose import KINDS
-from bilevel.problems.losses import GLMLoss
+from bilevel.problems.losses import GLMLoss, Softmax
 from bilevel.selection import Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
 from bilevel.sklearn.report import TuningReport
@@ -108,7 +109,9 @@ class TunedLinearModel:
             )
         super()._validate_params()  # type: ignore[misc]
 
-    def _routed(self, sample_weight: Any, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _routed(
+        self, sample_weight: NDArray[np.float64] | None, params: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what of the metadata goes to the splitter, and to the scorer.
 
         Raises:
@@ -235,6 +238,11 @@ class TunedLinearModel:
                 f"criterion={self.criterion!r} leaves out single rows, but cv={self.cv!r} or groups say that rows are "
                 f"{folds.dependence}: use 'kfold' or 'auto', since a row's neighbours tell it."
             )
+        if not folds.pairs and (self.criterion == "kfold" or isinstance(loss, Softmax)):
+            raise ValueError(
+                f"cv={self.cv!r} can hold out no row: every class of y has so few that each fold has to train on all: "
+                "add rows."
+            )
         kind = "kfold" if self.criterion == "auto" and folds.given else self.criterion
         return choose_criterion(kind, data, loss, penalties, folds=folds.pairs, dependent=folds.dependence or None)
 
@@ -301,6 +309,21 @@ class TunedLinearModel:
     def plot_penalties(self, *, ax: Any = None, **kwargs: Any) -> PenaltiesDisplay:
         """Draw the penalty of each feature: see `PenaltiesDisplay.from_estimator`."""
         return PenaltiesDisplay.from_estimator(self, ax=ax, **kwargs)
+
+
+def positive(name: str, given: Any) -> NDArray[np.float64]:
+    """Return candidates of a parameter, in float64.
+
+    Raises:
+        ValueError: in one sentence, where there are none, or one is not a positive number.
+    """
+    if not len(given):
+        raise ValueError(f"{name} must hold at least one number, got none: give None for any penalty.")
+    for index, each in enumerate(given):
+        check_scalar(each, f"{name}[{index}]", Real, min_val=0.0, include_boundaries="neither")
+        if not np.isfinite(each):
+            raise ValueError(f"{name}[{index}] == {each}, must be finite.")
+    return np.asarray(given, dtype=np.float64)
 
 
 def _on_device(X: Any, device: Any) -> Any:

@@ -16,6 +16,14 @@ THREE = np.array(["a", "b"] * 19 + ["c", "c"])
 OPTIONS = [
     (RidgeCV(alphas=-1.0), "The 'alphas' parameter of RidgeCV"),
     (RidgeCV(alphas=[1.0, 0.0]), r"alphas\[1\] == 0.0, must be > 0"),
+    (RidgeCV(alphas=[]), "alphas must hold at least one number, got none"),
+    (RidgeCV(alphas=[1.0, np.inf]), r"alphas\[1\] == inf, must be finite"),
+    (RidgeCV(cv=[(np.arange(41), np.arange(3))]), "Fold 1 of cv must hold indices of the 40 rows of X, or masks of"),
+    (RidgeCV(cv=[(np.ones(30, bool), np.arange(3))]), r"Fold 1 of cv holds a mask of shape \(30,\), but X has 40 rows"),
+    (
+        RidgeCV(penalty_structure="group", groups=["a", None, "b", "b"]),
+        "groups of features must be labels of one type without None: name every group",
+    ),
     (RidgeCV(penalty_structure="each"), "The 'penalty_structure' parameter of RidgeCV must be a str among"),
     (RidgeCV(criterion="mse"), "The 'criterion' parameter of RidgeCV must be a str among"),
     (
@@ -44,6 +52,8 @@ OPTIONS = [
 ]
 CLASSES = [
     (LogisticRegressionCV(Cs=0), "The 'Cs' parameter of LogisticRegressionCV"),
+    (LogisticRegressionCV(Cs=[]), "Cs must hold at least one number, got none"),
+    (LogisticRegressionCV(Cs=[1.0, np.nan]), r"Cs\[1\] == nan, must be finite"),
     (LogisticRegressionCV(l1_ratios=[0.5]), "l1_ratios must be None or zeros: the penalties of this class are squares"),
     (LogisticRegressionCV(penalty="l1"), "The 'penalty' parameter of LogisticRegressionCV"),
     (LogisticRegressionCV(refit=False), "The 'refit' parameter of LogisticRegressionCV"),
@@ -94,6 +104,8 @@ def test_data_are_refused_as_by_scikit_learn():
         model.fit(X, y, sample_weight=np.zeros(40))
     with pytest.raises(ValueError, match=r"RidgeCV.fit takes \['nonsense'\] with sklearn.set_config"):
         model.fit(X, y, nonsense=1)
+    with pytest.raises(ValueError, match="groups of rows must be labels of one type without None"):
+        model.fit(X, y, groups=["a", None] * 20)
     model.fit(X, y)
     with pytest.raises(ValueError, match="X has 3 features, but RidgeCV is expecting 4 features"):
         model.predict(X[:, :3])
@@ -107,6 +119,8 @@ def test_classes_need_rows():
         model.fit(X, LABELS, sample_weight=LABELS == "yes")
     with pytest.raises(ValueError, match="All rows of class c have weight zero: leave them out"):
         model.fit(X, THREE, sample_weight=THREE != "c")
+    with pytest.raises(ValueError, match="cv=None can hold out no row: every class of y has so few"):
+        LogisticRegressionCV().fit(X[:6], list("aabbcc"))
     with pytest.raises(ValueError, match="Unknown label type"):
         model.fit(X, y)
     with pytest.raises(

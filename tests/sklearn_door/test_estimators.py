@@ -208,6 +208,9 @@ def test_a_score_chooses_among_the_nodes():
     assert model.best_score_ == -model.cv_results_["loss"][model.cv_results_["chosen"]][0]
     classes = LogisticRegressionCV(scoring="accuracy").fit(X[:, :3], LABELS, WEIGHTS)
     assert -1.0 <= classes.cv_results_["loss"][0] <= -0.5
+    # One weight for all rows is that of each.
+    one = RidgeCV(scoring="r2").fit(X, y, 2.0)
+    np.testing.assert_array_equal(one.alpha_, RidgeCV(scoring="r2").fit(X, y, np.full(90, 2.0)).alpha_)
 
 
 def test_a_warm_start_takes_fewer_evaluations():
@@ -234,6 +237,24 @@ def test_one_penalty_is_proved_the_best_of_a_range():
     for alpha in np.logspace(-3, 4, 8):
         assert -RidgeCV(alpha, penalty_structure="scalar").fit(X, y, WEIGHTS).best_score_ >= certificate.lower
     assert not hasattr(RidgeCV(penalty_structure="scalar").fit(X, y), "certificate_")
+    # It is of the penalty that was returned, not of a better one that was no candidate.
+    poor = RidgeCV([1e4], penalty_structure="scalar", certify=1e-4).fit(X, y, WEIGHTS)
+    assert not poor.certificate_.holds
+    assert poor.certificate_.penalty == pytest.approx(poor.alpha_)
+    assert poor.certificate_.value == pytest.approx(-poor.best_score_)
+
+
+def test_folds_may_be_masks_of_rows():
+    held = np.arange(90) % 3 == np.arange(3)[:, None]
+    masks = RidgeCV(penalty_structure="scalar", cv=[(~part, part) for part in held]).fit(X, y)
+    indices = RidgeCV(cv=[(np.flatnonzero(~part), np.flatnonzero(part)) for part in held], penalty_structure="scalar")
+    assert masks.alpha_ == indices.fit(X, y).alpha_
+
+
+@pytest.mark.parametrize("estimator", [RidgeCV(), LogisticRegressionCV()])
+def test_penalties_are_shaped_as_coefficients(estimator):
+    estimator.set_params(guard="off").fit(X, LABELS if hasattr(estimator, "class_weight") else y[:, None])
+    assert estimator.penalties_.shape == estimator.coef_.shape == (1, 6)
 
 
 @pytest.mark.parametrize("criterion", ["auto", "loo", "kfold", "holdout", "evidence"])
