@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -130,6 +131,19 @@ class LinearData:
     def features(self) -> int:
         """Number of features."""
         return self.X.shape[1]
+
+    @cached_property
+    def level(self) -> float:
+        """The log penalty that shrinks a lone column of mean size by half: the log of the mean of ``sum_i s_i x_ij^2``.
+
+        It is log n for standardised columns. Constant columns do not count.
+        """
+        size = math.log(self.rows)
+        if self.standardize:
+            return size
+        squares = self.squares(self.weights)
+        mean = float(squares.sum() / (squares > 0).sum().clamp_min(1))
+        return math.log(mean) if mean > 0 else size
 
     @property
     def sparse(self) -> bool:

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation
+from bilevel.criteria.data import LinearData
 
 BELOW, ABOVE = 14.0, 9.0
-"""The box of log penalties around log n, which shrinks a lone standardised coefficient by half."""
+"""The box of log penalties around `LinearData.level`, which shrinks a lone coefficient by half."""
 LONGEST = 3.0
 """The largest change of a log penalty in one step."""
 DAMPING = 1e-3
@@ -69,9 +70,9 @@ class Tuned(NamedTuple):
     converged: bool = True
 
 
-def box(rows: int) -> tuple[float, float]:
-    """Return the least and the largest log penalty for so many rows of standardised columns."""
-    return float(np.log(rows)) - BELOW, float(np.log(rows)) + ABOVE
+def box(data: LinearData) -> tuple[float, float]:
+    """Return the least and the largest log penalty for the columns of data."""
+    return data.level - BELOW, data.level + ABOVE
 
 
 class _Point(NamedTuple):
@@ -109,7 +110,7 @@ def tune(
         warm: the `warm` of an evaluation near by.
         known: the criterion at u, with second derivatives, where that has been evaluated.
     """
-    low, high = box(criterion.data.rows)
+    low, high = box(criterion.data)
 
     def at(u: Array, warm: Any, known: Evaluation | None = None) -> _Point:
         found = criterion.evaluate(u, warm) if known is None else known

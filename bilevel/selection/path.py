@@ -17,9 +17,9 @@ TAUS = (1.0, 0.3, 0.1, 0.03, 0.01)
 MANY_ROWS = (0.003, 0.001)
 """Weaker hyperpriors, for more than ten rows for each penalty."""
 ROOM, FLAT = (8.0, 6.0), 0.01
-"""A path begins at most this far below and above log n, where that costs at most this part of the criterion. A single
-penalty at its least interpolates the rows, as larger ones do, but no penalty could fall from there; one at its largest
-has no slope."""
+"""A path begins at most this far below and above `LinearData.level`, where that costs at most this part of the
+criterion. A single penalty at its least interpolates the rows, as larger ones do, but no penalty could fall from there;
+one at its largest has no slope."""
 STEPS, TOL = 3, 3e-3
 """How far each descent of tuned penalties goes: those that go further fit the rows more, and do not predict better."""
 
@@ -81,7 +81,7 @@ def follow(
 
 def _begin(criterion: Criterion, single: Tuned) -> float:
     """Return the log penalty that a path begins at, given the best single one: from there all must be able to move."""
-    best, centre = float(single.u[0]), math.log(criterion.data.rows)
+    best, centre = float(single.u[0]), criterion.data.level
     begin = float(np.clip(best, centre - ROOM[0], centre + ROOM[1]))
     if begin == best:
         return best

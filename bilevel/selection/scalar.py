@@ -32,7 +32,7 @@ def best_penalty(
         steps: its most steps.
     """
     one = criterion.with_penalties(Penalties.scalar(criterion.data.features, criterion.penalties.outputs))
-    low, high = box(criterion.data.rows)
+    low, high = box(criterion.data)
     if candidates is None and start is not None:
         return tune(one, np.array([start]), tol=tol, steps=steps)
     grid = np.linspace(high - INSIDE[0], low + INSIDE[1], POINTS) if candidates is None else np.sort(candidates)[::-1]

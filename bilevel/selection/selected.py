@@ -14,7 +14,7 @@ from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.path import PathPoint
 
 STRONG, WEAK = 6.0, 10.0
-"""Log penalties this far above log n all but drop a feature, and this far below it do not matter."""
+"""Log penalties this far above `LinearData.level` all but drop a feature, and this far below it do not matter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def nodes_of(
 
 def remarks_of(criterion: Criterion, point: PathPoint) -> list[str]:
     """Return what is worth knowing of the penalties of a point."""
-    off, size = point.u - math.log(criterion.data.rows), point.u.size
+    off, size = point.u - criterion.data.level, point.u.size
     strong, weak = int((off >= STRONG).sum()), int((off <= -WEAK).sum())
     found = [criterion.remark(point.evaluation)]
     if point.prior is None and strong:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from selection_cases import ridge
+from scipy.sparse import csr_matrix
+from selection_cases import ridge, table
 
 from bilevel.criteria import KFold, LinearData, Penalties, RidgeFolds, RidgeLeaveOneOut
 from bilevel.problems import Squared
 from bilevel.selection import Hyperprior, best_penalty, make_folds, path, tune
 from bilevel.selection.descend import box
+from bilevel.selection.selected import remarks_of
 
 
 @pytest.mark.parametrize("anchor", [None, 0.7])
@@ -50,7 +52,7 @@ def test_a_descent_ends_at_the_minimum(anchor: float | None) -> None:
 
 def test_a_descent_stays_in_the_box_and_stops_where_features_have_no_effect() -> None:
     criterion = ridge(60, 6)
-    low, high = box(60)
+    low, high = box(criterion.data)
     tuned = tune(criterion, np.full(6, 4.0), tol=1e-6, steps=200)
     assert (tuned.u >= low).all()
     assert tuned.u.max() == high
@@ -77,7 +79,7 @@ def test_the_best_single_penalty_is_no_worse_than_a_fine_grid() -> None:
     for seed in range(2):
         criterion = ridge(50, 8, seed, useful=1 + 6 * seed)
         one = criterion.with_penalties(Penalties.scalar(8))
-        grid = np.linspace(*box(50), 800)[:, None]
+        grid = np.linspace(*box(criterion.data), 800)[:, None]
         best = min(each.value for each in one.scan(grid))
         found = best_penalty(criterion)
         assert found.evaluation.value <= best * (1 + 1e-7)
@@ -140,7 +142,7 @@ def test_with_as_many_features_as_rows_penalties_are_held_at_the_single_one() ->
 def test_a_path_leaves_a_single_penalty_that_interpolates() -> None:
     wide = ridge(40, 80, 0, useful=6, noise=0.02)
     single, tuned = path(wide, (1.0,))
-    assert single.u[0] == box(40)[0]
+    assert single.u[0] == box(wide.data)[0]
     # There, only the ratios of penalties matter: those of features that help have to be able to fall.
     assert tuned.u.min() < tuned.u.mean() - 1.0
     assert tuned.evaluation.value < 0.5 * single.evaluation.value
@@ -149,3 +151,22 @@ def test_a_path_leaves_a_single_penalty_that_interpolates() -> None:
 def test_one_penalty_has_no_path() -> None:
     criterion = ridge(40, 5)
     assert len(path(criterion.with_penalties(Penalties.scalar(5)))) == 1
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("unit", [1e-5, 1e5])
+def test_columns_that_are_not_standardised_have_a_box_in_their_own_units(unit: float, sparse: bool) -> None:
+    X, y = table(40, 4)
+    X[:, 2] *= 3.0
+
+    def of(unit: float) -> RidgeLeaveOneOut:
+        given = csr_matrix(unit * X) if sparse else unit * X
+        return RidgeLeaveOneOut(LinearData.of(given, y, standardize=False), Penalties.feature(4))
+
+    plain, other, shift = of(1.0), of(unit), 2.0 * np.log(unit)
+    assert plain.data.level == pytest.approx(np.log(40 * X.var(0).mean()))
+    np.testing.assert_allclose(box(other.data), np.add(box(plain.data), shift))
+    for one, two in zip(path(plain, (0.1,)), path(other, (0.1,)), strict=True):
+        np.testing.assert_allclose(two.u, one.u + shift, atol=1e-6)
+        assert two.evaluation.value == pytest.approx(one.evaluation.value, rel=1e-9)
+        assert remarks_of(other, two) == remarks_of(plain, one) == []
