@@ -270,16 +270,28 @@ def csr(ends: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -
         return torch.sparse_csr_tensor(ends, columns, values, shape)
 
 
+def _distinct(X: Tensor) -> Tensor:
+    """Return a CSR matrix whose entries are stored in order and once: several of one place are summed up."""
+    columns, steps = X.col_indices().long(), X.crow_indices().diff()
+    rows = torch.arange(len(steps), device=X.device).repeat_interleave(steps)
+    if bool(((rows.diff() > 0) | (columns.diff() > 0)).all()):
+        return X
+    summed = torch.sparse_coo_tensor(torch.stack([rows, columns]), X.values(), X.shape).coalesce()
+    lengths = torch.bincount(summed.indices()[0], minlength=len(steps))
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return csr(ends, summed.indices()[1], summed.values(), (X.shape[0], X.shape[1]))
+
+
 def _inputs(given: Any) -> Tensor:
     """Return X as a floating tensor, dense or CSR: float64 on the CPU."""
     if hasattr(given, "tocsr"):
         table = given.tocsr()
         ends, columns, values = (torch.as_tensor(part) for part in (table.indptr, table.indices, table.data))
-        X = csr(ends.long(), columns.long(), values.double(), table.shape)
+        X = _distinct(csr(ends.long(), columns.long(), values.double(), table.shape))
     elif isinstance(given, Tensor) and given.layout != torch.strided:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            X = given.detach().to_sparse_csr()
+            X = _distinct(given.detach().to_sparse_csr())
     else:
         X = features("X", given)
     X = X.double() if X.device.type == "cpu" else X

@@ -56,6 +56,32 @@ def test_a_constant_column_has_coefficient_zero(sparse: bool) -> None:
     assert abs(float(fit.coef[1])) < 1e-10
 
 
+def repeated(kind: str) -> Any:
+    """Return X with every entry stored as two halves, in no order."""
+    full = X.tocoo()
+    order = np.random.default_rng(1).permutation(2 * full.nnz)
+    rows, columns, values = (np.tile(part, 2)[order] for part in (full.row, full.col, full.data / 2.0))
+    by_row = np.argsort(rows, kind="stable")
+    ends = np.concatenate([[0], np.bincount(rows, minlength=30).cumsum()])
+    parts = (ends, columns[by_row], values[by_row])
+    if kind == "scipy":
+        return scipy.sparse.csr_matrix(parts[::-1], shape=X.shape)
+    if kind == "csr":
+        return torch.sparse_csr_tensor(*map(torch.as_tensor, parts), X.shape)
+    return torch.sparse_coo_tensor(np.stack([rows, columns]), values, X.shape)
+
+
+@pytest.mark.parametrize("kind", ["scipy", "csr", "coo"])
+def test_entries_of_one_place_are_summed_up(kind: str) -> None:
+    given = repeated(kind)
+    data, plain = LinearData.of(given, Y), LinearData.of(X.toarray(), Y)
+    torch.testing.assert_close(data.scale, plain.scale)
+    torch.testing.assert_close(data.X.to_dense(), torch.from_numpy(X.toarray()))
+    assert len(data.X.values()) == X.nnz
+    if kind == "scipy":
+        assert given.nnz == 2 * X.nnz  # what was given stays as it is
+
+
 def test_targets_are_encoded_by_the_loss() -> None:
     assert LinearData.of(X, [3, 5] * 15, loss=Logistic()).y.tolist() == [-1.0, 1.0] * 15
     assert LinearData.of(X, [3, 5, 9] * 10, loss=Softmax()).y.tolist() == [0, 1, 2] * 10
