@@ -142,11 +142,10 @@ def _one_hot(table: Table, rule: Rule) -> tuple[Array, str]:
 
 
 def first_word(table: Table, name: str) -> tuple[int, str]:
-    """Return the row and the text of the first cell of a column that is no number."""
-    for row, cell in enumerate(table.words(name), 1):
-        if not is_number(cell):
-            return row, str(cell)
-    return 1, str(table.words(name)[0])
+    """Return the row and the text of the first cell that is no number, and if there is one, no True or False either."""
+    cells = [(row, str(cell)) for row, cell in enumerate(table.words(name), 1) if not is_number(cell)]
+    odd = [(row, cell) for row, cell in cells if cell.lower() not in ("true", "false")]
+    return (odd or cells or [(1, str(table.words(name)[0]))])[0]
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -151,7 +151,7 @@ def load(
     _check_options(name, seed, validation, test, corrupted, synthetic)
     require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)
     raw = dense(read(name, options, seed, **synthetic))
-    raw, labels, task = encode(raw, task, warn=not corrupted)
+    raw, labels, task = encode(raw, task, doubt="ignore" if corrupted else "warn")
     if labels is not None and rare == "leave_out":
         raw, labels = without_rare(raw, labels, 3 if test else 2)
     raw, how, wrong = _split(raw, labels, options, seed, validation, test, corrupted)

@@ -16,14 +16,16 @@ MAX_CLASSES = 20
 TASKS = ("regression", "classification", "raw")
 
 
-def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | None, str]:
+def encode(raw: Raw, task: str | None, doubt: str = "warn") -> tuple[Raw, Array | None, str]:
     """Return the data with X in float64 and targets as a task needs them, the sorted labels (or None), and the task.
 
     "regression" needs targets in float64, "classification" labels 0, 1, ... in sorted order, "raw" numbers as they are;
-    None stands for whichever of the first two the targets look like, with a warning where integers may be either.
+    None stands for whichever of the first two the targets look like. `doubt` says what becomes of integers that may be
+    either: "warn", "note" or "ignore".
 
     Raises:
-        ValueError: for targets that the task cannot use, for one class alone, and for a label that training lacks.
+        ValueError: for targets that the task cannot use, for one class or one number alone, and for a label that
+            training lacks.
     """
     targets = np.concatenate([y for _, y in raw.parts.values()])
     labels, kind = np.unique(targets), targets.dtype.kind
@@ -34,21 +36,18 @@ def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | 
     if task is None:
         few = kind in "iu" and len(labels) <= MAX_CLASSES
         task = "classification" if few or words or kind == "b" else "regression"
-        if few and len(labels) > 2 and raw.is_file and warn:
-            warnings.warn(
-                f"the {len(labels)} different integers of the target of {raw.source!r} are taken for class labels: say "
-                "task='classification', or task='regression' where they are numbers.",
-                BilevelWarning,
-                stacklevel=4,
-            )
+        if few and len(labels) > 2 and raw.is_file:
+            raw = _doubted(raw, len(labels), doubt)
     if task != "classification":
         if words:
             raise ValueError(
                 f"the target of {raw.source!r} holds strings ({str(labels[0])!r}), but the task is {task!r}: encode "
                 "them as numbers, or take a problem of classes."
             )
-        parts = {part: (X, y.astype(np.float64) if task == "regression" else y) for part, (X, y) in parts.items()}
-        return replace(raw, parts=parts), None, task
+        if task == "raw":
+            return replace(raw, parts=parts), None, task
+        parts = {part: (X, y.astype(np.float64)) for part, (X, y) in parts.items()}
+        return replace(raw, parts=parts, notes=(*raw.notes, *_of_numbers(raw, labels, len(targets)))), None, task
     if kind == "f" and (labels != np.round(labels)).any():
         raise ValueError(
             f"the target of {raw.source!r} holds {labels[labels != np.round(labels)][0]:g}, which is no class label: a "
@@ -62,6 +61,32 @@ def encode(raw: Raw, task: str | None, warn: bool = True) -> tuple[Raw, Array | 
             raise ValueError(f"y_train of {raw.source!r} lacks the label {unseen[0]} that another part holds.")
     parts = {part: (X, np.searchsorted(labels, y)) for part, (X, y) in parts.items()}
     return replace(raw, parts=parts), labels, task
+
+
+def _doubted(raw: Raw, count: int, doubt: str) -> Raw:
+    """Return the data, with a warning or a note that some integers are taken for labels."""
+    taken = f"the {count} different integers of the target of {raw.source!r} are taken for class labels"
+    if doubt == "warn":
+        text = f"{taken}: say task='classification', or task='regression' where they are numbers."
+        warnings.warn(text, BilevelWarning, stacklevel=5)
+    if doubt != "note":
+        return raw
+    note = f"{taken}: say `task: regression` in `data` where they are numbers, else `task: classification`"
+    return replace(raw, notes=(*raw.notes, note))
+
+
+def _of_numbers(raw: Raw, values: Array, rows: int) -> list[str]:
+    """Return a note on different integers of a regression target that become equal numbers.
+
+    Raises:
+        ValueError: for a target that is constant.
+    """
+    if len(values) == 1 and rows > 1:
+        raise ValueError(
+            f"the target of {raw.source!r} is {float(values[0]):g} in every row: nothing to learn, name another column."
+        )
+    equal = "different integers of the target become equal, as they need more than 53 bits: take differences"
+    return [equal] if len(np.unique(values.astype(np.float64))) < len(values) else []
 
 
 def without_rare(raw: Raw, labels: Array, least: int) -> tuple[Raw, Array]:

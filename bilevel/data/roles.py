@@ -15,7 +15,11 @@ INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
 """The name of the index of a table that pandas has written, or has written, read and written again."""
 NUMBERED = re.compile(r"(?i:index|id|rownames|row[ _]?(id|number|names)?|.+[ _](id|number))|.*[a-z](Id|ID|Number)")
 """Names of columns that number the rows."""
+DAY = re.compile(r"(\d{4}([-/.])\d\d(?:\2\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?)?)((?<=:\d\d:\d\d)\.\d+)?(Z|[-+]\d\d:?\d\d)?")
+"""A month, a day or a time from the year on; parts of a second and the zone stand apart."""
 NUMBERLIKE = re.compile(r"[-+]?\d[\d.,]*")
+MOST_EXACT = 2**53
+"""Integers above this may be equal as numbers of double precision."""
 FEW_ROWS, FEW_VALUES = 20, 20
 """With more rows than this, different words in each row say who it is; more different numbers are no categories."""
 
@@ -132,7 +136,7 @@ def _rows_with(table: Table, name: str) -> Array:
 
 def _check_features(table: Table, features: list[str], strings: str, missing: str) -> list[str]:
     """Return in words what becomes of the features."""
-    words, holes = [], []
+    words, holes, equal = [], [], []
     for name in features:
         numbers = table.numbers(name)
         _refuse_dates(table, name)
@@ -145,6 +149,8 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
                     "it as numbers, take `strings: one_hot`, or leave it out with `drop`)."
                 )
             words.append(name)
+        elif _lose_digits(table.columns[name], numbers):
+            equal.append(name)
         empty = np.isnan(numbers) if numbers is not None else table.words(name) == ""
         if empty.any():
             holes.append(f"{name!r} ({int(empty.sum())})")
@@ -154,6 +160,11 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
                     f"column {name!r}: drop or fill them first, or take `missing: fill`."
                 )
     notes = []
+    if equal:
+        notes.append(
+            f"different integers of {listed(equal)} become equal, as they need more than 53 bits: take differences, or "
+            "leave the column out with `drop`"
+        )
     if words:
         count = sum(len(np.unique(table.words(name)[table.words(name) != ""])) for name in words)
         notes.append(f"the words of {listed(words)} become {count} features of 0 and 1, one for each category")
@@ -164,6 +175,15 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
             "the training rows"
         )
     return notes
+
+
+def _lose_digits(column: Array, numbers: Array) -> bool:
+    """Whether different integers of a column are equal as numbers."""
+    if column.dtype.kind == "f":
+        return False
+    cells = map(str, column[np.isfinite(numbers) & (np.abs(numbers) >= MOST_EXACT)].tolist())
+    integers = {int(cell) for cell in cells if re.fullmatch(r"[-+]?\d+", cell)}
+    return len(set(map(float, integers))) < len(integers)
 
 
 def _numbers_rows(table: Table, name: str) -> bool:
@@ -210,8 +230,13 @@ def _refuse_mixed(table: Table, name: str) -> None:
 def _weights(table: Table, name: str) -> Array:
     weights = table.numbers(name)
     if weights is None or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        row, cell = first_word(table, name)
+        if weights is not None:
+            row = int((np.isfinite(weights) & (weights >= 0)).argmin()) + 1
+            cell = str(table.words(name)[row - 1])
         raise ValueError(
-            f"the weights in the column {name!r} of {table.source!r} must be numbers from 0 on, not all 0."
+            f"the weights in the column {name!r} of {table.source!r} must be numbers from 0 on, not all 0: row {row} "
+            f"{f'holds {cell!r}' if cell else 'is empty'}."
         )
     return weights
 
@@ -225,12 +250,13 @@ def _order(table: Table, name: str) -> Array:
     numbers = table.numbers(name)
     if numbers is not None and not np.isnan(numbers).any():
         return numbers
-    words = table.words(name)
-    if numbers is None and all(re.match(r"\d{4}[-/.]\d\d([-/.]\d\d|$)", word) for word in words):
-        return words
+    days = [day for day in map(DAY.fullmatch, table.words(name)) if day] if numbers is None else []
+    # The text of dates has the order of time only where all have one form and one zone.
+    if len(days) == table.rows and len({(re.sub(r"\d", "0", day[1]), day[4]) for day in days}) == 1:
+        return np.array([day[1] + (day[3] or "") for day in days])
     raise ValueError(
         f"the column {name!r} of {table.source!r} cannot order the rows: it needs numbers or dates such as 2024-01-31 "
-        "in every row."
+        "in every row, all written alike."
     )
 
 

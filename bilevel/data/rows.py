@@ -30,11 +30,13 @@ class Rows:
         X_test: rows of the test part; None where there is none.
         y_test: its targets.
         weights: of the rows, or None.
+        weights_test: of the rows of the test part, or None.
         groups: of the rows, or None.
         ordered: whether the rows are in an order of time.
         encoder: how columns became features; of data without named columns, as numbers each.
         target: the name of the target.
         ignored: other columns that are no features.
+        separator: of cells, where it was said.
         decimal: what stands before decimals, where it was said.
         notes: what was done, a line each.
     """
@@ -47,11 +49,13 @@ class Rows:
     X_test: Any
     y_test: Array | None
     weights: Array | None
+    weights_test: Array | None
     groups: Array | None
     ordered: bool
     encoder: Encoder
     target: str
     ignored: tuple[str, ...]
+    separator: str | None
     decimal: str | None
     notes: tuple[str, ...]
 
@@ -94,16 +98,20 @@ def load_rows(
         # Folds do without the validation part that a file brings.
         X, y = (np.concatenate([raw.parts[part][index] for part in joined]) for index in (0, 1))
         raw = replace(raw, parts={"train": (X, y)} | {k: v for k, v in raw.parts.items() if k == "test"})
-    raw, labels, task = encode(raw, task)
+    raw, labels, task = encode(raw, task, doubt="note")
     if labels is not None and options.rare == "leave_out":
         raw, labels = without_rare(raw, labels, LEAST + (test > 0))
-    groups, how = None, "as in the file"
+    groups, weights_test, how = None, None, "as in the file"
     if "" in raw.parts:
         how = how_split(raw, labels, options.ordered, seed)
         columns = raw.columns
         parts = split(raw, labels, seed, 0.0, test, options.ordered) if test else {"train": raw.parts[""]}
         if columns is not None and columns.groups is not None:
             groups = columns.groups[parts["train"][0][:, 0]]
+        if columns is not None and columns.weights is not None and test:
+            weights_test = columns.weights[parts["test"][0][:, 0]]
+            if not weights_test.any():
+                raise ValueError(f"the weights of the test part of {raw.source!r} are all 0: take a larger `test`.")
         raw = replace(raw, parts=parts)
     raw = filled(raw)
     X, y = raw.parts["train"]
@@ -116,11 +124,13 @@ def load_rows(
         X_test=X_test,
         y_test=y_test,
         weights=raw.weights,
+        weights_test=weights_test,
         groups=groups,
         ordered=options.ordered,
         encoder=raw.encoder or Encoder.of_numbers(raw.feature_names),
         target=raw.columns.target if raw.columns is not None else "y",
         ignored=() if raw.columns is None else raw.columns.ignored,
+        separator=options.separator,
         decimal=options.decimal,
         notes=(size, *raw.notes),
     )

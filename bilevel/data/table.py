@@ -156,7 +156,7 @@ def read_table(source: str, path: Path, separator: str | None = None, decimal: s
         raise ValueError(f"{source!r} has no header row: its first row is {', '.join(header[:3])}, ...")
     if len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
-        raise ValueError(f"{source!r} has two columns of the name {twice!r}.")
+        raise ValueError(f"{source!r} has two columns of the name {twice!r}: rename one of them.")
     for number, line in enumerate(body, 1):
         if len(line) != len(header):
             raise ValueError(f"row {number} of {source!r} has {len(line)} cells, but the header has {len(header)}.")
@@ -203,8 +203,10 @@ def from_frame(frame: Any, source: str = "the table") -> Table:
         ValueError: in one sentence, for two columns of one name, and for columns of several values in a row.
     """
     names = list(frame if isinstance(frame, Mapping) else frame.columns)
-    if len(set(map(str, names))) < len(names):
-        raise ValueError(f"{source} has two columns of one name.")
+    words = list(map(str, names))
+    if len(set(words)) < len(words):
+        twice = next(word for word in words if words.count(word) > 1)
+        raise ValueError(f"{source} has two columns of the name {twice!r}: rename one of them.")
     return Table(source, {str(name): _column(source, str(name), frame[name]) for name in names})
 
 

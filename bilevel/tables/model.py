@@ -81,6 +81,7 @@ class TableModel:
         decimal: what stands before decimals in the training file, where it was said.
         summary: how the penalties were chosen, in a sentence.
         versions: of the packages that made it.
+        separator: of the cells of the training file, where it was said.
     """
 
     name: str
@@ -97,6 +98,7 @@ class TableModel:
     decimal: str | None = None
     summary: str = ""
     versions: Mapping[str, str] = field(default_factory=versions)
+    separator: str | None = None
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``model.npz`` and ``model.json`` into a folder, and return both paths."""
@@ -114,6 +116,7 @@ class TableModel:
             "features": list(self.encoder.features),
             "columns": self.encoder.to_list(),
             "ignored": list(self.ignored),
+            "separator": self.separator,
             "decimal": self.decimal,
             "formula": FORMULA,
             "link": LINKS[self.loss],
@@ -155,6 +158,7 @@ class TableModel:
                 encoder=encoder,
                 classes=None if classes is None else tuple(classes),
                 ignored=tuple(record["ignored"]),
+                separator=record.get("separator"),
             )
         except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"the model in {folder} cannot be read ({type(error).__name__}): tune again.") from error
@@ -179,7 +183,7 @@ class TableModel:
         if not path.is_file():
             raise ValueError(f"the data file {source!r} does not exist.")
         if kind in TABLES:
-            return self._predict_table(read_table(source, path, decimal=self.decimal))
+            return self._predict_table(read_table(source, path, self.separator, self.decimal))
         from sklearn.datasets import load_svmlight_file
 
         try:

@@ -175,9 +175,11 @@ def _penalties(name: str, rows: Rows, outputs: int | None) -> Penalties:
 def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
     """Return the folds: blocks of ordered rows, whole groups, or shuffled rows, stratified by class."""
     most = len(rows.y) if rows.groups is None else len(np.unique(rows.groups))
+    if most < 2:
+        raise ValueError(f"tuning by folds needs at least 2 {'rows' if rows.groups is None else 'groups'}, got {most}.")
     labels = rows.y if rows.classes is not None and rows.groups is None and not rows.ordered else None
     folds = make_folds(
-        *(len(rows.y), max(2, min(options.folds, most))),
+        *(len(rows.y), min(options.folds, most)),
         labels=labels,
         groups=None if rows.ordered else rows.groups,
         ordered=rows.ordered,
@@ -249,7 +251,7 @@ def _tested(rows: Rows, criterion: Criterion, fit: Fit, factor: float) -> tuple[
     X = rows.X_test.toarray() if hasattr(rows.X_test, "toarray") else rows.X_test
     z = Fit(fit.coef.cpu(), fit.intercept.cpu()).predict(torch.as_tensor(X, dtype=torch.float64))
     y = _encoded(loss, rows.y_test)
-    return factor * float(loss.value(z, y).mean()), loss.scores(z, y)
+    return factor * float(np.average(loss.value(z, y).numpy(), weights=rows.weights_test)), loss.scores(z, y)
 
 
 def _encoded(loss: GLMLoss, y: Array) -> Tensor:
@@ -283,6 +285,7 @@ def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected) -> T
         classes=None if rows.classes is None else tuple(map(_plain, rows.classes)),
         target=rows.target,
         ignored=rows.ignored,
+        separator=rows.separator,
         decimal=rows.decimal,
         summary=selected.summary,
     )

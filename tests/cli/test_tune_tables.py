@@ -192,6 +192,24 @@ def test_predictions_are_those_of_numpy_from_the_two_files(
     assert [row["prediction"] for row in found] == [record["classes"][index] for index in shares.argmax(1)]
 
 
+def test_the_test_loss_is_weighted_and_the_model_knows_its_separator(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("size, m2, net", "x1, m", "x2", "x3")
+    table = {"w": [1 + row % 7 for row in range(ROWS)]} | dict(zip(names, NUMBERS.values(), strict=True)) | PRICE
+    write("t.csv", text(table, ";"))
+    data = {"name": "t.csv", "separator": ";", "weights": "w", "split": "time", "test": 0.25}
+    assert main(["tune", config(data, folds=2, criterion="kfold", guard="off", penalty="scalar")]) == 0
+    capsys.readouterr()
+    assert main(["predict", "runs/job-tune", "t.csv"]) == 0
+    found = [float(row["prediction"]) for row in csv.DictReader(capsys.readouterr().out.splitlines())]
+    np.testing.assert_allclose(found, of_files("runs/job-tune", X), rtol=0, atol=1e-12)
+    scores = json.loads(Path("runs/job-tune/tuned.json").read_text())["t"]["scores"]
+    errors, weights = (np.array(found) - PRICE["price"])[36:] ** 2, table["w"][36:]
+    assert scores[0]["test"] == pytest.approx(np.average(errors, weights=weights), rel=1e-9)
+    assert abs(scores[0]["test"] / errors.mean() - 1) > 1e-3
+
+
 def test_new_rows_that_do_not_fit_are_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write("t.csv", text({"colour": COLOUR} | NUMBERS | PRICE))
     assert main(["tune", config("t.csv", penalty="scalar", folds=3)]) == 0
@@ -288,6 +306,7 @@ def test_tuning_says_what_it_gains_over_one_penalty_and_a_constant(
             {},
             "no row of the class 'no', as folds are whole groups: name",
         ),
+        ({"data": "one.csv"}, {}, "tuning by folds needs at least 2 rows, got 1"),
         ({"data": "t.csv", "start": 1}, {}, "`problems.t.start` is not an option of a problem without a class"),
         ({"data": "iris"}, {"criterion": "loo"}, "'loo' is "),
     ],
@@ -297,6 +316,7 @@ def test_a_wrong_config_is_one_sentence(
 ) -> None:
     late = [int(row >= ROWS // 2) for row in range(ROWS)]
     write("t.csv", text(NUMBERS | {"late": late, "y": [("no", "yes")[each] for each in late]}))
+    write("one.csv", text({"x0": [1.5], "y": [2.5]}))
     Path("job.yaml").write_text(yaml.safe_dump({"problems": {"t": problem}} | keys))
     assert main(["tune", "job.yaml"]) == 2
     err = capsys.readouterr().err

@@ -163,7 +163,7 @@ def test_a_missing_file_is_named(name):
         ("a,y\n", "holds no data: it needs a header row and rows below it"),
         ("a|y\n1|2\n", r"has the one column 'a\|y': it needs features and a target, with commas, semicolons or tabs"),
         ("1.5,2\n3,4\n5,6\n", "has no header row: its first row is 1.5, 2"),
-        ("a,a,y\n1,2,3\n", "has two columns of the name 'a'"),
+        ("a,a,y\n1,2,3\n", "has two columns of the name 'a': rename one of them"),
         ("a,b,y\n1,2,3\n1,2\n", "row 2 of .* has 2 cells, but the header has 3"),
         (
             "a,colour,y\n1,2,3\n1,red,3\n",

@@ -13,8 +13,10 @@ import torch
 from helpers import Frame
 
 from bilevel.data import Dataset, load
+from bilevel.data.columns import Encoder
 from bilevel.data.read import TableOptions
 from bilevel.data.rows import load_rows
+from bilevel.data.table import Table
 
 ROWS = 40
 SIZE = [None if row == 3 else row * 0.5 for row in range(ROWS)]
@@ -166,6 +168,65 @@ def test_groups_stay_together_and_time_goes_forward(tmp_path: Path) -> None:
         load(path, groups="shop")
 
 
+DAYS = {
+    "2024-02-03": True,
+    "2024-02-03T04:05": True,
+    "2024/02/03 04:05:06.5+01:00": True,
+    "2024-02-03 4:05": False,
+    "2024-2-03": False,
+    "2024/02-03": False,
+    "2024-02-03 and later": False,
+}
+
+
+@pytest.mark.parametrize("first", DAYS)
+def test_dates_order_rows_only_where_all_are_written_alike(first: str) -> None:
+    later = first.replace("03", "04").replace(".5", ".25")
+    columns = {"when": [later, first], "a": [2.0, 1.0], "y": [2.5, 1.5]}
+
+    def ordered(**cells: Any) -> list[float]:
+        return load_rows(Frame(columns | cells), TableOptions(split={"time": "when"})).y.tolist()
+
+    refused = pytest.raises(ValueError, match=r"the column 'when' of .* cannot order the rows: .* all written alike")
+    if not DAYS[first]:
+        with refused:
+            ordered()
+        return
+    assert ordered() == [1.5, 2.5]
+    others = {first.replace("/", "-") + ":00", first.replace("+01", "+02"), first.replace("T", " "), "2024"} - {first}
+    for other in others:
+        with refused:
+            ordered(when=[later, other])
+
+
+def test_a_column_of_true_and_false_blames_the_odd_cell() -> None:
+    encoder = Encoder.of_numbers(["old"])
+    table = Table("t", {"old": np.array(["True", "", "yes"])})
+    with pytest.raises(ValueError, match=r"the column 'old' of 't' holds 'yes' in row 3, but numbers where"):
+        encoder.transform(table)
+
+
+def test_integers_that_become_equal_are_said_and_a_constant_target_is_refused(tmp_path: Path) -> None:
+    big = [2**60 + row % 2 for row in range(ROWS)]
+    a, y = COLUMNS["y"], [2**53 + row for row in range(ROWS)]
+    for source in (Frame({"big": big, "a": a, "y": y}), write(tmp_path / "t.csv", {"big": big, "a": a, "y": y})):
+        notes = "; ".join(load_rows(source, TableOptions()).notes)
+        assert "different integers of 'big' become equal, as they need more than 53 bits: take differences" in notes
+        assert "different integers of the target become equal" in notes
+    spaced = load_rows(Frame({"big": [2**60 + 256 * row for row in range(ROWS)], "a": a, "y": a}), TableOptions())
+    assert "become equal" not in "; ".join(spaced.notes)
+    with pytest.raises(ValueError, match=r"the target of .* is 3 in every row: nothing to learn, name another column"):
+        load(Frame({"a": a, "y": [3.0] * ROWS}))
+
+
+def test_integers_that_may_be_labels_have_a_note_for_folds(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", {"a": COLUMNS["y"], "y": [row % 5 for row in range(ROWS)]})
+    notes = "; ".join(load_rows(path, TableOptions()).notes)
+    assert "the 5 different integers of the target of" in notes
+    assert "say `task: regression` in `data` where they are numbers" in notes
+    assert "different integers" not in "; ".join(load_rows(path, TableOptions(), task="classification").notes)
+
+
 def test_rows_without_a_target_are_left_out_and_counted(tmp_path: Path) -> None:
     targets = ["" if row in (1, 8) else row * 0.25 for row in range(ROWS)]
     path = write(tmp_path / "t.csv", {"a": [float(row) for row in range(ROWS)], "y": targets})
@@ -185,8 +246,13 @@ def test_weights_belong_to_their_rows(tmp_path: Path) -> None:
     assert data.feature_names == ("a",)
     assert data.weights is not None
     torch.testing.assert_close(data.weights, 4 * data.X_train[:, 0] + 1)
-    with pytest.raises(ValueError, match=r"the weights in the column 'w' of .* must be numbers from 0 on"):
-        load(write(tmp_path / "t.csv", {"a": COLUMNS["y"], "w": ["x"] * ROWS, "y": COLUMNS["y"]}), weights="w")
+    odd = {"x": "holds 'x'", "": "is empty", "-1": "holds '-1'", "inf": "holds 'inf'"}
+    for cell, said in odd.items():
+        path = write(tmp_path / "t.csv", {"a": COLUMNS["y"], "w": [1, 2, cell, *[3] * (ROWS - 3)], "y": COLUMNS["y"]})
+        with pytest.raises(
+            ValueError, match=rf"weights in the column 'w' of .* must be numbers .* all 0: row 3 {said}"
+        ):
+            load(path, weights="w")
 
 
 def test_classes_of_one_row_are_left_out_or_refused(tmp_path: Path) -> None:
