@@ -11,7 +11,7 @@ A term says where it is smooth: on the *support* of x, the other variables held 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -43,6 +43,9 @@ class Nonsmooth(ABC):
     def prox(self, v: Tree, step: Tensor, hparams: Tree) -> Tree:
         """Return the proximal point of v for a 0-d step size, shaped as v."""
 
+    def check(self, params: Tree, hparams: Tree) -> None:  # noqa: B027 (most terms have nothing to check)
+        """Refuse weights of r that do not fit, once for each hyperparameters; ValueError says so."""
+
     def separable(self, params: Tree, hparams: Tree) -> tuple[Tree, Tree, bool] | None:
         """Return (l1, l2, positive) of ``sum l1 |x| + l2/2 x^2``, with ``x >= 0`` where positive; None for another r.
 
@@ -70,6 +73,39 @@ def _check_weights(owner: Any, name: str) -> None:
     given = getattr(owner, name)
     fits = callable(given) or isinstance(given, Tensor) or (is_number(given) and given >= 0)
     require(owner, name, "a number that is not negative, a Tensor, or a function of the hyperparameters", fits)
+
+
+def _check_by_leaf(owner: Any, name: str, shapes: Sequence[tuple[int, ...]], hparams: Tree) -> None:
+    """Refuse weights at some hyperparameters that do not broadcast to the leaves of params, and negative ones."""
+    weights, what = getattr(owner, name), f"`{type(owner).__name__}.{name}`"
+    with torch.no_grad():
+        value = weights(hparams) if callable(weights) else weights
+        single = isinstance(value, Tensor | float | int)
+        given = [value] * len(shapes) if single else tree.leaves(value)
+        if len(given) != len(shapes) or not all(map(_broadcasts, given, shapes)):
+            got = [tuple(each.shape) if isinstance(each, Tensor) else each for each in ([value] if single else given)]
+            raise ValueError(
+                f"{what} must be a number or a Tensor that broadcasts to {', '.join(map(str, shapes))}, or one for "
+                f"each leaf of params, got {', '.join(map(str, got)) or 'none'}."
+            )
+        least = min(float(torch.as_tensor(each).amin()) for each in ([value] if single else given))
+    if least < 0:
+        raise ValueError(
+            f"{what} must not be negative, but the least is {least:.4g}: tune their logarithms, as in "
+            "`L1(lambda hparams: hparams.exp())`, or bound the hyperparameters by `constraints`."
+        )
+
+
+def _broadcasts(weight: Any, shape: tuple[int, ...]) -> bool:
+    """Return whether a number or a Tensor broadcasts to a shape."""
+    if not isinstance(weight, Tensor):
+        return is_number(weight)
+    missing = len(shape) - weight.dim()
+    return missing >= 0 and all(a in (1, b) for a, b in zip(weight.shape, shape[missing:], strict=True))
+
+
+def _shapes(params: Tree) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tree.leaves(params)]
 
 
 def _by_leaf(weights: Weights, params: Tree, hparams: Tree) -> list[Any]:
@@ -113,6 +149,9 @@ class L1(Nonsmooth):
     def __post_init__(self) -> None:
         _check_weights(self, "weights")
 
+    def check(self, params: Tree, hparams: Tree) -> None:
+        _check_by_leaf(self, "weights", _shapes(params), hparams)
+
     def value(self, params: Tree, hparams: Tree) -> Tensor:
         pairs = zip(_by_leaf(self.weights, params, hparams), tree.leaves(params), strict=True)
         return torch.stack([(weight * leaf.abs()).sum() for weight, leaf in pairs]).sum()
@@ -143,6 +182,10 @@ class ElasticNet(Nonsmooth):
     def __post_init__(self) -> None:
         _check_weights(self, "l1")
         _check_weights(self, "l2")
+
+    def check(self, params: Tree, hparams: Tree) -> None:
+        for name in ("l1", "l2"):
+            _check_by_leaf(self, name, _shapes(params), hparams)
 
     def value(self, params: Tree, hparams: Tree) -> Tensor:
         squares = [
@@ -185,6 +228,9 @@ class GroupLasso(Nonsmooth):
         require(self, "groups", "a tensor of integers 0, 1, ..., each of which occurs", covered)
         _check_weights(self, "weights")
         object.__setattr__(self, "_count", count)
+
+    def check(self, params: Tree, hparams: Tree) -> None:
+        _check_by_leaf(self, "weights", [(vars(self)["_count"],)], hparams)
 
     def squares(self, x: Tree) -> Tensor:
         """Return the squared norm of every group."""

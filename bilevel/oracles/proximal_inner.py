@@ -187,12 +187,14 @@ def safe_step(inner: InnerProblem, params: Tree) -> Tensor:
     """Return ``1 / L``, with L above the curvature of the smooth part; of rows, NaN for one that has none.
 
     Raises:
-        ValueError: where no curvature is positive and finite.
+        ValueError: for a term that does not fit, and where no curvature is positive and finite.
     """
     size = inner.problem.batch
     singles = [(inner, params)] if size is None else [(inner.member(i), rows.row(params, i)) for i in range(size)]
     steps = []
     for single, x in singles:
+        if isinstance(single, ProximalInner):
+            single.term.check(x, single.hparams)
         largest = torch.stack([leaf.amax() for leaf in tree.leaves(single.smooth.majorizer(x))]).amax()
         good = (largest > 0) & torch.isfinite(largest)
         steps.append(torch.where(good, largest.reciprocal(), torch.nan))

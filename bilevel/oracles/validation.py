@@ -172,6 +172,7 @@ def _check_losses(problem: Losses, params: Tree, hparams: Tree, reads: Reads | N
             check_use(partial_gradients("inner_loss", inner, x), by_outer[:cut], x)
         gradient = problem.gradient_graph(x, hparams)
         if problem.nonsmooth is not None:
+            problem.nonsmooth.check(params, hparams)
             gradient = [*tree.leaves(gradient), check_scalar("nonsmooth.value", problem.nonsmooth.value, x, hparams)]
         check_influence(what, gradient, by_outer[cut:], x, hparams, reads and partial(reads, problem, x, hparams))
 

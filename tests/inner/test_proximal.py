@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -223,3 +224,26 @@ def test_the_check_of_a_problem_names_a_solution_near_a_kink() -> None:
     (finding,) = [each for each in near.findings if each.check == "kinks"]
     assert finding.verdict == "note"
     assert "the solution stands at a kink of L1, or near one: 1 of 20 variables" in finding.sentence
+
+
+WRONG: list[tuple[bl.Nonsmooth, str]] = [
+    (bl.L1(torch.full((FEATURES,), -0.5, dtype=F64)), "`L1.weights` must not be negative, but the least is -0.5: "),
+    (bl.L1(lambda u: u), "`L1.weights` must not be negative, but the least is -1.5: "),
+    (bl.L1(lambda u: None), "`L1.weights` must be a number or a Tensor that broadcasts to (20,), or one for each leaf"),
+    (bl.L1(torch.ones(FEATURES, 1, dtype=F64)), "leaf of params, got (20, 1)."),
+    (bl.L1(lambda u: {}), "leaf of params, got none."),
+    (bl.ElasticNet(lambda u: u.exp(), lambda u: u), "`ElasticNet.l2` must not be negative, but the least is -1.5: "),
+    (bl.GroupLasso(GROUPS, torch.ones(FEATURES, dtype=F64)), "`GroupLasso.weights` must be a number or a Tensor that"),
+]
+
+
+@pytest.mark.parametrize(("term", "sentence"), WRONG, ids=[sentence for _, sentence in WRONG])
+def test_weights_of_a_term_that_do_not_fit_are_refused(term: bl.Nonsmooth, sentence: str) -> None:
+    problem = bl.BilevelProblem(ridge, held_out, torch.zeros(FEATURES, dtype=F64), nonsmooth=term)
+    solver: bl.InnerSolver
+    for solver in (bl.FISTA(steps=5), bl.ProximalGradient(0.01, steps=5), bl.CoordinateDescent()):
+        # Later steps of an outer loop look at the losses no more, and see the sign of weights nevertheless.
+        for check in (True, False) if "negative" in sentence else (True,):
+            with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+                bl.hypergradient(problem, solver, bl.Implicit(), U, check=check)
+            assert "\n" not in str(caught.value)
