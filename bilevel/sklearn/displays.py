@@ -40,6 +40,7 @@ class TuningPathDisplay:
         criterion: its values on all rows, (nodes,).
         chosen: the index of the node that was taken.
         loss_name: what the losses are.
+        criterion_name: what values of the criterion are; where it is not the loss they have an axis of their own.
 
     Attributes:
         ax_: the axes.
@@ -56,9 +57,10 @@ class TuningPathDisplay:
         criterion: NDArray[np.float64],
         chosen: int,
         loss_name: str,
+        criterion_name: str,
     ) -> None:
         self.tau, self.loss, self.gain_error, self.criterion = tau, loss, gain_error, criterion
-        self.chosen, self.loss_name = chosen, loss_name
+        self.chosen, self.loss_name, self.criterion_name = chosen, loss_name, criterion_name
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None, **kwargs: Any) -> Self:
@@ -78,6 +80,7 @@ class TuningPathDisplay:
             criterion=results["criterion"],
             chosen=int(np.flatnonzero(results["chosen"])[0]),
             loss_name=estimator.tuning_report_.loss_name,
+            criterion_name=estimator.tuning_report_.criterion_name,
         )
         return display.plot(ax=ax, **kwargs)
 
@@ -92,12 +95,16 @@ class TuningPathDisplay:
         at = np.arange(len(self.tau))
         style = {"color": COLOURS[0], "marker": "o", "capsize": 3, "label": "held-out rows"} | kwargs
         held_out = ax.errorbar(at, self.loss, yerr=np.nan_to_num(self.gain_error), **style)
-        (fitted,) = ax.plot(at, self.criterion, color=COLOURS[1], linestyle="--", label="criterion, all rows")
-        shown = self.loss if np.isfinite(self.loss[self.chosen]) else self.criterion
-        ax.plot(self.chosen, shown[self.chosen], "o", ms=12, mfc="none", color=COLOURS[6], label="chosen")
+        other = ax if self.criterion_name == self.loss_name else ax.twinx()
+        (fitted,) = other.plot(at, self.criterion, color=COLOURS[1], linestyle="--", label="criterion, all rows")
+        known = np.isfinite(self.loss[self.chosen])
+        shown, its = (self.loss, ax) if known else (self.criterion, other)
+        (mark,) = its.plot(self.chosen, shown[self.chosen], "o", ms=12, mfc="none", color=COLOURS[6], label="chosen")
         ax.set_xticks(at, ["one penalty" if np.isinf(tau) else f"{tau:g}" for tau in self.tau])
         ax.set(xlabel="weight of the hyperprior", ylabel=self.loss_name)
-        ax.legend()
+        if other is not ax:
+            other.set_ylabel(self.criterion_name)
+        ax.legend(handles=[held_out, fitted, mark])
         self.ax_, self.figure_, self.lines_ = ax, ax.figure, [held_out, fitted]
         return self
 

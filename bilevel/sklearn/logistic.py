@@ -16,8 +16,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from bilevel.problems.losses import Logistic, Softmax
+from bilevel.sklearn.inputs import positive
 from bilevel.sklearn.splits import folds_of
-from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel, positive
+from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
 SOLVERS = {"lbfgs", "liblinear", "newton-cg", "newton-cholesky", "sag", "saga"}
 

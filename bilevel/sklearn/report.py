@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
+
+from bilevel.selection import Selected
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -15,13 +17,14 @@ class TuningReport:
 
     Attributes:
         estimator: the name of its class.
-        loss_name: what losses are.
+        loss_name: what losses of held-out rows are: of a scorer, minus its score.
         criterion: what was descended.
+        criterion_name: what its values are.
         honest: how honest losses were taken: "nested", "alo", or "none".
         n_penalties: how many were tuned.
         one_penalty_loss: of held-out rows, with one penalty; without an outer loop NaN.
         tuned_loss: of held-out rows, with the best tuned penalties; NaN where there are none.
-        gain: one minus their ratio.
+        gain: one minus their ratio; NaN for a scorer, whose zero may mean nothing.
         gate: the gain in standard errors.
         kappa: standard errors that were asked for; NaN without an outer loop.
         survived: whether the gain was proved on rows that the tuning had not seen, so that tuned penalties were taken.
@@ -35,6 +38,7 @@ class TuningReport:
     estimator: str
     loss_name: str
     criterion: str
+    criterion_name: str
     honest: str
     n_penalties: int
     one_penalty_loss: float
@@ -63,10 +67,48 @@ class TuningReport:
             for index, tau in enumerate(nodes["tau"])
         ]
         shown = [["" if isinstance(each, float) and np.isnan(each) else each for each in row] for row in rows]
-        table = tabulate(shown, ["", "criterion", "held-out loss", "gain", "+-", ""], floatfmt=".5g", tablefmt="simple")
+        held_out = self.loss_name if self.loss_name.startswith("minus ") else "loss"
+        table = tabulate(
+            shown, ["", "criterion", f"held-out {held_out}", "gain", "+-", ""], floatfmt=".5g", tablefmt="simple"
+        )
         what = "1 penalty" if self.n_penalties == 1 else f"{self.n_penalties} penalties"
         cost = f"Cost: {self.n_evaluations} evaluations of the criterion, {self.seconds:.2g} s of processor time."
-        head = f"{self.estimator}: {what}, tuned by {self.criterion} ({self.loss_name})"
+        head = f"{self.estimator}: {what}, tuned by {self.criterion} ({self.criterion_name})"
         return "\n".join([head, "", table, "", self.summary, *(f"Note: {each}" for each in self.remarks), cost])
 
     __repr__ = __str__
+
+
+def summary_of(selected: Selected, scorer: str) -> str:
+    """Return whether tuning generalised, in one sentence; by a scorer without percentages.
+
+    Args:
+        selected: with scores times minus one as losses, where there is a scorer.
+        scorer: its name; empty for the loss.
+    """
+    choice, count = selected.choice, selected.node.u.size
+    if not scorer or choice is None:
+        return selected.summary
+    node, scalar = selected.node if choice.open else selected.nodes[choice.best], selected.scalar
+    if not np.isfinite(scalar.loss):
+        return f"One penalty is kept: {scorer} is not finite on all held-out folds."
+    if choice.best == 0:
+        return f"One penalty is kept: no tuned ones have a better {scorer} on held-out rows ({-scalar.loss:.5g})."
+    figures = (
+        f"{scorer} {-node.loss:.5g} against {-scalar.loss:.5g} on held-out rows: {node.gate:.1f} standard errors, with "
+        f"{choice.kappa:g} needed"
+    )
+    if not choice.open:
+        return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
+    return f"{count} tuned penalties generalise ({figures})."
+
+
+def shown(selected: Selected, of_criterion: float, of_loss: float) -> Selected:
+    """Return the same with values of the criterion times a factor, and honest losses times another."""
+    losses = ("loss", "std_error", "gain", "gain_error")
+    factors = {"value": of_criterion} | dict.fromkeys(losses, of_loss)
+    nodes = tuple(
+        replace(node, **{name: factor * getattr(node, name) for name, factor in factors.items()})
+        for node in selected.nodes
+    )
+    return replace(selected, nodes=nodes)

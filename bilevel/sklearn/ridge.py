@@ -16,8 +16,9 @@ from sklearn.utils.validation import validate_data
 
 from bilevel.problems.losses import Squared
 from bilevel.selection import certify_range
+from bilevel.sklearn.inputs import positive
 from bilevel.sklearn.splits import folds_of
-from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel, positive
+from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
 
 class RidgeCV(TunedLinearModel, linear_model.RidgeCV):

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from sklearn import get_config
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring, get_scorer_names
-from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.validation import _check_sample_weight
@@ -37,7 +36,8 @@ from bilevel.criteria.choose import KINDS
 from bilevel.problems.losses import GLMLoss, Softmax
 from bilevel.selection import Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
-from bilevel.sklearn.report import TuningReport
+from bilevel.sklearn.inputs import on_device
+from bilevel.sklearn.report import TuningReport, shown, summary_of
 from bilevel.sklearn.splits import Folds, penalties_of
 
 NAMES: dict[type[Criterion], str] = {
@@ -156,7 +156,7 @@ class TunedLinearModel:
         outputs = y.shape[1] if y.dim() == 2 else loss.outputs(y)
         penalties = penalties_of(structure, self.groups, X.shape[1], outputs)
         data = LinearData.of(
-            _on_device(X, self.device), y, weights, intercept=self.fit_intercept, standardize=self.standardize
+            on_device(X, self.device), y, weights, intercept=self.fit_intercept, standardize=self.standardize
         )
         criterion = self._criterion(data, loss, penalties, folds)
         outer: list[Any] = []
@@ -168,13 +168,7 @@ class TunedLinearModel:
                 remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")
                 if folds.given:
                     warnings.warn(f"cv={self.cv!r}: {remarks[0]}", BilevelWarning, stacklevel=4)
-        if score is not None and not outer:
-            warnings.warn(
-                f"scoring={self.scoring!r} has no say without an outer loop: the {self._loss_name} alone decides; see "
-                "penalty_structure and guard.",
-                UserWarning,
-                stacklevel=4,
-            )
+        scorer = self._scorer_name(outer) if score is not None else ""
         mean_weight = float(weights.mean())
         candidates = self._candidates()
         again = self.warm_start and hasattr(self, "cv_results_")
@@ -198,9 +192,46 @@ class TunedLinearModel:
                 ConvergenceWarning,
                 stacklevel=4,
             )
+        if scorer:
+            remarks += self._unscored(selected)
         selected = replace(selected, remarks=(*remarks, *selected.remarks))
-        self._set_results(_shown(selected, self._loss_factor, score is None), mean_weight, NAMES[type(criterion)])
+        self._set_results(selected, mean_weight, criterion, scorer)
         return selected, criterion
+
+    def _scorer_name(self, outer: list[Any]) -> str:
+        """Return what reports call the scorer; empty without an outer loop, which is warned of.
+
+        Raises:
+            ValueError: with losses of single rows, which leave nothing to be scored.
+        """
+        if not outer:
+            warnings.warn(
+                f"scoring={self.scoring!r} has no say without an outer loop: the {self._loss_name} alone decides; see "
+                "penalty_structure and guard.",
+                UserWarning,
+                stacklevel=5,
+            )
+            return ""
+        if self.honest == "alo":
+            raise ValueError(
+                f"scoring={self.scoring!r} is of held-out folds, and honest='alo' has none: use honest='nested', or "
+                "scoring=None."
+            )
+        return self.scoring if isinstance(self.scoring, str) else getattr(self.scoring, "__name__", "the score")
+
+    def _unscored(self, selected: Selected) -> list[str]:
+        """Warn of folds of the outer loop on which the scorer is not finite with one penalty; return that."""
+        assert selected.losses is not None
+        folds = np.flatnonzero(~np.isfinite(selected.losses.losses[0])) + 1
+        if not len(folds):
+            return []
+        named = ", ".join(map(str, folds[:5])) + (", ..." if len(folds) > 5 else "")
+        found = (
+            f"scoring={self.scoring!r} is not finite on fold {named} of the outer loop, so one penalty is kept: use "
+            "fewer or stratified folds, which hold out rows of every class."
+        )
+        warnings.warn(found, BilevelWarning, stacklevel=5)
+        return [found]
 
     def _candidates(self) -> NDArray[np.float64] | None:
         """Return the penalties that the one penalty is chosen from; None for any."""
@@ -246,14 +277,18 @@ class TunedLinearModel:
         kind = "kfold" if self.criterion == "auto" and folds.given else self.criterion
         return choose_criterion(kind, data, loss, penalties, folds=folds.pairs, dependent=folds.dependence or None)
 
-    def _set_results(self, selected: Selected, mean_weight: float, criterion: str) -> None:
+    def _set_results(self, selected: Selected, mean_weight: float, criterion: Criterion, scorer: str) -> None:
         """Set `penalties_`, `cv_results_`, `tuning_report_` and `n_iter_`.
 
         Args:
-            selected: with losses as they are shown.
+            selected: with losses as `bilevel.criteria` has them.
             mean_weight: of the rows: the criterion has weights of mean 1, penalties here belong to the given ones.
             criterion: what was descended.
+            scorer: the name of what the outer loop has chosen by; empty for the loss.
         """
+        evidence = isinstance(criterion, Evidence)
+        factor = self._loss_factor
+        selected = shown(selected, 1.0 if evidence else factor, 1.0 if scorer else factor)
         nodes, node = selected.nodes, selected.node
 
         def of_nodes(name: str) -> NDArray[np.float64]:
@@ -275,19 +310,20 @@ class TunedLinearModel:
         best = nodes[selected.choice.best] if selected.choice is not None else node
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
-            loss_name=self._loss_name,
-            criterion=criterion,
+            loss_name=f"minus {scorer}" if scorer else self._loss_name,
+            criterion=NAMES[type(criterion)],
+            criterion_name="minus log evidence of a row" if evidence else self._loss_name,
             honest=selected.honest,
             n_penalties=node.u.size,
             one_penalty_loss=selected.scalar.loss,
             tuned_loss=best.loss,
-            gain=best.gain / abs(selected.scalar.loss) if selected.scalar.loss else 0.0,
+            gain=float("nan") if scorer else best.gain / abs(selected.scalar.loss) if selected.scalar.loss else 0.0,
             gate=best.gate,
             kappa=float("nan") if selected.choice is None else selected.choice.kappa,
             survived=selected.open,
             n_evaluations=selected.evaluations,
             seconds=selected.seconds,
-            summary=selected.summary,
+            summary=summary_of(selected, scorer),
             remarks=selected.remarks,
             nodes=self.cv_results_,
         )
@@ -309,30 +345,3 @@ class TunedLinearModel:
     def plot_penalties(self, *, ax: Any = None, **kwargs: Any) -> PenaltiesDisplay:
         """Draw the penalty of each feature: see `PenaltiesDisplay.from_estimator`."""
         return PenaltiesDisplay.from_estimator(self, ax=ax, **kwargs)
-
-
-def positive(name: str, given: Any) -> NDArray[np.float64]:
-    """Return candidates of a parameter, in float64.
-
-    Raises:
-        ValueError: in one sentence, where there are none, or one is not a positive number.
-    """
-    if not len(given):
-        raise ValueError(f"{name} must hold at least one number, got none: give None for any penalty.")
-    for index, each in enumerate(given):
-        check_scalar(each, f"{name}[{index}]", Real, min_val=0.0, include_boundaries="neither")
-        if not np.isfinite(each):
-            raise ValueError(f"{name}[{index}] == {each}, must be finite.")
-    return np.asarray(given, dtype=np.float64)
-
-
-def _on_device(X: Any, device: Any) -> Any:
-    """Return X on a device, where one is named."""
-    return X if device is None else torch.as_tensor(X).to(device)
-
-
-def _shown(selected: Selected, factor: float, honest: bool) -> Selected:
-    """Return the same with values of the criterion times a factor; with honest losses, too, unless they are scores."""
-    scaled = ("value", "loss", "std_error", "gain", "gain_error") if honest else ("value",)
-    nodes = tuple(replace(node, **{name: factor * getattr(node, name) for name in scaled}) for node in selected.nodes)
-    return replace(selected, nodes=nodes)

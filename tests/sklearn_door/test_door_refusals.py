@@ -24,6 +24,8 @@ OPTIONS = [
         RidgeCV(penalty_structure="group", groups=["a", None, "b", "b"]),
         "groups of features must be labels of one type without None: name every group",
     ),
+    (RidgeCV(scoring="r2", honest="alo"), "scoring='r2' is of held-out folds, and honest='alo' has none"),
+    (RidgeCV(device="foo"), "device='foo' is no device of torch here: give 'cpu', or None"),
     (RidgeCV(penalty_structure="each"), "The 'penalty_structure' parameter of RidgeCV must be a str among"),
     (RidgeCV(criterion="mse"), "The 'criterion' parameter of RidgeCV must be a str among"),
     (
@@ -174,3 +176,13 @@ def test_folds_that_are_too_few_for_an_outer_loop_leave_one_penalty():
         model = RidgeCV(cv=TimeSeriesSplit(2)).fit(X, y)
     assert isinstance(model.alpha_, float)
     assert "too few for an outer loop" in str(model.tuning_report_)
+
+
+@pytest.mark.filterwarnings("ignore:Only one class:sklearn.exceptions.UndefinedMetricWarning")
+def test_folds_without_a_score_are_warned_of():
+    held = [np.flatnonzero(y > 0)[:3], np.arange(20, 30), np.arange(30, 40)]
+    cv = [(np.setdiff1d(np.arange(40), part), part) for part in held]
+    with pytest.warns(bl.BilevelWarning, match="scoring='roc_auc' is not finite on fold 1 of the outer loop, so one"):
+        model = LogisticRegressionCV(criterion="alo", scoring="roc_auc", cv=cv).fit(X[:, :2], LABELS)
+    assert isinstance(model.C_, float)
+    assert "One penalty is kept: roc_auc is not finite on all held-out folds." in str(model.tuning_report_)

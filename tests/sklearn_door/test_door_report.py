@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bilevel.criteria import Evidence, LinearData, Penalties
 from bilevel.sklearn import LogisticRegressionCV, PenaltiesDisplay, RidgeCV, TuningPathDisplay
 
 rng = np.random.default_rng(0)
@@ -42,6 +43,29 @@ def test_the_report_of_one_penalty_is_short():
     assert np.isnan(report.kappa)
 
 
+def test_scores_are_named_and_have_no_percentage():
+    model = RidgeCV(scoring="r2").fit(X[:, :8], y)
+    report = model.tuning_report_
+    assert report.loss_name == "minus r2"
+    assert np.isnan(report.gain)
+    text = str(report)
+    assert "tuned by exact leave-one-out (mean squared error)" in text
+    assert "held-out minus r2" in text
+    assert f"r2 {-report.tuned_loss:.5g} against {-report.one_penalty_loss:.5g} on held-out rows" in text
+    assert "smaller" not in text
+
+
+def test_the_evidence_is_named_and_not_scaled():
+    model = RidgeCV(criterion="evidence", penalty_structure="scalar").fit(X[:, :3], y)
+    data = LinearData.of(X[:, :3], y)
+    value = Evidence(data, Penalties.scalar(3)).evaluate(np.log([model.alpha_])).value
+    assert -model.best_score_ == pytest.approx(value)
+    assert "tuned by evidence (minus log evidence of a row)" in str(model.tuning_report_)
+    guarded = RidgeCV(criterion="evidence").fit(X[:, :3], y)
+    assert guarded.tuning_report_.loss_name == "mean squared error"
+    assert 0.7 < guarded.cv_results_["loss"][-1] < 1.5
+
+
 @pytest.fixture
 def pyplot():
     pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -60,6 +84,14 @@ def test_figures_are_displays(fitted, pyplot):
     assert sorted(penalties.points_[0].get_xdata()) == pytest.approx(sorted(fitted.penalties_))
     # Strongest effects, with the weakest penalties, stand on top.
     assert {label.get_text() for label in penalties.ax_.get_yticklabels()[:3]} == {"0", "1", "2"}
+
+
+def test_scores_and_the_criterion_have_axes_of_their_own(pyplot):
+    path = RidgeCV(scoring="r2").fit(X[:, :8], y).plot_path()
+    held_out, criterion = path.lines_
+    assert path.ax_.get_ylabel() == "minus r2"
+    assert criterion.axes is not held_out[0].axes is path.ax_
+    assert criterion.axes.get_ylabel() == "mean squared error"
 
 
 def test_figures_without_an_outer_loop_and_of_classes(pyplot):

@@ -136,6 +136,13 @@ def test_sparse_inputs_give_the_same_model():
         )
 
 
+def test_a_device_takes_dense_and_sparse_inputs():
+    table = sparse.csr_array(np.where(X > 3.0, X, 0.0))
+    for given in (X, table):
+        there, here = (RidgeCV(penalty_structure="scalar", device=device).fit(given, y) for device in ("cpu", None))
+        np.testing.assert_allclose(there.coef_, here.coef_)
+
+
 def test_more_features_than_rows():
     model = RidgeCV().fit(WIDE[:25], FEW[:25])
     assert np.isfinite(model.coef_).all()

@@ -1,0 +1,49 @@
+"""Parameters of the estimators as numbers and tensors."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.utils import check_scalar
+
+from bilevel.criteria.data import csr
+
+
+def positive(name: str, given: Any) -> NDArray[np.float64]:
+    """Return candidates of a parameter, in float64.
+
+    Raises:
+        ValueError: in one sentence, where there are none, or one is not a positive number.
+    """
+    if not len(given):
+        raise ValueError(f"{name} must hold at least one number, got none: give None for any penalty.")
+    for index, each in enumerate(given):
+        check_scalar(each, f"{name}[{index}]", Real, min_val=0.0, include_boundaries="neither")
+        if not np.isfinite(each):
+            raise ValueError(f"{name}[{index}] == {each}, must be finite.")
+    return np.asarray(given, dtype=np.float64)
+
+
+def on_device(X: Any, device: Any) -> Any:
+    """Return X, an array or a CSR matrix, on a device, where one is named.
+
+    Raises:
+        ValueError: in one sentence, for a device that is not there.
+    """
+    if device is None:
+        return X
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={str(device)!r} is no device of torch here: give 'cpu', or None.") from None
+    if not sparse.issparse(X):
+        return torch.as_tensor(X).to(device)
+    X = X if X.has_canonical_format else X.copy()
+    X.sum_duplicates()
+    ends, columns, values = (torch.as_tensor(part) for part in (X.indptr, X.indices, X.data))
+    return csr(ends.long(), columns.long(), values, X.shape).to(device)
