@@ -69,6 +69,8 @@ class ApproximateLeaveOneOut(Criterion):
     1.2344
     """
 
+    leaves_one_out = True
+
     def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties, *, tol: float = 1e-8) -> None:
         if data.y.dim() > 1 or loss.outputs(data.y) is not None:
             raise ValueError(

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -109,6 +109,9 @@ class Criterion(ABC):
     Raises:
         ValueError: in one sentence, where they do not fit.
     """
+
+    leaves_one_out: ClassVar[bool] = False
+    """Whether it leaves out every row singly: losses, slopes and the Jacobian are of all rows, in their order."""
 
     def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties) -> None:
         _check(data, loss, penalties)

@@ -39,6 +39,7 @@ class RidgeLeaveOneOut(Criterion):
     (0.2893, array([0.2085]))
     """
 
+    leaves_one_out = True
     loss: GLMLoss
 
     def __init__(self, data: LinearData, penalties: Penalties) -> None:

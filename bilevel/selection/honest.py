@@ -189,7 +189,7 @@ def second_level(criterion: Criterion, points: Sequence[PathPoint]) -> HonestLos
     at most half as many penalties as rows.
 
     Args:
-        criterion: that leaves out rows singly.
+        criterion: with `Criterion.leaves_one_out`.
         points: of its path.
     """
     data, losses, evaluations = criterion.data, [], 0

@@ -73,7 +73,8 @@ def penalty_cv(
             standard error of it; "auto" takes the second where there are as many penalties as rows, or with
             honest="alo". "off" takes the last node, without an outer loop.
         honest: how honest losses are taken: by "nested" folds ("auto"), or by approximate leave-one-out of the tuning
-            itself, "alo", which costs no refit, for at most half as many penalties as rows.
+            itself, "alo", which costs no refit, for a criterion that leaves out single rows, and at most half as many
+            penalties as rows.
         folds: of the outer loop: how many, shuffled and stratified by class, or pairs of indices, (training rows, rows
             held out).
         groups: of rows, (rows,): a group is held out together; for a number of `folds`.
@@ -161,7 +162,13 @@ def _check(criterion: Criterion, guard: str, honest: str) -> None:
         if value not in get_args(kind):
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}.")
     size, rows = criterion.penalties.size, criterion.data.rows
-    if honest == "alo" and guard != "off" and 2 * size > rows:
+    asked = honest == "alo" and guard != "off"
+    if asked and size > 1 and not criterion.leaves_one_out:
+        raise ValueError(
+            f"honest='alo' takes a criterion that leaves out single rows, and {type(criterion).__name__} does not: use "
+            "honest='nested'."
+        )
+    if asked and 2 * size > rows:
         raise ValueError(
             f"honest='alo' flatters penalties that are more than half as many as the rows, here {size} and {rows}: use "
             "honest='nested'."

@@ -10,8 +10,9 @@ import torch
 from selection_cases import ridge, table
 
 import bilevel as bl
-from bilevel.criteria import LinearData, Penalties, RidgeLeaveOneOut
-from bilevel.selection import penalty_cv
+from bilevel.criteria import Criterion, Evidence, KFold, LinearData, Penalties, RidgeFolds, RidgeLeaveOneOut
+from bilevel.problems import Softmax, Squared
+from bilevel.selection import make_folds, penalty_cv
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,24 @@ def test_more_penalties_than_rows_without_an_outer_loop_are_warned_of() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         penalty_cv(ridge(20, 12), **options)
+
+
+@pytest.mark.parametrize("kind", ["kfold", "softmax", "folds", "evidence"])
+def test_honest_losses_of_single_rows_need_a_criterion_that_leaves_them_out(kind: str) -> None:
+    X, y = table(40, 3)
+    pairs, penalties = make_folds(40, 4), Penalties.feature(3)
+    data, classes = LinearData.of(X, y), LinearData.of(X, np.arange(40) % 3, loss=Softmax())
+    criterion: Criterion = {
+        "kfold": lambda: KFold(data, Squared(), penalties, pairs),
+        "softmax": lambda: KFold(classes, Softmax(), Penalties.feature(3, 3), pairs),
+        "folds": lambda: RidgeFolds(data, penalties, pairs),
+        "evidence": lambda: Evidence(data, penalties),
+    }[kind]()
+    says = f"leaves out single rows, and {type(criterion).__name__} does not: use honest='nested'."
+    with pytest.raises(ValueError, match=says):
+        penalty_cv(criterion, honest="alo")
+    # Without an outer loop, nothing is taken.
+    assert penalty_cv(criterion, honest="alo", guard="off", taus=(1.0,), steps=1).honest == "none"
 
 
 def test_penalties_at_their_limits_and_rows_that_decide_are_named() -> None:
