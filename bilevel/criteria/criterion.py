@@ -175,12 +175,13 @@ class Criterion(ABC):
 
     def remark(self, evaluation: Evaluation) -> str:
         """Name a row that makes more than half of the criterion; empty where none does."""
-        losses = evaluation.losses
+        held = self.held_out.cpu().numpy()
+        losses = np.bincount(held, evaluation.losses)  # folds may hold out a row several times
         worst = int(losses.argmax())
-        if len(losses) < 3 or losses[worst] <= HALF * losses.sum():
+        if len(np.unique(held)) < 3 or not losses[worst] > HALF * losses.sum():
             return ""
         share = losses[worst] / losses.sum()
-        return f"row {int(self.held_out[worst]) + 1} alone makes {share:.0%} of the criterion: look at it."
+        return f"row {worst} (counted from 0) alone makes {share:.0%} of the criterion: look at it."
 
     def weighted(self, losses: Tensor) -> Tensor:
         """Return losses of every row, (rows,) or (targets, rows), times its weight, of targets the mean."""

@@ -127,6 +127,11 @@ class LinearData:
         """Number of rows."""
         return self.X.shape[0]
 
+    @cached_property
+    def counted(self) -> int:
+        """Number of rows with a weight above zero: those that a model is of."""
+        return int((self.weights > 0).sum())
+
     @property
     def features(self) -> int:
         """Number of features."""

@@ -67,7 +67,7 @@ class Evidence(Criterion):
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         data, (_, cross, total, mean) = self.data, self._moments
         a, L, w = self._solve(u)
-        count = data.rows - int(data.intercept)
+        count = data.counted - int(data.intercept)
         rest = max(total - float(cross @ w), torch.finfo(w.dtype).tiny)
         complexity = float(2.0 * L.diagonal().log().sum() - a.log().sum())
         value = 0.5 * float(np.log(rest / count)) + complexity / (2 * count)
@@ -86,6 +86,10 @@ class Evidence(Criterion):
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         return self.given(self._solve(u)[2], self._moments[3])
+
+    def remark(self, evaluation: Evaluation) -> str:
+        """Return nothing: a likelihood of all rows is no sum over them."""
+        return ""
 
     def take(self, rows: Rows) -> Self:
         return type(self)(self.data.take(rows), self.penalties)

@@ -63,8 +63,9 @@ def nested(
     """Return losses of held-out rows after the whole tuning, its one penalty included, of the other rows of a fold.
 
     Everything begins anew in every fold: a start at the penalties of all rows would know the rows held out. A row that
-    several folds hold out has its mean loss; rows that none holds out, or whose class its fold does not know, have
-    none. All folds go through the path side by side, until their loss has clearly risen: weaker hyperpriors are worse.
+    several folds hold out has its mean loss; rows that none holds out, of weight zero, or whose class its fold does
+    not know, have none. All folds go through the path side by side, until their loss has clearly risen: weaker
+    hyperpriors are worse.
 
     Args:
         criterion: of all rows.
@@ -104,7 +105,7 @@ def nested(
         for each in found:
             total[each.rows] += each.losses
             count[each.rows] += not losses
-        rows = np.flatnonzero(count)
+        rows = np.flatnonzero((count > 0) & (weights > 0))
         losses.append(total[rows] / count[rows] / weights[rows].mean())
         if has_risen(losses):
             break
@@ -152,7 +153,7 @@ def _fold_losses(
     """
     part, y = criterion.take(train), criterion.data.y
     if criterion.loss.separable:
-        held = held[torch.isin(y[held], y[train])]
+        held = held[torch.isin(y[held], y[train]).cpu()]
     rows = held.numpy()
     for node in follow(part, **options):
         fit = part.refit(node.u, node.evaluation.warm)
@@ -210,4 +211,5 @@ def second_level(criterion: Criterion, points: Sequence[PathPoint]) -> HonestLos
         shift = influence * slopes / (1.0 - influence * curvatures).clamp_min(LEAST)
         moved = (found.predictions.double() + shift).to(found.predictions)
         losses.append(criterion.weighted(criterion.loss.value(moved, data.y)).double().cpu().numpy())
-    return HonestLosses(np.stack(losses), np.arange(data.rows), evaluations)
+    rows = np.flatnonzero(data.weights.cpu().numpy())
+    return HonestLosses(np.stack(losses)[:, rows] * (data.counted / data.rows), rows, evaluations)

@@ -107,10 +107,10 @@ def path(
             begin to fit the rows; `candidates`, log penalties of which the single one is the best; `start`, a log
             penalty that its search begins at in place of a scan.
     """
-    taus = default_taus(criterion.data.rows, criterion.penalties.size) if taus is None else taus
+    taus = default_taus(criterion.data.counted, criterion.penalties.size) if taus is None else taus
     return list(follow(criterion, taus, anchored=is_wide(criterion) if anchored is None else anchored, **options))
 
 
 def is_wide(criterion: Criterion) -> bool:
     """Return whether there are as many features as rows."""
-    return criterion.data.features >= criterion.data.rows
+    return criterion.data.features >= criterion.data.counted

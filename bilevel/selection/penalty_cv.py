@@ -110,7 +110,7 @@ def penalty_cv(
     began = time.process_time()
     data, size = criterion.data, criterion.penalties.size
     _check(criterion, guard, honest)
-    taus = default_taus(data.rows, size) if taus is None else tuple(taus)
+    taus = default_taus(data.counted, size) if taus is None else tuple(taus)
     anchored = is_wide(criterion) if anchored is None else anchored
     guarded = size > 1 and guard != "off"
     pairs: tuple[Fold, ...] = ()
@@ -129,11 +129,11 @@ def penalty_cv(
         losses = second_level(criterion, points) if losses is None else losses
         if kappa is None:
             kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0], size)
-        rule = _rule(guard, honest, size, data.rows)
+        rule = _rule(guard, honest, size, data.counted)
         choice = choose(losses.losses, kappa, rule)
         chosen = choice.node
-    elif size > data.rows:
-        remarks.append(_risk(size, data.rows))
+    elif size > data.counted:
+        remarks.append(_risk(size, data.counted))
     point = points[chosen]
     if named := criterion.remark(point.evaluation):
         warnings.warn(named, BilevelWarning, stacklevel=3)
@@ -161,7 +161,7 @@ def _check(criterion: Criterion, guard: str, honest: str) -> None:
     for name, value, kind in (("guard", guard, Guard), ("honest", honest, Honest)):
         if value not in get_args(kind):
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}.")
-    size, rows = criterion.penalties.size, criterion.data.rows
+    size, rows = criterion.penalties.size, criterion.data.counted
     asked = honest == "alo" and guard != "off"
     if asked and size > 1 and not criterion.leaves_one_out:
         raise ValueError(

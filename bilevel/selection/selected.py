@@ -117,10 +117,13 @@ class Selected:
         best = self.nodes[self.choice.best]
         if self.choice.best == 0:
             return f"One penalty is kept: no tuned ones have a smaller loss on held-out rows ({self.scalar.loss:.5g})."
-        figures = (
-            f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows: {best.gate:.1f} standard errors, with "
-            f"{self.choice.kappa:g} needed"
-        )
+        proof = f"{best.gate:.1f} standard errors, with {self.choice.kappa:g} needed"
+        figures = f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows: {proof}"
+        if self.open and self.node is not best:
+            figures = (
+                f"{self.node.loss:.5g} against {self.scalar.loss:.5g} on held-out rows; the least loss, "
+                f"{best.loss:.5g}, is {proof}"
+            )
         if not self.open:
             return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
         gain = self.node.gain / abs(self.scalar.loss) if self.scalar.loss else 0.0

@@ -46,6 +46,20 @@ def test_the_gauss_newton_matrix_is_the_fisher_information() -> None:
     np.testing.assert_allclose(matrix, fisher, rtol=1e-10)
 
 
+def test_rows_of_weight_zero_are_no_rows_and_no_row_is_named() -> None:
+    rng = np.random.default_rng(2)
+    X, y = rng.standard_normal((40, 3)), rng.standard_normal(40)
+    y[5] = 50.0
+    some = Evidence(LinearData.of(X[:10], y[:10]), penalty_cases(3)[1])
+    every = Evidence(LinearData.of(X, y, np.repeat([1.0, 0.0], [10, 30])), some.penalties)
+    for u in rng.standard_normal((2, some.penalties.size)):
+        one, two = some.evaluate(u), every.evaluate(u + np.log(4.0))
+        # Weights have mean 1: those of ten rows are 4, which is a constant.
+        assert two.value == pytest.approx(one.value + 0.5 * np.log(4.0), rel=1e-10)
+        np.testing.assert_allclose(two.gradient, one.gradient, rtol=1e-8)
+        assert some.remark(one) == every.remark(two) == ""
+
+
 def test_several_targets_are_refused() -> None:
     data = LinearData.of(np.eye(4), np.eye(4)[:, :2])
     with pytest.raises(ValueError, match="the evidence is of one target"):

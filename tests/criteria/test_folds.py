@@ -176,6 +176,21 @@ def test_folds_of_one_model_agree_however_it_is_solved(monkeypatch: pytest.Monke
     assert np.isfinite(part.evaluate(u).gradient).all()
 
 
+def test_the_losses_of_a_row_that_several_folds_hold_out_are_added_up() -> None:
+    y = X[:, 0].copy()
+    y[7] += 60.0
+    splits = [
+        (np.setdiff1d(np.arange(ROWS), held), held)
+        for step in (1, 5, 7)
+        for held in np.array_split(np.arange(ROWS) * step % ROWS, 3)
+    ]
+    criterion = KFold(LinearData.of(X, y), Squared(), Penalties.scalar(FEATURES), splits)
+    found = criterion.evaluate(np.array([4.0]), second=False)
+    assert found.losses.max() < 0.5 * found.losses.sum()
+    share = found.losses[criterion.held_out.numpy() == 7].sum() / found.losses.sum()
+    assert criterion.remark(found) == f"row 7 (counted from 0) alone makes {share:.0%} of the criterion: look at it."
+
+
 def test_a_scan_is_of_all_penalties() -> None:
     data = LinearData.of(X, labels(Logistic()), loss=Logistic())
     criterion = KFold(data, Logistic(), Penalties.scalar(FEATURES), SPLITS)

@@ -123,6 +123,6 @@ def test_a_row_that_makes_most_of_the_criterion_is_named() -> None:
     X, y = rng.standard_normal((30, 3)), rng.standard_normal(30)
     y[11] = 60.0
     criterion = RidgeLeaveOneOut(LinearData.of(X, y), Penalties.scalar(3))
-    assert criterion.remark(criterion.evaluate(np.zeros(1))).startswith("row 12 alone makes 87%")
+    assert criterion.remark(criterion.evaluate(np.zeros(1))).startswith("row 11 (counted from 0) alone makes 87%")
     calm = criterion.take([row for row in range(30) if row != 11])
     assert calm.remark(calm.evaluate(np.zeros(1))) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,41 @@ def test_one_penalty_needs_no_outer_loop(sparse: Any) -> None:
     assert found.summary.startswith("One penalty, ")
 
 
+def test_the_summary_has_the_figures_of_the_node_that_it_speaks_of(selected: Any) -> None:
+    losses, best = selected.losses.losses, selected.choice.best
+    other = replace(selected, chosen=best - 1)
+    gain = 1.0 - losses[best - 1].mean() / losses[0].mean()
+    assert other.summary == (
+        f"12 tuned penalties generalise: their loss is {gain:.1%} smaller than one penalty's "
+        f"({losses[best - 1].mean():.5g} against {losses[0].mean():.5g} on held-out rows; the least loss, "
+        f"{losses[best].mean():.5g}, is {selected.nodes[best].gate:.1f} standard errors, with 1 needed)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "options"), [(20, 30, {"taus": (0.3,)}), (30, 4, {}), (30, 4, {"honest": "alo"})]
+)
+def test_rows_of_weight_zero_are_no_rows(rows: int, features: int, options: dict) -> None:
+    X, y = table(rows, features)
+    none = np.random.default_rng(1).standard_normal((3 * rows, features + 1))
+    weights = np.repeat([1.0, 0.0], [rows, 3 * rows])
+    more = LinearData.of(np.vstack([X, none[:, 1:]]), np.append(y, none[:, 0]), weights)
+    folds = make_folds(rows, 4)
+    every = [
+        (np.append(train, range(rows, 2 * rows)), np.append(held, range(2 * rows, 3 * rows))) for train, held in folds
+    ]
+    penalties = Penalties.feature(features)
+    plain = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, y), penalties), folds=folds, **options)
+    other = penalty_cv(RidgeLeaveOneOut(more, penalties), folds=every, **options)
+    assert (other.rule, other.choice.kappa, other.chosen) == (plain.rule, plain.choice.kappa, plain.chosen)
+    assert other.losses.rows.tolist() == list(range(rows))
+    for one, two in zip(plain.nodes, other.nodes, strict=True):
+        # Weights have mean 1: sums of losses, and penalties beside them, are four times as large.
+        np.testing.assert_allclose(two.u, one.u + np.log(4.0), atol=1e-5)
+        assert (two.tau, two.loss) == pytest.approx((one.tau, one.loss), rel=1e-6)
+        assert two.gain_error == pytest.approx(one.gain_error, rel=1e-5)
+
+
 def test_the_outer_loop_without_refits(sparse: Any) -> None:
     found = penalty_cv(sparse, honest="alo", taus=(0.1, 0.01))
     assert (found.honest, found.rule, found.folds) == ("alo", "one_se", ())
@@ -156,12 +192,12 @@ def test_honest_losses_of_single_rows_need_a_criterion_that_leaves_them_out(kind
 def test_penalties_at_their_limits_and_rows_that_decide_are_named() -> None:
     X, y = table(40, 3)
     y[7] += 60.0
-    with pytest.warns(bl.BilevelWarning, match="row 8 alone makes"):
+    with pytest.warns(bl.BilevelWarning, match=r"row 7 \(counted from 0\) alone makes"):
         found = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, y), Penalties.scalar(3)))
-    assert any("row 8 alone makes" in remark for remark in found.remarks)
+    assert any("row 7 (counted from 0) alone makes" in remark for remark in found.remarks)
     full = np.column_stack([np.ones(40), X])
     useless = y - full @ np.linalg.lstsq(full, y)[0]
-    with pytest.warns(bl.BilevelWarning, match="row 8 alone makes"):
+    with pytest.warns(bl.BilevelWarning, match=r"row 7 \(counted from 0\) alone makes"):
         flat = penalty_cv(RidgeLeaveOneOut(LinearData.of(X, useless), Penalties.scalar(3)))
     assert any("all but constant" in remark for remark in flat.remarks)
 

@@ -147,7 +147,7 @@ def test_more_penalties_than_rows_without_a_guard_are_warned_of():
 def test_a_row_that_makes_most_of_the_criterion_is_named():
     spoiled = y.copy()
     spoiled[17] = 1e3
-    with pytest.warns(bl.BilevelWarning, match="row 18 alone makes 9.% of the criterion"):
+    with pytest.warns(bl.BilevelWarning, match=r"row 17 \(counted from 0\) alone makes 9.% of the criterion"):
         RidgeCV(penalty_structure="scalar").fit(X, spoiled)
 
 
