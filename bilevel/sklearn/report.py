@@ -89,15 +89,18 @@ def summary_of(selected: Selected, scorer: str) -> str:
     choice, count = selected.choice, selected.node.u.size
     if not scorer or choice is None:
         return selected.summary
-    node, scalar = selected.node if choice.open else selected.nodes[choice.best], selected.scalar
+    best, scalar = selected.nodes[choice.best], selected.scalar
     if not np.isfinite(scalar.loss):
         return f"One penalty is kept: {scorer} is not finite on all held-out folds."
     if choice.best == 0:
         return f"One penalty is kept: no tuned ones have a better {scorer} on held-out rows ({-scalar.loss:.5g})."
-    figures = (
-        f"{scorer} {-node.loss:.5g} against {-scalar.loss:.5g} on held-out rows: {node.gate:.1f} standard errors, with "
-        f"{choice.kappa:g} needed"
-    )
+    proof = f"{best.gate:.1f} standard errors, with {choice.kappa:g} needed"
+    figures = f"{scorer} {-best.loss:.5g} against {-scalar.loss:.5g} on held-out rows: {proof}"
+    if choice.open and selected.node is not best:
+        figures = (
+            f"{scorer} {-selected.node.loss:.5g} against {-scalar.loss:.5g} on held-out rows; the best, "
+            f"{-best.loss:.5g}, is {proof}"
+        )
     if not choice.open:
         return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
     return f"{count} tuned penalties generalise ({figures})."

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import make_scorer, r2_score
 
 from bilevel.criteria import Evidence, LinearData, Penalties
 from bilevel.sklearn import LogisticRegressionCV, PenaltiesDisplay, RidgeCV, TuningPathDisplay
@@ -53,6 +54,10 @@ def test_scores_are_named_and_have_no_percentage():
     assert "held-out minus r2" in text
     assert f"r2 {-report.tuned_loss:.5g} against {-report.one_penalty_loss:.5g} on held-out rows" in text
     assert "smaller" not in text
+    model.set_params(scoring=make_scorer(r2_score), guard="one_se").fit(X, y)
+    assert model.tuning_report_.survived
+    first = f"the score {model.best_score_:.5g} against {-model.cv_results_['loss'][0]:.5g} on held-out rows"
+    assert first in model.tuning_report_.summary
 
 
 def test_the_evidence_is_named_and_not_scaled():
