@@ -172,7 +172,7 @@ class Accuracy:
         if (self.pending is not None or self.sharpening) and residual < larger:
             self.bend = abs(value - before) / (larger**2 - residual**2)
         self.last = (value, first, residual)
-        self.most = residual if self.most == math.inf else self.most
+        self.most = residual if self.most == math.inf and residual > 0 else self.most
         if state.shift is not None or state.accepted is None:
             want = SCAN * abs(value)
         else:

@@ -39,10 +39,12 @@ class LBFGSState(SearchState):
     Attributes:
         pairs: the last changes of v and of the slopes by v, each (k,).
         search: the last trial of a search that goes on, with its share cut; None where a new one begins.
+        restarted: whether the pairs were dropped before the end, of an outer loss with kinks.
     """
 
     pairs: tuple[tuple[Vector, Vector], ...] = ()
     search: SearchTrial | None = None
+    restarted: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,12 @@ class HyperLBFGS(EndingSearch[LBFGSState]):
             probe = self.probe(state, accepted, slopes, np.full_like(slopes, curved), lambda d: curved * d)
             if probe is not None:
                 return replace(state, trial=probe)
+        if state.kinks:
+            if state.pairs and not state.restarted:
+                # A pair that spans a kink holds no curvature: the slope has the last word.
+                return self.step(replace(state, pairs=(), restarted=True), accepted)
+            stopped = "no further step is foreseen; the outer loss has kinks, and no bound of what may be left is known"
+            return replace(state, stopped=stopped)
         why = (
             "first-order figures cannot prove that no more is" if noise <= left else f"values are known to {noise:.1e}"
         )

@@ -87,6 +87,7 @@ class SearchState:
         failed: evaluations in a row that failed.
         predicted: the decrease that was still foreseen at the end.
         stopped: how it ended, in words; empty while it goes on.
+        kinks: whether the inner loss has a nonsmooth term, and the outer loss kinks where its support changes.
     """
 
     coordinates: Coordinates
@@ -103,6 +104,7 @@ class SearchState:
     failed: int = 0
     predicted: float = math.nan
     stopped: str = ""
+    kinks: bool = False
 
 
 State = TypeVar("State", bound=SearchState)
@@ -219,6 +221,12 @@ def contradicted(state: State, accepted: Accepted, answer: Answer | None, tol: f
             stopped=f"the outer loss is no function of the hyperparameters: {before.value:.6g}, and once more "
             f"{answer.value:.6g}, at the same ones (a warm-started unroll, a mini-batch?): use cold starts, or Adam",
         )
+    if state.kinks:
+        stopped = (
+            "values do not follow the gradient: the outer loss has a kink at the best point, or the hypergradient is "
+            "biased; no bound of what may be left is known"
+        )
+        return replace(state, stopped=stopped)
     return replace(
         state,
         stopped="values contradict the gradient: the hypergradient is biased (a truncated unroll, few terms?), or the "

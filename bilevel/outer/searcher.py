@@ -108,6 +108,7 @@ class Searcher:
         self.state = search.init(u, kind(centre, lower, upper))
         if scales is not None and search.start is None:
             self.state = replace(self.state, shift=TOP)
+        self.state = replace(self.state, kinks=problem.nonsmooth is not None)
         self.start = self._tree(self.state.u)
         self._solution: tuple[Tree, Tree] | None = None
         self.tol: float | None = None
@@ -264,6 +265,8 @@ class Searcher:
         predicted = self.state.predicted if trial is None or not trial.predicted > 0 else trial.predicted
         if accepted is None or not math.isfinite(predicted) or accepted.answer.value == 0:
             return "nothing is foreseen yet"
+        if self.state.kinks:
+            return "the outer loss has kinks, and no bound of what may be left is known"
         return f"about {100 * predicted / abs(accepted.answer.value):.2g} % of the outer loss may be left"
 
     def saved(self) -> dict[str, Any]:

@@ -95,7 +95,9 @@ class LassoProblem(RidgeProblem):
         return None
 
     def penalty_scales(self, hparams: Tree) -> Tree | None:
-        return None
+        """Return the least penalty at which all weights are zero, ``max |c X'y| / r``, for every penalty."""
+        largest = self.moment.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(self.moment.dtype).tiny)
+        return (largest / self.l1_ratio).expand(self._group_shape).reshape(self.hparams_shape())
 
     def hyper_hessians(self, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
         return None
@@ -168,6 +170,14 @@ class ElasticNetProblem(LassoProblem):
     def spread(self, hparams: Tensor) -> Tensor:
         """Return the second half, of the l2 penalties, in a shape that broadcasts to the weights."""
         return hparams.select(0 if self.batch is None else 1, 1).reshape(self._group_shape)
+
+    def penalty_scales(self, hparams: Tree) -> Tree | None:
+        """Return those of `LassoProblem` for L1, and the mean curvature of each group for L2."""
+        first = self.moment.abs().amax(-1, keepdim=True).expand(self._group_shape)
+        curvature = self.scale * self.train.X.square().sum(-1)
+        second = curvature if self.penalty != "scalar" else curvature.mean(-1, keepdim=True)
+        scales = torch.stack((first, second), dim=-2).reshape(self.hparams_shape())
+        return scales.clamp_min(torch.finfo(scales.dtype).tiny)
 
     def gather(self, weights: Tensor) -> Tensor:
         """Return the sums over each group as the second half, beside zeros."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -143,3 +144,39 @@ def test_a_start_at_which_all_weights_are_zero_and_exact_is_an_end(solver: bl.In
     assert not tuned.params.any()
     assert tuned.outer_loss == pytest.approx(float(DATA[3].square().mean() / 2))
     assert "-0.0e" not in str(tuned)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_tune_leaves_the_dead_zone_and_says_no_number_that_kinks_forbid(seed: int) -> None:
+    data = splits(seed)
+    problem = LassoProblem(*data)
+    grid = [float(problem.outer_loss(problem.solve(u), u)) for u in torch.linspace(-6, 1, 200, dtype=F64)]
+    one = bl.tune(problem, solver=bl.CoordinateDescent())
+    assert one.outer_loss <= min(grid) * 1.001
+    # From penalties of one, where weights are dead and their slopes zero.
+    each = bl.tune(LassoProblem(*data, "per_feature"))
+    assert each.outer_loss < min(grid)
+    for tuned in (one, each):
+        assert "; the outer loss has kinks, and no bound of what may be left is known" in tuned.stopped
+        assert re.search(r"[0-9]e-[0-9]", tuned.stopped) is None
+    cut = bl.tune(problem, steps=8)
+    assert (
+        cut.stopped
+        == "took 8 steps, not converged: the outer loss has kinks, and no bound of what may be left is known"
+    )
+
+
+def test_the_scale_of_a_penalty_is_the_least_one_at_which_all_weights_are_zero() -> None:
+    for name in ("lasso", "mixture"):
+        problem, u = CASES[name]
+        edge = problem.penalty_scales(u).log()  # type: ignore[union-attr]
+        assert not problem.solve(edge + 1e-6).any()  # type: ignore[attr-defined]
+        assert int((problem.solve(edge - 1e-3) != 0).sum()) == 1  # type: ignore[attr-defined]
+    X, y = DATA[:2]
+    largest = float((X.T @ y).abs().max() / len(y))
+    for name in ("elastic net", "elastic net per feature"):
+        problem, u = CASES[name]
+        first, second = problem.penalty_scales(u)  # type: ignore[misc]
+        curvature = (X**2).mean(0)
+        torch.testing.assert_close(first, torch.full(first.shape, largest, dtype=F64))
+        torch.testing.assert_close(second, curvature if first.dim() else curvature.mean())
