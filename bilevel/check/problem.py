@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.base import InnerSolver
-from bilevel.check import determinism, losses, second, solution
+from bilevel.check import determinism, losses, nonsmooth, second, solution
 from bilevel.check.contraction import contraction
 from bilevel.check.estimators import estimators
 from bilevel.check.report import Finding, ProblemReport
@@ -118,6 +118,10 @@ def _of_second_order(subject: Subject, judge_estimators: bool) -> list[Finding]:
         influence = _guarded("influence", second.influence, subject, None)
         return [*findings, finding, influence, _skipped("the inner solver fails")]
     findings += [solved.finding, _guarded("kinks", solution.kinks, subject, solved)]
+    if subject.problem.nonsmooth is not None and solved.params is not None:
+        findings.append(_guarded("proximal map", nonsmooth.proximal_map, subject, solved.params))
+        if findings[-1].verdict == "fault":
+            return [*findings, _skipped("the proximal map is wrong")]
     findings.append(_guarded("influence", second.influence, subject, solved.params))
     return findings + _at_the_solution(subject, solved, judge_estimators)
 

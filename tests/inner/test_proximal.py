@@ -12,6 +12,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.check.nonsmooth import proximal_map
+from bilevel.check.report import Finding
+from bilevel.check.subject import Subject
 
 F64 = torch.float64
 ROWS, FEATURES = 60, 20
@@ -247,3 +250,22 @@ def test_weights_of_a_term_that_do_not_fit_are_refused(term: bl.Nonsmooth, sente
             with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
                 bl.hypergradient(problem, solver, bl.Implicit(), U, check=check)
             assert "\n" not in str(caught.value)
+
+
+class TooStrong(bl.L1):
+    def prox(self, v: Any, step: Tensor, hparams: Any) -> Any:
+        return super().prox(v, 2.0 * step, hparams)
+
+
+def test_the_check_of_a_problem_names_a_proximal_map_of_another_term() -> None:
+    def found(term: bl.Nonsmooth, loss: Any = squared) -> Finding:
+        problem = bl.BilevelProblem(loss, held_out, torch.zeros(FEATURES, dtype=F64), nonsmooth=term)
+        solver = bl.FISTA(steps=200)
+        params = bl.hypergradient(problem, solver, bl.Implicit(), U, on_failure="return").params
+        return proximal_map(Subject(problem, solver, U, problem.start(), 0), params)
+
+    wrong = found(TooStrong(lambda u: u.exp()))
+    assert wrong.verdict == "fault"
+    assert "`TooStrong.prox` is not the proximal map of `TooStrong.value`" in wrong.sentence
+    for loss, term in TERMS.values():
+        assert found(term, loss).verdict == "ok"
