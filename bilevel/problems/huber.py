@@ -18,6 +18,7 @@ class Huber(GLMLoss):
 
     The curvature jumps from one to zero at the width: no bound of errors is proved, they are estimated.
 
+    >>> import torch
     >>> Huber(1.0).value(torch.tensor([0.5, 3.0]), torch.zeros(2))
     tensor([0.1250, 2.5000])
     """
@@ -56,6 +57,7 @@ class HuberProblem(LinearModelProblem):
     Options are those of `LinearModelProblem`, and `width`: up to which residuals count in squares, in units of the
     targets.
 
+    >>> import torch
     >>> X, y = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.5, 9.0], dtype=torch.float64)
     >>> problem = HuberProblem(X, y, X, y, width=1.5)
     >>> problem.bind(problem.initial_hparams()).grad(torch.zeros(1, dtype=torch.float64))
