@@ -280,7 +280,7 @@ def test_wrong_labels_get_smaller_weights():
     X_val = normal(33, 60, 5)
     problem = SampleWeightProblem(X, labels, X_val, (X_val @ normal(32, 5, 3)).argmax(1), penalty=0.01)
     outer = bl.OuterOptimizer(problem, bl.QuasiNewton(tol=1e-8), bl.Implicit(), problem.initial_hparams())
-    result = outer.run(40, progress=False)
+    result = outer.run(12, progress=False)
     weights = problem.weights(result.hparams)
     assert float(weights[wrong].mean()) < 0.3 < 0.6 < float(weights[~wrong].mean())
     assert result.history[-1].outer_loss < 0.8 * result.history[0].outer_loss
