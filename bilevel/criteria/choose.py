@@ -52,14 +52,15 @@ def choose_criterion(
     """
     if kind not in KINDS:
         raise ValueError(f"`criterion` must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
+    squared = isinstance(loss, Squared)  # these have closed forms
     if kind == "auto":
-        kind = _fitting(data, loss, penalties, dependent)
+        kind = _fitting(data, squared, penalties, dependent)
     if kind in ("loo", "alo") and dependent is not None:
         raise ValueError(
             f"rows are {dependent}: a row that is left out alone is known from the others; use 'kfold' with folds that "
             "keep such rows together."
         )
-    if kind in ("loo", "evidence") and not isinstance(loss, Squared):
+    if kind in ("loo", "evidence") and not squared:
         raise ValueError(f"{kind!r} is of squared losses only, got {type(loss).__name__}: use 'alo' or 'kfold'.")
     if kind == "evidence":
         return Evidence(data, penalties)
@@ -76,16 +77,15 @@ def choose_criterion(
     if kind == "holdout" and len(pairs) != 1:
         raise ValueError(f"'holdout' takes one pair of training and validation rows, got {len(pairs)}: use 'kfold'.")
     several = data.y.dim() == 2
-    if isinstance(loss, Squared) and (several or data.rows >= MANY * data.features):
+    if squared and (several or data.rows >= MANY * data.features):
         return RidgeFolds(data, penalties, pairs)
     return KFold(data, loss, penalties, pairs)
 
 
-def _fitting(data: LinearData, loss: GLMLoss, penalties: Penalties, dependent: str | None) -> str:
+def _fitting(data: LinearData, squared: bool, penalties: Penalties, dependent: str | None) -> str:
     """Return the kind that "auto" stands for."""
     if dependent is not None:
         return "kfold"
-    squared = isinstance(loss, Squared)
     if data.sparse and data.rows * data.features > DENSE and not (squared and penalties.even):
         return "kfold"
     if squared:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
-from bilevel.problems.losses import GLMLoss, Logistic, Poisson, Softmax
+from bilevel.problems.losses import GLMLoss
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class Criterion(ABC):
     @property
     def unit(self) -> float:
         """What losses are measured in: 1 for a log likelihood, else the loss of the best constant prediction."""
-        if isinstance(self.loss, Logistic | Softmax | Poisson):
+        if self.loss.likelihood:
             return 1.0
         y, share = self.data.y, self.data.weights / self.data.rows
         constant = (y * share).sum(-1, keepdim=True) if self.data.intercept else y.new_zeros(*y.shape[:-1], 1)

@@ -39,6 +39,8 @@ class GLMLoss(ABC):
     """Proved constants, for error bounds; None where there are none: errors are estimated then."""
     quadratic: ClassVar[bool] = False
     """Whether the loss is quadratic in the predictions."""
+    likelihood: ClassVar[bool] = False
+    """Whether it is a negative log likelihood, which has a unit of its own: criteria measure others by a constant's."""
     separable: ClassVar[bool] = False
     """Whether targets are classes whose loss vanishes where predictions separate them far enough."""
 
@@ -164,6 +166,7 @@ class Logistic(GLMLoss):
 
     max_curvature = 0.25
     constants = LossConstants(curvature=0.25, concordance=1.0, third=1.0 / (6.0 * math.sqrt(3.0)), slope=0.25)
+    likelihood = True
     separable = True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
@@ -200,6 +203,7 @@ class Softmax(GLMLoss):
 
     max_curvature = 0.5
     constants = LossConstants(curvature=0.5, concordance=1.0, third=1.0 / (2.0 * math.sqrt(2.0)), slope=0.25)
+    likelihood = True
     separable = True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
@@ -248,6 +252,8 @@ class Poisson(GLMLoss):
     >>> Poisson().value(torch.zeros(2), torch.tensor([0.0, 1.0]))
     tensor([1., 0.])
     """
+
+    likelihood = True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return z.exp() - y * z + (torch.xlogy(y, y) - y)

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bilevel.core.status import BilevelWarning
 from bilevel.criteria import Criterion, Fit, LinearData, Penalties
 from bilevel.criteria.choose import choose_criterion
 from bilevel.data.rows import Rows
 from bilevel.data.table import Array
-from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared, SquaredHinge
+from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared
+from bilevel.problems.splits import Split
 from bilevel.selection import Selected, make_folds, penalty_cv
 from bilevel.selection.honest import Fold, predictions
 from bilevel.tables.beside import scikit_learn
@@ -248,18 +248,13 @@ def _tested(rows: Rows, criterion: Criterion, fit: Fit, factor: float) -> tuple[
     if rows.X_test is None or rows.y_test is None:
         return None, {}
     loss = criterion.loss
-    X = rows.X_test.toarray() if hasattr(rows.X_test, "toarray") else rows.X_test
-    z = Fit(fit.coef.cpu(), fit.intercept.cpu()).predict(torch.as_tensor(X, dtype=torch.float64))
-    y = _encoded(loss, rows.y_test)
+    given = rows.X_test.toarray() if hasattr(rows.X_test, "toarray") else rows.X_test
+    X = torch.as_tensor(given, dtype=torch.float64)
+    z = Fit(fit.coef.cpu(), fit.intercept.cpu()).predict(X)
+    # Encoded beside the training targets, whose classes are those of the model.
+    parts = {"train": rows.y, "test": rows.y_test}
+    y = loss.encode({part: Split(part, X.new_ones(len(y), 1), torch.as_tensor(y)) for part, y in parts.items()})["test"]
     return factor * float(np.average(loss.value(z, y).numpy(), weights=rows.weights_test)), loss.scores(z, y)
-
-
-def _encoded(loss: GLMLoss, y: Array) -> Tensor:
-    """Return targets as a loss takes them."""
-    if isinstance(loss, Softmax):
-        return torch.as_tensor(y, dtype=torch.int64)
-    numbers = torch.as_tensor(y, dtype=torch.float64)
-    return 2.0 * numbers - 1.0 if isinstance(loss, Logistic | SquaredHinge) else numbers
 
 
 def _scaled(selected: Selected, factor: float) -> Selected:
