@@ -41,8 +41,8 @@ class Huber(GLMLoss):
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         return ((z - y).abs() <= self.width).to(z.dtype)
 
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"r2": r_squared(z, y)}
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        return {"r2": r_squared(z, y, weights)}
 
 
 class HuberProblem(LinearModelProblem):

@@ -117,8 +117,8 @@ class GLMLoss(ABC):
         """Return the prediction, of shape () or (outputs,), with the least loss of all constants; None: not known."""
         return None
 
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        """Return figures of merit of one problem's predictions besides the loss; none by default."""
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        """Return figures of merit of one problem's predictions besides the loss, of weighted rows; none by default."""
         return {}
 
 
@@ -151,8 +151,8 @@ class Squared(GLMLoss):
     def constant_prediction(self, y: Tensor) -> Tensor:
         return y.mean()
 
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"r2": r_squared(z, y)}
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        return {"r2": r_squared(z, y, weights)}
 
 
 class Logistic(GLMLoss):
@@ -187,8 +187,8 @@ class Logistic(GLMLoss):
     def constant_prediction(self, y: Tensor) -> Tensor:
         return torch.logit((y > 0).to(y.dtype).mean())
 
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"accuracy": _accuracy(z, y)}
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        return {"accuracy": mean_of(z * y > 0, weights)}
 
 
 class Softmax(GLMLoss):
@@ -240,8 +240,8 @@ class Softmax(GLMLoss):
     def constant_prediction(self, y: Tensor) -> Tensor:
         return (torch.bincount(y).double() / len(y)).log()
 
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"accuracy": float((z.argmax(0) == y).double().mean())}
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        return {"accuracy": mean_of(z.argmax(0) == y, weights)}
 
 
 class Poisson(GLMLoss):
@@ -282,10 +282,11 @@ class Poisson(GLMLoss):
     def constant_prediction(self, y: Tensor) -> Tensor:
         return y.mean().log()
 
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
         """Return D^2, the share of the deviance that is explained; NaN where a constant explains all."""
-        alone = self.value(y.mean().log().expand_as(y), y).sum()
-        return {"d2": float(1.0 - self.value(z, y).sum() / alone) if bool(alone > 0) else float("nan")}
+        constant = torch.tensor(mean_of(y, weights), dtype=torch.float64).log().to(z)
+        alone = mean_of(self.value(constant.expand_as(y), y), weights)
+        return {"d2": 1.0 - mean_of(self.value(z, y), weights) / alone if alone > 0 else math.nan}
 
 
 class SquaredHinge(GLMLoss):
@@ -315,8 +316,8 @@ class SquaredHinge(GLMLoss):
     def constant_prediction(self, y: Tensor) -> Tensor:
         return y.mean()
 
-    def scores(self, z: Tensor, y: Tensor) -> dict[str, float]:
-        return {"accuracy": _accuracy(z, y)}
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        return {"accuracy": mean_of(z * y > 0, weights)}
 
 
 def _index(z: Tensor, y: Tensor) -> Tensor:
@@ -324,12 +325,13 @@ def _index(z: Tensor, y: Tensor) -> Tensor:
     return y[None] if z.dim() == 2 else y.expand(*z.shape[:-2], z.shape[-1]).unsqueeze(-2)
 
 
-def _accuracy(z: Tensor, y: Tensor) -> float:
-    """Return the share of predictions with the sign of their label."""
-    return float((z * y > 0).double().mean())
+def mean_of(values: Tensor, weights: Tensor | None) -> float:
+    """Return the weighted mean of values of rows."""
+    values = values.double()
+    return float(values.mean() if weights is None else (values * weights).sum() / weights.sum())
 
 
-def r_squared(z: Tensor, y: Tensor) -> float:
-    """Return ``1 - |z - y|^2 / |y - mean(y)|^2``; NaN for constant targets."""
-    spread = (y - y.mean()).square().sum()
-    return float(1.0 - (z - y).square().sum() / spread) if bool(spread > 0) else float("nan")
+def r_squared(z: Tensor, y: Tensor, weights: Tensor | None = None) -> float:
+    """Return ``1 - sum_i s_i (z_i - y_i)^2 / sum_i s_i (y_i - mean(y))^2``; NaN for constant targets."""
+    spread = mean_of((y - mean_of(y, weights)).square(), weights)
+    return 1.0 - mean_of((z - y).square(), weights) / spread if spread > 0 else math.nan

@@ -16,7 +16,7 @@ from bilevel.criteria import Criterion, Fit, LinearData, Penalties
 from bilevel.criteria.choose import choose_criterion
 from bilevel.data.rows import Rows
 from bilevel.data.table import Array
-from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared
+from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared, mean_of
 from bilevel.problems.splits import Split
 from bilevel.selection import Selected, make_folds, penalty_cv
 from bilevel.selection.honest import Fold, predictions
@@ -254,7 +254,8 @@ def _tested(rows: Rows, criterion: Criterion, fit: Fit, factor: float) -> tuple[
     # Encoded beside the training targets, whose classes are those of the model.
     parts = {"train": rows.y, "test": rows.y_test}
     y = loss.encode({part: Split(part, X.new_ones(len(y), 1), torch.as_tensor(y)) for part, y in parts.items()})["test"]
-    return factor * float(np.average(loss.value(z, y).numpy(), weights=rows.weights_test)), loss.scores(z, y)
+    weights = None if rows.weights_test is None else torch.as_tensor(rows.weights_test, dtype=torch.float64)
+    return factor * mean_of(loss.value(z, y), weights), loss.scores(z, y, weights)
 
 
 def _scaled(selected: Selected, factor: float) -> Selected:

@@ -208,6 +208,9 @@ def test_the_test_loss_is_weighted_and_the_model_knows_its_separator(
     errors, weights = (np.array(found) - PRICE["price"])[36:] ** 2, table["w"][36:]
     assert scores[0]["test"] == pytest.approx(np.average(errors, weights=weights), rel=1e-9)
     assert abs(scores[0]["test"] / errors.mean() - 1) > 1e-3
+    price = np.array(PRICE["price"])[36:]
+    spread = np.average((price - np.average(price, weights=weights)) ** 2, weights=weights)
+    assert scores[0]["r2"] == pytest.approx(1 - np.average(errors, weights=weights) / spread, rel=1e-9)
 
 
 def test_new_rows_that_do_not_fit_are_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,12 +38,17 @@ from bilevel import BilevelProblem
 from bilevel.core import tree
 from bilevel.problems import (
     GLMLoss,
+    Huber,
     HuberProblem,
     LinearModelProblem,
+    Logistic,
     LogisticProblem,
+    Poisson,
     PoissonProblem,
     QuadraticProblem,
+    Softmax,
     SoftmaxProblem,
+    Squared,
     SquaredHingeProblem,
 )
 
@@ -398,6 +403,20 @@ def test_a_loss_stated_by_methods_of_the_problem_still_runs_with_a_warning():
 def test_a_problem_without_closed_form_says_so():
     assert logistic().exact_hypergradient(logistic().initial_hparams()) is None
     assert multinomial().exact_hypergradient(multinomial().initial_hparams()) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes"), [(Squared(), 0), (Huber(), 0), (Poisson(), 4), (Logistic(), 2), (Softmax(), 3)]
+)
+def test_figures_of_weighted_rows_are_those_of_repeated_rows(loss, classes):
+    rng = np.random.default_rng(0)
+    times = torch.from_numpy(rng.integers(0, 5, 30))
+    y = torch.from_numpy(rng.integers(0, classes, 30) if classes else rng.standard_normal(30))
+    y = 2.0 * y - 1.0 if isinstance(loss, Logistic) else y if isinstance(loss, Softmax) else y.double()
+    z = torch.from_numpy(rng.standard_normal((3, 30) if isinstance(loss, Softmax) else 30))
+    figures = loss.scores(z, y, times.double())
+    assert figures == pytest.approx(loss.scores(z.repeat_interleave(times, -1), y.repeat_interleave(times)), rel=1e-12)
+    assert figures != pytest.approx(loss.scores(z, y), rel=1e-3)
 
 
 def test_metrics_against_scikit_learn():
