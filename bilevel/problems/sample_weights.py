@@ -1,4 +1,4 @@
-"""Softmax regression with a tuned weight for every training row: data hyper-cleaning (Franceschi et al. 2017)."""
+"""Linear models with a tuned weight for every training row: data hyper-cleaning (Franceschi et al. 2017)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from bilevel.oracles.hyper_hessian import hyper_hessians
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.stacking import RowsProblem
 from bilevel.oracles.vjp_sum import ProductSum
+from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
-from bilevel.problems.softmax import SoftmaxProblem
+from bilevel.problems.losses import GLMLoss, Softmax
 from bilevel.problems.splits import Split
 
 
 class SampleWeightPoint(LinearModelPoint):
-    """The gradient of weighted softmax regression, linearised.
+    """The gradient of a linear model with weighted rows, linearised.
 
     Predictions and curvature do not depend on the weights, so `rebind` keeps them; the gradient for other weights takes
     half a pass, and is counted as one.
@@ -61,7 +62,8 @@ class SampleWeightPoint(LinearModelPoint):
 
         def visit(block: int, X: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             dz = problem.predict(X, v)
-            return problem.collect(X, self.hessian_product(block, rows, dz)), self._along(block, rows, dz)
+            along = self._along(block, rows, dz)  # first: the product may overwrite dz
+            return problem.collect(X, self.hessian_product(block, rows, dz)), along
 
         parts = problem.design.sweep(visit)
         product = problem.scale * sum((part for part, _ in parts[1:]), start=parts[0][0])
@@ -81,7 +83,8 @@ class SampleWeightPoint(LinearModelPoint):
 
     def _along(self, block: int, rows: slice, dz: Tensor) -> Tensor:
         """Return, for every row, the derivative of its unweighted loss along dz."""
-        return (self._unweighted(block, rows) * dz).sum(0)
+        along = self._unweighted(block, rows) * dz
+        return along if along.dim() == 1 else along.sum(0)
 
     def _unweighted(self, block: int, rows: slice) -> Tensor:
         return super().slopes(self.predictions[block], rows)
@@ -91,11 +94,11 @@ class SampleWeightPoint(LinearModelPoint):
 
 
 class SampleWeightInner(LinearModelInner):
-    """Softmax regression at fixed weights of the rows."""
+    """A linear model at fixed weights of the rows."""
 
     linearization = SampleWeightPoint
 
-    def __init__(self, problem: SampleWeightProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
+    def __init__(self, problem: RowWeightProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
         super().__init__(problem, hparams, counts)
         self.weights: Tensor = problem.weights(self.hparams)
         sigmoid = problem.parametrization == "sigmoid"
@@ -110,56 +113,29 @@ class SampleWeightInner(LinearModelInner):
         return float(self.weights.max()) * super().data_curvature
 
 
-class SampleWeightProblem(SoftmaxProblem):
-    """Softmax regression with a tuned weight for every training row, such as to find wrong labels.
+class RowWeightProblem(LinearModelProblem):
+    """A linear model of any loss with a tuned weight for every training row, and fixed penalties.
 
-        inner   c sum_i s_i (logsumexp(z_i) - z_i[y_i]) + pen/2 |W|^2,   z_i = W x_i,   c = 1/n ("mean") or 1 ("sum")
-        outer   1/m sum_i (logsumexp(z_i) - z_i[y_i]) over the validation rows
+        inner   c sum_i s_i loss(z_i, y_i) + 1/2 sum_j pen_j w_j^2,   c = 1/n ("mean") or 1 ("sum")
+        outer   1/m sum_i loss(z_i, y_i) over the validation rows
 
-    W has the shape (classes, features). Hyperparameters: u of shape (rows,); ``s = sigmoid(u)``, or u itself with
-    parametrization="direct". Other options are those of `LinearModelProblem`; the validation labels have to be right.
+    Hyperparameters: u of shape (rows,); ``s = sigmoid(u)``, or u itself with parametrization="direct".
 
     Args:
-        penalty: pen, fixed; positive, so that the inner solution is unique.
-        parametrization: "sigmoid" or "direct".
-        corrupted: bool of shape (rows,), true where a training label is known to be wrong, for `metrics` alone: see
-            ``bilevel.data.load(corrupted=...)``.
-
-    >>> X = torch.eye(3, dtype=torch.float64)
-    >>> problem = SampleWeightProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty=0.1)
-    >>> problem.weights(problem.initial_hparams())
-    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
+        glm: the loss of the predictions.
+        penalty: pen, which broadcasts to the weights of the model.
+        options: of `LinearModelProblem`.
     """
 
-    from_dataset = SoftmaxProblem.from_dataset | {"corrupted"}
     inner_problem = SampleWeightInner
     parametrizations = ("sigmoid", "direct")
 
-    # The data's arguments are written out in each class: configs read names and defaults off a signature.
     def __init__(
-        self,
-        X_train: Any,
-        y_train: Any,
-        X_val: Any,
-        y_val: Any,
-        penalty: float = 1e-3,
-        *,
-        X_test: Any = None,
-        y_test: Any = None,
-        loss: str = "mean",
-        parametrization: str = "sigmoid",
-        corrupted: Any = None,
-        **unknown: Any,
+        self, X_train: Any, y_train: Any, X_val: Any, y_val: Any, *, glm: GLMLoss, penalty: Any, **options: Any
     ) -> None:
-        self.refuse_options(unknown)
-        self.penalty: float = penalty
-        require(self, "penalty", "a positive number", is_number(penalty) and penalty > 0)
-        super().__init__(
-            X_train, y_train, X_val, y_val, X_test=X_test, y_test=y_test, loss=loss, parametrization=parametrization
-        )
-        self.penalty = penalty
-        self._fixed = self.train.X.new_tensor(penalty)
-        self.corrupted: Tensor | None = None if corrupted is None else self._mask(corrupted)
+        self.glm = glm
+        super().__init__(X_train, y_train, X_val, y_val, **{"parametrization": "sigmoid"} | options)
+        self._fixed = torch.as_tensor(penalty).to(self.train.X)
 
     @property
     def unit(self) -> str:
@@ -172,33 +148,11 @@ class SampleWeightProblem(SoftmaxProblem):
         return (self.train.rows,)
 
     def _rows(self, single: Sequence[BilevelProblem], *data: Split) -> BilevelProblem:
-        return RowsProblem(single, "SampleWeightProblem has its closed forms for one problem")
+        return RowsProblem(single, f"{type(self).__name__} has its closed forms for one problem")
 
     def weights(self, hparams: Tensor) -> Tensor:
         """Return the weight of every training row."""
         return torch.sigmoid(hparams) if self.parametrization == "sigmoid" else hparams
-
-    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
-        """Return loss and scores on every split, and how well the weights tell which labels are wrong.
-
-        Where `corrupted` and hparams are known, ``corrupted_in_lower_half`` is the share of the corrupted rows among
-        the ``floor(rows / 2)`` rows with the smallest weights; equal weights count in the order of the rows.
-        """
-        figures = super().metrics(params)
-        if self.corrupted is None or hparams is None:
-            return figures
-        lower = hparams.argsort(stable=True)[: self.train.rows // 2]
-        share = self.corrupted[lower].sum() / self.corrupted.sum()
-        return figures | {"corrupted_in_lower_half": float(share)}
-
-    def _mask(self, corrupted: Any) -> Tensor:
-        mask = torch.as_tensor(corrupted, device=self.train.X.device)
-        if mask.dtype != torch.bool or mask.shape != (self.train.rows,) or not bool(mask.any()):
-            raise ValueError(
-                f"`SampleWeightProblem.corrupted` must be a bool Tensor of shape ({self.train.rows},) that is true "
-                f"somewhere, got {mask.dtype} of shape {tuple(mask.shape)} with {int((mask != 0).sum())} true."
-            )
-        return mask
 
     def penalties(self, hparams: Tensor) -> Tensor:
         return self._fixed
@@ -226,4 +180,87 @@ class SampleWeightProblem(SoftmaxProblem):
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         losses = self.glm.value(self.predict(self.train.X, params), self.train.y)
-        return self.scale * (self.weights(hparams) * losses).sum() + 0.5 * self.penalty * (params * params).sum()
+        return self.scale * (self.weights(hparams) * losses).sum() + 0.5 * (self._fixed * params * params).sum()
+
+
+class SampleWeightProblem(RowWeightProblem):
+    """Softmax regression with a tuned weight for every training row, such as to find wrong labels.
+
+        inner   c sum_i s_i (logsumexp(z_i) - z_i[y_i]) + pen/2 |W|^2,   z_i = W x_i,   c = 1/n ("mean") or 1 ("sum")
+        outer   1/m sum_i (logsumexp(z_i) - z_i[y_i]) over the validation rows
+
+    W has the shape (classes, features). Hyperparameters: u of shape (rows,); ``s = sigmoid(u)``, or u itself with
+    parametrization="direct". Other options are those of `LinearModelProblem`; the validation labels have to be right.
+
+    Args:
+        penalty: pen, fixed; positive, so that the inner solution is unique.
+        parametrization: "sigmoid" or "direct".
+        corrupted: bool of shape (rows,), true where a training label is known to be wrong, for `metrics` alone: see
+            ``bilevel.data.load(corrupted=...)``.
+
+    >>> X = torch.eye(3, dtype=torch.float64)
+    >>> problem = SampleWeightProblem(X, torch.tensor([0, 1, 2]), X, torch.tensor([0, 1, 2]), penalty=0.1)
+    >>> problem.weights(problem.initial_hparams())
+    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
+    """
+
+    from_dataset = RowWeightProblem.from_dataset | {"corrupted"}
+    task = "classification"
+    glm = Softmax()
+    penalty: float
+
+    # The data's arguments are written out in each class: configs read names and defaults off a signature.
+    def __init__(
+        self,
+        X_train: Any,
+        y_train: Any,
+        X_val: Any,
+        y_val: Any,
+        penalty: float = 1e-3,
+        *,
+        X_test: Any = None,
+        y_test: Any = None,
+        loss: str = "mean",
+        parametrization: str = "sigmoid",
+        corrupted: Any = None,
+        **unknown: Any,
+    ) -> None:
+        self.refuse_options(unknown)
+        self.penalty = penalty
+        require(self, "penalty", "a positive number", is_number(penalty) and penalty > 0)
+        super().__init__(
+            X_train,
+            y_train,
+            X_val,
+            y_val,
+            glm=self.glm,
+            penalty=penalty,
+            X_test=X_test,
+            y_test=y_test,
+            loss=loss,
+            parametrization=parametrization,
+        )
+        self.penalty = penalty
+        self.corrupted: Tensor | None = None if corrupted is None else self._mask(corrupted)
+
+    def metrics(self, params: Tree, hparams: Tree = None, solver: Any = None) -> dict[str, float]:
+        """Return loss and scores on every split, and how well the weights tell which labels are wrong.
+
+        Where `corrupted` and hparams are known, ``corrupted_in_lower_half`` is the share of the corrupted rows among
+        the ``floor(rows / 2)`` rows with the smallest weights; equal weights count in the order of the rows.
+        """
+        figures = super().metrics(params)
+        if self.corrupted is None or hparams is None:
+            return figures
+        lower = hparams.argsort(stable=True)[: self.train.rows // 2]
+        share = self.corrupted[lower].sum() / self.corrupted.sum()
+        return figures | {"corrupted_in_lower_half": float(share)}
+
+    def _mask(self, corrupted: Any) -> Tensor:
+        mask = torch.as_tensor(corrupted, device=self.train.X.device)
+        if mask.dtype != torch.bool or mask.shape != (self.train.rows,) or not bool(mask.any()):
+            raise ValueError(
+                f"`SampleWeightProblem.corrupted` must be a bool Tensor of shape ({self.train.rows},) that is true "
+                f"somewhere, got {mask.dtype} of shape {tuple(mask.shape)} with {int((mask != 0).sum())} true."
+            )
+        return mask

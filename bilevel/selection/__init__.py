@@ -17,6 +17,8 @@ from bilevel.selection.honest import second_level as second_level
 from bilevel.selection.path import PathPoint as PathPoint
 from bilevel.selection.path import path as path
 from bilevel.selection.penalty_cv import penalty_cv as penalty_cv
+from bilevel.selection.row_weights import RowWeights as RowWeights
+from bilevel.selection.row_weights import learn_row_weights as learn_row_weights
 from bilevel.selection.scalar import best_penalty as best_penalty
 from bilevel.selection.selected import Node as Node
 from bilevel.selection.selected import Selected as Selected

@@ -5,3 +5,5 @@ from bilevel.sklearn.displays import TuningPathDisplay as TuningPathDisplay
 from bilevel.sklearn.logistic import LogisticRegressionCV as LogisticRegressionCV
 from bilevel.sklearn.report import TuningReport as TuningReport
 from bilevel.sklearn.ridge import RidgeCV as RidgeCV
+from bilevel.sklearn.sample_weights import SampleWeights as SampleWeights
+from bilevel.sklearn.weight_report import WeightReport as WeightReport

@@ -61,4 +61,18 @@ SELECTION = (
         "0.5 * float(least_value)",
         "test_certified_range.py",
     ),
+    Break(
+        "row-weights-see-what-is-held-out",
+        "bilevel/selection/row_weights.py",
+        "self._problem(self.V[rows], self.y_trusted[rows])",
+        "self._problem(self.V, self.y_trusted)",
+        "test_row_weights.py::test_rows_that_are_held_out_have_no_say",
+    ),
+    Break(
+        "wrong-rows-by-row-weights-rise",
+        "bilevel/selection/row_weights.py",
+        "u - gradient / gradient.abs()",
+        "u + gradient / gradient.abs()",
+        "test_row_weights.py",
+    ),
 )

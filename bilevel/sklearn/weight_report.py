@@ -1,0 +1,108 @@
+"""`WeightReport`: what weights of the training rows have gained, and whether trusted rows confirm it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.base import is_classifier
+from tabulate import tabulate
+
+from bilevel.selection import RowWeights
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightReport:
+    """What equal weights reach, what learned ones gain, and whether the gain survived the outer loop.
+
+    Attributes:
+        loss_name: what losses are.
+        n_rows: rows with a learned weight.
+        n_trusted: trusted rows.
+        equal_loss: of trusted rows, with equal weights; NaN without an outer loop.
+        weighted_loss: of trusted rows that had no say, with the best learned weights.
+        gain: one minus their ratio.
+        gate: the gain in standard errors.
+        kappa: standard errors that were asked for; NaN without an outer loop.
+        survived: whether the gain was proved, so that learned weights were kept.
+        seconds: processor time of the weights, without that of the model.
+        summary: all of that in one sentence.
+        remark: what is worth knowing besides; may be empty.
+        nodes: `name`, `fitted` (loss of the trusted rows with weights that were learned on them), `loss` (of trusted
+            rows that had no say), `gain`, `gain_error` and `chosen`, of every node.
+    """
+
+    loss_name: str
+    n_rows: int
+    n_trusted: int
+    equal_loss: float
+    weighted_loss: float
+    gain: float
+    gate: float
+    kappa: float
+    survived: bool
+    seconds: float
+    summary: str
+    remark: str
+    nodes: dict[str, Any]
+
+    def __str__(self) -> str:
+        head = f"SampleWeights: {self.n_rows} weights, learned on {self.n_trusted} trusted rows ({self.loss_name})"
+        nodes = self.nodes
+        rows = [
+            [name, *(nodes[key][index] for key in ("fitted", "loss", "gain", "gain_error")), mark]
+            for index, (name, mark) in enumerate(
+                zip(nodes["name"], np.where(nodes["chosen"], "<- chosen", ""), strict=True)
+            )
+            if np.isfinite(nodes["fitted"][index])
+        ]
+        shown = [["" if isinstance(each, float) and not np.isfinite(each) else each for each in row] for row in rows]
+        heads = ["", "fitted", "held-out loss", "gain", "+-", ""]
+        table = [tabulate(shown, heads, floatfmt=".5g", tablefmt="simple"), ""] if rows else []
+        notes = [f"Note: {self.remark}"] if self.remark else []
+        return "\n".join([head, "", *table, self.summary, *notes, f"Cost: {self.seconds:.2g} s of processor time."])
+
+    __repr__ = __str__
+
+
+def report_of(found: RowWeights | None, estimator: Any, rows: int, trusted: int, remark: str) -> WeightReport:
+    """Return the report of weights; without any of rows that are too few, whose reason is the remark.
+
+    Args:
+        found: the weights.
+        estimator: that they are for.
+        rows: how many were weighted.
+        trusted: how many were trusted.
+        remark: of the report.
+    """
+    classifies = is_classifier(estimator)
+    factor, name = (1.0, "log loss") if classifies else (2.0, "mean squared error")
+    nan = float("nan")
+    if found is None:
+        nodes = {key: np.empty(0) for key in ("name", "fitted", "loss", "gain", "gain_error", "chosen")}
+        summary = "Equal weights are kept."
+        return WeightReport(name, rows, trusted, nan, nan, nan, 0.0, nan, False, 0.0, summary, remark, nodes)
+    choice, unknown = found.choice, np.full(len(found.names), nan)
+    losses, gains, errors = (unknown,) * 3 if choice is None else (choice.losses, choice.gains, choice.gain_errors)
+    nodes = {
+        "name": np.array(found.names),
+        "fitted": factor * found.fitted,
+        "loss": factor * losses,
+        "gain": factor * gains,
+        "gain_error": factor * errors,
+        "chosen": np.arange(len(losses)) == found.chosen,
+    }
+    if choice is None:
+        summary = "Learned weights are taken without an outer loop: whether they generalise is not known."
+        return WeightReport(name, rows, trusted, nan, nan, nan, 0.0, nan, False, found.seconds, summary, remark, nodes)
+    best = int(np.argmin(choice.losses[1:])) + 1
+    equal, weighted, gate = float(nodes["loss"][0]), float(nodes["loss"][best]), float(choice.gates[best])
+    gain = 1.0 - weighted / equal if equal else 0.0
+    proof = f"{weighted:.5g} against {equal:.5g} on trusted rows that had no say: {gate:.1f} standard errors, with "
+    proof += f"{choice.kappa:g} needed"
+    summary = f"Equal weights are kept: no gain of learned ones is proved ({proof})."
+    if choice.open:
+        summary = f"Learned weights generalise: their {name} is {gain:.1%} smaller than that of equal ones ({proof})."
+    figures = (equal, weighted, gain, gate, choice.kappa, choice.open, found.seconds)
+    return WeightReport(name, rows, trusted, *figures, summary, remark, nodes)
