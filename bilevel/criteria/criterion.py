@@ -190,8 +190,13 @@ class Criterion(ABC):
 
     def given(self, w: Tensor, intercept: Tensor) -> Fit:
         """Return the model of standardised coefficients in the units of the X that was given."""
-        coef = w / self.data.scale
-        return Fit(coef, intercept - coef @ self.data.offset)
+        return given(self.data, w, intercept)
+
+
+def given(data: LinearData, w: Tensor, intercept: Tensor | float) -> Fit:
+    """Return the models of standardised coefficients, (..., features), in the units of the X that was given."""
+    coef = w / data.scale
+    return Fit(coef, intercept - coef @ data.offset)
 
 
 def _check(data: LinearData, loss: GLMLoss, penalties: Penalties) -> None:

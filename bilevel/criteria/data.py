@@ -173,14 +173,19 @@ class LinearData:
         X = self.dense()
         return torch.cat([X, X.new_ones(len(X), 1)], 1) if self.intercept else X
 
-    def product(self, w: Tensor) -> Tensor:
-        """Return the predictions without intercept, (..., rows), of standardised coefficients (..., features)."""
+    def product(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the predictions without intercept, (..., rows), of standardised coefficients (..., features).
+
+        Args:
+            w: the coefficients.
+            rows: indices of those that are wanted; None for all.
+        """
         if not self.sparse:
-            return w @ self.X.T
+            return w @ (self.X if rows is None else self.X[rows]).T
         w = w / self.scale
         flat = w.reshape(-1, self.features)
-        product = (self.X @ flat.T - flat @ self.offset).T
-        return product.reshape(*w.shape[:-1], self.rows)
+        product = ((self.X if rows is None else sparse_rows(self.X, rows)) @ flat.T - flat @ self.offset).T
+        return product.reshape(*w.shape[:-1], product.shape[-1])
 
     def collect(self, r: Tensor) -> Tensor:
         """Return ``X' r`` of the standardised columns, (..., features), for r of shape (..., rows)."""
@@ -190,11 +195,17 @@ class LinearData:
         collected = (self.Xt @ flat.T).T - flat.sum(1, keepdim=True) * self.offset
         return (collected / self.scale).reshape(*r.shape[:-1], self.features)
 
-    def gram(self, d: Tensor) -> Tensor:
-        """Return ``X' diag(d) X`` of the standardised columns, (features, features)."""
+    def gram(self, d: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return ``X' diag(d) X`` of the standardised columns, (features, features), or rows of it.
+
+        Args:
+            d: of shape (rows,).
+            index: of the rows that are wanted; None for all.
+        """
         if not self.sparse:
-            return (self.X.T * d) @ self.X
-        return torch.cat([self.collect(self.product(block) * d) for block in _blocks(self.features, d)])
+            return ((self.X if index is None else self.X[:, index]).T * d) @ self.X
+        blocks = _blocks(self.features, d) if index is None else [_units(index, self.features, d)]
+        return torch.cat([self.collect(self.product(block) * d) for block in blocks])
 
     def row_gram(self) -> Tensor:
         """Return ``X X'`` of the standardised columns, (rows, rows)."""
@@ -249,6 +260,13 @@ class LinearData:
 def _blocks(size: int, like: Tensor) -> Sequence[Tensor]:
     """Return the rows of the identity in blocks."""
     return torch.eye(size, dtype=like.dtype, device=like.device).tensor_split(tuple(range(BLOCK, size, BLOCK)))
+
+
+def _units(index: Tensor, size: int, like: Tensor) -> Tensor:
+    """Return some rows of the identity, (k, size)."""
+    rows = like.new_zeros(len(index), size)
+    rows[torch.arange(len(index)), index] = 1.0
+    return rows
 
 
 def _deviations(variance: Tensor, square: Tensor) -> Tensor:

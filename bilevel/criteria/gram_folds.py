@@ -160,7 +160,7 @@ class RidgeFolds(FoldCriterion):
 
     def _answer(self, w: Tensor, gradient: Array, gauss_newton: Array | None) -> Evaluation:
         data, intercepts, outputs = self.data, self._intercepts(w), len(self.y)
-        parts = [self._predicted(w[:, k], held) + intercepts[:, k, None] for k, (_, held) in enumerate(self.folds)]
+        parts = [self.data.product(w[:, k], held) + intercepts[:, k, None] for k, (_, held) in enumerate(self.folds)]
         predictions, y = torch.cat(parts, 1), self.y[:, self.held_out]
         weight = self.share / outputs
         slopes = weight * (predictions - y)
@@ -169,9 +169,6 @@ class RidgeFolds(FoldCriterion):
         if data.y.dim() == 1:
             shaped = (predictions[0], slopes[0], weight)
         return Evaluation(float(losses.mean()), gradient, gauss_newton, losses, *shaped, None, w)
-
-    def _predicted(self, w: Tensor, rows: Tensor) -> Tensor:
-        return self.data.product(w)[:, rows] if self.data.sparse else w @ self.data.X[rows].T
 
 
 def _centred(moments: Tensor, means: Tensor, one: int) -> Tensor:

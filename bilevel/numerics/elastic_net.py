@@ -1,4 +1,4 @@
-"""Squared loss with an elastic-net penalty on a Gram matrix: coordinate descent with active sets, and whole paths.
+"""Squared loss with an elastic-net penalty on a Gram matrix: coordinate descent with active sets.
 
     minimise  1/2 w'G w - c'w + sum_j (l1_j |w_j| + l2_j / 2 w_j^2),      w >= 0 where asked for
 
@@ -10,20 +10,97 @@ coordinate leaves the support, until no sign changes. The objective falls in eac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
+Index = NDArray[np.intp]
 
 ROUNDS = 200
 """Sweeps at most."""
+LOOSE = 1e-9
+"""Residual, as a part of the right-hand side, above which a system is taken for singular."""
+SINGULAR, REFINEMENTS = 1e-11, 5
+"""Share of the largest diagonal entry that is added then, and steps that take its effect out."""
+MOST = 50
+"""Coordinates that a sweep takes up at most."""
 SLACK = 1e-11
 """Share of the largest moment by which a coordinate outside the support may violate its condition."""
 
 
-def solve_gram(gram: Array, moment: Array, l1: Array, l2: Array, w: Array, positive: bool = False) -> Array:
+def _solved(matrix: Array, right: Array, here: Array) -> Array:
+    """Return the solution of a positive semidefinite system.
+
+    Where it has none, the matrix is singular, and right leaves its range. Then a proximal step from here goes far along
+    the null space, where the objective falls until the first sign changes.
+    """
+    try:
+        target: Array = np.linalg.solve(matrix, right).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        target = np.full_like(right, np.nan)
+    if np.abs(matrix @ target - right).max() <= LOOSE * np.abs(right).max():
+        return target
+    near = matrix.copy()
+    near.flat[:: len(near) + 1] += SINGULAR * float(matrix.diagonal().max())
+    target = here
+    for _ in range(REFINEMENTS):
+        target = target + np.linalg.solve(near, right - matrix @ target)
+        if np.abs(matrix @ target - right).max() <= SLACK * np.abs(right).max():
+            break
+    return target
+
+
+class GramColumns:
+    """A Gram matrix whose columns are formed when they are first asked for.
+
+    Args:
+        diagonal: of shape (p,).
+        form: from indices (k,) to the columns, as rows of shape (k, p).
+    """
+
+    def __init__(self, diagonal: Array, form: Callable[[Index], Array]) -> None:
+        self._diagonal, self._form = diagonal, form
+        self._place = np.full(len(diagonal), -1)
+        self._rows, self._count = np.empty((0, len(diagonal))), 0
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, (p,)."""
+        return self._diagonal
+
+    def __getitem__(self, index: Index) -> Array:
+        unknown = index[self._place[index] < 0]
+        if len(unknown):
+            count = self._count + len(unknown)
+            if count > len(self._rows):
+                self._rows = np.concatenate([self._rows, np.empty((count, len(self._diagonal)))])
+            self._rows[self._count : count] = self._form(unknown)
+            self._place[unknown] = np.arange(self._count, count)
+            self._count = count
+        return self._rows[self._place[index]]
+
+
+class Solution(NamedTuple):
+    """A minimiser.
+
+    Attributes:
+        w: of shape (p,).
+        rounds: how many sweeps it took.
+        converged: whether it is one, up to rounding errors.
+    """
+
+    w: Array
+    rounds: int
+    converged: bool
+
+
+def solve_gram(
+    gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, w: Array, positive: bool = False
+) -> Array:
     """Return the minimiser from a start w, such as that of a stronger penalty.
 
     Args:
@@ -37,39 +114,50 @@ def solve_gram(gram: Array, moment: Array, l1: Array, l2: Array, w: Array, posit
     >>> solve_gram(np.eye(2), np.array([3.0, 0.5]), np.ones(2), np.zeros(2), np.zeros(2))
     array([2., 0.])
     """
+    return solution(gram, moment, l1, l2, w, positive).w
+
+
+def solution(
+    gram: Array | GramColumns,
+    moment: Array,
+    l1: Array,
+    l2: Array,
+    w: Array,
+    positive: bool = False,
+    rounds: int = ROUNDS,
+) -> Solution:
+    """Return `solve_gram` with what it took, after at most so many rounds."""
     w = np.maximum(w, 0.0) if positive else w.copy()
     diagonal = gram.diagonal() + l2
     tolerance = SLACK * float(np.abs(moment).max(initial=0.0))
-    for _ in range(ROUNDS):
+    for count in range(1, rounds + 1):
         w, support = _on_support(gram, moment, l1, l2, w)
-        correlation = moment - gram[:, support] @ w[support]
+        correlation = moment - w[support] @ gram[support]
         excess = (correlation if positive else np.abs(correlation)) - l1
         excess[support] = -np.inf
         violators = np.flatnonzero((excess > tolerance) & (diagonal > 0))
         if not len(violators):
-            break
-        for j in violators[np.argsort(-excess[violators])]:
+            return Solution(w, count, True)
+        violators = violators[np.argsort(-excess[violators])[:MOST]]
+        for j, column in zip(violators, gram[violators], strict=True):
             # Of a coordinate at zero; where others have come before it, it may stay there.
             size = (correlation[j] if positive else abs(correlation[j])) - l1[j]
             if size > 0:
                 w[j] = np.copysign(size, correlation[j]) / diagonal[j]
-                correlation -= w[j] * gram[:, j]
-    return w
+                correlation -= w[j] * column
+    return Solution(w, rounds, False)
 
 
-def _on_support(gram: Array, moment: Array, l1: Array, l2: Array, w: Array) -> tuple[Array, NDArray[np.intp]]:
+def _on_support(gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, w: Array) -> tuple[Array, Index]:
     """Go to the solution on the support of w, without the coordinates whose signs change on the way."""
     support = np.flatnonzero(w)
     while len(support):
         here = w[support]
         signs = np.sign(here)
-        matrix = gram[support[:, None], support]
+        matrix = gram[support][:, support]
         matrix.flat[:: len(support) + 1] += l2[support]
         right = moment[support] - l1[support] * signs
-        try:
-            target = np.linalg.solve(matrix, right)
-        except np.linalg.LinAlgError:
-            target = np.linalg.lstsq(matrix, right, rcond=None)[0]
+        target = _solved(matrix, right, here)
         wrong = target * signs <= 0
         if not wrong.any():
             w[support] = target
@@ -81,34 +169,6 @@ def _on_support(gram: Array, moment: Array, l1: Array, l2: Array, w: Array) -> t
         w[support] = moved
         support = support[moved != 0]
     return w, support
-
-
-def elastic_path(
-    gram: Array, moment: Array, alphas: Array, l1_ratio: float = 1.0, weights: Array | None = None
-) -> Array:
-    """Return the coefficients for every alpha, of shape (alphas, p), from strong to weak penalties.
-
-    It minimises ``1/2 w'G w - c'w + alpha sum_j weights_j (r |w_j| + (1 - r)/2 w_j^2)``: with ``G = X'X / n`` and
-    ``c = X'y / n`` of centred data, alpha and r are those of scikit-learn.
-
-    Args:
-        gram: G, of shape (p, p).
-        moment: c, of shape (p,).
-        alphas: penalties, in any order; decreasing ones are solved soonest.
-        l1_ratio: r, in [0, 1].
-        weights: factors of the penalties, of shape (p,); ones by default.
-
-    >>> elastic_path(np.eye(2), np.array([3.0, 0.5]), np.array([1.0, 0.25]))
-    array([[2.  , 0.  ],
-           [2.75, 0.25]])
-    """
-    weights = np.ones_like(moment) if weights is None else np.asarray(weights, dtype=np.float64)
-    path, w = np.empty((len(alphas), len(moment))), np.zeros_like(moment)
-    for index in np.argsort(-np.asarray(alphas), kind="stable"):
-        penalty = alphas[index] * weights
-        w = solve_gram(gram, moment, l1_ratio * penalty, (1.0 - l1_ratio) * penalty, w)
-        path[index] = w
-    return path
 
 
 def minimise_quadratic(

@@ -2,9 +2,13 @@
 
 from bilevel.selection.certified import RangeCertificate as RangeCertificate
 from bilevel.selection.certified import certify_range as certify_range
+from bilevel.selection.combined import Candidate as Candidate
+from bilevel.selection.combined import Combined as Combined
+from bilevel.selection.combined import NetPath as NetPath
 from bilevel.selection.descend import Hyperprior as Hyperprior
 from bilevel.selection.descend import Tuned as Tuned
 from bilevel.selection.descend import tune as tune
+from bilevel.selection.elastic_cv import elastic_cv as elastic_cv
 from bilevel.selection.folds import make_folds as make_folds
 from bilevel.selection.gate import Choice as Choice
 from bilevel.selection.gate import choose as choose
@@ -14,6 +18,7 @@ from bilevel.selection.gate import paired as paired
 from bilevel.selection.honest import HonestLosses as HonestLosses
 from bilevel.selection.honest import nested as nested
 from bilevel.selection.honest import second_level as second_level
+from bilevel.selection.nets import Net as Net
 from bilevel.selection.path import PathPoint as PathPoint
 from bilevel.selection.path import path as path
 from bilevel.selection.penalty_cv import penalty_cv as penalty_cv

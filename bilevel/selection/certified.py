@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria.criterion import Array, Criterion, Fit
+from bilevel.criteria.criterion import Array, Criterion, given
 from bilevel.criteria.data import LinearData
 from bilevel.criteria.leave_one_out import RidgeLeaveOneOut
 from bilevel.criteria.penalties import Penalties
@@ -181,16 +181,10 @@ def _folds(criterion: FoldCriterion) -> list[_Rows]:
     for train, held in criterion.folds:
         part = data.take(train)
         g, directions, c, mean = _spectral(part, data.weights[train])
-        B = predictions(data, _in_given_units(part, directions))[:, held].T
+        B = predictions(data, given(part, directions, 0.0))[:, held].T
         tensors = (g, B * (c / g), data.y[held] - mean, data.weights[held] / total)
         found.append(_Rows(*(each.double().cpu().numpy() for each in tensors)))
     return found
-
-
-def _in_given_units(data: LinearData, directions: Tensor) -> Fit:
-    """Return coefficients of standardised columns, (r, features), in the units of the X that was given."""
-    coef = directions / data.scale
-    return Fit(coef, -(coef @ data.offset))
 
 
 def _bound(parts: Sequence[_Rows], u: float, r: float) -> tuple[float, float]:

@@ -27,10 +27,10 @@ Score = Callable[[Fit, NDArray[np.intp]], float]
 
 
 class FoldLosses(NamedTuple):
-    """What a node has in a fold: weighted losses of the rows held out, their indices, and evaluations."""
+    """What a node has in a fold: its model, weighted losses of the rows held out, and evaluations."""
 
+    fit: Fit
     losses: Array
-    rows: NDArray[np.intp]
     evaluations: int
 
 
@@ -42,11 +42,54 @@ class HonestLosses:
         losses: weighted so that the mean over rows is the honest loss, (nodes, rows).
         rows: the rows' indices, (rows,); those of folds where a score has the place of the loss.
         evaluations: of the criterion that they took.
+        fits: the model of every node in every fold; empty without folds.
     """
 
     losses: Array
     rows: NDArray[np.intp]
     evaluations: int
+    fits: tuple[tuple[Fit, ...], ...] = ()
+
+
+class HeldOut:
+    """Folds of the rows of a criterion, and what the rows that they hold out have in common.
+
+    Args:
+        criterion: of all rows.
+        folds: pairs of indices, (training rows, rows held out).
+
+    Attributes:
+        folds: the same as tensors; of classes, a row is held out only where its fold trains on its class.
+        rows: those with a weight that are held out at all.
+
+    Raises:
+        ValueError: in one sentence, where a fold cannot be fitted.
+    """
+
+    def __init__(self, criterion: Criterion, folds: Sequence[Fold]) -> None:
+        self.folds = [_indices(fold, index, criterion) for index, fold in enumerate(folds, 1)]
+        self._weights = criterion.data.weights.cpu().numpy()
+        self._count = np.zeros(criterion.data.rows)
+        for _, held in self.folds:
+            self._count[held] += 1
+        self.rows = np.flatnonzero((self._count > 0) & (self._weights > 0))
+
+    def pooled(self, parts: Sequence[Array]) -> Array:
+        """Return the losses of rows, (..., rows), whose mean is the honest loss; of a row in several folds the mean.
+
+        Args:
+            parts: for every fold, weighted losses of the rows that it holds out, (..., held).
+        """
+        total = np.zeros((*parts[0].shape[:-1], len(self._count)))
+        for (_, held), part in zip(self.folds, parts, strict=True):
+            total[..., held.numpy()] += part
+        found: Array = total[..., self.rows] / self._count[self.rows] / self._weights[self.rows].mean()
+        return found
+
+    def shares(self, held: Tensor) -> Array:
+        """Return the weights of rows that a fold holds out, divided by the folds that do."""
+        index = held.numpy()
+        return np.asarray(self._weights[index] / self._count[index])
 
 
 def nested(
@@ -84,33 +127,34 @@ def nested(
     walk: Callable[..., Iterator[FoldLosses]] = partial(
         _fold_losses, criterion, taus=taus, score=score, anchored=anchored, **options
     )
-    pairs = [_indices(fold, index, criterion) for index, fold in enumerate(folds, 1)]
+    held_out = HeldOut(criterion, folds)
+    pairs = held_out.folds
     walks: Sequence[Iterable[FoldLosses]]
-    if n_jobs in (None, 1):
-        walks = [walk(*pair) for pair in pairs]
-    else:
-        from joblib import Parallel, delayed
-
-        walks = Parallel(n_jobs=n_jobs)(delayed(_listed)(walk, *pair) for pair in pairs)
-    count, weights = np.zeros(criterion.data.rows), criterion.data.weights.cpu().numpy()
+    walks = in_folds(walk if n_jobs in (None, 1) else partial(_listed, walk), pairs, n_jobs)
     losses: list[Array] = []
+    fits: list[tuple[Fit, ...]] = []
     evaluations = 0
     steps = zip(*walks, strict=True)
     for found in tqdm(steps, total=len(taus) + 1, disable=not progress, unit="node", desc="outer loop"):
         evaluations += sum(each.evaluations for each in found)
+        fits.append(tuple(each.fit for each in found))
         if score is not None:
             losses.append(np.concatenate([each.losses for each in found]))
             continue
-        total = np.zeros_like(count)
-        for each in found:
-            total[each.rows] += each.losses
-            count[each.rows] += not losses
-        rows = np.flatnonzero((count > 0) & (weights > 0))
-        losses.append(total[rows] / count[rows] / weights[rows].mean())
+        losses.append(held_out.pooled([each.losses for each in found]))
         if has_risen(losses):
             break
-    rows = np.arange(len(pairs)) if score is not None else rows
-    return HonestLosses(np.stack(losses), rows, evaluations)
+    rows = np.arange(len(pairs)) if score is not None else held_out.rows
+    return HonestLosses(np.stack(losses), rows, evaluations, tuple(fits))
+
+
+def in_folds(function: Callable[..., Any], folds: Sequence[tuple[Any, ...]], n_jobs: int | None) -> list[Any]:
+    """Return a function of every fold, in processes of joblib where these are asked for."""
+    if n_jobs in (None, 1):
+        return [function(*fold) for fold in folds]
+    from joblib import Parallel, delayed
+
+    return list(Parallel(n_jobs=n_jobs)(delayed(function)(*fold) for fold in folds))
 
 
 def has_risen(losses: Sequence[Array]) -> bool:
@@ -136,6 +180,8 @@ def _indices(fold: Fold, index: int, criterion: Criterion) -> tuple[Tensor, Tens
         raise ValueError(f"fold {index} has no {'held-out' if len(train) else 'training'} rows: give it some.")
     if criterion.loss.separable and bool((y[train] == y[train][0]).all()):
         raise ValueError(f"the training rows of fold {index} are all of one class: use fewer or stratified folds.")
+    if criterion.loss.separable:
+        held = held[torch.isin(y[held], y[train]).cpu()]
     return train, held
 
 
@@ -151,16 +197,14 @@ def _fold_losses(
         score: see `nested`.
         options: of `follow`.
     """
-    part, y = criterion.take(train), criterion.data.y
-    if criterion.loss.separable:
-        held = held[torch.isin(y[held], y[train]).cpu()]
-    rows = held.numpy()
+    part = criterion.take(train)
     for node in follow(part, **options):
         fit = part.refit(node.u, node.evaluation.warm)
-        losses = (
-            _losses(criterion, fit)[held].double().cpu().numpy() if score is None else np.array([-score(fit, rows)])
-        )
-        yield FoldLosses(losses, rows, node.evaluations)
+        if score is None:
+            losses = _losses(criterion, fit)[held].double().cpu().numpy()
+        else:
+            losses = np.array([-score(fit, held.numpy())])
+        yield FoldLosses(fit, losses, node.evaluations)
 
 
 def _listed(walk: Callable[..., Iterable[FoldLosses]], *pair: Tensor) -> list[FoldLosses]:
@@ -173,9 +217,9 @@ def _losses(criterion: Criterion, fit: Fit) -> Tensor:
     return criterion.weighted(criterion.loss.value(predictions(criterion.data, fit), criterion.data.y))
 
 
-def predictions(data: LinearData, fit: Fit) -> Tensor:
-    """Return the predictions for rows, standardised as they are, of a model in the units of the X that was given."""
-    return data.product(fit.coef * data.scale) + (fit.intercept + fit.coef @ data.offset)[..., None]
+def predictions(data: LinearData, fit: Fit, rows: Tensor | None = None) -> Tensor:
+    """Return the predictions for rows, standardised as they are, of models in the units of the X that was given."""
+    return data.product(fit.coef * data.scale, rows) + (fit.intercept + fit.coef @ data.offset)[..., None]
 
 
 def second_level(criterion: Criterion, points: Sequence[PathPoint]) -> HonestLosses:

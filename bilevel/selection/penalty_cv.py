@@ -25,14 +25,14 @@ Honest = Literal["auto", "nested", "alo"]
 SHORT = 1_000_000
 """Entries of X up to which one thread of torch is quicker than several, which wait for each other."""
 
-Function = TypeVar("Function", bound=Callable[..., Selected])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _in_short_operations(function: Function) -> Function:
+def in_short_operations(function: Function) -> Function:
     """Let a function of a criterion of few rows run on one thread of torch, whose number is restored at its end."""
 
     @wraps(function)
-    def run(criterion: Criterion, **options: Any) -> Selected:
+    def run(criterion: Criterion, **options: Any) -> Any:
         short = criterion.data.rows * criterion.data.features <= SHORT
         with short_operations() if short else nullcontext():
             return function(criterion, **options)
@@ -40,7 +40,7 @@ def _in_short_operations(function: Function) -> Function:
     return cast(Function, run)
 
 
-@_in_short_operations
+@in_short_operations
 def penalty_cv(
     criterion: Criterion,
     *,
@@ -115,7 +115,7 @@ def penalty_cv(
     guarded = size > 1 and guard != "off"
     pairs: tuple[Fold, ...] = ()
     if guarded and honest != "alo":
-        pairs = tuple(_folds(criterion, folds, groups, ordered, random_state))
+        pairs = tuple(outer_folds(criterion, folds, groups, ordered, random_state))
     options: dict[str, Any] = {"anchored": anchored, "candidates": candidates, "tol": tol, "steps": steps}
     losses: HonestLosses | None = None
     choice: Choice | None = None
@@ -175,7 +175,7 @@ def _check(criterion: Criterion, guard: str, honest: str) -> None:
         )
 
 
-def _folds(criterion: Criterion, folds: Any, groups: Any, ordered: bool, seed: int) -> Sequence[Fold]:
+def outer_folds(criterion: Criterion, folds: Any, groups: Any, ordered: bool, seed: int) -> Sequence[Fold]:
     """Return the folds of the outer loop."""
     if not isinstance(folds, int):
         return list(folds)

@@ -17,19 +17,37 @@ STRONG, WEAK = 6.0, 10.0
 """Log penalties this far above `LinearData.level` all but drop a feature, and this far below it do not matter."""
 
 
-@dataclass(frozen=True, eq=False)
-class Node:
-    """Tuned penalties under one weight of the hyperprior.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Judged:
+    """What held-out rows say of a model.
+
+    Attributes:
+        loss: honest mean loss; NaN without an outer loop.
+        std_error: of the difference between `loss` and the least of all models.
+        gain: the honest loss of the first, simplest model minus this one's.
+        gain_error: the standard error of the gain.
+    """
+
+    loss: float
+    std_error: float
+    gain: float
+    gain_error: float
+
+    @property
+    def gate(self) -> float:
+        """The gain in standard errors; 0 where there is none."""
+        return self.gain / self.gain_error if 0 < self.gain_error < math.inf else 0.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Node(Judged):
+    """Tuned penalties under one weight of the hyperprior; the first node of a path has one penalty.
 
     Attributes:
         tau: that weight, as a part of the criterion's unit; infinite for one penalty.
         u: log penalties, (k,), as `Criterion.evaluate` takes them.
         penalties: of every coefficient, shaped as they are; of standardised columns and sums of losses.
         value: of the criterion on all rows: a training loss of the penalties.
-        loss: honest mean loss; NaN without an outer loop.
-        std_error: of the difference between `loss` and the least of all nodes.
-        gain: the honest loss of one penalty minus this one's.
-        gain_error: the standard error of the gain.
         evaluations: of the criterion on all rows, from the node before.
         converged: whether the descent to it ended before its steps were used up.
     """
@@ -38,17 +56,8 @@ class Node:
     u: Array
     penalties: Tensor
     value: float
-    loss: float
-    std_error: float
-    gain: float
-    gain_error: float
     evaluations: int
     converged: bool
-
-    @property
-    def gate(self) -> float:
-        """The gain in standard errors; 0 where there is none."""
-        return self.gain / self.gain_error if 0 < self.gain_error < math.inf else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,27 +143,29 @@ def nodes_of(
     criterion: Criterion, points: list[PathPoint], losses: HonestLosses | None, choice: Choice | None
 ) -> tuple[Node, ...]:
     """Return the nodes of a path with their honest losses."""
-    unknown = np.full(len(points), np.nan)
-    loss = errors = gains = gain_errors = unknown
-    if losses is not None and choice is not None:
-        loss, gains, gain_errors = choice.losses, choice.gains, choice.gain_errors
-        with np.errstate(invalid="ignore"):
-            errors = paired(losses.losses, losses.losses[choice.best])[1]
+    judged = judge(len(points), losses, choice)
     return tuple(
         Node(
             tau=point.tau,
             u=point.u,
             penalties=criterion.penalties.spread(point.u).exp(),
             value=point.evaluation.value,
-            loss=float(loss[index]),
-            std_error=float(errors[index]),
-            gain=float(gains[index]),
-            gain_error=float(gain_errors[index]),
             evaluations=point.evaluations,
             converged=point.converged,
+            **each,
         )
-        for index, point in enumerate(points)
+        for point, each in zip(points, judged, strict=True)
     )
+
+
+def judge(count: int, losses: HonestLosses | None, choice: Choice | None) -> list[dict[str, float]]:
+    """Return the attributes of `Judged` for so many models, NaN without honest losses."""
+    if losses is None or choice is None:
+        return [dict.fromkeys(("loss", "std_error", "gain", "gain_error"), math.nan)] * count
+    with np.errstate(invalid="ignore"):
+        errors = paired(losses.losses, losses.losses[choice.best])[1]
+    columns = {"loss": choice.losses, "std_error": errors, "gain": choice.gains, "gain_error": choice.gain_errors}
+    return [{name: float(column[index]) for name, column in columns.items()} for index in range(count)]
 
 
 def remarks_of(criterion: Criterion, point: PathPoint) -> list[str]:

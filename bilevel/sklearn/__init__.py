@@ -2,6 +2,8 @@
 
 from bilevel.sklearn.displays import PenaltiesDisplay as PenaltiesDisplay
 from bilevel.sklearn.displays import TuningPathDisplay as TuningPathDisplay
+from bilevel.sklearn.elastic_net import ElasticNetCV as ElasticNetCV
+from bilevel.sklearn.elastic_net import LassoCV as LassoCV
 from bilevel.sklearn.logistic import LogisticRegressionCV as LogisticRegressionCV
 from bilevel.sklearn.report import TuningReport as TuningReport
 from bilevel.sklearn.ridge import RidgeCV as RidgeCV

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from bilevel.core.figures import COLOURS
+from bilevel.sklearn.report import labels_of
 
 MOST = 30
 """Features that a figure names."""
@@ -34,10 +35,10 @@ class TuningPathDisplay:
     does not, tuning over-fits the criterion.
 
     Args:
-        tau: weights of the hyperprior, (nodes,); infinite for one penalty.
+        labels: of the nodes: weights of the hyperprior, or names of candidates.
         loss: of held-out rows, (nodes,); NaN without an outer loop.
         gain_error: standard errors of the gains over one penalty, (nodes,).
-        criterion: its values on all rows, (nodes,).
+        criterion: its values on all rows, (nodes,); NaN for candidates without.
         chosen: the index of the node that was taken.
         loss_name: what the losses are.
         criterion_name: what values of the criterion are; where it is not the loss they have an axis of their own.
@@ -51,7 +52,7 @@ class TuningPathDisplay:
     def __init__(
         self,
         *,
-        tau: NDArray[np.float64],
+        labels: list[str],
         loss: NDArray[np.float64],
         gain_error: NDArray[np.float64],
         criterion: NDArray[np.float64],
@@ -59,7 +60,7 @@ class TuningPathDisplay:
         loss_name: str,
         criterion_name: str,
     ) -> None:
-        self.tau, self.loss, self.gain_error, self.criterion = tau, loss, gain_error, criterion
+        self.labels, self.loss, self.gain_error, self.criterion = labels, loss, gain_error, criterion
         self.chosen, self.loss_name, self.criterion_name = chosen, loss_name, criterion_name
 
     @classmethod
@@ -74,7 +75,7 @@ class TuningPathDisplay:
         check_is_fitted(estimator)
         results = estimator.cv_results_
         display = cls(
-            tau=results["tau"],
+            labels=labels_of(results),
             loss=results["loss"],
             gain_error=results["gain_error"],
             criterion=results["criterion"],
@@ -92,7 +93,7 @@ class TuningPathDisplay:
             kwargs: of matplotlib's errorbar.
         """
         ax = _axes(ax)
-        at = np.arange(len(self.tau))
+        at = np.arange(len(self.labels))
         style = {"color": COLOURS[0], "marker": "o", "capsize": 3, "label": "held-out rows"} | kwargs
         held_out = ax.errorbar(at, self.loss, yerr=np.nan_to_num(self.gain_error), **style)
         other = ax if self.criterion_name == self.loss_name else ax.twinx()
@@ -100,8 +101,8 @@ class TuningPathDisplay:
         known = np.isfinite(self.loss[self.chosen])
         shown, its = (self.loss, ax) if known else (self.criterion, other)
         (mark,) = its.plot(self.chosen, shown[self.chosen], "o", ms=12, mfc="none", color=COLOURS[6], label="chosen")
-        ax.set_xticks(at, ["one penalty" if np.isinf(tau) else f"{tau:g}" for tau in self.tau])
-        ax.set(xlabel="weight of the hyperprior", ylabel=self.loss_name)
+        ax.set_xticks(at, self.labels, rotation=30 if len(at) > 4 else 0)
+        ax.set(ylabel=self.loss_name)
         if other is not ax:
             other.set_ylabel(self.criterion_name)
         ax.legend(handles=[held_out, fitted, mark])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tabulate import tabulate
 
-from bilevel.selection import Selected
+from bilevel.selection import Candidate, Node, Selected
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,8 +22,8 @@ class TuningReport:
         criterion_name: what its values are.
         honest: how honest losses were taken: "nested", "alo", or "none".
         n_penalties: how many were tuned.
-        one_penalty_loss: of held-out rows, with one penalty; without an outer loop NaN.
-        tuned_loss: of held-out rows, with the best tuned penalties; NaN where there are none.
+        one_penalty_loss: of held-out rows, with one penalty, or of the first candidate; without an outer loop NaN.
+        tuned_loss: of held-out rows, with the best tuned penalties or candidate; NaN where there are none.
         gain: one minus their ratio; NaN for a scorer, whose zero may mean nothing.
         gate: the gain in standard errors.
         kappa: standard errors that were asked for; NaN without an outer loop.
@@ -33,6 +33,7 @@ class TuningReport:
         summary: all of that in one sentence.
         remarks: what is worth knowing besides, a sentence each.
         nodes: `cv_results_` of the estimator.
+        n_candidates: models of different kinds that were judged; 0 where there is only the path.
     """
 
     estimator: str
@@ -52,19 +53,21 @@ class TuningReport:
     summary: str
     remarks: tuple[str, ...]
     nodes: dict[str, Any]
+    n_candidates: int = 0
 
     def __str__(self) -> str:
         nodes = self.nodes
+        chosen = nodes["weight"] if self.n_candidates else nodes["chosen"]
         rows = [
             [
-                "one penalty" if np.isinf(tau) else f"tau {tau:g}",
+                label,
                 nodes["criterion"][index],
                 nodes["loss"][index],
                 nodes["gain"][index] if index else np.nan,
                 nodes["gain_error"][index] if index else np.nan,
-                "<- chosen" if nodes["chosen"][index] else "",
+                "" if not chosen[index] else f"<- {chosen[index]:.0%}" if self.n_candidates else "<- chosen",
             ]
-            for index, tau in enumerate(nodes["tau"])
+            for index, label in enumerate(labels_of(nodes))
         ]
         shown = [["" if isinstance(each, float) and np.isnan(each) else each for each in row] for row in rows]
         held_out = self.loss_name if self.loss_name.startswith("minus ") else "loss"
@@ -72,6 +75,7 @@ class TuningReport:
             shown, ["", "criterion", f"held-out {held_out}", "gain", "+-", ""], floatfmt=".5g", tablefmt="simple"
         )
         what = "1 penalty" if self.n_penalties == 1 else f"{self.n_penalties} penalties"
+        what = f"{self.n_candidates} candidates" if self.n_candidates else what
         cost = f"Cost: {self.n_evaluations} evaluations of the criterion, {self.seconds:.2g} s of processor time."
         head = f"{self.estimator}: {what}, tuned by {self.criterion} ({self.criterion_name})"
         return "\n".join([head, "", table, "", self.summary, *(f"Note: {each}" for each in self.remarks), cost])
@@ -106,12 +110,20 @@ def summary_of(selected: Selected, scorer: str) -> str:
     return f"{count} tuned penalties generalise ({figures})."
 
 
-def shown(selected: Selected, of_criterion: float, of_loss: float) -> Selected:
-    """Return the same with values of the criterion times a factor, and honest losses times another."""
+def labels_of(nodes: dict[str, Any]) -> list[str]:
+    """Return what figures and tables call the nodes, or candidates, of a `cv_results_`."""
+    if "candidate" in nodes:
+        return list(nodes["candidate"])
+    return ["one penalty" if np.isinf(tau) else f"tau {tau:g}" for tau in nodes["tau"]]
+
+
+T = TypeVar("T", Node, Candidate)
+
+
+def shown(models: tuple[T, ...], of_criterion: float, of_loss: float) -> tuple[T, ...]:
+    """Return models with values of the criterion times a factor, and honest losses times another."""
     losses = ("loss", "std_error", "gain", "gain_error")
     factors = {"value": of_criterion} | dict.fromkeys(losses, of_loss)
-    nodes = tuple(
-        replace(node, **{name: factor * getattr(node, name) for name, factor in factors.items()})
-        for node in selected.nodes
+    return tuple(
+        replace(each, **{name: factor * getattr(each, name) for name, factor in factors.items()}) for each in models
     )
-    return replace(selected, nodes=nodes)

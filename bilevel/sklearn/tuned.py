@@ -120,7 +120,7 @@ class TunedLinearModel:
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         if get_config()["enable_metadata_routing"]:
             routed = process_routing(self, "fit", **weights, **params)
-            return dict(routed.splitter.split), dict(routed.scorer.score)
+            return dict(routed.splitter.split), dict(routed.scorer.score) if "scorer" in routed else {}
         if unknown := params.keys() - {"groups"}:
             raise ValueError(
                 f"{type(self).__name__}.fit takes {sorted(unknown)} with sklearn.set_config(enable_metadata_routing="
@@ -288,8 +288,9 @@ class TunedLinearModel:
         """
         evidence = isinstance(criterion, Evidence)
         factor = self._loss_factor
-        selected = shown(selected, 1.0 if evidence else factor, 1.0 if scorer else factor)
-        nodes, node = selected.nodes, selected.node
+        nodes = shown(selected.nodes, 1.0 if evidence else factor, 1.0 if scorer else factor)
+        selected = replace(selected, nodes=nodes)
+        node = selected.node
 
         def of_nodes(name: str) -> NDArray[np.float64]:
             return np.array([getattr(each, name) for each in nodes])

@@ -3,11 +3,16 @@
 import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from bilevel.sklearn import LogisticRegressionCV, RidgeCV
+from bilevel.sklearn import ElasticNetCV, LassoCV, LogisticRegressionCV, RidgeCV
 
 
 # The checks fit a few rows, of one of which the criterion may be made: that is a warning to people, not to checks.
 @pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
-@parametrize_with_checks([RidgeCV(), LogisticRegressionCV(penalty_structure="scalar")])
+@parametrize_with_checks([
+    RidgeCV(),
+    LogisticRegressionCV(penalty_structure="scalar"),
+    ElasticNetCV(alphas=5),
+    LassoCV(alphas=5),
+])
 def test_the_estimator_is_one_of_scikit_learns(estimator, check):
     check(estimator)

@@ -1,0 +1,131 @@
+"""`Combined`: candidates of different kinds, what held-out rows say of each, and the model made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bilevel.criteria.criterion import Array, Fit
+from bilevel.selection.gate import Choice
+from bilevel.selection.honest import Fold, HonestLosses
+from bilevel.selection.selected import Judged
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidate(Judged):
+    """A model of all rows.
+
+    Attributes:
+        name: what reports call it.
+        fit: the model, in the units of the X that was given.
+        penalties: a, (features,), of ``mean loss + sum_j a_j (r |w_j| + (1 - r)/2 w_j^2)`` and standardised columns.
+        l1_ratio: r; 0 for ridge regression.
+        value: of the criterion on all rows, of ridge regression; else NaN.
+        weight: its share of the final model.
+    """
+
+    name: str
+    fit: Fit
+    penalties: Tensor
+    l1_ratio: float
+    value: float
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class NetPath:
+    """An elastic net on a grid of penalties.
+
+    Attributes:
+        l1_ratios: (ratios,).
+        alphas: decreasing for each ratio, (ratios, m).
+        losses: weighted mean loss of the rows that each fold holds out, (ratios, m, folds).
+        alpha: where the mean loss of all held-out rows is least.
+        l1_ratio: likewise.
+        dual_gap: of the model of all rows there; NaN for losses other than the squared one.
+        rounds: of the solver for that model.
+    """
+
+    l1_ratios: Array
+    alphas: Array
+    losses: Array
+    alpha: float
+    l1_ratio: float
+    dual_gap: float
+    rounds: int
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """The model of an `elastic_cv`, and what was seen on the way to it.
+
+    Attributes:
+        fit: the model of all rows, in the units of the X that was given.
+        candidates: the simplest first.
+        choice: what spoke for the best of them.
+        net: the elastic net's grid.
+        losses: honest losses of rows.
+        folds: of the outer loop.
+        evaluations: of the criterion of ridge regression, those of the outer loop included.
+        converged: whether no solver and no descent has used up its steps.
+        seconds: processor time.
+        remarks: what is worth knowing besides, a sentence each.
+    """
+
+    fit: Fit
+    candidates: tuple[Candidate, ...]
+    choice: Choice
+    net: NetPath
+    losses: HonestLosses
+    folds: tuple[Fold, ...]
+    evaluations: int
+    converged: bool
+    seconds: float
+    remarks: tuple[str, ...]
+
+    @property
+    def coef(self) -> Tensor:
+        """Coefficients, (features,), in the units of the X that was given."""
+        return self.fit.coef
+
+    @property
+    def intercept(self) -> Tensor:
+        """The intercept, of shape ()."""
+        return self.fit.intercept
+
+    @property
+    def open(self) -> bool:
+        """Whether the gain over the simplest candidate was proved on rows that no part of the tuning had seen."""
+        return self.choice.open
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate with the least honest loss."""
+        return self.candidates[self.choice.best]
+
+    @property
+    def chosen(self) -> int:
+        """The index of the candidate with the largest weight."""
+        return max(range(len(self.candidates)), key=lambda index: self.candidates[index].weight)
+
+    @property
+    def summary(self) -> str:
+        """Which model was taken, and why, in one sentence."""
+        first, best, choice = self.candidates[0], self.best, self.choice
+        if len(self.candidates) == 1:
+            return f"The {first.name} is the only candidate: its loss on held-out rows is {first.loss:.5g}."
+        if best is first:
+            return f"The {first.name} is kept: no other has a smaller loss on held-out rows ({first.loss:.5g})."
+        figures = f"{best.loss:.5g} against {first.loss:.5g} on held-out rows"
+        proof = f"{best.gate:.1f} standard errors, with {choice.kappa:g} needed"
+        if not choice.open:
+            return f"The {first.name} is kept: the gain of the {best.name} is not proved ({figures}: {proof})."
+        gain = best.gain / abs(first.loss) if first.loss else 0.0
+        taken = [each for each in self.candidates if each.weight > 0]
+        shares = ", ".join(f"{each.weight:.0%} {each.name}" for each in sorted(taken, key=lambda each: -each.weight))
+        model = f" The model is {shares}." if len(taken) > 1 else ""
+        return (
+            f"The {best.name} generalises: its loss is {gain:.1%} smaller than that of the {first.name} ({figures}: "
+            f"{proof}).{model}"
+        )

@@ -1,0 +1,410 @@
+"""`ElasticNetCV` and `LassoCV`: sparse linear regression that is taken where held-out rows speak for it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn import linear_model
+from sklearn.base import _fit_context
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_scalar
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import column_or_1d, validate_data
+
+from bilevel.criteria import LinearData, Penalties
+from bilevel.problems.losses import Squared
+from bilevel.selection import Combined, elastic_cv
+from bilevel.selection.elastic_cv import ALPHAS, KINDS, L1_RATIOS, Kind
+from bilevel.sklearn.report import TuningReport, shown
+from bilevel.sklearn.splits import folds_of
+from bilevel.sklearn.tuned import NAMES, TunedLinearModel
+
+
+class _TunedNet(TunedLinearModel):
+    """What both estimators share."""
+
+    _net_constraints: ClassVar[dict[str, Any]] = {
+        name: TunedLinearModel._shared_constraints[name]
+        for name in ("fit_intercept", "cv", "criterion", "standardize", "tol", "max_iter", "random_state", "n_jobs")
+    } | {
+        "eps": [Interval(Real, 0, 1, closed="neither")],
+        "n_alphas": [Interval(Integral, 1, None, closed="left"), StrOptions({"deprecated"})],
+        "alphas": [Interval(Integral, 1, None, closed="left"), "array-like", None],
+        "precompute": [StrOptions({"auto"}), "array-like", "boolean"],
+        "copy_X": ["boolean"],
+        "verbose": ["verbose"],
+        "positive": ["boolean"],
+        "selection": [StrOptions({"cyclic", "random"})],
+        "candidates": ["array-like", None],
+        "stacking": ["boolean"],
+        "guard": [StrOptions({"auto", "off"})],
+    }
+    _loss_name = "mean squared error"
+    _loss_factor = 2.0
+    _own_scoring = "neg_mean_squared_error"
+    _kinds: ClassVar[dict[str, Kind]]
+    """What `candidates` may hold, and what `elastic_cv` calls it."""
+
+    eps: float
+    n_alphas: Any
+    alphas: Any
+    positive: bool
+    candidates: Any
+    stacking: bool
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
+        """Return self, fitted to all rows.
+
+        Args:
+            X: array or sparse matrix of shape (n_samples, n_features).
+            y: of shape (n_samples,).
+            sample_weight: of shape (n_samples,): a row of weight 2 is fitted as two rows; None for equal ones.
+            params: for the splitter, such as ``groups`` of rows.
+
+        Raises:
+            ValueError: in one sentence, for data and parameters that do not fit.
+        """
+        l1_ratios, alphas, candidates = self._l1_ratios(), self._alphas(), self._candidate_kinds()
+        if not all(l1_ratios) and isinstance(alphas, int):
+            raise ValueError(
+                "Automatic alpha grid generation is not supported for l1_ratio=0. Please supply a grid by providing "
+                "your estimator with the appropriate `alphas=` argument."
+            )
+        X, y = validate_data(
+            self,
+            X,
+            y,
+            accept_sparse="csr",
+            dtype=[np.float64, np.float32],
+            multi_output=True,
+            y_numeric=True,
+            ensure_min_samples=2,
+        )
+        if y.ndim > 1 and y.shape[1] > 1:
+            raise ValueError(f"For multi-task outputs, use MultiTask{type(self).__name__}")
+        y = column_or_1d(y, warn=True)
+        weights = self._weights(sample_weight, X)
+        split, _ = self._routed(None if sample_weight is None else weights, params)
+        folds = folds_of(self.cv, X, y, None, split, self.random_state)
+        data = LinearData.of(
+            X,
+            torch.from_numpy(np.array(y, dtype=np.float64)),
+            weights,
+            intercept=self.fit_intercept,
+            standardize=self.standardize,
+        )
+        # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
+        folds = replace(folds, given=bool(folds.dependence))
+        criterion = self._criterion(data, Squared(), Penalties.feature(X.shape[1]), folds)
+        pairs = folds.outer(folds.given)
+        if len(pairs) < 2 and folds.given:
+            pairs, candidates = folds.pairs, candidates & {"elastic_net"}
+        combined = elastic_cv(
+            criterion,
+            candidates=sorted(candidates),
+            l1_ratios=l1_ratios,
+            alphas=alphas,
+            eps=self.eps,
+            stacking=self.stacking,
+            guard=self.guard,
+            folds=pairs,
+            positive=self.positive,
+            tol=self.tol,
+            rounds=int(self.max_iter),
+            n_jobs=self.n_jobs,
+            progress=bool(self.verbose),
+        )
+        self._set_combined(combined, NAMES[type(criterion)])
+        self._set_model(combined.fit, X.dtype, ())
+        return self
+
+    def _l1_ratios(self) -> tuple[float, ...]:
+        """Return the candidates of the l1_ratio."""
+        raise NotImplementedError
+
+    def _alphas(self) -> Any:
+        """Return how many penalties, or which.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        if self.alphas is not None and not isinstance(self.alphas, Integral):
+            for index, each in enumerate(self.alphas):
+                check_scalar(each, f"alphas[{index}]", Real, min_val=0.0, include_boundaries="left")
+            return np.asarray(self.alphas, dtype=np.float64)
+        if isinstance(self.n_alphas, Integral):
+            return int(self.n_alphas)
+        return ALPHAS if self.alphas is None else int(self.alphas)
+
+    def _candidate_kinds(self) -> set[Kind]:
+        """Return the candidates as `elastic_cv` calls them.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        first = next(name for name, kind in self._kinds.items() if kind == "elastic_net")
+        names = list(self._kinds) if self.candidates is None else list(self.candidates)
+        if first not in names or set(names) - set(self._kinds):
+            raise ValueError(
+                f"candidates must be of {list(self._kinds)}, with {first!r} among them, got {self.candidates!r}."
+            )
+        kinds = {self._kinds[name] for name in names}
+        if self.positive and self.candidates is None:
+            return kinds - {"ridge", "path"}
+        return kinds
+
+    def _set_combined(self, combined: Combined, criterion: str) -> None:
+        """Set the fitted attributes but those of the model.
+
+        Args:
+            combined: what was found.
+            criterion: the name of what ridge regression is tuned by.
+        """
+        candidates, net = shown(combined.candidates, self._loss_factor, self._loss_factor), combined.net
+        if not combined.converged:
+            warnings.warn(
+                f"A descent or a solver of the elastic net has used up its steps (max_iter={self.max_iter}): raise "
+                "max_iter, or eps, so that the least penalty is larger.",
+                ConvergenceWarning,
+                stacklevel=5,
+            )
+
+        def of_candidates(name: str) -> NDArray[Any]:
+            return np.array([getattr(each, name) for each in candidates])
+
+        self.alpha_, self.dual_gap_, self.n_iter_ = net.alpha, net.dual_gap, net.rounds
+        self.alphas_ = net.alphas[0] if len(net.alphas) == 1 or np.ndim(self.alphas) else net.alphas
+        self.mse_path_ = np.squeeze(self._loss_factor * net.losses)
+        self.weights_ = {each.name: each.weight for each in candidates}
+        self.cv_results_ = {
+            "candidate": of_candidates("name"),
+            "criterion": of_candidates("value"),
+            "loss": of_candidates("loss"),
+            "std_error": of_candidates("std_error"),
+            "gain": of_candidates("gain"),
+            "gain_error": of_candidates("gain_error"),
+            "gate": of_candidates("gate"),
+            "weight": of_candidates("weight"),
+            "l1_ratio": of_candidates("l1_ratio"),
+            "penalties": np.stack([each.penalties.numpy() for each in candidates]),
+            "chosen": np.arange(len(candidates)) == combined.chosen,
+        }
+        self.penalties_ = self.cv_results_["penalties"][combined.chosen]
+        first, best = candidates[0], candidates[combined.choice.best]
+        self.tuning_report_ = TuningReport(
+            estimator=type(self).__name__,
+            loss_name=self._loss_name,
+            criterion=criterion,
+            criterion_name=self._loss_name,
+            honest="nested",
+            n_penalties=len(self.penalties_),
+            one_penalty_loss=first.loss,
+            tuned_loss=best.loss,
+            gain=best.gain / abs(first.loss) if first.loss else 0.0,
+            gate=best.gate,
+            kappa=combined.choice.kappa,
+            survived=combined.open,
+            n_evaluations=combined.evaluations,
+            seconds=combined.seconds,
+            summary=replace(combined, candidates=candidates).summary,
+            remarks=combined.remarks,
+            nodes=self.cv_results_,
+            n_candidates=len(candidates),
+        )
+
+
+class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
+    """Ridge regression, or a combination with the elastic net, the adaptive lasso and tuned penalties where proved.
+
+        minimise over w, b   1/(2n) sum_i s_i (y_i - x_i'w - b)^2 + alpha sum_j (r |w_j| + (1 - r)/2 w_j^2)
+
+    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X. The elastic net is that of
+    the alpha and the l1_ratio r with the least loss of held-out rows: `alpha_`, `l1_ratio_`, `mse_path_`, `dual_gap_`
+    and `n_iter_` are its own, as in scikit-learn, whichever candidate is taken. docs/sklearn.md has the fitted
+    attributes in full.
+
+    Args:
+        l1_ratio: candidates of r, from 0 to 1.
+        eps: ratio of the least alpha of a grid to the largest.
+        alphas: how many for each l1_ratio, from the one at which all coefficients are zero; or penalties.
+        n_alphas: how many, the name of older versions.
+        fit_intercept: whether there is an intercept, which is not penalised.
+        precompute: accepted, without effect.
+        max_iter: rounds of the solver at most, for each penalty.
+        tol: relative gain at which the descent of the one ridge penalty ends; elastic nets are solved exactly.
+        cv: folds of the outer loop: None (five), a number, a splitter, or pairs.
+        copy_X: accepted, without effect: X is never written to.
+        verbose: whether a line shows the outer loop.
+        n_jobs: of joblib, over folds.
+        positive: whether no coefficient is negative; "ridge" and "path" are no candidates then.
+        random_state: of the folds, for a number or None as cv; None is a fixed seed.
+        selection: accepted, without effect.
+        candidates: of "ridge", "path", "elastic_net" (always) and "adaptive_lasso"; None for all.
+        stacking: whether candidates are combined where the gate is open; else the best is taken.
+        guard: "auto" keeps the first candidate unless the gain of the best is proved; "off" does not.
+        criterion: what ridge regression is tuned by: see `RidgeCV`.
+        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are.
+
+    >>> import numpy as np
+    >>> X = np.random.default_rng(0).standard_normal((80, 3))
+    >>> model = ElasticNetCV().fit(X, 2.0 * X[:, 0] + 1.0)
+    >>> model.predict([[1.0, 0.0, 0.0]]).round(2)
+    array([3.])
+    """
+
+    _kinds: ClassVar[dict[str, Kind]] = {name: name for name in KINDS}
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **_TunedNet._net_constraints,
+        "l1_ratio": [Interval(Real, 0, 1, closed="both"), "array-like"],
+    }
+
+    def __init__(
+        self,
+        *,
+        l1_ratio: Any = L1_RATIOS,
+        eps: float = 1e-3,
+        alphas: Any = ALPHAS,
+        n_alphas: Any = "deprecated",
+        fit_intercept: bool = True,
+        precompute: Any = "auto",
+        max_iter: int = 1000,
+        tol: float = 1e-4,
+        cv: Any = None,
+        copy_X: bool = True,
+        verbose: Any = 0,
+        n_jobs: int | None = None,
+        positive: bool = False,
+        random_state: Any = None,
+        selection: str = "cyclic",
+        candidates: Any = None,
+        stacking: bool = True,
+        guard: str = "auto",
+        criterion: str = "auto",
+        standardize: bool = True,
+    ) -> None:
+        self.l1_ratio = l1_ratio
+        self.eps = eps
+        self.alphas = alphas
+        self.n_alphas = n_alphas
+        self.fit_intercept = fit_intercept
+        self.precompute = precompute
+        self.max_iter = max_iter
+        self.tol = tol
+        self.cv = cv
+        self.copy_X = copy_X
+        self.verbose = verbose
+        self.n_jobs = n_jobs
+        self.positive = positive
+        self.random_state = random_state
+        self.selection = selection
+        self.candidates = candidates
+        self.stacking = stacking
+        self.guard = guard
+        self.criterion = criterion
+        self.standardize = standardize
+
+    def _l1_ratios(self) -> tuple[float, ...]:
+        given = np.atleast_1d(self.l1_ratio)
+        if not len(given):
+            raise ValueError("l1_ratio must hold at least one number, got none.")
+        for index, each in enumerate(given.tolist()):
+            check_scalar(each, f"l1_ratio[{index}]", Real, min_val=0.0, max_val=1.0)
+        return tuple(float(each) for each in given)
+
+    def _set_combined(self, combined: Combined, criterion: str) -> None:
+        super()._set_combined(combined, criterion)
+        self.l1_ratio_ = combined.net.l1_ratio
+
+
+class LassoCV(_TunedNet, linear_model.LassoCV):
+    """The lasso, or the adaptive lasso where held-out rows prove that it predicts better.
+
+        minimise over w, b   1/(2n) sum_i s_i (y_i - x_i'w - b)^2 + alpha sum_j f_j |w_j|
+
+    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X, and coefficients that are
+    out are exactly zero. f is 1 for the lasso; for the adaptive lasso it is small where a tuned ridge regression has
+    large coefficients. `alpha_`, `mse_path_`, `dual_gap_` and `n_iter_` are those of the lasso, as in scikit-learn,
+    whichever is taken. docs/sklearn.md has the fitted attributes in full.
+
+    Args:
+        eps: see `ElasticNetCV`, also for those that follow.
+        alphas: see there.
+        n_alphas: see there.
+        fit_intercept: see there.
+        precompute: see there.
+        max_iter: see there.
+        tol: see there.
+        copy_X: see there.
+        cv: see there.
+        verbose: see there.
+        n_jobs: see there.
+        positive: whether no coefficient is negative.
+        random_state: see there.
+        selection: see there.
+        candidates: of "lasso" (always) and "adaptive_lasso"; None for both.
+        stacking: whether they are combined where the gate is open; else the best is taken.
+        guard: see there.
+        criterion: see there.
+        standardize: see there.
+
+    >>> import numpy as np
+    >>> X = np.random.default_rng(0).standard_normal((80, 3))
+    >>> LassoCV().fit(X, 2.0 * X[:, 0] + 1.0).coef_.round(1)
+    array([2., 0., 0.])
+    """
+
+    _kinds: ClassVar[dict[str, Kind]] = {"lasso": "elastic_net", "adaptive_lasso": "adaptive_lasso"}
+    _parameter_constraints: ClassVar[dict[str, Any]] = {**_TunedNet._net_constraints}
+
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-3,
+        alphas: Any = ALPHAS,
+        n_alphas: Any = "deprecated",
+        fit_intercept: bool = True,
+        precompute: Any = "auto",
+        max_iter: int = 1000,
+        tol: float = 1e-4,
+        copy_X: bool = True,
+        cv: Any = None,
+        verbose: Any = False,
+        n_jobs: int | None = None,
+        positive: bool = False,
+        random_state: Any = None,
+        selection: str = "cyclic",
+        candidates: Any = None,
+        stacking: bool = False,
+        guard: str = "auto",
+        criterion: str = "auto",
+        standardize: bool = True,
+    ) -> None:
+        self.eps = eps
+        self.alphas = alphas
+        self.n_alphas = n_alphas
+        self.fit_intercept = fit_intercept
+        self.precompute = precompute
+        self.max_iter = max_iter
+        self.tol = tol
+        self.copy_X = copy_X
+        self.cv = cv
+        self.verbose = verbose
+        self.n_jobs = n_jobs
+        self.positive = positive
+        self.random_state = random_state
+        self.selection = selection
+        self.candidates = candidates
+        self.stacking = stacking
+        self.guard = guard
+        self.criterion = criterion
+        self.standardize = standardize
+
+    def _l1_ratios(self) -> tuple[float, ...]:
+        return (1.0,)
