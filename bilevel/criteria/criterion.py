@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
+from bilevel.numerics.small import array, to_numpy, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
 Array = NDArray[np.float64]
@@ -49,7 +51,7 @@ class Evaluation:
     Attributes:
         value: the weighted mean loss of the held-out rows.
         gradient: its derivatives by the log penalties, of shape (k,).
-        gauss_newton: ``J' diag(curvatures) J / rows``, (k, k), positive semidefinite; None where not asked for.
+        model: the Gauss-Newton matrix where it is not that of `jacobian`; else None.
         losses: of every held-out row, weighted so that their mean is `value`; in the order of `Criterion.held_out`.
         predictions: of the held-out rows, (rows,) or (outputs, rows).
         slopes: derivatives of the weighted losses by the predictions, shaped as these: ``gradient = J' slopes / rows``.
@@ -62,13 +64,21 @@ class Evaluation:
 
     value: float
     gradient: Array
-    gauss_newton: Array | None
+    model: Array | None
     losses: Array
     predictions: Tensor
     slopes: Tensor
     curvatures: Tensor
     jacobian: Tensor | None
     warm: Any = None
+
+    @cached_property
+    def gauss_newton(self) -> Array | None:
+        """``J' diag(curvatures) J / rows``, (k, k), positive semidefinite; None where not asked for."""
+        if self.model is not None or self.jacobian is None:
+            return self.model
+        J, curvatures = self.jacobian.reshape(-1, self.jacobian.shape[-1]), self.curvatures.reshape(-1)
+        return to_numpy(weighted_gram(array(J), array(curvatures))) / len(self.losses)
 
 
 class shared(Generic[T]):

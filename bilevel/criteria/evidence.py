@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import factor
 from bilevel.criteria.penalties import Penalties
+from bilevel.numerics.small import factor
 from bilevel.problems.losses import Squared
 
 

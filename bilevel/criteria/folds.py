@@ -14,9 +14,10 @@ from torch import Tensor
 from bilevel.criteria import newton, newton_cg, newton_dense
 from bilevel.criteria.criterion import Array, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import factor, factored, weighted_gram
+from bilevel.criteria.leverage import factored
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import FoldCriterion, checked_folds, restricted
+from bilevel.numerics.small import factor, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
 DIRECT = 400

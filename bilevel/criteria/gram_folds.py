@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import factor
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import FoldCriterion, checked_folds, restricted
+from bilevel.numerics.small import factor
 from bilevel.problems.losses import Squared
 
 

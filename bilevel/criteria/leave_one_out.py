@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -10,12 +10,46 @@ from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import factor
 from bilevel.criteria.penalties import Penalties
+from bilevel.numerics.small import array, cholesky, half_solve, inverse, row_dots, solve, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss, Squared
 
 LEAST = 1e-12
 """One minus a leverage is at least this: a row that decides its prediction alone has no leave-one-out error."""
+
+
+class _Rows(NamedTuple):
+    """The rows, as arrays or tensors.
+
+    Attributes:
+        s: weights, (rows,).
+        free: one minus what a row has in the intercept, (rows,).
+        y: targets about their weighted mean, (targets, rows).
+        given: targets, (targets, rows).
+    """
+
+    s: Any
+    free: Any
+    y: Any
+    given: Any
+
+
+class _Basis(NamedTuple):
+    """The basis B in which predictions are ``B (c / (g + a))``.
+
+    Attributes:
+        B: (rows, r).
+        squared: its squares.
+        values: g, eigenvalues, (r,).
+        c: ``B'S y``, (r, targets).
+        vectors: what turns ``c / (g + a)`` into standardised coefficients: see `RidgeLeaveOneOut._from_basis`.
+    """
+
+    B: Any
+    squared: Any
+    values: Any
+    c: Any
+    vectors: Tensor
 
 
 class RidgeLeaveOneOut(Criterion):
@@ -47,7 +81,6 @@ class RidgeLeaveOneOut(Criterion):
         self.y = data.y.reshape(-1, data.rows)  # (targets, rows)
         share = data.weights / data.rows
         self.mean = (self.y * share).sum(1, keepdim=True) if data.intercept else torch.zeros_like(self.y[:, :1])
-        self.own = share if data.intercept else torch.zeros_like(share)  # of a row in the intercept
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         log_a = self.penalties.spread(u)
@@ -55,7 +88,7 @@ class RidgeLeaveOneOut(Criterion):
             return self._evaluation(float(log_a[0].exp()), second)
         if self._even:
             return self._even_evaluations(log_a[..., 0].reshape(1, -1), second)[0]
-        return self._uneven_evaluation(log_a, second)
+        return self._uneven_evaluation(u, log_a, second)
 
     def scan(self, u: Array) -> list[Evaluation]:
         if not self._even:
@@ -65,12 +98,15 @@ class RidgeLeaveOneOut(Criterion):
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         log_a = self.penalties.spread(u)
-        if self._even:
-            _, values, c, collect = self._basis
-            w = collect(c / (values[:, None] + log_a[..., 0].exp().to(values)))
+        if warm is not None and np.array_equal(warm[0], u):
+            w = tensor(warm[1])
+        elif self._even:
+            basis = self._basis
+            a = log_a[..., 0].exp().to(self.y)
+            w = self._from_basis(tensor(basis.c) / (tensor(basis.values)[:, None] + a))
         else:
-            a = log_a.exp().to(self.y).reshape(-1, self.data.features).expand(len(self.y), -1)
-            w = torch.stack([self._coefficients(a[t], t) for t in range(len(a))])
+            a = array(log_a.exp().to(self.y).expand(len(self.y), -1))
+            w = torch.stack([tensor(self._coefficients(a[t], t)) for t in range(len(a))])
         single = self.data.y.dim() == 1
         return self.given(w[0] if single else w, self.mean[0, 0] if single else self.mean[:, 0])
 
@@ -78,9 +114,10 @@ class RidgeLeaveOneOut(Criterion):
         return type(self)(self.data.take(rows), self.penalties)
 
     @shared
-    def _centred(self) -> Tensor:
-        """The targets about their weighted mean, (targets, rows)."""
-        return self.y - self.mean
+    def _rows(self) -> _Rows:
+        s = self.data.weights
+        own = s / self.data.rows if self.data.intercept else torch.zeros_like(s)
+        return _Rows(array(s), array(1.0 - own), array(self.y - self.mean), array(self.y))
 
     # One penalty for all columns ------------------------------------------------------------------------------------
 
@@ -89,18 +126,13 @@ class RidgeLeaveOneOut(Criterion):
         return self.penalties.even
 
     @shared
-    def _basis(self) -> Any:
-        """The basis B (rows, r) in which predictions are ``B (c / (g + a))``, with eigenvalues g and ``c = B'S y``.
-
-        Returns:
-            B, g, c, and the function from ``c / (g + a)`` to standardised coefficients, (targets, features).
-        """
-        data, s = self.data, self.data.weights
+    def _basis(self) -> _Basis:
+        """The eigenbasis of X'SX or, with more columns than rows, of XX'."""
+        data, s, y = self.data, self.data.weights, self.y - self.mean
         if data.features <= data.rows:
-            values, Q = torch.linalg.eigh(data.gram(s))
-            B = data.product(Q.T).T
-            c = B.T @ (self._centred * s).T
-            return B, values.clamp_min(0.0), c, lambda shrunk: (Q @ shrunk).T
+            values, Q = torch.linalg.eigh(data.gram(s) if data.sparse else tensor(self._gram[0]))
+            B = data.product(Q.T).T.contiguous()
+            return _made(B, values.clamp_min(0.0), B.T @ (y * s).T, Q)
         root = s.sqrt()
         kernel = data.row_gram()
         values, Q = torch.linalg.eigh(kernel * root[:, None] * root)
@@ -108,149 +140,140 @@ class RidgeLeaveOneOut(Criterion):
         # Weights may be zero: B = K S^(1/2) Q / size needs no division by them.
         kept = size > 1e-8 * size[-1]
         values, size, Q = values[kept], size[kept], Q[:, kept]
-        B = kernel @ (root[:, None] * Q) / size
-        c = size[:, None] * (Q.T @ (root * self._centred).T)
-        return B, values, c, lambda shrunk: data.collect((root[:, None] * (Q @ (shrunk / size[:, None]))).T)
+        turned = root[:, None] * Q / size
+        return _made(kernel @ turned, values, size[:, None] * (Q.T @ (root * y).T), turned)
 
-    @shared
-    def _squared_basis(self) -> Tensor:
-        return self._basis[0].square()
-
-    @shared
-    def _vectors(self) -> tuple[Tensor, Tensor]:
-        """``B'S y`` and one minus what a row has in the intercept, of one target."""
-        return self._basis[2][:, 0].contiguous(), 1.0 - self.own
+    def _from_basis(self, shrunk: Tensor) -> Tensor:
+        """Return the standardised coefficients, (targets, features), of ``c / (g + a)``, (r, targets)."""
+        data, turned = self.data, self._basis.vectors @ shrunk
+        return turned.T if data.features <= data.rows else data.collect(turned.T)
 
     def _evaluation(self, a: float, second: bool) -> Evaluation:
         """Return what `_even_evaluations` does, of one target and one penalty: in half as many calls."""
-        (B, values, _, _), squared, (c, free), s = self._basis, self._squared_basis, self._vectors, self.data.weights
-        shrink = (values + a).reciprocal_()
-        slope = shrink.square().mul_(-a)  # by u
-        q = torch.addcmul(free, s, squared @ shrink, value=-1.0).clamp_min_(LEAST)
-        error = (self._centred[0] - B @ (c * shrink)).div_(q)
+        (B, squared, values, c, _), (s, free, y, _) = self._basis, self._rows
+        shrink = 1.0 / (values + a)
+        slope = -a * shrink * shrink  # by u
+        q = (free - s * (squared @ shrink)).clip(LEAST)
+        error = (y[0] - B @ (c[:, 0] * shrink)) / q
         slopes = -s * error
-        moved = (B @ (c * slope)).addcmul_(slopes, squared @ slope).div_(q)  # of the predictions: - de/du
-        losses, by_u, rows = _numpy(slopes * error) * -0.5, slopes @ moved, self.data.rows
-        gradient, gauss_newton, jacobian = np.array([float(by_u) / rows]), None, None
-        if second:
-            gauss_newton = np.array([[float((s * moved) @ moved) / rows]])
-            jacobian = moved[:, None]
-        parts = (self.data.y - error, slopes, s, jacobian)
-        return Evaluation(float(losses.mean()), gradient, gauss_newton, losses, *parts)
+        moved = (B @ (c[:, 0] * slope) + slopes * (squared @ slope)) / q  # of the predictions: - de/du
+        gradient = np.array([float(slopes @ moved) / self.data.rows])
+        return self._of_one(error, slopes, gradient, tensor(moved)[:, None] if second else None)
 
     def _even_evaluations(self, log_a: Tensor, second: bool) -> list[Evaluation]:
         """Return the evaluations of several log penalties, (m, 1) or (m, targets)."""
-        (B, values, c, _), y, s = self._basis, self.y, self.data.weights
+        (B, squared, values, c, _), (s, free, y, _) = self._basis, self._rows
         count, targets = len(log_a), len(y)
-        a = log_a.exp().to(values).expand(count, targets).reshape(-1)
-        shrink = 1.0 / (values[:, None] + a)
-        both = torch.cat([shrink, -a * shrink.square()], 1)  # with the derivatives by u
-        c = c if count == 1 else c.repeat(1, count)
-        products = torch.stack([(B @ (torch.cat([c, c], 1) * both)).T, (self._squared_basis @ both).T])
-        fitted, moved, leverage, dleverage = products.reshape(4, count, targets, -1)
-        q = (1.0 - self.own - s * leverage).clamp_min_(LEAST)
-        error = (self._centred - fitted) / q
-        moved = (moved - s * error * dleverage) / q  # of the predictions: - de/du
-        weight = s / targets
-        slopes = -weight * error
-        by_target = (slopes * moved).sum(2)
+        a = array(log_a.exp().to(self.y).expand(count, targets))
+        shrink = 1.0 / (a[..., None] + values)  # (m, targets, r)
+        slope = -a[..., None] * shrink * shrink  # by u
+        fitted, moved = (c.T * shrink) @ B.T, (c.T * slope) @ B.T  # (m, targets, rows)
+        q = (free - s * (shrink @ squared.T)).clip(LEAST)
+        error = (y - fitted) / q
+        moved = (moved - s * error * (slope @ squared.T)) / q  # of the predictions: - de/du
+        slopes = (-1.0 / targets) * s * error
+        gather = self.penalties.gather_outputs
+        gradients = to_numpy(gather(tensor((slopes * moved).sum(2))) / self.data.rows)
         if second:
-            return [self._answer(error[0], slopes[0], *self._by_penalty(by_target[0], moved[0], weight))]
-        gradients = _numpy(self.penalties.gather_outputs(by_target) / self.data.rows)
-        losses = _numpy(s * (0.5 * error.square()).mean(1))
-        return [
-            Evaluation(value, gradients[m], None, losses[m], *self._shaped(y - error[m], slopes[m], weight), None)
-            for m, value in enumerate(losses.mean(1).tolist())
-        ]
-
-    def _by_penalty(self, by_target: Tensor, moved: Tensor, weight: Tensor) -> tuple[Tensor, Array, Tensor]:
-        """Return gradient, Gauss-Newton matrix and Jacobian of the moves of every target's predictions."""
-        gather, rows = self.penalties.gather_outputs, self.data.rows
-        curvature = gather((weight * moved.square()).sum(1)) / rows
-        jacobian = moved[..., None]
-        if self.penalties.size > 1:
-            jacobian = jacobian * torch.eye(self.penalties.size).to(moved)[:, None]
-        return gather(by_target) / rows, np.diag(_numpy(curvature)), jacobian
+            jacobian = tensor(moved[0])[..., None]
+            if self.penalties.size > 1:
+                jacobian = jacobian * torch.eye(self.penalties.size).to(jacobian)[:, None]
+            return [self._answer(error[0], slopes[0], gradients[0], jacobian)]
+        return [self._answer(error[m], slopes[m], gradients[m], None) for m in range(count)]
 
     def _answer(
-        self, error: Tensor, slopes: Tensor, gradient: Tensor, gauss_newton: Array | None, jacobian: Tensor | None
+        self, error: Any, slopes: Any, gradient: Array, jacobian: Tensor | None, warm: Any = None
     ) -> Evaluation:
-        """Return the evaluation of every target's errors."""
-        losses = _numpy(self.data.weights * (0.5 * error.square()).mean(0))
-        shaped = self._shaped(self.y - error, slopes, self.data.weights / len(error))
-        jacobian = jacobian[0] if jacobian is not None and self.data.y.dim() == 1 else jacobian
-        return Evaluation(float(losses.mean()), _numpy(gradient), gauss_newton, losses, *shaped, jacobian)
-
-    def _shaped(self, predictions: Tensor, slopes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return them with curvatures, of one target without its axis."""
+        """Return the evaluation of every target's errors, (targets, rows)."""
         if self.data.y.dim() == 1:
-            return predictions[0], slopes[0], weight
-        return predictions, slopes, weight.expand(slopes.shape)
+            return self._of_one(error[0], slopes[0], gradient, None if jacobian is None else jacobian[0], warm)
+        losses = to_numpy((error * slopes).sum(0)) * -0.5
+        weights = (self.data.weights / len(error)).expand(self.y.shape)
+        parts = (self.y - tensor(error), tensor(slopes), weights, jacobian)
+        return Evaluation(float(losses.mean()), gradient, None, losses, *parts, warm)
+
+    def _of_one(
+        self, error: Any, slopes: Any, gradient: Array, jacobian: Tensor | None, warm: Any = None
+    ) -> Evaluation:
+        """Return the evaluation of the errors of one target, (rows,)."""
+        losses = to_numpy(slopes * error) * -0.5
+        parts = (tensor(self._rows.given[0] - error), tensor(slopes), self.data.weights, jacobian)
+        return Evaluation(float(losses.sum()) / len(losses), gradient, None, losses, *parts, warm)
 
     # Any penalties --------------------------------------------------------------------------------------------------
 
     @shared
-    def _X(self) -> Tensor:
-        return self.data.dense()
+    def _X(self) -> Any:
+        return array(self.data.dense())
 
     @shared
-    def _gram(self) -> tuple[Tensor, Tensor]:
-        """X'SX and its products with the targets, (targets, features)."""
-        weighted = self._X.T * self.data.weights
-        return weighted @ self._X, (weighted @ self._centred.T).T
+    def _scaled(self) -> Any:
+        """X with rows times the roots of their weights, which may be zero."""
+        return self._X * self._roots[:, None]
 
-    def _coefficients(self, a: Tensor, target: int) -> Tensor:
+    @shared
+    def _roots(self) -> Any:
+        return array(self.data.weights.clamp_min(1e-300).sqrt())
+
+    @shared
+    def _gram(self) -> tuple[Any, Any]:
+        """X'SX and its products with the targets, (targets, features)."""
+        scaled, (s, _, y, _) = self._scaled, self._rows
+        return scaled.T @ scaled, (s * y) @ self._X
+
+    def _coefficients(self, a: Any, target: int) -> Any:
         """Return the coefficients of a target, (features,), at the penalties of all columns."""
         if len(a) > self.data.rows:
             return self._solve(a)[1][target]
         gram, moment = self._gram
-        return torch.cholesky_solve(moment[target][:, None], factor(gram.clone(), a))[:, 0]
+        return solve(cholesky(gram, a), moment[target])
 
-    def _solve(self, a: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(self, a: Any) -> tuple[Any, Any]:
         """Return V, (rows, features), and the coefficients (targets, features), at the penalties of all columns."""
-        X, s = self._X, self.data.weights
-        if len(a) <= len(X):
+        (s, _, y, _), roots = self._rows, self._roots
+        if len(a) <= len(s):
             gram, moment = self._gram
-            inverse = torch.cholesky_inverse(factor(gram.clone(), a))
-            return X @ inverse, moment @ inverse
-        scaled, root = X / a, s.clamp_min(1e-300).sqrt()
-        kernel = (scaled @ X.T) * root[:, None] * root
-        L = factor(kernel, torch.ones_like(root))
-        V = torch.cholesky_solve(scaled * root[:, None], L) / root[:, None]
-        return V, (s * self._centred) @ V
+            L = cholesky(gram, a)
+            V = half_solve(L, half_solve(L, self._X.T), transposed=True).T
+            return V, [solve(L, each) for each in moment]
+        a = a**0.5
+        scaled = self._scaled / a
+        L = cholesky(scaled @ scaled.T, 1.0)
+        V = (inverse(L) @ scaled) / (roots[:, None] * a)
+        return V, (s * y) @ V
 
-    def _uneven_evaluation(self, log_a: Tensor, second: bool) -> Evaluation:
-        data, s, size = self.data, self.data.weights, self.penalties.size
-        a = log_a.exp().to(self.y)
-        shared = self._solve(a) if a.dim() == 1 else None
-        outputs = len(self.y)
-        a, errors, slopes = a.expand(outputs, -1), [], []
-        gradients = torch.zeros_like(a)
-        gauss_newton = np.zeros((size, size))
-        jacobians = []
+    def _uneven_evaluation(self, u: Array, log_a: Tensor, second: bool) -> Evaluation:
+        (s, free, y, _), X = self._rows, self._X
+        a, outputs = array(log_a.exp().to(self.y)), len(self.y)
+        shared = self._solve(a) if a.ndim == 1 else None
+        errors, slopes, weights, gradients, jacobians = [], [], [], [], []
         for t in range(outputs):
-            V, coefficients = shared or self._solve(a[t])
+            at = a if a.ndim == 1 else a[t]
+            V, coefficients = shared or self._solve(at)
             w = coefficients[t]
-            q = (1.0 - self.own - s * (V * self._X).sum(1)).clamp_min(LEAST)
-            error = (self._centred[t] - self._X @ w) / q
-            slope = -s * error / outputs
+            q = (free - s * row_dots(V, X)).clip(LEAST)
+            error = (y[t] - X @ w) / q
+            slope = (-1.0 / outputs) * s * error
+            if second:
+                J = V * (s * error)[:, None]
+                J -= w
+                J *= V
+                J *= at
+                J *= (1.0 / q)[:, None]
+                gradients.append(slope @ J)
+                jacobians.append(array(self._columns(tensor(J), t)))
+            else:
+                by_row = slope / q
+                gradients.append(at * ((s * error * by_row) @ (V * V) - w * (by_row @ V)))
             errors.append(error)
             slopes.append(slope)
-            by_row = slope / q
-            if second:
-                J = V * (torch.outer(s * error / q, a[t]) * V - (a[t] * w) / q[:, None])
-                gradients[t] = J.T @ slope
-                J = self._columns(J, t)
-                gauss_newton += _numpy(J.T @ (J * (s / outputs)[:, None])) / data.rows
-                jacobians.append(J)
-            else:
-                gradients[t] = a[t] * (V.square().T @ (s * error * by_row) - w * (V.T @ by_row))
-        total = gradients.sum(0) if self.penalties.outputs is None else gradients
-        gradient = self.penalties.gather(total) / data.rows
-        jacobian = torch.stack(jacobians) if second else None
-        return self._answer(
-            torch.stack(errors), torch.stack(slopes), gradient, gauss_newton if second else None, jacobian
-        )
+            weights.append(w)
+        by_column = _stacked(gradients)
+        by_penalty = self.penalties.gather(tensor(by_column[0] if self.penalties.outputs is None else by_column))
+        jacobian = tensor(_stacked(jacobians)) if second else None
+        warm = (np.array(u), _stacked(weights))
+        gradient = to_numpy(by_penalty) / self.data.rows
+        return self._answer(_stacked(errors), _stacked(slopes), gradient, jacobian, warm)
 
     def _columns(self, J: Tensor, target: int) -> Tensor:
         """Return derivatives by all log penalties, (rows, k), from those by the columns of one target."""
@@ -260,5 +283,9 @@ class RidgeLeaveOneOut(Criterion):
         return J.new_zeros(len(J), self.penalties.size).index_add_(1, owner, J)
 
 
-def _numpy(values: Tensor) -> Array:
-    return values.double().cpu().numpy()
+def _made(B: Tensor, values: Tensor, c: Tensor, vectors: Tensor) -> _Basis:
+    return _Basis(array(B), array(B.square()), array(values), array(c), vectors)
+
+
+def _stacked(each: list[Any]) -> Any:
+    return each[0][None] if len(each) == 1 else array(torch.stack([tensor(one) for one in each]))

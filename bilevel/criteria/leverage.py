@@ -11,29 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-BLOCKED = 200_000_000
-"""Rows times squared columns from which a Gram matrix is computed in blocks."""
-BLOCKS = 4
+from bilevel.numerics.small import factor, weighted_gram
+
 SKETCH = 64
 """Columns of a sketch."""
-
-
-def factor(gram: Tensor, a: Tensor) -> Tensor:
-    """Return the Cholesky factor of ``gram + diag(a)``, (..., p, p); where rounding leaves none, of a little more.
-
-    Args:
-        gram: positive semidefinite, of shape (..., p, p); it is changed in place.
-        a: of shape (..., p), not negative.
-    """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal += a
-    L, info = torch.linalg.cholesky_ex(gram)
-    more = 1e-14
-    while bool(info.any()) and more < 1.0:
-        diagonal += more * diagonal.amax(-1, keepdim=True) + torch.finfo(gram.dtype).tiny
-        L, info = torch.linalg.cholesky_ex(gram)
-        more *= 10.0
-    return L
 
 
 class Factored:
@@ -184,22 +165,6 @@ class FactoredRows(Factored):
 
     def kernel(self) -> Tensor:
         return self.part @ self.X.T + (1.0 / self.total if self.intercept else 0.0)
-
-
-def weighted_gram(X: Tensor, d: Tensor) -> Tensor:
-    """Return ``X' diag(d) X``, (..., p, p), for d of shape (..., rows)."""
-    if d.dim() > 1 and d.numel() * X.shape[1] > 2_000_000:
-        return torch.stack([weighted_gram(X, each) for each in d])
-    size = X.shape[1]
-    if d.dim() > 1 or len(X) * size**2 < BLOCKED:
-        return (X.T * d[..., None, :]) @ X
-    # Of a symmetric matrix only the blocks on one side of the diagonal are computed.
-    gram = X.new_empty(size, size)
-    for start in range(0, size, -(-size // BLOCKS)):
-        block = slice(start, start + -(-size // BLOCKS))
-        gram[block, start:] = (X[:, block] * d[:, None]).T @ X[:, start:]
-        gram[start:, block] = gram[block, start:].T
-    return gram
 
 
 def factored(X1: Tensor, d: Tensor, a: Tensor, intercept: bool) -> Factored:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilevel.criteria.leverage import factor, weighted_gram
 from bilevel.criteria.newton_cg import STEPS, System, dots, searched
+from bilevel.numerics.small import factor, weighted_gram
 
 MOST = 150
 """Coefficients of all outputs up to which Hessians are factored."""

@@ -94,7 +94,8 @@ class Penalties:
         u = np.array(u, dtype=np.float64, order="C")
         if u.shape[-1:] != (self.size,) or not np.isfinite(u).all():
             raise ValueError(f"u must hold {self.size} finite log penalties, of shape ({self.size},), got {u.shape}.")
-        return torch.from_numpy(u)[..., self.owner]
+        spread = torch.from_numpy(u)
+        return spread if self.each and self.outputs is None else spread[..., self.owner]
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the sums over the coefficients of each penalty, (..., size), of values (..., *coefficients)."""

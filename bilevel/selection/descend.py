@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation
 from bilevel.criteria.data import LinearData
+from bilevel.numerics.small import cholesky, solve, to_numpy
 
 BELOW, ABOVE = 14.0, 9.0
 """The box of log penalties around `LinearData.level`, which shrinks a lone coefficient by half."""
@@ -44,7 +45,7 @@ class Hyperprior:
         """Return R's derivatives, (k,)."""
         return 2.0 * self.tau * self.shares * self._off(u)
 
-    @property
+    @cached_property
     def hessian(self) -> Array:
         """R's second derivatives, (k, k)."""
         mean = 0.0 if self.anchor is not None else np.multiply.outer(self.shares, self.shares)
@@ -75,13 +76,67 @@ def box(data: LinearData) -> tuple[float, float]:
     return data.level - BELOW, data.level + ABOVE
 
 
+class _Curvature(Protocol):
+    """The second derivatives H of the model of an objective."""
+
+    diagonal: Array
+
+    def product(self, move: Array) -> Array:
+        """Return ``H move``."""
+
+    def newton(self, g: Array, free: NDArray[np.bool_], more: float) -> Array:
+        """Return ``(H + more I)^-1 g`` of the free coordinates; g and the result hold these alone."""
+
+
+class _Matrix:
+    """H as a matrix."""
+
+    def __init__(self, H: Array) -> None:
+        self.H, self.diagonal = H, H.diagonal()
+
+    def product(self, move: Array) -> Array:
+        return self.H @ move
+
+    def newton(self, g: Array, free: NDArray[np.bool_], more: float) -> Array:
+        return np.asarray(solve(cholesky(self.H if free.all() else self.H[np.ix_(free, free)], more), g))
+
+
+class _FewRows:
+    """``H = J'J + diag(d)`` with fewer rows of J than columns: systems are solved by Woodbury's identity."""
+
+    def __init__(self, J: Array, d: Array) -> None:
+        self.J, self.d = J, d
+        self.diagonal = np.einsum("ij,ij->j", J, J) + d
+
+    def product(self, move: Array) -> Array:
+        return np.asarray((self.J @ move) @ self.J + self.d * move)
+
+    def newton(self, g: Array, free: NDArray[np.bool_], more: float) -> Array:
+        J, d = (self.J, self.d) if free.all() else (self.J[:, free], self.d[free])
+        root = (d + more) ** 0.5
+        scaled = J / root
+        g = g / root
+        return np.asarray((g - solve(cholesky(scaled @ scaled.T, 1.0), scaled @ g) @ scaled) / root)
+
+
+def _curvature(found: Evaluation, prior: Hyperprior | None) -> _Curvature:
+    """Return the Gauss-Newton model of a criterion plus a hyperprior."""
+    J = found.jacobian
+    diagonal = prior is not None and prior.anchor is not None
+    if prior is not None and diagonal and found.model is None and J is not None and J.shape[0] < J.shape[-1]:
+        weights = to_numpy(found.curvatures) / len(found.losses)
+        if J.dim() == 2 and weights.min() >= 0:
+            return _FewRows(to_numpy(J) * np.sqrt(weights)[:, None], prior.hessian.diagonal())
+    assert found.gauss_newton is not None
+    return _Matrix(found.gauss_newton if prior is None else found.gauss_newton + prior.hessian)
+
+
 class _Point(NamedTuple):
-    """The objective at log penalties, with its gradient and its model's second derivatives."""
+    """The objective at log penalties, with its gradient."""
 
     u: Array
     value: float
     gradient: Array
-    hessian: Array
     evaluation: Evaluation
 
 
@@ -114,22 +169,21 @@ def tune(
 
     def at(u: Array, warm: Any, known: Evaluation | None = None) -> _Point:
         found = criterion.evaluate(u, warm) if known is None else known
-        assert found.gauss_newton is not None
         if prior is None:
-            return _Point(u, found.value, found.gradient, found.gauss_newton, found)
-        gradient, hessian = found.gradient + prior.gradient(u), found.gauss_newton + prior.hessian
-        return _Point(u, found.value + prior.value(u), gradient, hessian, found)
+            return _Point(u, found.value, found.gradient, found)
+        return _Point(u, found.value + prior.value(u), found.gradient + prior.gradient(u), found)
 
     here, damping, small, count = at(np.clip(u, low, high), warm, known), DAMPING, 0, int(known is None)
     for _ in range(steps):
-        g, H = here.gradient, here.hessian
+        g = here.gradient
         free = ~(((here.u <= low) & (g > 0)) | ((here.u >= high) & (g < 0)))
         if not free.any() or np.abs(g[free]).max() <= 1e-9 * abs(here.value):
             break
+        H = _curvature(here.evaluation, prior)
         for _ in range(TRIALS):
             new = np.clip(here.u + _step(g, H, free, damping), low, high)
             move = new - here.u
-            foreseen = -float(g @ move + 0.5 * (move @ (H @ move)))
+            foreseen = -float(g @ move + 0.5 * (move @ H.product(move)))
             there = at(new, here.evaluation.warm)
             count += 1
             if there.value < here.value or foreseen < 0.01 * tol * abs(here.value):
@@ -148,15 +202,9 @@ def tune(
     return Tuned(here.u, here.evaluation, count)
 
 
-def _step(g: Array, H: Array, free: NDArray[np.bool_], damping: float) -> Array:
+def _step(g: Array, H: _Curvature, free: NDArray[np.bool_], damping: float) -> Array:
     """Return a damped Newton step of the free coordinates, at most `LONGEST` in each."""
-    every = bool(free.all())
-    A = (H if every else H[np.ix_(free, free)]).copy()
-    A.flat[:: len(A) + 1] += damping * max(float(A.diagonal().max()), 1e-300) + 1e-14
-    matrix, slopes = torch.from_numpy(A), torch.from_numpy(g[free])[:, None]
-    L, broken = torch.linalg.cholesky_ex(matrix)
-    solved = torch.linalg.solve(matrix, slopes) if bool(broken) else torch.cholesky_solve(slopes, L)
     step = np.zeros_like(g)
-    step[free] = -solved[:, 0].numpy()
+    step[free] = -H.newton(g[free], free, damping * max(float(H.diagonal[free].max()), 1e-300) + 1e-14)
     longest = float(np.abs(step).max())
     return step * min(1.0, LONGEST / longest) if longest > 0 else step

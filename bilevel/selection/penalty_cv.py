@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from bilevel.core.status import BilevelWarning
-from bilevel.core.threads import short_operations
+from bilevel.core.threads import one_blas_thread, short_operations
 from bilevel.criteria.criterion import Array, Criterion
 from bilevel.selection.folds import make_folds
 from bilevel.selection.gate import Choice, Rule, choose, kappa_of
@@ -29,12 +28,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def in_short_operations(function: Function) -> Function:
-    """Let a function of a criterion of few rows run on one thread of torch, whose number is restored at its end."""
+    """Let a function of a criterion of few rows run on one thread of torch and of BLAS, which have theirs back then."""
 
     @wraps(function)
     def run(criterion: Criterion, **options: Any) -> Any:
-        short = criterion.data.rows * criterion.data.features <= SHORT
-        with short_operations() if short else nullcontext():
+        if criterion.data.rows * criterion.data.features > SHORT:
+            return function(criterion, **options)
+        with short_operations(), one_blas_thread():
             return function(criterion, **options)
 
     return cast(Function, run)

@@ -1,12 +1,17 @@
-"""Few rows are tuned on one thread of torch, whose number is given back."""
+"""Few rows are tuned on one thread of torch and of BLAS, whose numbers are given back."""
 
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from bilevel.core.threads import TORCH
 from bilevel.criteria import LinearData, Penalties, RidgeLeaveOneOut
 from bilevel.selection.penalty_cv import penalty_cv
+
+
+def blas() -> set[int]:
+    return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -16,7 +21,7 @@ def test_few_rows_take_one_thread_and_give_the_number_back(monkeypatch, fails) -
     seen, evaluate = [], RidgeLeaveOneOut.evaluate
 
     def spied(self, *args, **options):
-        seen.append(torch.get_num_threads())
+        seen.append((torch.get_num_threads(), *blas()))
         if fails:
             raise ZeroDivisionError
         return evaluate(self, *args, **options)
@@ -27,12 +32,14 @@ def test_few_rows_take_one_thread_and_give_the_number_back(monkeypatch, fails) -
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        if fails:
-            with pytest.raises(ZeroDivisionError):
+        with threadpool_limits(2, user_api="blas"):
+            if fails:
+                with pytest.raises(ZeroDivisionError):
+                    penalty_cv(criterion)
+            else:
                 penalty_cv(criterion)
-        else:
-            penalty_cv(criterion)
-        assert set(seen) == {1}
-        assert torch.get_num_threads() == 2
+            assert set(seen) == {(1, 1)}
+            assert torch.get_num_threads() == 2
+            assert blas() == {2}
     finally:
         torch.set_num_threads(before)

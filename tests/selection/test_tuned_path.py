@@ -14,7 +14,7 @@ from selection_cases import ridge, table
 from bilevel.criteria import KFold, LinearData, Penalties, RidgeFolds, RidgeLeaveOneOut
 from bilevel.problems import Squared
 from bilevel.selection import Hyperprior, best_penalty, make_folds, path, tune
-from bilevel.selection.descend import box
+from bilevel.selection.descend import _curvature, _FewRows, _Matrix, box
 from bilevel.selection.selected import remarks_of
 
 
@@ -48,6 +48,19 @@ def test_a_descent_ends_at_the_minimum(anchor: float | None) -> None:
     coarse = tune(criterion, np.full(6, 4.0), prior, tol=1e-4)
     assert objective(coarse.u)[0] == pytest.approx(least, rel=3e-4)
     assert coarse.evaluations < 15
+
+
+def test_with_fewer_rows_than_penalties_steps_are_those_of_the_matrix() -> None:
+    criterion = ridge(15, 22)
+    prior = Hyperprior(0.1, criterion.penalties.weights, 1.5)
+    found = criterion.evaluate(np.linspace(0.0, 3.0, 22))
+    quick, matrix = _curvature(found, prior), _Matrix(found.gauss_newton + prior.hessian)
+    assert isinstance(quick, _FewRows)
+    np.testing.assert_allclose(quick.diagonal, matrix.diagonal, rtol=1e-12)
+    np.testing.assert_allclose(quick.product(found.gradient), matrix.product(found.gradient), atol=1e-14)
+    for free in (np.ones(22, dtype=bool), np.arange(22) % 3 > 0):
+        steps = [each.newton(found.gradient[free], free, 1e-3) for each in (quick, matrix)]
+        np.testing.assert_allclose(*steps, rtol=1e-9, atol=1e-13)
 
 
 def test_a_descent_stays_in_the_box_and_stops_where_features_have_no_effect() -> None:
