@@ -63,12 +63,14 @@ class Tuned(NamedTuple):
         evaluation: the criterion there.
         evaluations: how many were made.
         converged: whether it ended before its steps were used up.
+        scanned: the criterion at every candidate, the strongest first, where there were candidates.
     """
 
     u: Array
     evaluation: Evaluation
     evaluations: int
     converged: bool = True
+    scanned: tuple[Evaluation, ...] = ()
 
 
 def box(data: LinearData) -> tuple[float, float]:

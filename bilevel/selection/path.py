@@ -35,6 +35,7 @@ class PathPoint:
         evaluations: how many it took.
         prior: None for the first point.
         converged: whether the descent to it ended before the steps that were asked for were used up.
+        scanned: of the first point, the criterion at every candidate: see `Tuned`.
     """
 
     tau: float
@@ -43,6 +44,7 @@ class PathPoint:
     evaluations: int
     prior: Hyperprior | None = None
     converged: bool = True
+    scanned: tuple[Evaluation, ...] = ()
 
 
 def default_taus(rows: int, penalties: int) -> tuple[float, ...]:
@@ -65,7 +67,9 @@ def follow(
     penalties = criterion.penalties
     single = best_penalty(criterion, candidates=candidates, start=start, tol=tol, steps=steps)
     u, warm, unit = np.full(penalties.size, single.u[0]), single.evaluation.warm, criterion.unit
-    yield PathPoint(math.inf, u, single.evaluation, single.evaluations, converged=single.converged)
+    yield PathPoint(
+        math.inf, u, single.evaluation, single.evaluations, converged=single.converged, scanned=single.scanned
+    )
     if penalties.size == 1:
         return
     tol, steps = (tol, steps) if converge else (TOL, STEPS)

@@ -149,6 +149,7 @@ def penalty_cv(
         evaluations=sum(each.evaluations for each in points) + (losses.evaluations if losses is not None else 0),
         seconds=time.process_time() - began,
         remarks=(*remarks, *remarks_of(criterion, point)),
+        scanned=points[0].scanned,
     )
 
 

@@ -40,6 +40,7 @@ def best_penalty(
     scanned = one.scan(grid)
     best = int(np.nanargmin([each.value for each in scanned]))
     if candidates is not None:
-        return Tuned(grid[best], one.evaluate(grid[best], scanned[best].warm), len(grid) + 1)
+        known = tuple(scanned)
+        return Tuned(grid[best], one.evaluate(grid[best], known[best].warm), len(grid) + 1, scanned=known)
     tuned = tune(one, grid[best], tol=tol, steps=steps, warm=scanned[best].warm)
     return tuned._replace(evaluations=tuned.evaluations + len(grid))

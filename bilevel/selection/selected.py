@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from bilevel.criteria.criterion import Array, Criterion, Fit
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
 from bilevel.selection.gate import Choice, paired
 from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.path import PathPoint
@@ -76,6 +76,7 @@ class Selected:
         evaluations: of the criterion, those of the outer loop included.
         seconds: processor time.
         remarks: what is worth knowing besides, a sentence each.
+        scanned: the criterion at every candidate for the one penalty, the strongest first, where there were candidates.
     """
 
     fit: Fit
@@ -89,6 +90,7 @@ class Selected:
     evaluations: int
     seconds: float
     remarks: tuple[str, ...]
+    scanned: tuple[Evaluation, ...] = ()
 
     @property
     def coef(self) -> Tensor:

@@ -73,7 +73,7 @@ class TuningPathDisplay:
             kwargs: of matplotlib's errorbar.
         """
         check_is_fitted(estimator)
-        results = estimator.cv_results_
+        results = estimator.tuning_report_.nodes
         display = cls(
             labels=labels_of(results),
             loss=results["loss"],
@@ -142,7 +142,7 @@ class PenaltiesDisplay:
         names = getattr(estimator, "feature_names_in_", None)
         display = cls(
             penalties=estimator.penalties_,
-            one_penalty=float(estimator.cv_results_["penalties"][0].mean()),
+            one_penalty=float(estimator.tuning_report_.nodes["penalties"][0].mean()),
             feature_names=np.arange(estimator.n_features_in_).astype(object) if names is None else names,
         )
         return display.plot(ax=ax, **kwargs)

@@ -29,6 +29,20 @@ def positive(name: str, given: Any) -> NDArray[np.float64]:
     return np.asarray(given, dtype=np.float64)
 
 
+def places_of(penalties: NDArray[Any]) -> NDArray[np.intp]:
+    """Return the place of each of some penalties among them all, from the strongest on.
+
+    >>> places_of(np.array([0.1, 10.0, 1.0]))
+    array([2, 0, 1])
+    """
+    return np.argsort(np.argsort(-penalties, kind="stable"), kind="stable")
+
+
+def nearest(value: float, candidates: NDArray[np.float64]) -> float:
+    """Return the candidate that a value, which went through logarithms, stands for."""
+    return float(candidates[np.abs(np.log(candidates / value)).argmin()])
+
+
 def on_device(X: Any, device: Any) -> Any:
     """Return X, an array or a CSR matrix, on a device, where one is named.
 

@@ -15,8 +15,10 @@ from sklearn.utils.extmath import softmax
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
+from bilevel.criteria import Criterion, Fit, KFold
 from bilevel.problems.losses import Logistic, Softmax
-from bilevel.sklearn.inputs import positive
+from bilevel.selection import Selected
+from bilevel.sklearn.inputs import nearest, places_of, positive
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
@@ -33,7 +35,8 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
 
     Args:
         Cs: inverse penalties of which that of the one penalty, where the path begins, is the best: a list, or so many
-            from 1e-4 to 1e4; None for any.
+            from 1e-4 to 1e4; None for any. `Cs_` has them, and `scores_` and `coefs_paths_` what every fold of the
+            criterion gives at each: minus the log loss, and coefficients.
         l1_ratios: None or zeros.
         fit_intercept: whether there is an intercept, which is not penalised.
         cv: folds, for the criterion and the outer loop: None (approximate leave-one-out for two classes, and five), a
@@ -51,7 +54,7 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         refit: True.
         intercept_scaling: accepted, without effect.
         random_state: of the folds, for a number or None as cv; None is a fixed seed.
-        use_legacy_attributes: accepted, without effect.
+        use_legacy_attributes: whether `scores_`, `coefs_paths_`, `C_` and `l1_ratio_` are dicts and arrays by class.
         penalty_structure: what shares a penalty: "scalar", "group", "feature", "class" or "class_feature".
         groups: the group of every feature, for "group".
         criterion: "auto", "loo", "alo", "kfold" or "holdout": see `bilevel.criteria.choose_criterion`.
@@ -85,6 +88,10 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
     }
     _loss_name = "log loss"
     _own_scoring = "neg_log_loss"
+    C_: Any
+    l1_ratio_: Any
+    scores_: Any
+    coefs_paths_: Any
 
     def __init__(
         self,
@@ -170,12 +177,13 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         leading = (1,) if binary else ()
         score = self._score_of(X, y, leading, scored)
         loss = Logistic() if binary else Softmax()
-        selected, _ = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
+        selected, criterion = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
         self._set_model(selected.fit, X.dtype, leading)
         self.penalties_ = self.penalties_.reshape(self.coef_.shape)
         shape = self.coef_.shape if self.penalty_structure == "class_feature" else (-1,)
         self.C_ = 1.0 / self._penalty(selected, shape)
-        self.l1_ratio_ = 0.0
+        self.l1_ratio_, self.l1_ratios_ = 0.0, np.zeros(1)
+        self._set_grid(selected, criterion)
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.floating[Any]]:
@@ -188,12 +196,57 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         z = self.decision_function(X)
         return softmax(np.column_stack([np.zeros_like(z), z]) if z.ndim == 1 else z, copy=False)
 
+    def _set_grid(self, selected: Selected, criterion: Criterion) -> None:
+        """Set the attributes of a grid of Cs, in the shapes that scikit-learn's have."""
+        for name in ("Cs_", "scores_", "coefs_paths_"):
+            self.__dict__.pop(name, None)
+        legacy, several = self.use_legacy_attributes, len(self.coef_)
+        one = isinstance(self.C_, float)
+        if self.Cs is not None:
+            self.Cs_ = grid = self._grid()
+            self.C_ = nearest(self.C_, grid) if one else self.C_
+        if legacy and one:
+            self.C_, self.l1_ratio_ = np.full(several, self.C_), np.zeros(several)
+        if self.Cs is None or not isinstance(criterion, KFold):
+            return
+        places, ends = places_of(1.0 / grid), np.cumsum([len(held) for _, held in criterion.folds])[:-1]
+        share = np.split(criterion.share.cpu().numpy(), ends)
+        found = [selected.scanned[place] for place in places]
+        losses = [np.split(each.losses, ends) for each in found]
+        scores = -np.array([[part.sum() / s.sum() for part, s in zip(each, share, strict=True)] for each in losses]).T
+        paths = np.stack([self._of_folds(criterion.fits(each)) for each in found], 1)
+        if not legacy:
+            self.scores_, self.coefs_paths_ = scores[:, None], paths[:, None]
+            return
+        at = () if self.l1_ratios is None else (None,)
+        labels = self.classes_[-several:]
+        self.scores_ = dict.fromkeys(labels, scores[(..., *at)])
+        self.coefs_paths_ = {label: paths[(slice(None), slice(None), *at, index)] for index, label in enumerate(labels)}
+
+    def _of_folds(self, fits: list[tuple[Fit, Any]]) -> NDArray[np.float64]:
+        """Return the coefficients of the models of folds, the intercept last, (folds, classes, features [+ 1])."""
+        every = []
+        for fit, _ in fits:
+            w = np.atleast_2d(fit.coef.cpu().numpy())
+            b = np.reshape(fit.intercept.cpu().numpy(), (-1, 1))
+            every.append(np.hstack([w, b]) if self.fit_intercept else w)
+        return np.stack(every)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("Cs_", "scores_", "coefs_paths_") and "tuning_report_" in self.__dict__:
+            why = "there is no grid of Cs: read C_ and tuning_report_, or give Cs."
+            if "Cs_" in self.__dict__:
+                why = "approximate leave-one-out has no folds: read tuning_report_, or give cv."
+            raise AttributeError(f"{type(self).__name__} has no {name}, as {why}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _candidates(self) -> NDArray[np.float64] | None:
         if self.Cs is None:
             return None
-        if isinstance(self.Cs, Integral):
-            return np.logspace(4, -4, int(self.Cs))
-        return 1.0 / positive("Cs", self.Cs)
+        return 1.0 / self._grid()
+
+    def _grid(self) -> NDArray[np.float64]:
+        return np.logspace(-4, 4, int(self.Cs)) if isinstance(self.Cs, Integral) else positive("Cs", self.Cs)
 
     def _class_weights(self, encoded: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the weight of each class; "balanced" gives all classes the same sum of weights.

@@ -32,7 +32,7 @@ class TuningReport:
         seconds: processor time.
         summary: all of that in one sentence.
         remarks: what is worth knowing besides, a sentence each.
-        nodes: `cv_results_` of the estimator.
+        nodes: node by node, the same in numbers: `cv_results_` of the estimator.
         n_candidates: models of different kinds that were judged; 0 where there is only the path.
     """
 

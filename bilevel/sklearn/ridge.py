@@ -14,9 +14,10 @@ from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
 
+from bilevel.criteria import Criterion, RidgeLeaveOneOut
 from bilevel.problems.losses import Squared
-from bilevel.selection import certify_range
-from bilevel.sklearn.inputs import positive
+from bilevel.selection import Selected, certify_range
+from bilevel.sklearn.inputs import nearest, places_of, positive
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
@@ -35,7 +36,8 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         scoring: what the outer loop chooses by: a scorer of scikit-learn; None for the criterion's loss.
         cv: folds, for the criterion and the outer loop: None (leave-one-out, and five), a number, a splitter, or pairs.
         gcv_mode: accepted, without effect.
-        store_cv_results: accepted, without effect: `cv_results_` is always there.
+        store_cv_results: whether `cv_results_` holds the squared leave-one-out error of every row at each of `alphas`,
+            as scikit-learn's does, in place of the nodes of the path; these are in ``tuning_report_.nodes``, too.
         alpha_per_target: whether every target has penalties of its own.
         penalty_structure: what shares a penalty: "scalar", "group", "feature", "target" or "target_feature".
         groups: the group of every feature, for "group".
@@ -144,6 +146,11 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
             y_numeric=True,
             ensure_min_samples=2,
         )
+        if self.store_cv_results and (self.alphas is None or self.scoring is not None):
+            raise ValueError(
+                "store_cv_results=True stores the squared errors of rows at each of the alphas: give alphas, and "
+                "scoring=None; what a fit without alphas went through is in tuning_report_.nodes."
+            )
         weights = self._weights(sample_weight, X)
         split, scored = self._routed(None if sample_weight is None else weights, params)
         folds = folds_of(self.cv, X, y, None, split, self.random_state)
@@ -156,6 +163,8 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         self.penalties_ = self.penalties_.reshape(self.coef_.shape)
         per_target = self._structure() == "target_feature" and targets.dim() == 2
         self.alpha_ = self._penalty(selected, self.coef_.shape if per_target else (-1,))
+        if self.alphas is not None and isinstance(self.alpha_, float):
+            self.alpha_ = nearest(self.alpha_, positive("alphas", np.atleast_1d(self.alphas)))
         results = self.cv_results_
         if self.certify:
             share = 1e-3 if isinstance(self.certify, bool) else float(self.certify)
@@ -172,10 +181,25 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
             )
         losses = results["criterion"] if selected.choice is None else results["loss"]
         self.best_score_ = -float(losses[selected.chosen])
+        if self.store_cv_results:
+            self.cv_results_ = self._errors(selected, criterion, y, weights)
         return self
 
     def _candidates(self) -> NDArray[np.float64] | None:
         return None if self.alphas is None else positive("alphas", np.atleast_1d(self.alphas))
+
+    def _errors(self, selected: Selected, criterion: Criterion, y: Any, weights: Any) -> NDArray[np.float64]:
+        """Return squared leave-one-out errors times the weights of rows, (rows, [targets,] alphas).
+
+        Raises:
+            ValueError: for another criterion.
+        """
+        if not isinstance(criterion, RidgeLeaveOneOut):
+            raise ValueError("store_cv_results=True is of exact leave-one-out: leave cv and groups None, or say False.")
+        found = np.stack([each.predictions.cpu().numpy().T.reshape(y.shape) for each in selected.scanned], -1)
+        shape = (-1,) + (1,) * y.ndim
+        errors: NDArray[np.float64] = weights.reshape(shape) * (y[..., None] - found) ** 2
+        return errors[..., places_of(np.atleast_1d(self.alphas))]
 
     def _structure(self) -> str:
         """Return which coefficients share a penalty, `alpha_per_target` included.

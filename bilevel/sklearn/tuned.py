@@ -92,7 +92,7 @@ class TunedLinearModel:
     n_jobs: int | None
     device: Any
     verbose: Any
-    cv_results_: dict[str, Any]
+    cv_results_: Any
     tuning_report_: TuningReport
 
     def _validate_params(self) -> None:
@@ -171,7 +171,7 @@ class TunedLinearModel:
         scorer = self._scorer_name(outer) if score is not None else ""
         mean_weight = float(weights.mean())
         candidates = self._candidates()
-        again = self.warm_start and hasattr(self, "cv_results_")
+        again = self.warm_start and hasattr(self, "tuning_report_")
         selected = penalty_cv(
             criterion,
             guard=self.guard,
@@ -180,7 +180,7 @@ class TunedLinearModel:
             tol=self.tol,
             steps=int(self.max_iter),
             candidates=None if candidates is None else np.log(candidates / mean_weight),
-            start=float(np.log(self.cv_results_["penalties"][0, 0] / mean_weight)) if again else None,
+            start=float(np.log(self.tuning_report_.nodes["penalties"][0, 0] / mean_weight)) if again else None,
             score=score,
             n_jobs=self.n_jobs,
             progress=bool(self.verbose),
@@ -336,7 +336,7 @@ class TunedLinearModel:
 
     def _penalty(self, selected: Selected, shape: tuple[int, ...]) -> Any:
         """Return the chosen penalty, a float where it is one for all, else an array of the given shape."""
-        chosen = self.cv_results_["penalties"][selected.chosen]
+        chosen = self.tuning_report_.nodes["penalties"][selected.chosen]
         return float(chosen[0]) if np.isinf(selected.node.tau) else chosen.reshape(shape)
 
     def plot_path(self, *, ax: Any = None, **kwargs: Any) -> TuningPathDisplay:
