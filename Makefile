@@ -4,6 +4,9 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Compiled files are kept: the processes that tests start would compile the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test coverage lint docs figures bench bars clean
 
 demo: .venv/.demo  ## two models with three hypergradient estimators, compared; then by folds, beside scikit-learn

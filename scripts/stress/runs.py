@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -133,6 +134,7 @@ def _run_and_exit(arguments: Sequence[str], prepare: Callable[[], object], write
     code = 99
     try:
         os.dup2(writes, 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)  # not what the parent has put in its place
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         # Checkpoints far more often than once a second, so that a random moment meets many of them.
         cells.SAVE_EVERY = 0.01
@@ -144,6 +146,7 @@ def _run_and_exit(arguments: Sequence[str], prepare: Callable[[], object], write
 
         traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -40,7 +40,15 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny.yaml"
 
 
-def test_compare_prints_a_table_and_writes_everything(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take longer than such short runs."""
+    monkeypatch.setattr("bilevel.cli.commands.draw_figures", lambda *_: True)
+
+
+def test_compare_prints_a_table_and_writes_everything(
+    config: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     assert main(["compare", config]) == 0
     out, err = capsys.readouterr()
     assert "iris (medians over 2 seeds; the hypergradient at the end)" in out
@@ -54,6 +62,10 @@ def test_compare_prints_a_table_and_writes_everything(config: str, capsys: pytes
     assert environment["versions"]["torch"] == torch.__version__
     assert not list(Path("runs").rglob("*.tmp"))
     assert not list(Path("runs").rglob("stop"))
+    assert sorted(path.stem for path in Path("runs/tiny/figures").iterdir()) == [
+        *("hypergradient_error", "memory", "outer_loss_by_cost", "outer_loss_by_seconds")
+    ]
+    request.getfixturevalue("no_figures")
 
     assert main(["compare", config]) == 0
     again = capsys.readouterr().out
@@ -73,7 +85,9 @@ def test_compare_prints_a_table_and_writes_everything(config: str, capsys: pytes
     assert {row["seed"] for row in rows} == {7, 8}
 
 
-def test_tune_prints_hyperparameters_and_scores(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_prints_hyperparameters_and_scores(
+    config: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     assert main(["tune", config, "--estimator", "implicit", "--set", "outer.steps=8", "--out", "tuned"]) == 0
     out = capsys.readouterr().out
     assert "iris, implicit, seed 0: best at step" in out
@@ -90,10 +104,12 @@ def test_tune_prints_hyperparameters_and_scores(config: str, capsys: pytest.Capt
     line = next(line.split() for line in out.splitlines() if line.startswith("class 2"))
     assert float(line[-1]) == pytest.approx(math.exp(float(line[-2])), rel=1e-3)
     assert Path("tuned/figures/outer_loss_by_cost.png").stat().st_size > 10_000
+    request.getfixturevalue("no_figures")
     assert main(["tune", config, "--set", "outer.steps=1"]) == 0
     assert Path("runs/tiny-tune/tuned.json").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_compare_shows_another_outer_method_beside_its_own(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     tuning = "tuning={solver: {class: QuasiNewton}, estimator: {class: Implicit}, outer: {optimizer: auto, steps: 40}}"
     assert main(["compare", config, "--set", f"{tuning}"]) == 0
@@ -112,6 +128,7 @@ def test_compare_shows_another_outer_method_beside_its_own(config: str, capsys: 
     assert " ".join(runs[1]["stopped"].split()) in " ".join(out.split())
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_tune_by_a_search_says_which_why_and_how_it_ended(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--set", "outer={steps: 40}", "--set", "solver={class: QuasiNewton}"]
     assert main(["tune", config, *options]) == 0

@@ -124,33 +124,32 @@ def test_a_pool_is_made_once_and_goes_on_after_an_exception() -> None:
     assert list(threads.pool(2).map(abs, [-1, -2])) == [1, 2]
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr == ""
-    return done.stdout
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_makes_its_own_pool_and_the_interpreter_ends_in_both() -> None:
+@pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """What one interpreter prints that uses the pools in two processes, and counts the cores of a smaller affinity."""
     code = (
-        "import os\nfrom bilevel.core.threads import pool\n"
+        "import os\nfrom bilevel.core.threads import pool, usable_cores\n"
         "assert list(pool(2).map(abs, [-1, -2])) == [1, 2]\n"
         "child = os.fork()\n"
         "assert list(pool(2).map(abs, [-3, -4])) == [3, 4]\n"
         "if child: assert os.waitpid(child, 0)[1] == 0\n"
-        "print('parent' if child else 'child', flush=True)\n"
+        "print('parent' if child else 'child', flush=True)\n"  # the parent speaks last
+        "if child and hasattr(os, 'sched_setaffinity'):\n"
+        "    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(usable_cores())\n"
     )
-    assert run(code).split() == ["child", "parent"]  # the parent speaks last: two at once would mix their lines
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == ""
+    return done.stdout.split()
 
 
-def test_the_cores_of_the_process_are_counted_by_its_affinity() -> None:
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("needs os.sched_setaffinity")
-    code = (
-        "import os\nfrom bilevel.core.threads import usable_cores\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(usable_cores())"
-    )
-    assert run(code) == "1\n"
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_makes_its_own_pool_and_the_interpreter_ends_in_both(printed: list[str]) -> None:
+    assert printed[:2] == ["child", "parent"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs os.sched_setaffinity")
+def test_the_cores_of_the_process_are_counted_by_its_affinity(printed: list[str]) -> None:
+    assert printed[2:] == ["1"]
 
 
 def test_a_hypergradient_leaves_the_threads_alone() -> None:

@@ -2,27 +2,22 @@
 
 import json
 import runpy
-import subprocess
-import sys
 
 import pytest
 from paths import BENCH
 
 
-def test_the_accuracy_bars_hold():
-    run = subprocess.run([sys.executable, BENCH / "accuracy.py"], capture_output=True, text=True, check=False)
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_the_accuracy_bars_hold(script, capsys):
+    assert script(BENCH / "accuracy.py") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 16
     assert all(row["ok"] for row in rows)
 
 
-def test_a_small_sample_of_the_bars_of_the_outer_step_holds():
+def test_a_small_sample_of_the_bars_of_the_outer_step_holds(script, capsys):
     sample = ["--only", "2", "5", "--starts", "2", "--peers", "0", "--most", "40"]
-    command = [sys.executable, BENCH / "outer.py", *sample, "--problems", "ridge diabetes, 5 groups"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert script(BENCH / "outer.py", *sample, "--problems", "ridge diabetes, 5 groups") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["name"].split(":")[0] for row in rows] == ["bar 2", "bar 5", "bar 5", "outer bars, all hold"]
     assert rows[0]["reached"] == "2/2"
     assert rows[1]["converged"] == rows[1]["ends"] == 3

@@ -1,34 +1,16 @@
 """The script for machines with a GPU: a dry run takes the same way on the CPU."""
 
 import json
-import runpy
 import subprocess
-import sys
 from types import SimpleNamespace
 
-import pytest
 import torch
 from paths import STUDIES
 
 SCRIPT = STUDIES / "gpu_check.py"
 
 
-@pytest.fixture
-def main(monkeypatch):
-    """Returns a call of the script in this process: (options) -> exit status."""
-
-    def call(*options: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return stopped.value.code
-
-    # The script makes the tests' tables importable.
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return call
-
-
-def test_a_dry_run_writes_one_file_that_names_the_machine(main, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_writes_one_file_that_names_the_machine(script, tmp_path, monkeypatch, capsys):
     commands = []
 
     def collected(command, **options):
@@ -37,7 +19,7 @@ def test_a_dry_run_writes_one_file_that_names_the_machine(main, tmp_path, monkey
 
     monkeypatch.setattr(subprocess, "run", collected)
     out = tmp_path / "check.json"
-    assert main("--dry-run", "--out", str(out)) == 0
+    assert script(SCRIPT, "--dry-run", "--out", str(out)) == 0
     results = json.loads(out.read_text())
     parts = ("tests", "steps", "waits", "agreement", "random_numbers", "seconds")
     assert all(results[name]["ok"] for name in parts)
@@ -49,16 +31,16 @@ def test_a_dry_run_writes_one_file_that_names_the_machine(main, tmp_path, monkey
     assert [line.split() for line in capsys.readouterr().out.splitlines()[:-1]] == [[name, "ok"] for name in parts]
 
 
-def test_without_cuda_it_says_so_in_one_sentence(main, tmp_path, monkeypatch, capsys):
+def test_without_cuda_it_says_so_in_one_sentence(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "check.json"
-    assert main("--out", str(out)) == 2
+    assert script(SCRIPT, "--out", str(out)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "torch sees no CUDA device: run this on a machine with one, or try --dry-run.\n"
     assert not out.exists()
 
 
-def test_a_check_that_fails_is_the_exit_status(main, tmp_path, monkeypatch):
+def test_a_check_that_fails_is_the_exit_status(script, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(returncode=1, stdout=""))
-    assert main("--dry-run", "--only", "tests", "--out", str(tmp_path / "check.json")) == 1
+    assert script(SCRIPT, "--dry-run", "--only", "tests", "--out", str(tmp_path / "check.json")) == 1

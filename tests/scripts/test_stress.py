@@ -1,4 +1,4 @@
-"""A small sample of ``scripts/stress.py``, in a process of its own: it forks, and it interrupts itself.
+"""A small sample of ``scripts/stress.py``, in this process, which it forks.
 
 Kills are in test_compare.py.
 """
@@ -6,19 +6,17 @@ Kills are in test_compare.py.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 
+import pytest
 from paths import SCRIPTS
 
 
-def test_nothing_is_lost() -> None:
+def test_nothing_is_lost(script: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     rows = {"mutated configs": 4, "YAML that cannot be built": 26}
     parts = ["--only", "configs", "yaml", "--configs", "4", "--seed", "5"]
-    # One process: it loads torch once for all parts.
-    command = [sys.executable, str(SCRIPTS / "stress.py"), *parts]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"^(.*?)\s{2,}(\d+)\s+(\d+)\s+0$", done.stdout, re.MULTILINE)
+    code, printed = script(SCRIPTS / "stress.py", *parts), capsys.readouterr().out
+    assert code == 0, printed
+    found = re.findall(r"^(.*?)\s{2,}(\d+)\s+(\d+)\s+0$", printed, re.MULTILINE)
     assert {name: int(tried) for name, tried, _ in found} == rows
     assert all(tried == caught for _, tried, caught in found)
