@@ -1,16 +1,14 @@
-"""The command ``bilevel``, and ``python -m bilevel``: Ctrl-C has its answer before torch is loaded."""
+"""The command ``bilevel``, and ``python -m bilevel``."""
 
 import warnings
 
-from bilevel.core.interrupt import quiet_interrupt
+from bilevel.cli import main as run
 
 
 def main() -> int:
     """Run the command line of this process."""
     # Python hides these from users; but a config that should say something else now is theirs.
     warnings.filterwarnings("default", category=DeprecationWarning, module=r"bilevel\.config\.")
-    with quiet_interrupt():
-        from bilevel.cli import main as run
     return run()
 
 

@@ -80,9 +80,14 @@ def test_hot_code_never_calls_item(room: str) -> None:
 
 def test_importing_the_package_changes_nothing_and_its_names_bring_no_heavy_or_retired_module() -> None:
     code = (
-        "import signal, sys, threading, time, warnings\n"
+        "import contextlib, io, signal, sys, threading, time, warnings\n"
         "def world(): return signal.getsignal(signal.SIGINT), threading.active_count(), list(warnings.filters)\n"
-        "before = world(); import bilevel; assert world() == before; assert 'torch' not in sys.modules\n"
+        "before = world(); import bilevel; assert world() == before\n"
+        "from bilevel.cli import main\n"
+        "for line in ('--help', '--version', 'tune --help', 'predict --seed 1'):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "        with contextlib.suppress(SystemExit): main(line.split())\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
         "import torch, torch.distributions, torch.utils._pytree\n"
         # Of this process: a busy machine makes no import slow.
         "start = time.process_time(); from bilevel import *; took = time.process_time() - start\n"

@@ -5,21 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
-from bilevel.cli.check import run_check
-from bilevel.cli.commands import run_compare, run_tune
-from bilevel.cli.curse import run_curse
-from bilevel.cli.doctor import run_doctor
-from bilevel.cli.fold import run_predict
-from bilevel.compare import RunFolderError
-from bilevel.compare.folder import unwritten
-from bilevel.config import ConfigError
-from bilevel.config.document import shortened
-from bilevel.core.interrupt import INTERRUPTED
-from bilevel.core.options import first_line
-from bilevel.core.tracebacks import outside, told
+from bilevel.core.interrupt import INTERRUPTED, quiet_interrupt
 
 COMPARE = """\
 Run every estimator of a config on every problem and seed, from the same start, and compare them.
@@ -132,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         debug = getattr(arguments, "debug", False)
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
+        return _loaded(*arguments.command)(arguments)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command to continue", file=sys.stderr)
         return INTERRUPTED
@@ -146,8 +134,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def _loaded(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """Return what runs a command; it is loaded here, so that --help and refused options need no torch."""
+    with quiet_interrupt():
+        command: Callable[[argparse.Namespace], int] = getattr(import_module(f"bilevel.cli.{module}"), function)
+    return command
+
+
 def _said(error: Exception) -> tuple[str, int]:
     """Return the sentence about an exception that ended a command, and the exit code."""
+    from bilevel.compare.folder import RunFolderError, unwritten
+    from bilevel.config.document import ConfigError, shortened
+    from bilevel.core.options import first_line
+    from bilevel.core.tracebacks import outside, told
+
     if isinstance(error, ConfigError | RunFolderError):
         cause = error.__cause__ if isinstance(error, ConfigError) else None
         raw = cause is not None and told(cause) != first_line(cause)
@@ -167,12 +167,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Tune hyperparameters by gradient descent on the validation loss, and compare ways to do so.",
         epilog="start with: bilevel compare configs/quickstart.yaml     (`bilevel COMMAND --help` says more)",
     )
-    parser.add_argument("--version", action="version", version=f"bilevel {version('bilevel')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    compare = _add(commands, "compare", "compare hypergradient estimators as a config says", COMPARE, run_compare)
-    tune = _add(commands, "tune", "tune hyperparameters and print them with their scores", TUNE, run_tune)
+    compare = _add(commands, "compare", "compare hypergradient estimators as a config says", COMPARE, "commands")
+    tune = _add(commands, "tune", "tune hyperparameters and print them with their scores", TUNE, "commands")
     doctor = _add(
-        commands, "doctor", "print what this machine has, and check that hypergradients are right", DOCTOR, run_doctor
+        commands, "doctor", "print what this machine has, and check that hypergradients are right", DOCTOR, "doctor"
     )
     for command in (compare, tune):
         command.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/ for examples")
@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--estimator", metavar="NAME", help="a name under `estimators` in the config (default: the first)"
     )
-    predict = _add(commands, "predict", "predict new rows by a tuned model", PREDICT, run_predict)
+    predict = _add(commands, "predict", "predict new rows by a tuned model", PREDICT, "fold")
     predict.add_argument("model", metavar="MODEL", help="a folder with model.npz and model.json, or one of both")
     predict.add_argument(
         "data", metavar="NEW.csv", help="a table with the columns of training (.csv, .tsv, .parquet, ...)"
@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(doctor)
     _add_threads(doctor, "show what a run would use with N threads in torch and at most as many workers")
     summary = "examine a problem of your own: derivatives, curvature, determinism, steps, estimators"
-    check = _add(commands, "check", summary, CHECK, run_check)
+    check = _add(commands, "check", summary, CHECK, "check")
     check.add_argument("target", metavar="FILE.py[:PROBLEM]", help="a Python file and a name in it, or a YAML config")
     check.add_argument("--hparams", metavar="NAME", help="the hyperparameters in the file (default: hparams)")
     check.add_argument("--seed", metavar="N", type=_count(0), help="of the random points and directions (default: 0)")
@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_debug(check)
     _refuse(check, REFUSED_BY_CHECK)
     summary = "measure the curse of unrolling: the figures and claims of both papers"
-    curse = _add(commands, "curse", summary, CURSE, run_curse)
+    curse = _add(commands, "curse", summary, CURSE, "curse")
     curse.add_argument("configs", metavar="CONFIG", nargs="+", help="YAML files; see configs/curse/")
     curse.add_argument("--set", metavar="a.b=value", action="append", default=[], help="change a value in all configs")
     curse.add_argument("--out", metavar="DIR", help="where to write (default: runs/curse)")
@@ -217,12 +217,12 @@ def _add(
     name: str,
     summary: str,
     description: str,
-    function: Callable[[argparse.Namespace], int],
+    module: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=(module, f"run_{name}"))
     return parser
 
 
@@ -248,6 +248,17 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", help="raise what goes wrong, with its traceback, in place of one sentence"
     )
+
+
+class _Version(argparse.Action):
+    """Print the version and leave; what reads it from the installed package takes its time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Leave with the version."""
+        from importlib.metadata import version
+
+        print(f"bilevel {version('bilevel')}")
+        parser.exit()
 
 
 class _Refused(argparse.Action):
