@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria import newton, newton_cg
+from bilevel.criteria import newton_cg, newton_one
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import Factored, Sketched, factored
+from bilevel.criteria.leverage import Factored, Sketched
 from bilevel.criteria.penalties import Penalties
+from bilevel.numerics.small import array, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
 
 LEAST = 1e-10
@@ -26,13 +28,12 @@ class _Point(NamedTuple):
     With ``h = diag(X1 H^-1 X1')`` and ``q = 1 - h d``, the prediction without row i is ``t = z + h g / q``.
     """
 
-    w: Tensor  # coefficients, with the intercept
-    a: Tensor
+    w: Any  # coefficients, with the intercept
+    a: Any
     factor: Factored
-    t: Tensor
-    by_z: Tensor  # dt/dz at fixed h
-    by_h: Tensor  # dt/dh
-    third: Tensor  # s loss'''(z)
+    by_z: Any  # dt/dz at fixed h
+    by_h: Any  # dt/dh
+    third: Any  # s loss'''(z)
 
 
 class ApproximateLeaveOneOut(Criterion):
@@ -82,48 +83,39 @@ class ApproximateLeaveOneOut(Criterion):
         self.tol = tol
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
-        a = self._penalties(u)
-        w, z, kept = self._solved(a, warm)
-        data, loss, s = self.data, self.loss, self.data.weights
-        g, d, third = (s * part(z, data.y) for part in (loss.slope, loss.curvature, loss.third))
-        H: Factored
-        if self._large:
-            H = Sketched(self._X1, self._low, d, a)
-            kept = kept.at(H.gram)
-        else:
-            H = factored(self._X1, d, a, data.intercept)
+        a, rows, loss = self._penalties(u), self._rows, self.loss
+        w, z, H, kept = self._solved(a, warm)
+        g, d, third = (rows.of(part, z) for part in (loss.slope, loss.curvature, loss.third))
         h = H.leverages()
-        q = (1.0 - h * d).clamp_min(LEAST)
+        q = (1.0 - h * d).clip(LEAST)
         shift = h * g / q
-        t, by_h = z + shift, g / q.square()
-        point = _Point(w, a, H, t, 1.0 / q + h * shift * third / q, by_h, third)
-        slopes, curvatures = s * loss.slope(t, data.y), s * loss.curvature(t, data.y)
-        losses = (s * loss.value(t, data.y)).double().cpu().numpy()
-        jacobian = gauss_newton = None
+        t, by_h = z + shift, g / (q * q)
+        point = _Point(w, a, H, 1.0 / q + h * shift * third / q, by_h, third)
+        slopes, curvatures = (rows.of(part, t) for part in (loss.slope, loss.curvature))
+        losses = to_numpy(rows.of(loss.value, t))
+        jacobian = None
         if self.penalties.size == 1:
             jacobian = self._exact(point)
-            gradient = jacobian.T @ slopes / data.rows
+            gradient = jacobian.T @ tensor(slopes) / self.data.rows
         else:
             gradient = self._gradient(point, slopes)
-        if second:
-            if jacobian is None:
+            if second:
                 jacobian = self._exact(point) if full else self._model(point)
-            gauss_newton = (jacobian.T @ (jacobian * curvatures[:, None]) / data.rows).double().cpu().numpy()
-        value = float(losses.mean())
         return Evaluation(
-            value,
-            gradient.double().cpu().numpy(),
-            gauss_newton,
+            float(losses.mean()),
+            to_numpy(gradient),
+            None,
             losses,
-            t,
-            slopes,
-            curvatures,
+            tensor(t),
+            tensor(slopes),
+            tensor(curvatures),
             jacobian if second else None,
-            (w, kept),
+            (np.array(u), w, kept),
         )
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
-        w, _, _ = self._solved(self._penalties(u), warm)
+        same = warm is not None and np.array_equal(warm[0], u)
+        w = tensor(warm[1] if same else self._solved(self._penalties(u), warm)[0])
         intercept = w[-1] if self.data.intercept else w.new_zeros(())
         return self.given(w[: self.data.features], intercept)
 
@@ -135,10 +127,23 @@ class ApproximateLeaveOneOut(Criterion):
         dense = self._system.X1
         return self.data.with_ones() if dense is None else dense
 
-    def _penalties(self, u: Array) -> Tensor:
+    @property
+    def _rows(self) -> newton_one.Rows:
+        return self._tensors if self._large else self._arrays
+
+    @shared
+    def _tensors(self) -> newton_one.Rows:
+        return newton_one.Rows(self._X1, self.data.weights, self.data.y, self.loss, self.data.intercept)
+
+    @shared
+    def _arrays(self) -> newton_one.Rows:
+        return self._tensors._replace(X1=array(self._X1), s=array(self.data.weights))
+
+    def _penalties(self, u: Array) -> Any:
         """Return the penalties of all coefficients, with a zero for the intercept."""
         a = self.penalties.spread(u).exp().to(self._X1)
-        return torch.cat([a, a.new_zeros(1)]) if self.data.intercept else a
+        a = torch.cat([a, a.new_zeros(1)]) if self.data.intercept else a
+        return a if self._large else array(a)
 
     @property
     def _large(self) -> bool:
@@ -155,47 +160,50 @@ class ApproximateLeaveOneOut(Criterion):
         low = self._system.low.X1
         return self._X1.float() if low is None else low
 
-    def _solved(self, a: Tensor, warm: Any) -> tuple[Tensor, Tensor, Any]:
-        """Return the coefficients and the predictions of the model of all rows, and what to keep for the next."""
-        data = self.data
-        start, kept = (torch.zeros_like(a), None) if warm is None else warm
-        if self._large:
-            found = newton_cg.solve(self._system, a[None], start[None], kept, self.tol)
-            return found.w[0], found.z[0], found.preconditioner
-        models = newton.solve(
-            *(self._X1, data.y, self.loss, data.weights[None], a[None], start[None]),
-            intercept=data.intercept,
-            tol=self.tol,
-        )
-        return models.w[0], models.z[0], None
+    def _solved(self, a: Any, warm: Any) -> tuple[Any, Any, Factored, Any]:
+        """Return coefficients and predictions of the model of all rows, its Hessian, and what to keep for the next."""
+        _, start, kept = (None, a * 0.0, None) if warm is None else warm
+        rows = self._rows
+        if not self._large:
+            model = newton_one.solve(rows, a, start, kept, self.tol)
+            return *model, model.H
+        found = newton_cg.solve(self._system, a[None], start[None], kept, self.tol)
+        z = found.z[0]
+        H = Sketched(self._X1, self._low, rows.of(self.loss.curvature, z), a)
+        return found.w[0], z, H, found.preconditioner.at(H.gram)
 
-    def _gradient(self, at: _Point, slopes: Tensor) -> Tensor:
+    def _gradient(self, at: _Point, slopes: Any) -> Tensor:
         b = slopes * at.by_h
         adjoint = slopes * at.by_z
         if not self.loss.quadratic:
             adjoint = adjoint - at.third * at.factor.squares(b)
         by_column = -at.a * (at.w * at.factor.collected(adjoint) + at.factor.by_column(b))
-        return self.penalties.gather(by_column[: self.data.features]) / self.data.rows
+        return self.penalties.gather(tensor(by_column[: self.data.features])) / self.data.rows
 
     def _model(self, at: _Point) -> Tensor:
         """Return the Jacobian (rows, k) without what the leverages change by the curvatures of the losses."""
         V = at.factor.V
-        by_column = -V * (torch.outer(at.by_z, at.a * at.w) + torch.outer(at.by_h, at.a) * V)
-        return self.penalties.gather(by_column[:, : self.data.features])
+        by_column = V * at.by_h[:, None]
+        by_column *= -at.a
+        by_column -= at.by_z[:, None] * (at.a * at.w)
+        by_column *= V
+        return self.penalties.gather(tensor(by_column[:, : self.data.features]))
 
     def _exact(self, at: _Point) -> Tensor:
         """Return the Jacobian (rows, k); ``dh_i = -sum_j V_ij^2 a_j du_j - sum_k S_ik^2 d3_k dz_k``."""
         if self.penalties.size == 1:
             dz = -at.factor.predicted(at.a * at.w)
             dh = -at.factor.by_row(at.a) if self.loss.quadratic else -at.factor.moved(at.a, at.third * dz)
-            return (at.by_z * dz + at.by_h * dh)[:, None]
+            return tensor(at.by_z * dz + at.by_h * dh)[:, None]
         V, features = at.factor.V, self.data.features
-        dz = self.penalties.gather((-V * (at.a * at.w))[:, :features])
-        dh = self.penalties.gather((-V.square() * at.a)[:, :features])
+        dz = self.penalties.gather(tensor((-V * (at.a * at.w))[:, :features]))
+        dh = self.penalties.gather(tensor((-V * V * at.a)[:, :features]))
         if not self.loss.quadratic:
-            moved = at.third[:, None] * dz
+            moved = tensor(at.third)[:, None] * dz
             if self.penalties.size * len(at.a) <= len(moved):
-                dh = dh - torch.stack([at.factor.squares(each) for each in moved.T], 1)
+                own = type(at.third)  # arrays stay arrays
+                columns = [array(each) if own is np.ndarray else each for each in moved.T]
+                dh = dh - torch.stack([tensor(at.factor.squares(each)) for each in columns], 1)
             else:
-                dh = dh - at.factor.kernel().square() @ moved
-        return at.by_z[:, None] * dz + at.by_h[:, None] * dh
+                dh = dh - tensor(at.factor.kernel()).square() @ moved
+        return tensor(at.by_z)[:, None] * dz + tensor(at.by_h)[:, None] * dh

@@ -1,17 +1,18 @@
 """Factors of the regularised Hessian ``H = X1' diag(d) X1 + diag(a, 0)`` of a model of one output, with X1 = (X, 1).
 
-The last coefficient is the intercept, without a penalty. With no more columns than rows H is factored. With more, the
-intercept is eliminated (columns are centred by the weights d) and Woodbury's identity leaves a matrix of rows.
+The last coefficient is the intercept, without a penalty. With no more columns than rows H is factored. With more,
+Woodbury's identity leaves a matrix of rows. Arguments are all arrays of NumPy, or all tensors.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.numerics.small import factor, weighted_gram
+from bilevel.numerics.small import array, cholesky, half_solve, inverse, row_dots, solve, tensor, weighted_gram
 
 SKETCH = 64
 """Columns of a sketch."""
@@ -24,52 +25,67 @@ class Factored:
         X1: rows with a last column of ones, or without where there is no intercept, of shape (rows, p1).
         d: curvatures of the rows, (rows,), not negative.
         a: penalties, (p1,), of the intercept zero.
+        gram: ``X1' diag(d) X1``, where it is known.
     """
 
-    def __init__(self, X1: Tensor, d: Tensor, a: Tensor) -> None:
-        self.X1 = X1
-        self.L = factor(weighted_gram(X1, d), a)
+    def __init__(self, X1: Any, d: Any, a: Any, gram: Any = None) -> None:
+        self.X1, self.d, self.a = X1, d, a
+        self.gram = weighted_gram(X1, d) if gram is None else gram
+        self.L = cholesky(self.gram, a)
 
-    def solve(self, r: Tensor) -> Tensor:
+    def under(self, a: Any) -> Factored:
+        """Return H of the same curvatures under other penalties."""
+        return Factored(self.X1, self.d, a, self.gram)
+
+    def at(self, d: Any) -> Factored:
+        """Return H of other curvatures under the same penalties."""
+        return Factored(self.X1, d, self.a)
+
+    def solve(self, r: Any) -> Any:
         """Return ``H^-1 r`` of a vector."""
-        return torch.cholesky_solve(r[:, None], self.L)[:, 0]
+        return solve(self.L, r)
 
     @cached_property
-    def V(self) -> Tensor:
+    def half(self) -> Any:
+        """``X1 L^-T``, of shape (rows, p1)."""
+        return half_solve(self.L, self.X1.T).T
+
+    @cached_property
+    def V(self) -> Any:
         """``X1 H^-1``, of shape (rows, p1)."""
-        return self.X1 @ torch.cholesky_inverse(self.L)
+        return half_solve(self.L, self.half.T, transposed=True).T
 
-    def leverages(self) -> Tensor:
+    def leverages(self) -> Any:
         """Return the diagonal of ``X1 H^-1 X1'``."""
-        return (self.V * self.X1).sum(1)
+        return row_dots(self.half, self.half)
 
-    def predicted(self, v: Tensor) -> Tensor:
+    def predicted(self, v: Any) -> Any:
         """Return ``V v``."""
-        return self.V @ v
+        return self.X1 @ self.solve(v)
 
-    def collected(self, r: Tensor) -> Tensor:
+    def collected(self, r: Any) -> Any:
         """Return ``V' r``."""
-        return self.V.T @ r
+        return self.solve(r @ self.X1)
 
-    def by_column(self, b: Tensor) -> Tensor:
+    def by_column(self, b: Any) -> Any:
         """Return ``sum_i b_i V_ij^2`` for every column j."""
-        return self.V.square().T @ b
+        return b @ (self.V * self.V)
 
-    def by_row(self, a: Tensor) -> Tensor:
+    def by_row(self, a: Any) -> Any:
         """Return ``sum_j a_j V_ij^2`` for every row i."""
-        return self.V.square() @ a
+        return (self.V * self.V) @ a
 
-    def moved(self, a: Tensor, b: Tensor) -> Tensor:
+    def moved(self, a: Any, b: Any) -> Any:
         """Return the sum of `by_row` and `squares`."""
         return self.by_row(a) + self.squares(b)
 
-    def squares(self, b: Tensor) -> Tensor:
+    def squares(self, b: Any) -> Any:
         """Return ``sum_i b_i S_ik^2`` for every k, with ``S = X1 H^-1 X1'``, without S."""
-        return ((self.V @ weighted_gram(self.X1, b)) * self.V).sum(1)
+        return row_dots(self.half @ weighted_gram(self.half, b), self.half)
 
-    def kernel(self) -> Tensor:
+    def kernel(self) -> Any:
         """Return S, of shape (rows, rows)."""
-        return self.V @ self.X1.T
+        return self.half @ self.half.T
 
 
 class Sketched(Factored):
@@ -88,7 +104,7 @@ class Sketched(Factored):
     def __init__(self, X1: Tensor, low: Tensor, d: Tensor, a: Tensor) -> None:
         self.X1, self.low = X1, low
         self.gram = weighted_gram(low, d.float())
-        self.L = factor(self.gram.to(torch.float64), a.double()).to(a.dtype)
+        self.L = cholesky(self.gram.to(torch.float64), a.double()).to(a.dtype)
         draws = torch.randn(len(a), SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.draws = draws.to(a) / SKETCH**0.5
         self.sketch = self._rows(self.draws)
@@ -132,41 +148,66 @@ class Sketched(Factored):
 
 
 class FactoredRows(Factored):
-    """H with more columns than rows; the arguments are those of `Factored`, and `intercept` says what X1 ends with."""
+    """H with more columns than rows.
 
-    def __init__(self, X1: Tensor, d: Tensor, a: Tensor, intercept: bool) -> None:
-        self.X1, self.d, self.intercept = X1, d, intercept
-        X, self.a = (X1[:, :-1], a[:-1]) if intercept else (X1, a)
-        self.total = d.sum().clamp_min(torch.finfo(d.dtype).tiny)
-        self.mean = (d @ X) / self.total if intercept else torch.zeros_like(X[0])
-        self.X = X - self.mean
-        scaled, root = self.X / self.a, d.clamp_min(1e-300).sqrt()
-        L = factor((scaled @ self.X.T) * root[:, None] * root, torch.ones_like(root))
-        self.part = torch.cholesky_solve(scaled * root[:, None], L) / root[:, None]
+    It is solved by ``M = (I + diag(r) K diag(r))^-1`` with ``K = X A^-1 X'`` and ``r = sqrt(d)``; an intercept adds a
+    term of rank one. The arguments are those of `Factored`; `intercept` says what X1 ends with, and `gram` is K.
+    """
 
-    def solve(self, r: Tensor) -> Tensor:
-        r, last = (r[:-1], r[-1:]) if self.intercept else (r, r[:0])
-        r = (r - self.mean * last if self.intercept else r) / self.a
-        w = r - (self.d * (self.X @ r)) @ self.part
-        return torch.cat([w, last / self.total - self.mean @ w]) if self.intercept else w
+    def __init__(self, X1: Any, d: Any, a: Any, intercept: bool, gram: Any = None) -> None:
+        self.X1, self.d, self.a, self.intercept = X1, d, a, intercept
+        self.X, self.penalties = (X1[:, :-1], a[:-1]) if intercept else (X1, a)
+        if gram is None:
+            scaled = self.X / self.penalties**0.5
+            gram = scaled @ scaled.T
+        self.gram = gram
+        self.roots = d.clip(1e-300) ** 0.5
+        self.L = cholesky(gram * self.roots[:, None] * self.roots, 1.0)
+        if intercept:
+            self.ones = solve(self.L, self.roots)  # M r
+            self.total = (self.roots @ self.ones).clip(1e-300)
+
+    def under(self, a: Any) -> FactoredRows:
+        return FactoredRows(self.X1, self.d, a, self.intercept)
+
+    def at(self, d: Any) -> FactoredRows:
+        return FactoredRows(self.X1, d, self.a, self.intercept, self.gram)
+
+    def solve(self, r: Any) -> Any:
+        if not self.intercept:
+            r = r / self.penalties
+            return r - ((self.roots * solve(self.L, self.roots * (self.X @ r))) @ self.X) / self.penalties
+        result = r * 0.0
+        w = r[:-1] / self.penalties
+        moved = solve(self.L, self.roots * (self.X @ w))
+        result[-1] = (r[-1] - self.roots @ moved) / self.total
+        moved = self.roots * (moved + result[-1] * self.ones)
+        result[:-1] = w - (moved @ self.X) / self.penalties
+        return result
 
     @cached_property
-    def V(self) -> Tensor:
+    def V(self) -> Any:
         """``X1 H^-1``, of shape (rows, p1)."""
+        M = inverse(self.L)
+        if self.intercept:
+            M -= self.ones[:, None] * (self.ones / self.total)
+        part = (M * (self.roots / self.roots[:, None])) @ (self.X / self.penalties)
         if not self.intercept:
-            return self.part
-        return torch.cat([self.part, (1.0 / self.total - self.part @ self.mean)[:, None]], 1)
+            return part
+        last = self.ones / (self.roots * self.total)
+        return array(torch.cat([tensor(part), tensor(last)[:, None]], 1))
 
-    def leverages(self) -> Tensor:
-        return (self.part * self.X).sum(1) + (1.0 / self.total if self.intercept else 0.0)
+    def leverages(self) -> Any:
+        return row_dots(self.V, self.X1)
 
-    def squares(self, b: Tensor) -> Tensor:
-        return b @ self.kernel().square()
+    def squares(self, b: Any) -> Any:
+        S = self.kernel()
+        return b @ (S * S)
 
-    def kernel(self) -> Tensor:
-        return self.part @ self.X.T + (1.0 / self.total if self.intercept else 0.0)
+    def kernel(self) -> Any:
+        return self.V @ self.X1.T
 
 
-def factored(X1: Tensor, d: Tensor, a: Tensor, intercept: bool) -> Factored:
+def factored(X1: Any, d: Any, a: Any, intercept: bool) -> Factored:
     """Return the cheaper factor of the two."""
     return FactoredRows(X1, d, a, intercept) if X1.shape[1] > X1.shape[0] + 1 else Factored(X1, d, a)
