@@ -17,8 +17,9 @@ from bilevel.problems.losses import GLMLoss
 
 WIDE = 2
 """Features for each row from which no Gram matrix is formed, but the columns that the support needs."""
-STEPS, TOL = 50, 1e-10
-"""Newton steps at most, and the relative decrease of the objective, as foreseen, at which they end."""
+STEPS, TOL = 50, 1e-6
+"""Newton steps at most, and the relative decrease of the objective, as foreseen, of the last one: the next would be
+about its square."""
 FLOOR = 1e-10
 """Second derivatives of losses are at least this, so that every step has a length."""
 
@@ -38,12 +39,13 @@ class NetModels(NamedTuple):
 
 
 class _Quadratic(NamedTuple):
-    """``1/2 w'Gw - c'w``, and the shift of the intercept: ``b = intercept - mean'w``."""
+    """``1/2 w'Gw - c'w``, with ``b = intercept - mean'w``, and the slopes of the loss by the predictions."""
 
     gram: Array | GramColumns
     moment: Array
     mean: Array
     intercept: float
+    slopes: Tensor
 
 
 class Net:
@@ -70,7 +72,7 @@ class Net:
         zero = np.zeros(self.data.features)
         with np.errstate(invalid="ignore"):
             w, b, *_ = self._solve(np.full_like(zero, np.inf), zero, zero, 0.0)
-        slopes = -self._slopes(torch.from_numpy(w), b)[1]
+        slopes = -_array(self.data.collect(self._slopes(self._predictions(w, b))))
         size = (slopes if self.positive else np.abs(slopes)) / (1.0 if factors is None else factors)
         return float(size.max(initial=0.0))
 
@@ -127,8 +129,7 @@ class Net:
             rounds += found.rounds
             new = found.w, model.intercept - float(model.mean @ found.w)
             step = self._predictions(*new) - z
-            slope, _ = self._slopes_at(z)
-            foreseen = float(slope @ step) + _penalty(new[0], l1, l2) - _penalty(w, l1, l2)
+            foreseen = float(model.slopes @ step) + _penalty(new[0], l1, l2) - _penalty(w, l1, l2)
             length = 1.0
             while length > 1e-8:
                 there = w + length * (new[0] - w)
@@ -152,7 +153,8 @@ class Net:
     def _model(self, z: Tensor, w: Array, b: float) -> _Quadratic:
         """Return the second-order model of the mean loss at predictions z, as a function of w."""
         data, n = self.data, self.data.rows
-        slopes, gradient = self._slopes_at(z)
+        slopes = self._slopes(z)
+        gradient = _array(data.collect(slopes))
         d = data.weights * self.loss.curvature(z, data.y).clamp_min(FLOOR) / n
         if data.intercept:
             total = float(d.sum())
@@ -164,7 +166,7 @@ class Net:
             total, mean, intercept = 0.0, np.zeros(data.features), 0.0
         gram = self._gram(d, mean, total)
         support = np.flatnonzero(w)
-        return _Quadratic(gram, w[support] @ gram[support] - gradient, mean, intercept)
+        return _Quadratic(gram, w[support] @ gram[support] - gradient, mean, intercept, slopes)
 
     def _gram(self, d: Tensor, mean: Array, total: float) -> Array | GramColumns:
         data = self.data
@@ -182,13 +184,9 @@ class Net:
     def _loss(self, z: Tensor) -> float:
         return float((self.loss.value(z, self.data.y) * self.data.weights).mean())
 
-    def _slopes(self, w: Tensor, b: float) -> tuple[Tensor, Array]:
-        return self._slopes_at(self.data.product(w.to(self.data.scale)) + b)
-
-    def _slopes_at(self, z: Tensor) -> tuple[Tensor, Array]:
-        """Return the derivatives of the mean loss by predictions z, and by w."""
-        slopes = self.data.weights * self.loss.slope(z, self.data.y) / self.data.rows
-        return slopes, _array(self.data.collect(slopes))
+    def _slopes(self, z: Tensor) -> Tensor:
+        """Return the derivatives of the mean loss by predictions z."""
+        return self.data.weights * self.loss.slope(z, self.data.y) / self.data.rows
 
 
 def _penalty(w: Array, l1: Array, l2: Array) -> float:

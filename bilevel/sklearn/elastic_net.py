@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn import linear_model
 from sklearn.base import _fit_context
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import column_or_1d, validate_data
 
-from bilevel.criteria import LinearData, Penalties
 from bilevel.problems.losses import Squared
-from bilevel.selection import Combined, elastic_cv
 from bilevel.selection.elastic_cv import ALPHAS, KINDS, L1_RATIOS, Kind
-from bilevel.sklearn.report import TuningReport, shown
+from bilevel.sklearn.combined import CombinedModel
 from bilevel.sklearn.splits import folds_of
-from bilevel.sklearn.tuned import NAMES, TunedLinearModel
+from bilevel.sklearn.tuned import TunedLinearModel
 
 
-class _TunedNet(TunedLinearModel):
+class _TunedNet(CombinedModel):
     """What both estimators share."""
 
     _net_constraints: ClassVar[dict[str, Any]] = {
@@ -93,35 +87,18 @@ class _TunedNet(TunedLinearModel):
         weights = self._weights(sample_weight, X)
         split, _ = self._routed(None if sample_weight is None else weights, params)
         folds = folds_of(self.cv, X, y, None, split, self.random_state)
-        data = LinearData.of(
-            X,
-            torch.from_numpy(np.array(y, dtype=np.float64)),
-            weights,
-            intercept=self.fit_intercept,
-            standardize=self.standardize,
+        targets = torch.from_numpy(np.array(y, dtype=np.float64))
+        options = {"alphas": alphas, "eps": self.eps, "positive": self.positive, "stacking": self.stacking}
+        rounds = int(self.max_iter)
+        combined = self._combine(
+            X, targets, weights, Squared(), folds, candidates, l1_ratios=l1_ratios, rounds=rounds, **options
         )
-        # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
-        folds = replace(folds, given=bool(folds.dependence))
-        criterion = self._criterion(data, Squared(), Penalties.feature(X.shape[1]), folds)
-        pairs = folds.outer(folds.given)
-        if len(pairs) < 2 and folds.given:
-            pairs, candidates = folds.pairs, candidates & {"elastic_net"}
-        combined = elastic_cv(
-            criterion,
-            candidates=sorted(candidates),
-            l1_ratios=l1_ratios,
-            alphas=alphas,
-            eps=self.eps,
-            stacking=self.stacking,
-            guard=self.guard,
-            folds=pairs,
-            positive=self.positive,
-            tol=self.tol,
-            rounds=int(self.max_iter),
-            n_jobs=self.n_jobs,
-            progress=bool(self.verbose),
-        )
-        self._set_combined(combined, NAMES[type(criterion)])
+        net = combined.net
+        self.alpha_, self.dual_gap_, self.n_iter_ = net.alpha, net.dual_gap, net.rounds
+        self.alphas_ = net.alphas[0] if len(net.alphas) == 1 or np.ndim(self.alphas) else net.alphas
+        self.mse_path_ = np.squeeze(self._loss_factor * net.losses)
+        if hasattr(self, "l1_ratio"):
+            self.l1_ratio_ = net.l1_ratio
         self._set_model(combined.fit, X.dtype, ())
         return self
 
@@ -159,65 +136,6 @@ class _TunedNet(TunedLinearModel):
         if self.positive and self.candidates is None:
             return kinds - {"ridge", "path"}
         return kinds
-
-    def _set_combined(self, combined: Combined, criterion: str) -> None:
-        """Set the fitted attributes but those of the model.
-
-        Args:
-            combined: what was found.
-            criterion: the name of what ridge regression is tuned by.
-        """
-        candidates, net = shown(combined.candidates, self._loss_factor, self._loss_factor), combined.net
-        if not combined.converged:
-            warnings.warn(
-                f"A descent or a solver of the elastic net has used up its steps (max_iter={self.max_iter}): raise "
-                "max_iter, or eps, so that the least penalty is larger.",
-                ConvergenceWarning,
-                stacklevel=5,
-            )
-
-        def of_candidates(name: str) -> NDArray[Any]:
-            return np.array([getattr(each, name) for each in candidates])
-
-        self.alpha_, self.dual_gap_, self.n_iter_ = net.alpha, net.dual_gap, net.rounds
-        self.alphas_ = net.alphas[0] if len(net.alphas) == 1 or np.ndim(self.alphas) else net.alphas
-        self.mse_path_ = np.squeeze(self._loss_factor * net.losses)
-        self.weights_ = {each.name: each.weight for each in candidates}
-        self.cv_results_ = {
-            "candidate": of_candidates("name"),
-            "criterion": of_candidates("value"),
-            "loss": of_candidates("loss"),
-            "std_error": of_candidates("std_error"),
-            "gain": of_candidates("gain"),
-            "gain_error": of_candidates("gain_error"),
-            "gate": of_candidates("gate"),
-            "weight": of_candidates("weight"),
-            "l1_ratio": of_candidates("l1_ratio"),
-            "penalties": np.stack([each.penalties.numpy() for each in candidates]),
-            "chosen": np.arange(len(candidates)) == combined.chosen,
-        }
-        self.penalties_ = self.cv_results_["penalties"][combined.chosen]
-        first, best = candidates[0], candidates[combined.choice.best]
-        self.tuning_report_ = TuningReport(
-            estimator=type(self).__name__,
-            loss_name=self._loss_name,
-            criterion=criterion,
-            criterion_name=self._loss_name,
-            honest="nested",
-            n_penalties=len(self.penalties_),
-            one_penalty_loss=first.loss,
-            tuned_loss=best.loss,
-            gain=best.gain / abs(first.loss) if first.loss else 0.0,
-            gate=best.gate,
-            kappa=combined.choice.kappa,
-            survived=combined.open,
-            n_evaluations=combined.evaluations,
-            seconds=combined.seconds,
-            summary=replace(combined, candidates=candidates).summary,
-            remarks=combined.remarks,
-            nodes=self.cv_results_,
-            n_candidates=len(candidates),
-        )
 
 
 class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
@@ -317,10 +235,6 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         for index, each in enumerate(given.tolist()):
             check_scalar(each, f"l1_ratio[{index}]", Real, min_val=0.0, max_val=1.0)
         return tuple(float(each) for each in given)
-
-    def _set_combined(self, combined: Combined, criterion: str) -> None:
-        super()._set_combined(combined, criterion)
-        self.l1_ratio_ = combined.net.l1_ratio
 
 
 class LassoCV(_TunedNet, linear_model.LassoCV):

@@ -19,13 +19,14 @@ from bilevel.criteria import Criterion, Fit, KFold
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection import Selected
 from bilevel.sklearn.inputs import nearest, places_of, positive
+from bilevel.sklearn.logistic_nets import NetClassifier
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
 SOLVERS = {"lbfgs", "liblinear", "newton-cg", "newton-cholesky", "sag", "saga"}
 
 
-class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
+class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
     """Logistic regression whose penalties are tuned by a criterion, and kept only where that generalises.
 
     minimise over w, b   sum_i s_i nll(x_i'w + b, y_i) + 1/2 sum_j w_j^2 / C_j
@@ -37,12 +38,13 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         Cs: inverse penalties of which that of the one penalty, where the path begins, is the best: a list, or so many
             from 1e-4 to 1e4; None for any. `Cs_` has them, and `scores_` and `coefs_paths_` what every fold of the
             criterion gives at each: minus the log loss, and coefficients.
-        l1_ratios: None or zeros.
+        l1_ratios: None or zeros for squares. With others, of two classes, the elastic net and the adaptive lasso are
+            candidates, too, and are combined where that is proved to predict better: see `ElasticNetCV`.
         fit_intercept: whether there is an intercept, which is not penalised.
         cv: folds, for the criterion and the outer loop: None (approximate leave-one-out for two classes, and five), a
             number, a splitter, or pairs.
         dual: accepted, without effect.
-        penalty: "l2".
+        penalty: "l1" for l1_ratios of 1; else l1_ratios decide.
         scoring: what the outer loop chooses by, and `score` returns: a scorer of scikit-learn; None for the log loss,
             and for accuracy.
         solver: accepted, without effect.
@@ -78,7 +80,7 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         "Cs": [None, Interval(Integral, 1, None, closed="left"), "array-like"],
         "l1_ratios": ["array-like", None],
         "dual": ["boolean"],
-        "penalty": [StrOptions({"l2", "deprecated"})],
+        "penalty": [StrOptions({"l1", "l2", "elasticnet", "deprecated"})],
         "solver": [StrOptions(SOLVERS)],
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "refit": [Options(bool, {True})],
@@ -161,8 +163,7 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         Raises:
             ValueError: in one sentence, for data and parameters that do not fit.
         """
-        if self.l1_ratios is not None and np.any(np.asarray(self.l1_ratios) != 0):
-            raise ValueError("l1_ratios must be None or zeros: the penalties of this class are squares.")
+        l1_ratios = self._net_ratios()
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
@@ -176,6 +177,8 @@ class LogisticRegressionCV(TunedLinearModel, linear_model.LogisticRegressionCV):
         labels = torch.from_numpy(encoded * 2.0 - 1.0 if binary else encoded)
         leading = (1,) if binary else ()
         score = self._score_of(X, y, leading, scored)
+        if l1_ratios:
+            return self._fit_nets(X, labels, weights, folds, l1_ratios)
         loss = Logistic() if binary else Softmax()
         selected, criterion = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
         self._set_model(selected.fit, X.dtype, leading)

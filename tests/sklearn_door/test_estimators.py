@@ -150,6 +150,34 @@ def test_more_features_than_rows():
     assert classes.score(WIDE[:30], FEW[:30] > 0) > 0.6
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["equal", "weighted"])
+@pytest.mark.parametrize("Cs", [None, [0.05, 0.3, 2.0]], ids=["grid", "given"])
+def test_elastic_nets_of_two_classes_are_combined(Cs, weights):
+    model = LogisticRegressionCV(Cs=Cs, l1_ratios=[0.0, 1.0], guard="off").fit(X, LABELS, weights)
+    results = model.cv_results_
+    assert list(results["candidate"][-2:]) == ["lasso", "adaptive lasso"]
+    assert sum(model.weights_.values()) == pytest.approx(1.0)
+    assert model.tuning_report_.n_candidates == len(model.weights_)
+    assert 0.0 < model.tuning_report_.tuned_loss <= results["loss"][0]
+    assert model.penalties_.shape == model.coef_.shape == (1, 6)
+    assert Cs is None or np.isclose(Cs, model.C_).any()
+    # The lasso alone is scikit-learn's, at its C.
+    options = {"penalty_structure": "scalar", "guard": "off"}
+    alone = LogisticRegressionCV(Cs=[model.C_], penalty="l1", **options).fit(X, LABELS, weights)
+    scaler = weighted_scaler(weights)
+    reference = linear_model.LogisticRegression(C=model.C_, l1_ratio=1.0, solver="saga", tol=1e-8, max_iter=20_000)
+    reference.fit(scaler.transform(X), LABELS, weights)
+    share = alone.weights_["lasso"]
+    ridge = LogisticRegressionCV(penalty_structure="scalar").fit(X, LABELS, weights).coef_
+    np.testing.assert_allclose(alone.coef_, share * reference.coef_ / scaler.scale_ + (1 - share) * ridge, atol=1e-4)
+    assert alone.l1_ratio_ == 1.0
+
+
+def test_elastic_nets_of_several_classes_are_refused():
+    with pytest.raises(ValueError, match="of two classes, and y has 3"):
+        LogisticRegressionCV(l1_ratios=[1.0]).fit(X, SPECIES)
+
+
 @pytest.mark.parametrize("class_weight", [None, "balanced", {"no": 2.0}])
 def test_one_logistic_penalty_is_the_c_of_scikit_learn(class_weight):
     model = LogisticRegressionCV(penalty_structure="scalar", standardize=False, class_weight=class_weight)

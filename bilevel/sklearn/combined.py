@@ -1,0 +1,124 @@
+"""`CombinedModel`: what the estimators share that judge candidates of different kinds, and combine them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from bilevel.criteria import LinearData, Penalties
+from bilevel.problems.losses import GLMLoss
+from bilevel.selection import Combined, elastic_cv
+from bilevel.selection.elastic_cv import Kind
+from bilevel.sklearn.inputs import on_device
+from bilevel.sklearn.report import TuningReport, shown
+from bilevel.sklearn.splits import Folds
+from bilevel.sklearn.tuned import NAMES, TunedLinearModel
+
+
+class CombinedModel(TunedLinearModel):
+    """Ridge regression, elastic nets and the adaptive lasso on one set of folds; a mixin."""
+
+    weights_: dict[str, float]
+
+    def _combine(
+        self,
+        X: Any,
+        y: Tensor,
+        weights: NDArray[np.float64],
+        loss: GLMLoss,
+        folds: Folds,
+        candidates: set[Kind],
+        unit: float = 1.0,
+        **options: Any,
+    ) -> Combined:
+        """Return the combined model; `cv_results_`, `penalties_`, `tuning_report_` and `weights_` are set.
+
+        Args:
+            X: of shape (rows, features).
+            y: as the loss takes it, (rows,).
+            weights: of shape (rows,).
+            loss: of a row.
+            folds: of the outer loop.
+            candidates: as `elastic_cv` takes them.
+            unit: what penalties of mean losses are multiplied by to be those that are shown.
+            options: of `elastic_cv`.
+        """
+        data = LinearData.of(
+            on_device(X, getattr(self, "device", None)),
+            y,
+            weights,
+            intercept=self.fit_intercept,
+            standardize=self.standardize,
+        )
+        # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
+        folds = replace(folds, given=bool(folds.dependence))
+        criterion = self._criterion(data, loss, Penalties.feature(data.features), folds)
+        pairs, remarks = folds.outer(folds.given), []
+        if len(pairs) < 2 and folds.given:
+            pairs, candidates = folds.pairs, candidates & {"elastic_net"}
+            remarks.append("folds are too few for those of a criterion within them, so there is only the elastic net.")
+        combined = elastic_cv(
+            criterion,
+            candidates=sorted(candidates),
+            guard="off" if self.guard == "off" else "auto",
+            folds=pairs,
+            tol=self.tol,
+            n_jobs=self.n_jobs,
+            progress=bool(self.verbose),
+            **options,
+        )
+        if not combined.converged:
+            warnings.warn(
+                f"A descent or a solver of the elastic net has used up its steps (max_iter={self.max_iter}): raise "
+                "max_iter, or the least penalty of the grid.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        combined = replace(
+            combined,
+            candidates=shown(combined.candidates, self._loss_factor, self._loss_factor),
+            remarks=(*remarks, *combined.remarks),
+        )
+        self._set_candidates(combined, unit, NAMES[type(criterion)])
+        return combined
+
+    def _set_candidates(self, combined: Combined, unit: float, criterion: str) -> None:
+        candidates = combined.candidates
+        names = ("value", "loss", "std_error", "gain", "gain_error", "gate", "weight", "l1_ratio")
+        columns = {name: np.array([getattr(each, name) for each in candidates]) for name in names}
+        self.weights_ = {each.name: each.weight for each in candidates}
+        self.cv_results_ = {
+            "candidate": np.array([each.name for each in candidates]),
+            "criterion": columns.pop("value"),
+            **columns,
+            "penalties": unit * np.stack([each.penalties.cpu().numpy() for each in candidates]),
+            "chosen": np.arange(len(candidates)) == combined.chosen,
+        }
+        self.penalties_ = self.cv_results_["penalties"][combined.chosen]
+        first, best = candidates[0], combined.best
+        self.tuning_report_ = TuningReport(
+            estimator=type(self).__name__,
+            loss_name=self._loss_name,
+            criterion=criterion,
+            criterion_name=self._loss_name,
+            honest="nested",
+            n_penalties=len(self.penalties_),
+            one_penalty_loss=first.loss,
+            tuned_loss=best.loss,
+            gain=best.gain / abs(first.loss) if first.loss else 0.0,
+            gate=best.gate,
+            kappa=combined.choice.kappa,
+            survived=combined.open,
+            n_evaluations=combined.evaluations,
+            seconds=combined.seconds,
+            summary=combined.summary,
+            remarks=combined.remarks,
+            nodes=self.cv_results_,
+            n_candidates=len(candidates),
+        )
