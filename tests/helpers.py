@@ -636,7 +636,7 @@ LINEAR_ROWS: dict[type, LinearRow] = {
     ),
     bl.Neumann: LinearRow(
         lambda k: bl.Neumann(steps=k, step_size=1e-7),
-        bl.Neumann(steps=600),
+        bl.Neumann(steps=250),
         3,
         "x + h r and b - A x",
         looks=9,

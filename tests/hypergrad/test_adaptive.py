@@ -332,8 +332,14 @@ def dict_problem(dtype: torch.dtype) -> tuple[bl.BilevelProblem, dict[str, torch
     return bl.BilevelProblem(inner, outer, start), {"log": torch.full((5,), -1.0, dtype=dtype)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("solver", [bl.GradientDescent(0.3, steps=150), bl.Nesterov(0.3, momentum=0.5, steps=150)])
+@pytest.mark.parametrize(
+    ("solver", "dtype"),
+    [
+        (bl.GradientDescent(0.3, steps=150), torch.float64),
+        (bl.Nesterov(0.3, momentum=0.5, steps=150), torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_trees_dtypes_and_warm_starts(estimator: Any, solver: Any, dtype: torch.dtype) -> None:
     problem, u = dict_problem(dtype)

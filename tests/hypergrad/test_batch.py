@@ -43,11 +43,11 @@ ESTIMATORS = [
 ]
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared data", "stacked data"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
-def test_a_batch_equals_a_loop_over_its_members(kind: str, shared: bool, estimator: Any) -> None:
-    single, batch, hparams = case(kind, shared)
+def test_a_batch_equals_a_loop_over_its_members(kind: str, estimator: Any) -> None:
+    # Shared and stacked data in turn: every problem and every estimator has both.
+    single, batch, hparams = case(kind, shared=(KINDS.index(kind) + ESTIMATORS.index(estimator)) % 2 == 0)
     for solver in (bl.GradientDescent(step_size=0.05, steps=8), bl.GradientDescent(tol=1e-2, steps=400)):
         together = bl.hypergradient(batch, solver, estimator, hparams, batch=SIZE)
         alone = [bl.hypergradient(p, solver, estimator, row(hparams, i)) for i, p in enumerate(single)]
