@@ -22,6 +22,8 @@ from bilevel.problems.losses import GLMLoss
 Array = NDArray[np.float64]
 T = TypeVar("T")
 
+NOISELESS = 1e-4
+"""Of the loss of a constant prediction, what a hyperprior is measured in at least."""
 HALF = 0.5
 """A row with more than this part of the loss is named."""
 
@@ -133,14 +135,21 @@ class Criterion(ABC):
         """The indices of the rows that losses are of, in their order."""
         return torch.arange(self.data.rows)
 
-    @property
-    def unit(self) -> float:
-        """What losses are measured in: 1 for a log likelihood, else the loss of the best constant prediction."""
+    def unit(self, single: float) -> float:
+        """Return what a hyperprior is measured in: 1 for a log likelihood, else the criterion of the best one penalty.
+
+        That is near the noise, of which tuned penalties save a part. It is at least a small part of the loss of the
+        best constant prediction, for rows that are interpolated have none.
+
+        Args:
+            single: the criterion of the best one penalty.
+        """
         if self.loss.likelihood:
             return 1.0
         y, share = self.data.y, self.data.weights / self.data.rows
         constant = (y * share).sum(-1, keepdim=True) if self.data.intercept else y.new_zeros(*y.shape[:-1], 1)
-        return float((self.loss.value(constant.expand(y.shape), y) * share).sum(-1).mean()) or 1.0
+        spread = float((self.loss.value(constant.expand(y.shape), y) * share).sum(-1).mean())
+        return max(single, NOISELESS * spread) or 1.0
 
     @abstractmethod
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:

@@ -46,8 +46,7 @@ class Evidence(Criterion):
         if data.y.dim() != 1:
             raise ValueError("the evidence is of one target: make a criterion for each, or use 'loo'.")
 
-    @property
-    def unit(self) -> float:
+    def unit(self, single: float) -> float:
         return 1.0
 
     @shared

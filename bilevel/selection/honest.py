@@ -21,6 +21,9 @@ from bilevel.selection.path import PathPoint, follow
 LEAST = 0.05
 """One minus the influence of a row on its own hyperparameters is at least this."""
 
+RISE = 0.02
+"""A loss has risen clearly where it is larger by more than this part."""
+
 Fold = tuple[Any, Any]
 """Indices of the training rows, and of the rows held out."""
 Score = Callable[[Fit, NDArray[np.intp]], float]
@@ -158,14 +161,16 @@ def in_folds(function: Callable[..., Any], folds: Sequence[tuple[Any, ...]], n_j
 
 
 def has_risen(losses: Sequence[Array]) -> bool:
-    """Return whether the last node is worse than the best before it by more than a standard error.
+    """Return whether the last node is worse than the best before it: by more than a standard error and 2 %.
+
+    Where the signal is strong, the first steps change all losses alike and little, so that their error is tiny.
 
     Args:
         losses: of rows, for every node so far.
     """
     best = min(losses, key=lambda each: float(each.mean()))
     excess, error = paired(losses[-1], best)
-    return bool(excess > error)
+    return bool(excess > error and excess > RISE * best.mean())
 
 
 def _indices(fold: Fold, index: int, criterion: Criterion) -> tuple[Tensor, Tensor]:

@@ -66,12 +66,13 @@ def follow(
     """Yield the points of `path`, each when it is asked for."""
     penalties = criterion.penalties
     single = best_penalty(criterion, candidates=candidates, start=start, tol=tol, steps=steps)
-    u, warm, unit = np.full(penalties.size, single.u[0]), single.evaluation.warm, criterion.unit
+    u, warm = np.full(penalties.size, single.u[0]), single.evaluation.warm
     yield PathPoint(
         math.inf, u, single.evaluation, single.evaluations, converged=single.converged, scanned=single.scanned
     )
     if penalties.size == 1:
         return
+    unit = criterion.unit(single.evaluation.value)
     tol, steps = (tol, steps) if converge else (TOL, STEPS)
     begin = _begin(criterion, single)
     u = np.full(penalties.size, begin)
@@ -98,9 +99,9 @@ def path(
 ) -> list[PathPoint]:
     """Return the tuned penalties for one penalty, and then for every tau, each from the one before it.
 
-    ``F(u) = criterion(u) + tau unit sum_j c_j (u_j - m)^2``, with c_j the share of the coefficients of a penalty. m is
-    the mean of u. With as many features as rows, where that would let all penalties sink until the rows are
-    interpolated, it is the best single penalty.
+    ``F(u) = criterion(u) + tau unit sum_j c_j (u_j - m)^2``, with `Criterion.unit` and c_j the share of the
+    coefficients of a penalty. m is the mean of u. With as many features as rows, where that would let all penalties
+    sink until the rows are interpolated, it is the best single penalty.
 
     Args:
         criterion: of the penalties.

@@ -115,7 +115,9 @@ def test_the_fit_of_whole_weights_is_that_of_repeated_rows_and_order_and_units_d
     assert turned.evaluate(u[::-1]).value == pytest.approx(value.value, rel=1e-12)
     np.testing.assert_allclose(turned.evaluate(u[::-1]).gradient, value.gradient[::-1], rtol=1e-9)
     assert scaled.evaluate(u).value == pytest.approx(1e4 * value.value, rel=1e-11)
-    assert scaled.unit == pytest.approx(1e4 * plain.unit, rel=1e-12)
+    assert scaled.unit(1e4 * value.value) == pytest.approx(1e4 * plain.unit(value.value), rel=1e-12)
+    assert scaled.unit(0.0) == pytest.approx(1e4 * plain.unit(0.0), rel=1e-12)
+    assert plain.unit(value.value) == value.value > 1e3 * plain.unit(0.0) > 0
 
 
 def test_a_row_that_makes_most_of_the_criterion_is_named() -> None:

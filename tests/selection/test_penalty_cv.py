@@ -62,6 +62,13 @@ def test_one_penalty_is_kept_where_tuning_does_not_help() -> None:
     assert found.summary.startswith("One penalty is kept")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_tuned_penalties_help_where_the_signal_is_strong_too(seed: int) -> None:
+    selected = penalty_cv(ridge(120, 40, seed, useful=10, noise=0.5))  # the noise is a hundredth of the spread
+    assert selected.open
+    assert selected.node.gain > 0.15 * selected.scalar.loss
+
+
 def test_a_seed_and_workers_give_the_same_model(sparse: Any, selected: Any) -> None:
     again = penalty_cv(sparse)
     assert torch.equal(again.coef, selected.coef)

@@ -36,7 +36,7 @@ def test_the_derivatives_of_the_hyperprior(anchor: float | None) -> None:
 @pytest.mark.parametrize("anchor", [None, 3.0])
 def test_a_descent_ends_at_the_minimum(anchor: float | None) -> None:
     criterion = ridge(60, 6)
-    prior = Hyperprior(0.02 * criterion.unit, criterion.penalties.weights, anchor)
+    prior = Hyperprior(0.04 * criterion.evaluate(np.full(6, 4.0)).value, criterion.penalties.weights, anchor)
 
     def objective(u: Any) -> tuple[float, Any]:
         found = criterion.evaluate(u, second=False)
