@@ -23,6 +23,13 @@ def test_a_small_sample_of_the_bars_of_the_outer_step_holds(script, capsys):
     assert rows[1]["converged"] == rows[1]["ends"] == 3
 
 
+def test_a_sample_of_the_tables_is_tuned_and_predicted(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCH))
+    jobs = runpy.run_path(str(BENCH / "csv_jobs.py"))
+    names = ("dates, refused by name", "missing cells", "semicolons", "parquet")
+    assert all(jobs["run"](name, jobs["JOBS"][name]) for name in names), capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCH.glob("*.py")))
 def test_every_script_loads(name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
