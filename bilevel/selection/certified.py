@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from bilevel.criteria.data import LinearData
 from bilevel.criteria.leave_one_out import RidgeLeaveOneOut
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import FoldCriterion
+from bilevel.selection.descend import box
 from bilevel.selection.honest import predictions
 from bilevel.selection.scalar import best_penalty
 
-FIRST = 16
+FIRST = 8
 """Intervals that the range is cut into at first."""
 MOST = 2000
 """Evaluations after which it gives up."""
 NULL = 1e-13
 """Eigenvalues below this part of the largest are zero: they move no prediction."""
+TINY = 1e-6
+"""An end of the range that is this near to the best penalty is there."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,25 @@ class RangeCertificate:
 def certify_range(criterion: Criterion, low: float = 1e-8, high: float = 1e8, eps: float = 1e-3) -> RangeCertificate:
     """Prove that no single penalty of a range is better than the best one found by more than the share eps.
 
-    With the eigenvalues g of ``X'SX`` and ``phi_k(u) = g_k / (g_k + exp(u))``, a residual is
-    ``N_i(u) = y_i - sum_k B_ik phi_k(u)``; that of leave-one-out is divided by
-    ``q_i(u) = 1 - 1/n - sum_k C_ik phi_k(u)``.
-    All derivatives of phi are at most ``phi (1 - phi)``, so with ``S = |B| max phi (1 - phi)`` and
-    ``rho = C max phi (1 - phi) / min q`` over the interval, the third derivative of ``e = N / q`` is at most
+    With the eigenvalues g of ``X'SX`` (or of ``XX'``), a residual is ``N_i(u) = sum_k b_ik h_k(u)`` with
+    ``h_k = 1 / (1 + g_k exp(-u))``, and that of leave-one-out is divided by ``q_i(u) = sum_k c_ik h_k(u)``, c not
+    negative. Multiplying all h_k by one function of u changes nothing, so take ``h_k = (m + exp(u)) / (g_k + exp(u))``
+    with any m. With ``f = g_k / (g_k + exp(u))``, the first three derivatives of h_k are then at most
+    ``|g_k - m| exp(u) / (g_k + exp(u))^2`` times 1, ``|1 - 2 f|`` and ``|1 - 6 f (1 - f)|``, which is small for the g_k
+    near m and, at weak penalties, for all of them but zeros. At the centre c of an interval ``|u - c| <= r`` let
+    ``B = b - e(c) c``, so that ``e - e(c) = sum_k B_k h_k / q``, zero at c. With H_jk the largest of the j-th of these
+    bounds on the interval, ``S_j = sum_k |B_k| H_jk`` and ``p_j = sum_k c_k H_jk / min q``, its third derivative is at
+    most
 
-        1/min q (S (1 + 6 rho + 6 rho^2) + max |N| (rho + 6 rho^2 + 6 rho^3))
+        M = (S_3 + 3 S_2 p_1 + 3 S_1 (p_2 + 2 p_1^2) + r S_1 (p_3 + 6 p_1 p_2 + 6 p_1^3)) / min q
 
-    and ``R = r^3 / 6`` times that bounds what the second-order expansion p of e leaves out on ``|u - c| <= r``:
+    by the quotient rule, for ``|sum_k B_k h_k| <= r S_1``. So with p the second-order expansion of e at c,
 
-        criterion(u) >= 1/2 min_t mean p(t)^2 - mean (|e| + |e'| r + |e''| r^2 / 2) R
+        criterion(c + t) >= 1/2 mean p(t)^2 - |t|^3 / 6 mean (|e| + |e'| |t| + |e''| t^2 / 2) M
 
-    Intervals whose bound is too low are halved, from 16 on.
+    whose least value on the interval is that of one of two polynomials. K-fold: the same with ``q = 1`` and ``m = 0``.
+    The first interval is centred at the best penalty, where the cubic term vanishes; then intervals whose bound is too
+    low are halved.
 
     Args:
         criterion: exact leave-one-out, or K-fold, of ridge regression with one target.
@@ -99,29 +109,53 @@ def certify_range(criterion: Criterion, low: float = 1e-8, high: float = 1e8, ep
         raise ValueError("certify_range takes leave-one-out or K-fold of ridge regression with one target.")
     rows = _folds(criterion) if isinstance(criterion, FoldCriterion) else _leave_one_out(criterion.data)
     left, right = math.log(low), math.log(high)
-    radius = (right - left) / (2 * FIRST)
-    waiting: list[tuple[float, float, float]] = []
-    best, evaluations = (math.inf, left), 0
+    one = criterion.with_penalties(Penalties.scalar(criterion.data.features))
+    found = best_penalty(criterion)
+    evaluations, waiting = found.evaluations, list[tuple[float, float, float]]()
+    end, (least, most) = float(found.u[0]), box(criterion.data)
+    best = (found.evaluation.value if left <= end <= right else math.inf, end)
+    # At an end of the box of the search, or outside of the range, an end of the range may be better.
+    for at, tried in ((left, end <= max(left, least)), (right, end >= min(right, most))):
+        if tried:
+            best, evaluations = min(best, (one.evaluate(np.array([at]), second=False).value, at)), evaluations + 1
+    end = best[1]
 
-    def look(centre: float, radius: float) -> None:
+    def look(start: float, stop: float) -> None:
         nonlocal best, evaluations
+        centre, radius = 0.5 * (start + stop), 0.5 * (stop - start)
         value, bound = _bound(rows, centre, radius)
         evaluations += 1
         best = min(best, (value, centre))
-        heapq.heappush(waiting, (bound, centre, radius))
+        heapq.heappush(waiting, (bound, start, stop))
 
-    for index in range(FIRST):
-        look(left + (2 * index + 1) * radius, radius)
-    found = best_penalty(criterion, start=best[1])
-    one = criterion.with_penalties(Penalties.scalar(criterion.data.features))
-    end = np.clip(found.u, left, right)
-    best = min(best, (float(one.evaluate(end, second=False).value), float(end[0])))
-    evaluations += found.evaluations + 1
+    for start, stop in itertools.pairwise(_cuts(left, right, end)):
+        look(start, stop)
     while waiting[0][0] < (1.0 - eps) * best[0] and evaluations < MOST:
-        _, centre, radius = heapq.heappop(waiting)
-        for side in (-0.5, 0.5):
-            look(centre + side * radius, 0.5 * radius)
+        _, start, stop = heapq.heappop(waiting)
+        for inner in itertools.pairwise(_halved(start, stop, best[1])):
+            look(*inner)
     return RangeCertificate(math.exp(best[1]), best[0], min(waiting[0][0], best[0]), low, high, eps, evaluations)
+
+
+def _cuts(left: float, right: float, best: float) -> list[float]:
+    """Return the ends of the first intervals, one of which is centred at the best penalty, unless that is an end."""
+    width = (right - left) / FIRST
+    radius = min(0.5 * width, best - left, right - best)
+    if radius < TINY:
+        return [float(each) for each in np.linspace(left, right, FIRST + 1)]
+    sides = []
+    for start, stop in ((left, best - radius), (best + radius, right)):
+        sides.append(np.linspace(start, stop, max(1, round((stop - start) / width)) + 1))
+    cuts = np.concatenate(sides)
+    return [float(each) for each in cuts[np.append(True, np.diff(cuts) > 0)]]
+
+
+def _halved(start: float, stop: float, best: float) -> list[float]:
+    """Return the ends of the parts of an interval; the one around the best penalty stays centred there."""
+    centre, radius = 0.5 * (start + stop), 0.5 * (stop - start)
+    if abs(best - centre) <= TINY * radius:
+        return [start, centre - 0.5 * radius, centre + 0.5 * radius, stop]
+    return [start, centre, stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,20 +163,16 @@ class _Rows:
     """Held-out rows of one spectrum.
 
     Attributes:
-        spectrum: g, (r,).
-        parts: B, (rows, r).
-        target: y without the mean of the training rows, (rows,).
+        spectrum: g, (r,), with a zero where predictions cannot fit all training targets.
+        parts: b, (rows, r).
         share: weights of the rows in the criterion, (rows,), of all rows with sum one.
-        leverages: C, (rows, r); None for folds.
-        base: 1 minus the leverage of the intercept, (rows,).
+        leverages: c, (rows, r); None for folds.
     """
 
     spectrum: Array
     parts: Array
-    target: Array
     share: Array
     leverages: Array | None = None
-    base: Array | None = None
 
 
 def _spectral(data: LinearData, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,10 +198,20 @@ def _spectral(data: LinearData, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _leave_one_out(data: LinearData) -> list[_Rows]:
+    """Return the rows with a weight: residuals of the others are not in the criterion."""
     g, directions, c, mean = _spectral(data, data.weights)
-    B, s = data.product(directions).T, data.weights
-    own = s / data.rows if data.intercept else torch.zeros_like(s)
-    tensors = (g, B * (c / g), data.y - mean, s / data.rows, s[:, None] * B.square() / g, 1.0 - own)
+    counted, root = data.weights > 0, data.weights.sqrt()
+    U = (root * data.product(directions) / g.sqrt()[:, None]).T[counted]  # orthonormal columns
+    root, y = root[counted], (root * (data.y - mean))[counted]
+    parts, leverages = U * (c / g.sqrt()), U.square()
+    if len(g) < data.counted - int(data.intercept):
+        # What no penalty fits; with as many directions as rows there is nothing left, not even rounding errors.
+        own = root.square() / data.rows if data.intercept else torch.zeros_like(root)
+        free = (1.0 - own - leverages.sum(1)).clamp_min(0.0)
+        g = torch.cat([g, g.new_zeros(1)])
+        parts = torch.cat([parts, (y - parts.sum(1))[:, None]], 1)
+        leverages = torch.cat([leverages, free[:, None]], 1)
+    tensors = (g, parts / root[:, None], root.square() / data.rows, leverages)
     return [_Rows(*(each.double().cpu().numpy() for each in tensors))]
 
 
@@ -182,34 +222,55 @@ def _folds(criterion: FoldCriterion) -> list[_Rows]:
         part = data.take(train)
         g, directions, c, mean = _spectral(part, data.weights[train])
         B = predictions(data, given(part, directions, 0.0))[:, held].T
-        tensors = (g, B * (c / g), data.y[held] - mean, data.weights[held] / total)
+        fitted = B * (c / g)
+        parts = torch.cat([fitted, (data.y[held] - mean - fitted.sum(1))[:, None]], 1)
+        tensors = (torch.cat([g, g.new_zeros(1)]), parts, data.weights[held] / total)
         found.append(_Rows(*(each.double().cpu().numpy() for each in tensors)))
     return found
 
 
 def _bound(parts: Sequence[_Rows], u: float, r: float) -> tuple[float, float]:
     """Return the criterion at u, and what it is at least on ``[u - r, u + r]``."""
-    quartic, left_out = np.zeros(5), 0.0
+    quartic, left_out = np.zeros(5), np.zeros(6)
     for rows in parts:
-        phi, weak, strong = (rows.spectrum / (rows.spectrum + math.exp(at)) for at in (u, u - r, u + r))
-        slope = phi * (1.0 - phi)
-        bend = slope * (1.0 - 2.0 * phi)
-        most = np.where((strong < 0.5) & (weak > 0.5), 0.25, np.maximum(weak * (1 - weak), strong * (1 - strong)))
-        e, e1, e2 = rows.target - rows.parts @ phi, rows.parts @ slope, -(rows.parts @ bend)
-        third = np.abs(rows.parts) @ most
-        if rows.leverages is not None and rows.base is not None:
-            q, q1, q2 = rows.base - rows.leverages @ phi, rows.leverages @ slope, -(rows.leverages @ bend)
-            least = rows.base - rows.leverages @ weak
-            rho = (rows.leverages @ most) / least
-            largest = np.abs(e) + r * third
-            third = (third * (1 + 6 * rho + 6 * rho**2) + largest * (rho + 6 * rho**2 + 6 * rho**3)) / least
-            e = e / q
-            e1 = (e1 - e * q1) / q
-            e2 = (e2 - 2 * e1 * q1 - e * q2) / q
+        e, e1, e2, third = _expansion(rows, u, r)
         s = rows.share
         quartic += [s @ (e2 * e2) / 4, s @ (e1 * e2), s @ (e1 * e1 + e * e2), 2 * (s @ (e * e1)), s @ (e * e)]
-        left_out += 2 * float(s @ ((np.abs(e) + np.abs(e1) * r + np.abs(e2) * r * r / 2) * third)) * r**3 / 6
-    roots = np.roots(np.polyder(quartic))
-    inside = roots[(np.abs(roots.imag) < 1e-9) & (np.abs(roots.real) < r)].real
-    least_value = np.polyval(quartic, np.concatenate([inside, [-r, r]])).min()
-    return 0.5 * float(quartic[-1]), 0.5 * (float(least_value) - left_out)
+        third = s * third / 3.0
+        left_out[:3] += [np.abs(e2) @ third / 2, np.abs(e1) @ third, np.abs(e) @ third]
+    least = math.inf
+    for sign in (1.0, -1.0):
+        bound = np.append(0.0, quartic * sign ** np.arange(4, -1, -1)) - left_out
+        # Only real roots matter; other points do no harm.
+        points = np.append(np.roots(np.polyder(bound)).real.clip(0.0, r), [0.0, r])
+        least = min(least, float(np.polyval(bound, points).min()))
+    return 0.5 * float(quartic[-1]), 0.5 * least
+
+
+def _expansion(rows: _Rows, u: float, r: float) -> tuple[Array, Array, Array, Array]:
+    """Return residuals at u, their first two derivatives, and what the third is at most on ``[u - r, u + r]``."""
+    g, b, c = rows.spectrum, rows.parts, rows.leverages
+    a, weak, strong = math.exp(u), math.exp(u - r), math.exp(u + r)
+    psi, phi = a / (g + a), g / (g + a)
+    at = g.clip(weak, strong)  # where exp(u) / (g + exp(u))^2 is largest
+    most = at / (g + at) ** 2
+    ends = np.stack([g / (g + weak), g / (g + strong)])
+    x = np.stack([(ends * (1.0 - ends)).min(0), g * most])  # between these is phi (1 - phi)
+    turns = [np.ones_like(g), np.abs(1.0 - 2.0 * ends).max(0), np.abs(1.0 - 6.0 * x).max(0)]
+    if c is None:
+        return b @ psi, b @ (psi * phi), b @ (psi * phi * (phi - psi)), np.abs(b) @ (g * most * turns[2])
+    q = c @ psi
+    e = (b @ psi) / q
+    middle = float(rows.share @ ((c @ (psi * phi)) / q))  # phi of m: near the mean of phi
+    m = a * middle / (1.0 - middle)
+    h, off = (m + a) / (g + a), phi - middle
+    h1, h2 = h * off, h * (off * off + middle * (1.0 - middle) - phi * psi)
+    q, q1, rest = c @ h, c @ h1, b - e[:, None] * c
+    e1 = (rest @ h1) / q
+    e2 = (rest @ h2 - 2.0 * e1 * q1) / q
+    least = c @ np.minimum((m + weak) / (g + weak), (m + strong) / (g + strong))
+    orders = np.stack([most * np.abs(g - m) * turn for turn in turns], 1)
+    S1, S2, S3 = (np.abs(rest) @ orders).T
+    p1, p2, p3 = (c @ orders).T / least
+    third = S3 + 3 * S2 * p1 + S1 * (3 * p2 + 6 * p1**2 + r * (p3 + 6 * p1 * p2 + 6 * p1**3))
+    return e, e1, e2, third / least
