@@ -155,6 +155,11 @@ class InnerSolver(ABC):
         """How messages call the solver."""
         return type(self).__name__
 
+    @property
+    def follows_coefficients(self) -> bool:
+        """Whether its steps are those of a linear multistep solver's `coefficients`, so that others may take them."""
+        return False
+
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
         """Return the state before the first step."""
         return InnerState(params)

@@ -86,13 +86,15 @@ def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, 
             for state in states
         )
 
+    def settled(index: int) -> bool:
+        return solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from
+
     index = first
     while index < last:
         here = numbers(index)
-        settled = solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from
-        end = last if settled else index + 1
+        end = last if settled(index) else index + 1
         while end < last and numbers(end) == here:
-            end += 1
+            end = last if settled(end) else end + 1
         yield here, end - index
         index = end
 

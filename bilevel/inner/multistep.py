@@ -43,6 +43,12 @@ class LinearMultistep(CoefficientStep):
         return ()
 
     @property
+    def follows_coefficients(self) -> bool:
+        """Whether no subclass takes a step, or differentiates it, in another way."""
+        own = ("step", "step_vjp", "sweep_vjp", "step_jvp", "params", "own_problem")
+        return all(getattr(type(self), name) is getattr(LinearMultistep, name) for name in own)
+
+    @property
     def automatic(self) -> bool:
         """Whether an option is "auto"."""
         return False

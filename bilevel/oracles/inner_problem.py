@@ -28,6 +28,7 @@ from bilevel.core import rows, tree
 from bilevel.core.autograd import edges, pushforward, vector_jacobian
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum, lanczos
+from bilevel.oracles.kernels import Kernels
 from bilevel.oracles.losses import Losses
 from bilevel.oracles.vjp_sum import ProductSum
 
@@ -276,6 +277,13 @@ class InnerProblem:
     def product_sum(self) -> ProductSum:
         """Return what sums ``C' v`` over the points of a reverse sweep; a bilinear problem returns a `BilinearSum`."""
         return ProductSum(self.hparams)
+
+    def kernels(self) -> Kernels | None:
+        """Return the oracles of params that are one vector, for long runs of equal steps; None, the default, for none.
+
+        A problem whose steps see different batches has none.
+        """
+        return None
 
     def on_step(self, index: int) -> InnerProblem:
         """Return the problem that step `index` sees: this one, or a view of it with the step's own batch and draws.

@@ -20,8 +20,10 @@ from bilevel.core.tree import Tree
 from bilevel.numerics.dense import PRECONDITIONER
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem, Linearization, Preconditioner
+from bilevel.oracles.kernels import Kernels
 from bilevel.oracles.losses import Losses
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
+from bilevel.problems.kernels import model_kernels
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.precondition import factored
 
@@ -299,6 +301,9 @@ class LinearModelInner(PenalisedInner):
         if self._point is None or self._point.params is not params or self._point._predictions is None:
             self.counts["value"] += 1
         return self._value(params)
+
+    def kernels(self) -> Kernels | None:
+        return model_kernels(self)
 
     def _value(self, params: Tensor) -> Tensor:
         return self.linearize(params).value

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,23 @@ from bilevel.problems.splits import Split, class_labels, signs, training_classes
 
 Targets = Mapping[str, Tensor]
 """Targets by the name of their part of the data, "train" among them."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """``slope = sign (response(sign z) - target)``, the form that steps on few data take the slopes in.
+
+    Attributes:
+        apply: turns ``sign z`` into the response, in place.
+        curvature: the response -> what `GLMLoss.curvature` returns.
+        sign: of every row, (rows,), 1 or -1; None for 1.
+        target: shaped as z; None for 0.
+    """
+
+    apply: Callable[[Tensor], object]
+    curvature: Callable[[Tensor], Tensor]
+    sign: Tensor | None = None
+    target: Tensor | None = None
 
 
 class GLMLoss(ABC):
@@ -55,6 +73,10 @@ class GLMLoss(ABC):
     @abstractmethod
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the second derivatives by z; of several predictions, what `hessian_product` needs, shaped as z."""
+
+    def response(self, y: Tensor, outputs: int | None) -> Response | None:
+        """Return the slopes and curvatures in another form, for encoded targets of one problem; None for none."""
+        return None
 
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
         """Return ``loss'' dz``, shaped as z, from what `curvature` has returned; several predictions override it."""
@@ -145,6 +167,9 @@ class Squared(GLMLoss):
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
         return dz
 
+    def response(self, y: Tensor, outputs: int | None) -> Response:
+        return Response(lambda z: z, torch.ones_like, target=y)
+
     def third(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(z)
 
@@ -177,6 +202,9 @@ class Logistic(GLMLoss):
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.sigmoid(z) * torch.sigmoid(-z)
+
+    def response(self, y: Tensor, outputs: int | None) -> Response:
+        return Response(torch.sigmoid_, lambda p: torch.addcmul(p, p, p, value=-1.0), sign=-y)
 
     def third(self, z: Tensor, y: Tensor) -> Tensor:
         return -torch.sigmoid(z) * torch.sigmoid(-z) * torch.tanh(0.5 * z)
@@ -216,6 +244,10 @@ class Softmax(GLMLoss):
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         """Return ``p = softmax(z)``."""
         return torch.softmax(z, -2)
+
+    def response(self, y: Tensor, outputs: int | None) -> Response:
+        unit = torch.arange(outputs or 0, device=y.device)[:, None] == y
+        return Response(lambda z: torch.softmax(z, -2, out=z), lambda p: p, target=unit)
 
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
         """Return ``(diag(p) - p p') dz`` in every row."""
@@ -264,6 +296,9 @@ class Poisson(GLMLoss):
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         return z.exp()
 
+    def response(self, y: Tensor, outputs: int | None) -> Response:
+        return Response(torch.exp_, lambda p: p, target=y)
+
     def third(self, z: Tensor, y: Tensor) -> Tensor:
         return z.exp()
 
@@ -309,6 +344,9 @@ class SquaredHinge(GLMLoss):
 
     def curvature(self, z: Tensor, y: Tensor) -> Tensor:
         return (y * z < 1.0).to(z.dtype)
+
+    def response(self, y: Tensor, outputs: int | None) -> Response:
+        return Response(lambda z: z.add_(1.0).relu_(), lambda p: (p > 0).to(p.dtype), sign=-y)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
         return signs(splits, "SquaredHingeProblem")

@@ -15,6 +15,7 @@ from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.oracles import batching as batches
 from bilevel.oracles.batching import check_own_data, stacked_trees
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
+from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
 from bilevel.oracles.structure import QuadraticForm, Structure
@@ -65,6 +66,9 @@ class QuadraticInner(InnerProblem):
         if self.problem.batch is not None:
             return super().product_sum()
         return BilinearSum(self.hparams, self.counts, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
+
+    def kernels(self) -> Kernels | None:
+        return None if self.problem.batch is not None else Affine(self.hessian, self.linear, self._cross_sum)
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
         problem = self.problem

@@ -18,6 +18,7 @@ from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
 from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.structure import QuadraticForm, Structure
 from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
@@ -64,6 +65,11 @@ class RidgeInner(LinearModelInner):
 
     def product_sum(self) -> ProductSum:
         return BilinearSum(self.hparams, self.counts, lambda params, v: self.product(v), self._cross_sum)
+
+    def kernels(self) -> Kernels | None:
+        return (
+            super().kernels() if self.hessian is None else Affine(self.hessian, -self.problem.moment, self._cross_sum)
+        )
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem

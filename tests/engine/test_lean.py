@@ -1,0 +1,185 @@
+"""Runs on flat vectors, doubled or not, against the same runs step by step; and when they are made step by step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import F64, normal
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.core import tree
+from bilevel.engine.affine import block, doubles
+from bilevel.engine.estimator import Run
+from bilevel.engine.lean import unrolled
+from bilevel.inner.coefficients import Coefficients
+from bilevel.oracles.kernels import Affine
+
+STEPS = 45
+METHODS: dict[str, bl.InnerSolver] = {
+    "gradient descent": bl.GradientDescent(0.05),
+    "heavy ball": bl.HeavyBall(0.05, 0.6),
+    "heavy ball, half": bl.HeavyBall(0.05, 0.6, first_step="half"),
+    "nesterov": bl.Nesterov(0.05, 0.6),
+    "chebyshev": bl.Chebyshev(l=0.05, L=12.0),
+    "sobolev": bl.Sobolev(l=0.05, L=12.0),
+    "asymptotic sobolev": bl.AsymptoticSobolev(l=0.05, L=12.0),
+}
+
+
+def data(rows: int, features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    X = normal(seed, rows, features)
+    return X, X @ normal(seed + 1, features) + normal(seed + 2, rows)
+
+
+X, Y = data(25, 5)
+WIDE, WIDE_Y = data(4, 6, seed=5)
+LABELS, CLASSES, COUNTS = (Y > 0).double(), torch.arange(25) % 3, (Y.abs() * 2).round()
+PROBLEMS: dict[str, bl.BilevelProblem] = {
+    "quadratic": bl.QuadraticProblem.random(size=4, hyperparameters=2, condition=10.0, seed=1),
+    "ridge": bl.problems.RidgeProblem(X, Y, X + 0.1, Y, penalty="per_feature"),
+    "ridge, one penalty": bl.problems.RidgeProblem(X, Y, X + 0.1, Y, penalty="scalar"),
+    "wide ridge": bl.problems.RidgeProblem(WIDE, WIDE_Y, WIDE + 0.1, WIDE_Y, penalty="per_feature"),
+    "logistic": bl.problems.LogisticProblem(X, LABELS, X + 0.1, LABELS, penalty="per_feature"),
+    "softmax": bl.problems.SoftmaxProblem(X, CLASSES, X + 0.1, CLASSES, penalty="per_feature"),
+    "poisson": bl.problems.PoissonProblem(0.3 * X, COUNTS, 0.3 * X, COUNTS, penalty="scalar"),
+    "squared hinge": bl.problems.SquaredHingeProblem(X, LABELS, X + 0.1, LABELS, penalty="scalar"),
+    "huber": bl.problems.HuberProblem(X, Y, X + 0.1, Y, penalty="scalar"),
+}
+
+
+def hparams(problem: Any) -> Tensor:
+    u: Tensor = problem.initial_hparams() if hasattr(problem, "initial_hparams") else torch.zeros(2, dtype=F64)
+    return u + 0.1 * normal(9, *u.shape) if u.dim() else u - 0.5
+
+
+def by_steps(problem: Any, solver: bl.InnerSolver, u: Tensor, tail: int, state: Any = None) -> tuple[Tensor, Tensor]:
+    """Return the last iterate and the hypergradient by `step` and `step_vjp` alone."""
+    inner = problem.bind(u)
+    state = solver.init(inner, problem.start()) if state is None else solver.warm_start(inner, state)
+    states = []
+    for _ in range(solver.steps or 0):
+        states.append(state)
+        state = solver.step(inner, state)
+    _, by_params, total = problem.outer_value_and_grads(state.params, u)
+    cotangent = (by_params, tree.zeros_like(state.memory))
+    for before in reversed(states[-tail:]):
+        cotangent, part = solver.step_vjp(inner, before, cotangent)
+        total = total + part
+    return state.params, total
+
+
+def agree(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_on_flat_vectors_is_the_run_of_its_steps(name: str, method: str) -> None:
+    problem, solver = PROBLEMS[name], replace(METHODS[method], steps=STEPS)
+    u = hparams(problem)
+    for tail, estimator in (
+        (STEPS, bl.FullUnroll()),
+        (STEPS, bl.FullUnroll(memory="checkpoint")),
+        (1, bl.TruncatedUnroll(1)),
+        (20, bl.TruncatedUnroll(20)),
+    ):
+        run = Run(problem, solver, u, problem.start())
+        assert unrolled(run, lambda steps, tail=tail: tail) is not None
+        estimate = bl.hypergradient(problem, solver, estimator, u, on_failure="return")
+        params, total = by_steps(problem, solver, u, tail)
+        agree(estimate.params, params)
+        agree(estimate.hypergradient, total)
+        assert estimate.cost.counts["vjp"] == tail
+    # A warm start takes all stored vectors along.
+    again = bl.hypergradient(problem, solver, bl.FullUnroll(), u + 0.1, carry=estimate.carry, on_failure="return")
+    params, total = by_steps(problem, solver, u + 0.1, STEPS, estimate.carry.state)
+    agree(again.params, params)
+    agree(again.hypergradient, total)
+
+
+class Watched(bl.GradientDescent):
+    """Gradient descent that takes its steps itself."""
+
+    def step(self, inner: Any, state: Any) -> Any:
+        return super().step(inner, state)
+
+
+RIDGE = PROBLEMS["ridge"]
+
+
+def estimates(problem: Any, step_size: float, steps: int, u: Tensor) -> list[bl.Estimate]:
+    """Return the estimates of a run on flat vectors, and of its steps."""
+    solvers = (bl.GradientDescent(step_size, steps=steps), Watched(step_size, steps=steps))
+    return [bl.hypergradient(problem, solver, bl.FullUnroll(), u, on_failure="return") for solver in solvers]
+
+
+def test_a_solver_that_takes_its_steps_itself_takes_them() -> None:
+    u = hparams(RIDGE)
+    for solver in (Watched(0.05, steps=9), bl.GradientDescent(0.05, tol=1e-3), bl.GradientDescent(0.05)):
+        assert unrolled(Run(RIDGE, solver, u, RIDGE.start()), lambda steps: steps) is None
+    flat, stepped = estimates(RIDGE, 0.05, 30, u)
+    assert flat.cost.counts == stepped.cost.counts
+    agree(flat.hypergradient, stepped.hypergradient)
+
+
+@pytest.mark.parametrize(
+    ("name", "step_size", "steps"), [("ridge", 2.0, 40), ("ridge", 50.0, 4_000), ("logistic", 1e201, 40)]
+)
+def test_failures_are_named_as_by_the_steps(name: str, step_size: float, steps: int) -> None:
+    flat, stepped = estimates(PROBLEMS[name], step_size, steps, hparams(PROBLEMS[name]))
+    assert not flat.status.usable
+    assert flat.verdict.detail == stepped.verdict.detail.replace("Watched", "GradientDescent")
+
+
+def test_doubling_stops_where_sums_would_lose_digits() -> None:
+    hessian = torch.diag(torch.logspace(-8, 0, 6, dtype=F64))
+    kernels = Affine(hessian, torch.ones(6, dtype=F64), lambda points, vectors: points.sum(0))
+    plain = bl.GradientDescent(1.0).coefficients(None)  # type: ignore[arg-type]
+    momentum = Coefficients(read=(1.0, 0.0), mix=((1.99, -0.99), (1.0, 0.0)), write=(-1.0, 0.0))
+    assert doubles(kernels, plain, 1_000)
+    assert not doubles(kernels, plain, 100_000)
+    assert not doubles(kernels, momentum, 1_000)
+    assert not doubles(kernels, Coefficients(read=(1.0,), mix=((9.0,),), write=(-1.0,)), 1_000)
+    assert (block(1_000, 30), block(1_000, 1_000), block(3, 1)) == (256, 8, 2)
+
+
+def test_ill_conditioned_runs_are_as_exact_as_their_steps() -> None:
+    u = torch.zeros(2, dtype=F64)
+    for steps in (200, 3_000):
+        problem = bl.QuadraticProblem.random(size=8, hyperparameters=2, condition=1e5, seed=2)
+        flat, stepped = estimates(problem, 1e-5, steps, u)
+        torch.testing.assert_close(flat.hypergradient, stepped.hypergradient, rtol=1e-10, atol=0)
+
+
+def test_checkpoints_make_long_runs_again_to_the_same_bits() -> None:
+    for name, solver in (
+        ("ridge", bl.HeavyBall(0.05, 0.6, steps=900)),
+        ("logistic", bl.Nesterov(0.05, 0.6, steps=200)),
+    ):
+        u = hparams(PROBLEMS[name])
+        one, other = (
+            bl.hypergradient(PROBLEMS[name], solver, bl.FullUnroll(memory=m), u) for m in ("iterates", "checkpoint")
+        )
+        assert torch.equal(one.hypergradient, other.hypergradient)
+        assert other.cost.counts["gradient"] == one.cost.counts["gradient"] + (solver.steps or 0)
+
+
+def test_single_precision_is_no_worse_than_its_steps() -> None:
+    exact, _ = estimates(RIDGE, 0.05, 300, hparams(RIDGE))
+    single = bl.problems.RidgeProblem(X.float(), Y.float(), (X + 0.1).float(), Y.float(), penalty="per_feature")
+    errors = [
+        float((each.hypergradient - exact.hypergradient).norm())
+        for each in estimates(single, 0.05, 300, hparams(RIDGE).float())
+    ]
+    assert errors[0] <= 1.5 * errors[1] + 1e-9
+
+
+def test_many_data_have_no_kernels() -> None:
+    big, labels = normal(0, 2_100, 100), torch.arange(2_100) % 2
+    problem = bl.problems.LogisticProblem(big, labels, big[:10], labels[:10])
+    assert problem.bind(hparams(problem)).kernels() is None
+    assert PROBLEMS["logistic"].bind(hparams(PROBLEMS["logistic"])).kernels() is not None
