@@ -34,8 +34,8 @@ from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.kernels import Kernels
 
-CHUNK = 64
-"""Steps whose cotangents are held at once, and the shortest stretch of steps."""
+SHORTEST = 64
+"""Steps that are one stretch at least, of which there are about as many as it has steps."""
 
 
 class Stretch(Protocol):
@@ -97,21 +97,15 @@ class Steps:
         at = self.kernels.at(self.places).unbind(0)
         points = self.blocks[:, 1 + (self.at or 0)]
         matrices, product, mm = self._backward(a), self.kernels.product, torch.mm
-        back = a.new_empty(min(CHUNK, self.count) + 1, 2 + p, m)
+        # The block of step k is at k + 1, so that the first step has one to write into.
+        back = a.new_empty(self.count + 1, 2 + p, m)
+        back[-1, 1] = a.new_tensor(self.write[-1]) @ a
+        back[-1, 2:] = a
         wholes, into, vectors, nexts = (each.unbind(0) for each in (back, back[:, 0], back[:, 1], back[:, 1:]))
-        carried = torch.cat([(a.new_tensor(self.write[-1]) @ a)[None], a])
-        total: Tree = None
-        for high in range(self.count, 0, -CHUNK):
-            low = max(0, high - CHUNK)
-            nexts[high - low].copy_(carried)
-            for k in range(high - 1, low - 1, -1):
-                j = k - low
-                product(at[k], vectors[j + 1], into[j + 1])
-                mm(matrices[k], wholes[j + 1], out=nexts[j])
-            part = self.kernels.cross(points[low:high], back[1 : high - low + 1, 1])
-            total = part if total is None else tree.add(total, part)
-            carried = nexts[0].clone()
-        return carried[1:], total
+        for k in range(self.count - 1, -1, -1):
+            product(at[k], vectors[k + 1], into[k + 1])
+            mm(matrices[k], wholes[k + 1], out=nexts[k])
+        return back[0, 2:].clone(), self.kernels.cross(points[:-1], back[1:, 1])
 
     def forget(self) -> None:
         self.blocks = self.places = None
@@ -156,7 +150,7 @@ class Stretches:
                     yield from self._doubled(numbers, count)
                 continue
             every = [numbers for numbers, count in group for _ in range(count)]
-            longest = max(CHUNK, math.isqrt(len(every)))
+            longest = max(SHORTEST, math.isqrt(len(every)))
             for start in range(0, len(every), longest):
                 yield Steps(self.kernels, every[start : start + longest])
 

@@ -6,6 +6,34 @@ from .row import Break
 
 ESTIMATORS = (
     Break(
+        "doubling-without-a-rule",
+        "bilevel/engine/affine.py",
+        "reach * size <= ROUNDING",
+        "reach * size <= 1e12 * ROUNDING",
+        "test_lean.py::test_doubling_stops_where_sums_would_lose_digits",
+    ),
+    Break(
+        "doubled-points-shifted",
+        "bilevel/engine/affine.py",
+        "self.rows[:-1].view(shape)",
+        "self.rows[1:].view(shape)",
+        "test_lean.py",
+    ),
+    Break(
+        "stretch-begins-without-momentum",
+        "bilevel/engine/lean.py",
+        "back[-1, 2:] = a\n",
+        "back[-1, 2:] = 0.0 * a\n",
+        "test_lean.py::test_checkpoints_make_long_runs_again_to_the_same_bits",
+    ),
+    Break(
+        "own-steps-passed-over",
+        "bilevel/inner/multistep.py",
+        'own = ("step", ',
+        "own = (",
+        "test_lean.py::test_a_solver_that_takes_its_steps_itself_takes_them",
+    ),
+    Break(
         "tail-off-by-one",
         "bilevel/hypergrad/unroll.py",
         "deque(maxlen=most)",

@@ -165,6 +165,7 @@ def test_checkpoints_make_long_runs_again_to_the_same_bits() -> None:
             bl.hypergradient(PROBLEMS[name], solver, bl.FullUnroll(memory=m), u) for m in ("iterates", "checkpoint")
         )
         assert torch.equal(one.hypergradient, other.hypergradient)
+        agree(one.hypergradient, by_steps(PROBLEMS[name], solver, u, solver.steps or 0)[1])
         assert other.cost.counts["gradient"] == one.cost.counts["gradient"] + (solver.steps or 0)
 
 
