@@ -100,7 +100,7 @@ def test_the_cost_counts_the_gradients_that_are_computed_again() -> None:
         bl.hypergradient(case.problem, solver, e, case.hparams).cost.counts for e in (bl.FullUnroll(), CHECKPOINT)
     )
     assert checkpointed["vjp"] == stored["vjp"] == 100
-    assert 80 <= checkpointed["gradient"] - stored["gradient"] < 100
+    assert 80 <= checkpointed["gradient"] - stored["gradient"] <= 100
 
 
 def network(features: int = 20, hidden: int = 30) -> tuple[bl.BilevelProblem, Any, Any]:
