@@ -14,6 +14,7 @@ of a constant gradient of 1 where nothing bends, such as ``K h`` of gradient des
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -92,8 +93,24 @@ class Powers:
         return torch.isfinite(self.matrices[-1].sum())
 
 
-class Doubled:
-    """So many equal steps, there and back: a stretch of a run (see `bilevel.engine.lean`)."""
+class Stretch(ABC):
+    """Steps that follow one another, there and back."""
+
+    @abstractmethod
+    def forward(self, s: Tensor, keep: bool) -> Tensor:
+        """Return the stored vectors, (p, m), after the steps; with `keep`, those of every step stay for the sweep."""
+
+    @abstractmethod
+    def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
+        """Return the cotangents of the stored vectors, (p, m), before the steps, and ``sum_k C_k' v_k``."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop what stays for the sweep."""
+
+
+class Doubled(Stretch):
+    """So many equal steps on a quadratic."""
 
     def __init__(self, kernels: Kernels, powers: Powers, numbers: Coefficients, count: int, longest: int) -> None:
         self.kernels, self.powers, self.numbers = kernels, powers, numbers
@@ -101,7 +118,6 @@ class Doubled:
         self.rows: Tensor | None = None
 
     def forward(self, s: Tensor, keep: bool) -> Tensor:
-        """Return the stored vectors, (p, m), after the steps; with `keep`, those of every step stay for the sweep."""
         start = s.double().reshape(-1)
         if keep:
             self.rows = start.new_empty(self.count + 1, len(start))
@@ -113,7 +129,6 @@ class Doubled:
         return end.view_as(s).to(s.dtype)
 
     def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
-        """Return the cotangents of the stored vectors, (p, m), before the steps, and ``sum_k C_k' v_k``."""
         assert self.rows is not None
         back = torch.empty_like(self.rows)
         back[-1] = a.double().reshape(-1)
@@ -125,7 +140,6 @@ class Doubled:
         return back[0].view_as(a).to(a.dtype), total
 
     def forget(self) -> None:
-        """Drop what is kept."""
         self.rows = None
 
 

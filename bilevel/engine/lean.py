@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from bilevel.base import InnerState, Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.tree import Tree
-from bilevel.engine.affine import Doubled, Powers, block, doubles
+from bilevel.engine.affine import Doubled, Powers, Stretch, block, doubles
 from bilevel.engine.estimator import Run
 from bilevel.engine.loop import conclude
 from bilevel.engine.recurrence import schedule
@@ -38,20 +38,7 @@ SHORTEST = 64
 """Steps that are one stretch at least, of which there are about as many as it has steps."""
 
 
-class Stretch(Protocol):
-    """Steps that follow one another."""
-
-    def forward(self, s: Tensor, keep: bool) -> Tensor:
-        """Return the stored vectors, (p, m), after the steps; with `keep`, what the sweep needs is kept."""
-
-    def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
-        """Return the cotangents of the stored vectors before the steps, and ``sum_k C_k' v_k``."""
-
-    def forget(self) -> None:
-        """Drop what is kept."""
-
-
-class Steps:
+class Steps(Stretch):
     """Steps one after the other."""
 
     def __init__(self, kernels: Kernels, numbers: list[Coefficients]) -> None:
