@@ -4,6 +4,7 @@
 
 A ratio is the loss on test rows over that of `RidgeCV` with 100 penalties or `LogisticRegressionCV` with 20 penalties
 and 5 folds, on the same split and the same standardised columns: geometric mean over splits, worst split in brackets.
+"sparse" is of elastic nets: ours beside `ElasticNetCV` and logistic regression with L1, both over those ridge models.
 Times are processor seconds of one thread in this process.
 """
 
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from common import emit
-from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+from sklearn.linear_model import ElasticNetCV, LogisticRegressionCV, RidgeCV
 from sklearn.preprocessing import StandardScaler
 from sklearn_sets import CLASSES, REGRESSION, Parts, available, split
 
+import bilevel.sklearn as tuned
 from bilevel.criteria import ApproximateLeaveOneOut, Criterion, LinearData, Penalties, RidgeLeaveOneOut
 from bilevel.problems.losses import Logistic
 from bilevel.selection import Selected, path, penalty_cv
@@ -41,6 +43,8 @@ FEATURE = {
 """Bar 3: the mean ratio that is asked of a penalty for each feature, with the guard."""
 WORST = {True: 1.15, False: 1.06}
 """The worst split that is asked of regressions, with more columns than rows and without."""
+L1_RATIOS = [0.1, 0.5, 0.7, 0.9, 0.95, 0.99, 1.0]
+"""What scikit-learn's documentation proposes."""
 TIME = {True: 3.0, False: 0.6}
 """The time that is asked of a path on all rows, of regressions and of classes with more rows than columns."""
 
@@ -170,7 +174,51 @@ def measured(kind: str, names: list[str], options: argparse.Namespace) -> bool:
     return fine
 
 
-KINDS = ("scalar", "feature", "true_groups", "random_groups")
+def theirs_sparse(parts: Parts, name: str) -> tuple[float, float]:
+    """Return the test loss and seconds of scikit-learn's elastic net, or of its logistic regression with L1."""
+    model: Any = ElasticNetCV(l1_ratio=L1_RATIOS, cv=5, max_iter=10_000)
+    if name in CLASSES:
+        options = {"cv": 5, "scoring": "neg_log_loss", "max_iter": 1000, "use_legacy_attributes": False}
+        model = LogisticRegressionCV(Cs=20, solver="liblinear", l1_ratios=(1,), **options)
+    _, seconds = timed(lambda: model.fit(parts.X, parts.y))
+    z = model.predict(parts.X_test) if name in REGRESSION else model.decision_function(parts.X_test)
+    return test_loss(z, parts.y_test, name), seconds
+
+
+def ours_sparse(parts: Parts, name: str) -> tuple[float, float]:
+    """Return the test loss and seconds of this library's estimators of the same names."""
+    net = tuned.ElasticNetCV() if name in REGRESSION else tuned.LogisticRegressionCV(l1_ratios=(0.5, 1.0))
+    _, seconds = timed(lambda: net.fit(parts.X, parts.y))
+    z = net.predict(parts.X_test) if name in REGRESSION else net.decision_function(parts.X_test)
+    return test_loss(z, parts.y_test, name), seconds
+
+
+def sparse(names: list[str], options: argparse.Namespace) -> bool:
+    """Emit a line for each set with the ratios of elastic nets, and the three bars of all."""
+    fine, means, near = True, [], 0
+    for name in names:
+        rows = []
+        for seed in range(options.seed, options.seed + options.splits):
+            parts = standardised(split(name, seed))
+            base, _ = theirs(parts, name)
+            (loss, seconds), (other, other_seconds) = ours_sparse(parts, name), theirs_sparse(parts, name)
+            rows.append((loss / base, other / base, seconds, other_seconds))
+        table = np.array(rows)
+        mean, their_mean = np.exp(np.log(table[:, :2]).mean(0)).tolist()
+        most = 1.10 if name == "wine1" else 1.05
+        means.append(mean)
+        near += mean <= 1.02 * min(1.0, their_mean)
+        seconds, other_seconds = np.median(table[:, 2:], 0).round(3).tolist()
+        shown = {"splits": len(rows), "worst": round(float(table[:, 0].max()), 3), "theirs": round(their_mean, 3)}
+        details = {"seconds": seconds, "their_seconds": other_seconds, "ratios": table[:, 0].round(3).tolist()}
+        fine &= emit(f"sparse {name}", round(mean, 3), f"at most {most:g}", mean <= most, **shown, **details)
+    mean = float(np.exp(np.log(means).mean()))
+    few = len(names) - 3
+    fine &= emit("sparse: all sets", round(mean, 3), "at most 0.86", mean <= 0.86, sets=len(means))
+    return fine & emit("sparse: within 2 % of the better of theirs", near, f"at least {few}", near >= few)
+
+
+KINDS = ("scalar", "feature", "true_groups", "random_groups", "sparse")
 
 
 def main() -> int:
@@ -182,7 +230,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=300, help="of the first split")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    fine = [measured(kind, options.sets, options) for kind in options.only]
+    fine = [measured(kind, options.sets, options) for kind in options.only if kind != "sparse"]
+    fine += [sparse(options.sets, options)] if "sparse" in options.only else []
     return 0 if all(fine) else 1
 
 
