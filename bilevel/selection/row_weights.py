@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,10 @@ INTERCEPT = 1e-8
 """The penalty of an intercept, as a part of the number of rows: with softmax only differences of them count."""
 
 
+Pair = tuple[NDArray[np.intp], NDArray[np.intp]]
+Judge = Callable[[Array, NDArray[np.intp], NDArray[np.intp]], Array]
+
+
 class WeightNode(NamedTuple):
     """Weights of the training rows, and what they give.
 
@@ -79,6 +83,8 @@ class RowWeights:
         names: of the nodes.
         fitted: mean loss of the trusted rows with the weights that were learned on them, (nodes,).
         choice: of a node, by the losses of trusted rows that had no say; None without an outer loop.
+        judged: the same of the chosen node alone, by the losses of a model of the caller's; None without one, and where
+            no node was chosen.
         chosen: the index of the node.
         penalty: of the model, of standardised columns and sums of losses.
         solves: fits of a model.
@@ -90,6 +96,7 @@ class RowWeights:
     names: tuple[str, ...]
     fitted: Array
     choice: Choice | None
+    judged: Choice | None
     chosen: int
     penalty: float
     solves: int
@@ -105,6 +112,7 @@ def learn_row_weights(
     guard: bool = True,
     folds: int = 5,
     kappa: float | None = None,
+    judge: Judge | None = None,
     random_state: int = 0,
     progress: bool = False,
 ) -> RowWeights:
@@ -126,6 +134,9 @@ def learn_row_weights(
         guard: whether there is an outer loop; without, the node that fits the trusted rows best is taken.
         folds: of the trusted rows.
         kappa: standard errors of the gain that open the gate; None: see `kappa_of`.
+        judge: losses of the model that weights are meant for, which may tune penalties of its own: (weights of the
+            rows, trusted rows that they were learned on, trusted rows held out) -> (held out,). Its gain, too, has to
+            be proved.
         random_state: seed of the folds.
         progress: whether a line shows the folds.
 
@@ -153,27 +164,43 @@ def learn_row_weights(
         every = np.arange(len(y_trusted))
         walk = _Walk(X, data.y, V, y_trusted, loss, penalty, data.intercept)
         nodes = list(walk.path(every))
-        choice, solves = None, walk.solves
+        choice = judged = None
         if guard:
             pairs = make_folds(len(every), min(folds, len(every)), labels=labels, seed=random_state)
             losses = np.full((len(nodes), len(every)), np.nan)
+            folds_nodes: list[list[WeightNode | None]] = []
             for learn, held in tqdm(pairs, disable=not progress, unit="fold", desc="outer loop"):
-                for index, node in enumerate(walk.path(learn)):
+                folds_nodes.append(list(walk.path(learn)))
+                for index, node in enumerate(folds_nodes[-1]):
                     losses[index, held] = np.nan if node is None else node.losses[held]
             losses[[each is None for each in nodes]] = np.nan
-            solves = walk.solves
             kappa = kappa_of(loss, losses[0], data.rows) if kappa is None else kappa
             choice = choose(losses, kappa, "one_se")
+            if choice.node and judge is not None:
+                weights_of = [_weights(each[choice.node]) for each in folds_nodes]
+                judged = _judged(judge, pairs, weights_of, kappa)
     fitted = np.array([np.nan if each is None else each.losses.mean() for each in nodes])
     best = choice.best if choice is not None and choice.best > 0 else 1 + int(np.nanargmin(fitted[1:]))
     chosen = int(np.nanargmin(fitted)) if choice is None else choice.node
-    learned, taken = nodes[best], nodes[chosen]
-    assert learned is not None
-    assert taken is not None
-    weights = np.ones(data.rows) if chosen == 0 else taken.weights
-    return RowWeights(
-        weights, learned.weights, walk.names, fitted, choice, chosen, penalty, solves, time.process_time() - began
-    )
+    chosen = 0 if judged is not None and not judged.open else chosen
+    weights = np.ones(data.rows) if chosen == 0 else _weights(nodes[chosen])
+    seconds = time.process_time() - began
+    learned = _weights(nodes[best])
+    return RowWeights(weights, learned, walk.names, fitted, choice, judged, chosen, penalty, walk.solves, seconds)
+
+
+def _weights(node: WeightNode | None) -> Array:
+    """Return the weights of a node that there is."""
+    assert node is not None
+    return node.weights
+
+
+def _judged(judge: Judge, pairs: Sequence[Pair], weights: Sequence[Array], kappa: float) -> Choice:
+    """Return equal weights or those of the folds, by the losses of the rows that they hold out."""
+    losses = np.empty((2, sum(len(held) for _, held in pairs)))
+    for (learn, held), learned in zip(pairs, weights, strict=True):
+        losses[0, held], losses[1, held] = judge(np.ones_like(learned), learn, held), judge(learned, learn, held)
+    return choose(losses, kappa)
 
 
 def _penalty(data: LinearData, loss: GLMLoss, seed: int) -> float:

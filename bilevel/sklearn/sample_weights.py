@@ -21,7 +21,7 @@ from bilevel.criteria import LinearData
 from bilevel.problems.losses import Logistic, Softmax, Squared
 from bilevel.selection import learn_row_weights, make_folds
 from bilevel.sklearn.logistic import LogisticRegressionCV
-from bilevel.sklearn.weight_report import WeightReport, report_of
+from bilevel.sklearn.weight_report import WeightReport, report_of, row_losses
 
 SHARE = 4
 """One in so many rows is taken for trusted where fit is told of none."""
@@ -155,6 +155,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
             loss,
             guard=self.guard != "off",
             folds=int(self.folds),
+            judge=self._judge(model, X[rows], y[rows], V, y[held] if X_val is None else y_val, keep=X_val is None),
             random_state=seed,
             progress=bool(self.verbose),
         )
@@ -271,6 +272,28 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
         if why and given:
             raise ValueError(f"{why}: trust other rows.")
         return f"{why}: every row has the weight one." if why else ""
+
+    def _judge(self, model: Any, X: Any, y: Any, V: Any, t: Any, *, keep: bool) -> Any:
+        """Return the losses of the estimator itself: see `bilevel.selection.learn_row_weights`.
+
+        Args:
+            model: the estimator.
+            X: rows with weights.
+            y: their targets.
+            V: trusted rows.
+            t: their targets.
+            keep: whether the model is fitted to trusted rows, too.
+        """
+        stack = sparse.vstack if sparse.issparse(X) else np.vstack
+
+        def judge(weights: Any, learn: Any, held: Any) -> Any:
+            learn = learn if keep else learn[:0]
+            weights = np.append(weights, np.ones(len(learn)))
+            rows, targets = stack([X, V[learn]]), np.append(y, t[learn])
+            fitted = clone(model).fit(rows, targets, sample_weight=weights / weights.mean())
+            return row_losses(fitted, V[held], t[held])
+
+        return judge
 
     def _keep(self, model: Any, X: Any, y: Any, weights: Any, suspects: Any, report: WeightReport) -> None:
         """Set the fitted attributes."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.base import is_classifier
 from tabulate import tabulate
 
@@ -20,8 +21,9 @@ class WeightReport:
         loss_name: what losses are.
         n_rows: rows with a learned weight.
         n_trusted: trusted rows.
-        equal_loss: of trusted rows, with equal weights; NaN without an outer loop.
-        weighted_loss: of trusted rows that had no say, with the best learned weights.
+        equal_loss: of trusted rows that had no say, with equal weights: of the estimator, where the model of the nodes
+            gains by weights, else of that model; NaN without an outer loop.
+        weighted_loss: the same with the chosen or best learned weights.
         gain: one minus their ratio.
         gate: the gain in standard errors.
         kappa: standard errors that were asked for; NaN without an outer loop.
@@ -29,8 +31,8 @@ class WeightReport:
         seconds: processor time of the weights, without that of the model.
         summary: all of that in one sentence.
         remark: what is worth knowing besides; may be empty.
-        nodes: `name`, `fitted` (loss of the trusted rows with weights that were learned on them), `loss` (of trusted
-            rows that had no say), `gain`, `gain_error` and `chosen`, of every node.
+        nodes: of a linear model with one penalty, by node: `name`, `fitted` (loss of the trusted rows with weights
+            that were learned on them), `loss` (of trusted rows that had no say), `gain`, `gain_error` and `chosen`.
     """
 
     loss_name: str
@@ -66,6 +68,22 @@ class WeightReport:
     __repr__ = __str__
 
 
+def row_losses(model: Any, X: Any, y: Any) -> NDArray[np.float64]:
+    """Return the loss of every row: log loss, half the squared error, or one for a class that is wrong.
+
+    Args:
+        model: fitted.
+        X: rows.
+        y: their targets.
+    """
+    if not is_classifier(model):
+        return 0.5 * (y - np.asarray(model.predict(X), dtype=np.float64).reshape(y.shape)) ** 2
+    if not hasattr(model, "predict_proba"):
+        return (np.asarray(model.predict(X)) != y).astype(np.float64)
+    chances = model.predict_proba(X)[np.arange(len(y)), np.searchsorted(model.classes_, y)]
+    return -np.log(np.maximum(chances, np.finfo(np.float64).tiny))
+
+
 def report_of(found: RowWeights | None, estimator: Any, rows: int, trusted: int, remark: str) -> WeightReport:
     """Return the report of weights; without any of rows that are too few, whose reason is the remark.
 
@@ -96,13 +114,15 @@ def report_of(found: RowWeights | None, estimator: Any, rows: int, trusted: int,
     if choice is None:
         summary = "Learned weights are taken without an outer loop: whether they generalise is not known."
         return WeightReport(name, rows, trusted, nan, nan, nan, 0.0, nan, False, found.seconds, summary, remark, nodes)
-    best = int(np.argmin(choice.losses[1:])) + 1
-    equal, weighted, gate = float(nodes["loss"][0]), float(nodes["loss"][best]), float(choice.gates[best])
+    at, best, whose = choice, int(np.argmin(choice.losses[1:])) + 1, "learned ones"
+    if found.judged is not None:
+        at, best, whose = found.judged, 1, "the estimator by learned ones"
+    equal, weighted, gate = factor * float(at.losses[0]), factor * float(at.losses[best]), float(at.gates[best])
     gain = 1.0 - weighted / equal if equal else 0.0
     proof = f"{weighted:.5g} against {equal:.5g} on trusted rows that had no say: {gate:.1f} standard errors, with "
-    proof += f"{choice.kappa:g} needed"
-    summary = f"Equal weights are kept: no gain of learned ones is proved ({proof})."
-    if choice.open:
+    proof += f"{at.kappa:g} needed"
+    summary = f"Equal weights are kept: no gain of {whose} is proved ({proof})."
+    if found.chosen:
         summary = f"Learned weights generalise: their {name} is {gain:.1%} smaller than that of equal ones ({proof})."
-    figures = (equal, weighted, gain, gate, choice.kappa, choice.open, found.seconds)
+    figures = (equal, weighted, gain, gate, at.kappa, bool(found.chosen), found.seconds)
     return WeightReport(name, rows, trusted, *figures, summary, remark, nodes)

@@ -99,3 +99,23 @@ def test_a_single_trusted_row_is_refused():
     X, y, _ = rows(Squared(), 20)
     with pytest.raises(ValueError, match="row weights need at least 2 trusted rows, got 1"):
         learn_row_weights(LinearData.of(X, y), X[:1], y[:1], Squared())
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_gain_has_to_be_one_of_the_model_that_weights_are_for(better):
+    X, y, _ = rows(Squared(), 60, share=0.2)
+    V, t, _ = rows(Squared(), 40, seed=1)
+    asked = []
+
+    def judge(weights, learn, held):
+        asked.append((weights.std() > 0, *learn, *held))
+        noise = np.linspace(0.0, 1.0, len(held))
+        return noise - (0.5 + 0.1 * noise) * (better and weights.std() > 0)
+
+    found = learn_row_weights(LinearData.of(X, y), V, t, Squared(), judge=judge)
+    assert found.choice.open
+    assert found.judged.open is better
+    assert (found.chosen > 0) is better
+    assert bool(found.weights.std() > 0) is better
+    assert len(asked) == 10
+    assert all(sorted(rest) == list(range(40)) for _, *rest in asked)
