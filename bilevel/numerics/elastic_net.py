@@ -18,41 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bilevel.numerics.small import cholesky, solve
+
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 ROUNDS = 200
 """Sweeps at most."""
-LOOSE = 1e-9
-"""Residual, as a part of the right-hand side, above which a system is taken for singular."""
-SINGULAR, REFINEMENTS = 1e-11, 5
-"""Share of the largest diagonal entry that is added then, and steps that take its effect out."""
 MOST = 50
 """Coordinates that a sweep takes up at most."""
 SLACK = 1e-11
 """Share of the largest moment by which a coordinate outside the support may violate its condition."""
-
-
-def _solved(matrix: Array, right: Array, here: Array) -> Array:
-    """Return the solution of a positive semidefinite system.
-
-    Where it has none, the matrix is singular, and right leaves its range. Then a proximal step from here goes far along
-    the null space, where the objective falls until the first sign changes.
-    """
-    try:
-        target: Array = np.linalg.solve(matrix, right).astype(np.float64, copy=False)
-    except np.linalg.LinAlgError:
-        target = np.full_like(right, np.nan)
-    if np.abs(matrix @ target - right).max() <= LOOSE * np.abs(right).max():
-        return target
-    near = matrix.copy()
-    near.flat[:: len(near) + 1] += SINGULAR * float(matrix.diagonal().max())
-    target = here
-    for _ in range(REFINEMENTS):
-        target = target + np.linalg.solve(near, right - matrix @ target)
-        if np.abs(matrix @ target - right).max() <= SLACK * np.abs(right).max():
-            break
-    return target
 
 
 class GramColumns:
@@ -154,10 +130,10 @@ def _on_support(gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, 
     while len(support):
         here = w[support]
         signs = np.sign(here)
-        matrix = gram[support][:, support]
-        matrix.flat[:: len(support) + 1] += l2[support]
-        right = moment[support] - l1[support] * signs
-        target = _solved(matrix, right, here)
+        # Along the null space of a singular matrix, whose factor is that of a little more, the solution is far away in
+        # the direction of descent: there the first sign changes.
+        L = cholesky(gram[support][:, support], l2[support])
+        target = solve(L, moment[support] - l1[support] * signs)
         wrong = target * signs <= 0
         if not wrong.any():
             w[support] = target

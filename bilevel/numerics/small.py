@@ -81,7 +81,7 @@ def cholesky(gram: Any, a: Any) -> Any:
     if isinstance(gram, Tensor):
         return factor(gram.clone(), a)
     # LAPACK takes columns where NumPy has rows; the matrix is symmetric.
-    matrix = np.array(gram, dtype=np.float64)
+    matrix = np.array(gram, dtype=np.float64, order="C")
     diagonal = matrix.reshape(-1)[:: len(matrix) + 1]
     diagonal += a
     L, info = _lapack().dpotrf(matrix.T, lower=1, clean=0)

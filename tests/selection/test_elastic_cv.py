@@ -6,9 +6,11 @@ import torch
 from scipy import optimize, sparse
 from sklearn.linear_model import LogisticRegression, enet_path
 
-from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut
-from bilevel.problems import Logistic, Squared
+from bilevel.criteria import ApproximateLeaveOneOut, Fit, KFold, LinearData, Penalties, RidgeLeaveOneOut
+from bilevel.problems import Huber, Logistic, Poisson, Squared
 from bilevel.selection import Net, elastic_cv, kappa_of, make_folds, paired, penalty_cv
+from bilevel.selection.candidates import NetSearch, RidgeSearch
+from bilevel.selection.honest import HeldOut, predictions
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((90, 20)) * rng.uniform(0.5, 3.0, 20) + 1.0
@@ -146,13 +148,76 @@ def test_weights_of_the_combination_are_those_of_a_quadratic_programme():
     assert found.candidates[0].weight == pytest.approx(omega, abs=1e-4)
 
 
+def test_every_fold_has_weights_of_its_own_for_the_adaptive_lasso():
+    # Rows that are held out have no say in their fold's models, not even in the weights of columns.
+    changed = y.copy()
+    changed[FOLDS[0][1]] += 100.0
+    options = {"folds": FOLDS[:1], "candidates": ["elastic_net", "adaptive_lasso"], "alphas": [0.1], "guard": "off"}
+    searches = []
+    for target in (y, changed):
+        criterion = ridge(y=target)
+        held_out = HeldOut(criterion, FOLDS[:1])
+        nodes = RidgeSearch(
+            criterion, held_out, (1.0, 0.1), {"tol": 1e-4, "steps": 25, "n_jobs": None, "progress": False}
+        )
+        search = NetSearch(criterion, held_out, nodes, positive=False, rounds=200)
+        columns, _ = search.columns(
+            [search.grid("adaptive lasso", (1.0,), np.array([0.05]), 1e-3, adaptive=True)], None
+        )
+        searches.append(columns[0].held[0])
+    np.testing.assert_allclose(searches[0], searches[1], rtol=1e-6)
+    assert len(elastic_cv(ridge(), **options).candidates) == 2
+
+
+def test_a_combination_is_that_of_weighted_rows():
+    weights = np.where(np.arange(90) < 45, 3.0, 1.0)
+    place = np.repeat(np.arange(90), weights.astype(int))
+    repeated = [tuple(np.flatnonzero(np.isin(place, part)) for part in fold) for fold in FOLDS]
+    target = X @ np.linspace(0.0, 0.5, 20) + 2.0 * NOISE
+    criterion = KFold(LinearData.of(X, target, weights), Squared(), Penalties.scalar(20), FOLDS)
+    other = KFold(LinearData.of(X[place], target[place]), Squared(), Penalties.scalar(20), repeated)
+    options = {"candidates": ["ridge", "elastic_net"], "guard": "off", "alphas": 8}
+    weighted, plain = elastic_cv(criterion, folds=FOLDS, **options), elastic_cv(other, folds=repeated, **options)
+    assert 0.0 < weighted.candidates[0].weight < 1.0
+    assert weighted.candidates[0].weight == pytest.approx(plain.candidates[0].weight, abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", [Poisson(), Huber(1.0)], ids=["poisson", "huber"])
+def test_paths_of_other_losses_meet_the_conditions_of_a_minimum(loss):
+    counts = rng.poisson(np.exp(0.3 * X[:, 0])).astype(float)
+    data = LinearData.of(X, counts)
+    net = Net(data, loss)
+    largest = net.largest()
+    alphas = largest * np.array([1.0, 0.3, 0.05])
+    models = net.path(alphas, 0.8)
+    assert models.converged
+    for alpha, w, b in zip(alphas, models.fit.coef, models.fit.intercept, strict=True):
+        z = predictions(data, Fit(w, b))
+        slopes = loss.slope(z, data.y)
+        assert abs(float(slopes.mean())) < 1e-5 * largest
+        w = (w * data.scale).numpy()
+        gradient = data.collect(slopes).numpy() / 90 + 0.2 * alpha * w
+        off = np.where(w == 0, np.maximum(abs(gradient) - 0.8 * alpha, 0), abs(gradient + 0.8 * alpha * np.sign(w)))
+        assert off.max() < 1e-4 * largest
+    found = elastic_cv(ApproximateLeaveOneOut(data, loss, Penalties.feature(20)), folds=FOLDS, alphas=8)
+    assert found.best.loss < found.losses.losses[0].mean() + 1e-12
+
+
 def test_noise_keeps_the_one_penalty():
     found = elastic_cv(ridge(y=NOISE), folds=FOLDS)
     assert not found.open
+    assert found.choice.kappa == kappa_of(Squared(), found.losses.losses[0], 20)
+    np.testing.assert_array_equal(found.coef, found.candidates[0].fit.coef)
+
+
+def test_a_gain_that_is_not_proved_keeps_the_one_penalty(combined):
+    found = elastic_cv(ridge(), folds=FOLDS, kappa=2.0 * combined.best.gate)
+    assert found.best.gain > 0.0
+    assert not found.open
     assert [each.weight for each in found.candidates] == [1.0] + [0.0] * (len(found.candidates) - 1)
     np.testing.assert_array_equal(found.coef, found.candidates[0].fit.coef)
-    assert found.choice.kappa == kappa_of(Squared(), found.losses.losses[0], 20)
-    assert "is kept" in found.summary
+    assert "ridge is kept: the gain of the" in found.summary
+    assert elastic_cv(ridge(), folds=FOLDS, kappa=2.0 * combined.best.gate, guard="off").candidates[0].weight < 1.0
 
 
 def test_weights_are_repeated_rows():
