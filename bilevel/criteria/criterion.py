@@ -194,6 +194,8 @@ class Criterion(ABC):
 
     def remark(self, evaluation: Evaluation) -> str:
         """Name a row that makes more than half of the criterion; empty where none does."""
+        if self.leaves_one_out and not evaluation.losses.max() > HALF * evaluation.losses.sum():
+            return ""
         held = self.held_out.cpu().numpy()
         losses = np.bincount(held, evaluation.losses)  # folds may hold out a row several times
         worst = int(losses.argmax())

@@ -116,11 +116,24 @@ class LinearData:
             X = X - mean
             variance = share @ X.square()
             scale = _deviations(variance, variance + mean.square())
-            X[:, scale == 0] = 0.0
+            if not bool(scale.all()):
+                X[:, scale == 0] = 0.0
         scale = scale.masked_fill(scale == 0, 1.0) if self.standardize else torch.ones_like(scale)
         X = X if self.sparse or not self.standardize else X.div_(scale)
         offset = self.offset + self.scale * mean
         return type(self)(X, y, weights, offset, self.scale * scale, self.intercept, self.standardize)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch remarks in every process that loads a CSR tensor that all of CSR is a beta: its parts are loaded.
+        state = {name: each for name, each in vars(self).items() if name != "Xt"}
+        if self.sparse:
+            X = self.X
+            state["X"] = (X.crow_indices(), X.col_indices(), X.values(), (self.rows, self.features))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        X = state["X"]
+        vars(self).update(state, X=csr(*X) if isinstance(X, tuple) else X)
 
     @property
     def rows(self) -> int:

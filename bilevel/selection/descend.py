@@ -151,6 +151,7 @@ def tune(
     steps: int = 25,
     warm: Any = None,
     known: Evaluation | None = None,
+    low: float | None = None,
 ) -> Tuned:
     """Return log penalties that minimise the criterion plus a hyperprior, by projected Levenberg-Marquardt steps.
 
@@ -166,8 +167,10 @@ def tune(
         steps: the most steps.
         warm: the `warm` of an evaluation near by.
         known: the criterion at u, with second derivatives, where that has been evaluated.
+        low: the least log penalty; None for that of `box`.
     """
-    low, high = box(criterion.data)
+    least, high = box(criterion.data)
+    low = least if low is None else low
 
     def at(u: Array, warm: Any, known: Evaluation | None = None) -> _Point:
         found = criterion.evaluate(u, warm) if known is None else known

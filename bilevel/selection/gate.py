@@ -91,13 +91,15 @@ def kappa_of(loss: GLMLoss, losses: Array, penalties: int) -> float:
 def choose(losses: Array, kappa: float, rule: Rule = "best") -> Choice:
     """Return the best node, or the first within a standard error of it, where its gain over one penalty is proved.
 
-    Node 0 is kept unless ``mean(L_0 - L_b) > kappa se``, with b the node of the least honest loss.
+    Node 0 is kept unless ``mean(L_0 - L_b) > kappa se``, with b the node of the least honest loss. By "one_se" kappa is
+    at least 1: with less, node 0 could be the first.
 
     Args:
         losses: honest losses of rows, (nodes, rows), one penalty first; nodes with losses that are not finite are out.
         kappa: standard errors of the gain that are asked for.
         rule: "best", or "one_se" where honest losses still flatter the nodes with weak hyperpriors.
     """
+    kappa = max(kappa, 1.0) if rule == "one_se" else kappa
     fine = np.isfinite(losses.sum(1))
     usable: NDArray[np.intp] = np.flatnonzero(fine | (np.arange(len(losses)) == 0))
     means = np.where(fine, np.where(fine[:, None], losses, 0.0).mean(1), np.inf)

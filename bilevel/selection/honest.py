@@ -18,6 +18,8 @@ from bilevel.criteria.data import LinearData
 from bilevel.selection.gate import paired
 from bilevel.selection.path import PathPoint, follow
 
+FEWEST = 3
+"""Folds with a finite score without which those that have none are not left out."""
 LEAST = 0.05
 """One minus the influence of a row on its own hyperparameters is at least this."""
 
@@ -119,7 +121,8 @@ def nested(
         taus: of the path, decreasing.
         anchored: see `path`.
         score: of a model on rows that it has not seen, the larger the better, (fit, indices) -> float. Its negative
-            takes the place of the losses, with one for every fold in place of every row.
+            takes the place of the losses, with one for every fold in place of every row. Folds on which it is not
+            finite with one penalty are left out, if at least three remain.
         n_jobs: of joblib, over folds; None for one.
         progress: whether a line shows it.
         options: see `path`.
@@ -147,8 +150,11 @@ def nested(
         losses.append(held_out.pooled([each.losses for each in found]))
         if has_risen(losses):
             break
-    rows = np.arange(len(pairs)) if score is not None else held_out.rows
-    return HonestLosses(np.stack(losses), rows, evaluations, tuple(fits))
+    if score is None:
+        return HonestLosses(np.stack(losses), held_out.rows, evaluations, tuple(fits))
+    scored = np.flatnonzero(np.isfinite(losses[0]))
+    scored = scored if len(scored) >= FEWEST else np.arange(len(pairs))
+    return HonestLosses(np.stack(losses)[:, scored], scored, evaluations, tuple(fits))
 
 
 def in_folds(function: Callable[..., Any], folds: Sequence[tuple[Any, ...]], n_jobs: int | None) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation
-from bilevel.selection.descend import Hyperprior, Tuned, tune
+from bilevel.selection.descend import Hyperprior, Tuned, box, tune
 from bilevel.selection.scalar import best_penalty
 
 TAUS = (1.0, 0.3, 0.1, 0.03, 0.01)
@@ -77,9 +77,10 @@ def follow(
     begin = _begin(criterion, single)
     u = np.full(penalties.size, begin)
     known = None  # of one penalty, there are no derivatives by many
+    low = min(begin, box(criterion.data)[0])
     for tau in taus:
         prior = Hyperprior(tau * unit, penalties.weights, begin if anchored else None)
-        tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm, known=known)
+        tuned = tune(criterion, u, prior, tol=tol, steps=steps, warm=warm, known=known, low=low)
         u, known = tuned.u, tuned.evaluation
         yield PathPoint(tau, u, tuned.evaluation, tuned.evaluations, prior, tuned.converged or not converge)
 

@@ -12,6 +12,8 @@ POINTS = 9
 """Penalties that are looked at first, from strong to weak."""
 INSIDE = (3.0, 4.0)
 """How far the strongest and the weakest of them are inside the box."""
+DEEPER = (3.0, 6.0, 9.0, 12.0)
+"""How far below the box penalties are looked at where the least of it is the best, and squared losses still fall."""
 
 
 def best_penalty(
@@ -43,4 +45,18 @@ def best_penalty(
         known = tuple(scanned)
         return Tuned(grid[best], one.evaluate(grid[best], known[best].warm), len(grid) + 1, scanned=known)
     tuned = tune(one, grid[best], tol=tol, steps=steps, warm=scanned[best].warm)
-    return tuned._replace(evaluations=tuned.evaluations + len(grid))
+    tuned = tuned._replace(evaluations=tuned.evaluations + len(grid))
+    # Of targets without noise; with fewer rows than columns, weaker penalties would change rounding errors alone.
+    falls = tuned.u[0] <= low and one.loss.quadratic and one.data.features + 1 < one.data.counted
+    return _below(one, tuned, low, tol, steps) if falls else tuned
+
+
+def _below(one: Criterion, least: Tuned, low: float, tol: float, steps: int) -> Tuned:
+    """Return the best penalty from the least of the box down to the last of `DEEPER`."""
+    grid = low - np.array(DEEPER)[:, None]
+    scanned = one.scan(grid)
+    best = int(np.nanargmin([each.value for each in scanned]))
+    if not scanned[best].value < (1.0 - tol) * least.evaluation.value:
+        return least._replace(evaluations=least.evaluations + len(grid))
+    tuned = tune(one, grid[best], tol=tol, steps=steps, warm=scanned[best].warm, low=low - DEEPER[-1])
+    return tuned._replace(evaluations=tuned.evaluations + least.evaluations + len(grid))

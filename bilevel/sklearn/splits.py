@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from numbers import Integral
 from typing import Any
 
@@ -34,18 +36,28 @@ class Folds:
     """Folds of the rows.
 
     Attributes:
-        pairs: indices of training rows and rows held out.
-        spare: other folds, for an outer loop around `pairs` where these are too few for one.
+        made: indices of training rows and rows held out, or what makes them when they are asked for.
+        seed: of other folds, for an outer loop around `pairs` where these are too few for one; None for no such.
+        rows: how many there are.
         labels: the class of every row; None without classes.
         given: whether `pairs` came from `cv` or from groups of rows, so that the criterion takes them too.
         dependence: "grouped" or "ordered" where rows are declared to be; else "".
     """
 
-    pairs: list[Pair]
-    spare: list[Pair]
+    made: list[Pair] | Callable[[], list[Pair]]
+    seed: int | None
+    rows: int
     labels: Any
     given: bool
     dependence: str
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Indices of training rows and rows held out."""
+        return self.made() if callable(self.made) else self.made
+
+    def __iter__(self) -> Iterator[Pair]:
+        yield from self.pairs
 
     def outer(self, inner: bool) -> list[Pair]:
         """Return the folds of an outer loop.
@@ -56,7 +68,9 @@ class Folds:
         if not inner:
             return self.pairs
         usable = [pair for pair in self.pairs if self._leaves_folds(pair[0])]
-        return usable if len(usable) > 1 else self.spare
+        if len(usable) > 1:
+            return usable
+        return [] if self.seed is None else _numbered(None, self.rows, self.labels, None, self.seed)
 
     def _leaves_folds(self, rows: Any) -> bool:
         """Whether some of the rows, without the others, still have folds with all classes."""
@@ -85,18 +99,20 @@ def folds_of(cv: Any, X: Any, y: Any, classes: Any, split: dict[str, Any], rando
         groups = _sortable(groups, "rows")
     grouped, ordered = groups is not None or isinstance(cv, GROUPED), isinstance(cv, TimeSeriesSplit)
     seed = 0 if random_state is None else int(check_random_state(random_state).randint(2**31 - 1))
-    if cv is None or isinstance(cv, Integral):
+    pairs: list[Pair] | Callable[[], list[Pair]]
+    if cv is None and classes is None and groups is None:
+        pairs = partial(_numbered, None, X.shape[0], None, None, seed)  # one penalty may need none
+    elif cv is None or isinstance(cv, Integral):
         pairs = _numbered(cv, X.shape[0], labels, groups, seed)
     else:
         splitter = check_cv(cv, labels, classifier=classes is not None)
         found = enumerate(splitter.split(X, y, **split), 1)
         pairs = [(_indices(train, X.shape[0], fold), _indices(held, X.shape[0], fold)) for fold, (train, held) in found]
-    if classes is not None:
+    if classes is not None and isinstance(pairs, list):
         _check_classes(pairs, y, classes)
-    spare = [] if grouped or ordered else _numbered(None, X.shape[0], labels, None, seed + 1)
-    return Folds(
-        pairs, spare, labels, cv is not None or grouped, "grouped" if grouped else "ordered" if ordered else ""
-    )
+    dependence = "grouped" if grouped else "ordered" if ordered else ""
+    spare = None if dependence else seed + 1
+    return Folds(pairs, spare, X.shape[0], labels, cv is not None or grouped, dependence)
 
 
 def _indices(part: Any, rows: int, fold: int) -> NDArray[np.intp]:

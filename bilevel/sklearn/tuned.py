@@ -222,13 +222,15 @@ class TunedLinearModel:
     def _unscored(self, selected: Selected) -> list[str]:
         """Warn of folds of the outer loop on which the scorer is not finite with one penalty; return that."""
         assert selected.losses is not None
-        folds = np.flatnonzero(~np.isfinite(selected.losses.losses[0])) + 1
+        scored = selected.losses.rows[np.isfinite(selected.losses.losses[0])]
+        folds = np.setdiff1d(np.arange(len(selected.folds)), scored) + 1
         if not len(folds):
             return []
+        kept = "one penalty is kept" if len(scored) < len(selected.losses.rows) else "the others decide"
         named = ", ".join(map(str, folds[:5])) + (", ..." if len(folds) > 5 else "")
         found = (
-            f"scoring={self.scoring!r} is not finite on fold {named} of the outer loop, so one penalty is kept: use "
-            "fewer or stratified folds, which hold out rows of every class."
+            f"scoring={self.scoring!r} is not finite on fold {named} of the outer loop, so {kept}: use fewer or "
+            "stratified folds, which hold out rows of every class."
         )
         warnings.warn(found, BilevelWarning, stacklevel=5)
         return [found]
@@ -269,13 +271,13 @@ class TunedLinearModel:
                 f"criterion={self.criterion!r} leaves out single rows, but cv={self.cv!r} or groups say that rows are "
                 f"{folds.dependence}: use 'kfold' or 'auto', since a row's neighbours tell it."
             )
-        if not folds.pairs and (self.criterion == "kfold" or isinstance(loss, Softmax)):
+        if (self.criterion == "kfold" or isinstance(loss, Softmax)) and not folds.pairs:
             raise ValueError(
                 f"cv={self.cv!r} can hold out no row: every class of y has so few that each fold has to train on all: "
                 "add rows."
             )
         kind = "kfold" if self.criterion == "auto" and folds.given else self.criterion
-        return choose_criterion(kind, data, loss, penalties, folds=folds.pairs, dependent=folds.dependence or None)
+        return choose_criterion(kind, data, loss, penalties, folds=iter(folds), dependent=folds.dependence or None)
 
     def _set_results(self, selected: Selected, mean_weight: float, criterion: Criterion, scorer: str) -> None:
         """Set `penalties_`, `cv_results_`, `tuning_report_` and `n_iter_`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -108,3 +109,12 @@ def test_what_is_no_data_is_refused_in_a_sentence(make: Any, sentence: str) -> N
     with pytest.raises(ValueError, match=sentence) as caught:
         make()
     assert str(caught.value).endswith(".")
+
+
+def test_sparse_data_travel_to_other_processes_in_parts() -> None:
+    # Torch would remark in each of them that CSR tensors are a beta.
+    data = LinearData.of(X, Y)
+    expected = data.collect(data.y)
+    assert not any(torch.is_tensor(each) and each.layout == torch.sparse_csr for each in data.__getstate__().values())
+    again = pickle.loads(pickle.dumps(data))
+    torch.testing.assert_close(again.collect(again.y), expected, rtol=1e-14, atol=0)

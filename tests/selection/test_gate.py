@@ -57,3 +57,10 @@ def test_gains_that_are_easily_mistaken_need_two_standard_errors() -> None:
         assert kappa_of(loss, np.full(100, 0.51), 50) == 1.0
     assert kappa_of(Squared(), np.full(100, 0.01), 50) == 1.0
     assert kappa_of(Squared(), np.full(100, 1.0), 51) == 2.0
+
+
+def test_by_one_standard_error_a_gain_below_it_leaves_one_penalty_and_does_not_open_the_gate() -> None:
+    losses = np.array([[3.0, -2.0, 3.0, -2.0], [0.0] * 4])  # gain 0.5, standard error 1.44
+    assert choose(losses, 0.2, "best").open
+    choice = choose(losses, 0.2, "one_se")
+    assert (choice.node, choice.open, choice.kappa) == (0, False, 1.0)

@@ -147,3 +147,15 @@ def test_the_second_level_is_near_refits_of_the_whole_tuning_and_no_less() -> No
     found = second_level(criterion, [point]).losses[0]
     assert np.corrcoef(found, losses)[0, 1] > 0.99
     assert np.mean(losses) < found.mean() < 1.08 * np.mean(losses)
+
+
+def test_folds_without_a_score_are_left_out_where_three_remain() -> None:
+    criterion = ridge(40, 3)
+
+    def score(fit: Any, rows: Any) -> float:
+        return float("nan") if 0 in rows else -float(criterion.data.y[rows].square().mean())
+
+    for count, kept in ((5, 4), (3, 3)):
+        found = nested(criterion, make_folds(40, count), (0.1,), anchored=False, score=score)
+        assert found.losses.shape[1] == len(found.rows) == kept
+        assert np.isfinite(found.losses).all() == (kept == 4)

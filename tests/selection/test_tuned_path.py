@@ -183,3 +183,15 @@ def test_columns_that_are_not_standardised_have_a_box_in_their_own_units(unit: f
         np.testing.assert_allclose(two.u, one.u + shift, atol=1e-6)
         assert two.evaluation.value == pytest.approx(one.evaluation.value, rel=1e-9)
         assert remarks_of(other, two) == remarks_of(plain, one) == []
+
+
+def test_without_noise_the_single_penalty_and_the_path_go_below_the_box() -> None:
+    criterion = ridge(60, 8, noise=1e-5)
+    low, _ = box(criterion.data)
+    tuned = best_penalty(criterion)
+    weaker = criterion.with_penalties(Penalties.scalar(8)).scan(np.linspace(low, -20, 50)[:, None])
+    least = min(each.value for each in weaker)
+    assert tuned.u[0] < low
+    assert tuned.evaluation.value <= least * (1 + 1e-4)
+    points = path(criterion, (0.1,))
+    assert points[1].evaluation.value <= tuned.evaluation.value * 1.01
