@@ -56,7 +56,7 @@ NEEDS: Mapping[str, Need] = {
         "`structure = Structure(quadratic=True)` on a problem that has one.",
     ),
     "eigenbasis": Need(
-        lambda problem, solver: problem.spectrum() is not None,
+        lambda problem, solver: problem.has_spectrum,
         "{who} needs a quadratic inner loss whose Hessian is A + s(u) I (a ridge problem with penalty='scalar' and at "
         "most 5,000 features, or a problem with a `spectrum` method), which this {problem} does not have: use "
         "FullUnroll or TruncatedUnroll.",

@@ -92,7 +92,7 @@ class Auto(HypergradEstimator):
             return Choice(Implicit(CG()), "the members of a batch share the products of one linear solve")
         if problem.nonsmooth is not None:
             return Choice(Implicit(CG()), "with a nonsmooth term the solution moves on its support alone")
-        if problem.spectrum() is not None:
+        if problem.has_spectrum:
             return Choice(ClosedForm(), "the spectrum of the inner Hessian is known")
         if problem.structure.quadratic and size <= FACTORED and 3 * size**2 * bytes_each <= self.memory_limit:
             return Choice(ClosedForm(), "the inner loss is quadratic, and its Hessian fits into memory")
@@ -112,7 +112,7 @@ class Auto(HypergradEstimator):
     def _unrolled(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
         (like, *_), size, count = tree.leaves(params), tree.size(params), tree.size(hparams)
         fixed = solver.traits.multistep and solver.tol is None and solver.steps is not None
-        if fixed and problem.batch is None and problem.spectrum() is not None:
+        if fixed and problem.batch is None and problem.has_spectrum:
             return Choice(Spectral(), "the steps of a linear method happen on the spectrum, which is known")
         steps, _ = solver.limits(like.dtype)
         state = 3 * size * like.element_size()

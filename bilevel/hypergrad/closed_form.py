@@ -3,7 +3,8 @@
     H(u) x* = -b(u),      H w = cotangent,      u' = -C(x*)' w
 
 One Cholesky factor of H serves both systems. Where H is ``A + s(u) I``, the eigenbasis of A takes its place: it is
-computed once for each problem, and each u costs a few products with Q.
+computed once for each problem, of more than 300 parameters when it is solved for the second time, and each u costs a
+few products with Q.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
-from bilevel.numerics.dense import check_factored, factored
+from bilevel.numerics.dense import EIGENVALUES, FACTORED, check_factored, factored
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -50,7 +51,11 @@ class ClosedForm(HypergradEstimator):
 
     def solve(self, run: Run) -> Solution:
         self.check(run.problem, run.solver, run.hparams)
-        inner, basis, params, solver = run.inner(), run.problem.spectrum(), run.params, run.solver
+        inner, params, solver, problem = run.inner(), run.params, run.solver, run.problem
+        # One factor costs a fraction of the eigenproblem, which pays from the second solve on.
+        once = EIGENVALUES < tree.size(params) <= FACTORED and not (problem.recurring or run.carry.state)
+        problem.recurring = True
+        basis = None if once else problem.spectrum()
         result = _dense(inner, params) if basis is None else _diagonal(inner, basis)
         if isinstance(result, Verdict):
             return Solution(params, solver.cold_state(inner, params), _no_pullback, float("nan"), 0, result)

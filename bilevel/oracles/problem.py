@@ -88,6 +88,8 @@ class BilevelProblem(OldForwards, Losses):
     sampler: Sampler | None = None
     """Where every inner step sees a batch of its own: the batches."""
     _sampling: Sampling | None = None
+    recurring: bool = False
+    """Whether it has been solved in closed form before, or is going to be again and again: an eigenbasis pays then."""
     one_by_one: bool = False
     """Whether the members of this batch run one after the other."""
     why: str = ""
@@ -239,6 +241,11 @@ class BilevelProblem(OldForwards, Losses):
         take d numbers of work for each hyperparameter vector.
         """
         return None
+
+    @property
+    def has_spectrum(self) -> bool:
+        """Whether there is a `spectrum`; override it with one that takes long, so that to ask computes nothing."""
+        return self.spectrum() is not None
 
     def quadratic_form(self, hparams: Tree) -> QuadraticForm | None:
         """Return the coefficients of a quadratic inner loss of one tensor, where they are known; None by default."""

@@ -120,6 +120,7 @@ class OuterOptimizer:
         first = target_error if self.schedule is None else self.schedule.at(1)
         if first is not None:
             check_target(first, problem, solver, rule, certify)
+        problem.recurring = True
         self.problem, self.solver, self.estimator = problem, solver, rule
         self.warm_start = warm_start if isinstance(warm_start, WarmStart) else WarmStart(warm_start, warm_start)
         if problem.structure.resampled:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
-from bilevel.numerics.dense import PRECONDITIONER
+from bilevel.numerics.dense import PRECONDITIONER, symmetric_product
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem, Linearization, Preconditioner
 from bilevel.oracles.kernels import Kernels
@@ -236,7 +236,8 @@ class LinearModelPoint(PenalisedPoint):
 def gram(loss: GLMLoss, X: Tensor, curvature: Tensor, outputs: int | None) -> Tensor:
     """Return ``X' D X`` over the flattened weights, in the dtype of X; of several outputs, a block for each pair."""
     if outputs is None:
-        return (X * curvature.to(X.dtype).unsqueeze(-2)) @ X.mT
+        weighted = X * curvature.to(X.dtype).unsqueeze(-2)
+        return symmetric_product(weighted, X) if X.dim() == 2 else weighted @ X.mT
     shape, features = curvature.shape[:-2], X.shape[-2]
     matrix = X.new_empty(*shape, outputs, features, outputs, features)
     for j in range(outputs):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
-from bilevel.numerics.dense import EIGENBASIS, EIGENVALUES
+from bilevel.numerics.dense import EIGENBASIS, EIGENVALUES, symmetric_product
 from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
@@ -132,7 +132,8 @@ class RidgeProblem(LinearModelProblem):
     @cached_property
     def gram(self) -> Tensor:
         """``c X'X``, of shape (features, features), or (batch, features, features) for stacked data."""
-        return self.scale * (self.train.X @ self.train.X.mT)
+        X = self.train.X
+        return self.scale * (symmetric_product(X, X) if X.dim() == 2 else X @ X.mT)
 
     @cached_property
     def identity(self) -> Tensor:
@@ -176,8 +177,11 @@ class RidgeProblem(LinearModelProblem):
 
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of the Gram matrix of up to 5,000 features, for one penalty; computed once."""
-        usable = self.batch is None and self.penalty == "scalar" and len(self.train.X) <= EIGENBASIS
-        return self._eigenbasis if usable else None
+        return self._eigenbasis if self.has_spectrum else None
+
+    @property
+    def has_spectrum(self) -> bool:
+        return self.batch is None and self.penalty == "scalar" and len(self.train.X) <= EIGENBASIS
 
     @cached_property
     def _eigenbasis(self) -> Eigenbasis:

@@ -395,6 +395,21 @@ def test_ridge_with_too_many_features_to_diagonalise_has_no_spectrum() -> None:
     assert RidgeProblem(X, y, X, y).spectrum() is None
 
 
+def test_a_large_closed_form_is_factored_once_and_diagonalised_where_it_recurs() -> None:
+    X, y = normal(0, 320, 310), normal(1, 320)
+    u = torch.tensor(-1.0, dtype=F64)
+    found = []
+    for recurs in (False, True):
+        large = RidgeProblem(X, y, X[:9], y[:9])
+        assert large.has_spectrum
+        if recurs:
+            bl.OuterOptimizer(large, bl.GradientDescent(), bl.ClosedForm(), u)
+        for _ in range(2):
+            found.append(bl.hypergradient(large, bl.GradientDescent(), bl.ClosedForm(), u).hypergradient)
+            assert ("_eigenbasis" in vars(large)) == (recurs or len(found) > 1)
+    torch.testing.assert_close(torch.stack(found), found[0].expand(4), rtol=1e-9, atol=0)
+
+
 def test_a_sweep_over_one_vector_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^`hparams` of a sweep must be a stack of hyperparameter vectors"):
         bl.Spectral().sweep(ridge(), bl.GradientDescent(steps=3), torch.tensor(0.0, dtype=F64))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bilevel.numerics import small
+from bilevel.numerics.dense import symmetric_product
 
 
 @pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
@@ -35,3 +36,11 @@ def test_a_matrix_that_rounding_leaves_without_a_factor_gets_one(make) -> None:
     gram = np.outer(line, line) - 1e-15 * np.eye(6)
     L = np.tril(small.to_numpy(small.cholesky(make(gram), make(np.zeros(6)))))
     np.testing.assert_allclose(L @ L.T, gram, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [3, 512, 700])
+def test_a_symmetric_product_is_made_by_its_upper_blocks(size) -> None:
+    rng = np.random.default_rng(1)
+    X, d = rng.standard_normal((size, 4)), rng.random(4)
+    product = symmetric_product(torch.from_numpy(X * d), torch.from_numpy(X)).numpy()
+    np.testing.assert_allclose(product, (X * d) @ X.T, rtol=1e-12, atol=1e-13)
