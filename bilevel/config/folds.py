@@ -15,7 +15,7 @@ from bilevel.config.document import ConfigError, listed, override, read_document
 from bilevel.config.imports import importing
 from bilevel.config.load import choose_device
 from bilevel.config.schema import Named, sentence, tunes_by_folds
-from bilevel.core.options import require_value
+from bilevel.core.options import is_number, require_value
 from bilevel.data.read import TableOptions
 from bilevel.data.rows import Rows, load_rows
 from bilevel.problems import (
@@ -28,7 +28,7 @@ from bilevel.problems import (
 )
 from bilevel.problems.huber import Huber
 from bilevel.problems.losses import GLMLoss
-from bilevel.tables import PENALTIES, FoldOptions
+from bilevel.tables import ALIASES, PENALTIES, FoldOptions
 
 TUNED = (RidgeProblem, LogisticProblem, SoftmaxProblem, PoissonProblem, HuberProblem, SquaredHingeProblem)
 """Problems that are nothing but a loss and quadratic penalties."""
@@ -125,6 +125,8 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
     if "class" in given:
         owner, given = split_spec(given, PROBLEM, path)
     source, penalty = given.pop("data", None), given.pop("penalty", FoldOptions.penalty)
+    groups, class_weight = given.pop("groups", None), given.pop("class_weight", None)
+    penalty = ALIASES.get(penalty, penalty) if isinstance(penalty, str) else penalty
     if isinstance(source, str):
         source = {"name": source}
     if not isinstance(source, dict) or not isinstance(source.get("name"), str):
@@ -138,6 +140,7 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
     try:
         words = " or ".join(map(repr, PENALTIES))
         require_value(f"{path}.penalty", penalty, words, penalty in PENALTIES)
+        _check_mappings(path, groups, class_weight)
         hints = get_type_hints(data.load)
         skip = frozenset(hints) - OPTIONS - {"task"}
         options = check_options(data.load, source, f"{path}.data", skip)
@@ -152,6 +155,8 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
         raise ConfigError(located(error, path)) from error
     how = FoldOptions(
         penalty=penalty,
+        groups=groups,
+        class_weight=class_weight,
         **{key: getattr(form, key) for key in ("criterion", "guard", "honest", "folds", "kappa", "beside", "device")},
         seed=form.seeds[0],
         jobs=jobs,
@@ -159,12 +164,28 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
     return TableSetup(rows, loss, how)
 
 
+def _check_mappings(path: str, groups: Any, class_weight: Any) -> None:
+    """Refuse groups that are not lists of columns by name, and weights that are no positive numbers by class.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    lists = isinstance(groups, dict) and all(
+        isinstance(each, list) and each and all(isinstance(column, str) for column in each) for each in groups.values()
+    )
+    require_value(f"{path}.groups", groups, "lists of columns by the names of groups", groups is None or bool(lists))
+    numbers = isinstance(class_weight, dict) and all(is_number(w) and w > 0 for w in class_weight.values())
+    fine = class_weight is None or class_weight == "balanced" or numbers
+    require_value(f"{path}.class_weight", class_weight, "'balanced' or positive numbers by class", fine)
+
+
 def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss | None:
     """Return the loss of a problem class; None where none is named."""
     if owner is None:
         if given:
             raise ConfigError(
-                f"`{path}.{next(iter(given))}` is not an option of a problem without a class (class, data, penalty)."
+                f"`{path}.{next(iter(given))}` is not an option of a problem without a class (class, data, penalty, "
+                "groups, class_weight)."
             )
         return None
     if owner not in TUNED:
@@ -176,8 +197,8 @@ def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss 
     if given:
         key = next(iter(given))
         raise ConfigError(
-            f"`{path}.{key}` is not an option where folds are tuned (class, data, penalty): the search needs no start; "
-            "other options need a `solver` and `estimators`."
+            f"`{path}.{key}` is not an option where folds are tuned (class, data, penalty, groups, class_weight): the "
+            "search needs no start; other options need a `solver` and `estimators`."
         )
     try:
         loss = Huber(**({} if width is None else {"width": width})) if owner is HuberProblem else owner.glm

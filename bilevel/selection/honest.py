@@ -141,15 +141,18 @@ def nested(
     fits: list[tuple[Fit, ...]] = []
     evaluations = 0
     steps = zip(*walks, strict=True)
-    for found in tqdm(steps, total=len(taus) + 1, disable=not progress, unit="node", desc="outer loop"):
-        evaluations += sum(each.evaluations for each in found)
-        fits.append(tuple(each.fit for each in found))
-        if score is not None:
-            losses.append(np.concatenate([each.losses for each in found]))
-            continue
-        losses.append(held_out.pooled([each.losses for each in found]))
-        if has_risen(losses):
-            break
+    with tqdm(total=len(taus) + 1, disable=not progress, unit="node", desc="outer loop") as line:
+        for found in steps:
+            line.update()
+            evaluations += sum(each.evaluations for each in found)
+            fits.append(tuple(each.fit for each in found))
+            if score is not None:
+                losses.append(np.concatenate([each.losses for each in found]))
+                continue
+            losses.append(held_out.pooled([each.losses for each in found]))
+            if has_risen(losses):
+                line.total = len(losses)  # that is all of the path
+                break
     if score is None:
         return HonestLosses(np.stack(losses), held_out.rows, evaluations, tuple(fits))
     scored = np.flatnonzero(np.isfinite(losses[0]))

@@ -177,7 +177,10 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         labels = torch.from_numpy(encoded * 2.0 - 1.0 if binary else encoded)
         leading = (1,) if binary else ()
         score = self._score_of(X, y, leading, scored)
+        for name in ("Cs_", "scores_", "coefs_paths_"):
+            self.__dict__.pop(name, None)
         if l1_ratios:
+            self.l1_ratios_ = np.array(l1_ratios, dtype=np.float64)
             return self._fit_nets(X, labels, weights, folds, l1_ratios)
         loss = Logistic() if binary else Softmax()
         selected, criterion = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
@@ -201,8 +204,6 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
 
     def _set_grid(self, selected: Selected, criterion: Criterion) -> None:
         """Set the attributes of a grid of Cs, in the shapes that scikit-learn's have."""
-        for name in ("Cs_", "scores_", "coefs_paths_"):
-            self.__dict__.pop(name, None)
         legacy, several = self.use_legacy_attributes, len(self.coef_)
         one = isinstance(self.C_, float)
         if self.Cs is not None:
@@ -239,7 +240,9 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         if name in ("Cs_", "scores_", "coefs_paths_") and "tuning_report_" in self.__dict__:
             why = "there is no grid of Cs: read C_ and tuning_report_, or give Cs."
             if "Cs_" in self.__dict__:
-                why = "approximate leave-one-out has no folds: read tuning_report_, or give cv."
+                why = (
+                    "only folds of one penalty leave them behind: read tuning_report_, or give cv, and l1_ratios=None."
+                )
             raise AttributeError(f"{type(self).__name__} has no {name}, as {why}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

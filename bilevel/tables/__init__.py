@@ -2,6 +2,7 @@
 
 from bilevel.tables.model import Predictions as Predictions
 from bilevel.tables.model import TableModel as TableModel
+from bilevel.tables.tune import ALIASES as ALIASES
 from bilevel.tables.tune import PENALTIES as PENALTIES
 from bilevel.tables.tune import FoldOptions as FoldOptions
 from bilevel.tables.tune import Score as Score

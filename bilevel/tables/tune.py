@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,11 @@ from bilevel.selection import Selected, make_folds, penalty_cv
 from bilevel.selection.honest import Fold, predictions
 from bilevel.tables.beside import scikit_learn
 from bilevel.tables.model import TableModel
+from bilevel.tables.shares import groups_of, plain, weighted_by_class
 
-PENALTIES = ("scalar", "per_feature", "per_column", "per_class", "per_weight")
+PENALTIES = ("scalar", "per_feature", "per_column", "group", "per_class", "per_weight")
+ALIASES = {"feature": "per_feature", "class": "per_class", "class_feature": "per_weight"}
+"""Names that `bilevel.sklearn` has for the same."""
 LOSSES = {
     "Squared": ("mean squared error", 2.0),
     "Logistic": ("log loss", 1.0),
@@ -49,6 +52,8 @@ class FoldOptions:
 
     Attributes:
         penalty: which coefficients share a penalty, of `PENALTIES`; "per_column": the categories of a column do.
+        groups: for "group", the columns of each group, by its name; None otherwise.
+        class_weight: by label, or "balanced": the same sum of weights for every class; None for equal ones.
         criterion: "auto", "loo", "alo", "kfold" or "holdout": see `choose_criterion`.
         guard: see `penalty_cv`.
         honest: see `penalty_cv`.
@@ -61,6 +66,8 @@ class FoldOptions:
     """
 
     penalty: str = "per_feature"
+    groups: Mapping[str, Sequence[str]] | None = None
+    class_weight: Mapping[Any, float] | str | None = None
     criterion: str = "auto"
     guard: Any = "auto"
     honest: Any = "auto"
@@ -126,8 +133,9 @@ def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None 
     """
     loss = loss or (Squared() if rows.classes is None else Logistic() if len(rows.classes) == 2 else Softmax())
     X = rows.X if hasattr(rows.X, "tocsr") else torch.as_tensor(rows.X, device=options.device)
+    rows = weighted_by_class(rows, options.class_weight)
     data = LinearData.of(X, rows.y, rows.weights, loss=loss)
-    penalties = _penalties(options.penalty, rows, loss.outputs(data.y))
+    penalties = _penalties(options, rows, loss.outputs(data.y))
     folds = _folds(rows, options)
     dependent = "ordered in time" if rows.ordered else "grouped" if rows.groups is not None else None
     # The rows of a hold-out lie in several of the outer folds, each of which keeps some of them.
@@ -158,8 +166,13 @@ def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None 
     )
 
 
-def _penalties(name: str, rows: Rows, outputs: int | None) -> Penalties:
-    features = rows.X.shape[1]
+def _penalties(options: FoldOptions, rows: Rows, outputs: int | None) -> Penalties:
+    name, features = options.penalty, rows.X.shape[1]
+    if (name == "group") != (options.groups is not None):
+        needs = "needs `groups`, the columns of each" if name == "group" else "takes no `groups`: say 'group'"
+        raise ValueError(f"`penalty` {name!r} {needs}.")
+    if options.groups is not None:
+        return Penalties.groups(groups_of(options.groups, rows.encoder.owners), outputs)
     if name in ("per_class", "per_weight"):
         if outputs is None:
             raise ValueError(
@@ -213,7 +226,9 @@ def _scores(
         parts = [(one.take(torch.as_tensor(np.asarray(train))), out) for train, out in folds]
         held = factor * _held_out(criterion, [(part.refit(constant), out) for part, out in parts])
     value = factor * one.evaluate(constant, second=False).value
-    found.append(Score("a constant", value, held, *_tested(rows, criterion, one.refit(constant), factor)))
+    fit = one.refit(constant)
+    alone = Fit(torch.zeros_like(fit.coef), fit.intercept)  # of balanced classes, what is left of slopes would decide
+    found.append(Score("a constant", value, held, *_tested(rows, criterion, alone, factor)))
     if beside:
         label, fit_of = scikit_learn(rows, criterion.loss)
         loss = factor * _held_out(criterion, [(fit_of(train), out) for train, out in folds])
@@ -278,15 +293,10 @@ def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected) -> T
         mean=mean,
         scale=scale,
         encoder=rows.encoder,
-        classes=None if rows.classes is None else tuple(map(_plain, rows.classes)),
+        classes=None if rows.classes is None else tuple(map(plain, rows.classes)),
         target=rows.target,
         ignored=rows.ignored,
         separator=rows.separator,
         decimal=rows.decimal,
         summary=selected.summary,
     )
-
-
-def _plain(label: Any) -> Any:
-    """Return a label as a file holds it: whole numbers without a decimal point."""
-    return int(label) if isinstance(label, float) and label.is_integer() else label

@@ -85,9 +85,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+PROBLEM = ("class", "penalty", "groups", "class_weight")
+
+
 def config(source: str | dict[str, Any], **keys: Any) -> str:
     """A config of the problem `t`, and its path."""
-    problem = {"data": source} | {key: keys.pop(key) for key in ("class", "penalty") if key in keys}
+    problem = {"data": source} | {key: keys.pop(key) for key in PROBLEM if key in keys}
     Path("job.yaml").write_text(yaml.safe_dump({"problems": {"t": problem}} | keys))
     return "job.yaml"
 
@@ -277,9 +280,66 @@ def test_tuning_says_what_it_gains_over_one_penalty_and_a_constant(
     assert "holds model.npz, but nothing says that this command wrote it" in capsys.readouterr().err
 
 
+def weights_of(path: str, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """The weights of a tuned model, and what stood on the screen."""
+    assert main(["tune", path, "--out", "runs/here"]) == 0
+    return TableModel.load("runs/here").weights, capsys.readouterr().out
+
+
+def test_weights_of_classes_are_weights_of_their_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = NUMBERS | {"y": SIGN}
+    write("t.csv", text(rows))
+    write("w.csv", text(rows | {"w": [3 if sign == "yes" else 1 for sign in SIGN]}))
+    keys: dict[str, Any] = {"penalty": "scalar"}
+    named, out = weights_of(config("t.csv", class_weight={"yes": 3}, **keys), capsys)
+    by_row, other = weights_of(config({"name": "w.csv", "weights": "w"}, **keys), capsys)
+    np.testing.assert_allclose(named, by_row, rtol=1e-9)
+    assert out[out.index("one penalty") :] == other[other.index("one penalty") :]
+    count = {sign: SIGN.count(sign) for sign in ("yes", "no")}
+    balanced, out = weights_of(config({"name": "t.csv", "test": 0.25}, class_weight="balanced", **keys), capsys)
+    assert "accuracy, test" in out
+    alike, _ = weights_of(config("t.csv", class_weight={key: 1 / each for key, each in count.items()}, **keys), capsys)
+    assert np.sign(balanced).tolist() == np.sign(alike).tolist()
+
+
+def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("t.csv", text({"colour": COLOUR} | NUMBERS | PRICE))
+    path = config("t.csv", penalty="group", groups={"paint": ["colour", "x3"], "rest": ["x0", "x1", "x2"]}, guard="off")
+    assert main(["tune", path]) == 0
+    found = [each["penalty"] for each in json.loads(Path("runs/job-tune/tuned.json").read_text())["t"]["coefficients"]]
+    assert len(set(found)) == 2
+    capsys.readouterr()
+    assert main(["tune", config("t.csv", penalty="feature")]) == 0
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith("outer loop: 100%"), last
+
+
 @pytest.mark.parametrize(
     ("problem", "keys", "sentence"),
     [
+        ({"data": "diabetes", "class_weight": "balanced"}, {}, "`class_weight` is for classes, and 'y' holds numbers"),
+        ({"data": "iris", "class_weight": {"x": 2}}, {}, "`class_weight` names 'x', but the classes are '0', '1', '2'"),
+        ({"data": "iris", "class_weight": 2}, {}, "`problems.t.class_weight` must be 'balanced' or positive numbers"),
+        ({"data": "iris", "groups": ["a"]}, {}, "`problems.t.groups` must be lists of columns by the names of groups"),
+        ({"data": "iris", "penalty": "group"}, {}, "`penalty` 'group' needs `groups`, the columns of each"),
+        ({"data": "t.csv", "groups": {"a": ["x0"]}}, {}, "`penalty` 'per_feature' takes no `groups`: say 'group'"),
+        (
+            {"data": "t.csv", "penalty": "group", "groups": {"a": ["x0", "size"]}},
+            {},
+            "`groups.a` names the column 'size', which is none that becomes a feature",
+        ),
+        (
+            {"data": "t.csv", "penalty": "group", "groups": {"a": ["x0"], "b": ["x0"]}},
+            {},
+            "`groups.b` names the column 'x0', which is in 'a', too",
+        ),
+        (
+            {"data": "t.csv", "penalty": "group", "groups": {"a": ["x0"]}},
+            {},
+            "`groups` must name every column once, but 'x1', 'x2', 'x3', 'late' is in none",
+        ),
         (
             {"class": "MLPProblem", "data": "iris"},
             {},

@@ -55,7 +55,7 @@ def test_without_a_grid_or_without_folds_a_sentence_says_what_to_read():
     assert not hasattr(free, "Cs_")
     single = LogisticRegressionCV(Cs=3, penalty_structure="scalar").fit(X, TWO)
     np.testing.assert_allclose(single.Cs_, [1e-4, 1.0, 1e4])
-    with pytest.raises(AttributeError, match="has no coefs_paths_, as approximate leave-one-out has no folds: read"):
+    with pytest.raises(AttributeError, match="has no coefs_paths_, as only folds of one penalty leave them"):
         single.coefs_paths_  # noqa: B018
     assert not hasattr(single.set_params(Cs=None).fit(X, TWO), "Cs_")
     with pytest.raises(AttributeError, match="'LogisticRegressionCV' object has no attribute 'nothing'"):
