@@ -20,6 +20,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Figures take longer than the commands of a page.
+    monkeypatch.setattr("bilevel.cli.commands.draw_figures", lambda *_: True)
     blocks = re.findall(r"```(python|yaml|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL)
     # One namespace a page: later examples use what earlier ones made, as a reader would.
     namespace: dict[str, object] = {"__name__": page.stem}
