@@ -70,6 +70,7 @@ class ApproximateLeaveOneOut(Criterion):
     1.2344
     """
 
+    name = "approximate leave-one-out"
     leaves_one_out = True
 
     def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties, *, tol: float = 1e-8) -> None:

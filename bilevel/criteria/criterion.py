@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
@@ -20,6 +20,8 @@ from bilevel.numerics.small import array, to_numpy, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
 Array = NDArray[np.float64]
+Folds = Sequence[tuple[Tensor, Tensor]]
+"""Indices of training rows and of validation rows, for every fold."""
 T = TypeVar("T")
 
 NOISELESS = 1e-4
@@ -118,10 +120,16 @@ class Criterion(ABC):
         loss: of a row's prediction.
         penalties: which coefficients share a penalty.
 
+    Attributes:
+        folds: pairs of training and validation rows; none where rows are left out singly, or not at all.
+
     Raises:
         ValueError: in one sentence, where they do not fit.
     """
 
+    name: ClassVar[str] = "criterion"
+    """What reports call it."""
+    folds: Folds = ()
     leaves_one_out: ClassVar[bool] = False
     """Whether it leaves out every row singly: losses, slopes and the Jacobian are of all rows, in their order."""
 
@@ -130,10 +138,16 @@ class Criterion(ABC):
         self.data, self.loss, self.penalties = data, loss, penalties
         self.known: dict[str, Any] = {}
 
-    @property
+    @shared
     def held_out(self) -> Tensor:
-        """The indices of the rows that losses are of, in their order."""
-        return torch.arange(self.data.rows)
+        """The indices of the rows that losses are of, in their order: of folds, one after the other."""
+        return torch.cat([held for _, held in self.folds]) if self.folds else torch.arange(self.data.rows)
+
+    @shared
+    def share(self) -> Tensor:
+        """The weights of the held-out rows, with mean one."""
+        weights = self.data.weights[self.held_out]
+        return weights / weights.mean()
 
     def unit(self, single: float) -> float:
         """Return what a hyperprior is measured in: 1 for a log likelihood, else the criterion of the best one penalty.

@@ -41,6 +41,8 @@ class Evidence(Criterion):
     -0.2957
     """
 
+    name = "evidence"
+
     def __init__(self, data: LinearData, penalties: Penalties) -> None:
         super().__init__(data, Squared(), penalties)
         if data.y.dim() != 1:

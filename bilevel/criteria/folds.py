@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bilevel.criteria import newton, newton_cg, newton_dense
-from bilevel.criteria.criterion import Array, Evaluation, Fit, shared
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import factored
 from bilevel.criteria.penalties import Penalties
-from bilevel.criteria.splits import FoldCriterion, checked_folds, restricted
+from bilevel.criteria.splits import checked_folds, restricted
 from bilevel.numerics.small import factor, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
@@ -39,7 +39,7 @@ class _Solved:
     adjoint: Tensor | None = None
 
 
-class KFold(FoldCriterion):
+class KFold(Criterion):
     """The mean loss of held-out folds under the models of the other rows; a hold-out is one fold.
 
     With ``w_k`` the model of fold k's training rows, ``H_k`` its Hessian and ``g_k`` the derivatives of the validation
@@ -68,6 +68,8 @@ class KFold(FoldCriterion):
     >>> round(criterion.evaluate(np.array([0.0])).value, 4)
     1.4802
     """
+
+    name = "held-out folds"
 
     def __init__(
         self, data: LinearData, loss: GLMLoss, penalties: Penalties, folds: Iterable[Any], *, tol: float = 1e-10

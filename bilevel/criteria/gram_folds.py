@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria.criterion import Array, Evaluation, Fit, shared
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
-from bilevel.criteria.splits import FoldCriterion, checked_folds, restricted
+from bilevel.criteria.splits import checked_folds, restricted
 from bilevel.numerics.small import factor
 from bilevel.problems.losses import Squared
 
@@ -29,7 +29,7 @@ class _Grams(NamedTuple):
     variance: Tensor  # of the training columns, (K, features); one where these are constant
 
 
-class RidgeFolds(FoldCriterion):
+class RidgeFolds(Criterion):
     """The mean squared error (halved) of ridge regression on held-out folds, from the Gram matrices of the folds.
 
     For every fold, with G and c the training rows' ``X'SX`` and ``X'Sy`` about their own means, and Gv, cv those of the
@@ -50,6 +50,8 @@ class RidgeFolds(FoldCriterion):
     >>> round(criterion.evaluate(np.array([-20.0])).value, 4)
     0.0
     """
+
+    name = "held-out folds"
 
     def __init__(self, data: LinearData, penalties: Penalties, folds: Iterable[Any]) -> None:
         super().__init__(data, Squared(), penalties)

@@ -73,6 +73,7 @@ class RidgeLeaveOneOut(Criterion):
     (0.2893, array([0.2085]))
     """
 
+    name = "exact leave-one-out"
     leaves_one_out = True
     loss: GLMLoss
 

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria.criterion import Criterion, shared
+from bilevel.criteria.criterion import Folds
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.problems.losses import GLMLoss
-
-Folds = Sequence[tuple[Tensor, Tensor]]
-"""Indices of training rows and of validation rows, for every fold."""
-
-
-class FoldCriterion(Criterion):
-    """A criterion of held-out folds.
-
-    Attributes:
-        folds: pairs of training and validation rows.
-    """
-
-    folds: Folds
-
-    @shared
-    def held_out(self) -> Tensor:
-        """The validation rows of all folds, one fold after the other."""
-        return torch.cat([held for _, held in self.folds])
-
-    @shared
-    def share(self) -> Tensor:
-        """The weights of the held-out rows, with mean one."""
-        weights = self.data.weights[self.held_out]
-        return weights / weights.mean()
 
 
 def checked_folds(given: Iterable[Any], data: LinearData, loss: GLMLoss) -> Folds:

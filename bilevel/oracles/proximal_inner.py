@@ -193,8 +193,8 @@ def safe_step(inner: InnerProblem, params: Tree) -> Tensor:
     singles = [(inner, params)] if size is None else [(inner.member(i), rows.row(params, i)) for i in range(size)]
     steps = []
     for single, x in singles:
-        if isinstance(single, ProximalInner):
-            single.term.check(x, single.hparams)
+        if single.problem.nonsmooth is not None:
+            single.problem.nonsmooth.check(x, single.hparams)
         largest = torch.stack([leaf.amax() for leaf in tree.leaves(single.smooth.majorizer(x))]).amax()
         good = (largest > 0) & torch.isfinite(largest)
         steps.append(torch.where(good, largest.reciprocal(), torch.nan))

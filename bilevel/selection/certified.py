@@ -16,7 +16,6 @@ from bilevel.criteria.criterion import Array, Criterion, given
 from bilevel.criteria.data import LinearData
 from bilevel.criteria.leave_one_out import RidgeLeaveOneOut
 from bilevel.criteria.penalties import Penalties
-from bilevel.criteria.splits import FoldCriterion
 from bilevel.selection.descend import box
 from bilevel.selection.honest import predictions
 from bilevel.selection.scalar import best_penalty
@@ -104,10 +103,10 @@ def certify_range(criterion: Criterion, low: float = 1e-8, high: float = 1e8, ep
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"the range of penalties must be 0 < low < high, got {low:g} and {high:g}.")
-    ridge = isinstance(criterion, RidgeLeaveOneOut | FoldCriterion) and criterion.loss.quadratic
-    if not ridge or criterion.data.y.dim() > 1:
+    exact = criterion.name == RidgeLeaveOneOut.name or criterion.folds
+    if not exact or not criterion.loss.quadratic or criterion.data.y.dim() > 1:
         raise ValueError("certify_range takes leave-one-out or K-fold of ridge regression with one target.")
-    rows = _folds(criterion) if isinstance(criterion, FoldCriterion) else _leave_one_out(criterion.data)
+    rows = _folds(criterion) if criterion.folds else _leave_one_out(criterion.data)
     left, right = math.log(low), math.log(high)
     one = criterion.with_penalties(Penalties.scalar(criterion.data.features))
     found = best_penalty(criterion)
@@ -215,7 +214,7 @@ def _leave_one_out(data: LinearData) -> list[_Rows]:
     return [_Rows(*(each.double().cpu().numpy() for each in tensors))]
 
 
-def _folds(criterion: FoldCriterion) -> list[_Rows]:
+def _folds(criterion: Criterion) -> list[_Rows]:
     data, found = criterion.data, []
     total = data.weights[criterion.held_out].sum()
     for train, held in criterion.folds:

@@ -18,7 +18,7 @@ from bilevel.selection.elastic_cv import Kind
 from bilevel.sklearn.inputs import on_device
 from bilevel.sklearn.report import TuningReport, shown
 from bilevel.sklearn.splits import Folds
-from bilevel.sklearn.tuned import NAMES, TunedLinearModel
+from bilevel.sklearn.tuned import TunedLinearModel
 
 
 class CombinedModel(TunedLinearModel):
@@ -85,7 +85,7 @@ class CombinedModel(TunedLinearModel):
             candidates=shown(combined.candidates, self._loss_factor, self._loss_factor),
             remarks=(*remarks, *combined.remarks),
         )
-        self._set_candidates(combined, unit, NAMES[type(criterion)])
+        self._set_candidates(combined, unit, criterion.name)
         return combined
 
     def _set_candidates(self, combined: Combined, unit: float, criterion: str) -> None:

@@ -15,7 +15,7 @@ from sklearn.utils.extmath import softmax
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
-from bilevel.criteria import Criterion, Fit, KFold
+from bilevel.criteria import Criterion, Fit
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection import Selected
 from bilevel.sklearn.inputs import nearest, places_of, positive
@@ -211,14 +211,14 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
             self.C_ = nearest(self.C_, grid) if one else self.C_
         if legacy and one:
             self.C_, self.l1_ratio_ = np.full(several, self.C_), np.zeros(several)
-        if self.Cs is None or not isinstance(criterion, KFold):
+        if self.Cs is None or not criterion.folds:
             return
         places, ends = places_of(1.0 / grid), np.cumsum([len(held) for _, held in criterion.folds])[:-1]
         share = np.split(criterion.share.cpu().numpy(), ends)
         found = [selected.scanned[place] for place in places]
         losses = [np.split(each.losses, ends) for each in found]
         scores = -np.array([[part.sum() / s.sum() for part, s in zip(each, share, strict=True)] for each in losses]).T
-        paths = np.stack([self._of_folds(criterion.fits(each)) for each in found], 1)
+        paths = np.stack([self._of_folds(criterion.fits(each) or []) for each in found], 1)
         if not legacy:
             self.scores_, self.coefs_paths_ = scores[:, None], paths[:, None]
             return

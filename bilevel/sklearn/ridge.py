@@ -194,7 +194,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         Raises:
             ValueError: for another criterion.
         """
-        if not isinstance(criterion, RidgeLeaveOneOut):
+        if criterion.name != RidgeLeaveOneOut.name:
             raise ValueError("store_cv_results=True is of exact leave-one-out: leave cv and groups None, or say False.")
         found = np.stack([each.predictions.cpu().numpy().T.reshape(y.shape) for each in selected.scanned], -1)
         shape = (-1,) + (1,) * y.ndim

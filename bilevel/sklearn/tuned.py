@@ -21,33 +21,21 @@ from torch import Tensor
 
 from bilevel.core.status import BilevelWarning
 from bilevel.criteria import (
-    ApproximateLeaveOneOut,
     Criterion,
     Evidence,
     Fit,
-    KFold,
     LinearData,
     Penalties,
-    RidgeFolds,
-    RidgeLeaveOneOut,
     choose_criterion,
 )
 from bilevel.criteria.choose import KINDS
-from bilevel.problems.losses import GLMLoss, Softmax
+from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
 from bilevel.sklearn.inputs import on_device
 from bilevel.sklearn.report import TuningReport, shown, summary_of
 from bilevel.sklearn.splits import Folds, penalties_of
 
-NAMES: dict[type[Criterion], str] = {
-    RidgeLeaveOneOut: "exact leave-one-out",
-    ApproximateLeaveOneOut: "approximate leave-one-out",
-    KFold: "held-out folds",
-    RidgeFolds: "held-out folds",
-    Evidence: "evidence",
-}
-"""What reports call a criterion."""
 STRUCTURES = {"scalar", "group", "feature"}
 
 
@@ -162,7 +150,7 @@ class TunedLinearModel:
         outer: list[Any] = []
         remarks: list[str] = []
         if penalties.size > 1 and self.guard != "off":
-            outer = folds.outer(isinstance(criterion, KFold | RidgeFolds))
+            outer = folds.outer(bool(criterion.folds))
             if len(outer) < 2:
                 criterion = criterion.with_penalties(Penalties.scalar(X.shape[1], outputs))
                 remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")
@@ -271,7 +259,7 @@ class TunedLinearModel:
                 f"criterion={self.criterion!r} leaves out single rows, but cv={self.cv!r} or groups say that rows are "
                 f"{folds.dependence}: use 'kfold' or 'auto', since a row's neighbours tell it."
             )
-        if (self.criterion == "kfold" or isinstance(loss, Softmax)) and not folds.pairs:
+        if (self.criterion == "kfold" or loss.outputs(data.y) is not None) and not folds.pairs:
             raise ValueError(
                 f"cv={self.cv!r} can hold out no row: every class of y has so few that each fold has to train on all: "
                 "add rows."
@@ -288,7 +276,7 @@ class TunedLinearModel:
             criterion: what was descended.
             scorer: the name of what the outer loop has chosen by; empty for the loss.
         """
-        evidence = isinstance(criterion, Evidence)
+        evidence = criterion.name == Evidence.name
         factor = self._loss_factor
         nodes = shown(selected.nodes, 1.0 if evidence else factor, 1.0 if scorer else factor)
         selected = replace(selected, nodes=nodes)
@@ -314,7 +302,7 @@ class TunedLinearModel:
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
             loss_name=f"minus {scorer}" if scorer else self._loss_name,
-            criterion=NAMES[type(criterion)],
+            criterion=criterion.name,
             criterion_name="minus log evidence of a row" if evidence else self._loss_name,
             honest=selected.honest,
             n_penalties=node.u.size,

@@ -13,6 +13,12 @@ from bilevel.criteria import Fit
 from bilevel.data.rows import Rows
 from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared
 
+ESTIMATORS: dict[type[GLMLoss], str] = {
+    Squared: "RidgeCV",
+    Logistic: "LogisticRegressionCV",
+    Softmax: "LogisticRegressionCV",
+}
+
 
 def scikit_learn(rows: Rows, loss: GLMLoss) -> tuple[str, Callable[[Any], Fit]]:
     """Return the name of scikit-learn's estimator for a loss, and what makes its model of some of the rows.
@@ -26,9 +32,9 @@ def scikit_learn(rows: Rows, loss: GLMLoss) -> tuple[str, Callable[[Any], Fit]]:
     from sklearn.linear_model import LogisticRegressionCV, RidgeCV
     from sklearn.preprocessing import StandardScaler
 
-    if not isinstance(loss, Squared | Logistic | Softmax):
+    estimator = ESTIMATORS.get(type(loss))
+    if estimator is None:
         raise ValueError(f"`beside: scikit-learn` has no cross-validation of {type(loss).__name__}: leave it out.")
-    ridge = isinstance(loss, Squared)
 
     def fit(index: Any) -> Fit:
         index = np.asarray(index)
@@ -36,7 +42,7 @@ def scikit_learn(rows: Rows, loss: GLMLoss) -> tuple[str, Callable[[Any], Fit]]:
         weights = None if rows.weights is None else rows.weights[index]
         scaler = StandardScaler(with_mean=not hasattr(X, "tocsr")).fit(X, sample_weight=weights)
         model: Any
-        if ridge:
+        if estimator == "RidgeCV":
             model = RidgeCV(np.logspace(-3, 5, 100)).fit(scaler.transform(X), y, sample_weight=weights)
         else:
             model = LogisticRegressionCV(Cs=10, scoring="neg_log_loss", max_iter=1000)
@@ -46,6 +52,6 @@ def scikit_learn(rows: Rows, loss: GLMLoss) -> tuple[str, Callable[[Any], Fit]]:
         coef = torch.as_tensor(np.atleast_2d(model.coef_) / scaler.scale_)
         mean = scaler.mean_ if scaler.with_mean else np.zeros(X.shape[1])
         intercept = torch.as_tensor(np.atleast_1d(model.intercept_)) - coef @ torch.as_tensor(mean)
-        return Fit(coef, intercept) if isinstance(loss, Softmax) else Fit(coef[0], intercept[0])
+        return Fit(coef, intercept) if len(coef) > 1 else Fit(coef[0], intercept[0])
 
-    return f"scikit-learn's {'RidgeCV' if ridge else 'LogisticRegressionCV'}", fit
+    return f"scikit-learn's {estimator}", fit
