@@ -36,7 +36,7 @@ def test_checkpoints_give_the_numbers_of_stored_iterates_bit_for_bit(cls: type, 
 
 
 def test_checkpoints_serve_runs_that_end_by_tolerance_and_warm_starts() -> None:
-    case = tree_case("dict", "dict")
+    case = quadratic_case()  # of long runs: trees are above
     for solver in (bl.HeavyBall(0.1, 0.5, tol=1e-6), bl.Adam(0.05, tol=1e-4, steps=500)):
         carry = None
         for _ in range(2):

@@ -31,7 +31,8 @@ SAMPLE = ("HeavyBall auto", "Newton CG", "QuasiNewton", "SGD", "GMRES", "Nystrom
 @pytest.mark.parametrize("scaled", ["inner", "outer", "y", "X"])
 def test_a_scaled_problem_takes_the_same_steps_to_the_scaled_hypergradient(scaled: str, dtype: torch.dtype) -> None:
     inner, linear = units.solvers(units.Scaling()), units.linear_solvers(units.Scaling())
-    for name in SAMPLE:
+    # Both precisions have half of the solvers, every unit has all.
+    for name in SAMPLE[(dtype == F32) :: 2]:
 
         def of(s: units.Scaling, name: str = name) -> tuple[bl.InnerSolver, Any]:
             if name in linear:
