@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import RunFolderError, describe_environment, locked
-from bilevel.compare.folder import ELSEWHERE
+from bilevel.compare.folder import ELSEWHERE, expanded
 from bilevel.compare.ownership import earlier_names
 from bilevel.config.curse import load_experiment
 from bilevel.config.document import ConfigError
@@ -45,10 +45,7 @@ def run_curse(arguments: Namespace) -> int:
 
 def _checked(folder: Path, names: Sequence[str]) -> Path:
     """Return a folder that is new, or holds outcomes of earlier experiments and nothing that these would write over."""
-    try:
-        folder = folder.expanduser()
-    except RuntimeError as error:
-        raise RunFolderError(f"cannot write to the output folder {folder} ({error}): {ELSEWHERE}.") from None
+    folder = expanded(folder)
     if os.path.lexists(folder) and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: {ELSEWHERE}.")
     mark = read_mark(folder)

@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import RunFolderError, describe_environment, locked
-from bilevel.compare.folder import ELSEWHERE
+from bilevel.compare.folder import ELSEWHERE, expanded
 from bilevel.config.document import ConfigError
 from bilevel.config.folds import FoldsPlan, TableSetup
 from bilevel.core.files import misplaced, read_mark, remove_unfinished, write_mark, write_whole
@@ -85,10 +85,7 @@ def run_predict(arguments: Namespace) -> int:
 
 def _checked(folder: Path, names: list[str]) -> Path:
     """Return a folder that is new, or holds what an earlier run of this command wrote."""
-    try:
-        folder = folder.expanduser()
-    except RuntimeError as error:
-        raise RunFolderError(f"cannot write to the output folder {folder} ({error}): {ELSEWHERE}.") from None
+    folder = expanded(folder)
     if os.path.lexists(folder) and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: {ELSEWHERE}.")
     mark = read_mark(folder)

@@ -84,6 +84,22 @@ def unwritten(error: OSError) -> str:
     return f"{what}: mend that and run the same command to continue, or {ELSEWHERE}."
 
 
+def expanded(path: str | Path) -> Path:
+    """Return the path of an output folder without a ``~``.
+
+    Raises:
+        RunFolderError: for a user that is not there, and for a path that is none.
+    """
+    reason = "it holds a NUL" if "\0" in str(path) else ""
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as error:
+        reason = str(error)
+    if reason:
+        raise RunFolderError(f"cannot write to the output folder {str(path)!r} ({reason}): {ELSEWHERE}.")
+    return folder
+
+
 class RunFolder:
     """The output of one run.
 
@@ -93,13 +109,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
-        try:
-            self.path = Path(path).expanduser()
-            if "\0" in str(path):
-                raise ValueError("it holds a NUL")
-        except (RuntimeError, ValueError) as error:
-            raise RunFolderError(f"cannot write to the output folder {str(path)!r} ({error}): {ELSEWHERE}.") from None
-        self.config = config
+        self.path, self.config = expanded(path), config
         self.cells: Sequence[Cell] = ()
         self.identity: Mapping[str, Mapping[str, str]] = {}
         self.owner = ""

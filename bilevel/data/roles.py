@@ -83,11 +83,7 @@ def sort_columns(
     names = list(table.columns)
     if target is None:
         target = next((name for name in reversed(names) if name not in {weights, groups, time, *drop}), names[-1])
-    for role, name in (("target", target), ("weights", weights), ("groups", groups), ("time", time)):
-        if name is not None and name not in names:
-            raise ValueError(f"{table.source!r} has no {role} column {name!r}: its columns are {', '.join(names)}.")
-    if unknown := [name for name in drop if name not in names]:
-        raise ValueError(f"`drop` names {unknown[0]!r}, but the columns of {table.source!r} are {', '.join(names)}.")
+    _check_named(table, {"target": target, "weights": weights, "groups": groups, "time": time}, drop)
     features = [name for name in names if name not in {target, weights, groups, time, *drop}]
     notes = list(table.notes)
     if len(names) == 1:
@@ -95,17 +91,13 @@ def sort_columns(
             f"{table.source!r} has the one column {names[0]!r}: it needs features and a target, with commas, "
             "semicolons or tabs between them."
         )
-    if index == "leave_out":
-        left_out = [name for name in features if _numbers_rows(table, name)]
-        features = [name for name in features if name not in left_out]
-        if left_out:
-            notes.append(f"the column {listed(left_out)} is left out, as it numbers the rows")
-        if not features:
-            raise ValueError(
-                f"{table.source!r} holds no features besides the target {target!r} and the index of its rows."
-            )
+    numbering = [name for name in features if index == "leave_out" and _numbers_rows(table, name)]
+    if numbering:
+        features = [name for name in features if name not in numbering]
+        notes.append(f"the column {listed(numbering)} is left out, as it numbers the rows")
     if not features:
-        raise ValueError(f"{table.source!r} holds no features besides the target {target!r}.")
+        besides = " and the index of its rows" if numbering else ""
+        raise ValueError(f"{table.source!r} holds no features besides the target {target!r}{besides}.")
     if commas := [name for name in (*features, target) if table.has_decimal_commas(name)]:
         notes.append(f"decimal commas are read in {listed(commas)}")
     notes += _check_features(table, features, strings, missing)
@@ -119,6 +111,15 @@ def sort_columns(
         rows=aimed if time is None else aimed[np.argsort(_order(table, time)[aimed], kind="stable")],
         notes=tuple(notes),
     )
+
+
+def _check_named(table: Table, roles: dict[str, str | None], drop: Sequence[str]) -> None:
+    names = ", ".join(table.columns)
+    for role, name in roles.items():
+        if name is not None and name not in table.columns:
+            raise ValueError(f"{table.source!r} has no {role} column {name!r}: its columns are {names}.")
+    if unknown := [name for name in drop if name not in table.columns]:
+        raise ValueError(f"`drop` names {unknown[0]!r}, but the columns of {table.source!r} are {names}.")
 
 
 def _rows_with(table: Table, name: str) -> Array:

@@ -11,7 +11,7 @@ from bilevel.core.options import is_number, require_value
 from bilevel.data.columns import Encoder
 from bilevel.data.prepare import encode, filled, how_split, in_words, split, without_rare
 from bilevel.data.read import TableOptions, check_synthetic, read
-from bilevel.data.sources import Array
+from bilevel.data.sources import Array, Raw
 
 LEAST = 3
 """Rows of a class with which every fold of a fold trains on it."""
@@ -104,14 +104,8 @@ def load_rows(
     groups, weights_test, how = None, None, "as in the file"
     if "" in raw.parts:
         how = how_split(raw, labels, options.ordered, seed)
-        columns = raw.columns
         parts = split(raw, labels, seed, 0.0, test, options.ordered) if test else {"train": raw.parts[""]}
-        if columns is not None and columns.groups is not None:
-            groups = columns.groups[parts["train"][0][:, 0]]
-        if columns is not None and columns.weights is not None and test:
-            weights_test = columns.weights[parts["test"][0][:, 0]]
-            if not weights_test.any():
-                raise ValueError(f"the weights of the test part of {raw.source!r} are all 0: take a larger `test`.")
+        groups, weights_test = _groups_and_weights(raw, parts)
         raw = replace(raw, parts=parts)
     raw = filled(raw)
     X, y = raw.parts["train"]
@@ -134,3 +128,14 @@ def load_rows(
         decimal=options.decimal,
         notes=(size, *raw.notes),
     )
+
+
+def _groups_and_weights(raw: Raw, parts: dict[str, tuple[Array, Array]]) -> tuple[Array | None, Array | None]:
+    """Return the groups of the rows to tune on, and the weights of those set aside, where a table has such columns."""
+    groups = None if raw.columns is None else raw.columns.groups
+    weights = None if raw.columns is None or "test" not in parts else raw.columns.weights
+    if weights is not None:
+        weights = weights[parts["test"][0][:, 0]]
+        if not weights.any():
+            raise ValueError(f"the weights of the test part of {raw.source!r} are all 0: take a larger `test`.")
+    return None if groups is None else groups[parts["train"][0][:, 0]], weights

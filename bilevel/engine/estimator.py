@@ -93,6 +93,11 @@ class HypergradEstimator(ABC):
         return False
 
     @property
+    def open_tolerance(self) -> bool:
+        """Whether it solves a system to a tolerance that nobody gave, so that a search may choose it; default: no."""
+        return False
+
+    @property
     def requires(self) -> Set[str]:
         """What a problem and an inner solver must have, by the names of `bilevel.base.requirements`.
 

@@ -90,6 +90,10 @@ class Implicit(HypergradEstimator):
         return self.successor is None and self.linear_solver.rowwise
 
     @property
+    def open_tolerance(self) -> bool:
+        return self.successor is None and self.linear_solver.tol is None
+
+    @property
     def requires(self) -> Set[str]:
         return super().requires | ({"module_loss"} if self.curvature == "gauss-newton" else set())
 

@@ -19,7 +19,6 @@ from bilevel.core.options import Relative
 from bilevel.core.status import Status
 from bilevel.engine.attempt import only_the_value
 from bilevel.engine.estimator import HypergradEstimator
-from bilevel.hypergrad.implicit import Implicit
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.search import EXPENSIVE, OuterSearch, SearchState, Trial
 
@@ -51,9 +50,7 @@ def chooses_accuracy(problem: BilevelProblem, solver: InnerSolver, estimator: Hy
         and not solver.traits.superlinear
         and solver.tol is None
         and solver.steps is None
-        and isinstance(estimator, Implicit)
-        and estimator.successor is None
-        and estimator.linear_solver.tol is None
+        and estimator.open_tolerance
     )
 
 

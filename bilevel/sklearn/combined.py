@@ -49,13 +49,8 @@ class CombinedModel(TunedLinearModel):
             unit: what penalties of mean losses are multiplied by to be those that are shown.
             options: of `elastic_cv`.
         """
-        data = LinearData.of(
-            on_device(X, getattr(self, "device", None)),
-            y,
-            weights,
-            intercept=self.fit_intercept,
-            standardize=self.standardize,
-        )
+        X = on_device(X, getattr(self, "device", None))
+        data = LinearData.of(X, y, weights, intercept=self.fit_intercept, standardize=self.standardize)
         # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
         folds = replace(folds, given=bool(folds.dependence))
         criterion = self._criterion(data, loss, Penalties.feature(data.features), folds)

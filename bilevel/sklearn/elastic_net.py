@@ -16,6 +16,7 @@ from sklearn.utils.validation import column_or_1d, validate_data
 from bilevel.problems.losses import Squared
 from bilevel.selection.elastic_cv import ALPHAS, KINDS, L1_RATIOS, Kind
 from bilevel.sklearn.combined import CombinedModel
+from bilevel.sklearn.inputs import TYPES
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import TunedLinearModel
 
@@ -71,16 +72,7 @@ class _TunedNet(CombinedModel):
                 "Automatic alpha grid generation is not supported for l1_ratio=0. Please supply a grid by providing "
                 "your estimator with the appropriate `alphas=` argument."
             )
-        X, y = validate_data(
-            self,
-            X,
-            y,
-            accept_sparse="csr",
-            dtype=[np.float64, np.float32],
-            multi_output=True,
-            y_numeric=True,
-            ensure_min_samples=2,
-        )
+        X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, **TYPES)
         if y.ndim > 1 and y.shape[1] > 1:
             raise ValueError(f"For multi-task outputs, use MultiTask{type(self).__name__}")
         y = column_or_1d(y, warn=True)

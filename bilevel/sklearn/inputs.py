@@ -13,6 +13,9 @@ from sklearn.utils import check_scalar
 
 from bilevel.criteria.data import csr
 
+TYPES: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float32], "ensure_min_samples": 2}
+"""What `validate_data` lets through, of every estimator."""
+
 
 def positive(name: str, given: Any) -> NDArray[np.float64]:
     """Return candidates of a parameter, in float64.

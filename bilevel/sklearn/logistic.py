@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from bilevel.criteria import Criterion, Fit
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection import Selected
-from bilevel.sklearn.inputs import nearest, places_of, positive
+from bilevel.sklearn.inputs import TYPES, nearest, places_of, positive
 from bilevel.sklearn.logistic_nets import NetClassifier
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
@@ -164,7 +164,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
             ValueError: in one sentence, for data and parameters that do not fit.
         """
         l1_ratios = self._net_ratios()
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
+        X, y = validate_data(self, X, y, **TYPES)
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         weights = self._weights(sample_weight, X)

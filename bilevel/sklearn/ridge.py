@@ -17,7 +17,7 @@ from sklearn.utils.validation import validate_data
 from bilevel.criteria import Criterion, RidgeLeaveOneOut
 from bilevel.problems.losses import Squared
 from bilevel.selection import Selected, certify_range
-from bilevel.sklearn.inputs import nearest, places_of, positive
+from bilevel.sklearn.inputs import TYPES, nearest, places_of, positive
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
@@ -136,16 +136,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         Raises:
             ValueError: in one sentence, for data and parameters that do not fit.
         """
-        X, y = validate_data(
-            self,
-            X,
-            y,
-            accept_sparse="csr",
-            dtype=[np.float64, np.float32],
-            multi_output=True,
-            y_numeric=True,
-            ensure_min_samples=2,
-        )
+        X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, **TYPES)
         if self.store_cv_results and (self.alphas is None or self.scoring is not None):
             raise ValueError(
                 "store_cv_results=True stores the squared errors of rows at each of the alphas: give alphas, and "

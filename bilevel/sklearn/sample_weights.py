@@ -20,6 +20,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_para
 from bilevel.criteria import LinearData
 from bilevel.problems.losses import Logistic, Softmax, Squared
 from bilevel.selection import learn_row_weights, make_folds
+from bilevel.sklearn.inputs import TYPES
 from bilevel.sklearn.logistic import LogisticRegressionCV
 from bilevel.sklearn.weight_report import WeightReport, report_of, row_losses
 
@@ -115,21 +116,16 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
             ValueError: in one sentence, for data and parameters that do not fit.
         """
         model = self._estimator()
+        _check_estimator(model)
         classifies = is_classifier(model)
-        if not (classifies or is_regressor(model)) or not has_fit_parameter(model, "sample_weight"):
-            raise ValueError(
-                f"estimator={model!r} must be a classifier or a regressor whose fit takes sample_weight, such as "
-                "bilevel.sklearn.RidgeCV()."
-            )
-        options: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float32]}
-        X, y = validate_data(self, X, y, y_numeric=not classifies, ensure_min_samples=2, **options)
+        X, y = validate_data(self, X, y, y_numeric=not classifies, **TYPES)
         y = column_or_1d(y, warn=True)
         if (X_val is None) != (y_val is None):
             raise ValueError("give X_val and y_val together, or neither.")
         if X_val is not None:
             if trusted is not None:
                 raise ValueError("give trusted rows of X, or X_val and y_val, but not both.")
-            X_val, y_val = validate_data(self, X_val, y_val, reset=False, **options)
+            X_val, y_val = validate_data(self, X_val, y_val, reset=False, **TYPES | {"ensure_min_samples": 1})
         if classifies:
             check_classification_targets(y)
             self.classes_ = np.unique(y)
@@ -309,3 +305,11 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
             tags.classifier_tags.multi_label = False
         tags.target_tags.required = True
         return tags
+
+
+def _check_estimator(model: Any) -> None:
+    if not (is_classifier(model) or is_regressor(model)) or not has_fit_parameter(model, "sample_weight"):
+        raise ValueError(
+            f"estimator={model!r} must be a classifier or a regressor whose fit takes sample_weight, such as "
+            "bilevel.sklearn.RidgeCV()."
+        )
