@@ -4,8 +4,8 @@
 
 No cost depends on the number of rows. At a solution with support S and signs s, ``(G + l2)_SS w_S = c_S - l1_S s``, and
 ``|c - G w| <= l1`` outside S. A sweep of coordinate descent over the coordinates that violate this (Friedman et al.
-2010) takes them up; then w goes to the solution on its support, or to the first change of a sign on the way, where that
-coordinate leaves the support, until no sign changes. The objective falls in each, so that no support comes twice.
+2010) takes them up; then w goes to the solution on its support. Where signs change on the way, their coordinates leave
+it, all of them if the objective falls by that, else the first, until none changes. No support comes twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Index = NDArray[np.intp]
 ROUNDS = 200
 """Sweeps at most."""
 MOST = 50
-"""Coordinates that a sweep takes up at most."""
+"""Coordinates that a sweep takes up at most, or as many as there are in the support."""
 SLACK = 1e-11
 """Share of the largest moment by which a coordinate outside the support may violate its condition."""
 
@@ -49,15 +49,34 @@ class GramColumns:
         return self._diagonal
 
     def __getitem__(self, index: Index) -> Array:
+        places = self._places(index)  # before the rows, which it may replace
+        return self._rows[places]
+
+    def block(self, index: Index) -> Array:
+        """Return the rows and columns of indices, (k, k)."""
+        places = self._places(index)
+        return self._rows[np.ix_(places, index)]
+
+    def product(self, index: Index, values: Array) -> Array:
+        """Return the combination of the columns of indices, (p,)."""
+        places = self._places(index)
+        every = np.zeros(self._count)
+        every[places] = values
+        return every @ self._rows[: self._count]
+
+    def _places(self, index: Index) -> Index:
+        """Return where the columns are kept; those that are not known are formed."""
         unknown = index[self._place[index] < 0]
         if len(unknown):
             count = self._count + len(unknown)
             if count > len(self._rows):
-                self._rows = np.concatenate([self._rows, np.empty((count, len(self._diagonal)))])
+                grown = np.empty((2 * count, len(self._diagonal)))
+                grown[: self._count] = self._rows[: self._count]
+                self._rows = grown
             self._rows[self._count : count] = self._form(unknown)
             self._place[unknown] = np.arange(self._count, count)
             self._count = count
-        return self._rows[self._place[index]]
+        return self._place[index]
 
 
 class Solution(NamedTuple):
@@ -108,13 +127,13 @@ def solution(
     tolerance = SLACK * float(np.abs(moment).max(initial=0.0))
     for count in range(1, rounds + 1):
         w, support = _on_support(gram, moment, l1, l2, w)
-        correlation = moment - w[support] @ gram[support]
+        correlation = moment - _product(gram, support, w[support])
         excess = (correlation if positive else np.abs(correlation)) - l1
         excess[support] = -np.inf
         violators = np.flatnonzero((excess > tolerance) & (diagonal > 0))
         if not len(violators):
             return Solution(w, count, True)
-        violators = violators[np.argsort(-excess[violators])[:MOST]]
+        violators = violators[np.argsort(-excess[violators])[: max(MOST, len(support))]]
         for j, column in zip(violators, gram[violators], strict=True):
             # Of a coordinate at zero; where others have come before it, it may stay there.
             size = (correlation[j] if positive else abs(correlation[j])) - l1[j]
@@ -122,6 +141,13 @@ def solution(
                 w[j] = np.copysign(size, correlation[j]) / diagonal[j]
                 correlation -= w[j] * column
     return Solution(w, rounds, False)
+
+
+def _product(gram: Array | GramColumns, support: Index, values: Array) -> Array:
+    """Return ``G w`` of a w with a support."""
+    if isinstance(gram, GramColumns):
+        return gram.product(support, values)
+    return values @ gram[support]
 
 
 def _on_support(gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, w: Array) -> tuple[Array, Index]:
@@ -132,16 +158,21 @@ def _on_support(gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, 
         signs = np.sign(here)
         # Along the null space of a singular matrix, whose factor is that of a little more, the solution is far away in
         # the direction of descent: there the first sign changes.
-        L = cholesky(gram[support][:, support], l2[support])
-        target = solve(L, moment[support] - l1[support] * signs)
+        block = gram.block(support) if isinstance(gram, GramColumns) else gram[support][:, support]
+        right = moment[support] - l1[support] * signs
+        target: Array = solve(cholesky(block, l2[support]), right)
         wrong = target * signs <= 0
         if not wrong.any():
             w[support] = target
             break
-        steps = here[wrong] / (here[wrong] - target[wrong])
-        first = steps.min()
-        moved = here + first * (target - here)
-        moved[np.flatnonzero(wrong)[steps <= first]] = 0.0
+        moved = np.where(wrong, 0.0, target)
+        step = moved - here
+        # No sign changes, so that the objective is a quadratic between here and there.
+        if step @ (block @ (here + 0.5 * step) + l2[support] * (here + 0.5 * step) - right) >= 0:
+            steps = here[wrong] / (here[wrong] - target[wrong])
+            first = steps.min()
+            moved = here + first * (target - here)
+            moved[np.flatnonzero(wrong)[steps <= first]] = 0.0
         w[support] = moved
         support = support[moved != 0]
     return w, support

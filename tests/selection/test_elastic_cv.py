@@ -38,7 +38,10 @@ def excess(net, w, l1, l2):
     return np.where(w == 0, np.maximum(abs(slopes) - l1, 0), abs(slopes + l1 * np.sign(w))).max()
 
 
-@pytest.mark.parametrize("table", [X, X[:15], sparse.csr_matrix(np.where(X > 2, X, 0))], ids=["tall", "wide", "sparse"])
+SPARSE = sparse.csr_matrix(np.where(X > 2, X, 0))
+
+
+@pytest.mark.parametrize("table", [X, X[:9], SPARSE, SPARSE[:9]], ids=["tall", "wide", "sparse", "sparse and wide"])
 @pytest.mark.parametrize("l1_ratio", [0.5, 1.0])
 def test_paths_meet_the_conditions_of_a_minimum(table, l1_ratio):
     data = LinearData.of(table, y[: table.shape[0]])
@@ -54,16 +57,17 @@ def test_paths_meet_the_conditions_of_a_minimum(table, l1_ratio):
         assert excess(net, w, l1_ratio * alpha * factors, (1 - l1_ratio) * alpha * factors) < 1e-9 * largest
 
 
-def test_a_logistic_path_is_that_of_scikit_learn():
-    labels = np.where(y > 0, 1.0, -1.0)
-    data = LinearData.of(X, labels, WEIGHTS + 1.0)
+@pytest.mark.parametrize("rows", [90, 9], ids=["tall", "wide"])
+def test_a_logistic_path_is_that_of_scikit_learn(rows):
+    labels = np.where(y > 0, 1.0, -1.0)[:rows]
+    data = LinearData.of(X[:rows], labels, WEIGHTS[:rows] + 1.0)
     net = Net(data, Logistic())
     alphas = net.largest() * np.array([1.0, 0.3, 0.05])
     models = net.path(alphas, 0.5)
     Z = data.X.numpy()
     for index, alpha in enumerate(alphas):
         reference = LogisticRegression(
-            C=1.0 / (alpha * 90), l1_ratio=0.5, solver="saga", tol=1e-9, max_iter=20_000
+            C=1.0 / (alpha * rows), l1_ratio=0.5, solver="saga", tol=1e-9, max_iter=20_000
         ).fit(Z, labels, data.weights)
         np.testing.assert_allclose(models.fit.coef[index] * data.scale, reference.coef_[0], atol=1e-5)
 
