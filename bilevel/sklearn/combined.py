@@ -15,7 +15,7 @@ from bilevel.criteria import LinearData, Penalties
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, elastic_cv
 from bilevel.selection.elastic_cv import Kind
-from bilevel.sklearn.inputs import on_device
+from bilevel.sklearn.inputs import is_standardized, on_device
 from bilevel.sklearn.report import TuningReport, shown
 from bilevel.sklearn.splits import Folds
 from bilevel.sklearn.tuned import TunedLinearModel
@@ -49,8 +49,9 @@ class CombinedModel(TunedLinearModel):
             unit: what penalties of mean losses are multiplied by to be those that are shown.
             options: of `elastic_cv`.
         """
+        scaled = is_standardized(self.standardize, X)
         X = on_device(X, getattr(self, "device", None))
-        data = LinearData.of(X, y, weights, intercept=self.fit_intercept, standardize=self.standardize)
+        data = LinearData.of(X, y, weights, intercept=self.fit_intercept, standardize=scaled)
         # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
         folds = replace(folds, given=bool(folds.dependence))
         criterion = self._criterion(data, loss, Penalties.feature(data.features), folds)

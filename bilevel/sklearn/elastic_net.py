@@ -160,7 +160,8 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         stacking: whether candidates are combined where the gate is open; else the best is taken.
         guard: "auto" keeps the first candidate unless the gain of the best is proved; "off" does not.
         criterion: what ridge regression is tuned by: see `RidgeCV`.
-        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are.
+        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for
+            the columns of dense X alone.
 
     >>> import numpy as np
     >>> X = np.random.default_rng(0).standard_normal((80, 3))
@@ -197,7 +198,7 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         stacking: bool = True,
         guard: str = "auto",
         criterion: str = "auto",
-        standardize: bool = True,
+        standardize: bool | str = "auto",
     ) -> None:
         self.l1_ratio = l1_ratio
         self.eps = eps
@@ -290,7 +291,7 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
         stacking: bool = False,
         guard: str = "auto",
         criterion: str = "auto",
-        standardize: bool = True,
+        standardize: bool | str = "auto",
     ) -> None:
         self.eps = eps
         self.alphas = alphas

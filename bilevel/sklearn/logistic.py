@@ -62,7 +62,8 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         criterion: "auto", "loo", "alo", "kfold" or "holdout": see `bilevel.criteria.choose_criterion`.
         guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
         honest: how the losses of the outer loop are taken: see there.
-        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are.
+        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for
+            the columns of dense X alone.
         device: of torch, for the arithmetic; None for the CPU.
         warm_start: whether a further fit begins the search of the one penalty where the last one ended.
 
@@ -120,7 +121,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         criterion: str = "auto",
         guard: str = "auto",
         honest: str = "auto",
-        standardize: bool = True,
+        standardize: bool | str = "auto",
         device: Any = None,
         warm_start: bool = False,
     ) -> None:

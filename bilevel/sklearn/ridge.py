@@ -44,7 +44,8 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         criterion: "auto", "loo", "alo", "kfold" or "holdout": see `bilevel.criteria.choose_criterion`.
         guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
         honest: how the losses of the outer loop are taken: see there.
-        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are.
+        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for
+            the columns of dense X alone.
         certify: whether to prove that no single penalty from 1e-8 to 1e8 is better than the one of this fit by more
             than a share of the criterion: True for a thousandth, or the share. `certificate_` is then a
             `RangeCertificate`.
@@ -91,7 +92,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         criterion: str = "auto",
         guard: str = "auto",
         honest: str = "auto",
-        standardize: bool = True,
+        standardize: bool | str = "auto",
         certify: bool | float = False,
         tol: float = 1e-4,
         max_iter: int = 25,

@@ -32,7 +32,7 @@ from bilevel.criteria.choose import KINDS
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
-from bilevel.sklearn.inputs import on_device
+from bilevel.sklearn.inputs import is_standardized, on_device
 from bilevel.sklearn.report import TuningReport, shown, summary_of
 from bilevel.sklearn.splits import Folds, penalties_of
 
@@ -50,7 +50,7 @@ class TunedLinearModel:
         "criterion": [StrOptions(set(KINDS))],
         "guard": [StrOptions({"auto", "best", "one_se", "off"})],
         "honest": [StrOptions({"auto", "nested", "alo"})],
-        "standardize": ["boolean"],
+        "standardize": ["boolean", StrOptions({"auto"})],
         "tol": [Interval(Real, 0, None, closed="neither")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "random_state": ["random_state"],
@@ -72,7 +72,7 @@ class TunedLinearModel:
     criterion: str
     guard: Any
     honest: Any
-    standardize: bool
+    standardize: Any
     tol: float
     max_iter: int
     warm_start: bool
@@ -144,7 +144,11 @@ class TunedLinearModel:
         outputs = y.shape[1] if y.dim() == 2 else loss.outputs(y)
         penalties = penalties_of(structure, self.groups, X.shape[1], outputs)
         data = LinearData.of(
-            on_device(X, self.device), y, weights, intercept=self.fit_intercept, standardize=self.standardize
+            on_device(X, self.device),
+            y,
+            weights,
+            intercept=self.fit_intercept,
+            standardize=is_standardized(self.standardize, X),
         )
         criterion = self._criterion(data, loss, penalties, folds)
         outer: list[Any] = []

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = TfidfVectorizer(min_df=2, sublinear_tf=True).fit(split[0])
     X, X_test, y, y_test = *map(words.transform, split[:2]), *split[2:]
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    ours = LogisticRegressionCV(cv=folds, penalty_structure="scalar", standardize=False)
+    ours = LogisticRegressionCV(cv=folds, penalty_structure="scalar")
     asked = {"scoring": "neg_log_loss", "l1_ratios": (0,), "use_legacy_attributes": False}
     theirs = linear_model.LogisticRegressionCV(cv=folds, **asked)
     for name, model in (("scikit-learn", theirs), ("ours", ours)):

@@ -127,13 +127,26 @@ def test_coefficients_have_the_dtype_of_the_inputs(dtype):
 
 def test_sparse_inputs_give_the_same_model():
     dense = np.where(rng.random((90, 6)) < 0.6, 0.0, X)
-    for estimator, target in ((RidgeCV(), y), (LogisticRegressionCV(guard="off"), LABELS)):
+    logistic = LogisticRegressionCV(guard="off", standardize=True)
+    for estimator, target in ((RidgeCV(standardize=True), y), (logistic, LABELS)):
         model = estimator.fit(dense, target)
         coef = model.coef_.copy()
         np.testing.assert_allclose(estimator.fit(sparse.csr_matrix(dense), target).coef_, coef, rtol=1e-6)
         np.testing.assert_array_equal(
             estimator.predict(sparse.csr_array(dense)), estimator.predict(sparse.csc_array(dense))
         )
+
+
+@pytest.mark.parametrize("estimator", [RidgeCV, LogisticRegressionCV])
+def test_columns_of_dense_inputs_are_standardised_and_those_of_sparse_ones_are_not(estimator):
+    dense = np.where(rng.random((90, 6)) < 0.6, 0.0, X) * [1.0, 9.0, 1.0, 0.1, 1.0, 1.0]
+    target = LABELS if estimator is LogisticRegressionCV else y
+    for table, standardize in ((dense, True), (sparse.csr_array(dense), False)):
+        auto = estimator(penalty_structure="scalar").fit(table, target)
+        asked = estimator(penalty_structure="scalar", standardize=standardize).fit(table, target)
+        other = estimator(penalty_structure="scalar", standardize=not standardize).fit(table, target)
+        np.testing.assert_array_equal(auto.coef_, asked.coef_)
+        assert not np.allclose(auto.coef_, other.coef_, rtol=1e-3)
 
 
 def test_a_device_takes_dense_and_sparse_inputs():
