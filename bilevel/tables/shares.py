@@ -57,7 +57,7 @@ def groups_of(groups: Mapping[str, Sequence[str]], columns: Sequence[str]) -> li
                 raise ValueError(f"`groups.{group}` names the column {column!r}, which {why}.")
             of_column[column] = group
     if missing := [column for column in dict.fromkeys(columns) if column not in of_column]:
-        raise ValueError(f"`groups` must name every column once, but {listed(missing)} is in none.")
+        raise ValueError(f"`groups` must name every column once, but no group has {listed(missing)}.")
     return [of_column[column] for column in columns]
 
 

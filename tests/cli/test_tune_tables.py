@@ -338,7 +338,7 @@ def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
         (
             {"data": "t.csv", "penalty": "group", "groups": {"a": ["x0"]}},
             {},
-            "`groups` must name every column once, but 'x1', 'x2', 'x3', 'late' is in none",
+            "`groups` must name every column once, but no group has 'x1', 'x2', 'x3', 'late'",
         ),
         (
             {"class": "MLPProblem", "data": "iris"},

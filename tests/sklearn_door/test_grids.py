@@ -58,6 +58,9 @@ def test_without_a_grid_or_without_folds_a_sentence_says_what_to_read():
     with pytest.raises(AttributeError, match="has no coefs_paths_, as only folds of one penalty leave them"):
         single.coefs_paths_  # noqa: B018
     assert not hasattr(single.set_params(Cs=None).fit(X, TWO), "Cs_")
+    nets = LogisticRegressionCV(Cs=2, l1_ratios=[0.5, 1.0], guard="off", penalty_structure="scalar", cv=2).fit(X, TWO)
+    np.testing.assert_array_equal(nets.l1_ratios_, [0.5, 1.0])
+    assert not hasattr(nets, "scores_")
     with pytest.raises(AttributeError, match="'LogisticRegressionCV' object has no attribute 'nothing'"):
         free.nothing  # noqa: B018
 
