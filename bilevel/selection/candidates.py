@@ -161,7 +161,7 @@ class NetSearch:
         columns = []
         for index, grid in enumerate(grids):
             held = [found[index] for found, _ in judged]
-            losses = [self._losses(z, rows) for z, (_, rows) in zip(held, self._held_out.folds, strict=True)]
+            losses = self._held_out.losses(held)
             mean = self._held_out.pooled(losses).mean(-1)
             ratio, at = np.unravel_index(int(np.argmin(mean)), mean.shape)
             l1_ratio, alphas = float(grid.l1_ratios[ratio]), grid.alphas[ratio, : at + 1]
@@ -193,11 +193,6 @@ class NetSearch:
             found.append(torch.stack([predictions(self._criterion.data, each.fit, held) for each in models]))
             fine = fine and all(each.converged for each in models)
         return found, fine
-
-    def _losses(self, z: Tensor, rows: Tensor) -> Array:
-        data = self._criterion.data
-        losses: Array = (self._criterion.loss.value(z, data.y[rows]) * data.weights[rows]).double().cpu().numpy()
-        return losses
 
     def _net_of(self, data: LinearData) -> Net:
         return Net(data, self._criterion.loss, self._positive, self._rounds)

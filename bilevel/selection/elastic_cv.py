@@ -117,7 +117,8 @@ def elastic_cv(
     nets, net = search.columns(grids, n_jobs)
     columns += nets
     evaluations = 0 if ridge is None else ridge.evaluations
-    losses = HonestLosses(_honest(criterion, held_out, columns), held_out.rows, evaluations)
+    held = held_out.losses([torch.stack(each) for each in zip(*(column.held for column in columns), strict=True)])
+    losses = HonestLosses(held_out.pooled(held), held_out.rows, evaluations)
     if kappa is None:
         kappa = kappa_of(criterion.loss, losses.losses[0], criterion.data.features)
     choice = choose(losses.losses, kappa)
@@ -171,15 +172,6 @@ def _candidates(columns: Sequence[Column], weights: Array, judged: Sequence[dict
         )
         for each, weight, said in zip(columns, weights, judged, strict=True)
     )
-
-
-def _honest(criterion: Criterion, held_out: HeldOut, columns: Sequence[Column]) -> Array:
-    """Return the losses of rows under every candidate, (candidates, rows)."""
-    loss, data, parts = criterion.loss, criterion.data, []
-    for fold, (_, held) in enumerate(held_out.folds):
-        z = torch.stack([each.held[fold] for each in columns])
-        parts.append((loss.value(z, data.y[held]) * data.weights[held]).double().cpu().numpy())
-    return held_out.pooled(parts)
 
 
 def _weights(

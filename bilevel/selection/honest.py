@@ -72,12 +72,18 @@ class HeldOut:
     """
 
     def __init__(self, criterion: Criterion, folds: Sequence[Fold]) -> None:
+        self._criterion = criterion
         self.folds = [_indices(fold, index, criterion) for index, fold in enumerate(folds, 1)]
         self._weights = criterion.data.weights.cpu().numpy()
         self._count = np.zeros(criterion.data.rows)
         for _, held in self.folds:
             self._count[held] += 1
         self.rows = np.flatnonzero((self._count > 0) & (self._weights > 0))
+
+    def losses(self, predictions: Sequence[Tensor]) -> list[Array]:
+        """Return the weighted losses of the rows that each fold holds out, from predictions for them, (..., held)."""
+        pairs = zip(predictions, self.folds, strict=True)
+        return [held_losses(self._criterion, z, rows) for z, (_, rows) in pairs]
 
     def pooled(self, parts: Sequence[Array]) -> Array:
         """Return the losses of rows, (..., rows), whose mean is the honest loss; of a row in several folds the mean.
@@ -215,7 +221,7 @@ def _fold_losses(
     for node in follow(part, **options):
         fit = part.refit(node.u, node.evaluation.warm)
         if score is None:
-            losses = _losses(criterion, fit)[held].double().cpu().numpy()
+            losses = held_losses(criterion, predictions(criterion.data, fit, held), held)
         else:
             losses = np.array([-score(fit, held.numpy())])
         yield FoldLosses(fit, losses, node.evaluations)
@@ -226,9 +232,17 @@ def _listed(walk: Callable[..., Iterable[FoldLosses]], *pair: Tensor) -> list[Fo
     return list(walk(*pair))
 
 
-def _losses(criterion: Criterion, fit: Fit) -> Tensor:
-    """Return the weighted losses of all rows under a model, (rows,)."""
-    return criterion.weighted(criterion.loss.value(predictions(criterion.data, fit), criterion.data.y))
+def held_losses(criterion: Criterion, z: Tensor, rows: Tensor) -> Array:
+    """Return the weighted losses of rows, (..., rows), of several targets the mean.
+
+    Args:
+        criterion: whose data and loss they are of.
+        z: predictions for the rows, of any number of models of one prediction, or of one model.
+        rows: their indices.
+    """
+    losses = criterion.loss.value(z, criterion.data.y[..., rows]) * criterion.data.weights[rows]
+    losses = losses.mean(0) if criterion.data.y.dim() == 2 else losses
+    return np.asarray(losses.double().cpu().numpy())
 
 
 def predictions(data: LinearData, fit: Fit, rows: Tensor | None = None) -> Tensor:
