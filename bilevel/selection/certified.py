@@ -73,7 +73,8 @@ def certify_range(criterion: Criterion, low: float = 1e-8, high: float = 1e8, ep
 
         M = (S_3 + 3 S_2 p_1 + 3 S_1 (p_2 + 2 p_1^2) + r S_1 (p_3 + 6 p_1 p_2 + 6 p_1^3)) / min q
 
-    by the quotient rule, for ``|sum_k B_k h_k| <= r S_1``. So with p the second-order expansion of e at c,
+    by the quotient rule, for ``|sum_k B_k h_k| <= r S_1``, and likewise on the halves below and above c. So with p the
+    second-order expansion of e at c,
 
         criterion(c + t) >= 1/2 mean p(t)^2 - |t|^3 / 6 mean (|e| + |e'| |t| + |e''| t^2 / 2) M
 
@@ -109,7 +110,7 @@ def certify_range(criterion: Criterion, low: float = 1e-8, high: float = 1e8, ep
     rows = _folds(criterion) if criterion.folds else _leave_one_out(criterion.data)
     left, right = math.log(low), math.log(high)
     one = criterion.with_penalties(Penalties.scalar(criterion.data.features))
-    found = best_penalty(criterion)
+    found = best_penalty(criterion, tol=eps / 4)
     evaluations, waiting = found.evaluations, list[tuple[float, float, float]]()
     end, (least, most) = float(found.u[0]), box(criterion.data)
     best = (found.evaluation.value if left <= end <= right else math.inf, end)
@@ -230,16 +231,15 @@ def _folds(criterion: Criterion) -> list[_Rows]:
 
 def _bound(parts: Sequence[_Rows], u: float, r: float) -> tuple[float, float]:
     """Return the criterion at u, and what it is at least on ``[u - r, u + r]``."""
-    quartic, left_out = np.zeros(5), np.zeros(6)
+    quartic, left_out = np.zeros(5), np.zeros((2, 6))
     for rows in parts:
-        e, e1, e2, third = _expansion(rows, u, r)
+        e, e1, e2, thirds = _expansion(rows, u, r)
         s = rows.share
         quartic += [s @ (e2 * e2) / 4, s @ (e1 * e2), s @ (e1 * e1 + e * e2), 2 * (s @ (e * e1)), s @ (e * e)]
-        third = s * third / 3.0
-        left_out[:3] += [np.abs(e2) @ third / 2, np.abs(e1) @ third, np.abs(e) @ third]
+        left_out[:, :3] += (thirds * (s / 3.0)) @ np.abs(np.stack([e2 / 2, e1, e], 1))
     least = math.inf
-    for sign in (1.0, -1.0):
-        bound = np.append(0.0, quartic * sign ** np.arange(4, -1, -1)) - left_out
+    for sign, remainder in zip((-1.0, 1.0), left_out, strict=True):
+        bound = np.append(0.0, quartic * sign ** np.arange(4, -1, -1)) - remainder
         # Only real roots matter; other points do no harm.
         points = np.append(np.roots(np.polyder(bound)).real.clip(0.0, r), [0.0, r])
         least = min(least, float(np.polyval(bound, points).min()))
@@ -247,17 +247,20 @@ def _bound(parts: Sequence[_Rows], u: float, r: float) -> tuple[float, float]:
 
 
 def _expansion(rows: _Rows, u: float, r: float) -> tuple[Array, Array, Array, Array]:
-    """Return residuals at u, their first two derivatives, and what the third is at most on ``[u - r, u + r]``."""
+    """Return residuals at u, their first two derivatives, and what the third is at most below and above u, (2, rows).
+
+    Args:
+        rows: of one spectrum.
+        u: log penalty.
+        r: how far below and above.
+    """
     g, b, c = rows.spectrum, rows.parts, rows.leverages
-    a, weak, strong = math.exp(u), math.exp(u - r), math.exp(u + r)
+    a = math.exp(u)
     psi, phi = a / (g + a), g / (g + a)
-    at = g.clip(weak, strong)  # where exp(u) / (g + exp(u))^2 is largest
-    most = at / (g + at) ** 2
-    ends = np.stack([g / (g + weak), g / (g + strong)])
-    x = np.stack([(ends * (1.0 - ends)).min(0), g * most])  # between these is phi (1 - phi)
-    turns = [np.ones_like(g), np.abs(1.0 - 2.0 * ends).max(0), np.abs(1.0 - 6.0 * x).max(0)]
+    sides = (math.exp(u - r), a), (a, math.exp(u + r))
     if c is None:
-        return b @ psi, b @ (psi * phi), b @ (psi * phi * (phi - psi)), np.abs(b) @ (g * most * turns[2])
+        thirds = [np.abs(b) @ (g * _largest(g, *side)[2]) for side in sides]
+        return b @ psi, b @ (psi * phi), b @ (psi * phi * (phi - psi)), np.stack(thirds)
     q = c @ psi
     e = (b @ psi) / q
     middle = float(rows.share @ ((c @ (psi * phi)) / q))  # phi of m: near the mean of phi
@@ -267,9 +270,21 @@ def _expansion(rows: _Rows, u: float, r: float) -> tuple[Array, Array, Array, Ar
     q, q1, rest = c @ h, c @ h1, b - e[:, None] * c
     e1 = (rest @ h1) / q
     e2 = (rest @ h2 - 2.0 * e1 * q1) / q
-    least = c @ np.minimum((m + weak) / (g + weak), (m + strong) / (g + strong))
-    orders = np.stack([most * np.abs(g - m) * turn for turn in turns], 1)
-    S1, S2, S3 = (np.abs(rest) @ orders).T
-    p1, p2, p3 = (c @ orders).T / least
-    third = S3 + 3 * S2 * p1 + S1 * (3 * p2 + 6 * p1**2 + r * (p3 + 6 * p1 * p2 + 6 * p1**3))
-    return e, e1, e2, third / least
+    absolute, thirds = np.abs(rest), []
+    for weak, strong in sides:
+        least = c @ np.minimum((m + weak) / (g + weak), (m + strong) / (g + strong))
+        orders = (np.abs(g - m) * _largest(g, weak, strong)).T
+        S1, S2, S3 = (absolute @ orders).T
+        p1, p2, p3 = (c @ orders).T / least
+        thirds.append((S3 + 3 * S2 * p1 + S1 * (3 * p2 + 6 * p1**2 + r * (p3 + 6 * p1 * p2 + 6 * p1**3))) / least)
+    return e, e1, e2, np.stack(thirds)
+
+
+def _largest(g: Array, weak: float, strong: float) -> Array:
+    """Return what the first three derivatives of ``h_k / |g_k - m|`` are at most between two penalties, (3, r)."""
+    at = g.clip(weak, strong)  # where the penalty over its squared sum with g is largest
+    most = at / (g + at) ** 2
+    ends = np.stack([g / (g + weak), g / (g + strong)])
+    x = np.stack([(ends * (1.0 - ends)).min(0), g * most])  # between these is f (1 - f)
+    turns = [np.ones_like(g), np.abs(1.0 - 2.0 * ends).max(0), np.abs(1.0 - 6.0 * x).max(0)]
+    return most * np.stack(turns)

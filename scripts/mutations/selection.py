@@ -57,7 +57,7 @@ SELECTION = (
     Break(
         "certificate-without-what-is-left-out",
         "bilevel/selection/certified.py",
-        "quartic * sign ** np.arange(4, -1, -1)) - left_out",
+        "quartic * sign ** np.arange(4, -1, -1)) - remainder",
         "quartic * sign ** np.arange(4, -1, -1))",
         "test_certified_range.py",
     ),
