@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bilevel.core.tree import Tree
 from bilevel.inner.coefficients import Coefficients
-from bilevel.oracles.kernels import Kernels
+from bilevel.oracles.kernels import Kernels, Stepped
 
 ROUNDING = 2e-11
 """The largest ``eps |H| R`` at which steps are doubled."""
@@ -35,7 +35,7 @@ SHORTEST = 4
 class Powers:
     """``Z^(2^i)`` and the constants that belong to them, of one step; each is made when it is asked for."""
 
-    def __init__(self, kernels: Kernels, numbers: Coefficients) -> None:
+    def __init__(self, kernels: Stepped, numbers: Coefficients) -> None:
         assert kernels.affine is not None
         # In float64 whatever the dtype: sums of powers lose digits that single steps would keep.
         H, b = (each.double() for each in kernels.affine)
@@ -156,7 +156,7 @@ def block(count: int, size: int) -> int:
     return 1 << max(0, math.floor(math.log2(max(1.0, min(count, WORTH * count / size)))))
 
 
-def doubles(kernels: Kernels, numbers: Coefficients, count: int) -> bool:
+def doubles(kernels: Stepped, numbers: Coefficients, count: int) -> bool:
     """Whether so many equal steps are quicker by doubling, and as exact as steps but for ``eps |H| R``."""
     p = len(numbers.write)
     if kernels.affine is None or block(count, p * kernels.affine[0].shape[0]) < SHORTEST:

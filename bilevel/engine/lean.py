@@ -28,11 +28,12 @@ from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.engine.affine import Doubled, Powers, Stretch, block, doubles
 from bilevel.engine.estimator import Run
+from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import conclude
 from bilevel.engine.recurrence import schedule
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.oracles.kernels import Kernels
+from bilevel.oracles.kernels import Kernels, Pushed, Stepped
 
 SHORTEST = 64
 """Steps that are one stretch at least, of which there are about as many as it has steps."""
@@ -41,7 +42,7 @@ SHORTEST = 64
 class Steps(Stretch):
     """Steps one after the other."""
 
-    def __init__(self, kernels: Kernels, numbers: list[Coefficients]) -> None:
+    def __init__(self, kernels: Stepped, numbers: list[Coefficients]) -> None:
         self.kernels, self.count = kernels, len(numbers)
         self.read, self.write, self.mix = (
             np.array([getattr(each, name) for each in numbers]) for name in ("read", "write", "mix")
@@ -81,9 +82,10 @@ class Steps(Stretch):
         assert self.blocks is not None
         assert self.places is not None
         p, m = a.shape
-        at = self.kernels.at(self.places).unbind(0)
+        kernels = cast(Kernels, self.kernels)
+        at = kernels.at(self.places).unbind(0)
         points = self.blocks[:, 1 + (self.at or 0)]
-        matrices, product, mm = self._backward(a), self.kernels.product, torch.mm
+        matrices, product, mm = self._backward(a), kernels.product, torch.mm
         # The block of step k is at k + 1, so that the first step has one to write into.
         back = a.new_empty(self.count + 1, 2 + p, m)
         back[-1, 1] = a.new_tensor(self.write[-1]) @ a
@@ -92,7 +94,7 @@ class Steps(Stretch):
         for k in range(self.count - 1, -1, -1):
             product(at[k], vectors[k + 1], into[k + 1])
             mm(matrices[k], wholes[k + 1], out=nexts[k])
-        return back[0, 2:].clone(), self.kernels.cross(points[:-1], back[1:, 1])
+        return back[0, 2:].clone(), kernels.cross(points[:-1], back[1:, 1])
 
     def forget(self) -> None:
         self.blocks = self.places = None
@@ -121,7 +123,7 @@ def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
 class Stretches:
     """What makes the steps of one run, as stretches that share powers."""
 
-    def __init__(self, kernels: Kernels, solver: LinearMultistep, first: InnerState) -> None:
+    def __init__(self, kernels: Stepped, solver: LinearMultistep, first: InnerState) -> None:
         self.kernels, self.solver, self.first = kernels, solver, first
         self.powers: dict[Coefficients, Powers] = {}
 
@@ -148,7 +150,7 @@ class Stretches:
         rows = block(count, powers.size)
         longest = max(rows, math.isqrt(count))
         for start in range(0, count, longest):
-            yield Doubled(self.kernels, powers, numbers, min(longest, count - start), rows)
+            yield Doubled(cast(Kernels, self.kernels), powers, numbers, min(longest, count - start), rows)
 
 
 def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solution | None:
@@ -162,18 +164,14 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
         length: steps taken -> steps differentiated.
         kept: whether their iterates are kept, or made again on the way back, stretch by stretch, to the same bits.
     """
-    inner, solver, steps = run.inner(), run.solver, run.solver.steps
-    if steps is None or solver.tol is not None or not solver.follows_coefficients:
-        return None
-    kernels = inner.kernels()
+    kernels = _kernels(run)
     if kernels is None:
         return None
-    first, tail = run.begin(), length(steps)
-    made = Stretches(kernels, cast(LinearMultistep, solver), first)
-    s = torch.stack([vector.reshape(-1) for vector in (first.params, *first.memory)])
+    first, steps = run.begin(), run.solver.steps or 0
+    tail, s, swept = length(steps), _flat(first), []
+    made = Stretches(kernels, cast(LinearMultistep, run.solver), first)
     for stretch in made.between(0, steps - tail):
         s = stretch.forward(s, False)
-    swept: list[tuple[Stretch, Tensor]] = []
     for stretch in made.between(steps - tail, steps):
         swept.append((stretch, s))
         s = stretch.forward(s, True)
@@ -184,11 +182,7 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
         sound = sound & powers.finite
     if not bool(sound):
         return None
-    run.meter.counts["gradient"] += steps
-    params, *memory = [vector.view_as(first.params) for vector in s]
-    last = InnerState(params, tuple(memory), first.steps + steps, first.measured, earlier=first.earlier)
-    end = conclude(inner, solver, first, last, steps)
-    run.meter.sample()
+    end = _ended(run, first, s)
 
     def pullback(cotangent: Tree) -> Pullback:
         a = torch.zeros_like(s)
@@ -205,4 +199,50 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
         run.meter.counts["vjp"] += tail
         return Pullback(total, steps=tail)
 
-    return end.solution(solver.params(last), pullback)
+    return end.solution(end.state.params, pullback)
+
+
+def pushed(run: Run) -> Solution | None:
+    """Return the solution of a run with its derivative by all hyperparameters carried along; None as for `unrolled`."""
+    kernels = _kernels(run)
+    if kernels is None:
+        return None
+    first, steps, raveler = run.begin(), run.solver.steps or 0, tree.Raveler(run.hparams)
+    s = _flat(first)
+    size, s = s.shape[1], torch.cat([s, s.new_zeros(s.shape[0], raveler.size * s.shape[1])], dim=1)
+    for stretch in Stretches(Pushed(kernels, size), cast(LinearMultistep, run.solver), first).between(0, steps):
+        s = stretch.forward(s, False)
+    if not bool(torch.isfinite(s.sum())):
+        return None
+    end = _ended(run, first, s[:, :size])
+    run.meter.counts["jvp"] += steps * raveler.size
+    tangents = s[0, size:].view(-1, size)
+
+    def pullback(cotangent: Tree) -> Pullback:
+        return Pullback(raveler.unravel(torch.mv(tangents, cotangent.reshape(-1))), steps=steps)
+
+    return end.solution(end.state.params, pullback)
+
+
+def _kernels(run: Run) -> Kernels | None:
+    """Return the kernels of a run that its solver's numbers describe; None for another."""
+    solver = run.solver
+    if solver.steps is None or solver.tol is not None or not solver.follows_coefficients:
+        return None
+    return run.inner().kernels()
+
+
+def _flat(state: InnerState) -> Tensor:
+    """Return the stored vectors, of shape (p, m)."""
+    return torch.stack([vector.reshape(-1) for vector in (state.params, *state.memory)])
+
+
+def _ended(run: Run, first: InnerState, s: Tensor) -> InnerRun:
+    """Return how a run ends whose last stored vectors are s, (p, m)."""
+    steps = run.solver.steps or 0
+    run.meter.counts["gradient"] += steps
+    params, *memory = [vector.clone().view_as(first.params) for vector in s]
+    last = InnerState(params, tuple(memory), first.steps + steps, first.measured, earlier=first.earlier)
+    end = conclude(run.inner(), run.solver, first, last, steps)
+    run.meter.sample()
+    return end

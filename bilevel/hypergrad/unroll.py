@@ -28,7 +28,7 @@ from bilevel.core.tree import Tree
 from bilevel.engine.checkpointing import CheckpointedStates
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.lean import unrolled
+from bilevel.engine.lean import pushed, unrolled
 from bilevel.engine.loop import run_inner
 from bilevel.engine.rows_sweep import RowStates, swept_rows
 from bilevel.hypergrad.adaptive_unroll import AdaptiveUnroll
@@ -80,14 +80,13 @@ class FullUnroll(HypergradEstimator):
 
     def solve(self, run: Run) -> Solution:
         if self.mode == "forward":
-            return _forward(run)
+            return pushed(run) or _forward(run)
         if self.memory == "graph":
             return _graph(run)
         if self.memory == "iterates":
             return _unrolled(run, lambda steps: steps, 1)
-        lean = unrolled(run, lambda steps: steps, kept=False)
-        if lean is not None:
-            return lean
+        if (flat := unrolled(run, lambda steps: steps, kept=False)) is not None:
+            return flat
         kept = CheckpointedStates(run.inner(), run.solver, run.meter.sample)
         return _reverse(run, run.solve(kept.append, at_least=1), kept)
 
@@ -163,9 +162,8 @@ class TruncatedUnroll(HypergradEstimator):
 
 def _unrolled(run: Run, length: Callable[[int], int], at_least: int) -> Solution:
     """Run the solver, keep the states of the tail (`length`: steps taken -> steps differentiated), and sweep back."""
-    lean = unrolled(run, length)
-    if lean is not None:
-        return lean
+    if (flat := unrolled(run, length)) is not None:
+        return flat
     most = length(run.solver.limits(tree.leaves(run.params)[0].dtype)[0])
     if run.problem.batch is not None:
         states = RowStates(most)

@@ -11,26 +11,30 @@ from torch import Tensor
 from bilevel.core.tree import Tree
 
 
-class Kernels(ABC):
-    """The inner gradient at fixed hyperparameters and its products, on vectors of shape (m,).
-
-    What a long run of steps asks for again and again: no tree, no count, no new tensor but those of a formula's inside.
-    """
+class Stepped(ABC):
+    """A gradient on flat vectors: what the steps of a linear multistep solver ask for."""
 
     affine: tuple[Tensor, Tensor] | None = None
     """(H, b), of shapes (m, m) and (m,), where the gradient is ``H x + b`` at every x; else None."""
 
     def places(self, count: int) -> Tensor:
-        """Return places, (count, ...), for what gradients at so many points leave for `at`; empty by default."""
+        """Return places, (count, ...), for what gradients at so many points leave behind; empty by default."""
         return torch.empty(count, 0)
+
+    @abstractmethod
+    def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
+        """Write the gradient at x into `out`, and what products at x need into `place`."""
+
+
+class Kernels(Stepped):
+    """The inner gradient at fixed hyperparameters and its products, on vectors of shape (m,).
+
+    What a long run of steps asks for again and again: no tree, no count, no new tensor but those of a formula's inside.
+    """
 
     def at(self, places: Tensor) -> Tensor:
         """Return what `product` needs of all these points, made of what their gradients have left."""
         return places
-
-    @abstractmethod
-    def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
-        """Write the gradient at x into `out`, and what `at` needs of x into `place`."""
 
     @abstractmethod
     def product(self, at: Tensor, v: Tensor, out: Tensor) -> None:
@@ -40,6 +44,13 @@ class Kernels(ABC):
     def cross(self, points: Tensor, vectors: Tensor) -> Tree:
         """Return ``sum_k C(points_k)' vectors_k``, shaped as the hyperparameters, for two tensors of shape (K, m)."""
 
+    @abstractmethod
+    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
+        """Write ``H t + C e`` for every hyperparameter: t a row of tangents, (k, m), and e its unit.
+
+        `place` is what the gradient at x has left.
+        """
+
 
 class Affine(Kernels):
     """The kernels of a quadratic loss, ``grad(x) = H x + b``.
@@ -48,11 +59,18 @@ class Affine(Kernels):
         hessian: H, of shape (m, m), symmetric.
         linear: b, of shape (m,).
         cross_sum: (points, vectors) -> ``sum_k C(points_k)' vectors_k``.
+        moves: x -> C at x, of shape (k, m).
     """
 
-    def __init__(self, hessian: Tensor, linear: Tensor, cross_sum: Callable[[Tensor, Tensor], Tree]) -> None:
+    def __init__(
+        self,
+        hessian: Tensor,
+        linear: Tensor,
+        cross_sum: Callable[[Tensor, Tensor], Tree],
+        moves: Callable[[Tensor], Tensor],
+    ) -> None:
         self.affine = self.hessian, self.linear = hessian, linear
-        self._cross_sum = cross_sum
+        self._cross_sum, self._moves = cross_sum, moves
 
     def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
         torch.addmv(self.linear, self.hessian, x, out=out)
@@ -62,3 +80,32 @@ class Affine(Kernels):
 
     def cross(self, points: Tensor, vectors: Tensor) -> Tree:
         return self._cross_sum(points, vectors)
+
+    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
+        torch.addmm(self._moves(x), tangents, self.hessian, out=out)
+
+
+class Pushed(Stepped):
+    """A gradient together with its derivatives by k hyperparameters, on vectors of shape (m + k m,).
+
+    A step of a linear multistep solver does to the derivatives what it does to the point: forward mode is a run on
+    longer vectors.
+    """
+
+    def __init__(self, of: Kernels, size: int) -> None:
+        self.of, self.size = of, size
+        self.parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def places(self, count: int) -> Tensor:
+        return self.of.places(count)
+
+    def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
+        _, point, tangents = self.parts.get(id(x)) or self._split(x)
+        _, value, pushed = self.parts.get(id(out)) or self._split(out)
+        self.of.gradient(point, place, value)
+        self.of.push(point, place, tangents, pushed)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, which is held so that its id stays its own, with its point and its tangents as views."""
+        self.parts[id(x)] = parts = x, x[: self.size], x[self.size :].view(-1, self.size)
+        return parts

@@ -59,6 +59,16 @@ class OneOutput(Kernels):
         shape = (points.shape[0], *self.shape)
         return self.inner._cross_sum(points.view(shape), vectors.view(shape))
 
+    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
+        torch.mul(self.penalty, tangents, out=out)
+        out.addcmul_(self.inner.slope_rows, x)
+        turned = self._turn(self.at(place), tangents)
+        out.view(-1, self.X.shape[0]).addmm_(turned, self.rows, alpha=self.scale)
+
+    def _turn(self, at: Tensor, tangents: Tensor) -> Tensor:
+        """Return the derivatives of the slopes along tangents, in rows."""
+        return (tangents @ self.X).mul_(at)
+
     def _slope(self, place: Tensor) -> Tensor:
         """Return the slopes of the losses at predictions, which may turn into their response."""
         if self.response is None:
@@ -79,3 +89,7 @@ class SeveralOutputs(OneOutput):
         torch.mul(self.penalty, v, out=out)
         turned = self.glm.hessian_product(at, v.view(self.shape) @ self.X)
         out.view(self.shape).addmm_(turned, self.rows, alpha=self.scale)
+
+    def _turn(self, at: Tensor, tangents: Tensor) -> Tensor:
+        along = (tangents.view(-1, self.shape[-1]) @ self.X).view(-1, *at.shape)
+        return self.glm.hessian_product(at, along).view(-1, at.shape[-1])

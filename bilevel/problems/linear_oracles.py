@@ -275,6 +275,12 @@ class LinearModelInner(PenalisedInner):
             )
         self.slope: Tensor = self.penalty if self.problem.parametrization == "log" else torch.ones_like(self.penalty)
 
+    @cached_property
+    def slope_rows(self) -> Tensor:
+        """The derivatives of the penalties of all weights by every hyperparameter, of one problem, (k, weights)."""
+        shape, units = self.problem.params.shape, tree.Raveler(self.hparams).units()
+        return torch.stack([(self.slope * self.problem.spread(unit)).expand(shape).reshape(-1) for unit in units])
+
     @property
     def flat_penalty(self) -> Tensor:
         """The penalty of every weight, flattened."""

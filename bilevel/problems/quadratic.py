@@ -68,12 +68,17 @@ class QuadraticInner(InnerProblem):
         return BilinearSum(self.hparams, self.counts, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
 
     def kernels(self) -> Kernels | None:
-        return None if self.problem.batch is not None else Affine(self.hessian, self.linear, self._cross_sum)
+        return (
+            None if self.problem.batch is not None else Affine(self.hessian, self.linear, self._cross_sum, self._moves)
+        )
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
         problem = self.problem
         by_hessian = torch.tensordot(problem.hessian_directions, vectors.t() @ points, 2)
         return by_hessian + problem.linear_directions @ vectors.sum(0)
+
+    def _moves(self, params: Tensor) -> Tensor:
+        return self.problem.hessian_directions @ params + self.problem.linear_directions
 
     def _grad(self, params: Tensor) -> Tensor:
         if params.dim() == 1:

@@ -67,9 +67,9 @@ class RidgeInner(LinearModelInner):
         return BilinearSum(self.hparams, self.counts, lambda params, v: self.product(v), self._cross_sum)
 
     def kernels(self) -> Kernels | None:
-        return (
-            super().kernels() if self.hessian is None else Affine(self.hessian, -self.problem.moment, self._cross_sum)
-        )
+        if self.hessian is None:
+            return super().kernels()
+        return Affine(self.hessian, -self.problem.moment, self._cross_sum, lambda x: self.slope_rows * x)
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem
