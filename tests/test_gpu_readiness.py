@@ -229,7 +229,7 @@ def test_a_measured_spectrum_is_the_same_on_every_device(size: int) -> None:
 def test_a_differentiated_step_launches_no_more_than_its_arithmetic_and_never_waits(name: str) -> None:
     row = ESTIMATORS[name]
     kernels, waits = slope(lambda k: hypergradient(row.estimator, k)[0], LOOK)
-    assert waits == row.runs / LOOK
+    assert waits == (0 if row.flat else row.runs / LOOK)
     assert kernels - 5 * row.runs / LOOK <= row.kernels, row.reason
 
 

@@ -39,7 +39,9 @@ class Powers:
         assert kernels.affine is not None
         # In float64 whatever the dtype: sums of powers lose digits that single steps would keep.
         H, b = (each.double() for each in kernels.affine)
-        read, mix, write = (H.new_tensor(each) for each in (numbers.read, numbers.mix, numbers.write))
+        read, mix, write = (
+            torch.tensor(each, dtype=H.dtype).to(H.device) for each in (numbers.read, numbers.mix, numbers.write)
+        )
         identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
         self.matrices = [torch.kron(mix, identity) + torch.kron(torch.outer(write, read), H)]
         self.constants = [torch.kron(write, b)]
@@ -148,7 +150,7 @@ def combined(weights: tuple[float, ...], vectors: Tensor) -> Tensor:
     if sum(weight != 0 for weight in weights) == 1:
         index = next(index for index, weight in enumerate(weights) if weight)
         return vectors[:, index] if weights[index] == 1.0 else weights[index] * vectors[:, index]
-    return torch.einsum("i,kim->km", vectors.new_tensor(weights), vectors)
+    return torch.einsum("i,kim->km", torch.tensor(weights, dtype=vectors.dtype).to(vectors.device), vectors)
 
 
 def block(count: int, size: int) -> int:
@@ -156,14 +158,20 @@ def block(count: int, size: int) -> int:
     return 1 << max(0, math.floor(math.log2(max(1.0, min(count, WORTH * count / size)))))
 
 
-def doubles(kernels: Stepped, numbers: Coefficients, count: int) -> bool:
-    """Whether so many equal steps are quicker by doubling, and as exact as steps but for ``eps |H| R``."""
+def doubles(size: int, norm: float, numbers: Coefficients, count: int) -> bool:
+    """Return whether so many equal steps are quicker by doubling, and as exact as steps but for ``eps |H| R``.
+
+    Args:
+        size: m, the numbers in one vector.
+        norm: ``|H|``, the Frobenius norm.
+        numbers: of the step.
+        count: steps.
+    """
     p = len(numbers.write)
-    if kernels.affine is None or block(count, p * kernels.affine[0].shape[0]) < SHORTEST:
+    if block(count, p * size) < SHORTEST:
         return False
     constant = np.zeros((p + 1, p + 1))
     constant[:p, :p], constant[:p, p], constant[p, p] = numbers.mix, numbers.write, 1.0
     with np.errstate(over="ignore", invalid="ignore"):
         reach = abs(float(np.linalg.matrix_power(constant, count)[0, p]))
-    size = float(torch.linalg.vector_norm(kernels.affine[0]))
-    return float(np.finfo(np.float64).eps) * reach * size <= ROUNDING
+    return float(np.finfo(np.float64).eps) * reach * norm <= ROUNDING

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import groupby
 from typing import cast
 
@@ -60,7 +61,7 @@ class Steps(Stretch):
         blocks = s.new_empty(self.count + 1 if keep else 2, 1 + own + p, m)
         blocks[0, 1 + own :] = s
         if own:
-            blocks[0, 1] = torch.mv(s.t(), s.new_tensor(self.read[0]))
+            blocks[0, 1] = torch.mv(s.t(), torch.from_numpy(self.read[0]).to(s))
         places = self.kernels.places(self.count if keep else 1)
         slots = places.unbind(0)
         wholes, gradients = blocks.unbind(0), blocks[:, 0].unbind(0)
@@ -88,7 +89,7 @@ class Steps(Stretch):
         matrices, product, mm = self._backward(a), kernels.product, torch.mm
         # The block of step k is at k + 1, so that the first step has one to write into.
         back = a.new_empty(self.count + 1, 2 + p, m)
-        back[-1, 1] = a.new_tensor(self.write[-1]) @ a
+        back[-1, 1] = torch.from_numpy(self.write[-1]).to(a) @ a
         back[-1, 2:] = a
         wholes, into, vectors, nexts = (each.unbind(0) for each in (back, back[:, 0], back[:, 1], back[:, 1:]))
         for k in range(self.count - 1, -1, -1):
@@ -133,7 +134,7 @@ class Stretches:
         They are no longer than about the root of their number, so that a sweep can make one after the other again.
         """
         parts = ((numbers[0], count) for numbers, count in schedule(self.solver, (self.first,), low, high))
-        for doubled, group in groupby(parts, lambda part: doubles(self.kernels, *part)):
+        for doubled, group in groupby(parts, lambda part: self._doubles(*part)):
             if doubled:
                 for numbers, count in group:
                     yield from self._doubled(numbers, count)
@@ -142,6 +143,16 @@ class Stretches:
             longest = max(SHORTEST, math.isqrt(len(every)))
             for start in range(0, len(every), longest):
                 yield Steps(self.kernels, every[start : start + longest])
+
+    def _doubles(self, numbers: Coefficients, count: int) -> bool:
+        affine = self.kernels.affine
+        return affine is not None and doubles(affine[0].shape[0], self._norm, numbers, count)
+
+    @cached_property
+    def _norm(self) -> float:
+        """The Frobenius norm of H: one look at the device."""
+        assert self.kernels.affine is not None
+        return float(torch.linalg.vector_norm(self.kernels.affine[0]))
 
     def _doubled(self, numbers: Coefficients, count: int) -> Iterator[Doubled]:
         if numbers not in self.powers:

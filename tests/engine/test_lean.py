@@ -16,7 +16,6 @@ from bilevel.engine.affine import block, doubles
 from bilevel.engine.estimator import Run
 from bilevel.engine.lean import unrolled
 from bilevel.inner.coefficients import Coefficients
-from bilevel.oracles.kernels import Affine
 
 STEPS = 45
 METHODS: dict[str, bl.InnerSolver] = {
@@ -138,14 +137,12 @@ def test_failures_are_named_as_by_the_steps(name: str, step_size: float, steps: 
 
 
 def test_doubling_stops_where_sums_would_lose_digits() -> None:
-    hessian = torch.diag(torch.logspace(-8, 0, 6, dtype=F64))
-    kernels = Affine(hessian, torch.ones(6, dtype=F64), lambda points, vectors: points.sum(0), torch.diag)
     plain = bl.GradientDescent(1.0).coefficients(None)  # type: ignore[arg-type]
     momentum = Coefficients(read=(1.0, 0.0), mix=((1.99, -0.99), (1.0, 0.0)), write=(-1.0, 0.0))
-    assert doubles(kernels, plain, 1_000)
-    assert not doubles(kernels, plain, 100_000)
-    assert not doubles(kernels, momentum, 1_000)
-    assert not doubles(kernels, Coefficients(read=(1.0,), mix=((9.0,),), write=(-1.0,)), 1_000)
+    assert doubles(6, 1.0, plain, 1_000)
+    assert not doubles(6, 1.0, plain, 100_000)
+    assert not doubles(6, 1.0, momentum, 1_000)
+    assert not doubles(6, 1.0, Coefficients(read=(1.0,), mix=((9.0,),), write=(-1.0,)), 1_000)
     assert (block(1_000, 30), block(1_000, 1_000), block(3, 1)) == (256, 8, 2)
 
 
