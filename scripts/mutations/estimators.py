@@ -8,8 +8,8 @@ ESTIMATORS = (
     Break(
         "doubling-without-a-rule",
         "bilevel/engine/affine.py",
-        "reach * size <= ROUNDING",
-        "reach * size <= 1e12 * ROUNDING",
+        "reach * norm <= ROUNDING",
+        "reach * norm <= 1e12 * ROUNDING",
         "test_lean.py::test_doubling_stops_where_sums_would_lose_digits",
     ),
     Break(
