@@ -1,8 +1,16 @@
 """One torch thread: the tests' operations are short, and on a busy machine two threads spend them waiting."""
 
-import torch
+from __future__ import annotations
+
+import pytest
 
 # A file for the child processes of the benchmark, which have its folder on their path.
 collect_ignore = ["toy_contest.py"]
 
-torch.set_num_threads(1)
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Set the number, but for the process of pytest-xdist that hands out tests: that needs no torch."""
+    if not session.config.pluginmanager.has_plugin("dsession"):
+        import torch
+
+        torch.set_num_threads(1)

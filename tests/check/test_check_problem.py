@@ -32,7 +32,9 @@ def test_a_planted_fault_is_caught_with_its_words(make: Any, words: tuple[str, .
     assert [word for word in words if word not in said] == [], report
 
 
-@pytest.mark.parametrize(("make", "words"), [fault[1:] for fault in FAULTS[:8]], ids=[fault[0] for fault in FAULTS[:8]])
+@pytest.mark.parametrize(
+    ("make", "words"), [fault[1:] for fault in FAULTS[:8:2]], ids=[fault[0] for fault in FAULTS[:8:2]]
+)
 def test_the_check_of_an_estimator_sees_a_planted_fault_of_its_problem(make: Any, words: tuple[str, ...]) -> None:
     problem, hparams, solver = make()
     report = bl.check_hypergradient(problem, solver or bl.GradientDescent(), bl.Implicit(), hparams)

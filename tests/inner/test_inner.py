@@ -172,8 +172,11 @@ def test_momentum_methods_equal_torch_sgd_under_the_usual_change_of_variables(ne
         torch.testing.assert_close(ours, p.detach(), rtol=0, atol=1e-12)
 
 
-@every_solver
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
+HALF = [(cls, problem) for i, cls in enumerate(SOLVERS) for j, problem in enumerate(PROBLEMS) if (i + j) % 2]
+"""Every solver with half of the problems, every problem with half of the solvers."""
+
+
+@pytest.mark.parametrize(("cls", "problem"), HALF, ids=lambda cls: cls.__name__)
 def test_it_converges_to_the_minimum_found_by_dense_newton(cls: type, problem: type) -> None:
     case, row = PROBLEMS[problem](), SOLVERS[cls]
     tol = max(row.reaches, 1e-7)
