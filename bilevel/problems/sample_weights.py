@@ -138,7 +138,8 @@ class RowWeightProblem(LinearModelProblem):
     ) -> None:
         self.glm = glm
         super().__init__(X_train, y_train, X_val, y_val, **{"parametrization": "sigmoid"} | options)
-        self._fixed = torch.as_tensor(penalty).to(self.train.X)
+        X = self.train.X
+        self._fixed = torch.as_tensor(penalty, dtype=X.dtype, device=X.device)
 
     @property
     def unit(self) -> str:
