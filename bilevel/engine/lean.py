@@ -128,6 +128,13 @@ class Stretches:
         self.kernels, self.solver, self.first = kernels, solver, first
         self.powers: dict[Coefficients, Powers] = {}
 
+    def of(self, *parts: tuple[int, int]) -> list[list[Stretch]] | None:
+        """Return the stretches of parts of the run; None where the solver's numbers depend on the iterate."""
+        try:
+            return [list(self.between(*part)) for part in parts]
+        except (AttributeError, TypeError):  # they were asked for without one
+            return None
+
     def between(self, low: int, high: int) -> Iterator[Stretch]:
         """Yield the steps low, ..., high - 1: stretches of equal steps that are doubled, and of all others.
 
@@ -164,6 +171,7 @@ class Stretches:
             yield Doubled(cast(Kernels, self.kernels), powers, numbers, min(longest, count - start), rows)
 
 
+@torch.no_grad()
 def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solution | None:
     """Return the solution of a run with the VJP of its last steps; None where it has to be made step by step.
 
@@ -179,11 +187,15 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
     if kernels is None:
         return None
     first, steps = run.begin(), run.solver.steps or 0
-    tail, s, swept = length(steps), _flat(first), []
+    tail, s = min(length(steps), steps), _flat(first)
     made = Stretches(kernels, cast(LinearMultistep, run.solver), first)
-    for stretch in made.between(0, steps - tail):
+    parts = made.of((0, steps - tail), (steps - tail, steps))
+    if parts is None:
+        return None
+    swept: list[tuple[Stretch, Tensor]] = []
+    for stretch in parts[0]:
         s = stretch.forward(s, False)
-    for stretch in made.between(steps - tail, steps):
+    for stretch in parts[1]:
         swept.append((stretch, s))
         s = stretch.forward(s, True)
         if not kept:
@@ -195,6 +207,7 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
         return None
     end = _ended(run, first, s)
 
+    @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
         a = torch.zeros_like(s)
         a[0] = cotangent.reshape(-1)
@@ -213,6 +226,7 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
     return end.solution(end.state.params, pullback)
 
 
+@torch.no_grad()
 def pushed(run: Run) -> Solution | None:
     """Return the solution of a run with its derivative by all hyperparameters carried along; None as for `unrolled`."""
     kernels = _kernels(run)
@@ -221,7 +235,10 @@ def pushed(run: Run) -> Solution | None:
     first, steps, raveler = run.begin(), run.solver.steps or 0, tree.Raveler(run.hparams)
     s = _flat(first)
     size, s = s.shape[1], torch.cat([s, s.new_zeros(s.shape[0], raveler.size * s.shape[1])], dim=1)
-    for stretch in Stretches(Pushed(kernels, size), cast(LinearMultistep, run.solver), first).between(0, steps):
+    parts = Stretches(Pushed(kernels, size), cast(LinearMultistep, run.solver), first).of((0, steps))
+    if parts is None:
+        return None
+    for stretch in parts[0]:
         s = stretch.forward(s, False)
     if not bool(torch.isfinite(s.sum())):
         return None
@@ -229,6 +246,7 @@ def pushed(run: Run) -> Solution | None:
     run.meter.counts["jvp"] += steps * raveler.size
     tangents = s[0, size:].view(-1, size)
 
+    @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
         return Pullback(raveler.unravel(torch.mv(tangents, cotangent.reshape(-1))), steps=steps)
 

@@ -78,13 +78,13 @@ def unroll(
 
 
 def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, last: int) -> Iterator[Part]:
-    """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count."""
+    """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count.
+
+    They are asked for without an iterate: numbers that depend on it are those of no linear method.
+    """
 
     def numbers(index: int) -> Numbers:
-        return tuple(
-            solver.coefficients(InnerState(state.params, state.memory, state.steps + index, state.measured))
-            for state in states
-        )
+        return tuple(solver.coefficients(InnerState(None, (), state.steps + index, state.measured)) for state in states)
 
     def settled(index: int) -> bool:
         return solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from

@@ -225,6 +225,13 @@ class InnerProblem:
     convex = False
     """Whether the loss is known to be convex: then a step that lowers the gradient norm is progress by itself."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Kernels that are inherited know nothing of a gradient that is not.
+        own = {"_grad", "grad", "_cross_sum", "product_sum", "linearization", "linearize", "on_step"}
+        if own & vars(cls).keys() and "kernels" not in vars(cls):
+            cls.kernels = InnerProblem.kernels  # type: ignore[method-assign]
+
     def __init__(self, problem: Losses, hparams: Tree, counts: Counter[str] | None = None) -> None:
         self.problem: Any = problem
         self.hparams = tree.detach(hparams)

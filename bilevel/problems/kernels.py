@@ -17,7 +17,11 @@ FEW = 200_000
 def model_kernels(inner: Any) -> Kernels | None:
     """Return the kernels of a bound linear model, a `LinearModelInner`; None for a batch, and for many data."""
     problem = inner.problem
-    if problem.batch is not None or problem.params.shape[:-1].numel() * problem.train.X.numel() > FEW:
+    if (
+        not problem.predicts_linearly
+        or problem.batch is not None
+        or problem.params.shape[:-1].numel() * problem.train.X.numel() > FEW
+    ):
         return None
     several = problem.outputs is not None
     return SeveralOutputs(inner) if several else OneOutput(inner)

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,9 +70,16 @@ class LinearModelProblem(DataProblem):
 
     glm: GLMLoss
     """The loss of the predictions."""
+    predicts_linearly: ClassVar[bool] = True
+    """Whether no subclass has predictions of its own."""
     inner_problem: type[InnerProblem] = LinearModelInner
     parametrizations: tuple[str, ...] = ("log", "direct")
     penalty: Any
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if {"predict", "collect"} & vars(cls).keys():
+            cls.predicts_linearly = False
 
     def __init__(
         self,

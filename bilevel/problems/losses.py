@@ -62,6 +62,12 @@ class GLMLoss(ABC):
     separable: ClassVar[bool] = False
     """Whether targets are classes whose loss vanishes where predictions separate them far enough."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # A response that is inherited knows nothing of slopes that are not.
+        if {"slope", "curvature", "hessian_product"} & vars(cls).keys() and "response" not in vars(cls):
+            cls.response = GLMLoss.response  # type: ignore[method-assign]
+
     @abstractmethod
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the loss of every row, of shape (..., rows)."""

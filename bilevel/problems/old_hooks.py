@@ -41,7 +41,7 @@ def with_hooks(problem: Any, loss: GLMLoss | None) -> GLMLoss | None:
         stacklevel=4,
     )
     result = _Nothing() if loss is None else copy.copy(loss)
-    for name, value in _methods(given).items():
+    for name, value in ({"response": lambda y, outputs: None} | _methods(given)).items():
         setattr(result, name, value)
     return result
 

@@ -108,9 +108,6 @@ class SampleWeightInner(LinearModelInner):
         """Return a plain sum: the cross products are not linear in the params."""
         return ProductSum(self.hparams)
 
-    def kernels(self) -> None:
-        return None
-
     @property
     def data_curvature(self) -> float:
         return float(self.weights.max()) * super().data_curvature

@@ -14,7 +14,7 @@ import bilevel as bl
 from bilevel.core import tree
 from bilevel.engine.affine import block, doubles
 from bilevel.engine.estimator import Run
-from bilevel.engine.lean import unrolled
+from bilevel.engine.lean import pushed, unrolled
 from bilevel.inner.coefficients import Coefficients
 
 STEPS = 45
@@ -183,3 +183,79 @@ def test_many_data_have_no_kernels() -> None:
     problem = bl.problems.LogisticProblem(big, labels, big[:10], labels[:10])
     assert problem.bind(hparams(problem)).kernels() is None
     assert PROBLEMS["logistic"].bind(hparams(PROBLEMS["logistic"])).kernels() is not None
+
+
+class Smooth(bl.problems.losses.Logistic):
+    """Logistic loss of labels that are wrong in one row of ten."""
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return 0.9 * super().value(z, y) + 0.1 * super().value(z, -y)
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        return 0.9 * super().slope(z, y) + 0.1 * super().slope(z, -y)
+
+
+class SmoothProblem(bl.problems.LogisticProblem):
+    glm = Smooth()
+
+
+class Doubling(bl.problems.LogisticProblem):
+    """Predictions that are twice as large."""
+
+    def predict(self, X: Tensor, w: Tensor) -> Tensor:
+        return 2.0 * super().predict(X, w)
+
+    def collect(self, X: Tensor, slopes: Tensor) -> Tensor:
+        return 2.0 * super().collect(X, slopes)
+
+
+class Shifted(bl.problems.ridge.RidgeInner):
+    """The gradient of another ridge problem."""
+
+    def _grad(self, params: Tensor) -> Tensor:
+        return super()._grad(params) + 0.1
+
+
+class ShiftedProblem(bl.problems.RidgeProblem):
+    inner_problem = Shifted
+
+    def inner_loss(self, params: Any, hparams: Any) -> Tensor:
+        return super().inner_loss(params, hparams) + 0.1 * params.sum()
+
+
+class Cautious(bl.GradientDescent):
+    """Steps that are shorter far from zero."""
+
+    def coefficients(self, state: Any) -> Coefficients:
+        return Coefficients(read=(1.0,), mix=((1.0,),), write=(-0.05 / (1.0 + float(state.params.norm())),))
+
+
+@pytest.mark.parametrize("make", [SmoothProblem, Doubling, ShiftedProblem], ids=lambda make: make.__name__)
+def test_what_a_subclass_changes_is_what_its_steps_see(make: Any) -> None:
+    problem = make(X, Y if make is ShiftedProblem else LABELS, X + 0.1, Y if make is ShiftedProblem else LABELS)
+    u, solver = hparams(problem), bl.HeavyBall(0.05, 0.6, steps=30)
+    estimate = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False, on_failure="return")
+    params, total = by_steps(problem, solver, u, 30)
+    agree(estimate.params, params)
+    agree(estimate.hypergradient, total)
+
+
+def test_numbers_that_depend_on_the_iterate_are_those_of_its_steps() -> None:
+    u, solver = hparams(RIDGE), Cautious(0.05, steps=6)
+    for estimator in (bl.FullUnroll(), bl.FullUnroll(mode="forward")):
+        estimate = bl.hypergradient(RIDGE, solver, estimator, u)
+        agree(estimate.hypergradient, by_steps(RIDGE, solver, u, 6)[1])
+
+
+def test_no_more_steps_are_swept_than_taken_and_data_that_ask_for_derivatives_get_none() -> None:
+    u, solver = hparams(RIDGE), bl.GradientDescent(0.05, steps=3)
+    estimate = bl.hypergradient(RIDGE, solver, bl.TruncatedUnroll(tail=7), u, check=False)
+    agree(estimate.hypergradient, by_steps(RIDGE, solver, u, 3)[1])
+    eye = torch.eye(3, dtype=F64).requires_grad_()
+    problem = bl.QuadraticProblem(eye, torch.ones(3, dtype=F64), hessian_directions=eye.detach()[None])
+    run = Run(problem, solver, torch.zeros(1, dtype=F64), problem.start())
+    for found in (unrolled(run, lambda steps: steps), pushed(run)):
+        assert found is not None
+        pulled = found.pullback(torch.ones(3, dtype=F64)).hparams
+        assert not (found.params.requires_grad)
+        assert not (pulled.requires_grad)
