@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -30,23 +29,8 @@ from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum, lanczos
 from bilevel.oracles.kernels import Kernels
 from bilevel.oracles.losses import Losses
+from bilevel.oracles.preconditioner import Preconditioner as Preconditioner
 from bilevel.oracles.vjp_sum import ProductSum
-
-
-@dataclass(frozen=True)
-class Preconditioner:
-    """An approximation of the inverse Hessian, symmetric positive definite: it changes how fast, never whereto.
-
-    Attributes:
-        apply: flat v of shape (size,) -> flat approximation of ``H^-1 v``; None for the identity.
-        cache: a tree of tensors from which one for other params and hparams can be made cheaply; None for nothing.
-        rough: whether it only helps CG: a step that takes it for the Hessian would be poor.
-    """
-
-    apply: Callable[[Tensor], Tensor] | None = None
-    cache: Tree = None
-    rough: bool = False
-
 
 Graph: TypeAlias = tuple[Sequence[Tensor | GradientEdge], list[Tensor], list[Tensor]]
 """(gradient, params, hparams): leaves, and the graph between them; of the gradient its edges may be enough."""

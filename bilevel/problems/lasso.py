@@ -133,7 +133,7 @@ class ElasticNetProblem(LassoProblem):
 
     >>> X = torch.eye(2, dtype=torch.float64)
     >>> y = torch.tensor([0.5, 3.0], dtype=torch.float64)
-    >>> ElasticNetProblem(X, y, X, y, loss="sum").solve(torch.zeros(2, dtype=torch.float64))
+    >>> ElasticNetProblem(X, y, X, y, loss="sum").solve(torch.zeros(2, dtype=torch.float64)).round(decimals=9)
     tensor([0., 1.], dtype=torch.float64)
     """
 
