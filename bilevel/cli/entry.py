@@ -34,7 +34,8 @@ example:
   bilevel tune configs/quickstart.yaml --estimator implicit --set outer.lr=0.1
 
 Written to runs/NAME-tune/{tuned.json, config.yaml, environment.json}; by folds {model.npz, model.json}, for `bilevel
-predict`, else {results.jsonl, summary.json, figures/*.png}. Ctrl-C stops; the same command continues.
+predict`, else {results.jsonl, summary.json, figures/*.png}. Ctrl-C stops; the same command continues, by folds with the
+first problem that was not finished.
 """
 PREDICT = """\
 Predict new rows by a model that `bilevel tune` has written: a column of predictions, and of classes their
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = getattr(arguments, "debug", False)
         return _loaded(*arguments.command)(arguments)
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command to continue", file=sys.stderr)
+        print("\ninterrupted: run the same command again", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:

@@ -8,18 +8,21 @@ import os
 import sys
 import textwrap
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import yaml
 from tabulate import tabulate
 
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import RunFolderError, describe_environment, locked
+from bilevel.compare.environment import versions
 from bilevel.compare.folder import ELSEWHERE, expanded
 from bilevel.config.document import ConfigError
 from bilevel.config.folds import FoldsPlan, TableSetup
-from bilevel.core.files import misplaced, read_mark, remove_unfinished, write_mark, write_whole
+from bilevel.core.files import misplaced, read_json, read_mark, remove_unfinished, write_mark, write_whole
 from bilevel.core.threads import short_operations
 from bilevel.tables import Score, TableModel, TunedTable, tune_rows
 
@@ -38,28 +41,57 @@ def run_folds(plan: FoldsPlan, arguments: Namespace) -> int:
     places = {name: Path(name) if several else Path() for name in plan.problems}
     names = [*FILES, *(str(place / file) for place in places.values() for file in MODEL)]
     folder = _checked(Path(arguments.out or Path("runs") / f"{plan.name}-tune"), names)
-    tuned = {}
     with short_operations(chosen_threads(arguments)), locked(folder):
         remove_unfinished(folder)
-        write_mark(folder, "tune", {*(read_mark(folder) or {"writes": []})["writes"], *names})
+        owned = {*(read_mark(folder) or {"writes": []})["writes"], *names}
+        keys = {name: _key(setup) for name, setup in plan.problems.items()}
+        tuned = {} if arguments.fresh else _finished(folder, places, keys)
+        done = {name: keys[name] for name in tuned}
+        write_mark(folder, "tune", owned, {"finished": done})
         write_whole(folder / "config.yaml", yaml.safe_dump(dict(plan.config), sort_keys=False, allow_unicode=True))
         environment = describe_environment(str(plan.config["device"]))
         write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         for name, setup in plan.problems.items():
-            print(f"problem {name}: {setup.rows.name}, target {setup.rows.target!r}")
-            print("".join(f"  {note}\n" for note in setup.rows.notes), end="", flush=True)
-            try:
-                found = tune_rows(name, setup.rows, setup.options, setup.loss)
-            except ValueError as error:
-                raise ConfigError(f"`problems.{name}`: {error}") from error
-            print(f"\n{_text(found, setup)}\n", flush=True)
-            found.model.save(folder / places[name])
-            tuned[name] = _record(found)
-        write_whole(folder / "tuned.json", json.dumps(tuned, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+            if name in tuned:
+                print(f"problem {name} was finished before the interruption: {folder / places[name]} holds its model.")
+                continue
+            tuned[name] = _tuned(name, setup, folder / places[name])
+            done[name] = keys[name]
+            rows = {each: tuned[each] for each in plan.problems if each in tuned}
+            write_whole(folder / "tuned.json", json.dumps(rows, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+            # Of a complete run nothing is left to continue: the same command tunes all of it again.
+            write_mark(folder, "tune", owned, {"finished": done} if len(done) < len(keys) else None)
     where = folder if not several else folder / next(iter(places.values()))
     print(f"written to {folder}: {', '.join(sorted(names))}")
     print(f"predict new rows: bilevel predict {where} NEW.csv")
     return 0
+
+
+def _tuned(name: str, setup: TableSetup, place: Path) -> dict[str, Any]:
+    """Tune a problem, print what was found, write its model, and return its record."""
+    print(f"problem {name}: {setup.rows.name}, target {setup.rows.target!r}")
+    print("".join(f"  {note}\n" for note in setup.rows.notes), end="", flush=True)
+    try:
+        found = tune_rows(name, setup.rows, setup.options, setup.loss)
+    except ValueError as error:
+        raise ConfigError(f"`problems.{name}`: {error}") from error
+    print(f"\n{_text(found, setup)}\n", flush=True)
+    found.model.save(place)
+    return _record(found)
+
+
+def _key(setup: TableSetup) -> str:
+    """Return what a model depends on, in short: data, options, and versions of what computes."""
+    return str(joblib.hash((vars(setup.rows), replace(setup.options, jobs=1), setup.loss, versions())))
+
+
+def _finished(folder: Path, places: dict[str, Path], keys: dict[str, str]) -> dict[str, Any]:
+    """Return the records of the problems that an interrupted command has finished: they are not tuned again."""
+    done, records = (read_mark(folder) or {}).get("finished"), read_json(folder / "tuned.json")
+    if not isinstance(done, dict) or not isinstance(records, dict):
+        return {}
+    there = [name for name in keys if all((folder / places[name] / file).is_file() for file in MODEL)]
+    return {name: records[name] for name in there if done.get(name) == keys[name] and name in records}
 
 
 def run_predict(arguments: Namespace) -> int:

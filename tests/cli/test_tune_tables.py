@@ -18,7 +18,7 @@ from sklearn.linear_model import Ridge
 from bilevel.cli import main
 from bilevel.data.read import TableOptions
 from bilevel.data.rows import load_rows
-from bilevel.tables import TableModel
+from bilevel.tables import TableModel, tune_rows
 
 rng = np.random.default_rng(0)
 ROWS = 48
@@ -385,3 +385,37 @@ def test_a_wrong_config_is_one_sentence(
     err = capsys.readouterr().err
     assert sentence in err
     assert len(err.splitlines()) == 1
+
+
+def test_an_interrupted_command_goes_on_with_the_first_problem_that_is_not_finished(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("t.csv", text(NUMBERS | PRICE))
+    problems = {name: {"data": "t.csv", "penalty": "scalar"} for name in ("a", "b", "c")}
+    Path("job.yaml").write_text(yaml.safe_dump({"problems": problems, "folds": 2}))
+    tuned: list[str] = []
+    stop = {"b"}
+
+    def tune(name: str, *options: Any) -> Any:
+        if name in stop:
+            raise KeyboardInterrupt
+        tuned.append(name)
+        return tune_rows(name, *options)
+
+    monkeypatch.setattr("bilevel.cli.fold.tune_rows", tune)
+    assert main(["tune", "job.yaml"]) == 130
+    assert "interrupted: run the same command again" in capsys.readouterr().err
+    stop.clear()
+    assert main(["tune", "job.yaml", "--jobs", "2"]) == 0
+    assert tuned == ["a", "b", "c"]
+    assert "problem a was finished before the interruption: runs/job-tune/a holds its model" in capsys.readouterr().out
+    assert list(json.loads(Path("runs/job-tune/tuned.json").read_text())) == ["a", "b", "c"]
+    # A complete run is run again; and so is a problem whose data have changed, and every one by --fresh.
+    stop.add("c")
+    assert main(["tune", "job.yaml"]) == 130
+    assert tuned[3:] == ["a", "b"]
+    write("t.csv", text(NUMBERS | PRICE | {"more": SIGNAL.tolist()}))
+    assert main(["tune", "job.yaml"]) == 130
+    assert tuned[5:] == ["a", "b"]
+    assert main(["tune", "job.yaml", "--fresh"]) == 130
+    assert tuned[7:] == ["a", "b"]
