@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from bilevel import hypergrad, inner, linear, meta, outer, problems
+from bilevel import data, hypergrad, inner, linear, meta, outer, problems
 from bilevel.base import InnerSolver, LinearSolver
 from bilevel.config.document import ConfigError, listed, shown, suggest
 from bilevel.config.imports import imported
@@ -151,6 +151,20 @@ def check_options(
         if default is REQUIRED and option not in given:
             raise ConfigError(f"`{path}` lacks `{option}`, which {name} needs: {allowed_words(hint)}.")
     return {option: check_value(value, allowed[option][0], f"{path}.{option}") for option, value in given.items()}
+
+
+def check_data(given: Mapping[str, Any], path: str, exclude: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Return the options of `bilevel.data.load`, checked: see `check_options`.
+
+    Raises:
+        ConfigError: for several targets, too.
+    """
+    if isinstance(given.get("target"), (list, tuple)):
+        raise ConfigError(
+            f"`{path}.target` must be one column, got {shown(given['target'])}: give each target a problem of its own, "
+            "with the other targets in `drop`."
+        )
+    return check_options(data.load, given, path, exclude)
 
 
 def check_value(value: Any, hint: Any, path: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bilevel import data
-from bilevel.config.build import PROBLEM, check_options, located, split_spec
+from bilevel.config.build import PROBLEM, check_data, located, split_spec
 from bilevel.config.document import ConfigError, listed, override, read_document, shown
 from bilevel.config.imports import importing
 from bilevel.config.load import choose_device
@@ -143,7 +143,7 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
         _check_mappings(path, groups, class_weight)
         hints = get_type_hints(data.load)
         skip = frozenset(hints) - OPTIONS - {"task"}
-        options = check_options(data.load, source, f"{path}.data", skip)
+        options = check_data(source, f"{path}.data", skip)
         name, test, task = (options.pop(key, value) for key, value in (("name", ""), ("test", 0.0), ("task", None)))
         synthetic = {key: options.pop(key, None) for key in SYNTHETIC}
         table = TableOptions(**options)

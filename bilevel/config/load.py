@@ -21,6 +21,7 @@ from bilevel.config.build import (
     PROBLEM,
     SCHEDULER,
     SOLVER,
+    check_data,
     check_options,
     construct,
     find_class,
@@ -203,7 +204,7 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
     if not isinstance(start, int | float) or isinstance(start, bool):
         raise ConfigError(f"`{path}.start` must be a number, got {shown(start)}.")
     options = check_options(owner, given, path, owner.from_dataset, ("data", "start"))
-    given = check_options(data.load, source, f"{path}.data", NOT_IN_DATA)
+    given = check_data(source, f"{path}.data", NOT_IN_DATA)
     return DataSetup(owner, options, given, start, device=device, digest=digest_of(given["name"]))
 
 

@@ -39,6 +39,7 @@ class Rows:
         separator: of cells, where it was said.
         decimal: what stands before decimals, where it was said.
         notes: what was done, a line each.
+        zero_based: of an svmlight file: whether the first column is number 0, not 1.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Rows:
     separator: str | None
     decimal: str | None
     notes: tuple[str, ...]
+    zero_based: bool | None = None
 
 
 def load_rows(
@@ -127,6 +129,7 @@ def load_rows(
         separator=options.separator,
         decimal=options.decimal,
         notes=(size, *raw.notes),
+        zero_based=raw.zero_based,
     )
 
 

@@ -29,6 +29,7 @@ class Raw:
         columns: of a table: what they are for.
         weights: of the training rows of a table.
         encoder: of a table, once its rows are split.
+        zero_based: of an svmlight file: whether the first column is number 0, not 1.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Raw:
     columns: Columns | None = None
     weights: Array | None = None
     encoder: Encoder | None = None
+    zero_based: bool | None = None
 
     @property
     def groups(self) -> Array | None:
@@ -105,14 +107,37 @@ def read_svmlight(source: str, path: Path) -> Raw:
     Raises:
         ValueError: if it is no such file.
     """
+    X, y, zero_based = load_svmlight(source, path)
+    y = y.astype(np.int64) if (y == np.round(y)).all() else y
+    names = tuple(f"x{index}" for index in range(X.shape[1]))
+    return Raw(source, {"": (X, y)}, names, is_file=True, zero_based=zero_based)
+
+
+def load_svmlight(source: str, path: Path, zero_based: bool | None = None) -> tuple[Any, Array, bool]:
+    """Return the rows of a file in the svmlight format as CSR, its targets, and whether its first column is number 0.
+
+    Args:
+        source: as it was named, for messages.
+        path: of the file.
+        zero_based: whether the first column is number 0, not 1; None: whether some row has a number there.
+
+    Raises:
+        ValueError: in one sentence, for another file, and for a column 0 where the first is number 1.
+    """
+    from scipy import sparse
     from sklearn.datasets import load_svmlight_file
 
     try:
-        X, y = load_svmlight_file(str(path))
+        X, y = load_svmlight_file(str(path), zero_based=True)
     except (ValueError, OSError) as error:
         raise ValueError(f"{source!r} cannot be read as a file in the svmlight format: {error}.") from error
-    y = y.astype(np.int64) if (y == np.round(y)).all() else y
-    return Raw(source, {"": (X, y)}, tuple(f"x{index}" for index in range(X.shape[1])), is_file=True)
+    lowest = int(X.indices.min(initial=X.shape[1])) if X.nnz else 0
+    zero_based = lowest == 0 if zero_based is None else zero_based
+    if zero_based:
+        return X, y, True
+    if X.nnz and lowest == 0:
+        raise ValueError(f"{source!r} has a column 0, but 1 is the first of the model: add 1 to all of its columns.")
+    return sparse.csr_matrix((X.data, X.indices - 1, X.indptr), shape=(X.shape[0], X.shape[1] - 1)), y, False
 
 
 def of_columns(columns: Columns) -> Raw:
@@ -133,6 +158,10 @@ def check_part(raw: Raw, part: str) -> None:
     X, y = raw.parts[part]
     X_name, y_name = (f"{key}_{part}" if part else key for key in "Xy")
     where = f"of {raw.source!r}"
+    if y.ndim == 2 and len(X) == len(y) and y.shape[1] > 1:
+        raise ValueError(
+            f"{y_name} {where} has {y.shape[1]} columns, but a problem has one target: write a file for each."
+        )
     if X.ndim != 2 or y.ndim != 1:
         raise ValueError(
             f"{X_name} {where} must have shape (rows, features) and {y_name} shape (rows,), "

@@ -18,6 +18,7 @@ from scipy.special import expit, softmax
 
 from bilevel.core.files import read_json, write_whole
 from bilevel.data.columns import Encoder, listed
+from bilevel.data.sources import load_svmlight
 from bilevel.data.table import SVMLIGHT, TABLES, Array, Table, ending, from_frame, is_frame, read_table
 
 FORMAT = 1
@@ -82,6 +83,7 @@ class TableModel:
         summary: how the penalties were chosen, in a sentence.
         versions: of the packages that made it.
         separator: of the cells of the training file, where it was said.
+        zero_based: whether the first column of svmlight files is number 0, not 1; None for another training file.
     """
 
     name: str
@@ -99,6 +101,7 @@ class TableModel:
     summary: str = ""
     versions: Mapping[str, str] = field(default_factory=versions)
     separator: str | None = None
+    zero_based: bool | None = None
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``model.npz`` and ``model.json`` into a folder, and return both paths."""
@@ -118,6 +121,7 @@ class TableModel:
             "ignored": list(self.ignored),
             "separator": self.separator,
             "decimal": self.decimal,
+            "zero_based": self.zero_based,
             "formula": FORMULA,
             "link": LINKS[self.loss],
             "summary": self.summary,
@@ -159,6 +163,7 @@ class TableModel:
                 classes=None if classes is None else tuple(classes),
                 ignored=tuple(record["ignored"]),
                 separator=record.get("separator"),
+                zero_based=record.get("zero_based"),
             )
         except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"the model in {folder} cannot be read ({type(error).__name__}): tune again.") from error
@@ -184,14 +189,22 @@ class TableModel:
             raise ValueError(f"the data file {source!r} does not exist.")
         if kind in TABLES:
             return self._predict_table(read_table(source, path, self.separator, self.decimal))
-        from sklearn.datasets import load_svmlight_file
+        return self._predict_svmlight(source, path)
 
-        try:
-            X, _ = load_svmlight_file(str(path), n_features=len(self.mean))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{source!r} does not fit the {len(self.mean)} features of the model: {error}.") from error
+    def _predict_svmlight(self, source: str, path: Path) -> Predictions:
+        features = len(self.mean)
+        notes: tuple[str, ...] = ()
+        X, _, zero_based = load_svmlight(source, path, self.zero_based)
+        if X.shape[1] > features:
+            raise ValueError(
+                f"{source!r} does not fit the {features} features of the model: it has {X.shape[1]}, the first of "
+                f"which is column {0 if zero_based else 1}."
+            )
+        if self.zero_based is None and not zero_based and X.shape[1] < features:
+            notes = ("no row has a column 0: 1 is taken for the first, as the model was not made of such a file",)
+        X.resize(X.shape[0], features)
         coef = self.weights / self.scale
-        return Predictions(self.of_scores(X @ coef.T + (self.intercept - coef @ self.mean)), ())
+        return Predictions(self.of_scores(X @ coef.T + (self.intercept - coef @ self.mean)), notes)
 
     def _predict_table(self, table: Table) -> Predictions:
         X, notes = self.encoder.transform(table)

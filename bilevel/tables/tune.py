@@ -298,5 +298,6 @@ def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected) -> T
         ignored=rows.ignored,
         separator=rows.separator,
         decimal=rows.decimal,
+        zero_based=rows.zero_based,
         summary=selected.summary,
     )

@@ -216,6 +216,52 @@ def test_the_test_loss_is_weighted_and_the_model_knows_its_separator(
     assert scores[0]["r2"] == pytest.approx(1 - np.average(errors, weights=weights) / spread, rel=1e-9)
 
 
+def svmlight(features: np.ndarray, first: int) -> str:
+    """Rows with the target 0 and without zeros."""
+    rows = ([f"{at}:{cell}" for at, cell in enumerate(row, first) if cell] for row in features)
+    return "".join(f"{' '.join(['0', *row])}\n" for row in rows)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_sparse_columns_are_those_of_training_whichever_the_new_rows_use(
+    here: Path, capsys: pytest.CaptureFixture[str], first: int
+) -> None:
+    lines = svmlight(X, first).splitlines()
+    write("t.svm", "".join(f"{target:.3f}{line[1:]}\n" for target, line in zip(SIGNAL, lines, strict=True)))
+    assert main(["tune", config("t.svm", penalty="scalar", folds=3)]) == 0
+    model = TableModel.load("runs/job-tune")
+    assert model.zero_based is (first == 0)
+    for used in ([0, 1, 2, 3], [1, 2], [3], []):
+        new = np.where(np.isin(np.arange(4), used), X[:5], 0.0)
+        write("new.svm", svmlight(new, first))
+        dense = model.predict(Frame({name: new[:, index] for index, name in enumerate(model.encoder.features)}))
+        found = model.predict("new.svm")
+        np.testing.assert_allclose(found.columns["prediction"], of_files("runs/job-tune", new), atol=1e-12)
+        np.testing.assert_allclose(found.columns["prediction"], dense.columns["prediction"], atol=1e-12)
+        assert not found.notes
+    capsys.readouterr()
+    write("new.svm", f"0 {first + 4}:1\n")
+    assert main(["predict", "runs/job-tune", "new.svm"]) == 2
+    assert f"the 4 features of the model: it has 5, the first of which is column {first}" in capsys.readouterr().err
+    if first:
+        write("new.svm", "0 0:1\n")
+        assert main(["predict", "runs/job-tune", "new.svm"]) == 2
+        assert "'new.svm' has a column 0, but 1 is the first of the model" in capsys.readouterr().err
+
+
+def test_where_training_was_no_sparse_file_the_first_column_of_new_rows_is_named(here: Path) -> None:
+    write("t.csv", text(NUMBERS | PRICE))
+    assert main(["tune", config("t.csv", penalty="scalar", folds=3)]) == 0
+    model = TableModel.load("runs/job-tune")
+    write("new.svm", "0 1:1\n")
+    found = model.predict("new.svm")
+    np.testing.assert_allclose(found.columns["prediction"], of_files("runs/job-tune", np.eye(4)[:1]))
+    assert "no row has a column 0: 1 is taken for the first" in found.notes[0]
+    for content in ("0 0:1\n", "0 1:1 4:0.5\n"):
+        write("new.svm", content)
+        assert not model.predict("new.svm").notes
+
+
 def test_new_rows_that_do_not_fit_are_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write("t.csv", text({"colour": COLOUR} | NUMBERS | PRICE))
     assert main(["tune", config("t.csv", penalty="scalar", folds=3)]) == 0
@@ -369,6 +415,9 @@ def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
             {},
             "no row of the class 'no', as folds are whole groups: name",
         ),
+        ({"data": {"name": "t.csv", "target": ["x0", "y"]}}, {}, "`problems.t.data.target` must be one column, got ["),
+        ({"class": "RidgeProblem", "data": {"name": "t.csv", "target": ["y"]}}, {}, "give each target a problem of"),
+        ({"data": "two.npz"}, {}, "y of 'two.npz' has 2 columns, but a problem has one target: write a file for each"),
         ({"data": "one.csv"}, {}, "tuning by folds needs at least 2 rows, got 1"),
         ({"data": "t.csv", "start": 1}, {}, "`problems.t.start` is not an option of a problem without a class"),
         ({"data": "iris"}, {"criterion": "loo"}, "'loo' is "),
@@ -380,6 +429,7 @@ def test_a_wrong_config_is_one_sentence(
     late = [int(row >= ROWS // 2) for row in range(ROWS)]
     write("t.csv", text(NUMBERS | {"late": late, "y": [("no", "yes")[each] for each in late]}))
     write("one.csv", text({"x0": [1.5], "y": [2.5]}))
+    np.savez("two.npz", X=X, y=X[:, :2])
     Path("job.yaml").write_text(yaml.safe_dump({"problems": {"t": problem}} | keys))
     assert main(["tune", "job.yaml"]) == 2
     err = capsys.readouterr().err
