@@ -75,7 +75,10 @@ def choose_criterion(
         )
     pairs = list(folds)
     if kind == "holdout" and len(pairs) != 1:
-        raise ValueError(f"'holdout' takes one pair of training and validation rows, got {len(pairs)}: use 'kfold'.")
+        raise ValueError(
+            f"'holdout' takes one pair of training and validation rows, got {len(pairs)}: give one, such as that of "
+            "scikit-learn's ShuffleSplit(1), or use 'kfold'."
+        )
     several = data.y.dim() == 2
     if squared and (several or data.rows >= MANY * data.features):
         return RidgeFolds(data, penalties, pairs)

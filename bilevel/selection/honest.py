@@ -259,7 +259,10 @@ def second_level(criterion: Criterion, points: Sequence[PathPoint]) -> HonestLos
         t_i <- t_i + v_i l'_i / max(1 - v_i l''_i, 0.05),     v_i = J_i' H^-1 J_i / n
 
     The predictions for the other rows still know the row. It flatters penalties that nearly interpolate the rows: for
-    at most half as many penalties as rows.
+    at most half as many penalties as rows. With few penalties it asks for too much: H lacks the curvature of the
+    predictions, and of several targets each leaves alone, though penalties are tuned on all of a row. On 60 rows and 4
+    columns of normal variables its losses rise 2 to 4 times as far above the criterion as those of refits, of 3
+    targets 2 to 7 times, so that a gate by them is too strict.
 
     Args:
         criterion: with `Criterion.leaves_one_out`.

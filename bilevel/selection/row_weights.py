@@ -82,7 +82,7 @@ class RowWeights:
         learned: of the best node besides equal weights, whether or not it was chosen, (rows,).
         names: of the nodes.
         fitted: mean loss of the trusted rows with the weights that were learned on them, (nodes,).
-        choice: of a node, by the losses of trusted rows that had no say; None without an outer loop.
+        choice: of a node, by the losses of trusted rows on which no weight was learned; None without an outer loop.
         judged: the same of the chosen node alone, by the losses of a model of the caller's; None without one, and where
             no node was chosen.
         chosen: the index of the node.
@@ -125,6 +125,7 @@ def learn_row_weights(
     the losses of the rows by one number, ``s_i = 1 / (1 + (loss_i / t)^2)`` with t a quantile of the losses, and from
     the best of these to weights that move singly along the hypergradient of `RowWeightProblem`. An outer loop learns
     without a part of the trusted rows and takes their losses; a gate keeps equal weights unless the gain is proved.
+    These losses choose the node, too, of nine at most, which flatters it a little.
 
     Args:
         data: the training rows, standardised by themselves; their weights are not looked at.

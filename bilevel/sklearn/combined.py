@@ -15,8 +15,8 @@ from bilevel.criteria import LinearData, Penalties
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, elastic_cv
 from bilevel.selection.elastic_cv import Kind
-from bilevel.sklearn.inputs import is_standardized, on_device
-from bilevel.sklearn.report import TuningReport, shown
+from bilevel.sklearn.inputs import AS_THEY_ARE, is_standardized, on_device
+from bilevel.sklearn.report import TuningReport, losses_of, shown
 from bilevel.sklearn.splits import Folds
 from bilevel.sklearn.tuned import TunedLinearModel
 
@@ -55,7 +55,7 @@ class CombinedModel(TunedLinearModel):
         # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
         folds = replace(folds, given=bool(folds.dependence))
         criterion = self._criterion(data, loss, Penalties.feature(data.features), folds)
-        pairs, remarks = folds.outer(folds.given), []
+        pairs, remarks = folds.outer(folds.given), [AS_THEY_ARE] if self.standardize == "auto" and not scaled else []
         if len(pairs) < 2 and folds.given:
             pairs, candidates = folds.pairs, candidates & {"elastic_net"}
             remarks.append("folds are too few for those of a criterion within them, so there is only the elastic net.")
@@ -97,7 +97,6 @@ class CombinedModel(TunedLinearModel):
             "chosen": np.arange(len(candidates)) == combined.chosen,
         }
         self.penalties_ = self.cv_results_["penalties"][combined.chosen]
-        first, best = candidates[0], combined.best
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
             loss_name=self._loss_name,
@@ -105,10 +104,7 @@ class CombinedModel(TunedLinearModel):
             criterion_name=self._loss_name,
             honest="nested",
             n_penalties=len(self.penalties_),
-            one_penalty_loss=first.loss,
-            tuned_loss=best.loss,
-            gain=best.gain / abs(first.loss) if first.loss else 0.0,
-            gate=best.gate,
+            **losses_of(candidates),
             kappa=combined.choice.kappa,
             survived=combined.open,
             n_evaluations=combined.evaluations,

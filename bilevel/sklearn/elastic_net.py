@@ -135,10 +135,11 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
 
         minimise over w, b   1/(2n) sum_i s_i (y_i - x_i'w - b)^2 + alpha sum_j (r |w_j| + (1 - r)/2 w_j^2)
 
-    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X. The elastic net is that of
-    the alpha and the l1_ratio r with the least loss of held-out rows: `alpha_`, `l1_ratio_`, `mse_path_`, `dual_gap_`
-    and `n_iter_` are its own, as in scikit-learn, whichever candidate is taken. docs/sklearn.md has the fitted
-    attributes in full.
+    with penalties of columns with deviation 1 for dense X, and of the columns as they are for sparse X, unless
+    `standardize` says otherwise; `coef_` and `intercept_` are in the units of X.
+    The elastic net is that of the alpha and the l1_ratio r with the least loss of held-out rows: `alpha_`, `l1_ratio_`,
+    `mse_path_`, `dual_gap_` and `n_iter_` are its own, as in scikit-learn, whichever candidate is taken.
+    docs/sklearn.md has the fitted attributes in full.
 
     Args:
         l1_ratio: candidates of r, from 0 to 1.
@@ -235,10 +236,11 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
 
         minimise over w, b   1/(2n) sum_i s_i (y_i - x_i'w - b)^2 + alpha sum_j f_j |w_j|
 
-    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X, and coefficients that are
-    out are exactly zero. f is 1 for the lasso; for the adaptive lasso it is small where a tuned ridge regression has
-    large coefficients. `alpha_`, `mse_path_`, `dual_gap_` and `n_iter_` are those of the lasso, as in scikit-learn,
-    whichever is taken. docs/sklearn.md has the fitted attributes in full.
+    with penalties of columns with deviation 1 for dense X, and of the columns as they are for sparse X, unless
+    `standardize` says otherwise; `coef_` and `intercept_` are in the units of X.
+    Coefficients that are out are exactly zero. f is 1 for the lasso; for the adaptive lasso it is small where a tuned
+    ridge regression has large coefficients. `alpha_`, `mse_path_`, `dual_gap_` and `n_iter_` are those of the lasso, as
+    in scikit-learn, whichever is taken. docs/sklearn.md has the fitted attributes in full.
 
     Args:
         eps: see `ElasticNetCV`, also for those that follow.

@@ -46,6 +46,12 @@ def nearest(value: float, candidates: NDArray[np.float64]) -> float:
     return float(candidates[np.abs(np.log(candidates / value)).argmin()])
 
 
+AS_THEY_ARE = (
+    "columns of sparse X are left as they are; standardize=True scales them to deviation 1, as those of dense X."
+)
+"""The remark of a report where "auto" stands for unscaled columns."""
+
+
 def is_standardized(asked: bool | str, X: Any) -> bool:
     """Return whether penalties are those of columns with deviation 1; "auto" stands for those of dense X.
 

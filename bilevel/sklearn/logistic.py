@@ -31,7 +31,8 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
 
     minimise over w, b   sum_i s_i nll(x_i'w + b, y_i) + 1/2 sum_j w_j^2 / C_j
 
-    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X. Several classes are
+    with penalties of columns with deviation 1 for dense X, and of the columns as they are for sparse X, unless
+    `standardize` says otherwise; `coef_` and `intercept_` are in the units of X. Several classes are
     multinomial. docs/sklearn.md has the parameters and the fitted attributes in full.
 
     Args:
@@ -59,7 +60,8 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         use_legacy_attributes: whether `scores_`, `coefs_paths_`, `C_` and `l1_ratio_` are dicts and arrays by class.
         penalty_structure: what shares a penalty: "scalar", "group", "feature", "class" or "class_feature".
         groups: the group of every feature, for "group".
-        criterion: "auto", "loo", "alo", "kfold" or "holdout": see `bilevel.criteria.choose_criterion`.
+        criterion: "auto", "alo", "kfold" or "holdout", which takes a cv of one pair, such as ShuffleSplit(1): see
+            `bilevel.criteria.choose_criterion`.
         guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
         honest: how the losses of the outer loop are taken: see there.
         standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for

@@ -23,8 +23,10 @@ class TuningReport:
         honest: how honest losses were taken: "nested", "alo", or "none".
         n_penalties: how many were tuned.
         one_penalty_loss: of held-out rows, with one penalty, or of the first candidate; without an outer loop NaN.
-        tuned_loss: of held-out rows, with the best tuned penalties or candidate; NaN where there are none.
-        gain: one minus their ratio; NaN for a scorer, whose zero may mean nothing.
+        tuned_loss: of held-out rows, with the best tuned penalties, or the best candidate besides the first, whether or
+            not it is less; NaN where there are none.
+        gain: one minus their ratio, below 0 where none have a smaller loss; NaN where there are none, and for a
+            scorer, whose zero may mean nothing.
         gate: the gain in standard errors.
         kappa: standard errors that were asked for; NaN without an outer loop.
         survived: whether the gain was proved on rows that the tuning had not seen, so that tuned penalties were taken.
@@ -118,6 +120,21 @@ def labels_of(nodes: dict[str, Any]) -> list[str]:
 
 
 T = TypeVar("T", Node, Candidate)
+
+
+def losses_of(models: tuple[T, ...], *, scored: bool = False) -> dict[str, Any]:
+    """Return what a report says of the losses of held-out rows: of the first model, and of the best of the others.
+
+    Args:
+        models: the simplest first.
+        scored: whether losses are minus a score, so that their ratio may mean nothing.
+    """
+    first = models[0]
+    best = min((each for each in models[1:] if np.isfinite(each.loss)), key=lambda each: each.loss, default=None)
+    if best is None:
+        return {"one_penalty_loss": first.loss, "tuned_loss": np.nan, "gain": np.nan, "gate": 0.0}
+    gain = np.nan if scored else best.gain / abs(first.loss) if first.loss else 0.0
+    return {"one_penalty_loss": first.loss, "tuned_loss": best.loss, "gain": gain, "gate": best.gate}
 
 
 def shown(models: tuple[T, ...], of_criterion: float, of_loss: float) -> tuple[T, ...]:

@@ -27,7 +27,8 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
 
         minimise over w, b   sum_i s_i (y_i - x_i'w - b)^2 + sum_j alpha_j w_j^2
 
-    of columns with mean 0 and deviation 1; `coef_` and `intercept_` are in the units of X. docs/sklearn.md has the
+    with penalties of columns with deviation 1 for dense X, and of the columns as they are for sparse X, unless
+    `standardize` says otherwise; `coef_` and `intercept_` are in the units of X. docs/sklearn.md has the
     parameters and the fitted attributes in full.
 
     Args:
@@ -41,7 +42,8 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         alpha_per_target: whether every target has penalties of its own.
         penalty_structure: what shares a penalty: "scalar", "group", "feature", "target" or "target_feature".
         groups: the group of every feature, for "group".
-        criterion: "auto", "loo", "alo", "kfold" or "holdout": see `bilevel.criteria.choose_criterion`.
+        criterion: "auto", "loo", "alo", "kfold", "holdout", which takes a cv of one pair, such as ShuffleSplit(1), or
+            "evidence": see `bilevel.criteria.choose_criterion`.
         guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
         honest: how the losses of the outer loop are taken: see there.
         standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for

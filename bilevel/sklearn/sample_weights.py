@@ -42,8 +42,8 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
     """A linear model that is fitted with a learned weight for each training row, so that wrong rows count less.
 
     The weights are those with which a model of the rows predicts trusted rows better: see
-    `bilevel.selection.learn_row_weights`. They are kept only where trusted rows that had no say confirm the gain; else
-    every row has the weight one.
+    `bilevel.selection.learn_row_weights`. They are kept only where trusted rows that they were not learned on confirm
+    the gain; else every row has the weight one.
     docs/sklearn.md has examples.
 
     Args:

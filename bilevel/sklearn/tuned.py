@@ -32,8 +32,8 @@ from bilevel.criteria.choose import KINDS
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
-from bilevel.sklearn.inputs import is_standardized, on_device
-from bilevel.sklearn.report import TuningReport, shown, summary_of
+from bilevel.sklearn.inputs import AS_THEY_ARE, is_standardized, on_device
+from bilevel.sklearn.report import TuningReport, losses_of, shown, summary_of
 from bilevel.sklearn.splits import Folds, penalties_of
 
 STRUCTURES = {"scalar", "group", "feature"}
@@ -143,23 +143,18 @@ class TunedLinearModel:
         """
         outputs = y.shape[1] if y.dim() == 2 else loss.outputs(y)
         penalties = penalties_of(structure, self.groups, X.shape[1], outputs)
-        data = LinearData.of(
-            on_device(X, self.device),
-            y,
-            weights,
-            intercept=self.fit_intercept,
-            standardize=is_standardized(self.standardize, X),
-        )
+        scaled = is_standardized(self.standardize, X)
+        data = LinearData.of(on_device(X, self.device), y, weights, intercept=self.fit_intercept, standardize=scaled)
         criterion = self._criterion(data, loss, penalties, folds)
         outer: list[Any] = []
-        remarks: list[str] = []
+        remarks = [AS_THEY_ARE] if self.standardize == "auto" and not scaled else []
         if penalties.size > 1 and self.guard != "off":
             outer = folds.outer(bool(criterion.folds))
             if len(outer) < 2:
                 criterion = criterion.with_penalties(Penalties.scalar(X.shape[1], outputs))
                 remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")
                 if folds.given:
-                    warnings.warn(f"cv={self.cv!r}: {remarks[0]}", BilevelWarning, stacklevel=4)
+                    warnings.warn(f"cv={self.cv!r}: {remarks[-1]}", BilevelWarning, stacklevel=4)
         scorer = self._scorer_name(outer) if score is not None else ""
         mean_weight = float(weights.mean())
         candidates = self._candidates()
@@ -302,7 +297,6 @@ class TunedLinearModel:
             "penalties": np.exp(of_nodes("u")) * mean_weight,
             "chosen": np.arange(len(nodes)) == selected.chosen,
         }
-        best = nodes[selected.choice.best] if selected.choice is not None else node
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
             loss_name=f"minus {scorer}" if scorer else self._loss_name,
@@ -310,10 +304,7 @@ class TunedLinearModel:
             criterion_name="minus log evidence of a row" if evidence else self._loss_name,
             honest=selected.honest,
             n_penalties=node.u.size,
-            one_penalty_loss=selected.scalar.loss,
-            tuned_loss=best.loss,
-            gain=float("nan") if scorer else best.gain / abs(selected.scalar.loss) if selected.scalar.loss else 0.0,
-            gate=best.gate,
+            **losses_of(nodes, scored=bool(scorer)),
             kappa=float("nan") if selected.choice is None else selected.choice.kappa,
             survived=selected.open,
             n_evaluations=selected.evaluations,

@@ -21,8 +21,8 @@ class WeightReport:
         loss_name: what losses are.
         n_rows: rows with a learned weight.
         n_trusted: trusted rows.
-        equal_loss: of trusted rows that had no say, with equal weights: of the estimator, where the model of the nodes
-            gains by weights, else of that model; NaN without an outer loop.
+        equal_loss: of trusted rows whose losses chose only the node, with equal weights: of the estimator, where the
+            model of the nodes gains by weights, else of that model; NaN without an outer loop.
         weighted_loss: the same with the chosen or best learned weights.
         gain: one minus their ratio.
         gate: the gain in standard errors.
@@ -32,7 +32,8 @@ class WeightReport:
         summary: all of that in one sentence.
         remark: what is worth knowing besides; may be empty.
         nodes: of a linear model with one penalty, by node: `name`, `fitted` (loss of the trusted rows with weights
-            that were learned on them), `loss` (of trusted rows that had no say), `gain`, `gain_error` and `chosen`.
+            that were learned on them), `loss` (of trusted rows that they were not), `gain`, `gain_error` and
+            `chosen`.
     """
 
     loss_name: str
@@ -119,8 +120,8 @@ def report_of(found: RowWeights | None, estimator: Any, rows: int, trusted: int,
         at, best, whose = found.judged, 1, "the estimator by learned ones"
     equal, weighted, gate = factor * float(at.losses[0]), factor * float(at.losses[best]), float(at.gates[best])
     gain = 1.0 - weighted / equal if equal else 0.0
-    proof = f"{weighted:.5g} against {equal:.5g} on trusted rows that had no say: {gate:.1f} standard errors, with "
-    proof += f"{at.kappa:g} needed"
+    proof = f"{weighted:.5g} against {equal:.5g} on trusted rows whose losses chose only the node: {gate:.1f} "
+    proof += f"standard errors, with {at.kappa:g} needed"
     summary = f"Equal weights are kept: no gain of {whose} is proved ({proof})."
     if found.chosen:
         summary = f"Learned weights generalise: their {name} is {gain:.1%} smaller than that of equal ones ({proof})."

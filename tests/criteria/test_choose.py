@@ -51,7 +51,7 @@ def test_auto_leaves_out_single_rows_where_it_can() -> None:
         ("loo", Logistic(), {}, "'loo' is of squared losses only, got Logistic: use 'alo' or 'kfold'"),
         ("kfold", Logistic(), {}, "'kfold' needs `folds`, pairs"),
         ("auto", Logistic(), {"dependent": "grouped"}, "'kfold' needs `folds`, pairs"),
-        ("holdout", Logistic(), {"folds": PAIRS}, "'holdout' takes one pair of training and validation rows, got 2"),
+        ("holdout", Logistic(), {"folds": PAIRS}, "got 2: give one, such as that of .* ShuffleSplit"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(kind: str, loss: GLMLoss, options: Any, sentence: str) -> None:

@@ -215,7 +215,10 @@ SPLITS = {"X_train": ONES, "y_train": np.arange(8) % 2, "X_val": ONES}
         (SPLITS | {"y_val": np.ones(8), "X_test": ONES}, "but lacks y_test"),
         ({"X": ONES, "y": np.ones(7)}, "X of .* has 8 rows, but y has 7"),
         ({"X": np.ones(8), "y": np.ones(8)}, r"X of .* must have shape \(rows, features\) .* got \(8,\) and \(8,\)"),
-        ({"X": ONES, "y": np.ones((8, 2))}, "y of .* has 2 columns, but a problem has one target: write a file for each"),
+        (
+            {"X": ONES, "y": np.ones((8, 2))},
+            "y of .* has 2 columns, but a problem has one target: write a file for each",
+        ),
         ({"X": np.ones((0, 2)), "y": np.ones(0)}, r"X of .* is empty, of shape \(0, 2\)"),
         ({"X": np.ones((8, 0)), "y": np.ones(8)}, r"X of .* is empty, of shape \(8, 0\)"),
         ({"X": ONES.astype(str), "y": np.ones(8)}, "X of .* must hold numbers and y numbers or strings, got <U32"),

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.metrics import make_scorer, r2_score
 
 from bilevel.criteria import Evidence, LinearData, Penalties
-from bilevel.sklearn import LogisticRegressionCV, PenaltiesDisplay, RidgeCV, TuningPathDisplay
+from bilevel.sklearn import ElasticNetCV, LogisticRegressionCV, PenaltiesDisplay, RidgeCV, TuningPathDisplay
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((100, 30))
@@ -34,6 +35,23 @@ def test_the_report_says_what_was_gained_whether_it_survived_and_what_it_cost(fi
     ):
         assert part in text
     assert repr(report) == text
+
+
+def test_the_best_tuned_penalties_are_shown_where_one_penalty_is_better():
+    noise, kept = np.random.default_rng(1).standard_normal((60, 3)), 0
+    nets = ElasticNetCV(candidates=["ridge", "elastic_net"], alphas=5)
+    for model in (RidgeCV(), RidgeCV(scoring="r2"), nets):
+        for target in noise.T:
+            model.fit(X[:60, :4], target)
+            report, losses = model.tuning_report_, model.cv_results_["loss"]
+            assert report.tuned_loss == losses[1:].min()
+            assert report.gate == model.cv_results_["gate"][1 + losses[1:].argmin()]
+            if not report.loss_name.startswith("minus"):
+                assert report.gain == pytest.approx(1.0 - report.tuned_loss / report.one_penalty_loss)
+            kept += report.tuned_loss > report.one_penalty_loss
+    assert kept > 0
+    alone = clone(nets).set_params(candidates=["elastic_net"]).fit(X[:60, :4], noise[:, 0]).tuning_report_
+    assert np.isnan([alone.tuned_loss, alone.gain]).all()
 
 
 def test_the_report_of_one_penalty_is_short():

@@ -110,6 +110,9 @@ def test_dtypes_and_sparse_inputs(dtype):
     for form in (sparse.csr_matrix, sparse.csc_array):
         model = ElasticNetCV(alphas=8, standardize=True).fit(form(table), y)
         np.testing.assert_allclose(model.coef_, dense.coef_, atol=1e-4)
+        assert "columns of sparse X" not in str(model.tuning_report_)
+    auto = LassoCV(alphas=8, candidates=["lasso"]).fit(sparse.csr_array(table), y)
+    assert "columns of sparse X are left as they are; standardize=True scales them" in str(auto.tuning_report_)
 
 
 @pytest.mark.parametrize("cv", [3, TimeSeriesSplit(3), GroupKFold(3), [(np.arange(60), np.arange(60, 100))]])

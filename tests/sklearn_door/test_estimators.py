@@ -146,6 +146,8 @@ def test_columns_of_dense_inputs_are_standardised_and_those_of_sparse_ones_are_n
         asked = estimator(penalty_structure="scalar", standardize=standardize).fit(table, target)
         other = estimator(penalty_structure="scalar", standardize=not standardize).fit(table, target)
         np.testing.assert_array_equal(auto.coef_, asked.coef_)
+        said = [model for model in (auto, asked, other) if "columns of sparse X" in str(model.tuning_report_)]
+        assert said == ([] if standardize else [auto])
         assert not np.allclose(auto.coef_, other.coef_, rtol=1e-3)
 
 
@@ -311,3 +313,4 @@ def test_any_criterion_of_the_library(criterion):
     model = RidgeCV(penalty_structure="scalar", criterion=criterion, cv=cv).fit(X, y)
     assert model.score(X, y) > 0.5
     assert "tuned by" in str(model.tuning_report_)
+    assert f'"{criterion}"' in str(RidgeCV.__doc__)

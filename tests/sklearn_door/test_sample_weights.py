@@ -41,6 +41,7 @@ def test_wrong_rows_count_less_and_the_model_is_fitted_with_the_weights(fitted):
     assert report.gate > report.kappa
     assert report.gain == pytest.approx(1 - report.weighted_loss / report.equal_loss)
     assert "Learned weights generalise: their mean squared error is" in str(report)
+    assert "on trusted rows whose losses chose only the node: " in report.summary
 
 
 def test_trusted_rows_are_named_in_several_ways(fitted):
