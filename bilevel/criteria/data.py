@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from bilevel.numerics.csr import csr, distinct, sparse_rows
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.splits import Split
 from bilevel.problems.tables import features, targets
@@ -288,46 +289,16 @@ def _deviations(variance: Tensor, square: Tensor) -> Tensor:
     return deviation.masked_fill(deviation <= CONSTANT * square.sqrt(), 0.0)
 
 
-def sparse_rows(X: Tensor, rows: Tensor | slice) -> Tensor:
-    """Return some rows of a sparse CSR matrix."""
-    if isinstance(rows, slice) and rows == slice(None):
-        return X
-    index = torch.arange(X.shape[0], device=X.device)[rows]
-    start, length = X.crow_indices()[index], X.crow_indices().diff()[index]
-    ends = torch.cat([length.new_zeros(1), length.cumsum(0)])
-    entry = torch.arange(int(ends[-1]), device=X.device) + (start - ends[:-1]).repeat_interleave(length)
-    return csr(ends, X.col_indices()[entry], X.values()[entry], (len(index), X.shape[1]))
-
-
-def csr(ends: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return a sparse CSR tensor without the remark that all of CSR is a beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(ends, columns, values, shape)
-
-
-def _distinct(X: Tensor) -> Tensor:
-    """Return a CSR matrix whose entries are stored in order and once: several of one place are summed up."""
-    columns, steps = X.col_indices().long(), X.crow_indices().diff()
-    rows = torch.arange(len(steps), device=X.device).repeat_interleave(steps)
-    if bool(((rows.diff() > 0) | (columns.diff() > 0)).all()):
-        return X
-    summed = torch.sparse_coo_tensor(torch.stack([rows, columns]), X.values(), X.shape).coalesce()
-    lengths = torch.bincount(summed.indices()[0], minlength=len(steps))
-    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return csr(ends, summed.indices()[1], summed.values(), (X.shape[0], X.shape[1]))
-
-
 def _inputs(given: Any) -> Tensor:
     """Return X as a floating tensor, dense or CSR: float64 on the CPU."""
     if hasattr(given, "tocsr"):
         table = given.tocsr()
         ends, columns, values = (torch.as_tensor(part) for part in (table.indptr, table.indices, table.data))
-        X = _distinct(csr(ends.long(), columns.long(), values.double(), table.shape))
+        X = distinct(csr(ends.long(), columns.long(), values.double(), table.shape))
     elif isinstance(given, Tensor) and given.layout != torch.strided:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            X = _distinct(given.detach().to_sparse_csr())
+            X = distinct(given.detach().to_sparse_csr())
     else:
         X = features("X", given)
     X = X.double() if X.device.type == "cpu" else X

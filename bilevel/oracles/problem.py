@@ -89,7 +89,7 @@ class BilevelProblem(OldForwards, Losses):
     """Where every inner step sees a batch of its own: the batches."""
     _sampling: Sampling | None = None
     recurring: bool = False
-    """Whether it has been solved in closed form before, or is going to be again and again: an eigenbasis pays then."""
+    """Whether a closed form has been asked for before, or will be again and again: an eigenbasis pays then."""
     one_by_one: bool = False
     """Whether the members of this batch run one after the other."""
     why: str = ""
@@ -237,14 +237,13 @@ class BilevelProblem(OldForwards, Losses):
     def spectrum(self) -> Eigenbasis | None:
         """Return the eigenbasis of a quadratic inner loss whose Hessian is ``A + s(u) I``, else None (the default).
 
-        A problem that has one should compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then
-        take d numbers of work for each hyperparameter vector.
+        Compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then take d numbers of work each.
         """
         return None
 
     @property
     def has_spectrum(self) -> bool:
-        """Whether there is a `spectrum`; override it with one that takes long, so that to ask computes nothing."""
+        """Whether there is a `spectrum`; override it beside one that takes long."""
         return self.spectrum() is not None
 
     def quadratic_form(self, hparams: Tree) -> QuadraticForm | None:
@@ -341,10 +340,7 @@ class BilevelProblem(OldForwards, Losses):
     def from_fixed_point(
         cls, update: Callable[[Tree, Tree], Tree], outer_loss: Loss, params: Tree = None
     ) -> BilevelProblem:
-        """Return the problem of the optimality map ``params - update(params, hparams)``, for `FixedPoint(update)`.
-
-        `update` contracts in params, and its fixed point is the inner solution.
-        """
+        """Return the problem of the inner solution ``params = update(params, hparams)``, for `FixedPoint(update)`."""
         require_arguments("update", update, "params", "hparams")
         return cls(
             outer_loss=outer_loss,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.utils import check_scalar
 
-from bilevel.criteria.data import csr
+from bilevel.numerics.csr import csr
 
 TYPES: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float32], "ensure_min_samples": 2}
 """What `validate_data` lets through, of every estimator."""
