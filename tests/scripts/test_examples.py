@@ -9,8 +9,8 @@ from paths import SCRIPTS
 EXAMPLES = {
     "sparse": ["--rows", "60", "--splits", "1"],
     "grouped": ["--rows", "60", "--splits", "1"],
-    "text": ["--documents", "12"],
-    "imbalanced": ["--rows", "150", "--splits", "1"],
+    "text": ["--documents", "8"],
+    "imbalanced": ["--rows", "110", "--splits", "1"],
 }
 
 

@@ -12,6 +12,13 @@ from bilevel.selection import learn_row_weights
 from bilevel.selection.row_weights import _Walk
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Paths of one node by the losses of rows, and of one step of single rows."""
+    monkeypatch.setattr("bilevel.selection.row_weights.SHARES", (0.8,))
+    monkeypatch.setattr("bilevel.selection.row_weights.STEPS", (1,))
+
+
 def rows(loss, count, seed=0, share=0.0, features=3):
     """Standard normal rows with targets as the loss takes them, of which a share is wrong; which ones is returned."""
     rng = np.random.default_rng(seed)
@@ -30,17 +37,17 @@ def rows(loss, count, seed=0, share=0.0, features=3):
 
 @pytest.mark.parametrize("loss", [Squared(), Logistic(), Softmax()], ids=lambda loss: type(loss).__name__)
 def test_the_hypergradient_of_every_loss_is_that_of_differences(loss):
-    X, y, _ = rows(loss, 12)
-    V, t, _ = rows(loss, 9, seed=1)
+    X, y, _ = rows(loss, 7)
+    V, t, _ = rows(loss, 6, seed=1)
     penalty = torch.tensor([0.5, 0.3, 0.2])
     problem = RowWeightProblem(X, y, V, t, glm=loss, penalty=penalty, loss="sum")
-    u = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64)
+    u = torch.linspace(-1.0, 1.0, 7, dtype=torch.float64)
     solver, rule = bl.Newton(tol=1e-12), bl.Implicit(bl.Direct())
 
     def value(u):
         return torch.tensor(bl.hypergradient(problem, solver, rule, u).outer_loss, dtype=u.dtype)
 
-    steps = 1e-5 * torch.eye(12, dtype=torch.float64)
+    steps = 1e-5 * torch.eye(7, dtype=torch.float64)
     expected = torch.stack([(value(u + step) - value(u - step)) / 2e-5 for step in steps])
     found = bl.hypergradient(problem, solver, rule, u).hypergradient
     assert torch.allclose(found, expected, atol=1e-9)
@@ -51,7 +58,7 @@ def test_the_hypergradient_of_every_loss_is_that_of_differences(loss):
 def test_wrong_rows_have_small_weights_and_are_proved_to_be_wrong(loss):
     X, y, wrong = rows(loss, 120, share=0.2)
     V, t, _ = rows(loss, 80, seed=1)
-    found = learn_row_weights(LinearData.of(X, y), V, t, loss)
+    found = learn_row_weights(LinearData.of(X, y), V, t, loss, folds=3)
     assert found.choice.open
     assert found.chosen > 0
     low = np.argsort(found.learned)[: wrong.sum()]
@@ -62,13 +69,13 @@ def test_wrong_rows_have_small_weights_and_are_proved_to_be_wrong(loss):
 def test_weights_of_right_rows_are_equal():
     X, y, _ = rows(Squared(), 120)
     V, t, _ = rows(Squared(), 40, seed=1)
-    found = learn_row_weights(LinearData.of(X, y), V, t, Squared())
+    found = learn_row_weights(LinearData.of(X, y), V, t, Squared(), folds=3)
     assert found.chosen == 0
     assert (found.weights == 1).all()
     assert found.learned.std() > 0
 
 
-def test_rows_that_are_held_out_have_no_say():
+def test_rows_that_are_held_out_have_no_say(short):
     X, y, _ = rows(Logistic(), 60, share=0.2)
     V, t, _ = rows(Logistic(), 30, seed=1)
     learn, other = np.arange(20), torch.cat([t[:20], -t[20:]])
@@ -83,7 +90,7 @@ def test_rows_that_are_held_out_have_no_say():
             assert torch.equal(one.u, two.u)
 
 
-def test_units_of_columns_and_targets_change_no_weight():
+def test_units_of_columns_and_targets_change_no_weight(short):
     X, y, _ = rows(Squared(), 60, share=0.1)
     V, t, _ = rows(Squared(), 40, seed=1)
     one = learn_row_weights(LinearData.of(X, y), V, t, Squared(), guard=False)
@@ -102,7 +109,7 @@ def test_a_single_trusted_row_is_refused():
 
 
 @pytest.mark.parametrize("better", [True, False])
-def test_a_gain_has_to_be_one_of_the_model_that_weights_are_for(better):
+def test_a_gain_has_to_be_one_of_the_model_that_weights_are_for(better, short):
     X, y, _ = rows(Squared(), 60, share=0.2)
     V, t, _ = rows(Squared(), 40, seed=1)
     asked = []

@@ -44,21 +44,25 @@ def test_wrong_rows_count_less_and_the_model_is_fitted_with_the_weights(fitted):
     assert "on trusted rows whose losses chose only the node: " in report.summary
 
 
-def test_trusted_rows_are_named_in_several_ways(fitted):
+def test_trusted_rows_are_named_in_several_ways(monkeypatch):
+    monkeypatch.setattr("bilevel.selection.row_weights.SHARES", (0.8,))
+    monkeypatch.setattr("bilevel.selection.row_weights.STEPS", ())
+    by_mask = SampleWeights(Ridge()).fit(X, y, trusted=TRUSTED)
+    assert by_mask.tuning_report_.survived
     by_index = SampleWeights(Ridge()).fit(X, y, trusted=np.flatnonzero(TRUSTED))
-    np.testing.assert_array_equal(by_index.sample_weight_, fitted.sample_weight_)
+    np.testing.assert_array_equal(by_index.sample_weight_, by_mask.sample_weight_)
     pairs = [(np.flatnonzero(~TRUSTED), np.flatnonzero(TRUSTED))]
     by_pairs = SampleWeights(Ridge(), validation=pairs).fit(X, y)
-    np.testing.assert_array_equal(by_pairs.sample_weight_, fitted.sample_weight_)
+    np.testing.assert_array_equal(by_pairs.sample_weight_, by_mask.sample_weight_)
     beside = SampleWeights(Ridge()).fit(X[~TRUSTED], y[~TRUSTED], X_val=X[TRUSTED], y_val=y[TRUSTED])
     np.testing.assert_allclose(
-        beside.sample_weight_, fitted.sample_weight_[~TRUSTED] / fitted.sample_weight_[~TRUSTED].mean()
+        beside.sample_weight_, by_mask.sample_weight_[~TRUSTED] / by_mask.sample_weight_[~TRUSTED].mean()
     )
     assert "no rows were declared trusted: 40 were taken" in str(
         SampleWeights(Ridge(), validation=KFold(5, shuffle=True, random_state=0), guard="off").fit(X, y).tuning_report_
     )
     sparse_one = SampleWeights(Ridge()).fit(sparse.csr_array(X), y, trusted=TRUSTED)
-    np.testing.assert_allclose(sparse_one.sample_weight_, fitted.sample_weight_, atol=1e-6)
+    np.testing.assert_allclose(sparse_one.sample_weight_, by_mask.sample_weight_, atol=1e-6)
 
 
 def test_right_rows_keep_equal_weights_and_few_rows_too():
