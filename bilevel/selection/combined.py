@@ -120,15 +120,21 @@ class Combined:
         first, best, choice = self.candidates[0], self.best, self.choice
         if len(self.candidates) == 1:
             return f"The {first.name} is the only candidate: its loss on held-out rows is {first.loss:.5g}."
+        taken = [each for each in self.candidates if each.weight > 0]
+        shares = ", ".join(f"{each.weight:.0%} {each.name}" for each in sorted(taken, key=lambda each: -each.weight))
+        ungated = not choice.open and first.weight < 1
+        if ungated and best is first:
+            return f"The model is {shares}, without a gate: no other has a smaller loss than the {first.name}."
         if best is first:
             return f"The {first.name} is kept: no other has a smaller loss on held-out rows ({first.loss:.5g})."
         figures = f"{best.loss:.5g} against {first.loss:.5g} on held-out rows"
         proof = f"{best.gate:.1f} standard errors, with {choice.kappa:g} needed"
+        if ungated:
+            doubt = f"the gain of the {best.name} is not proved ({figures}: {proof})"
+            return f"The model is {shares}, without a gate: {doubt}."
         if not choice.open:
             return f"The {first.name} is kept: the gain of the {best.name} is not proved ({figures}: {proof})."
         gain = best.gain / abs(first.loss) if first.loss else 0.0
-        taken = [each for each in self.candidates if each.weight > 0]
-        shares = ", ".join(f"{each.weight:.0%} {each.name}" for each in sorted(taken, key=lambda each: -each.weight))
         model = f" The model is {shares}." if len(taken) > 1 else ""
         return (
             f"The {best.name} generalises: its loss is {gain:.1%} smaller than that of the {first.name} ({figures}: "

@@ -207,6 +207,9 @@ def _indices(fold: Fold, index: int, criterion: Criterion) -> tuple[Tensor, Tens
         raise ValueError(f"the training rows of fold {index} are all of one class: use fewer or stratified folds.")
     if criterion.loss.separable:
         held = held[torch.isin(y[held], y[train]).cpu()]
+    for name, part in (("training", train), ("held-out", held)):
+        if not bool(criterion.data.weights[part].any()):
+            raise ValueError(f"fold {index} has no {name} rows with a weight: leave out rows of weight zero.")
     return train, held
 
 

@@ -177,12 +177,13 @@ def _check(criterion: Criterion, guard: str, honest: str) -> None:
 
 
 def outer_folds(criterion: Criterion, folds: Any, groups: Any, ordered: bool, seed: int) -> Sequence[Fold]:
-    """Return the folds of the outer loop."""
+    """Return the folds of the outer loop; of those made here, the ones that hold out rows with a weight."""
     if not isinstance(folds, int):
         return list(folds)
-    y = criterion.data.y
+    y, weights = criterion.data.y, criterion.data.weights.cpu().numpy()
     labels = y.cpu().numpy() if criterion.loss.separable and groups is None and not ordered else None
-    return make_folds(criterion.data.rows, folds, labels=labels, groups=groups, ordered=ordered, seed=seed)
+    made = make_folds(criterion.data.rows, folds, labels=labels, groups=groups, ordered=ordered, seed=seed)
+    return [(train, held) for train, held in made if weights[held].any()]
 
 
 def _rule(guard: Guard, honest: Honest, size: int, rows: int) -> Rule:

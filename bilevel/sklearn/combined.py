@@ -53,10 +53,11 @@ class CombinedModel(TunedLinearModel):
         X = on_device(X, getattr(self, "device", None))
         data = LinearData.of(X, y, weights, intercept=self.fit_intercept, standardize=scaled)
         # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
-        folds = replace(folds, given=bool(folds.dependence))
-        criterion = self._criterion(data, loss, Penalties.feature(data.features), folds)
-        pairs, remarks = folds.outer(folds.given), [AS_THEY_ARE] if self.standardize == "auto" and not scaled else []
-        if len(pairs) < 2 and folds.given:
+        dependent = bool(folds.dependence)
+        criterion = self._criterion(data, loss, Penalties.feature(data.features), replace(folds, given=dependent))
+        remarks = [AS_THEY_ARE] if self.standardize == "auto" and not scaled else []
+        pairs = folds.outer(dependent, weights)
+        if len(pairs) < 2 and dependent:
             pairs, candidates = folds.pairs, candidates & {"elastic_net"}
             remarks.append("folds are too few for those of a criterion within them, so there is only the elastic net.")
         combined = elastic_cv(

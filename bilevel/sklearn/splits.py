@@ -59,12 +59,17 @@ class Folds:
     def __iter__(self) -> Iterator[Pair]:
         yield from self.pairs
 
-    def outer(self, inner: bool) -> list[Pair]:
-        """Return the folds of an outer loop.
+    def outer(self, inner: bool, weights: NDArray[np.float64]) -> list[Pair]:
+        """Return the folds of an outer loop; of those that nobody gave, the ones that hold out rows with a weight.
 
         Args:
             inner: whether the criterion takes, in every outer fold, what is left of all the others.
+            weights: of shape (rows,).
         """
+        pairs = self._outer(inner)
+        return pairs if self.given else [(train, held) for train, held in pairs if weights[held].any()]
+
+    def _outer(self, inner: bool) -> list[Pair]:
         if not inner:
             return self.pairs
         usable = [pair for pair in self.pairs if self._leaves_folds(pair[0])]

@@ -149,7 +149,7 @@ class TunedLinearModel:
         outer: list[Any] = []
         remarks = [AS_THEY_ARE] if self.standardize == "auto" and not scaled else []
         if penalties.size > 1 and self.guard != "off":
-            outer = folds.outer(bool(criterion.folds))
+            outer = folds.outer(bool(criterion.folds), weights)
             if len(outer) < 2:
                 criterion = criterion.with_penalties(Penalties.scalar(X.shape[1], outputs))
                 remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")

@@ -247,6 +247,34 @@ def test_a_gain_that_is_not_proved_keeps_the_one_penalty(combined):
     assert elastic_cv(ridge(), folds=FOLDS, kappa=2.0 * combined.best.gate, guard="off").candidates[0].weight < 1.0
 
 
+def test_what_is_taken_without_a_gate_is_said():
+    options = {"folds": FOLDS, "candidates": ["ridge", "path", "elastic_net"], "alphas": 8, "guard": "off"}
+    for seed in range(3):
+        target = np.random.default_rng(seed).standard_normal(90)
+        for stacking in (True, False):
+            found = elastic_cv(ridge(y=target), stacking=stacking, kappa=10.0, **options)
+            assert not found.open
+            chosen = found.candidates[found.chosen]
+            said = f"{chosen.weight:.0%} {chosen.name}" in found.summary and "without a gate" in found.summary
+            assert said == (found.candidates[0].weight < 1)
+            assert ("is kept" in found.summary) != said
+
+
+@pytest.mark.parametrize("select", [elastic_cv, penalty_cv])
+def test_a_given_fold_without_a_weight_is_refused_and_one_made_here_left_out(select):
+    train, _ = FOLDS[1]
+    weights = np.ones(90)
+    weights[train] = 0.0
+    with pytest.raises(ValueError, match="fold 1 has no training rows with a weight"):
+        select(ridge(weights=weights), folds=[FOLDS[1]])
+    weights = 1.0 - weights
+    with pytest.raises(ValueError, match="fold 2 has no held-out rows with a weight"):
+        select(ridge(weights=weights), folds=FOLDS)
+    made = select(ridge(weights=weights), folds=4, taus=[1.0])
+    assert len(made.folds) == 3
+    assert len(made.losses.rows) == len(train)
+
+
 def test_weights_are_repeated_rows():
     rows = np.repeat(np.arange(90), WEIGHTS.astype(int))
     place = np.repeat(np.arange(90), WEIGHTS.astype(int))
