@@ -126,6 +126,7 @@ class NetSearch:
 
     Attributes:
         converged: whether no solver was short of rounds.
+        solved: how many elastic nets were.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class NetSearch:
         self._criterion, self._held_out, self._ridge = criterion, held_out, ridge
         self._positive, self._rounds = positive, rounds
         self._net = self._net_of(criterion.data)
-        self.converged = True
+        self.converged, self.solved = True, 0
 
     def grid(
         self, name: str, l1_ratios: Sequence[float], alphas: int | Array, eps: float, adaptive: bool = False
@@ -175,6 +176,7 @@ class NetSearch:
             l1_ratio, alphas = float(grid.l1_ratios[ratio]), grid.alphas[ratio, : at + 1]
             factors = self._factors(None) if grid.adaptive else None
             models = self._net.path(alphas, l1_ratio, factors)
+            self.solved += grid.alphas.size * len(folds) + len(alphas)
             self.converged = self.converged and models.converged
             fit = Fit(models.fit.coef[-1], models.fit.intercept[-1])
             ones = np.ones(self._criterion.data.features) if factors is None else factors

@@ -69,6 +69,7 @@ class Combined:
         losses: honest losses of rows.
         folds: of the outer loop.
         evaluations: of the criterion of ridge regression, those of the outer loop included.
+        solved: elastic nets and adaptive lassos that were, likewise.
         converged: whether no solver and no descent has used up its steps.
         seconds: processor time.
         remarks: what is worth knowing besides, a sentence each.
@@ -81,6 +82,7 @@ class Combined:
     losses: HonestLosses
     folds: tuple[Fold, ...]
     evaluations: int
+    solved: int
     converged: bool
     seconds: float
     remarks: tuple[str, ...]

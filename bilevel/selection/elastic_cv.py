@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -71,7 +72,8 @@ def elastic_cv(
         candidates: which of "ridge", "path", "elastic_net" (always) and "adaptive_lasso".
         l1_ratios: of the elastic net, from 0 to 1.
         alphas: how many penalties for each l1_ratio, from the one at which all coefficients are zero; or penalties,
-            in the units of scikit-learn (of mean losses).
+            in the units of scikit-learn (of mean losses). Given ones are of the elastic net alone: the adaptive lasso,
+            whose columns are scaled, has a grid of its own, and ridge penalties are free.
         eps: ratio of the least penalty of a grid to the largest.
         stacking: whether candidates are combined; else the best is taken.
         guard: "off" for no gate: the combination, or the best, is taken whatever it gains.
@@ -102,7 +104,8 @@ def elastic_cv(
     (True, True)
     """
     began = time.process_time()
-    kinds = _checked(criterion, candidates, positive)
+    kinds = _checked(criterion, candidates, positive, guard)
+    alphas = _checked_alphas(l1_ratios, alphas, eps)
     pairs = tuple(outer_folds(criterion, folds, groups, ordered, random_state))
     held_out = HeldOut(criterion, pairs)
     ridge: RidgeSearch | None = None
@@ -135,6 +138,7 @@ def elastic_cv(
         losses=losses,
         folds=pairs,
         evaluations=evaluations,
+        solved=search.solved,
         converged=search.converged and (ridge is None or ridge.converged),
         seconds=time.process_time() - began,
         remarks=tuple(remarks),
@@ -195,7 +199,27 @@ def _weights(
     return weights
 
 
-def _checked(criterion: Criterion, candidates: Sequence[Kind], positive: bool) -> set[Kind]:
+def _checked_alphas(l1_ratios: Sequence[float], alphas: int | Array, eps: float) -> int | Array:
+    """Return how many penalties a grid has, or which.
+
+    Raises:
+        ValueError: in one sentence, for a grid that is none.
+    """
+    ratios, counted = np.asarray(l1_ratios, dtype=np.float64), isinstance(alphas, Integral)
+    if ratios.ndim != 1 or not ratios.size or not ((ratios >= 0) & (ratios <= 1)).all():
+        raise ValueError(f"`l1_ratios` must hold numbers from 0 to 1, at least one, got {l1_ratios!r}.")
+    if counted and not ratios.all():
+        raise ValueError("at an l1_ratio of 0 no penalty makes all coefficients zero: give `alphas`, not how many.")
+    if not 0 < eps < 1:
+        raise ValueError(f"`eps` must be between 0 and 1, got {eps!r}.")
+    given = np.asarray(alphas, dtype=np.float64)
+    fine = given.ndim == 0 and given >= 1 if counted else given.ndim == 1 and given.size and (given >= 0).all()
+    if not fine or not np.isfinite(given).all():
+        raise ValueError(f"`alphas` must be a positive whole number, or hold finite numbers from 0 on, got {alphas!r}.")
+    return int(given) if counted else given
+
+
+def _checked(criterion: Criterion, candidates: Sequence[Kind], positive: bool, guard: str) -> set[Kind]:
     """Return the candidates.
 
     Raises:
@@ -203,6 +227,8 @@ def _checked(criterion: Criterion, candidates: Sequence[Kind], positive: bool) -
     """
     if unknown := set(candidates) - set(KINDS):
         raise ValueError(f"`candidates` must be of {', '.join(map(repr, KINDS))}, got {sorted(unknown)}.")
+    if guard not in ("auto", "off"):
+        raise ValueError(f"`guard` must be 'auto' or 'off', got {guard!r}.")
     if "elastic_net" not in candidates:
         raise ValueError("`candidates` must hold 'elastic_net': without it, use penalty_cv.")
     if positive and not {"ridge", "path"}.isdisjoint(candidates):

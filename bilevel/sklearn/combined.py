@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from bilevel.criteria import LinearData, Penalties
+from bilevel.criteria import Criterion, LinearData, Penalties
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, elastic_cv
 from bilevel.selection.elastic_cv import Kind
@@ -79,13 +79,13 @@ class CombinedModel(TunedLinearModel):
             )
         combined = replace(
             combined,
-            candidates=shown(combined.candidates, self._loss_factor, self._loss_factor),
+            candidates=shown(combined.candidates, self._unit_of(criterion)[0], self._loss_factor),
             remarks=(*remarks, *combined.remarks),
         )
-        self._set_candidates(combined, unit, criterion.name)
+        self._set_candidates(combined, unit, criterion)
         return combined
 
-    def _set_candidates(self, combined: Combined, unit: float, criterion: str) -> None:
+    def _set_candidates(self, combined: Combined, unit: float, criterion: Criterion) -> None:
         candidates = combined.candidates
         names = ("value", "loss", "std_error", "gain", "gain_error", "gate", "weight", "l1_ratio")
         columns = {name: np.array([getattr(each, name) for each in candidates]) for name in names}
@@ -101,8 +101,8 @@ class CombinedModel(TunedLinearModel):
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
             loss_name=self._loss_name,
-            criterion=criterion,
-            criterion_name=self._loss_name,
+            criterion=criterion.name,
+            criterion_name=self._unit_of(criterion)[1],
             honest="nested",
             n_penalties=len(self.penalties_),
             **losses_of(candidates),
@@ -114,4 +114,6 @@ class CombinedModel(TunedLinearModel):
             remarks=combined.remarks,
             nodes=self.cv_results_,
             n_candidates=len(candidates),
+            n_folds=len(combined.folds),
+            n_nets=combined.solved,
         )

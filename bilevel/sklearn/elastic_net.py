@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from sklearn import linear_model
 from sklearn.base import _fit_context
-from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import column_or_1d, validate_data
 
 from bilevel.problems.losses import Squared
 from bilevel.selection.elastic_cv import ALPHAS, KINDS, L1_RATIOS, Kind
 from bilevel.sklearn.combined import CombinedModel
-from bilevel.sklearn.inputs import TYPES
+from bilevel.sklearn.inputs import TYPES, numbers
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import TunedLinearModel
 
@@ -80,11 +79,14 @@ class _TunedNet(CombinedModel):
         split, _ = self._routed(None if sample_weight is None else weights, params)
         folds = folds_of(self.cv, X, y, None, split, self.random_state)
         targets = torch.from_numpy(np.array(y, dtype=np.float64))
-        options = {"alphas": alphas, "eps": self.eps, "positive": self.positive, "stacking": self.stacking}
-        rounds = int(self.max_iter)
-        combined = self._combine(
-            X, targets, weights, Squared(), folds, candidates, l1_ratios=l1_ratios, rounds=rounds, **options
-        )
+        options: dict[str, Any] = {
+            "alphas": alphas,
+            "eps": self.eps,
+            "positive": self.positive,
+            "stacking": self.stacking,
+        }
+        options |= {"l1_ratios": l1_ratios, "rounds": int(self.max_iter), "steps": int(self.max_iter)}
+        combined = self._combine(X, targets, weights, Squared(), folds, candidates, **options)
         net = combined.net
         self.alpha_, self.dual_gap_, self.n_iter_ = net.alpha, net.dual_gap, net.rounds
         self.alphas_ = net.alphas[0] if len(net.alphas) == 1 or np.ndim(self.alphas) else net.alphas
@@ -105,9 +107,7 @@ class _TunedNet(CombinedModel):
             ValueError: in one sentence.
         """
         if self.alphas is not None and not isinstance(self.alphas, Integral):
-            for index, each in enumerate(self.alphas):
-                check_scalar(each, f"alphas[{index}]", Real, min_val=0.0, include_boundaries="left")
-            return np.asarray(self.alphas, dtype=np.float64)
+            return numbers("alphas", self.alphas, min_val=0.0)
         if isinstance(self.n_alphas, Integral):
             return int(self.n_alphas)
         return ALPHAS if self.alphas is None else int(self.alphas)
@@ -144,11 +144,13 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
     Args:
         l1_ratio: candidates of r, from 0 to 1.
         eps: ratio of the least alpha of a grid to the largest.
-        alphas: how many for each l1_ratio, from the one at which all coefficients are zero; or penalties.
+        alphas: how many for each l1_ratio, from the one at which all coefficients are zero; or penalties, of the
+            elastic net alone: the adaptive lasso, whose columns are scaled, has a grid of its own, and ridge penalties
+            are free.
         n_alphas: how many, the name of older versions.
         fit_intercept: whether there is an intercept, which is not penalised.
         precompute: accepted, without effect.
-        max_iter: rounds of the solver at most, for each penalty.
+        max_iter: rounds of the solver at most, for each penalty, and steps of the descent of the one ridge penalty.
         tol: relative gain at which the descent of the one ridge penalty ends; elastic nets are solved exactly.
         cv: folds of the outer loop: None (five), a number, a splitter, or pairs.
         copy_X: accepted, without effect: X is never written to.
@@ -223,12 +225,7 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         self.standardize = standardize
 
     def _l1_ratios(self) -> tuple[float, ...]:
-        given = np.atleast_1d(self.l1_ratio)
-        if not len(given):
-            raise ValueError("l1_ratio must hold at least one number, got none.")
-        for index, each in enumerate(given.tolist()):
-            check_scalar(each, f"l1_ratio[{index}]", Real, min_val=0.0, max_val=1.0)
-        return tuple(float(each) for each in given)
+        return tuple(numbers("l1_ratio", np.atleast_1d(self.l1_ratio).tolist(), min_val=0.0, max_val=1.0).tolist())
 
 
 class LassoCV(_TunedNet, linear_model.LassoCV):

@@ -25,8 +25,24 @@ def positive(name: str, given: Any) -> NDArray[np.float64]:
     """
     if not len(given):
         raise ValueError(f"{name} must hold at least one number, got none: give None for any penalty.")
+    return numbers(name, given, min_val=0.0, include_boundaries="neither")
+
+
+def numbers(name: str, given: Any, **limits: Any) -> NDArray[np.float64]:
+    """Return the numbers of a parameter, in float64.
+
+    Args:
+        name: of the parameter.
+        given: its numbers.
+        limits: of each, as scikit-learn's `check_scalar` takes them.
+
+    Raises:
+        ValueError: in one sentence, where there are none, or one is not finite or outside the limits.
+    """
+    if not len(given):
+        raise ValueError(f"{name} must hold at least one number, got none.")
     for index, each in enumerate(given):
-        check_scalar(each, f"{name}[{index}]", Real, min_val=0.0, include_boundaries="neither")
+        check_scalar(each, f"{name}[{index}]", Real, **limits)
         if not np.isfinite(each):
             raise ValueError(f"{name}[{index}] == {each}, must be finite.")
     return np.asarray(given, dtype=np.float64)

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from bilevel.criteria import Criterion, Fit
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection import Selected
-from bilevel.sklearn.inputs import TYPES, nearest, places_of, positive
+from bilevel.sklearn.inputs import TYPES, nearest, places_of
 from bilevel.sklearn.logistic_nets import NetClassifier
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
@@ -50,7 +50,8 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
             and for accuracy.
         solver: accepted, without effect.
         tol: relative gain at which a descent ends.
-        max_iter: the most steps of a descent on all rows.
+        max_iter: the most steps of a descent on all rows; with l1_ratios also an eighth of the most rounds of the
+            solver of an elastic net.
         class_weight: by label, or "balanced".
         n_jobs: of joblib, over folds.
         verbose: whether a line shows the outer loop.
@@ -67,7 +68,8 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for
             the columns of dense X alone.
         device: of torch, for the arithmetic; None for the CPU.
-        warm_start: whether a further fit begins the search of the one penalty where the last one ended.
+        warm_start: whether a further fit begins the search of the one penalty where the last one ended; with l1_ratios
+            without effect.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -253,9 +255,6 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         if self.Cs is None:
             return None
         return 1.0 / self._grid()
-
-    def _grid(self) -> NDArray[np.float64]:
-        return np.logspace(-4, 4, int(self.Cs)) if isinstance(self.Cs, Integral) else positive("Cs", self.Cs)
 
     def _class_weights(self, encoded: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the weight of each class; "balanced" gives all classes the same sum of weights.

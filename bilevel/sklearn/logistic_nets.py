@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils import check_scalar
 from torch import Tensor
 
 from bilevel.problems.losses import Logistic
 from bilevel.selection.elastic_cv import Kind
 from bilevel.sklearn.combined import CombinedModel
+from bilevel.sklearn.inputs import nearest, numbers, positive
 from bilevel.sklearn.splits import Folds
 
 CS, EPS = 14, 10**-2.5
 """Penalties of an elastic net for each l1_ratio, and the ratio of their ends."""
+ROUNDS = 8
+"""Rounds of the solver of an elastic net for each of max_iter, whose default is one of few steps."""
 
 
 class NetClassifier(CombinedModel):
     """What `LogisticRegressionCV` does with l1_ratios; a mixin."""
 
+    Cs: Any
     l1_ratios: Any
     penalty: str
     penalty_structure: str
@@ -37,8 +40,8 @@ class NetClassifier(CombinedModel):
             ValueError: in one sentence, for those that do not fit the penalty or other parameters.
         """
         given = () if self.l1_ratios is None else tuple(self.l1_ratios)
-        for index, each in enumerate(given):
-            check_scalar(each, f"l1_ratios[{index}]", Real, min_val=0.0, max_val=1.0)
+        if given:
+            numbers("l1_ratios", given, min_val=0.0, max_val=1.0)
         ratios = tuple(float(each) for each in given if each > 0)
         if self.penalty == "l1" and set(given) - {1.0}:
             raise ValueError(f"penalty='l1' is not that of l1_ratios={self.l1_ratios!r}: leave it out.")
@@ -53,7 +56,16 @@ class NetClassifier(CombinedModel):
             raise ValueError(
                 "with l1_ratios, candidates are chosen by the log loss of held-out folds: leave scoring and honest out."
             )
+        if ratios and (self.guard not in ("auto", "off") or self.groups is not None):
+            raise ValueError(
+                "with l1_ratios, guard is 'auto' or 'off', and groups of features have no penalties: got "
+                f"guard={self.guard!r}, groups={'None' if self.groups is None else 'some'}."
+            )
         return ratios
+
+    def _grid(self) -> NDArray[np.float64]:
+        """Return the Cs, in the order in which they are given."""
+        return np.logspace(-4, 4, int(self.Cs)) if isinstance(self.Cs, Integral) else positive("Cs", self.Cs)
 
     def _fit_nets(
         self, X: Any, labels: Tensor, weights: NDArray[np.float64], folds: Folds, l1_ratios: tuple[float, ...]
@@ -80,15 +92,17 @@ class NetClassifier(CombinedModel):
             kinds |= {"path", "adaptive_lasso"}
         candidates, unit = self._candidates(), float(weights.sum())
         grid: dict[str, Any] = {"alphas": CS if candidates is None else candidates / unit, "eps": EPS}
-        combined = self._combine(X, labels, weights, Logistic(), folds, kinds, unit, l1_ratios=l1_ratios, **grid)
+        grid |= {"l1_ratios": l1_ratios, "steps": int(self.max_iter), "rounds": ROUNDS * int(self.max_iter)}
+        combined = self._combine(X, labels, weights, Logistic(), folds, kinds, unit, **grid)
         for name in ("Cs_", "scores_", "coefs_paths_"):
             self.__dict__.pop(name, None)
         self._set_model(combined.fit, X.dtype, (1,))
         self.penalties_ = self.penalties_.reshape(self.coef_.shape)
         net = combined.net
         C, ratio = 1.0 / (net.alpha * unit), net.l1_ratio
+        if candidates is not None:
+            self.Cs_ = self._grid()
+            C = nearest(C, self.Cs_)
         self.C_, self.l1_ratio_ = (np.array([C]), np.array([ratio])) if self.use_legacy_attributes else (C, ratio)
         self.l1_ratios_, self.n_iter_ = np.asarray(l1_ratios), net.rounds
-        if candidates is not None:
-            self.Cs_ = 1.0 / (net.alphas[0] * unit)
         return self

@@ -37,6 +37,8 @@ class TuningReport:
         remarks: what is worth knowing besides, a sentence each.
         nodes: node by node, the same in numbers: `cv_results_` of the estimator.
         n_candidates: models of different kinds that were judged; 0 where there is only the path.
+        n_folds: that judged them.
+        n_nets: elastic nets that were solved, those of the folds included.
     """
 
     estimator: str
@@ -57,6 +59,8 @@ class TuningReport:
     remarks: tuple[str, ...]
     nodes: dict[str, Any]
     n_candidates: int = 0
+    n_folds: int = 0
+    n_nets: int = 0
 
     def __str__(self) -> str:
         nodes = self.nodes
@@ -77,13 +81,22 @@ class TuningReport:
         table = tabulate(
             shown, ["", "criterion", f"held-out {held_out}", "gain", "+-", ""], floatfmt=".5g", tablefmt="simple"
         )
-        what = "1 penalty" if self.n_penalties == 1 else f"{self.n_penalties} penalties"
-        what = f"{self.n_candidates} candidates" if self.n_candidates else what
-        cost = f"Cost: {self.n_evaluations} evaluations of the criterion, {self.seconds:.2g} s of processor time."
-        head = f"{self.estimator}: {what}, tuned by {self.criterion} ({self.criterion_name})"
+        by = f"by {self.criterion} ({self.criterion_name})"
+        head = f"{self.estimator}: {_counted(self.n_penalties, 'penalty', 'penalties')}, tuned {by}"
+        solves = [_counted(self.n_evaluations, "evaluation", "evaluations") + " of the criterion"]
+        if self.n_candidates:
+            judges = _counted(self.n_folds, "held-out fold", "held-out folds")
+            head = f"{self.estimator}: {_counted(self.n_candidates, 'candidate', 'candidates')}, judged by {judges}"
+            head += f"; ridge penalties {by}" if self.n_evaluations else ""
+            solves = [*(solves if self.n_evaluations else ()), _counted(self.n_nets, "elastic net", "elastic nets")]
+        cost = f"Cost: {', '.join(solves)}, {self.seconds:.2g} s of processor time."
         return "\n".join([head, "", table, "", self.summary, *(f"Note: {each}" for each in self.remarks), cost])
 
     __repr__ = __str__
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def summary_of(selected: Selected, scorer: str) -> str:

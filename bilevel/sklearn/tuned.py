@@ -266,6 +266,11 @@ class TunedLinearModel:
         kind = "kfold" if self.criterion == "auto" and folds.given else self.criterion
         return choose_criterion(kind, data, loss, penalties, folds=iter(folds), dependent=folds.dependence or None)
 
+    def _unit_of(self, criterion: Criterion) -> tuple[float, str]:
+        """Return what values of the criterion are multiplied by to be those that are shown, and what these are."""
+        evidence = criterion.name == Evidence.name
+        return (1.0, "minus log evidence of a row") if evidence else (self._loss_factor, self._loss_name)
+
     def _set_results(self, selected: Selected, mean_weight: float, criterion: Criterion, scorer: str) -> None:
         """Set `penalties_`, `cv_results_`, `tuning_report_` and `n_iter_`.
 
@@ -275,9 +280,8 @@ class TunedLinearModel:
             criterion: what was descended.
             scorer: the name of what the outer loop has chosen by; empty for the loss.
         """
-        evidence = criterion.name == Evidence.name
-        factor = self._loss_factor
-        nodes = shown(selected.nodes, 1.0 if evidence else factor, 1.0 if scorer else factor)
+        factor, named = self._unit_of(criterion)
+        nodes = shown(selected.nodes, factor, 1.0 if scorer else self._loss_factor)
         selected = replace(selected, nodes=nodes)
         node = selected.node
 
@@ -301,7 +305,7 @@ class TunedLinearModel:
             estimator=type(self).__name__,
             loss_name=f"minus {scorer}" if scorer else self._loss_name,
             criterion=criterion.name,
-            criterion_name="minus log evidence of a row" if evidence else self._loss_name,
+            criterion_name=named,
             honest=selected.honest,
             n_penalties=node.u.size,
             **losses_of(nodes, scored=bool(scorer)),

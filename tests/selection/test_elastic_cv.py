@@ -275,6 +275,14 @@ def test_a_given_fold_without_a_weight_is_refused_and_one_made_here_left_out(sel
     assert len(made.losses.rows) == len(train)
 
 
+def test_a_number_of_penalties_may_be_numpys_and_solves_are_counted():
+    options = {"folds": FOLDS, "candidates": ["elastic_net"], "l1_ratios": np.array([0.5, 1.0])}
+    found, other = (elastic_cv(ridge(), alphas=alphas, **options) for alphas in (5, np.int64(5)))
+    assert found.net.alphas.tolist() == other.net.alphas.tolist()
+    at = int(np.argmax(found.net.alphas[found.net.l1_ratios == found.net.l1_ratio] == found.net.alpha))
+    assert (found.solved, found.evaluations) == (2 * 5 * 4 + at + 1, 0)
+
+
 def test_weights_are_repeated_rows():
     rows = np.repeat(np.arange(90), WEIGHTS.astype(int))
     place = np.repeat(np.arange(90), WEIGHTS.astype(int))
@@ -328,6 +336,17 @@ def test_two_classes_take_the_log_loss():
         ({"candidates": ["lasso"]}, "must be of 'ridge'"),
         ({"candidates": ["ridge"]}, "must hold 'elastic_net'"),
         ({"positive": True}, "ridge regression has negative coefficients"),
+        ({"guard": "of"}, "`guard` must be 'auto' or 'off'"),
+        ({"l1_ratios": ()}, "`l1_ratios` must hold numbers from 0 to 1"),
+        ({"l1_ratios": (2.0,)}, "`l1_ratios` must hold numbers from 0 to 1"),
+        ({"l1_ratios": (0.5, np.nan)}, "`l1_ratios` must hold numbers from 0 to 1"),
+        ({"l1_ratios": (0.0, 1.0)}, "at an l1_ratio of 0 no penalty"),
+        ({"alphas": 0}, "`alphas` must be"),
+        ({"alphas": []}, "`alphas` must be"),
+        ({"alphas": [0.1, np.inf]}, "`alphas` must be"),
+        ({"alphas": [-0.1]}, "`alphas` must be"),
+        ({"alphas": 5.5}, "`alphas` must be"),
+        ({"eps": 0.0}, "`eps` must be between 0 and 1"),
     ],
 )
 def test_refusals(options, sentence):

@@ -1,6 +1,7 @@
 """`ElasticNetCV` and `LassoCV`: numbers beside scikit-learn's, attributes, parameters and refusals."""
 
 import inspect
+import warnings
 
 import joblib
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit, cross_va
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bilevel.sklearn import ElasticNetCV, LassoCV
+from bilevel.sklearn import ElasticNetCV, LassoCV, LogisticRegressionCV, RidgeCV
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((100, 25)) * rng.uniform(0.5, 2.0, 25) + 1.0
@@ -95,6 +96,47 @@ def test_the_lasso_has_exact_zeros_and_one_candidate():
     assert list(model.weights_) == ["lasso", "adaptive lasso"]
 
 
+def test_the_report_says_what_judged_and_what_was_solved():
+    lasso = LassoCV(candidates=["lasso"], alphas=[1.0], cv=4).fit(X, y)
+    first, *_, cost = str(lasso.tuning_report_).splitlines()
+    assert first == "LassoCV: 1 candidate, judged by 4 held-out folds"
+    assert cost.startswith("Cost: 5 elastic nets, ")
+    both = ElasticNetCV(candidates=["ridge", "elastic_net"], alphas=[1.0], l1_ratio=1.0).fit(X, y)
+    first, *_, cost = str(both.tuning_report_).splitlines()
+    ridge = "; ridge penalties by exact leave-one-out (mean squared error)"
+    assert first == "ElasticNetCV: 2 candidates, judged by 5 held-out folds" + ridge
+    assert cost.startswith(f"Cost: {both.tuning_report_.n_evaluations} evaluations of the criterion, 6 elastic nets, ")
+
+
+def test_evidence_has_the_unit_of_ridge_regression():
+    net = ElasticNetCV(criterion="evidence", candidates=["ridge", "elastic_net"], alphas=3, tol=1e-8).fit(X, y)
+    ridge = RidgeCV(criterion="evidence", penalty_structure="scalar", tol=1e-8).fit(X, y)
+    assert net.cv_results_["criterion"][0] == pytest.approx(ridge.cv_results_["criterion"][0], rel=1e-4)
+    assert net.tuning_report_.criterion_name == ridge.tuning_report_.criterion_name == "minus log evidence of a row"
+
+
+def test_cs_keep_their_order_and_digits_with_l1_ratios():
+    Cs = [0.3, 0.1, 7.0]
+    model = LogisticRegressionCV(penalty="l1", Cs=Cs, penalty_structure="scalar").fit(X, y > 0, WEIGHTS)
+    assert model.Cs_.tolist() == Cs
+    assert model.C_ in Cs
+
+
+def test_max_iter_has_its_say_with_l1_ratios():
+    options = {"penalty": "l1", "Cs": [1.0], "penalty_structure": "scalar"}
+    with pytest.warns(ConvergenceWarning, match="max_iter=1"):
+        LogisticRegressionCV(max_iter=1, **options).fit(X, y > 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LogisticRegressionCV(**options).fit(X, y > 0)
+
+
+@pytest.mark.parametrize("wrong", [{"guard": "best"}, {"guard": "one_se"}, {"groups": np.zeros(25)}])
+def test_what_has_no_say_with_l1_ratios_is_refused(wrong):
+    with pytest.raises(ValueError, match="with l1_ratios, guard is 'auto' or 'off', and groups"):
+        LogisticRegressionCV(l1_ratios=[1.0], **wrong).fit(X, y > 0)
+
+
 def test_figures_name_the_candidates(fitted):
     pytest.importorskip("matplotlib").use("agg")
     labels = [each.get_text() for each in fitted.plot_path().ax_.get_xticklabels()]
@@ -153,6 +195,10 @@ def test_too_few_rounds_are_warned_of():
         (ElasticNetCV(l1_ratio=[]), "l1_ratio must hold at least one number"),
         (ElasticNetCV(l1_ratio=[0.0, 0.5]), "not supported for l1_ratio=0"),
         (ElasticNetCV(alphas=[0.1, -1.0]), r"alphas\[1\] == -1.0, must be >= 0.0"),
+        (ElasticNetCV(alphas=[]), "alphas must hold at least one number"),
+        (LassoCV(alphas=[0.1, np.inf]), r"alphas\[1\] == inf, must be finite"),
+        (LassoCV(alphas=[np.nan]), r"alphas\[0\] == nan, must be finite"),
+        (ElasticNetCV(l1_ratio=[0.5, np.nan]), r"l1_ratio\[1\] == nan, must be finite"),
         (ElasticNetCV(eps=0), "The 'eps' parameter of ElasticNetCV"),
         (ElasticNetCV(candidates=["ridge"]), "candidates must be of .* with 'elastic_net' among them"),
         (LassoCV(candidates=["adaptive_lasso"]), "candidates must be of .* with 'lasso' among them"),
