@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Fit
-from bilevel.selection.gate import Choice
+from bilevel.selection.gate import Choice, in_errors
 from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.selected import Judged
 
@@ -130,7 +130,7 @@ class Combined:
         if best is first:
             return f"The {first.name} is kept: no other has a smaller loss on held-out rows ({first.loss:.5g})."
         figures = f"{best.loss:.5g} against {first.loss:.5g} on held-out rows"
-        proof = f"{best.gate:.1f} standard errors, with {choice.kappa:g} needed"
+        proof = in_errors(best.gate, choice.kappa)
         if ungated:
             doubt = f"the gain of the {best.name} is not proved ({figures}: {proof})"
             return f"The model is {shares}, without a gate: {doubt}."

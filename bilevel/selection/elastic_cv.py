@@ -15,7 +15,7 @@ from bilevel.criteria.penalties import Penalties
 from bilevel.numerics.elastic_net import ROUNDS
 from bilevel.selection.candidates import Column, NetSearch, RidgeSearch
 from bilevel.selection.combined import Candidate, Combined
-from bilevel.selection.gate import Choice, choose, kappa_of
+from bilevel.selection.gate import Choice, choose, kappa_of, rounding_of
 from bilevel.selection.honest import Fold, HeldOut, HonestLosses
 from bilevel.selection.path import default_taus
 from bilevel.selection.penalty_cv import in_short_operations, outer_folds
@@ -128,7 +128,7 @@ def elastic_cv(
     losses = HonestLosses(held_out.pooled(judged), held_out.rows, evaluations)
     if kappa is None:
         kappa = kappa_of(criterion.loss, losses.losses[0], criterion.data.features)
-    choice = choose(losses.losses, kappa)
+    choice = choose(losses.losses, kappa, rounding=rounding_of(criterion.loss, criterion.data))
     weights = _weights(criterion, held_out, columns, choice, guard, stacking)
     return Combined(
         fit=_sum(columns, weights),

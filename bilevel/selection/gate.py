@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bilevel.criteria.criterion import Array
-from bilevel.problems.losses import GLMLoss
+from bilevel.criteria.data import LinearData
+from bilevel.problems.huber import Huber
+from bilevel.problems.losses import GLMLoss, Squared
 
 FEW_NATS = 50.0
 """Below this sum of a loss that vanishes on separated rows, few rows carry it, and its standard error is too small."""
+
+ROUNDING = 100.0
+"""Predictions that are off by so many units of rounding of y are exact."""
 
 Rule = Literal["best", "one_se"]
 
@@ -88,16 +94,38 @@ def kappa_of(loss: GLMLoss, losses: Array, penalties: int) -> float:
     return 2.0 if separated or 2 * penalties > len(losses) else 1.0
 
 
-def choose(losses: Array, kappa: float, rule: Rule = "best") -> Choice:
+def rounding_of(loss: GLMLoss, data: LinearData) -> float:
+    """Return the mean loss below which all is rounding: predictions that are off by a hundred units of rounding.
+
+    Args:
+        loss: of a row.
+        data: with y.
+    """
+    size = ROUNDING * torch.finfo(data.offset.dtype).eps * float(data.y.abs().max())
+    return size**2 if isinstance(loss, Squared | Huber) else size
+
+
+def in_errors(gate: float, kappa: float) -> str:
+    """Return a gain in standard errors beside those that were needed, with the digits that tell them apart.
+
+    >>> in_errors(3.66, 1.0), in_errors(1.04, 1.0)
+    ('3.7 standard errors, with 1 needed', '1.04 standard errors, with 1 needed')
+    """
+    digits = next((each for each in range(1, 4) if float(f"{gate:.{each}f}") != kappa), 4)
+    return f"{gate:.{digits}f} standard errors, with {kappa:g} needed"
+
+
+def choose(losses: Array, kappa: float, rule: Rule = "best", rounding: float = 0.0) -> Choice:
     """Return the best node, or the first within a standard error of it, where its gain over one penalty is proved.
 
-    Node 0 is kept unless ``mean(L_0 - L_b) > kappa se``, with b the node of the least honest loss. By "one_se" kappa is
-    at least 1: with less, node 0 could be the first.
+    Node 0 is kept unless ``mean(L_0 - L_b) > max(kappa se, rounding)``, with b the node of the least honest loss. By
+    "one_se" kappa is at least 1: with less, node 0 could be the first.
 
     Args:
         losses: honest losses of rows, (nodes, rows), one penalty first; nodes with losses that are not finite are out.
         kappa: standard errors of the gain that are asked for.
         rule: "best", or "one_se" where honest losses still flatter the nodes with weak hyperpriors.
+        rounding: gains up to this are none: see `rounding_of`.
     """
     kappa = max(kappa, 1.0) if rule == "one_se" else kappa
     fine = np.isfinite(losses.sum(1))
@@ -107,6 +135,6 @@ def choose(losses: Array, kappa: float, rule: Rule = "best") -> Choice:
     mean, error = paired(losses[usable], losses[0])
     gains[usable], errors[usable] = -mean, error
     best = int(usable[np.argmin(means[usable])])
-    proved = bool(gains[best] > kappa * errors[best])
+    proved = bool(gains[best] > max(kappa * errors[best], rounding))
     node = 0 if not proved else best if rule == "best" else int(usable[one_se(losses[usable])])
     return Choice(node, best, proved, kappa, means, gains, errors)

@@ -12,7 +12,7 @@ from bilevel.core.status import BilevelWarning
 from bilevel.core.threads import one_blas_thread, short_operations
 from bilevel.criteria.criterion import Array, Criterion
 from bilevel.selection.folds import make_folds
-from bilevel.selection.gate import Choice, Rule, choose, kappa_of
+from bilevel.selection.gate import Choice, Rule, choose, kappa_of, rounding_of
 from bilevel.selection.honest import Fold, HonestLosses, Score, nested, second_level
 from bilevel.selection.path import default_taus, is_wide, path
 from bilevel.selection.selected import Selected, nodes_of, remarks_of
@@ -130,7 +130,7 @@ def penalty_cv(
         if kappa is None:
             kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0], size)
         rule = _rule(guard, honest, size, data.counted)
-        choice = choose(losses.losses, kappa, rule)
+        choice = choose(losses.losses, kappa, rule, 0.0 if score is not None else rounding_of(criterion.loss, data))
         chosen = choice.node
     elif size > data.counted:
         remarks.append(_risk(size, data.counted))

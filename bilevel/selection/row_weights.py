@@ -26,7 +26,7 @@ from bilevel.linear import CG, Direct
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.sample_weights import RowWeightProblem
 from bilevel.selection.folds import make_folds
-from bilevel.selection.gate import Choice, choose, kappa_of
+from bilevel.selection.gate import Choice, choose, kappa_of, rounding_of
 from bilevel.selection.honest import has_risen
 from bilevel.selection.scalar import best_penalty
 
@@ -176,10 +176,10 @@ def learn_row_weights(
                     losses[index, held] = np.nan if node is None else node.losses[held]
             losses[[each is None for each in nodes]] = np.nan
             kappa = kappa_of(loss, losses[0], data.rows) if kappa is None else kappa
-            choice = choose(losses, kappa, "one_se")
+            choice = choose(losses, kappa, "one_se", rounding_of(loss, data))
             if choice.node and judge is not None:
                 weights_of = [_weights(each[choice.node]) for each in folds_nodes]
-                judged = _judged(judge, pairs, weights_of, kappa)
+                judged = _judged(judge, pairs, weights_of, kappa, rounding_of(loss, data))
     fitted = np.array([np.nan if each is None else each.losses.mean() for each in nodes])
     best = choice.best if choice is not None and choice.best > 0 else 1 + int(np.nanargmin(fitted[1:]))
     chosen = int(np.nanargmin(fitted)) if choice is None else choice.node
@@ -196,12 +196,12 @@ def _weights(node: WeightNode | None) -> Array:
     return node.weights
 
 
-def _judged(judge: Judge, pairs: Sequence[Pair], weights: Sequence[Array], kappa: float) -> Choice:
+def _judged(judge: Judge, pairs: Sequence[Pair], weights: Sequence[Array], kappa: float, rounding: float) -> Choice:
     """Return equal weights or those of the folds, by the losses of the rows that they hold out."""
     losses = np.empty((2, sum(len(held) for _, held in pairs)))
     for (learn, held), learned in zip(pairs, weights, strict=True):
         losses[0, held], losses[1, held] = judge(np.ones_like(learned), learn, held), judge(learned, learn, held)
-    return choose(losses, kappa)
+    return choose(losses, kappa, rounding=rounding)
 
 
 def _penalty(data: LinearData, loss: GLMLoss, seed: int) -> float:

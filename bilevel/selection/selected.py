@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
-from bilevel.selection.gate import Choice, paired
+from bilevel.selection.gate import Choice, in_errors, paired
 from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.path import PathPoint
 
@@ -128,7 +128,7 @@ class Selected:
         best = self.nodes[self.choice.best]
         if self.choice.best == 0:
             return f"One penalty is kept: no tuned ones have a smaller loss on held-out rows ({self.scalar.loss:.5g})."
-        proof = f"{best.gate:.1f} standard errors, with {self.choice.kappa:g} needed"
+        proof = in_errors(best.gate, self.choice.kappa)
         figures = f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows: {proof}"
         if self.open and self.node is not best:
             figures = (

@@ -9,6 +9,7 @@ import numpy as np
 from tabulate import tabulate
 
 from bilevel.selection import Candidate, Node, Selected
+from bilevel.selection.gate import in_errors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,7 +115,7 @@ def summary_of(selected: Selected, scorer: str) -> str:
         return f"One penalty is kept: {scorer} is not finite on all held-out folds."
     if choice.best == 0:
         return f"One penalty is kept: no tuned ones have a better {scorer} on held-out rows ({-scalar.loss:.5g})."
-    proof = f"{best.gate:.1f} standard errors, with {choice.kappa:g} needed"
+    proof = in_errors(best.gate, choice.kappa)
     figures = f"{scorer} {-best.loss:.5g} against {-scalar.loss:.5g} on held-out rows: {proof}"
     if choice.open and selected.node is not best:
         figures = (

@@ -11,6 +11,7 @@ from sklearn.base import is_classifier
 from tabulate import tabulate
 
 from bilevel.selection import RowWeights
+from bilevel.selection.gate import in_errors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,8 +121,8 @@ def report_of(found: RowWeights | None, estimator: Any, rows: int, trusted: int,
         at, best, whose = found.judged, 1, "the estimator by learned ones"
     equal, weighted, gate = factor * float(at.losses[0]), factor * float(at.losses[best]), float(at.gates[best])
     gain = 1.0 - weighted / equal if equal else 0.0
-    proof = f"{weighted:.5g} against {equal:.5g} on trusted rows whose losses chose only the node: {gate:.1f} "
-    proof += f"standard errors, with {at.kappa:g} needed"
+    proof = f"{weighted:.5g} against {equal:.5g} on trusted rows whose losses chose only the node: "
+    proof += in_errors(gate, at.kappa)
     summary = f"Equal weights are kept: no gain of {whose} is proved ({proof})."
     if found.chosen:
         summary = f"Learned weights generalise: their {name} is {gain:.1%} smaller than that of equal ones ({proof})."

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bilevel.criteria import LinearData, Penalties, RidgeLeaveOneOut
 from bilevel.problems.losses import Logistic, Softmax, Squared, SquaredHinge
-from bilevel.selection import choose, kappa_of, one_se, paired
+from bilevel.selection import choose, elastic_cv, kappa_of, one_se, paired
+from bilevel.selection.gate import in_errors, rounding_of
 
 ZERO = np.array([4.0, 2.0, 3.0, 3.0])
 BETTER = np.array([2.0, 1.0, 2.0, 3.0])  # gains 2, 1, 1, 0: mean 1, sd sqrt(2/3), se 0.40825
@@ -64,3 +66,22 @@ def test_by_one_standard_error_a_gain_below_it_leaves_one_penalty_and_does_not_o
     assert choose(losses, 0.2, "best").open
     choice = choose(losses, 0.2, "one_se")
     assert (choice.node, choice.open, choice.kappa) == (0, False, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.1, 5.0, 1e9 / 3])
+def test_rounding_opens_no_gate(value: float) -> None:
+    data = LinearData.of(np.random.default_rng(0).standard_normal((100, 8)), np.full(100, value))
+    found = elastic_cv(RidgeLeaveOneOut(data, Penalties.feature(8)), kappa=0.1)
+    assert not found.open
+    assert found.candidates[0].weight == 1.0
+    rounding = rounding_of(Squared(), data)
+    assert value**2 * 1e-30 < rounding < value**2 * 1e-26
+    rows = np.linspace(0.5, 1.0, 8) * rounding
+    assert not choose(np.stack([rows, 0.0 * rows]), 1.0, "one_se", rounding).open
+    assert choose(np.stack([9.0 * rows, 0.0 * rows]), 1.0, "one_se", rounding).open
+
+
+def test_a_gain_beside_what_was_needed_has_the_digits_that_tell_them_apart() -> None:
+    found = [in_errors(gate, kappa).split(" standard")[0] for gate, kappa in ((0.96, 1), (1.004, 1), (2.0004, 2.0))]
+    assert found == ["0.96", "1.004", "2.0004"]
+    assert in_errors(0.0, 1.0) == "0.0 standard errors, with 1 needed"
