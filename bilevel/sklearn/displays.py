@@ -6,10 +6,11 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from bilevel.core.figures import COLOURS
-from bilevel.sklearn.report import labels_of
+from bilevel.sklearn.report import TuningReport, labels_of
 
 MOST = 30
 """Features that a figure names."""
@@ -26,6 +27,23 @@ def _axes(ax: Any) -> Any:
     except ImportError:
         raise ImportError("figures need matplotlib: pip install 'bilevel[plot]'.") from None
     return pyplot.subplots(layout="constrained")[1] if ax is None else ax
+
+
+def _fitted(estimator: Any) -> Any:
+    """Return an estimator that is fitted, of a pipeline the last step, of a search the best one.
+
+    Raises:
+        ValueError: for one that has tuned nothing here.
+    """
+    check_is_fitted(estimator)
+    while isinstance(estimator, Pipeline) or hasattr(estimator, "best_estimator_"):
+        estimator = estimator[-1] if isinstance(estimator, Pipeline) else estimator.best_estimator_
+    if not isinstance(getattr(estimator, "tuning_report_", None), TuningReport):
+        raise ValueError(
+            f"{type(estimator).__name__} has no penalties that were tuned here: pass a fitted RidgeCV, "
+            "LogisticRegressionCV, ElasticNetCV or LassoCV of bilevel.sklearn."
+        )
+    return estimator
 
 
 class TuningPathDisplay:
@@ -68,11 +86,11 @@ class TuningPathDisplay:
         """Return the drawn display of a fitted estimator.
 
         Args:
-            estimator: fitted, of `bilevel.sklearn`.
+            estimator: fitted, of `bilevel.sklearn`, or a pipeline or a search that ends in one.
             ax: matplotlib's axes; None for new ones.
             kwargs: of matplotlib's errorbar.
         """
-        check_is_fitted(estimator)
+        estimator = _fitted(estimator)
         results = estimator.tuning_report_.nodes
         display = cls(
             labels=labels_of(results),
@@ -134,11 +152,11 @@ class PenaltiesDisplay:
         """Return the drawn display of a fitted estimator.
 
         Args:
-            estimator: fitted, of `bilevel.sklearn`.
+            estimator: fitted, of `bilevel.sklearn`, or a pipeline or a search that ends in one.
             ax: matplotlib's axes; None for new ones.
             kwargs: of matplotlib's plot.
         """
-        check_is_fitted(estimator)
+        estimator = _fitted(estimator)
         names = getattr(estimator, "feature_names_in_", None)
         display = cls(
             penalties=estimator.penalties_,

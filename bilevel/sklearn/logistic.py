@@ -182,7 +182,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         labels = torch.from_numpy(encoded * 2.0 - 1.0 if binary else encoded)
         leading = (1,) if binary else ()
         score = self._score_of(X, y, leading, scored)
-        for name in ("Cs_", "scores_", "coefs_paths_"):
+        for name in ("Cs_", "scores_", "coefs_paths_", "best_score_"):
             self.__dict__.pop(name, None)
         if l1_ratios:
             self.l1_ratios_ = np.array(l1_ratios, dtype=np.float64)

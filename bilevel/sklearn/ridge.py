@@ -150,10 +150,11 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         folds = folds_of(self.cv, X, y, None, split, self.random_state)
         column = y.ndim == 2 and y.shape[1] == 1
         targets = torch.from_numpy(np.array(y.ravel() if column else y, dtype=np.float64))
-        leading = (1,) if column else ()
-        score = self._score_of(X, y, leading, scored)
+        score = self._score_of(X, y, (), scored)
         selected, criterion = self._tune(X, targets, weights, Squared(), self._structure(), folds, score)
-        self._set_model(selected.fit, X.dtype, leading)
+        self._set_model(selected.fit, X.dtype, ())
+        if column and self.fit_intercept:
+            self.intercept_ = np.reshape(self.intercept_, 1)  # as scikit-learn's
         self.penalties_ = self.penalties_.reshape(self.coef_.shape)
         per_target = self._structure() == "target_feature" and targets.dim() == 2
         self.alpha_ = self._penalty(selected, self.coef_.shape if per_target else (-1,))
@@ -173,8 +174,6 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
                 lower=self._loss_factor * found.lower,
                 eps=share,
             )
-        losses = results["criterion"] if selected.choice is None else results["loss"]
-        self.best_score_ = -float(losses[selected.chosen])
         if self.store_cv_results:
             self.cv_results_ = self._errors(selected, criterion, y, weights)
         return self

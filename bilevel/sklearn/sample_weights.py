@@ -14,7 +14,7 @@ from sklearn.model_selection import check_cv
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_parameter, validate_data
 
 from bilevel.criteria import LinearData
@@ -127,7 +127,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
                 raise ValueError("give trusted rows of X, or X_val and y_val, but not both.")
             X_val, y_val = validate_data(self, X_val, y_val, reset=False, **TYPES | {"ensure_min_samples": 1})
         if classifies:
-            check_classification_targets(y)
+            _check_classes(y, default=self.estimator is None)
             self.classes_ = np.unique(y)
         encoded = self._encoded(y, "y", classifies)
         seed = 0 if self.random_state is None else int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -305,6 +305,20 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
             tags.classifier_tags.multi_label = False
         tags.target_tags.required = True
         return tags
+
+
+def _check_classes(y: Any, *, default: bool) -> None:
+    """Refuse targets that are no classes.
+
+    Raises:
+        ValueError: in one sentence; where no estimator was given, with one for numbers.
+    """
+    if default and type_of_target(y) == "continuous":
+        raise ValueError(
+            "Unknown label type: continuous. Without an estimator SampleWeights takes classes: give "
+            "estimator=bilevel.sklearn.RidgeCV() for numbers."
+        )
+    check_classification_targets(y)
 
 
 def _check_estimator(model: Any) -> None:

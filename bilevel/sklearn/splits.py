@@ -159,6 +159,8 @@ def _numbered(cv: Any, rows: int, labels: Any, groups: Any, seed: int) -> list[P
     """
     parts, what = (rows, "rows") if groups is None else (len(np.unique(groups)), "groups of rows")
     count = min(FOLDS, parts) if cv is None else int(cv)
+    if cv is None and parts < 2:
+        raise ValueError("groups of rows hold one group only, and folds hold out whole groups: name at least two.")
     if not 2 <= count <= parts:
         raise ValueError(f"cv={cv} must be at least 2 and at most {parts}, the number of {what}.")
     pairs = make_folds(rows, count, labels=labels if groups is None else None, groups=groups, seed=seed)

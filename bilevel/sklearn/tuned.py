@@ -154,7 +154,8 @@ class TunedLinearModel:
                 criterion = criterion.with_penalties(Penalties.scalar(X.shape[1], outputs))
                 remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")
                 if folds.given:
-                    warnings.warn(f"cv={self.cv!r}: {remarks[-1]}", BilevelWarning, stacklevel=4)
+                    whence = "groups of rows" if self.cv is None else f"cv={self.cv!r}"
+                    warnings.warn(f"{whence}: {remarks[-1]}", BilevelWarning, stacklevel=4)
         scorer = self._scorer_name(outer) if score is not None else ""
         mean_weight = float(weights.mean())
         candidates = self._candidates()
@@ -255,13 +256,14 @@ class TunedLinearModel:
         """
         if self.criterion in ("loo", "alo") and folds.dependence:
             raise ValueError(
-                f"criterion={self.criterion!r} leaves out single rows, but cv={self.cv!r} or groups say that rows are "
+                f"criterion={self.criterion!r} leaves out single rows, but "
+                f"{'groups say' if self.cv is None else f'cv={self.cv!r} or groups say'} that rows are "
                 f"{folds.dependence}: use 'kfold' or 'auto', since a row's neighbours tell it."
             )
         if (self.criterion == "kfold" or loss.outputs(data.y) is not None) and not folds.pairs:
             raise ValueError(
-                f"cv={self.cv!r} can hold out no row: every class of y has so few that each fold has to train on all: "
-                "add rows."
+                f"{'folds' if self.cv is None else f'cv={self.cv!r}'} can hold out no row: every class of y has so few "
+                "that each fold has to train on all: add rows."
             )
         kind = "kfold" if self.criterion == "auto" and folds.given else self.criterion
         return choose_criterion(kind, data, loss, penalties, folds=iter(folds), dependent=folds.dependence or None)
@@ -301,6 +303,7 @@ class TunedLinearModel:
             "penalties": np.exp(of_nodes("u")) * mean_weight,
             "chosen": np.arange(len(nodes)) == selected.chosen,
         }
+        self.best_score_ = -float(node.value if selected.choice is None else node.loss)
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
             loss_name=f"minus {scorer}" if scorer else self._loss_name,

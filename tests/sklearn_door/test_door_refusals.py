@@ -6,7 +6,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit
 
 import bilevel as bl
-from bilevel.sklearn import LogisticRegressionCV, RidgeCV
+from bilevel.sklearn import ElasticNetCV, LogisticRegressionCV, RidgeCV, SampleWeights
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((40, 4))
@@ -117,6 +117,24 @@ def test_data_are_refused_as_by_scikit_learn():
         model.predict(X[:, :3])
 
 
+def test_sentences_name_no_parameter_that_was_not_given():
+    for model, target in ((RidgeCV(), y), (LogisticRegressionCV(), LABELS), (ElasticNetCV(), y)):
+        with pytest.raises(
+            ValueError, match=r"^groups of rows hold one group only, and folds hold out whole groups: name"
+        ):
+            model.fit(X, target, groups=np.zeros(40))
+        with pytest.raises(ValueError, match="cv=3 must be at least 2 and at most 1, the number of groups of rows"):
+            model.set_params(cv=3).fit(X, target, groups=np.zeros(40))
+    with pytest.raises(ValueError, match="leaves out single rows, but groups say that rows are grouped"):
+        RidgeCV(criterion="loo").fit(X, y, groups=np.arange(40) // 4)
+
+
+def test_weights_of_a_regression_say_which_estimator_to_give():
+    for target in (y, y.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"Without an estimator SampleWeights takes classes: give .*RidgeCV\(\)"):
+            SampleWeights().fit(X, target)
+
+
 def test_classes_need_rows():
     model = LogisticRegressionCV(penalty_structure="scalar")
     with pytest.raises(ValueError, match="the data contain only one class: yes"):
@@ -125,7 +143,7 @@ def test_classes_need_rows():
         model.fit(X, LABELS, sample_weight=LABELS == "yes")
     with pytest.raises(ValueError, match="All rows of class c have weight zero: leave them out"):
         model.fit(X, THREE, sample_weight=THREE != "c")
-    with pytest.raises(ValueError, match="cv=None can hold out no row: every class of y has so few"):
+    with pytest.raises(ValueError, match=r"^folds can hold out no row: every class of y has so few"):
         LogisticRegressionCV().fit(X[:6], list("aabbcc"))
     with pytest.raises(ValueError, match="Unknown label type"):
         model.fit(X, y)

@@ -2,11 +2,22 @@
 
 import numpy as np
 import pytest
+from sklearn import linear_model
 from sklearn.base import clone
 from sklearn.metrics import make_scorer, r2_score
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from bilevel.criteria import Evidence, LinearData, Penalties
-from bilevel.sklearn import ElasticNetCV, LogisticRegressionCV, PenaltiesDisplay, RidgeCV, TuningPathDisplay
+from bilevel.sklearn import (
+    ElasticNetCV,
+    LogisticRegressionCV,
+    PenaltiesDisplay,
+    RidgeCV,
+    SampleWeights,
+    TuningPathDisplay,
+)
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((100, 30))
@@ -121,6 +132,29 @@ def test_figures_without_an_outer_loop_and_of_classes(pyplot):
     model = LogisticRegressionCV(guard="off").fit(X[:, :5], y > 0)
     assert model.plot_path(color="red").ax_.get_ylabel() == "log loss"
     assert len(model.plot_penalties().points_) == 1
+
+
+def test_figures_take_the_last_step_of_a_pipeline_and_the_best_of_a_search(fitted, pyplot):
+    pipe = make_pipeline(StandardScaler(), RidgeCV(penalty_structure="scalar"))
+    search = GridSearchCV(pipe, {"ridgecv__fit_intercept": [True]}, cv=2)
+    for display in (TuningPathDisplay, PenaltiesDisplay):
+        for model in (pipe, search):
+            assert isinstance(display.from_estimator(model.fit(X[:, :3], y)), display)
+        for other in (
+            linear_model.RidgeCV(),
+            make_pipeline(linear_model.RidgeCV()),
+            SampleWeights(linear_model.Ridge()),
+        ):
+            with pytest.raises(ValueError, match="has no penalties that were tuned here: pass a fitted RidgeCV"):
+                display.from_estimator(other.fit(X[:, :3], y))
+
+
+def test_the_best_score_is_that_of_the_chosen_node():
+    model = LogisticRegressionCV(guard="off").fit(X[:, :5], y > 0)
+    assert model.best_score_ == -model.cv_results_["criterion"][-1]
+    model = LogisticRegressionCV(scoring="accuracy").fit(X[:, :5], y > 0)
+    assert model.best_score_ == -model.cv_results_["loss"][model.cv_results_["chosen"]][0]
+    assert 0.6 < model.best_score_ <= 1.0
 
 
 def test_figures_without_matplotlib_say_what_to_install(fitted, monkeypatch):

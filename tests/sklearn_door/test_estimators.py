@@ -112,8 +112,14 @@ def test_several_targets(per_target):
     np.testing.assert_allclose(model.predict(X), reference.predict(Z), rtol=1e-7)
     assert np.shape(model.alpha_) == ((3,) if per_target else ())
     column = RidgeCV(penalty_structure="scalar").fit(X, y[:, None])
-    assert column.coef_.shape == (1, 6)
-    assert column.predict(X).shape == (90, 1)
+    theirs = linear_model.RidgeCV().fit(X, y[:, None])
+    for read in (lambda model: model.coef_, lambda model: model.intercept_, lambda model: model.predict(X)):
+        assert read(column).shape == read(theirs).shape
+    bare = RidgeCV(fit_intercept=False, guard="off", scoring="r2")
+    with pytest.warns(UserWarning, match="has no say"):
+        bare.fit(X, y[:, None])
+    assert bare.intercept_ == 0.0
+    assert bare.predict(X).shape == (90,)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
