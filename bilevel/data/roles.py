@@ -95,6 +95,11 @@ def sort_columns(
     if numbering:
         features = [name for name in features if name not in numbering]
         notes.append(f"the column {listed(numbering)} is left out, as it numbers the rows")
+    elif index == "leave_out" and (counting := [name for name in features if _counts_rows(table, name)]):
+        notes.append(
+            f"the column {listed(counting)} counts the rows, and is kept as a feature: leave it out with `drop` if it "
+            "is none"
+        )
     if not features:
         besides = " and the index of its rows" if numbering else ""
         raise ValueError(f"{table.source!r} holds no features besides the target {target!r}{besides}.")
@@ -199,6 +204,14 @@ def _numbers_rows(table: Table, name: str) -> bool:
         return bool(NUMBERED.fullmatch(name) or INDEX.fullmatch(name)) or long
     whole = bool((numbers == np.round(numbers)).all())
     return INDEX.fullmatch(name) is not None or (whole and NUMBERED.fullmatch(name) is not None)
+
+
+def _counts_rows(table: Table, name: str) -> bool:
+    """Whether a column holds the numbers of the rows in their order, from 0 or 1 on, whatever its name."""
+    numbers = table.numbers(name)
+    if numbers is None or len(numbers) <= FEW_ROWS:
+        return False
+    return bool(numbers[0] in (0, 1) and (np.diff(numbers) == 1).all())
 
 
 def _refuse_dates(table: Table, name: str) -> None:

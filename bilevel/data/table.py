@@ -147,7 +147,12 @@ def read_table(source: str, path: Path, separator: str | None = None, decimal: s
         separator = separator or _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         lines = [[cell.strip() for cell in line] for line in reader if line]
-    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source!r} cannot be read as a .csv file in UTF-8: save it in that encoding, in a shell by `iconv -f "
+            "CP1252 -t UTF-8 OLD.csv > NEW.csv` if Windows wrote it."
+        ) from error
+    except (csv.Error, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{source!r} cannot be read as a .csv file in UTF-8: {error}.") from error
     header, body = (lines[0], lines[1:]) if lines else ([], [])
     if not body:

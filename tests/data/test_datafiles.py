@@ -195,10 +195,15 @@ def test_a_missing_target_column_is_named(tmp_path):
         load(write_csv(tmp_path, "a,b\n1,2\n"), target="price")
 
 
-def test_a_csv_that_is_not_text_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content", [b"a,y\n\xff\xfe,1\n", "pr\u00e8s,y\n1,2\n".encode("latin-1"), "a,y\n1,2\n".encode("utf-16")]
+)
+def test_a_csv_that_is_not_text_is_refused(tmp_path, content):
     path = tmp_path / "table.csv"
-    path.write_bytes(b"a,y\n\xff\xfe,1\n")
-    with pytest.raises(ValueError, match=r"cannot be read as a \.csv file in UTF-8"):
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"cannot be read as a \.csv file in UTF-8: save it in that encoding, in a shell by"
+    ):
         load(str(path))
 
 

@@ -219,6 +219,17 @@ def test_integers_that_become_equal_are_said_and_a_constant_target_is_refused(tm
         load(Frame({"a": a, "y": [3.0] * ROWS}))
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_column_that_counts_the_rows_under_another_name_is_named(start: int) -> None:
+    count = list(range(start, start + ROWS))
+    said = "the column 'nr' counts the rows, and is kept as a feature: leave it out with `drop` if it is none"
+    table = {"nr": count, "x": [0.5 * (row % 7) for row in count], "y": [row * 0.25 for row in count]}
+    assert said in load_rows(Frame(table), TableOptions()).notes
+    other = {"far": [row + 5 for row in count], "back": count[::-1], "gap": [*count[:-1], 99], "y": table["y"]}
+    for frame, options in ((table, TableOptions(index="keep")), (other, TableOptions())):
+        assert not any("counts the rows" in note for note in load_rows(Frame(frame), options).notes)
+
+
 def test_integers_that_may_be_labels_have_a_note_for_folds(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", {"a": COLUMNS["y"], "y": [row % 5 for row in range(ROWS)]})
     notes = "; ".join(load_rows(path, TableOptions()).notes)
