@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bilevel import data
 from bilevel.config.build import PROBLEM, check_data, located, split_spec
-from bilevel.config.document import ConfigError, listed, override, read_document, shown
+from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
 from bilevel.config.imports import importing
 from bilevel.config.load import choose_device
 from bilevel.config.schema import Named, sentence, tunes_by_folds
@@ -32,6 +32,8 @@ from bilevel.tables import ALIASES, PENALTIES, FoldOptions
 
 TUNED = (RidgeProblem, LogisticProblem, SoftmaxProblem, PoissonProblem, HuberProblem, SquaredHingeProblem)
 """Problems that are nothing but a loss and quadratic penalties."""
+KEYS = ("class", "data", "penalty", "groups", "class_weight")
+"""Of a problem."""
 SYNTHETIC = ("rows", "features", "noise")
 OPTIONS = frozenset({"name", "test", *SYNTHETIC, *TableOptions.__dataclass_fields__})
 
@@ -183,9 +185,9 @@ def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss 
     """Return the loss of a problem class; None where none is named."""
     if owner is None:
         if given:
+            key = next(iter(given))
             raise ConfigError(
-                f"`{path}.{next(iter(given))}` is not an option of a problem without a class (class, data, penalty, "
-                "groups, class_weight)."
+                f"`{path}.{key}` is not an option of a problem without a class ({listed(KEYS)}){suggest(key, KEYS)}"
             )
         return None
     if owner not in TUNED:
@@ -196,10 +198,10 @@ def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss 
     width = given.pop("width", None)
     if given:
         key = next(iter(given))
-        raise ConfigError(
-            f"`{path}.{key}` is not an option where folds are tuned (class, data, penalty, groups, class_weight): the "
-            "search needs no start; other options need a `solver` and `estimators`."
-        )
+        meant = suggest(key, KEYS)
+        if meant == ".":
+            meant = ": the search needs no start; other options need a `solver` and `estimators`."
+        raise ConfigError(f"`{path}.{key}` is not an option where folds are tuned ({listed(KEYS)}){meant}")
     try:
         loss = Huber(**({} if width is None else {"width": width})) if owner is HuberProblem else owner.glm
     except (ValueError, TypeError) as error:

@@ -419,6 +419,10 @@ def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
         ({"class": "RidgeProblem", "data": {"name": "t.csv", "target": ["y"]}}, {}, "give each target a problem of"),
         ({"data": "two.npz"}, {}, "y of 'two.npz' has 2 columns, but a problem has one target: write a file for each"),
         ({"data": "one.csv"}, {}, "tuning by folds needs at least 2 rows, got 1"),
+        *(
+            ({"data": "t.csv", "penatly": "scalar"} | kind, {}, "class_weight): did you mean `penalty`?")
+            for kind in ({}, {"class": "RidgeProblem"})
+        ),
         ({"data": "t.csv", "start": 1}, {}, "`problems.t.start` is not an option of a problem without a class"),
         ({"data": "iris"}, {"criterion": "loo"}, "'loo' is "),
     ],
