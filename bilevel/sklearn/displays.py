@@ -123,7 +123,8 @@ class TuningPathDisplay:
         ax.set(ylabel=self.loss_name)
         if other is not ax:
             other.set_ylabel(self.criterion_name)
-        ax.legend(handles=[held_out, fitted, mark])
+        drawn = [(held_out, self.loss), (fitted, self.criterion)]
+        ax.legend(handles=[*(line for line, values in drawn if np.isfinite(values).any()), mark])
         self.ax_, self.figure_, self.lines_ = ax, ax.figure, [held_out, fitted]
         return self
 
@@ -133,8 +134,9 @@ class PenaltiesDisplay:
 
     Args:
         penalties: (features,), or (outputs, features).
-        one_penalty: the best one for all.
+        one_penalty: the best one for all; None where penalties are of another kind.
         feature_names: (features,).
+        model: whose penalties these are, where that has a name.
 
     Attributes:
         ax_: the axes.
@@ -143,9 +145,15 @@ class PenaltiesDisplay:
     """
 
     def __init__(
-        self, *, penalties: NDArray[np.float64], one_penalty: float, feature_names: NDArray[np.object_]
+        self,
+        *,
+        penalties: NDArray[np.float64],
+        one_penalty: float | None,
+        feature_names: NDArray[np.object_],
+        model: str = "",
     ) -> None:
         self.penalties, self.one_penalty, self.feature_names = penalties, one_penalty, feature_names
+        self.model = model
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None, **kwargs: Any) -> Self:
@@ -157,11 +165,15 @@ class PenaltiesDisplay:
             kwargs: of matplotlib's plot.
         """
         estimator = _fitted(estimator)
-        names = getattr(estimator, "feature_names_in_", None)
+        names, results = getattr(estimator, "feature_names_in_", None), estimator.tuning_report_.nodes
+        model = str(results["candidate"][results["chosen"]][0]) if "candidate" in results else ""
+        # Penalties of squares and of absolute values have no common scale.
+        comparable = not model or (model.startswith("ridge") and results["candidate"][0] == "ridge")
         display = cls(
             penalties=estimator.penalties_,
-            one_penalty=float(estimator.tuning_report_.nodes["penalties"][0].mean()),
+            one_penalty=float(results["penalties"][0].mean()) if comparable else None,
             feature_names=np.arange(estimator.n_features_in_).astype(object) if names is None else names,
+            model=model,
         )
         return display.plot(ax=ax, **kwargs)
 
@@ -178,10 +190,13 @@ class PenaltiesDisplay:
         at = np.arange(len(order))[::-1]
         style = {"linestyle": "none", "marker": "o"} | kwargs
         self.points_ = [ax.plot(each[order], at, **style)[0] for each in penalties]
-        ax.axvline(self.one_penalty, color=COLOURS[6], linestyle="--", linewidth=1, label="one penalty for all")
+        if self.one_penalty is not None:
+            ax.axvline(self.one_penalty, color=COLOURS[6], linestyle="--", linewidth=1, label="one penalty for all")
+            ax.legend()
         ax.set_xscale("log")
         ax.set_yticks(at, [str(self.feature_names[each]) for each in order])
-        ax.set(xlabel="penalty")
-        ax.legend()
+        count = penalties.shape[1]
+        titles = [self.model, f"the {len(order)} weakest penalties of {count}" if count > len(order) else ""]
+        ax.set(xlabel="penalty", title=", ".join(filter(None, titles)))
         self.ax_, self.figure_ = ax, ax.figure
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -9,12 +10,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from sklearn.metrics import get_scorer_names
 from sklearn.utils import check_scalar
+from sklearn.utils._param_validation import InvalidParameterError
 
 from bilevel.numerics.csr import csr
 
 TYPES: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float32], "ensure_min_samples": 2}
 """What `validate_data` lets through, of every estimator."""
+
+
+def check_scorer(owner: str, scoring: Any) -> None:
+    """Refuse a name that is no scorer of scikit-learn.
+
+    Raises:
+        InvalidParameterError: in one sentence, with the names that are close.
+    """
+    names = get_scorer_names()
+    if not isinstance(scoring, str) or scoring in names:
+        return
+    # "mse" stands for "neg_mean_squared_error".
+    short = {name: "".join(word[0] for word in name.removeprefix("neg_").split("_")) for name in names}
+    close = [name for name in names if scoring in name or scoring == short[name]] or get_close_matches(scoring, names)
+    raise InvalidParameterError(
+        f"The 'scoring' parameter of {owner} must be a str among those of sklearn.metrics.get_scorer_names(), a "
+        f"callable or None. Got {scoring!r} instead{': close are ' + ', '.join(close[:3]) if close else ''}."
+    )
 
 
 def positive(name: str, given: Any) -> NDArray[np.float64]:

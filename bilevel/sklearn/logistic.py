@@ -94,6 +94,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         "penalty_structure": [StrOptions(STRUCTURES | {"class", "class_feature"})],
     }
     _loss_name = "log loss"
+    _penalty_name = "C"
     _own_scoring = "neg_log_loss"
     C_: Any
     l1_ratio_: Any

@@ -11,6 +11,8 @@ from tabulate import tabulate
 from bilevel.selection import Candidate, Node, Selected
 from bilevel.selection.gate import in_errors
 
+TAU = "tau: how strongly the penalties of a line are held together; at a low tau each is free."
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TuningReport:
@@ -91,7 +93,9 @@ class TuningReport:
             head += f"; ridge penalties {by}" if self.n_evaluations else ""
             solves = [*(solves if self.n_evaluations else ()), _counted(self.n_nets, "elastic net", "elastic nets")]
         cost = f"Cost: {', '.join(solves)}, {self.seconds:.2g} s of processor time."
-        return "\n".join([head, "", table, "", self.summary, *(f"Note: {each}" for each in self.remarks), cost])
+        legend = [TAU] if any("tau" in each for each in labels_of(nodes)) else []
+        notes = [f"Note: {each}" for each in self.remarks]
+        return "\n".join([head, "", table, *legend, "", self.summary, *notes, cost])
 
     __repr__ = __str__
 
@@ -100,14 +104,20 @@ def _counted(count: int, one: str, several: str) -> str:
     return f"{count} {one if count == 1 else several}"
 
 
-def summary_of(selected: Selected, scorer: str) -> str:
+def summary_of(selected: Selected, scorer: str, penalty: str = "alpha", mean_weight: float = 1.0) -> str:
     """Return whether tuning generalised, in one sentence; by a scorer without percentages.
 
     Args:
         selected: with scores times minus one as losses, where there is a scorer.
         scorer: its name; empty for the loss.
+        penalty: how one penalty is called: "alpha", or "C" for its inverse.
+        mean_weight: of the rows.
     """
     choice, count = selected.choice, selected.node.u.size
+    if count == 1:
+        alpha = float(np.exp(selected.node.u[0])) * mean_weight
+        shown = alpha if penalty == "alpha" else 1.0 / alpha
+        return f"One penalty, {penalty} = {shown:.4g}, with criterion {selected.node.value:.5g}."
     if not scorer or choice is None:
         return selected.summary
     best, scalar = selected.nodes[choice.best], selected.scalar

@@ -32,7 +32,7 @@ from bilevel.criteria.choose import KINDS
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
-from bilevel.sklearn.inputs import AS_THEY_ARE, is_standardized, on_device
+from bilevel.sklearn.inputs import AS_THEY_ARE, check_scorer, is_standardized, on_device
 from bilevel.sklearn.report import TuningReport, losses_of, shown, summary_of
 from bilevel.sklearn.splits import Folds, penalties_of
 
@@ -62,6 +62,7 @@ class TunedLinearModel:
     _loss_name: ClassVar[str]
     _loss_factor: ClassVar[float] = 1.0
     """What a loss of `bilevel.criteria` is multiplied by to be the one that is shown."""
+    _penalty_name: ClassVar[str] = "alpha"
     _own_scoring: ClassVar[str]
     """The scorer that is the negative loss."""
 
@@ -89,6 +90,7 @@ class TunedLinearModel:
         Raises:
             ValueError: for a scorer as the criterion.
         """
+        check_scorer(type(self).__name__, getattr(self, "scoring", None))
         scorer = isinstance(self.criterion, str) and self.criterion in get_scorer_names()
         if scorer or callable(self.criterion):
             raise ValueError(
@@ -316,7 +318,7 @@ class TunedLinearModel:
             survived=selected.open,
             n_evaluations=selected.evaluations,
             seconds=selected.seconds,
-            summary=summary_of(selected, scorer),
+            summary=summary_of(selected, scorer, self._penalty_name, mean_weight),
             remarks=selected.remarks,
             nodes=self.cv_results_,
         )

@@ -129,6 +129,19 @@ def test_sentences_name_no_parameter_that_was_not_given():
         RidgeCV(criterion="loo").fit(X, y, groups=np.arange(40) // 4)
 
 
+def test_a_scorer_that_is_none_has_the_names_that_are_close():
+    for given, close in (
+        ("mse", "neg_mean_squared_error"),
+        ("auc", "roc_auc"),
+        ("log_loss", "neg_log_loss"),
+        ("acuracy", "accuracy"),
+    ):
+        with pytest.raises(ValueError, match=f"Got '{given}' instead: close are .*{close}"):
+            RidgeCV(scoring=given).fit(X, y)
+    with pytest.raises(ValueError, match=r"Got 'nice' instead\."):
+        RidgeCV(scoring="nice").fit(X, y)
+
+
 def test_weights_of_a_regression_say_which_estimator_to_give():
     for target in (y, y.astype(np.float32)):
         with pytest.raises(ValueError, match=r"Without an estimator SampleWeights takes classes: give .*RidgeCV\(\)"):

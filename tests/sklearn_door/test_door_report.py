@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from bilevel.criteria import Evidence, LinearData, Penalties
 from bilevel.sklearn import (
     ElasticNetCV,
+    LassoCV,
     LogisticRegressionCV,
     PenaltiesDisplay,
     RidgeCV,
@@ -40,6 +41,7 @@ def test_the_report_says_what_was_gained_whether_it_survived_and_what_it_cost(fi
         "one penalty",
         "tau 0.03",
         "<- chosen",
+        "tau: how strongly the penalties of a line are held together; at a low tau each is free.",
         "30 tuned penalties generalise",
         "evaluations",
         "processor time",
@@ -70,6 +72,13 @@ def test_the_report_of_one_penalty_is_short():
     assert report.honest == "none"
     assert not report.survived
     assert "tau" not in str(report)
+    for model, name in (
+        (RidgeCV(penalty_structure="scalar"), "alpha"),
+        (LogisticRegressionCV(penalty_structure="scalar"), "C"),
+    ):
+        model.fit(X, y if name == "alpha" else y > 0, sample_weight=np.full(100, 3.0))
+        value = model.alpha_ if name == "alpha" else model.C_
+        assert model.tuning_report_.summary.startswith(f"One penalty, {name} = {value:.4g}, with criterion ")
     assert np.isnan(report.kappa)
 
 
@@ -134,17 +143,40 @@ def test_figures_without_an_outer_loop_and_of_classes(pyplot):
     assert len(model.plot_penalties().points_) == 1
 
 
+def test_figures_say_what_they_leave_out_and_have_no_line_of_what_is_not_there(pyplot):
+    def legend(display):
+        shown = display.ax_.get_legend()
+        return [] if shown is None else [each.get_text() for each in shown.get_texts()]
+
+    wide = rng.standard_normal((40, 35))
+    scalar = RidgeCV(penalty_structure="scalar").fit(wide, wide[:, 0])
+    assert scalar.plot_penalties().ax_.get_title() == "the 30 weakest penalties of 35"
+    assert legend(scalar.plot_penalties()) == ["one penalty for all"]
+    assert legend(scalar.plot_path()) == ["criterion, all rows", "chosen"]
+    lasso = LassoCV(cv=2, alphas=5, candidates=["lasso"]).fit(X[:, :3], y)
+    assert legend(lasso.plot_path()) == ["held-out rows", "chosen"]
+    assert lasso.plot_penalties().ax_.get_title() == "lasso"
+    assert legend(lasso.plot_penalties()) == []
+    net = ElasticNetCV(cv=2, alphas=5, guard="off", stacking=False, candidates=["ridge", "elastic_net"]).fit(
+        X[:, :3], y
+    )
+    chosen = net.plot_penalties().ax_.get_title()
+    assert chosen in net.weights_
+    assert legend(net.plot_penalties()) == (["one penalty for all"] if chosen == "ridge" else [])
+
+
 def test_figures_take_the_last_step_of_a_pipeline_and_the_best_of_a_search(fitted, pyplot):
     pipe = make_pipeline(StandardScaler(), RidgeCV(penalty_structure="scalar"))
     search = GridSearchCV(pipe, {"ridgecv__fit_intercept": [True]}, cv=2)
+    ours = [model.fit(X[:, :3], y) for model in (pipe, search)]
+    others = (
+        linear_model.Ridge(),
+        make_pipeline(linear_model.Ridge()),
+        SampleWeights(linear_model.Ridge(), guard="off"),
+    )
     for display in (TuningPathDisplay, PenaltiesDisplay):
-        for model in (pipe, search):
-            assert isinstance(display.from_estimator(model.fit(X[:, :3], y)), display)
-        for other in (
-            linear_model.RidgeCV(),
-            make_pipeline(linear_model.RidgeCV()),
-            SampleWeights(linear_model.Ridge()),
-        ):
+        assert all(isinstance(display.from_estimator(model), display) for model in ours)
+        for other in others:
             with pytest.raises(ValueError, match="has no penalties that were tuned here: pass a fitted RidgeCV"):
                 display.from_estimator(other.fit(X[:, :3], y))
 
