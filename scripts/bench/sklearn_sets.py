@@ -71,6 +71,17 @@ def sparse_r(rng: Rng) -> Table:
     return regression(rng, X, first(rng, 100, 10), 1.5)
 
 
+def strong_r(rng: Rng, share: float = 0.01) -> Table:
+    """Likewise, with this share of noise in the variance."""
+    X, w = rng.standard_normal((300, 100)), first(rng, 100, 10)
+    return regression(rng, X, w, float(np.sqrt(share) * np.linalg.norm(w)))
+
+
+def stronger_r(rng: Rng) -> Table:
+    """Likewise, with a thousandth."""
+    return strong_r(rng, 0.001)
+
+
 def group_r(rng: Rng) -> Table:
     """Five blocks of 20 coefficients, two of them zero."""
     X = rng.standard_normal((300, 100))
@@ -218,6 +229,8 @@ REGRESSION: dict[str, Callable[[Rng], Table]] = {
         dense_r,
         corrdense_r,
         sparse_r,
+        strong_r,
+        stronger_r,
         group_r,
         corr_r,
         heavy_r,
