@@ -4,11 +4,12 @@ It computes what `step` and `sweep_vjp` of `bilevel.inner.multistep` compute, wi
 inside K steps. Steps with the same numbers on a quadratic are doubled (`bilevel.engine.affine`); all others are made
 one after the other, on blocks of memory that are made once:
 
-    forward    block k holds (g, [y,] s_1, ..., s_p):   g = grad(y),     (y+, s+) = F_k (g, y, s)
-    back       block k holds (y', g', a_1, ..., a_p):   y' = H' g',      (g'-, a-) = B_k (y', g', a)
+    forward    block k holds (g, [y,] s_1, ..., s_p):    y = read's,   g = grad(y),   s+ = [write, mix] (g, s)
+    back       block k holds (y', [g',] a_1, ..., a_p):  g' = write'a,   y' = H' g',   a- = [read, mix'] (y', a)
 
-with ``F = [write, 0, mix]`` and ``B = [read, 0, mix']``, each under a row for the next y, or g', made of the others. y
-is a row of its own unless the gradient is taken at one of the stored vectors.
+y is a row of its own unless the gradient is taken at one of the stored vectors, and g' unless it goes to one of them.
+It is made of the rounded vectors, as the steps make it: made of those before them, by products of the numbers, it would
+cost two digits where a momentum is near one.
 """
 
 from __future__ import annotations
@@ -48,73 +49,75 @@ class Steps(Stretch):
         self.read, self.write, self.mix = (
             np.array([getattr(each, name) for each in numbers]) for name in ("read", "write", "mix")
         )
-        first = self.read[0]
-        single = (first == 1.0).sum() == 1 == (first != 0).sum() and bool((self.read == first).all())
-        self.at = int(first.argmax()) if single else None
-        """Which stored vector the gradient is taken at; None for a combination of them."""
+        self.looked, self.written = _alone(self.read), _alone(self.write)
+        """The stored vector that the gradient is taken at, and the one that it goes to; None: several."""
+        if self.looked is not None and not bool((self.read[:, self.looked] == 1.0).all()):
+            self.looked = None
         self.blocks: Tensor | None = None
         self.places: Tensor | None = None
 
     def forward(self, s: Tensor, keep: bool) -> Tensor:
         p, m = s.shape
-        own = int(self.at is None)
+        own = int(self.looked is None)
         blocks = s.new_empty(self.count + 1 if keep else 2, 1 + own + p, m)
         blocks[0, 1 + own :] = s
-        if own:
-            blocks[0, 1] = torch.mv(s.t(), torch.from_numpy(self.read[0]).to(s))
         places = self.kernels.places(self.count if keep else 1)
         slots = places.unbind(0)
-        wholes, gradients = blocks.unbind(0), blocks[:, 0].unbind(0)
-        points, nexts = blocks[:, 1 + (self.at or 0)].unbind(0), blocks[:, 1:].unbind(0)
-        gradient, matrices, mm = self.kernels.gradient, self._forward(s), torch.mm
+        wholes, gradients, points = blocks.unbind(0), blocks[:, 0].unbind(0), self._points(blocks).unbind(0)
+        vectors, looks = blocks[:, 1 + own :].unbind(0), blocks[:, 1:2].unbind(0)
+        rows = np.insert(self.mix, [0] * own, 0.0, axis=2)
+        matrices = _unbound(np.concatenate([self.write[:, :, None], rows], axis=2), s)
+        reads = _unbound(self.read[:, None, :], s) if own else []
+        gradient, mm, last = self.kernels.gradient, torch.mm, 0
+        for k in range(self.count):
+            last, place = (k + 1, slots[k]) if keep else (1 - (k & 1), slots[0])
+            here = k if keep else k & 1
+            if own:
+                mm(reads[k], vectors[here], out=looks[here])
+            gradient(points[here], place, gradients[here])
+            mm(matrices[k], wholes[here], out=vectors[last])
         if keep:
-            for k in range(self.count):
-                gradient(points[k], slots[k], gradients[k])
-                mm(matrices[k], wholes[k], out=nexts[k + 1])
             self.blocks, self.places = blocks, places
-        else:
-            for k in range(self.count):
-                here = k & 1
-                gradient(points[here], slots[0], gradients[here])
-                mm(matrices[k], wholes[here], out=nexts[1 - here])
-        return blocks[self.count if keep else self.count & 1, 1 + own :].clone()
+        return vectors[last].clone()
 
     def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
         assert self.blocks is not None
         assert self.places is not None
         p, m = a.shape
-        kernels = cast(Kernels, self.kernels)
+        kernels, own = cast(Kernels, self.kernels), int(self.written is None)
         at = kernels.at(self.places).unbind(0)
-        points = self.blocks[:, 1 + (self.at or 0)]
-        matrices, product, mm = self._backward(a), kernels.product, torch.mm
         # The block of step k is at k + 1, so that the first step has one to write into.
-        back = a.new_empty(self.count + 1, 2 + p, m)
-        back[-1, 1] = torch.from_numpy(self.write[-1]).to(a) @ a
-        back[-1, 2:] = a
-        wholes, into, vectors, nexts = (each.unbind(0) for each in (back, back[:, 0], back[:, 1], back[:, 1:]))
+        back = a.new_empty(self.count + 1, 1 + own + p, m)
+        back[-1, 1 + own :] = a
+        sums = back[:, 1 + (self.written or 0)]
+        wholes, into, cotangents = back.unbind(0), back[:, 0].unbind(0), sums.unbind(0)
+        vectors, gathered = back[:, 1 + own :].unbind(0), back[:, 1:2].unbind(0)
+        factors = np.ones(self.count) if self.written is None else self.write[:, self.written]
+        columns = np.insert(self.mix.transpose(0, 2, 1), [0] * own, 0.0, axis=2)
+        matrices = _unbound(np.concatenate([factors[:, None, None] * self.read[:, :, None], columns], axis=2), a)
+        writes = _unbound(self.write[:, None, :], a) if own else []
+        product, mm = kernels.product, torch.mm
         for k in range(self.count - 1, -1, -1):
-            product(at[k], vectors[k + 1], into[k + 1])
-            mm(matrices[k], wholes[k + 1], out=nexts[k])
-        return back[0, 2:].clone(), kernels.cross(points[:-1], back[1:, 1])
+            if own:
+                mm(writes[k], vectors[k + 1], out=gathered[k + 1])
+            product(at[k], cotangents[k + 1], into[k + 1])
+            mm(matrices[k], wholes[k + 1], out=vectors[k])
+        same = bool((factors == factors[0]).all())
+        pulled = sums[1:] * (float(factors[0]) if same else torch.from_numpy(factors).to(a)[:, None])
+        return vectors[0].clone(), kernels.cross(self._points(self.blocks)[:-1], pulled)
 
     def forget(self) -> None:
         self.blocks = self.places = None
 
-    def _forward(self, like: Tensor) -> list[Tensor]:
-        """Return F of every step."""
-        every = np.concatenate([self.write[:, :, None], self.mix], axis=2)
-        if self.at is None:
-            every = np.insert(every, 1, 0.0, axis=2)
-            following = np.append(self.read[1:], np.zeros_like(self.read[:1]), axis=0)
-            every = np.concatenate([following[:, None] @ every, every], axis=1)
-        return _unbound(every, like)
+    def _points(self, blocks: Tensor) -> Tensor:
+        """Return where the gradients of blocks are taken."""
+        return blocks[:, 1 + (self.looked or 0)]
 
-    def _backward(self, like: Tensor) -> list[Tensor]:
-        """Return B of every step."""
-        none = np.zeros_like(self.read)[:, :, None]
-        every = np.concatenate([self.read[:, :, None], none, self.mix.transpose(0, 2, 1)], axis=2)
-        before = np.append(np.zeros_like(self.write[:1]), self.write[:-1], axis=0)
-        return _unbound(np.concatenate([before[:, None] @ every, every], axis=1), like)
+
+def _alone(weights: NDArray[np.float64]) -> int | None:
+    """Return the only index, the same in all steps, of a weight that is not zero; None where there are several."""
+    used = np.flatnonzero((weights != 0).any(axis=0))
+    return int(used[0]) if len(used) == 1 else None
 
 
 def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
