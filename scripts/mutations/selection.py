@@ -22,7 +22,7 @@ SELECTION = (
     Break(
         "gate-always-open",
         "bilevel/selection/gate.py",
-        "proved = bool(gains[best] > kappa * errors[best])",
+        "proved = bool(gains[best] > max(kappa * errors[best], rounding))",
         "proved = bool(gains[best] > 0)",
         "test_gate.py",
     ),
