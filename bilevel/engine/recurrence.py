@@ -89,14 +89,13 @@ def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, 
     def settled(index: int) -> bool:
         return solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from
 
-    index = first
+    index, here = first, numbers(first)
     while index < last:
-        here = numbers(index)
-        end = last if settled(index) else index + 1
-        while end < last and numbers(end) == here:
+        end, following = last if settled(index) else index + 1, here
+        while end < last and (following := numbers(end)) == here:
             end = last if settled(end) else end + 1
         yield here, end - index
-        index = end
+        index, here = end, following
 
 
 def _geometric(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Moving:

@@ -9,6 +9,7 @@ import batches
 import certificates
 import cleaning
 import curves
+import flat
 import general
 import large_logistic
 import meta
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: steadier on a busy machine)")
     torch.set_num_threads(parser.parse_args().threads)
     benchmarks = (
-        *(accuracy, unroll, quadratic, large_logistic, structured, general, networks, batches, overhead, curves),
+        *(accuracy, unroll, flat, quadratic, large_logistic, structured, general, networks, batches, overhead, curves),
         *(certificates, cleaning, meta, outer),
     )
     passed = [benchmark.main() for benchmark in benchmarks]
