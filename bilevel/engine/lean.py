@@ -15,9 +15,10 @@ cost two digits where a momentum is near one.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import cast
 
 import numpy as np
@@ -131,28 +132,30 @@ class Stretches:
         self.kernels, self.solver, self.first = kernels, solver, first
         self.powers: dict[Coefficients, Powers] = {}
 
-    def of(self, *parts: tuple[int, int]) -> list[list[Stretch]] | None:
-        """Return the stretches of parts of the run; None where the solver's numbers depend on the iterate."""
+    @property
+    def known(self) -> bool:
+        """Whether the solver's numbers are known before its iterates are."""
         try:
-            return [list(self.between(*part)) for part in parts]
+            return bool(next(schedule(self.solver, (self.first,), 0, 1)))
         except (AttributeError, TypeError):  # they were asked for without one
-            return None
+            return False
 
     def between(self, low: int, high: int) -> Iterator[Stretch]:
         """Yield the steps low, ..., high - 1: stretches of equal steps that are doubled, and of all others.
 
-        They are no longer than about the root of their number, so that a sweep can make one after the other again.
+        They are no longer than about the root of their number, so that a sweep can make one after the other again; none
+        is made before it is asked for.
         """
+        longest = max(SHORTEST, math.isqrt(high - low))
         parts = ((numbers[0], count) for numbers, count in schedule(self.solver, (self.first,), low, high))
         for doubled, group in groupby(parts, lambda part: self._doubles(*part)):
             if doubled:
                 for numbers, count in group:
                     yield from self._doubled(numbers, count)
                 continue
-            every = [numbers for numbers, count in group for _ in range(count)]
-            longest = max(SHORTEST, math.isqrt(len(every)))
-            for start in range(0, len(every), longest):
-                yield Steps(self.kernels, every[start : start + longest])
+            every = (numbers for numbers, count in group for _ in range(count))
+            while some := list(islice(every, longest)):
+                yield Steps(self.kernels, some)
 
     def _doubles(self, numbers: Coefficients, count: int) -> bool:
         affine = self.kernels.affine
@@ -186,19 +189,18 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
         length: steps taken -> steps differentiated.
         kept: whether their iterates are kept, or made again on the way back, stretch by stretch, to the same bits.
     """
-    kernels = _kernels(run)
+    kernels, counts = _kernels(run), run.meter.counts.copy()
     if kernels is None:
         return None
     first, steps = run.begin(), run.solver.steps or 0
     tail, s = min(length(steps), steps), _flat(first)
     made = Stretches(kernels, cast(LinearMultistep, run.solver), first)
-    parts = made.of((0, steps - tail), (steps - tail, steps))
-    if parts is None:
-        return None
+    if not made.known:
+        return _back_to(counts, run)
     swept: list[tuple[Stretch, Tensor]] = []
-    for stretch in parts[0]:
+    for stretch in made.between(0, steps - tail):
         s = stretch.forward(s, False)
-    for stretch in parts[1]:
+    for stretch in made.between(steps - tail, steps):
         swept.append((stretch, s))
         s = stretch.forward(s, True)
         if not kept:
@@ -207,7 +209,7 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
     for powers in made.powers.values():
         sound = sound & powers.finite
     if not bool(sound):
-        return None
+        return _back_to(counts, run)
     end = _ended(run, first, s)
 
     @torch.no_grad()
@@ -232,19 +234,21 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
 @torch.no_grad()
 def pushed(run: Run) -> Solution | None:
     """Return the solution of a run with its derivative by all hyperparameters carried along; None as for `unrolled`."""
-    kernels = _kernels(run)
+    kernels, counts = _kernels(run), run.meter.counts.copy()
     if kernels is None:
         return None
     first, steps, raveler = run.begin(), run.solver.steps or 0, tree.Raveler(run.hparams)
     s = _flat(first)
     size, s = s.shape[1], torch.cat([s, s.new_zeros(s.shape[0], raveler.size * s.shape[1])], dim=1)
-    parts = Stretches(Pushed(kernels, size), cast(LinearMultistep, run.solver), first).of((0, steps))
-    if parts is None:
-        return None
-    for stretch in parts[0]:
+    both = Pushed(kernels, size)
+    made = Stretches(both, cast(LinearMultistep, run.solver), first)
+    if not made.known:
+        return _back_to(counts, run)
+    for stretch in made.between(0, steps):
         s = stretch.forward(s, False)
+        both.parts.clear()  # memory must not grow with the steps
     if not bool(torch.isfinite(s.sum())):
-        return None
+        return _back_to(counts, run)
     end = _ended(run, first, s[:, :size])
     run.meter.counts["jvp"] += steps * raveler.size
     tangents = s[0, size:].view(-1, size)
@@ -262,6 +266,13 @@ def _kernels(run: Run) -> Kernels | None:
     if solver.steps is None or solver.tol is not None or not solver.follows_coefficients:
         return None
     return run.inner().kernels()
+
+
+def _back_to(counts: Counter[str], run: Run) -> Solution | None:
+    """Return None, with what a run has counted in vain taken back: its steps count it again."""
+    run.meter.counts.clear()
+    run.meter.counts.update(counts)
+    return None
 
 
 def _flat(state: InnerState) -> Tensor:

@@ -16,6 +16,7 @@ from bilevel.engine.affine import block, doubles
 from bilevel.engine.estimator import Run
 from bilevel.engine.lean import pushed, unrolled
 from bilevel.inner.coefficients import Coefficients
+from bilevel.oracles.kernels import Pushed
 
 STEPS = 45
 METHODS: dict[str, bl.InnerSolver] = {
@@ -133,6 +134,7 @@ def test_a_solver_that_takes_its_steps_itself_takes_them() -> None:
 def test_failures_are_named_as_by_the_steps(name: str, step_size: float, steps: int) -> None:
     flat, stepped = estimates(PROBLEMS[name], step_size, steps, hparams(PROBLEMS[name]))
     assert not flat.status.usable
+    assert flat.cost.counts == stepped.cost.counts
     assert flat.verdict.detail == stepped.verdict.detail.replace("Watched", "GradientDescent")
 
 
@@ -230,6 +232,14 @@ class Cautious(bl.GradientDescent):
         return Coefficients(read=(1.0,), mix=((1.0,),), write=(-0.05 / (1.0 + float(state.params.norm())),))
 
 
+class CautiousMomentum(bl.HeavyBall):
+    """Momentum that is smaller far from zero."""
+
+    def coefficients(self, state: Any) -> Coefficients:
+        m = 0.5 / (1.0 + float(state.params.norm()))
+        return Coefficients(read=(1.0, 0.0), mix=((1.0 + m, -m), (1.0, 0.0)), write=(-0.01, 0.0))
+
+
 @pytest.mark.parametrize("make", [SmoothProblem, Doubling, ShiftedProblem], ids=lambda make: make.__name__)
 def test_what_a_subclass_changes_is_what_its_steps_see(make: Any) -> None:
     problem = make(X, Y if make is ShiftedProblem else LABELS, X + 0.1, Y if make is ShiftedProblem else LABELS)
@@ -259,3 +269,32 @@ def test_no_more_steps_are_swept_than_taken_and_data_that_ask_for_derivatives_ge
         pulled = found.pullback(torch.ones(3, dtype=F64)).hparams
         assert not (found.params.requires_grad)
         assert not (pulled.requires_grad)
+
+
+def test_forward_mode_holds_no_more_for_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    split = Pushed._split
+
+    def watched(self: Pushed, x: Tensor) -> Any:
+        found = split(self, x)
+        held.append(len(self.parts))
+        return found
+
+    monkeypatch.setattr(Pushed, "_split", watched)
+    problem = PROBLEMS["logistic"]
+    run = Run(problem, bl.GradientDescent(0.05, steps=400), hparams(problem), problem.start())
+    assert pushed(run) is not None
+    assert max(held) == 4 < len(held)
+
+
+def test_what_a_run_in_vain_has_measured_is_counted_once() -> None:
+    wide = normal(3, 330, 320)
+    problem = bl.problems.RidgeProblem(wide, wide[:, 0], wide[:5], wide[:5, 0])
+    solver = bl.HeavyBall(momentum=0.999, steps=40)  # measures the curvature by products
+    run = Run(problem, solver, hparams(problem), problem.start())
+    run.begin()
+    once = dict(run.meter.counts)
+    vain = Run(problem, CautiousMomentum(momentum=0.999, steps=40), hparams(problem), problem.start())
+    assert once
+    assert unrolled(vain, lambda steps: steps) is None
+    assert not vain.meter.counts
