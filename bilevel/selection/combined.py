@@ -9,7 +9,7 @@ from torch import Tensor
 from bilevel.criteria.criterion import Array, Fit
 from bilevel.selection.gate import Choice, in_errors
 from bilevel.selection.honest import Fold, HonestLosses
-from bilevel.selection.selected import Judged
+from bilevel.selection.selected import Fitted, Judged
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,7 +58,7 @@ class NetPath:
 
 
 @dataclass(frozen=True, eq=False)
-class Combined:
+class Combined(Fitted):
     """The model of an `elastic_cv`, and what was seen on the way to it.
 
     Attributes:
@@ -75,7 +75,6 @@ class Combined:
         remarks: what is worth knowing besides, a sentence each.
     """
 
-    fit: Fit
     candidates: tuple[Candidate, ...]
     choice: Choice
     net: NetPath
@@ -86,16 +85,6 @@ class Combined:
     converged: bool
     seconds: float
     remarks: tuple[str, ...]
-
-    @property
-    def coef(self) -> Tensor:
-        """Coefficients, (features,), in the units of the X that was given."""
-        return self.fit.coef
-
-    @property
-    def intercept(self) -> Tensor:
-        """The intercept, of shape ()."""
-        return self.fit.intercept
 
     @property
     def open(self) -> bool:

@@ -61,7 +61,28 @@ class Node(Judged):
 
 
 @dataclass(frozen=True, eq=False)
-class Selected:
+class Fitted:
+    """A model of all rows.
+
+    Attributes:
+        fit: the model, in the units of the X that was given.
+    """
+
+    fit: Fit
+
+    @property
+    def coef(self) -> Tensor:
+        """Coefficients, (features,) or (outputs, features), in the units of the X that was given."""
+        return self.fit.coef
+
+    @property
+    def intercept(self) -> Tensor:
+        """The intercept, of shape () or (outputs,)."""
+        return self.fit.intercept
+
+
+@dataclass(frozen=True, eq=False)
+class Selected(Fitted):
     """A tuned model, and what was seen on the way to it.
 
     Attributes:
@@ -79,7 +100,6 @@ class Selected:
         scanned: the criterion at every candidate for the one penalty, the strongest first, where there were candidates.
     """
 
-    fit: Fit
     nodes: tuple[Node, ...]
     chosen: int
     choice: Choice | None
@@ -91,16 +111,6 @@ class Selected:
     seconds: float
     remarks: tuple[str, ...]
     scanned: tuple[Evaluation, ...] = ()
-
-    @property
-    def coef(self) -> Tensor:
-        """Coefficients, (features,) or (outputs, features), in the units of the X that was given."""
-        return self.fit.coef
-
-    @property
-    def intercept(self) -> Tensor:
-        """The intercept, of shape () or (outputs,)."""
-        return self.fit.intercept
 
     @property
     def node(self) -> Node:
