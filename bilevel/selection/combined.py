@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Fit
-from bilevel.selection.gate import Choice, in_errors
+from bilevel.selection.gate import Choice
 from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.selected import Fitted, Judged
 
@@ -119,7 +119,7 @@ class Combined(Fitted):
         if best is first:
             return f"The {first.name} is kept: no other has a smaller loss on held-out rows ({first.loss:.5g})."
         figures = f"{best.loss:.5g} against {first.loss:.5g} on held-out rows"
-        proof = in_errors(best.gate, choice.kappa)
+        proof = choice.proof
         if ungated:
             doubt = f"the gain of the {best.name} is not proved ({figures}: {proof})"
             return f"The model is {shares}, without a gate: {doubt}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from bilevel.core.status import BilevelWarning
 from bilevel.criteria.criterion import Array, Criterion, Fit
 from bilevel.criteria.penalties import Penalties
 from bilevel.numerics.elastic_net import ROUNDS
@@ -128,7 +130,10 @@ def elastic_cv(
     losses = HonestLosses(held_out.pooled(judged), held_out.rows, evaluations)
     if kappa is None:
         kappa = kappa_of(criterion.loss, losses.losses[0], criterion.data.features)
-    choice = choose(losses.losses, kappa, rounding=rounding_of(criterion.loss, criterion.data))
+    choice = choose(losses.losses, kappa, "best", rounding_of(criterion.loss, criterion.data), losses.rows)
+    if choice.lone_row:
+        remarks.append(f"{choice.lone_row} of held-out rows: look at it.")
+        warnings.warn(remarks[-1], BilevelWarning, stacklevel=3)
     weights = _weights(criterion, held_out, columns, choice, guard, stacking)
     return Combined(
         fit=_sum(columns, weights),

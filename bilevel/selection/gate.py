@@ -17,6 +17,9 @@ from bilevel.problems.losses import GLMLoss, Squared
 FEW_NATS = 50.0
 """Below this sum of a loss that vanishes on separated rows, few rows carry it, and its standard error is too small."""
 
+HALF = 0.5
+"""A row with more than this part of the loss keeps the gate closed: the error of a gain is not known from one row."""
+
 ROUNDING = 100.0
 """Predictions that are off by so many units of rounding of y are exact."""
 
@@ -35,6 +38,7 @@ class Choice:
         losses: mean honest loss of every node.
         gains: mean of ``L_0 - L_k`` for every node k, (nodes,).
         gain_errors: their standard errors; infinite for a node that failed.
+        lone_row: names a row with more than half of the loss of node 0, which keeps the gate closed; empty without one.
     """
 
     node: int
@@ -44,6 +48,12 @@ class Choice:
     losses: Array
     gains: Array
     gain_errors: Array
+    lone_row: str = ""
+
+    @property
+    def proof(self) -> str:
+        """What speaks for the gain of the best node, or against it, in words."""
+        return self.lone_row or in_errors(float(self.gates[self.best]), self.kappa)
 
     @property
     def gates(self) -> Array:
@@ -115,17 +125,40 @@ def in_errors(gate: float, kappa: float) -> str:
     return f"{gate:.{digits}f} standard errors, with {kappa:g} needed"
 
 
-def choose(losses: Array, kappa: float, rule: Rule = "best", rounding: float = 0.0) -> Choice:
+def lone_row(losses: Array, rows: NDArray[np.intp]) -> str:
+    """Return the name of a row with more than half of the losses of three rows or more; empty where none has.
+
+    Args:
+        losses: of shape (rows,).
+        rows: their indices.
+
+    >>> lone_row(np.array([0.1, 0.8, 0.1]), np.array([4, 7, 9]))
+    'row 7 (counted from 0) alone makes 80% of the loss'
+    """
+    worst = int(np.argmax(losses))
+    if len(losses) < 3 or not losses[worst] > HALF * losses.sum():
+        return ""
+    return f"row {rows[worst]} (counted from 0) alone makes {losses[worst] / losses.sum():.0%} of the loss"
+
+
+def choose(
+    losses: Array,
+    kappa: float,
+    rule: Rule = "best",
+    rounding: float = 0.0,
+    rows: NDArray[np.intp] | None = None,
+) -> Choice:
     """Return the best node, or the first within a standard error of it, where its gain over one penalty is proved.
 
-    Node 0 is kept unless ``mean(L_0 - L_b) > max(kappa se, rounding)``, with b the node of the least honest loss. By
-    "one_se" kappa is at least 1: with less, node 0 could be the first.
+    Node 0 is kept unless ``mean(L_0 - L_b) > max(kappa se, rounding)``, with b the node of the least honest loss, and
+    no row makes more than half of L_0. By "one_se" kappa is at least 1: with less, node 0 could be the first.
 
     Args:
         losses: honest losses of rows, (nodes, rows), one penalty first; nodes with losses that are not finite are out.
         kappa: standard errors of the gain that are asked for.
         rule: "best", or "one_se" where honest losses still flatter the nodes with weak hyperpriors.
         rounding: gains up to this are none: see `rounding_of`.
+        rows: indices of the rows, (rows,); None where one of them may make more than half, as scores of folds do.
     """
     kappa = max(kappa, 1.0) if rule == "one_se" else kappa
     fine = np.isfinite(losses.sum(1))
@@ -135,6 +168,7 @@ def choose(losses: Array, kappa: float, rule: Rule = "best", rounding: float = 0
     mean, error = paired(losses[usable], losses[0])
     gains[usable], errors[usable] = -mean, error
     best = int(usable[np.argmin(means[usable])])
-    proved = bool(gains[best] > max(kappa * errors[best], rounding))
+    lone = "" if rows is None else lone_row(losses[0], rows)
+    proved = not lone and bool(gains[best] > max(kappa * errors[best], rounding))
     node = 0 if not proved else best if rule == "best" else int(usable[one_se(losses[usable])])
-    return Choice(node, best, proved, kappa, means, gains, errors)
+    return Choice(node, best, proved, kappa, means, gains, errors, lone)

@@ -130,12 +130,17 @@ def penalty_cv(
         if kappa is None:
             kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0], size)
         rule = _rule(guard, honest, size, data.counted)
-        choice = choose(losses.losses, kappa, rule, 0.0 if score is not None else rounding_of(criterion.loss, data))
+        exact, rows = rounding_of(criterion.loss, data), losses.rows
+        choice = choose(losses.losses, kappa, rule, *((0.0, None) if score is not None else (exact, rows)))
         chosen = choice.node
     elif size > data.counted:
         remarks.append(_risk(size, data.counted))
     point = points[chosen]
-    if named := criterion.remark(point.evaluation):
+    named = criterion.remark(point.evaluation)
+    if not named and choice is not None and choice.lone_row:
+        named = f"{choice.lone_row} of held-out rows: look at it."
+        remarks.append(named)
+    if named:
         warnings.warn(named, BilevelWarning, stacklevel=3)
     return Selected(
         fit=criterion.refit(point.u, point.evaluation.warm),

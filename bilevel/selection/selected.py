@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
-from bilevel.selection.gate import Choice, in_errors, paired
+from bilevel.selection.gate import Choice, paired
 from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.path import PathPoint
 
@@ -138,7 +138,7 @@ class Selected(Fitted):
         best = self.nodes[self.choice.best]
         if self.choice.best == 0:
             return f"One penalty is kept: no tuned ones have a smaller loss on held-out rows ({self.scalar.loss:.5g})."
-        proof = in_errors(best.gate, self.choice.kappa)
+        proof = self.choice.proof
         figures = f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows: {proof}"
         if self.open and self.node is not best:
             figures = (

@@ -9,7 +9,6 @@ import numpy as np
 from tabulate import tabulate
 
 from bilevel.selection import Candidate, Node, Selected
-from bilevel.selection.gate import in_errors
 
 TAU = "tau: how strongly the penalties of a line are held together; at a low tau each is free."
 
@@ -125,7 +124,7 @@ def summary_of(selected: Selected, scorer: str, penalty: str = "alpha", mean_wei
         return f"One penalty is kept: {scorer} is not finite on all held-out folds."
     if choice.best == 0:
         return f"One penalty is kept: no tuned ones have a better {scorer} on held-out rows ({-scalar.loss:.5g})."
-    proof = in_errors(best.gate, choice.kappa)
+    proof = choice.proof
     figures = f"{scorer} {-best.loss:.5g} against {-scalar.loss:.5g} on held-out rows: {proof}"
     if choice.open and selected.node is not best:
         figures = (

@@ -22,9 +22,16 @@ SELECTION = (
     Break(
         "gate-always-open",
         "bilevel/selection/gate.py",
-        "proved = bool(gains[best] > max(kappa * errors[best], rounding))",
-        "proved = bool(gains[best] > 0)",
+        "bool(gains[best] > max(kappa * errors[best], rounding))",
+        "bool(gains[best] > 0)",
         "test_gate.py",
+    ),
+    Break(
+        "one-row-opens-the-gate",
+        "bilevel/selection/gate.py",
+        "proved = not lone and bool(",
+        "proved = bool(",
+        "test_gate.py::test_a_row_that_makes_most_of_the_loss_opens_no_gate",
     ),
     Break(
         "one-se-of-unpaired-losses",

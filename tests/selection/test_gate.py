@@ -81,6 +81,20 @@ def test_rounding_opens_no_gate(value: float) -> None:
     assert choose(np.stack([9.0 * rows, 0.0 * rows]), 1.0, "one_se", rounding).open
 
 
+def test_a_row_that_makes_most_of_the_loss_opens_no_gate() -> None:
+    losses = np.stack([[0.1, 9.0, 0.1, 0.1], [0.01, 8.0, 0.0, 0.0]])
+    rows = np.array([3, 7, 8, 9])
+    assert choose(losses, 1.0).open
+    closed = choose(losses, 1.0, rows=rows)
+    assert (closed.node, closed.best, closed.open) == (0, 1, False)
+    assert closed.proof == "row 7 (counted from 0) alone makes 97% of the loss"
+    calm = choose(np.stack([ZERO, BETTER]), 1.0, rows=rows)
+    assert calm.open
+    assert calm.proof == "2.4 standard errors, with 1 needed"
+    # Of two rows, one always makes half.
+    assert not choose(losses[:, :2], 0.5, rows=rows[:2]).lone_row
+
+
 def test_a_gain_beside_what_was_needed_has_the_digits_that_tell_them_apart() -> None:
     found = [in_errors(gate, kappa).split(" standard")[0] for gate, kappa in ((0.96, 1), (1.004, 1), (2.0004, 2.0))]
     assert found == ["0.96", "1.004", "2.0004"]

@@ -6,7 +6,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit
 
 import bilevel as bl
-from bilevel.sklearn import ElasticNetCV, LogisticRegressionCV, RidgeCV, SampleWeights
+from bilevel.sklearn import ElasticNetCV, LassoCV, LogisticRegressionCV, RidgeCV, SampleWeights
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((40, 4))
@@ -184,6 +184,30 @@ def test_a_row_that_makes_most_of_the_criterion_is_named():
     spoiled[17] = 1e3
     with pytest.warns(bl.BilevelWarning, match=r"row 17 \(counted from 0\) alone makes 9.% of the criterion"):
         RidgeCV(penalty_structure="scalar").fit(X, spoiled)
+
+
+ONE = np.where(np.arange(100) == 7, 4.0, 3.0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("estimator", [RidgeCV(), LassoCV(), ElasticNetCV(alphas=8)], ids=["ridge", "lasso", "net"])
+def test_a_target_that_is_constant_but_for_one_row_opens_no_gate(estimator, seed):
+    table = np.random.default_rng(seed).standard_normal((100, 20))
+    with pytest.warns(bl.BilevelWarning, match=r"row 7 \(counted from 0\) alone makes 9.% of the"):
+        report = estimator.fit(table, ONE).tuning_report_
+    assert not report.survived
+    assert " is kept" in report.summary
+
+
+@pytest.mark.parametrize("options", [{}, {"l1_ratios": [1.0], "penalty_structure": "scalar"}], ids=["ridge", "net"])
+def test_a_wrong_label_among_separated_classes_opens_no_gate(options):
+    table = np.random.default_rng(0).standard_normal((100, 8))
+    labels = table[:, 0] > 0
+    table[:, 0] += 4.0 * np.sign(table[:, 0])
+    labels[7] = ~labels[7]
+    with pytest.warns(bl.BilevelWarning, match=r"row 7 \(counted from 0\) alone makes [5-9].% of the"):
+        report = LogisticRegressionCV(**options).fit(table, labels).tuning_report_
+    assert not report.survived
 
 
 def test_a_search_that_was_cut_short_says_what_to_do():
