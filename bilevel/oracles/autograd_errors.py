@@ -42,7 +42,7 @@ SENTENCES = (
     (
         r"aot_autograd does not currently support double backward",
         "{what} cannot be differentiated twice, as it calls what torch.compile has compiled: leave torch.compile out "
-        "and compile the oracles instead, bilevel.trace(problem, 'inductor').",
+        "and record the oracles instead, bilevel.trace(problem).",
     ),
     (
         r"differentiate twice a function that was marked with @once_differentiable",

@@ -1,9 +1,9 @@
 """Traced oracles: gradient and VJP of a general loss, recorded once as a list of tensor operations and replayed.
 
 A reverse sweep over stored iterates pays for building and freeing an autograd graph at each step, although every step
-does the same. `trace` records the operations of one inner gradient and of one double backward (reverse over reverse)
-with ``make_fx``, cleans them up, and replays them; "inductor" compiles them. The recording holds for one signature
-(structure, shapes, dtypes, device); another one is recorded when it is met.
+does the same. `trace` records the operations of one inner gradient and of one double backward (reverse over reverse),
+cleans them up, and replays them. The recording holds for one signature (structure, shapes, dtypes, device); another one
+is recorded when it is met.
 
 Repeated products at one point (`hvp`, `cross`: linear solves) and `jvp` stay with autograd, whose graph they share.
 """
@@ -11,8 +11,7 @@ Repeated products at one point (`hvp`, `cross`: linear solves) and `jvp` stay wi
 from __future__ import annotations
 
 import copy
-import os
-import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor, fx
 
 from bilevel.core import tree
-from bilevel.core.threads import PROCESS_STATE
 from bilevel.core.tree import Tree
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.losses import Losses
+from bilevel.oracles.recording import Part, record
 
-MODES = ("fx", "inductor")
 Problem = TypeVar("Problem", bound=Losses)
-Replay: TypeAlias = Callable[..., list[Tensor]]
+Replay: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
 def trace(problem: Problem, mode: str = "fx") -> Problem:
@@ -39,7 +37,7 @@ def trace(problem: Problem, mode: str = "fx") -> Problem:
 
     Args:
         problem: a problem without closed-form oracles.
-        mode: "fx" or "inductor".
+        mode: "fx"; "inductor", which was no faster, is deprecated and forwards to it.
 
     Raises:
         ValueError: for another mode, and for a problem with closed-form oracles.
@@ -50,14 +48,16 @@ def trace(problem: Problem, mode: str = "fx") -> Problem:
     >>> inner.grad(torch.ones(3))
     tensor([3., 3., 3.])
     """
-    if mode not in MODES:
-        raise ValueError(f"`trace` takes the mode 'fx' or 'inductor', got {mode!r}.")
+    if mode == "inductor":
+        warnings.warn("trace(problem, 'inductor') is now trace(problem).", DeprecationWarning, stacklevel=2)
+    elif mode != "fx":
+        raise ValueError(f"`trace` takes the mode 'fx', got {mode!r}.")
     if (kind := problem.traced_inner) is None:
         raise ValueError(
             f"{type(problem).__name__} has closed-form oracles, which are faster than traced ones: use it as it is."
         )
     view = copy.copy(problem)
-    view.inner_problem, view.traces, view.derivatives_seen = kind, Traces(mode), {}
+    view.inner_problem, view.traces, view.derivatives_seen = kind, Traces(), {}
     return view
 
 
@@ -90,64 +90,58 @@ def _products(problem: Losses, params: Tree, hparams: Tree, v: Tree) -> list[Ten
 
 
 class Traces:
-    """The recordings of a problem, made when they are first needed; `mode` is "fx" or "inductor"."""
+    """The recordings of a problem, made when they are first needed."""
 
-    def __init__(self, mode: str) -> None:
-        self._mode = mode
+    def __init__(self) -> None:
         self._made: dict[Any, Replay] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Traces, (self._mode,)  # a copy in another process records anew
+        return Traces, ()  # a copy in another process records anew
 
-    def replay(self, oracle: Callable[..., list[Tensor]], problem: Losses, *trees: Tree) -> list[Tensor]:
+    def replay(self, oracle: Callable[..., list[Tensor]], problem: Losses, *trees: Tree) -> tuple[Tensor, ...]:
         """Return ``oracle(problem, *trees)`` from its recording; the batch of the problem is an argument of it."""
         arguments = (*trees, problem.minibatch)
-        key = (oracle, _signature(arguments))
+        key = (oracle, signature(arguments))
         with torch.no_grad():
-            recording = self._made.get(key)
-            if recording is None:
-                with PROCESS_STATE:  # torch's tracer patches modules while it records
-                    recording = self._made.get(key) or self._record(oracle, problem, arguments)
-                    self._made[key] = recording
+            if key not in self._made:
+                self._made[key] = _recorded(oracle, problem, arguments)
             # Recorded operations hold for the layout that was recorded.
-            return recording(*[_contiguous(leaf) for leaf in tree.leaves(arguments)])
+            return self._made[key](*map(_contiguous, tree.leaves(arguments)))
 
-    def _record(self, oracle: Callable[..., list[Tensor]], problem: Losses, arguments: Tree) -> Replay:
-        # Imported here: it takes a second, which only traced problems should pay.
-        from torch.fx.experimental.proxy_tensor import make_fx
 
-        def flat(*tensors: Tensor) -> list[Tensor]:
-            *trees, batch = tree.rebuild(arguments, tensors)
-            return oracle(problem.on_batch(batch), *trees)
+def _recorded(oracle: Callable[..., list[Tensor]], problem: Losses, arguments: Tree) -> Replay:
+    def flat(*leaves: Any) -> list[Tensor]:
+        *trees, batch = tree.rebuild(arguments, leaves)
+        return oracle(problem.on_batch(batch), *trees)
 
-        # One tensor may be two arguments, or one that the loss holds besides: copies keep them apart.
-        apart = [
-            leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in map(_contiguous, tree.leaves(arguments))
-        ]
-        try:
-            module = make_fx(flat)(*apart)
-        except Exception as error:
-            flat(*apart)  # an error of the loss itself is raised as it is
-            raise ValueError(
-                f"the inner loss cannot be traced: {str(error).splitlines()[0]} (its Python must not depend on the "
-                "values of tensors: use torch.where in place of `if`, tensors in place of float(); or leave out "
-                "`trace`)."
-            ) from error
-        check_shapes(module)
-        clean(module)
-        # The function itself: a call of the module goes through its hooks, which takes as long as ten small operations.
-        replay: Replay = module.forward
-        if self._mode == "inductor":
-            replay = _compiled(replay, apart[0].device)
-        _verify(flat, replay, apart)
-        return replay
+    # One tensor may be two arguments, or one that the loss holds besides: copies keep them apart.
+    apart = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in map(_contiguous, tree.leaves(arguments))]
+    try:
+        module = record(flat, apart)
+    except Exception as error:
+        flat(*apart)  # an error of the loss itself is raised as it is
+        raise ValueError(
+            f"the inner loss cannot be traced: {str(error).splitlines()[0]} (its Python must not depend on the "
+            "values of tensors: use torch.where in place of `if`, tensors in place of float(); or leave out `trace`)."
+        ) from error
+    check_shapes(module)
+    clean(module)
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    outputs: Any = module.graph.output_node().args[0]
+    function = Part(module, [], inputs, outputs).function()
+
+    def replay(*leaves: Any) -> tuple[Tensor, ...]:
+        return function(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    _verify(flat, replay, apart)
+    return replay
 
 
 def _contiguous(leaf: Any) -> Any:
     return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
 
 
-def _verify(oracle: Replay, replay: Replay, recorded_at: list[Any]) -> None:
+def _verify(oracle: Callable[..., list[Tensor]], replay: Replay, recorded_at: list[Any]) -> None:
     """Refuse a recording that gives other numbers than the oracle at other arguments than those it was made at."""
     generator = torch.Generator().manual_seed(0)
     others = [_moved(leaf, generator) for leaf in recorded_at]
@@ -171,31 +165,13 @@ def _moved(leaf: Any, generator: torch.Generator) -> Any:
     return torch.where(leaf == 0, part, leaf * (1 + part))
 
 
-def _compiled(recording: Replay, device: torch.device) -> Replay:
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ValueError(
-            "trace(problem, 'inductor') needs a C++ compiler, and neither $CXX nor g++ was found: install one, or use "
-            "trace(problem)."
-        )
-    if device.type != "cuda":
-        return torch.compile(recording, fullgraph=True, dynamic=False)
-    graphs = torch.compile(recording, fullgraph=True, dynamic=False, mode="reduce-overhead")
-
-    def replay(*tensors: Tensor) -> list[Tensor]:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        # The next replay of a CUDA graph overwrites the results of this one.
-        return [result.clone() for result in graphs(*tensors)]
-
-    return replay
-
-
-def _signature(value: Tree) -> Any:
+def signature(value: Tree) -> Any:
     """Return what a recording depends on: structure, shapes, dtypes and devices."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
-        return tuple((key, _signature(part)) for key, part in value.items())
-    return (type(value), *map(_signature, value)) if isinstance(value, tuple | list) else value
+        return tuple((key, signature(part)) for key, part in value.items())
+    return (type(value), *map(signature, value)) if isinstance(value, tuple | list) else value
 
 
 aten = torch.ops.aten

@@ -219,7 +219,7 @@ MESSAGES = {
     ),
     "torch.compile with aot_autograd does not currently support double backward": (
         "a loss cannot be differentiated twice, as it calls what torch.compile has compiled: leave torch.compile out "
-        "and compile the oracles instead, bilevel.trace(problem, 'inductor')."
+        "and record the oracles instead, bilevel.trace(problem)."
     ),
     "trying to differentiate twice a function that was marked with @once_differentiable": (
         "a loss cannot be differentiated twice, as it calls a torch.autograd.Function whose backward is marked "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bilevel as bl
 from bilevel.core import tree
 from bilevel.oracles import tracing as traced
+from bilevel.oracles.recording import record
 
 X, Y, LABELS = normal(1, 30, 5), normal(2, 30), normal(3, 30, 3).argmax(1)
 
@@ -178,14 +179,12 @@ def test_tracing_leaves_the_problem_itself_alone() -> None:
 
 
 def test_the_cleaned_graph_is_shorter_and_computes_no_loss() -> None:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     def gradient(*leaves: Tensor) -> Any:
         x = tree.attach(dict(zip(NETWORK, leaves, strict=True)))
         u = {key: torch.tensor(1.0, dtype=F64) for key in NETWORK}
         return torch.autograd.grad(network(x, u), tree.leaves(x))
 
-    module = make_fx(gradient)(*NETWORK.values())
+    module = record(gradient, list(NETWORK.values()))
     before, expected = len(module.graph.nodes), module(*NETWORK.values())
     traced.clean(module)
     agree(list(module(*NETWORK.values())), list(expected), 0.0)
@@ -204,12 +203,17 @@ def test_python_that_depends_on_values_is_refused_with_the_remedy(loss: Any) -> 
         inner.grad(torch.ones(3))
 
 
-SAME = torch.zeros(5, dtype=F64)
-ALIASES: dict[str, tuple[Any, Tensor, Any]] = {
+SAME, SHARED = torch.zeros(5, dtype=F64), torch.zeros(5, dtype=F64)
+ALIASES: dict[str, tuple[Any, Any, Any]] = {
     "start and hyperparameters": (ridge_like, SAME, SAME),
     "views of one number": (ridge_like, torch.zeros(1, dtype=F64).expand(5), SAME[:1].expand(5)),
     "two leaves": (lambda w, u: ridge_like(w, u["a"] + 2 * u["b"]), SAME, {"a": SAME, "b": SAME}),
     "a tensor that the loss holds": (lambda w, u: ridge_like(w - SAME, u + SAME), SAME, SAME),
+    "leaves that share their numbers": (
+        lambda w, u: ridge_like(torch.cat([w["a"], w["b"][1:]]), u),
+        {"a": SHARED[:3], "b": SHARED[1:4]},
+        SHARED[:5],
+    ),
     "another layout": (
         lambda w, u: (X @ w).square().mean() + (u.reshape(-1).exp() * (w.reshape(-1) - 1).square()).sum(),
         torch.zeros(5, 2, dtype=F64),
@@ -221,10 +225,13 @@ ALIASES: dict[str, tuple[Any, Tensor, Any]] = {
 @pytest.mark.parametrize("name", ALIASES)
 def test_arguments_that_are_one_tensor_at_first_stay_two(name: str) -> None:
     loss, start, u = ALIASES[name]
-    problem = bl.BilevelProblem(loss, lambda w, u: (w - 0.1).square().sum(), start)
-    fast, moved = bl.trace(problem), tree.tree_map(lambda leaf: leaf + 0.3, u)
+    problem = bl.BilevelProblem(loss, lambda w, u: (flat(w) - 0.1).square().sum(), start)
+    fast = bl.trace(problem)
     fast.bind(u).linearize(start).vjp(start)
-    ours, eager = (p.bind(moved).linearize(start + 0.2).vjp(start + 0.1) for p in (fast, problem))
+    point, along, moved = (
+        tree.tree_map(lambda leaf: leaf + 0.1, each) for each in (start, fast.bind(u).grad(start), u)
+    )
+    ours, eager = (p.bind(moved).linearize(point).vjp(along) for p in (fast, problem))
     agree(ours, eager)
 
 
@@ -276,14 +283,9 @@ def test_an_error_of_the_loss_itself_is_raised_as_it_is() -> None:
 
 def test_modes_and_problems_that_cannot_be_traced_are_refused() -> None:
     problem = bl.BilevelProblem(ridge_like, ridge_like)
-    with pytest.raises(ValueError, match=r"`trace` takes the mode 'fx' or 'inductor', got 'jit'."):
+    with pytest.raises(ValueError, match=r"`trace` takes the mode 'fx', got 'jit'."):
         bl.trace(problem, "jit")
     with pytest.raises(ValueError, match="RidgeProblem has closed-form oracles, which are faster than traced ones"):
         bl.trace(ridge_case().problem)
-
-
-def test_inductor_without_a_compiler_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    inner = bl.trace(bl.BilevelProblem(ridge_like, ridge_like), "inductor").bind(normal(9, 5))
-    with pytest.raises(ValueError, match=r"trace\(problem, 'inductor'\) needs a C\+\+ compiler, .* use trace\("):
-        inner.grad(normal(8, 5))
+    with pytest.warns(DeprecationWarning, match=r"trace\(problem, 'inductor'\) is now trace\(problem\)."):
+        bl.trace(problem, "inductor")

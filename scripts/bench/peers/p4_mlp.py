@@ -229,7 +229,6 @@ PROBLEMS = [
             ),
             Contestant("bilevel FullUnroll, graph", lambda d: _ours(d, "", "graph"), "bilevel", "autograd graph"),
             Contestant("bilevel FullUnroll, traced fx", lambda d: _ours(d, "fx"), "bilevel", compiles="unroll"),
-            Contestant("bilevel FullUnroll, inductor", lambda d: _ours(d, "inductor"), "bilevel", compiles="unroll"),
             Contestant("torch autograd by hand", _torch_by_hand, "torch"),
             Contestant("higher", _higher, "higher"),
             Contestant("torchopt MetaSGD", _torchopt, "torchopt"),
@@ -239,7 +238,6 @@ PROBLEMS = [
             Asked("unroll", [*EAGER, "bilevel FullUnroll, graph"], TORCH, 1.0, 2.0, words="fastest torch peer"),
             Asked("unroll", ["bilevel FullUnroll, traced fx"], TORCH, 1.0, 2.0, words="fastest torch peer"),
             Asked("unroll", EAGER, TORCH, 3.0, 6.0, measure="memory", words="leanest torch peer"),
-            Asked("unroll", ["bilevel FullUnroll, inductor"], TORCH, 1.5, 2.0, words="fastest torch peer"),
             Asked("unroll", ["bilevel FullUnroll*"], ["jax.lax.scan"], None),
         ],
     )

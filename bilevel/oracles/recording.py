@@ -1,0 +1,166 @@
+"""What a function of tensors does, recorded as a graph of operations of torch; and functions that do parts of it.
+
+Nothing is compiled: a part is written as Python that calls torch's operations one after the other, each by its shortest
+way. An operation of torch takes about a microsecond by its own name, and three by its overload.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence, Set
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WRITES = {torch.add, torch.sub, torch.mul, torch.div, torch.mv, torch.mm, torch.cat, torch.neg}
+"""What can write its result into a tensor that is there."""
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes operations into a graph; tensors that are no inputs and come from no operation are constants of it."""
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph, self.constants = fx.Graph(), torch.nn.Module()
+        self._nodes: dict[int, fx.Node] = {}
+        self._held: list[Tensor] = []  # an id is that of one tensor for as long as it lives
+        self._moving: set[fx.Node] = set()
+        for index, tensor in enumerate(inputs):
+            node = self.graph.placeholder(f"input_{index}")
+            self._moving.add(node)
+            self._know(tensor, node)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the first operation would import torch.compile, which takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        node = self.graph.call_function(func, *fx.node.map_aggregate((args, kwargs or {}), self.node))
+        moving = bool(self._moving.intersection(node.all_input_nodes))
+        if moving and isinstance(result, bool | int | float):
+            raise ValueError(f"{func} reads the values of tensors")
+        self._moving.update({node} if moving else ())
+        if isinstance(result, Tensor):
+            self._know(result, node)
+        elif isinstance(result, list | tuple):
+            for index, part in enumerate(result):
+                if isinstance(part, Tensor):
+                    only = self.graph.call_function(operator.getitem, (node, index))
+                    self._moving.update({only} if moving else ())
+                    self._know(part, only)
+        return result
+
+    def node(self, value: Any) -> Any:
+        """Return the node of a tensor; what is no tensor is returned as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._nodes:
+            setattr(self.constants, name := f"constant_{len(self._held)}", value.detach())
+            self._know(value, self.graph.get_attr(name))
+        return self._nodes[id(value)]
+
+    def _know(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta["val"] = tensor
+        self._nodes[id(tensor)] = node
+        self._held.append(tensor)
+
+
+def record(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Any]) -> fx.GraphModule:
+    """Return the graph of a function; of its arguments, those that are no tensors are constants.
+
+    Raises:
+        ValueError: where a number is read from a tensor that depends on the arguments.
+    """
+    recorder = Recorder([each for each in arguments if isinstance(each, Tensor)])
+    with recorder:
+        results = function(*arguments)
+        recorder.graph.output(tuple(recorder.node(each) for each in results))
+    return fx.GraphModule(recorder.constants, recorder.graph)
+
+
+def shortest(target: Any) -> Any:
+    """Return what does the same as an overload of an operation in less time."""
+    if not isinstance(target, torch._ops.OpOverload) or "dtype" in target._overloadname:
+        return target
+    name = target._schema.name.removeprefix("aten::")
+    return getattr(torch._C._VariableFunctions, name, None) or getattr(torch._C.TensorBase, name, None) or target._op
+
+
+class Part:
+    """The operations of a graph between some of its nodes, as a function.
+
+    Args:
+        module: the graph with its constants.
+        bound: nodes whose values are known when the function is made.
+        inputs: nodes whose values are its arguments.
+        outputs: nodes whose values it returns, as a tuple.
+        into: whether its last argument is a tensor that the first output is written into; it returns the others.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        bound: Sequence[fx.Node],
+        inputs: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+        into: bool = False,
+    ) -> None:
+        self.nodes = between(module, {*bound, *inputs}, outputs)
+        self._constants: dict[str, Any] = {}
+        self._names = {node: f"a{index}" for index, node in enumerate(inputs)}
+        self._names |= {node: f"b{index}" for index, node in enumerate(bound)}
+        last = {each: node for node in self.nodes for each in node.all_input_nodes}
+        lines = []
+        for node in self.nodes:
+            if node.op == "get_attr":
+                self._names[node] = self._constant(getattr(module, str(node.target)))
+                continue
+            self._names[node] = f"v{len(self._names)}"
+            lines.append(self._call(node, into and node is outputs[0]))
+            gone = [self._names[each] for each in last if last[each] is node and each not in outputs]
+            lines += [f"{name} = None" for name in gone if name[0] == "v"]  # memory must not wait for the end
+        given, first = [f"a{index}" for index in range(len(inputs))], outputs[0] if into else None
+        if first is not None:
+            given, outputs = [*given, "out"], outputs[1:]
+            lines.append("" if lines and lines[-1].endswith(", out=out)") else f"out.copy_({self._names[first]})")
+        lines.append(f"return ({''.join(f'{self._names[node]}, ' for node in outputs)})")
+        made: dict[str, Any] = {}
+        exec("\n    ".join([f"def replay({', '.join(given)}):", *lines]), made)
+        self._code: CodeType = made["replay"].__code__
+
+    def function(self, *values: Any) -> Callable[..., Any]:
+        """Return the function at values of the bound nodes."""
+        return FunctionType(self._code, self._constants | {f"b{index}": value for index, value in enumerate(values)})
+
+    def _call(self, node: fx.Node, into: bool) -> str:
+        target = shortest(node.target)
+        arguments = [*map(self._shown, node.args), *(f"{key}={self._shown(each)}" for key, each in node.kwargs.items())]
+        arguments += ["out=out"] if into and target in WRITES else []
+        return f"{self._names[node]} = {self._constant(target)}({', '.join(arguments)})"
+
+    def _constant(self, value: Any) -> str:
+        self._constants[name := f"c{len(self._constants)}"] = value
+        return name
+
+    def _shown(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self._names[value]
+        if isinstance(value, list | tuple):
+            return "[" + ", ".join(map(self._shown, value)) + "]"
+        return repr(value) if value is None or isinstance(value, bool | int) else self._constant(value)
+
+
+def between(module: fx.GraphModule, given: Set[fx.Node], outputs: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that outputs need besides given ones, in their order, with all that write in place."""
+    need: set[fx.Node] = set()
+    stack = [*outputs, *(node for node in module.graph.nodes if node.op == "call_function" and node.is_impure())]
+    while stack:
+        node = stack.pop()
+        if node not in need and node not in given:
+            need.add(node)
+            stack += node.all_input_nodes
+    return [node for node in module.graph.nodes if node in need]
