@@ -38,6 +38,7 @@ class InnerRun:
         counts: of rows, the oracle calls that each took part in.
         solver: of rows, what took the steps, with the coefficients of each.
         warm: of rows, the state for a warm start: where a row failed, the one that it started from.
+        form: how the steps were made.
     """
 
     state: InnerState
@@ -47,6 +48,7 @@ class InnerRun:
     counts: Sequence[Counter[str]] = ()
     solver: InnerSolver | None = None
     warm: InnerState | None = None
+    form: str = "step by step"
 
     @property
     def usable(self) -> Tensor:
@@ -56,7 +58,8 @@ class InnerRun:
 
     def solution(self, params: Tree, pullback: Callable[[Tree], Pullback]) -> Solution:
         """Return what an estimator hands back: the params of the last state, and the VJP there."""
-        return Solution(params, self.warm or self.state, pullback, self.residual, self.steps, self.verdict, self.counts)
+        state = self.warm or self.state
+        return Solution(params, state, pullback, self.residual, self.steps, self.verdict, self.counts, self.form)
 
 
 def judge(

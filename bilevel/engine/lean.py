@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, islice
 from typing import cast
@@ -131,6 +132,8 @@ class Stretches:
     def __init__(self, kernels: Stepped, solver: LinearMultistep, first: InnerState) -> None:
         self.kernels, self.solver, self.first = kernels, solver, first
         self.powers: dict[Coefficients, Powers] = {}
+        self.forms: dict[str, None] = {}
+        """How the steps were made, in order."""
 
     @property
     def known(self) -> bool:
@@ -149,6 +152,7 @@ class Stretches:
         longest = max(SHORTEST, math.isqrt(high - low))
         parts = ((numbers[0], count) for numbers, count in schedule(self.solver, (self.first,), low, high))
         for doubled, group in groupby(parts, lambda part: self._doubles(*part)):
+            self.forms["doubled" if doubled else self.kernels.form] = None
             if doubled:
                 for numbers, count in group:
                     yield from self._doubled(numbers, count)
@@ -210,7 +214,7 @@ def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solut
         sound = sound & powers.finite
     if not bool(sound):
         return _back_to(counts, run)
-    end = _ended(run, first, s)
+    end = _ended(run, first, s, made)
 
     @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
@@ -249,7 +253,7 @@ def pushed(run: Run) -> Solution | None:
         both.parts.clear()  # memory must not grow with the steps
     if not bool(torch.isfinite(s.sum())):
         return _back_to(counts, run)
-    end = _ended(run, first, s[:, :size])
+    end = _ended(run, first, s[:, :size], made)
     run.meter.counts["jvp"] += steps * raveler.size
     tangents = s[0, size:].view(-1, size)
 
@@ -280,7 +284,7 @@ def _flat(state: InnerState) -> Tensor:
     return torch.stack([vector.reshape(-1) for vector in (state.params, *state.memory)])
 
 
-def _ended(run: Run, first: InnerState, s: Tensor) -> InnerRun:
+def _ended(run: Run, first: InnerState, s: Tensor, made: Stretches) -> InnerRun:
     """Return how a run ends whose last stored vectors are s, (p, m)."""
     steps = run.solver.steps or 0
     run.meter.counts["gradient"] += steps
@@ -288,4 +292,4 @@ def _ended(run: Run, first: InnerState, s: Tensor) -> InnerRun:
     last = InnerState(params, tuple(memory), first.steps + steps, first.measured, earlier=first.earlier)
     end = conclude(run.inner(), run.solver, first, last, steps)
     run.meter.sample()
-    return end
+    return replace(end, form=" and ".join(made.forms))

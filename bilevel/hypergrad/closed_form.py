@@ -64,7 +64,8 @@ class ClosedForm(HypergradEstimator):
         if residual > result.limit:
             detail = f"ClosedForm ends at the inner residual {residual:.2e}: is the inner loss quadratic?"
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
-        return Solution(result.params, solver.cold_state(inner, result.params), result.pullback, residual, 0, verdict)
+        state = solver.cold_state(inner, result.params)
+        return Solution(result.params, state, result.pullback, residual, 0, verdict, form="closed form")
 
     def sweep(self, problem: BilevelProblem, hparams: Tensor) -> Sweep:
         """Return exact outer losses and hypergradients at B hyperparameter vectors, stacked along the first dimension.

@@ -66,4 +66,5 @@ def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index:
         **error.fields(),
         value_error=None if value_error is None else float(value_error),
         measured=dict((solved.state if index is None else solved.state.row(index)).measured),
+        form=solved.form,
     )

@@ -12,7 +12,7 @@ Scieur et al. 2022, section 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -75,7 +75,7 @@ class Spectral(HypergradEstimator):
             weights = basis.turn(cotangent)
             return Pullback(diagonal.pull(weights * by_value, weights * by_linear), steps=tail)
 
-        return end.solution(last, pullback)
+        return replace(end.solution(last, pullback), form="eigenbasis")
 
     def sweep(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tensor, params: Tree = None) -> Sweep:
         """Return outer losses and hypergradients at many hyperparameter vectors at once, each from a cold start.

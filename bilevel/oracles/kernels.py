@@ -14,6 +14,9 @@ from bilevel.core.tree import Tree
 class Stepped(ABC):
     """A gradient on flat vectors: what the steps of a linear multistep solver ask for."""
 
+    form = "flat"
+    """What a certificate calls steps on them."""
+
     affine: tuple[Tensor, Tensor] | None = None
     """(H, b), of shapes (m, m) and (m,), where the gradient is ``H x + b`` at every x; else None."""
 
@@ -93,7 +96,7 @@ class Pushed(Stepped):
     """
 
     def __init__(self, of: Kernels, size: int) -> None:
-        self.of, self.size = of, size
+        self.of, self.size, self.form = of, size, of.form
         self.parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def places(self, count: int) -> Tensor:

@@ -128,6 +128,24 @@ def test_a_solver_that_takes_its_steps_itself_takes_them() -> None:
     agree(flat.hypergradient, stepped.hypergradient)
 
 
+def test_the_certificate_says_how_the_steps_were_made() -> None:
+    u, solver = hparams(RIDGE), bl.GradientDescent(0.05, steps=30)
+    scalar, one = PROBLEMS["ridge, one penalty"], torch.tensor(-1.0, dtype=F64)
+    for form, problem, method, estimator, at in (
+        ("doubled", RIDGE, solver, bl.FullUnroll(), u),
+        ("doubled and flat", RIDGE, solver, bl.TruncatedUnroll(3), u),
+        ("flat and doubled", RIDGE, bl.HeavyBall(0.05, 0.6, first_step="half", steps=30), bl.FullUnroll(), u),
+        ("flat", RIDGE, bl.Sobolev(l=0.05, L=12.0, steps=30), bl.FullUnroll(), u),
+        ("flat", RIDGE, solver, bl.FullUnroll(mode="forward"), u),
+        ("step by step", RIDGE, Watched(0.05, steps=30), bl.FullUnroll(), u),
+        ("step by step", RIDGE, bl.GradientDescent(0.05, tol=1e-3), bl.Implicit(), u),
+        ("eigenbasis", scalar, solver, bl.Spectral(), one),
+        ("closed form", scalar, solver, bl.ClosedForm(), one),
+    ):
+        estimate = bl.hypergradient(problem, method, estimator, at, on_failure="return")
+        assert estimate.certificate.form == form, (method, estimator)
+
+
 @pytest.mark.parametrize(
     ("name", "step_size", "steps"), [("ridge", 2.0, 40), ("ridge", 50.0, 4_000), ("logistic", 1e201, 40)]
 )
