@@ -11,10 +11,12 @@ import gc
 import importlib
 import json
 import os
+import resource
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 SHORTEST = 0.05
@@ -51,20 +53,51 @@ def forget_peak() -> None:
         switch.write("5")
 
 
+def processor_seconds() -> float:
+    """Return the processor seconds of this process, over all threads, and of processes that it has waited for."""
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + others.ru_utime + others.ru_stime
+
+
 def timed(call: Callable[[], Any], repeats: int = 1) -> tuple[dict[str, float], Any]:
-    """Return processor seconds (all threads) and wall seconds of one call, averaged over `repeats`, and its result."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Return processor seconds and wall seconds of one call, averaged over `repeats`, and its result."""
+    wall, cpu = time.perf_counter(), processor_seconds()
     for _ in range(repeats):
         result = call()
-    spent = {"cpu": (time.process_time() - cpu) / repeats, "wall": (time.perf_counter() - wall) / repeats}
+    spent = {"cpu": (processor_seconds() - cpu) / repeats, "wall": (time.perf_counter() - wall) / repeats}
     return spent, result
 
 
+def live_peak(call: Callable[[], Any]) -> int | None:
+    """Return the largest total size of torch's live tensors that a call makes, in bytes; None where nothing is torch's.
+
+    Resident memory hides what grows into pages that an earlier call has freed.
+    """
+    if "torch" not in sys.modules:
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    sizes = [(e.start_ns(), e.nbytes()) for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate((size for _, size in sorted(sizes)), initial=0))
+
+
 def flat(answer: Any) -> list[float]:
-    """Return an answer's numbers in row-major order."""
+    """Return an answer's numbers in row-major order; of an estimate, those of its hypergradient."""
     import numpy as np
 
-    return np.asarray(answer, dtype=np.float64).reshape(-1).tolist()
+    if isinstance(answer, list):
+        return [number for each in answer for number in flat(each)]
+    return np.asarray(getattr(answer, "hypergradient", answer), dtype=np.float64).reshape(-1).tolist()
+
+
+def form_of(answer: Any) -> str:
+    """Return how an estimate of this library says that it was made; empty for others."""
+    if isinstance(answer, list):
+        return form_of(answer[-1]) if answer else ""
+    certificates = getattr(answer, "certificates", None) or [getattr(answer, "certificate", None)]
+    return getattr(certificates[0], "form", "")
 
 
 class Contest:
@@ -93,16 +126,20 @@ class Contest:
         seconds, answer = timed(self.calls[task])
         after = resident()["peak"]
         # Answers do not change from call to call; this one is what the error is measured of.
-        return seconds | {"answer": flat(answer), "memory": after - before, "peak": max(self.peak, after)}
+        numbers, grade = flat(answer), self.problem.grade
+        numbers = flat(grade(self.data, task, numbers)) if grade else numbers
+        sizes = {"memory": after - before, "peak": max(self.peak, after)}
+        return seconds | sizes | {"answer": numbers, "form": form_of(answer)}
 
     def warm(self, task: str) -> dict[str, Any]:
         """Make a warm call, measure what it takes above the level before, and choose the repeats of a timing."""
         forget_peak()
         before = resident()["now"]
-        seconds, _ = timed(self.calls[task])
+        seconds, answer = timed(self.calls[task])
         after = resident()["peak"]
         self.repeats[task] = max(1, round(SHORTEST / max(seconds["cpu"], seconds["wall"], 1e-6)))
-        return seconds | {"memory": after - before}
+        live = live_peak(self.calls[task]) if self.problem.tasks[task].live else None
+        return seconds | {"memory": after - before, "form": form_of(answer), "live": live}
 
     def round(self, task: str) -> dict[str, Any]:
         """Time a warm call."""

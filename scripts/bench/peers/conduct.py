@@ -6,6 +6,7 @@ This module runs in the small parent process: standard library alone.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import math
@@ -37,6 +38,8 @@ class Limits:
         once: a first call of so many processor seconds is not repeated.
         timeout: seconds that one call may take.
         logs: folder for what the contestants print, or None.
+        tasks: patterns of the keys of the tasks that are run.
+        who: patterns of the names of the contestants that run.
     """
 
     size: str = "full"
@@ -47,6 +50,18 @@ class Limits:
     once: float = 20.0
     timeout: float = 240.0
     logs: Path | None = None
+    tasks: Sequence[str] = ("*",)
+    who: Sequence[str] = ("*",)
+
+    @property
+    def partial(self) -> bool:
+        """Whether some rows are left out."""
+        return (*self.tasks, *self.who) != ("*", "*")
+
+
+def fits(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name is like one of the patterns, with * as in file names."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Player:
@@ -66,29 +81,30 @@ class Player:
         if limits.logs is not None:
             log.close()
 
-    def ask(self, *command: str) -> dict[str, Any] | None:
+    def ask(self, *command: str, timeout: float = 0.0) -> dict[str, Any] | None:
         """Return the answer to a command, or None where the contestant is out."""
         if self.failure:
             return None
+        timeout = max(timeout, self.timeout)
         try:
             self.process.stdin.write((" ".join(command) + "\n").encode())
             self.process.stdin.flush()
-            line = self._line()
+            line = self._line(timeout)
         except (BrokenPipeError, EOFError):
             return self._out(f"the process ended with exit status {self.process.wait()} in `{command[0]}`")
         except TimeoutError:
-            return self._out(f"no answer to `{command[0]}` within {self.timeout:g} s")
+            return self._out(f"no answer to `{command[0]}` within {timeout:g} s")
         answer = json.loads(line)
         return self._out(answer["error"]) if "error" in answer else answer
 
-    def _line(self) -> bytes:
+    def _line(self, timeout: float) -> bytes:
         """Read one line with a deadline.
 
         Raises:
-            TimeoutError: after `timeout` seconds.
+            TimeoutError: after so many seconds.
             EOFError: where the process has ended.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + timeout
         pipe = self.process.stdout.fileno()
         while b"\n" not in self._buffer:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
@@ -158,15 +174,16 @@ def hash_of(module: str) -> str:
 def conduct(module: str, problem: Problem, limits: Limits, folder: Path, say: Any = print) -> list[dict[str, Any]]:
     """Run one contest and return its rows, one for each contestant and task."""
     truth = reference(module, problem, limits, folder)
-    players = {c.name: Player(module, problem.key, c.name, limits) for c in problem.contestants}
+    chosen = [c for c in problem.contestants if fits(c.name, limits.who)]
+    players = {c.name: Player(module, problem.key, c.name, limits) for c in chosen}
     rows = []
     try:
         prepared = {name: player.ask("prepare") for name, player in players.items()}
         # A quick run has fewer points of a growth curve.
-        for task in (task for task in problem.tasks if task in truth):
-            entrants = [c for c in problem.contestants if task in ((prepared[c.name] or {}).get("tasks", [task]))]
+        for task in (task for task in problem.tasks if task in truth and fits(task, limits.tasks)):
+            entrants = [c for c in chosen if task in ((prepared[c.name] or {}).get("tasks", [task]))]
             rows += run_task(problem, task, entrants, players, truth[task], limits)
-            for row in rows[-len(entrants) :]:
+            for row in rows[len(rows) - len(entrants) :]:
                 say(line_of(problem, row))
     finally:
         for player in players.values():
@@ -184,14 +201,14 @@ def run_task(
 ) -> list[dict[str, Any]]:
     """Time one task: first calls, a call for the memory, then rounds in which everybody takes a turn."""
     about = problem.tasks[task]
-    first = {c.name: players[c.name].ask("first", task) for c in entrants}
+    first = {c.name: players[c.name].ask("first", task, timeout=about.timeout) for c in entrants}
     warm: dict[str, Any] = {}
     times: dict[str, list[Mapping[str, float]]] = {c.name: [] for c in entrants}
     for c in entrants:
         begun = first[c.name]
         # So long a call is not repeated; it stands for the warm one as well.
         slow = begun is not None and begun["cpu"] > limits.once and c.compiles not in (task, "*")
-        warm[c.name] = begun if slow else players[c.name].ask("warm", task)
+        warm[c.name] = begun if slow else players[c.name].ask("warm", task, timeout=about.timeout)
         if slow:
             times[c.name] = [begun]
     for count in range(min(limits.rounds, about.rounds)):
@@ -199,7 +216,7 @@ def run_task(
             known = warm[c.name]
             if known is None or sum(t["wall"] for t in times[c.name]) + (count > 0) * known["wall"] > limits.seconds:
                 continue
-            answer = players[c.name].ask("round", task)
+            answer = players[c.name].ask("round", task, timeout=about.timeout)
             if answer is not None:
                 times[c.name].append(answer)
     return [
@@ -236,6 +253,8 @@ def row_of(
         "first_wall": first["wall"],
         "first_memory": first["memory"],
         "memory": warm["memory"],
+        "live": warm.get("live"),
+        "form": warm["form"],
         "peak": first["peak"],
         "rounds": len(times),
     }

@@ -14,7 +14,8 @@ MEMORY_FLOOR = 2**18
 """Bytes below which what a call takes cannot be told from the allocator's slack."""
 
 Call = Callable[[], Any]
-"""One timed call; returns the answer that is compared with the reference (array of any shape)."""
+"""One timed call; returns the answer that is compared with the reference: an array of any shape, an estimate of this
+library, whose certificate says which form ran, or a list of such."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Task:
         per: how many results one call makes; times are divided by it.
         rounds: most rounds; slow contestants get fewer.
         unit: what one of the `per` results is called.
+        timeout: seconds that one call may take, where the limit of the run is shorter.
+        live: whether the peak of torch's live tensors in a warm call is measured, too.
     """
 
     words: str
@@ -34,6 +37,8 @@ class Task:
     per: int = 1
     rounds: int = 9
     unit: str = ""
+    timeout: float = 0.0
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Asked:
-    """A ratio to reach: time (or memory) of the best of `rivals` over that of the best of `entries`.
+    """A ratio to reach: time (or memory) of the best of `rivals` over that of the best of `entries`; or a time.
 
     Args:
         task: key of the task.
@@ -71,18 +76,22 @@ class Asked:
         rivals: names of the peers, with * as in file names, of which the best that is right counts.
         at_least: the ratio to reach, or None where it is only shown.
         aim: the ratio to aim at, or None.
-        measure: "cpu" or "wall" (time), "memory" (what a warm call takes), or "memory of TASK": the entry's own memory
-            for another task over that for this one, no rival taking part.
+        measure: "cpu" or "wall" (time), "first_cpu" (time of the first call), "memory" (what a warm call takes), "live"
+            (peak of live tensors), or "memory of TASK": the entry's own memory for another task over that for this
+            one, no rival taking part.
         words: how the rivals are called in the table.
+        at_most: seconds that the entry may take, in place of a ratio; those of the best rival, if there is one, are
+            taken off.
     """
 
     task: str
     entries: Sequence[str]
     rivals: Sequence[str]
-    at_least: float | None
+    at_least: float | None = None
     aim: float | None = None
     measure: str = "cpu"
     words: str = ""
+    at_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Problem:
         contestants: who takes part.
         asked: the ratios to reach.
         absent: {name: why it does not take part}.
+        grade: (data, task, answer as a flat list) -> what is compared with the reference, outside the clocks.
     """
 
     key: str
@@ -112,3 +122,4 @@ class Problem:
     contestants: Sequence[Contestant]
     asked: Sequence[Asked] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
+    grade: Callable[[Any, str, list[float]], Any] | None = None

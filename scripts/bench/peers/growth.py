@@ -29,7 +29,7 @@ def steps_data(points: int, seed: int) -> list[SimpleNamespace]:
 
 def steps_reference(ds: list[SimpleNamespace]) -> dict[str, Any]:
     """Return the exact derivative of the last iterate for each number of steps."""
-    return {str(d.steps): p1_ridge.exact_unroll(d, [p1_ridge.LOG_PENALTY]) for d in ds}
+    return {str(d.steps): p1_ridge.exact_unroll(d, [p1_ridge.LOG_PENALTY], d.runs["unroll"]) for d in ds}
 
 
 def by_steps(prepare: Any, ds: list[SimpleNamespace]) -> dict[str, Any]:

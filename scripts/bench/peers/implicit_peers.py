@@ -66,9 +66,9 @@ def ours(problem: Any, solver: Any, d: Any) -> dict[str, Any]:
         outer = bl.OuterOptimizer(problem, solver, estimator, u, optimizer=torch_adam)
         for _ in range(d.steps):
             estimate = outer.step()
-        return estimate.hypergradient
+        return estimate
 
-    return {"first": lambda: bl.hypergradient(problem, solver, estimator, u).hypergradient, "loop": loop}
+    return {"first": lambda: bl.hypergradient(problem, solver, estimator, u), "loop": loop}
 
 
 def jaxopt(inner: Any, outer: Any, d: Any) -> dict[str, Any]:

@@ -1,41 +1,93 @@
-"""P1 and P1s: the derivative of 1,000 gradient steps on ridge regression, breast_cancer, one penalty."""
+"""P1 and P1s: the derivative of 1,000 steps on ridge regression, one penalty: breast_cancer, and wide data (P1w)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from contest import Asked, Contestant, Problem, Task
-from shared import breast_cancer, warm_torch
+from shared import BEFORE, breast_cancer, earlier, warm_torch
 
 LOG_PENALTY = -3.0
+MOMENTUM, TAIL, LONG = 0.9, 50, 100
+"""The last `TAIL` of `LONG` times as many steps are differentiated where the unroll is truncated."""
 
 
 def data(steps: int, seed: int) -> SimpleNamespace:
-    """Return the splits, the number of steps, and the step size 1 / (largest curvature)."""
-    X, y, X_val, y_val = breast_cancer(seed)
-    largest = np.linalg.eigvalsh(X.T @ X / len(X))[-1] + np.exp(LOG_PENALTY)
-    return SimpleNamespace(X=X, y=y, X_val=X_val, y_val=y_val, steps=steps, step_size=float(1.0 / largest))
+    """Return the splits of breast_cancer, and the steps."""
+    return _with_steps(*breast_cancer(seed), steps)
 
 
-def exact_unroll(d: SimpleNamespace, log_penalties: Any) -> Any:
-    """Return the derivative of the K-step iterate at each penalty, by forward recursion in 80-bit arithmetic."""
+def wide_data(steps: int, rows: int, features: int, seed: int) -> SimpleNamespace:
+    """Return Gaussian data with more features than rows, and the steps."""
+    random = np.random.default_rng(seed)
+    X, X_val = random.standard_normal((2, rows, features))
+    truth = random.standard_normal(features) / features**0.5
+    y, y_val = (Z @ truth + random.standard_normal(rows) for Z in (X, X_val))
+    d = _with_steps(X, y, X_val, y_val, steps)
+    d.runs = {"unroll": d.runs["unroll"]}
+    return d
+
+
+def _with_steps(X: Any, y: Any, X_val: Any, y_val: Any, steps: int) -> SimpleNamespace:
+    """Return the splits, what each task runs, and the step size 1 / (largest curvature)."""
+    largest = np.linalg.norm(X, 2) ** 2 / len(X) + np.exp(LOG_PENALTY)
+    runs = {
+        "unroll": Steps(steps),
+        "heavyball": Steps(steps, momentum=MOMENTUM),
+        "nesterov": Steps(steps, momentum=MOMENTUM, ahead=MOMENTUM),
+        "truncated": Steps(LONG * steps, tail=TAIL),
+    }
+    step_size = float(1.0 / largest)
+    return SimpleNamespace(X=X, y=y, X_val=X_val, y_val=y_val, steps=steps, step_size=step_size, runs=runs)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """``y = w + ahead (w - w_before)``, then ``w_next = w + momentum (w - w_before) - h grad(y)``, so many times.
+
+    Args:
+        count: steps.
+        momentum: of the step.
+        ahead: of the point at which the gradient is taken.
+        tail: the last steps that are differentiated; None: all.
+    """
+
+    count: int
+    momentum: float = 0.0
+    ahead: float = 0.0
+    tail: int | None = None
+
+
+def exact_unroll(d: SimpleNamespace, log_penalties: Any, run: Steps) -> Any:
+    """Return the derivative of the last iterate at each penalty, by forward recursion in 80-bit arithmetic."""
     wide = np.longdouble
     X, y, X_val, y_val = (part.astype(wide) for part in (d.X, d.y, d.X_val, d.y_val))
-    gram, moment, h = X.T @ X / len(X), X.T @ y / len(X), wide(d.step_size)
+    moment, h = X.T @ y / len(X), wide(d.step_size)
+    if len(X) > X.shape[1]:
+        gram = X.T @ X / len(X)
+        product = lambda v: v @ gram  # noqa: E731
+    else:
+        product = lambda v: (v @ X.T) @ X / len(X)  # noqa: E731
     penalty = np.exp(np.asarray(log_penalties, dtype=wide))[:, None]
-    w, dw = np.zeros((2, len(penalty), gram.shape[0]), dtype=wide)
-    for _ in range(d.steps):
-        dw = dw - h * (dw @ gram + penalty * (dw + w))
-        w = w - h * (w @ gram - moment + penalty * w)
+    momentum, ahead = wide(run.momentum), wide(run.ahead)
+    w, w_before, dw, dw_before = np.zeros((4, len(penalty), X.shape[1]), dtype=wide)
+    for step in range(run.count):
+        at, moved = w + ahead * (w - w_before), w - w_before
+        if run.tail is None or step >= run.count - run.tail:
+            dat, dmoved = dw + ahead * (dw - dw_before), dw - dw_before
+            change = product(dat) + penalty * (dat + at)
+            dw, dw_before = dw + momentum * dmoved - h * change, dw
+        w, w_before = w + momentum * moved - h * (product(at) - moment + penalty * at), w
     slope = (w @ X_val.T - y_val) @ X_val / len(X_val)
     return (slope * dw).sum(1)
 
 
 def reference(d: SimpleNamespace) -> dict[str, Any]:
-    """Return the exact derivative of the last iterate."""
-    return {"unroll": exact_unroll(d, [LOG_PENALTY])[0]}
+    """Return the exact derivative of the last iterate of every run."""
+    return {task: exact_unroll(d, [LOG_PENALTY], run)[0] for task, run in d.runs.items()}
 
 
 # This library ---------------------------------------------------------------------------------------------------------
@@ -61,12 +113,21 @@ def ours(d: SimpleNamespace, kind: str) -> dict[str, Any]:
         )
     else:
         problem = ridge(X, y, X_val, y_val)
-    solver = bl.GradientDescent(step_size=d.step_size, steps=d.steps)
-    estimator = bl.Spectral() if kind == "spectral" else bl.FullUnroll()
-    if kind == "checkpoint":
-        estimator = bl.FullUnroll(memory="checkpoint")
     u = torch.tensor(LOG_PENALTY, dtype=torch.float64)
-    return {"unroll": lambda: bl.hypergradient(problem, solver, estimator, u).hypergradient}
+
+    def call(run: Steps) -> Any:
+        solver = bl.GradientDescent(step_size=d.step_size, steps=run.count)
+        if run.momentum:
+            momentum = bl.Nesterov if run.ahead else bl.HeavyBall
+            solver = momentum(step_size=d.step_size, momentum=run.momentum, steps=run.count)
+        estimator = bl.FullUnroll("reverse", "checkpoint" if kind == "checkpoint" else "iterates")
+        if kind == "spectral":
+            estimator = bl.Spectral()
+        if run.tail:
+            estimator = bl.TruncatedUnroll(run.tail)
+        return lambda: bl.hypergradient(problem, solver, estimator, u)
+
+    return {task: call(run) for task, run in d.runs.items() if task == "unroll" or kind == "Gram"}
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------
@@ -168,27 +229,49 @@ def jax_losses(d: SimpleNamespace) -> tuple[Any, Any]:
     return inner, lambda w: 0.5 * jnp.mean((X_val @ w - y_val) ** 2)
 
 
-def jax_unroll(d: SimpleNamespace) -> Any:
-    """Return log penalty -> outer loss after the steps, by `jax.lax.scan`."""
+def jax_unroll(d: SimpleNamespace, run: Steps, on_gram: bool = False) -> Any:
+    """Return log penalty -> outer loss after the steps, by `jax.lax.scan`; with `on_gram`, on a Gram matrix at hand."""
     import jax
     import jax.numpy as jnp
 
     inner, outer = jax_losses(d)
     gradient = jax.grad(inner)
+    if on_gram:
+        gram, moment = jnp.asarray(d.X.T @ d.X / len(d.X)), jnp.asarray(d.X.T @ d.y / len(d.X))
+        gradient = lambda w, u: gram @ w - moment + jnp.exp(u) * w  # noqa: E731
 
-    def run(u: Any) -> Any:
-        step = lambda w, _: (w - d.step_size * gradient(w, u), None)  # noqa: E731
-        return outer(jax.lax.scan(step, jnp.zeros(d.X.shape[1]), length=d.steps)[0])
+    def plain(w: Any, u: Any) -> Any:
+        return w - d.step_size * gradient(w, u)
 
-    return run
+    def with_momentum(pair: Any, u: Any) -> Any:
+        w, before = pair
+        at = w + run.ahead * (w - before) if run.ahead else w
+        return w + run.momentum * (w - before) - d.step_size * gradient(at, u), w
+
+    def after(state: Any, u: Any, steps: int) -> Any:
+        step = with_momentum if run.momentum else plain
+        return jax.lax.scan(lambda state, _: (step(state, u), None), state, length=steps)[0]
+
+    def value(u: Any) -> Any:
+        zeros = jnp.zeros(d.X.shape[1])
+        state, tail = (zeros, zeros) if run.momentum else zeros, run.tail or run.count
+        if tail < run.count:
+            state = jax.lax.stop_gradient(after(state, jax.lax.stop_gradient(u), run.count - tail))
+        state = after(state, u, tail)
+        return outer(state[0] if run.momentum else state)
+
+    return value
 
 
-def jax_scan(d: SimpleNamespace) -> dict[str, Any]:
+def jax_scan(d: SimpleNamespace, on_gram: bool = False) -> dict[str, Any]:
     """Return the calls of jax, compiled, reverse mode through a scan."""
     import jax
 
-    gradient = jax.jit(jax.grad(jax_unroll(d)))
-    return {"unroll": lambda: gradient(LOG_PENALTY).block_until_ready()}
+    def call(run: Steps) -> Any:
+        gradient = jax.jit(jax.grad(jax_unroll(d, run, on_gram)))
+        return lambda: gradient(LOG_PENALTY).block_until_ready()
+
+    return {task: call(run) for task, run in d.runs.items()}
 
 
 def _jaxopt(d: SimpleNamespace) -> dict[str, Any]:
@@ -205,38 +288,91 @@ def _jaxopt(d: SimpleNamespace) -> dict[str, Any]:
 
 
 TORCH = ("torch*", "higher")
+GRAM, ON_X, ANY = (f"bilevel FullUnroll, {kind}" for kind in ("Gram matrix", "X", "any loss"))
+JAX, JAX_ON_GRAM = "jax.lax.scan", "jax.lax.scan, Gram matrix"
+OURS_ON_GRAM = Contestant(GRAM, lambda d: ours(d, "Gram"), "bilevel")
+OURS_BEFORE = Contestant(BEFORE, earlier(lambda d: ours(d, "Gram")), note="an earlier commit, by git")
+BY_JAX = Contestant(JAX, jax_scan, "jax", compiles="*")
+
+
+def on_gram(task: str) -> list[Asked]:
+    """Return what is asked of an unroll on the Gram matrix."""
+    return [
+        Asked(task, [GRAM], [JAX], 3.0),
+        Asked(task, [GRAM], [JAX_ON_GRAM], 0.3, 1.0),
+        Asked(task, [GRAM], [BEFORE], 10.0),
+    ]
+
 
 PROBLEMS = [
     Problem(
         key="p1",
         title="P1: ridge, breast_cancer (341 x 30), one penalty, derivative of 1,000 gradient steps",
-        words="The answer is the derivative of the last iterate's validation loss, not of the solution's. "
-        "Reference: forward recursion in 80-bit arithmetic.",
+        words="The answer is the derivative of the last iterate's validation loss, not of the solution's. Momentum is "
+        f"0.9; where the unroll is truncated, the last {TAIL} of 100,000 steps are differentiated. Reference: forward "
+        "recursion in 80-bit arithmetic.",
         sizes={"full": {"steps": 1000}, "quick": {"steps": 200}},
         data=data,
         reference=reference,
-        tasks={"unroll": Task("one hypergradient", tolerance=1e-9)},
+        tasks={
+            "unroll": Task("one hypergradient", tolerance=1e-9),
+            "heavyball": Task("heavy ball", tolerance=1e-9),
+            "nesterov": Task("Nesterov", tolerance=1e-9),
+            "truncated": Task(f"the last {TAIL} of 100,000 steps (quick: 20,000)", tolerance=1e-9),
+        },
         contestants=[
-            Contestant("bilevel FullUnroll, Gram matrix", lambda d: ours(d, "Gram"), "bilevel"),
-            Contestant("bilevel FullUnroll, X", lambda d: ours(d, "on X"), "bilevel"),
-            Contestant("bilevel FullUnroll, any loss", lambda d: ours(d, "any loss"), "bilevel", "autograd oracles"),
+            OURS_ON_GRAM,
+            Contestant(ON_X, lambda d: ours(d, "on X"), "bilevel"),
+            Contestant(ANY, lambda d: ours(d, "any loss"), "bilevel", "autograd oracles"),
             Contestant("bilevel Spectral", lambda d: ours(d, "spectral"), "bilevel", "eigenbasis kept"),
+            OURS_BEFORE,
             Contestant("torch autograd by hand", torch_by_hand, "torch"),
             Contestant("higher", _higher, "higher"),
             Contestant("torchopt MetaSGD", _torchopt, "torchopt"),
-            Contestant("jax.lax.scan", jax_scan, "jax", compiles="unroll"),
+            BY_JAX,
+            Contestant(JAX_ON_GRAM, lambda d: jax_scan(d, on_gram=True), "jax", "Gram matrix kept", compiles="*"),
             Contestant("jaxopt GradientDescent, unrolled", _jaxopt, "jaxopt", compiles="unroll"),
         ],
         asked=[
-            Asked("unroll", ["bilevel FullUnroll, X"], TORCH, 4.0, words="fastest torch peer"),
-            Asked("unroll", ["bilevel FullUnroll, Gram matrix"], TORCH, 8.0, words="fastest torch peer"),
-            Asked("unroll", ["bilevel FullUnroll, Gram matrix"], ["jax.lax.scan"], None, 1.0, words="jax.lax.scan"),
-            Asked("unroll", ["bilevel FullUnroll, any loss"], TORCH, None, words="fastest torch peer"),
-            Asked("unroll", ["bilevel Spectral"], ["jax.lax.scan"], 20.0, 100.0, words="jax.lax.scan"),
+            *on_gram("unroll"),
+            *on_gram("heavyball"),
+            *on_gram("nesterov"),
+            Asked("truncated", [GRAM], [BEFORE], 300.0),
+            Asked("truncated", [GRAM], [JAX_ON_GRAM]),
+            Asked("unroll", [ON_X], [JAX], 0.3),
+            Asked("unroll", [ON_X], TORCH, 4.0, words="fastest torch peer"),
+            Asked("unroll", [GRAM], TORCH, 8.0, words="fastest torch peer"),
+            Asked("unroll", [ANY], TORCH, 5.0, words="fastest torch peer"),
+            Asked("unroll", [ANY], [], measure="first_cpu", at_most=1.2),
+            Asked("unroll", ["bilevel Spectral"], [JAX], 100.0),
+            Asked("unroll", ["bilevel Spectral"], [JAX_ON_GRAM], 8.0),
             Asked("unroll", ["bilevel Spectral"], TORCH, 1000.0, words="fastest torch peer"),
         ],
         absent={
             "hypergrad, betty-ml": "no unrolled derivative of a given number of plain steps with respect to a penalty",
         },
-    )
+    ),
+    Problem(
+        key="p1w",
+        title="P1w: ridge, 60 x 2,000, one penalty, derivative of 1,000 gradient steps",
+        words="More features than rows. Reference: forward recursion in 80-bit arithmetic.",
+        sizes={
+            "full": {"steps": 1000, "rows": 60, "features": 2000},
+            "quick": {"steps": 100, "rows": 60, "features": 500},
+        },
+        data=wide_data,
+        reference=reference,
+        tasks={"unroll": Task("one hypergradient", tolerance=1e-9)},
+        contestants=[
+            Contestant("bilevel FullUnroll", lambda d: ours(d, "Gram"), "bilevel"),
+            OURS_BEFORE,
+            Contestant("torch autograd by hand", torch_by_hand, "torch"),
+            BY_JAX,
+        ],
+        asked=[
+            Asked("unroll", ["bilevel FullUnroll"], [BEFORE], 20.0),
+            Asked("unroll", ["bilevel FullUnroll"], [JAX]),
+            Asked("unroll", ["bilevel FullUnroll"], TORCH),
+        ],
+    ),
 ]

@@ -112,7 +112,7 @@ def _ours(d: SimpleNamespace, mode: str, memory: str = "iterates") -> dict[str, 
         problem = bl.trace(problem, mode)
     solver = bl.GradientDescent(step_size=RATE, steps=d.steps)
     estimator = bl.FullUnroll(memory=memory)
-    return {"unroll": lambda: bl.hypergradient(problem, solver, estimator, parts.u).hypergradient}
+    return {"unroll": lambda: bl.hypergradient(problem, solver, estimator, parts.u)}
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -11,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conduct import Limits
+from conduct import Limits, fits
 from contest import MEMORY_FLOOR, Asked, Problem
 from tabulate import tabulate
 
 FORMAT = 1
+ON_GRAM = "jax.lax.scan, Gram matrix"
+"""The peer that has a column of its own."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -43,9 +44,15 @@ def store(
     machine: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> None:
-    """Put one contest into the results, in the place of an earlier one with as many threads."""
+    """Put one contest into the results, in the place of an earlier one with as many threads, or of some of its rows."""
+    name = f"{problem.key}, {limits.threads} thread{'s' * (limits.threads > 1)}"
+    earlier = results["contests"].get(name)
+    if limits.partial and earlier and earlier["size"] == limits.size and earlier["seed"] == limits.seed:
+        again = {(row["task"], row["name"]): dict(row) | {"again": machine["date"]} for row in rows}
+        stay = [again.pop((row["task"], row["name"]), row) for row in earlier["rows"]]
+        rows, machine, versions = stay + list(again.values()), earlier["machine"], earlier["versions"]
     ran = {row["task"] for row in rows}
-    results["contests"][f"{problem.key}, {limits.threads} thread{'s' * (limits.threads > 1)}"] = {
+    results["contests"][name] = {
         "key": problem.key,
         "title": problem.title,
         "words": problem.words,
@@ -68,15 +75,15 @@ def store(
 def best(rows: Sequence[Mapping[str, Any]], task: str, names: Sequence[str], measure: str) -> Mapping[str, Any] | None:
     """Return the row with the smallest measure among those that are right and have one of the names."""
     of_task = [row for row in rows if row["task"] == task and row["status"] == "ok"]
-    entrants = [row for row in of_task if any(fnmatch.fnmatchcase(row["name"], name) for name in names)]
+    entrants = [row for row in of_task if fits(row["name"], names) and row.get(measure) is not None]
     return min(entrants, key=lambda row: row[measure], default=None)
 
 
 def ratio(rival: Mapping[str, Any], ours: Mapping[str, Any], measure: str) -> float:
     """Return how many times more the rival takes: for times, the median over the rounds, in which neighbours meet."""
-    if measure == "memory":
-        return max(rival["memory"], MEMORY_FLOOR) / max(ours["memory"], MEMORY_FLOOR)
-    pairs = list(zip(rival[f"{measure}_all"], ours[f"{measure}_all"], strict=False))
+    if measure in ("memory", "live"):
+        return max(rival[measure], MEMORY_FLOOR) / max(ours[measure], MEMORY_FLOOR)
+    pairs = list(zip(rival.get(f"{measure}_all", ()), ours.get(f"{measure}_all", ()), strict=False))
     if len(pairs) < 3:
         return rival[measure] / ours[measure]
     return statistics.median(a / b for a, b in pairs)
@@ -93,36 +100,43 @@ def judge(asked: Asked, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     line: dict[str, Any] = {
         "task": asked.task,
         "entry": ours["name"] if ours else asked.entries[0],
-        "rival": rival["name"] if rival and not other else asked.words or asked.rivals[0],
+        "rival": rival["name"] if rival and not other else asked.words or (*asked.rivals, "")[0],
         "measure": measure,
         "at_least": asked.at_least,
+        "at_most": asked.at_most,
         "aim": asked.aim,
         "measured": None,
         "verdict": "not measured",
     }
     if ours is None:
         return line | {"verdict": "our entry does not run or is wrong"}
-    if rival is None:
+    line |= {"error": ours["error"], "form": ours.get("form", ""), "first": ours["first_cpu"]}
+    if rival is None and asked.rivals:
         return line | {"verdict": "no rival runs and is right"}
-    measured = ratio(rival, ours, measure)
+    if asked.at_most is not None:
+        seconds = ours[measure] - (rival[measure] if rival else 0.0)
+        return line | {"measured": seconds, "verdict": "reached" if seconds <= asked.at_most else "missed"}
+    on_gram = best(rows, asked.task, [ON_GRAM], measure)
     return line | {
-        "measured": measured,
-        "error": ours["error"],
+        "measured": ratio(rival, ours, measure),
+        "on_gram": ratio(on_gram, ours, measure) if on_gram else None,
         "rival_error": rival["error"],
-        "verdict": verdict(measured, asked.at_least, asked.aim),
+        "rival_first": rival["first_cpu"],
+        "verdict": verdict(ratio(rival, ours, measure), asked.at_least, asked.aim),
     }
 
 
 def verdict(measured: float, at_least: float | None, aim: float | None) -> str:
     """Return the judgement in words.
 
-    >>> verdict(3.0, 4.0, None), verdict(5.0, 4.0, 10.0), verdict(0.5, None, None)
-    ('missed', 'reached', 'the peer wins')
+    >>> verdict(3.0, 4.0, None), verdict(5.0, 4.0, 10.0), verdict(0.5, None, None), verdict(0.5, 0.3, None)
+    ('missed', 'reached', 'the peer wins', 'reached, the peer wins')
     """
-    if at_least is not None and measured < at_least:
-        return "missed" if measured >= 1.0 else "missed, the peer wins"
     if measured < 1.0:
-        return "the peer wins"
+        asked = "" if at_least is None else "missed, " if measured < at_least else "reached, "
+        return f"{asked}the peer wins"
+    if at_least is not None and measured < at_least:
+        return "missed"
     if aim is not None and measured >= aim:
         return "aim reached"
     return "reached" if at_least is not None else "ahead"
@@ -150,25 +164,43 @@ def error_text(value: float | None) -> str:
     return "nan" if value is None else f"{value:.0e}"
 
 
+MEASURES = {
+    "cpu": "CPU time",
+    "wall": "wall time",
+    "first_cpu": "CPU time of the first call",
+    "memory": "memory",
+    "live": "live tensors",
+}
+
+
 def asked_table(contests: Mapping[str, Any]) -> str:
     """Return asked and measured ratios of every contest."""
     lines = []
     for name, contest in contests.items():
         for line in contest["asked"]:
-            errors = f"{error_text(line['error'])} / {error_text(line['rival_error'])}" if "error" in line else ""
+            both = "rival_error" in line
+            errors = [error_text(line[key]) for key in ("error", "rival_error") if key in line]
+            first = [number(line[key]) for key in ("first", "rival_first") if key in line]
+            scale, at_most = (1.0 if both else 1e3), line.get("at_most")
+            asked = number(line["at_least"]) if at_most is None else f"at most {number(1e3 * at_most)} ms"
+            measured = None if line["measured"] is None else scale * line["measured"]
             lines.append([
                 name.replace(", 1 thread", ""),
                 contest["tasks"][line["task"]]["words"],
                 line["entry"].removeprefix("bilevel "),
                 line["rival"],
-                {"cpu": "CPU time", "wall": "wall time", "memory": "memory"}[line["measure"]],
-                number(line["at_least"]),
+                MEASURES[line["measure"]],
+                asked,
                 number(line["aim"]),
-                number(line["measured"]),
-                errors,
+                number(measured) + " ms" * (at_most is not None and measured is not None),
+                number(line.get("on_gram")),
+                line.get("form", ""),
+                " / ".join(first),
+                " / ".join(errors),
                 line["verdict"],
             ])
-    heads = ["", "task", "entry", "best rival", "ratio of", "at least", "aim", "measured", "errors", ""]
+    heads = ["", "task", "entry", "best rival", "ratio of", "at least", "aim", "measured", "jax on the Gram matrix"]
+    heads += ["form", "first call, CPU s", "errors", ""]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
@@ -193,11 +225,15 @@ def contest_table(contest: Mapping[str, Any], task: str) -> str:
     ran = sorted((row for row in rows if row["status"] != "does not run"), key=lambda row: row["cpu"])
     lines = []
     for row in ran:
-        remarks = [row["note"]] if row["note"] else []
+        remarks = [note for note in (row.get("form", ""), row["note"]) if note]
         if row["status"] == "wrong":
             remarks.insert(0, "**wrong**")
         if row["rounds"] == 1:
             remarks.append("one round")
+        if row.get("live") is not None:
+            remarks.append(f"live tensors {number(row['live'] / 2**20)} MB")
+        if "again" in row:
+            remarks.append(f"again {row['again']}")
         lines.append([
             f"**{row['name']}**" if row["ours"] else row["name"],
             number(1e3 * row["cpu"]),

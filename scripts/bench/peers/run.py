@@ -3,6 +3,9 @@
 ``python scripts/bench/peers/run.py``          everything, about a quarter of an hour on two cores
 ``python scripts/bench/peers/run.py --quick``  smaller problems, two minutes
 ``python scripts/bench/peers/run.py --only p2 p3``  some problems; the results of the others are kept
+``python scripts/bench/peers/run.py --only p1 --task unroll --who 'jax*' '*Gram*'``  some rows of one problem
+
+or, by its makefile, ``make bench ARGS="--only p1 --task unroll"``.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ MODULES = {
     "p3c": "p3_cleaning",
     "p4": "p4_mlp",
     "p5": "p5_forward",
+    "p6": "p6_unrolled",
     "growth": "growth",
 }
 ROOT = Path(__file__).parents[3]
@@ -35,6 +39,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller problems and fewer rounds: two minutes")
     parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES), help="the problems to run")
+    parser.add_argument("--task", nargs="+", default=["*"], help="their tasks to run; * as in file names")
+    parser.add_argument("--who", nargs="+", default=["*"], help="the contestants to run; the rows of others are kept")
     parser.add_argument("--seed", type=int, default=0, help="of data and splits")
     parser.add_argument("--threads", type=int, default=1, help="cores and threads of each contestant")
     parser.add_argument("--rounds", type=int, default=None, help="most rounds (9; quick 3)")
@@ -64,6 +70,8 @@ def main() -> int:
             once=10.0 if quick else 20.0,
             timeout=options.timeout or (60.0 if quick else 240.0),
             logs=work / "logs",
+            tasks=options.task,
+            who=options.who,
         )
         known = versions()
         for key in options.only:

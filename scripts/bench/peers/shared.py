@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 OUTER_RATE = 0.1
+EARLIER = "6140b17"
+"""The commit of this library from before steps were doubled, flat or traced."""
+BEFORE = f"bilevel {EARLIER}"
+
+
+def earlier(prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what makes the calls of this library as they were at the commit `EARLIER`, of which git makes a copy."""
+
+    def prepared(d: Any) -> Any:
+        root = Path(__file__).parents[3]
+        folder = root / "runs" / "bench" / f"commit-{EARLIER}"
+        if not folder.exists():
+            part = folder.with_suffix(f".{os.getpid()}")
+            part.mkdir(parents=True)
+            packed = subprocess.run(["git", "archive", EARLIER, "bilevel"], cwd=root, check=True, capture_output=True)
+            subprocess.run(["tar", "-x", "-C", str(part)], input=packed.stdout, check=True)
+            part.rename(folder)
+        sys.path.insert(0, str(folder))
+        return prepare(d)
+
+    return prepared
 
 
 def adam(hypergradient: Callable[[Any], Any], start: Any, steps: int, rate: float = OUTER_RATE) -> Any:
