@@ -29,6 +29,10 @@ MODULES = {
     "p4": "p4_mlp",
     "p5": "p5_forward",
     "p6": "p6_unrolled",
+    "p7": "p7_outer",
+    "p8": "p8_tasks",
+    "p9": "p9_stochastic",
+    "p10": "p10_around",
     "growth": "growth",
 }
 ROOT = Path(__file__).parents[3]
