@@ -210,16 +210,16 @@ class LinearData:
         return (collected / self.scale).reshape(*r.shape[:-1], self.features)
 
     def gram(self, d: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return ``X' diag(d) X`` of the standardised columns, (features, features), or rows of it.
+        """Return ``X' diag(d) X`` of the standardised columns, (..., features, features), or rows of it.
 
         Args:
-            d: of shape (rows,).
+            d: of shape (rows,), or (..., 1, rows).
             index: of the rows that are wanted; None for all.
         """
         if not self.sparse:
             return ((self.X if index is None else self.X[:, index]).T * d) @ self.X
         blocks = _blocks(self.features, d) if index is None else [_units(index, self.features, d)]
-        return torch.cat([self.collect(self.product(block) * d) for block in blocks])
+        return torch.cat([self.collect(self.product(block) * d) for block in blocks], -2)
 
     def row_gram(self) -> Tensor:
         """Return ``X X'`` of the standardised columns, (rows, rows)."""

@@ -31,7 +31,7 @@ class Column(NamedTuple):
         fit: the model of all rows.
         held: predictions for the rows that each fold holds out, by a model that has not seen them.
         judged: the same, of penalties that are not chosen by these rows either.
-        penalties: of mean losses, (features,).
+        penalties: of mean losses, ([outputs,] features).
         l1_ratio: 0 for ridge regression.
         value: of the criterion of ridge regression; else NaN.
     """
@@ -179,7 +179,7 @@ class NetSearch:
             self.solved += grid.alphas.size * len(folds) + len(alphas)
             self.converged = self.converged and models.converged
             fit = Fit(models.fit.coef[-1], models.fit.intercept[-1])
-            ones = np.ones(self._criterion.data.features) if factors is None else factors
+            ones = np.ones(self._criterion.penalties.owner.shape) if factors is None else factors
             penalties = torch.from_numpy(alphas[-1] * ones)
             judged = [z[place] for z, place in zip(held, places, strict=True)]
             columns.append(Column(grid.name, fit, [z[ratio, at] for z in held], judged, penalties, l1_ratio, np.nan))
@@ -206,10 +206,10 @@ class NetSearch:
         return found, fine
 
     def _net_of(self, data: LinearData) -> Net:
-        return Net(data, self._criterion.loss, self._positive, self._rounds)
+        return Net(data, self._criterion.loss, self._positive, self._rounds, self._criterion.penalties.outputs)
 
     def _factors(self, fold: int | None, data: LinearData | None = None) -> Array:
-        """Return the factors of the penalties of an adaptive lasso, (features,): of a fold, or of all rows."""
+        """Return the factors of an adaptive lasso's penalties, shaped as coefficients: of a fold, or of all rows."""
         assert self._ridge is not None
         fit = self._ridge.weights if fold is None else self._ridge.fold_weights[fold]
         scale = (self._criterion.data if data is None else data).scale

@@ -19,7 +19,8 @@ class Candidate(Judged):
     Attributes:
         name: what reports call it.
         fit: the model, in the units of the X that was given.
-        penalties: a, (features,), of ``mean loss + sum_j a_j (r |w_j| + (1 - r)/2 w_j^2)`` and standardised columns.
+        penalties: a, ([outputs,] features), of ``mean loss + sum_j a_j (r |w_j| + (1 - r)/2 w_j^2)``, of standardised
+            columns.
         l1_ratio: r; 0 for ridge regression.
         value: of the criterion on all rows, of ridge regression; else NaN.
         weight: its share of the final model.

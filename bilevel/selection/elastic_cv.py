@@ -70,7 +70,7 @@ def elastic_cv(
     model is their convex combination with the least loss of held-out rows, ``coef = sum_k omega_k coef_k``.
 
     Args:
-        criterion: what ridge regression is tuned by: of the data, and a loss of one prediction.
+        criterion: what ridge regression is tuned by: of the data, and a loss of one prediction or of several classes.
         candidates: which of "ridge", "path", "elastic_net" (always) and "adaptive_lasso".
         l1_ratios: of the elastic net, from 0 to 1.
         alphas: how many penalties for each l1_ratio, from the one at which all coefficients are zero; or penalties,
@@ -158,7 +158,8 @@ def _ridge(
     if tuned and data.features > MOST:
         tuned, kinds = False, kinds - {"path"}
         remarks = [f"{data.features} features are too many for a ridge penalty of each: all have the same."]
-    penalties = Penalties.feature(data.features) if tuned else Penalties.scalar(data.features)
+    outputs = criterion.penalties.outputs
+    penalties = Penalties.feature(data.features, outputs) if tuned else Penalties.scalar(data.features, outputs)
     if taus is None:
         taus = default_taus(data.counted, data.features) if "path" in kinds else ADAPTIVE
     search = RidgeSearch(criterion.with_penalties(penalties), held_out, taus if tuned else (), options)
@@ -197,7 +198,7 @@ def _weights(
     elif not stacking:
         weights[choice.best] = 1.0
     else:
-        z = torch.stack([torch.cat(each.held) for each in columns])
+        z = torch.stack([torch.cat(each.held, -1) for each in columns])
         rows = torch.cat([held for _, held in held_out.folds])
         shares = torch.from_numpy(np.concatenate([held_out.shares(held) for _, held in held_out.folds]))
         weights = stack(z, criterion.data.y[rows], criterion.loss, shares.to(z.device))
@@ -238,6 +239,6 @@ def _checked(criterion: Criterion, candidates: Sequence[Kind], positive: bool, g
         raise ValueError("`candidates` must hold 'elastic_net': without it, use penalty_cv.")
     if positive and not {"ridge", "path"}.isdisjoint(candidates):
         raise ValueError("ridge regression has negative coefficients: with positive=True give other `candidates`.")
-    if criterion.penalties.outputs is not None:
-        raise ValueError("elastic nets are of losses of one prediction: several targets or classes take one each.")
+    if criterion.data.y.dim() == 2:
+        raise ValueError("elastic nets are of one target: several take one each.")
     return set(candidates)

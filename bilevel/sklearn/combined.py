@@ -54,9 +54,10 @@ class CombinedModel(TunedLinearModel):
         data = LinearData.of(X, y, weights, intercept=self.fit_intercept, standardize=scaled)
         # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.
         dependent = bool(folds.dependence)
-        criterion = self._criterion(data, loss, Penalties.feature(data.features), replace(folds, given=dependent))
+        penalties = Penalties.feature(data.features, loss.outputs(y))
+        criterion = self._criterion(data, loss, penalties, replace(folds, given=dependent))
         remarks = [AS_THEY_ARE] if self.standardize == "auto" and not scaled else []
-        pairs = folds.outer(dependent, weights)
+        pairs = folds.outer(bool(criterion.folds), weights)
         if len(pairs) < 2 and dependent:
             pairs, candidates = folds.pairs, candidates & {"elastic_net"}
             remarks.append("folds are too few for those of a criterion within them, so there is only the elastic net.")
@@ -104,7 +105,7 @@ class CombinedModel(TunedLinearModel):
             criterion=criterion.name,
             criterion_name=self._unit_of(criterion)[1],
             honest="nested",
-            n_penalties=len(self.penalties_),
+            n_penalties=self.penalties_.shape[-1],
             **losses_of(candidates),
             kappa=combined.choice.kappa,
             survived=combined.open,

@@ -39,7 +39,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         Cs: inverse penalties of which that of the one penalty, where the path begins, is the best: a list, or so many
             from 1e-4 to 1e4; None for any. `Cs_` has them, and `scores_` and `coefs_paths_` what every fold of the
             criterion gives at each: minus the log loss, and coefficients.
-        l1_ratios: None or zeros for squares. With others, of two classes, the elastic net and the adaptive lasso are
+        l1_ratios: None or zeros for squares. With others, the elastic net and the adaptive lasso are
             candidates, too, and are combined where that is proved to predict better: see `ElasticNetCV`.
         fit_intercept: whether there is an intercept, which is not penalised.
         cv: folds, for the criterion and the outer loop: None (approximate leave-one-out for two classes, and five), a

@@ -1,4 +1,4 @@
-"""`NetClassifier`: logistic regression of two classes as a combination with elastic nets."""
+"""`NetClassifier`: logistic regression as a combination with elastic nets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel.problems.losses import Logistic
+from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection.elastic_cv import Kind
 from bilevel.sklearn.combined import CombinedModel
 from bilevel.sklearn.inputs import nearest, numbers, positive
@@ -74,35 +74,29 @@ class NetClassifier(CombinedModel):
 
         Args:
             X: of shape (rows, features).
-            labels: -1 and +1, (rows,).
+            labels: -1 and +1, or indices of more than two classes, (rows,).
             weights: of shape (rows,).
             folds: of the outer loop.
             l1_ratios: of the elastic net.
-
-        Raises:
-            ValueError: for more than two classes.
         """
-        if len(self.classes_) > 2:
-            raise ValueError(
-                f"l1_ratios other than zero are of two classes, and y has {len(self.classes_)}: leave them out, or use "
-                "OneVsRestClassifier."
-            )
+        loss, leading = (Logistic(), (1,)) if len(self.classes_) == 2 else (Softmax(), ())
         kinds: set[Kind] = {"ridge", "elastic_net"}
         if self.penalty_structure == "feature":
             kinds |= {"path", "adaptive_lasso"}
         candidates, unit = self._candidates(), float(weights.sum())
         grid: dict[str, Any] = {"alphas": CS if candidates is None else candidates / unit, "eps": EPS}
         grid |= {"l1_ratios": l1_ratios, "steps": int(self.max_iter), "rounds": ROUNDS * int(self.max_iter)}
-        combined = self._combine(X, labels, weights, Logistic(), folds, kinds, unit, **grid)
+        combined = self._combine(X, labels, weights, loss, folds, kinds, unit, **grid)
         for name in ("Cs_", "scores_", "coefs_paths_"):
             self.__dict__.pop(name, None)
-        self._set_model(combined.fit, X.dtype, (1,))
+        self._set_model(combined.fit, X.dtype, leading)
         self.penalties_ = self.penalties_.reshape(self.coef_.shape)
         net = combined.net
         C, ratio = 1.0 / (net.alpha * unit), net.l1_ratio
         if candidates is not None:
             self.Cs_ = self._grid()
             C = nearest(C, self.Cs_)
-        self.C_, self.l1_ratio_ = (np.array([C]), np.array([ratio])) if self.use_legacy_attributes else (C, ratio)
+        each = np.ones(len(self.coef_))
+        self.C_, self.l1_ratio_ = (C * each, ratio * each) if self.use_legacy_attributes else (C, ratio)
         self.l1_ratios_, self.n_iter_ = np.asarray(l1_ratios), net.rounds
         return self

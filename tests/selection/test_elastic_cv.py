@@ -7,7 +7,7 @@ from scipy import optimize, sparse
 from sklearn.linear_model import LogisticRegression, enet_path
 
 from bilevel.criteria import ApproximateLeaveOneOut, Fit, KFold, LinearData, Penalties, RidgeLeaveOneOut
-from bilevel.problems import Huber, Logistic, Poisson, Squared
+from bilevel.problems import Huber, Logistic, Poisson, Softmax, Squared
 from bilevel.selection import Net, elastic_cv, kappa_of, make_folds, paired, penalty_cv
 from bilevel.selection.candidates import NetSearch, RidgeSearch
 from bilevel.selection.honest import HeldOut, predictions
@@ -70,6 +70,26 @@ def test_a_logistic_path_is_that_of_scikit_learn(rows):
             C=1.0 / (alpha * rows), l1_ratio=0.5, solver="saga", tol=1e-9, max_iter=20_000
         ).fit(Z, labels, data.weights)
         np.testing.assert_allclose(models.fit.coef[index] * data.scale, reference.coef_[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("table", [X, SPARSE, X[:30], SPARSE[:30]], ids=["tall", "sparse", "wide", "sparse and wide"])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_a_path_of_three_classes_is_that_of_scikit_learn(table, intercept):
+    rows = table.shape[0]
+    labels = torch.from_numpy(np.digitize(y, [-2.0, 2.0])[:rows])
+    data = LinearData.of(table, labels, WEIGHTS[:rows] + 1.0, intercept=intercept)
+    net = Net(data, Softmax(), outputs=3)
+    alphas = net.largest() * np.array([1.0, 0.3, 0.1])
+    options = {"solver": "saga", "tol": 1e-10, "max_iter": 20_000, "fit_intercept": intercept}
+    for l1_ratio in (0.6, 1.0):
+        models = net.path(alphas / l1_ratio, l1_ratio)
+        assert models.converged
+        assert not (models.fit.coef[0].any() and l1_ratio == 1.0)
+        C = l1_ratio / (alphas[-1] * rows)
+        reference = LogisticRegression(C=C, l1_ratio=l1_ratio, **options).fit(data.dense(), labels, data.weights)
+        np.testing.assert_allclose(models.fit.coef[-1] * data.scale, reference.coef_, atol=1e-6)
+        b = models.fit.intercept[-1] + models.fit.coef[-1] @ data.offset
+        np.testing.assert_allclose(b - b.mean(), reference.intercept_ - np.mean(reference.intercept_), atol=1e-6)
 
 
 def test_a_dual_gap_bounds_the_objective():
@@ -328,6 +348,24 @@ def test_two_classes_take_the_log_loss():
     found = elastic_cv(criterion, folds=FOLDS, l1_ratios=[1.0], alphas=8)
     assert found.candidates[-2].name == "lasso"
     assert 0.1 < found.best.loss < np.log(2.0)
+
+
+def test_three_classes_are_combined_by_their_log_loss():
+    labels = torch.from_numpy(np.digitize(y, [-2.0, 2.0]))
+    criterion = KFold(LinearData.of(X, labels), Softmax(), Penalties.scalar(20, 3), FOLDS)
+    options = {"candidates": ["ridge", "elastic_net"], "l1_ratios": [1.0], "alphas": 8, "guard": "off"}
+    found = elastic_cv(criterion, folds=FOLDS, **options)
+    assert found.candidates[1].weight > 0.0
+    assert found.coef.shape == found.candidates[1].penalties.shape == (3, 20)
+    assert found.best.loss < np.log(3.0)
+    weights = [each.weight for each in found.candidates]
+    expected = sum(weight * each.fit.coef for weight, each in zip(weights, found.candidates, strict=True))
+    np.testing.assert_allclose(found.coef, expected)
+    # The weights of an adaptive lasso are those of single coefficients.
+    criterion = KFold(LinearData.of(X[:, :4], labels), Softmax(), Penalties.scalar(4, 3), FOLDS)
+    options = {"candidates": ["elastic_net", "adaptive_lasso"], "taus": (1.0, 0.1), "alphas": 4}
+    factors = elastic_cv(criterion, folds=FOLDS[:2], **options).candidates[1].penalties
+    assert factors.unique().numel() == 12
 
 
 @pytest.mark.parametrize(

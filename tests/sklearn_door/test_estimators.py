@@ -195,9 +195,26 @@ def test_elastic_nets_of_two_classes_are_combined(Cs, weights):
     assert alone.l1_ratio_ == 1.0
 
 
-def test_elastic_nets_of_several_classes_are_refused():
-    with pytest.raises(ValueError, match="of two classes, and y has 3"):
-        LogisticRegressionCV(l1_ratios=[1.0]).fit(X, SPECIES)
+def test_elastic_nets_of_several_classes_are_those_of_scikit_learn():
+    options = {"penalty_structure": "scalar", "guard": "off", "class_weight": "balanced"}
+    model = LogisticRegressionCV(Cs=[0.5], l1_ratios=[0.7], use_legacy_attributes=True, **options)
+    model.fit(X, SPECIES, WEIGHTS)
+    assert model.coef_.shape == model.penalties_.shape == (3, 6)
+    assert model.C_.tolist() == [0.5] * 3
+    assert model.l1_ratio_.tolist() == [0.7] * 3
+    sizes = dict(zip(*np.unique(np.repeat(SPECIES, WEIGHTS.astype(int)), return_counts=True), strict=True))
+    per_row = WEIGHTS * [WEIGHTS.sum() / (3 * sizes[each]) for each in SPECIES]
+    scaler = weighted_scaler(per_row)
+    reference = linear_model.LogisticRegression(C=0.5, l1_ratio=0.7, solver="saga", tol=1e-10, max_iter=20_000)
+    reference.fit(scaler.transform(X), SPECIES, per_row)
+    ridge = LogisticRegressionCV(**options).fit(X, SPECIES, WEIGHTS)
+    share = model.weights_["elastic net"]
+    expected = share * reference.coef_ / scaler.scale_ + (1 - share) * ridge.coef_
+    np.testing.assert_allclose(model.coef_, expected, atol=1e-4)
+    np.testing.assert_allclose(model.predict_proba(X).sum(1), 1.0)
+    alike = model.set_params(use_legacy_attributes=False, standardize=True).fit(sparse.csr_array(X), SPECIES, WEIGHTS)
+    np.testing.assert_allclose(alike.coef_, model.coef_, rtol=1e-6)
+    assert model.tuning_report_.n_penalties == 6
 
 
 @pytest.mark.parametrize("class_weight", [None, "balanced", {"no": 2.0}])
