@@ -30,7 +30,7 @@ class Column(NamedTuple):
         name: what reports call it.
         fit: the model of all rows.
         held: predictions for the rows that each fold holds out, by a model that has not seen them.
-        judged: the same, of penalties that are not chosen by these rows either.
+        judged: the model of every fold under penalties that are not chosen by the rows that it holds out either.
         penalties: of mean losses, ([outputs,] features).
         l1_ratio: 0 for ridge regression.
         value: of the criterion of ridge regression; else NaN.
@@ -39,7 +39,7 @@ class Column(NamedTuple):
     name: str
     fit: Fit
     held: list[Tensor]
-    judged: list[Tensor]
+    judged: list[Fit]
     penalties: Tensor
     l1_ratio: float
     value: float
@@ -84,7 +84,7 @@ class RidgeSearch:
                         f"ridge, tau {point.tau:g}" if index else "ridge",
                         self._refit(index),
                         held,
-                        held,
+                        list(self._fits[index]),
                         self._criterion.penalties.spread(point.u).exp() / data.rows,
                         0.0,
                         point.evaluation.value,
@@ -163,12 +163,14 @@ class NetSearch:
 
         What a fold holds out is judged under the penalties with the least loss of the rows that it does not hold out.
         """
-        folds = [(grids, index, *fold) for index, fold in enumerate(self._held_out.folds)]
+        data = self._criterion.data
+        folds = [(grids, index, train) for index, (train, _) in enumerate(self._held_out.folds)]
         solved = in_folds(self._in_fold, folds, n_jobs)
         self.converged = self.converged and all(fine for _, fine in solved)
         columns = []
         for index, grid in enumerate(grids):
-            held = [found[index] for found, _ in solved]
+            fits = [found[index] for found, _ in solved]
+            held = [predictions(data, fit, rows) for fit, (_, rows) in zip(fits, self._held_out.folds, strict=True)]
             losses = self._held_out.losses(held)
             pooled = self._held_out.pooled(losses)
             ratio, at = _least(pooled)
@@ -181,7 +183,7 @@ class NetSearch:
             fit = Fit(models.fit.coef[-1], models.fit.intercept[-1])
             ones = np.ones(self._criterion.penalties.owner.shape) if factors is None else factors
             penalties = torch.from_numpy(alphas[-1] * ones)
-            judged = [z[place] for z, place in zip(held, places, strict=True)]
+            judged = [Fit(each.coef[at], each.intercept[at]) for each, at in zip(fits, places, strict=True)]
             columns.append(Column(grid.name, fit, [z[ratio, at] for z in held], judged, penalties, l1_ratio, np.nan))
             if not index:
                 net = self._table(grid, losses, columns[0], float(alphas[-1]), int(models.rounds[-1]))
@@ -195,13 +197,14 @@ class NetSearch:
         gap = self._net.dual_gap(column.fit, alpha, column.l1_ratio) if squared else np.nan
         return NetPath(grid.l1_ratios, grid.alphas, np.stack(means, -1), alpha, column.l1_ratio, gap, rounds)
 
-    def _in_fold(self, grids: Sequence[Grid], fold: int, train: Tensor, held: Tensor) -> tuple[list[Tensor], bool]:
-        """Return the predictions of a fold's models for the rows that it holds out, (ratios, m, held) of each grid."""
+    def _in_fold(self, grids: Sequence[Grid], fold: int, train: Tensor) -> tuple[list[Fit], bool]:
+        """Return the models of a fold on each grid, (ratios, m), and whether all solvers have converged."""
         net, found, fine = self._net_of(self._criterion.data.take(train)), [], True
         for grid in grids:
             factors = self._factors(fold, net.data) if grid.adaptive else None
             models = [net.path(*each, factors) for each in zip(grid.alphas, grid.l1_ratios.tolist(), strict=True)]
-            found.append(torch.stack([predictions(self._criterion.data, each.fit, held) for each in models]))
+            coef = torch.stack([each.fit.coef for each in models])
+            found.append(Fit(coef, torch.stack([each.fit.intercept for each in models])))
             fine = fine and all(each.converged for each in models)
         return found, fine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Fit
@@ -109,23 +110,37 @@ class Combined(Fitted):
     @property
     def summary(self) -> str:
         """Which model was taken, and why, in one sentence."""
+        return self.summary_by("")
+
+    def summary_by(self, scorer: str) -> str:
+        """Return the same where losses are the scores of a scorer times minus one.
+
+        Args:
+            scorer: its name; empty for losses.
+        """
         first, best, choice = self.candidates[0], self.best, self.choice
+        least, of, sign = (f"better {scorer}", f"{scorer} ", -1.0) if scorer else ("smaller loss", "", 1.0)
+        shown, reached = f"{sign * first.loss:.5g}", f"{sign * best.loss:.5g}"
+        if not np.isfinite(first.loss):
+            return f"The {first.name} is kept: {scorer} is not finite on all held-out folds."
         if len(self.candidates) == 1:
-            return f"The {first.name} is the only candidate: its loss on held-out rows is {first.loss:.5g}."
+            return f"The {first.name} is the only candidate: its {scorer or 'loss'} on held-out rows is {shown}."
         taken = [each for each in self.candidates if each.weight > 0]
         shares = ", ".join(f"{each.weight:.0%} {each.name}" for each in sorted(taken, key=lambda each: -each.weight))
         ungated = not choice.open and first.weight < 1
         if ungated and best is first:
-            return f"The model is {shares}, without a gate: no other has a smaller loss than the {first.name}."
+            return f"The model is {shares}, without a gate: no other has a {least} than the {first.name}."
         if best is first:
-            return f"The {first.name} is kept: no other has a smaller loss on held-out rows ({first.loss:.5g})."
-        figures = f"{best.loss:.5g} against {first.loss:.5g} on held-out rows"
+            return f"The {first.name} is kept: no other has a {least} on held-out rows ({shown})."
+        figures = f"{of}{reached} against {shown} on held-out rows"
         proof = choice.proof
         if ungated:
             doubt = f"the gain of the {best.name} is not proved ({figures}: {proof})"
             return f"The model is {shares}, without a gate: {doubt}."
         if not choice.open:
             return f"The {first.name} is kept: the gain of the {best.name} is not proved ({figures}: {proof})."
+        if scorer:
+            return f"The {best.name} generalises ({figures}: {proof})."
         gain = best.gain / abs(first.loss) if first.loss else 0.0
         model = f" The model is {shares}." if len(taken) > 1 else ""
         return (

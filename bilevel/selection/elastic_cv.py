@@ -18,7 +18,7 @@ from bilevel.numerics.elastic_net import ROUNDS
 from bilevel.selection.candidates import Column, NetSearch, RidgeSearch
 from bilevel.selection.combined import Candidate, Combined
 from bilevel.selection.gate import Choice, choose, kappa_of, rounding_of
-from bilevel.selection.honest import Fold, HeldOut, HonestLosses
+from bilevel.selection.honest import Fold, HeldOut, HonestLosses, Score, of_scores, predictions
 from bilevel.selection.path import default_taus
 from bilevel.selection.penalty_cv import in_short_operations, outer_folds
 from bilevel.selection.selected import judge
@@ -52,6 +52,7 @@ def elastic_cv(
     ordered: bool = False,
     taus: Sequence[float] | None = None,
     positive: bool = False,
+    score: Score | None = None,
     tol: float = 1e-6,
     steps: int = 25,
     rounds: int = ROUNDS,
@@ -86,6 +87,8 @@ def elastic_cv(
         taus: of the path; None: see `penalty_cv`.
         positive: whether no coefficient is negative: of elastic net and adaptive lasso only, so "ridge" and "path"
             are no candidates then.
+        score: what chooses among the candidates in place of the loss: see `nested`. It does not choose the point of a
+            grid, or ridge penalties, and the best candidate is taken alone, since a combination has no score.
         tol: relative gain at which the descent of the one ridge penalty ends.
         steps: the most steps of a descent.
         rounds: the most rounds of the solver of an elastic net.
@@ -126,15 +129,15 @@ def elastic_cv(
     nets, net = search.columns(grids, n_jobs)
     columns += nets
     evaluations = 0 if ridge is None else ridge.evaluations
-    judged = held_out.losses([torch.stack(each) for each in zip(*(column.judged for column in columns), strict=True)])
-    losses = HonestLosses(held_out.pooled(judged), held_out.rows, evaluations)
+    losses = _judged(criterion, held_out, columns, score, evaluations)
     if kappa is None:
-        kappa = kappa_of(criterion.loss, losses.losses[0], criterion.data.features)
-    choice = choose(losses.losses, kappa, "best", rounding_of(criterion.loss, criterion.data), losses.rows)
+        kappa = 1.0 if score is not None else kappa_of(criterion.loss, losses.losses[0], criterion.data.features)
+    exact, rows = rounding_of(criterion.loss, criterion.data), losses.rows
+    choice = choose(losses.losses, kappa, "best", *((0.0, None) if score is not None else (exact, rows)))
     if choice.lone_row:
         remarks.append(f"{choice.lone_row} of held-out rows: look at it.")
         warnings.warn(remarks[-1], BilevelWarning, stacklevel=3)
-    weights = _weights(criterion, held_out, columns, choice, guard, stacking)
+    weights = _weights(criterion, held_out, columns, choice, guard, stacking and score is None)
     return Combined(
         fit=_sum(columns, weights),
         candidates=_candidates(columns, weights, judge(len(columns), losses, choice)),
@@ -148,6 +151,21 @@ def elastic_cv(
         seconds=time.process_time() - began,
         remarks=tuple(remarks),
     )
+
+
+def _judged(
+    criterion: Criterion, held_out: HeldOut, columns: Sequence[Column], score: Score | None, evaluations: int
+) -> HonestLosses:
+    """Return the honest losses of the candidates, or their scores times minus one."""
+    if score is not None:
+        held = [rows.numpy() for _, rows in held_out.folds]
+        scores = [[score(fit, rows) for fit, rows in zip(each.judged, held, strict=True)] for each in columns]
+        return of_scores(-np.array(scores), evaluations)
+    z = [
+        torch.stack([predictions(criterion.data, each.judged[fold], rows) for each in columns])
+        for fold, (_, rows) in enumerate(held_out.folds)
+    ]
+    return HonestLosses(held_out.pooled(held_out.losses(z)), held_out.rows, evaluations)
 
 
 def _ridge(

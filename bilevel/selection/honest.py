@@ -166,9 +166,21 @@ def nested(
                 break
     if score is None:
         return HonestLosses(np.stack(losses), held_out.rows, evaluations, tuple(fits))
+    return of_scores(np.stack(losses), evaluations, tuple(fits))
+
+
+def of_scores(losses: Array, evaluations: int, fits: tuple[tuple[Fit, ...], ...] = ()) -> HonestLosses:
+    """Return honest losses that are scores of folds times minus one.
+
+    Args:
+        losses: of every fold, (nodes, folds). Folds where that of the first node is not finite are left out, if at
+            least three remain.
+        evaluations: see `HonestLosses`.
+        fits: likewise.
+    """
     scored = np.flatnonzero(np.isfinite(losses[0]))
-    scored = scored if len(scored) >= FEWEST else np.arange(len(pairs))
-    return HonestLosses(np.stack(losses)[:, scored], scored, evaluations, tuple(fits))
+    scored = scored if len(scored) >= FEWEST else np.arange(losses.shape[1])
+    return HonestLosses(losses[:, scored], scored, evaluations, fits)
 
 
 def in_folds(function: Callable[..., Any], folds: Sequence[tuple[Any, ...]], n_jobs: int | None) -> list[Any]:

@@ -34,6 +34,7 @@ class CombinedModel(TunedLinearModel):
         loss: GLMLoss,
         folds: Folds,
         candidates: set[Kind],
+        score: Any,
         unit: float = 1.0,
         **options: Any,
     ) -> Combined:
@@ -46,6 +47,7 @@ class CombinedModel(TunedLinearModel):
             loss: of a row.
             folds: of the outer loop.
             candidates: as `elastic_cv` takes them.
+            score: of a model on some rows, (fit, rows) -> float; None for the loss.
             unit: what penalties of mean losses are multiplied by to be those that are shown.
             options: of `elastic_cv`.
         """
@@ -61,8 +63,10 @@ class CombinedModel(TunedLinearModel):
         if len(pairs) < 2 and dependent:
             pairs, candidates = folds.pairs, candidates & {"elastic_net"}
             remarks.append("folds are too few for those of a criterion within them, so there is only the elastic net.")
+        scorer = self._scorer_name(pairs) if score is not None else ""
         combined = elastic_cv(
             criterion,
+            score=score,
             candidates=sorted(candidates),
             guard="off" if self.guard == "off" else "auto",
             folds=pairs,
@@ -78,15 +82,18 @@ class CombinedModel(TunedLinearModel):
                 ConvergenceWarning,
                 stacklevel=4,
             )
+        if scorer:
+            remarks += self._unscored(combined, f"the {combined.candidates[0].name}")
+        of_loss = 1.0 if scorer else self._loss_factor
         combined = replace(
             combined,
-            candidates=shown(combined.candidates, self._unit_of(criterion)[0], self._loss_factor),
+            candidates=shown(combined.candidates, self._unit_of(criterion)[0], of_loss),
             remarks=(*remarks, *combined.remarks),
         )
-        self._set_candidates(combined, unit, criterion)
+        self._set_candidates(combined, unit, criterion, scorer)
         return combined
 
-    def _set_candidates(self, combined: Combined, unit: float, criterion: Criterion) -> None:
+    def _set_candidates(self, combined: Combined, unit: float, criterion: Criterion, scorer: str) -> None:
         candidates = combined.candidates
         names = ("value", "loss", "std_error", "gain", "gain_error", "gate", "weight", "l1_ratio")
         columns = {name: np.array([getattr(each, name) for each in candidates]) for name in names}
@@ -101,17 +108,17 @@ class CombinedModel(TunedLinearModel):
         self.penalties_ = self.cv_results_["penalties"][combined.chosen]
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
-            loss_name=self._loss_name,
+            loss_name=f"minus {scorer}" if scorer else self._loss_name,
             criterion=criterion.name,
             criterion_name=self._unit_of(criterion)[1],
             honest="nested",
             n_penalties=self.penalties_.shape[-1],
-            **losses_of(candidates),
+            **losses_of(candidates, scored=bool(scorer)),
             kappa=combined.choice.kappa,
             survived=combined.open,
             n_evaluations=combined.evaluations,
             seconds=combined.seconds,
-            summary=combined.summary,
+            summary=combined.summary_by(scorer),
             remarks=combined.remarks,
             nodes=self.cv_results_,
             n_candidates=len(candidates),

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from sklearn import linear_model
 from sklearn.base import _fit_context
+from sklearn.metrics import check_scoring
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.metadata_routing import MethodMapping
 from sklearn.utils.validation import column_or_1d, validate_data
 
 from bilevel.problems.losses import Squared
@@ -25,8 +27,10 @@ class _TunedNet(CombinedModel):
 
     _net_constraints: ClassVar[dict[str, Any]] = {
         name: TunedLinearModel._shared_constraints[name]
-        for name in ("fit_intercept", "cv", "criterion", "standardize", "tol", "max_iter", "random_state", "n_jobs")
+        for name in ("fit_intercept", "cv", "scoring", "criterion", "standardize", "tol", "max_iter")
     } | {
+        "random_state": ["random_state"],
+        "n_jobs": [None, Integral],
         "eps": [Interval(Real, 0, 1, closed="neither")],
         "n_alphas": [Interval(Integral, 1, None, closed="left"), StrOptions({"deprecated"})],
         "alphas": [Interval(Integral, 1, None, closed="left"), "array-like", None],
@@ -45,6 +49,7 @@ class _TunedNet(CombinedModel):
     _kinds: ClassVar[dict[str, Kind]]
     """What `candidates` may hold, and what `elastic_cv` calls it."""
 
+    honest = "nested"
     eps: float
     n_alphas: Any
     alphas: Any
@@ -60,7 +65,7 @@ class _TunedNet(CombinedModel):
             X: array or sparse matrix of shape (n_samples, n_features).
             y: of shape (n_samples,).
             sample_weight: of shape (n_samples,): a row of weight 2 is fitted as two rows; None for equal ones.
-            params: for the splitter, such as ``groups`` of rows.
+            params: for the splitter and the scorer, such as ``groups`` of rows.
 
         Raises:
             ValueError: in one sentence, for data and parameters that do not fit.
@@ -76,7 +81,7 @@ class _TunedNet(CombinedModel):
             raise ValueError(f"For multi-task outputs, use MultiTask{type(self).__name__}")
         y = column_or_1d(y, warn=True)
         weights = self._weights(sample_weight, X)
-        split, _ = self._routed(None if sample_weight is None else weights, params)
+        split, scored = self._routed(None if sample_weight is None else weights, params)
         folds = folds_of(self.cv, X, y, None, split, self.random_state)
         targets = torch.from_numpy(np.array(y, dtype=np.float64))
         options: dict[str, Any] = {
@@ -86,7 +91,8 @@ class _TunedNet(CombinedModel):
             "stacking": self.stacking,
         }
         options |= {"l1_ratios": l1_ratios, "rounds": int(self.max_iter), "steps": int(self.max_iter)}
-        combined = self._combine(X, targets, weights, Squared(), folds, candidates, **options)
+        score = self._score_of(X, y, (), scored)
+        combined = self._combine(X, targets, weights, Squared(), folds, candidates, score, **options)
         net = combined.net
         self.alpha_, self.dual_gap_, self.n_iter_ = net.alpha, net.dual_gap, net.rounds
         self.alphas_ = net.alphas[0] if len(net.alphas) == 1 or np.ndim(self.alphas) else net.alphas
@@ -95,6 +101,12 @@ class _TunedNet(CombinedModel):
             self.l1_ratio_ = net.l1_ratio
         self._set_model(combined.fit, X.dtype, ())
         return self
+
+    def get_metadata_routing(self) -> Any:
+        """Return what becomes of metadata: the splitter and the scorer take some."""
+        router = super().get_metadata_routing()  # type: ignore[misc]
+        scorer = None if self.scoring is None else check_scoring(self, scoring=self.scoring)
+        return router.add(scorer=scorer, method_mapping=MethodMapping().add(caller="fit", callee="score"))
 
     def _l1_ratios(self) -> tuple[float, ...]:
         """Return the candidates of the l1_ratio."""
@@ -160,7 +172,9 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         random_state: of the folds, for a number or None as cv; None is a fixed seed.
         selection: accepted, without effect.
         candidates: of "ridge", "path", "elastic_net" (always) and "adaptive_lasso"; None for all.
-        stacking: whether candidates are combined where the gate is open; else the best is taken.
+        stacking: whether candidates are combined where the gate is open; else, and with `scoring`, the best is taken.
+        scoring: what chooses among candidates: a scorer of scikit-learn; None for the loss. `alpha_` and `l1_ratio_`
+            have the least loss whatever it is.
         guard: "auto" keeps the first candidate unless the gain of the best is proved; "off" does not.
         criterion: what ridge regression is tuned by: see `RidgeCV`.
         standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for
@@ -199,6 +213,7 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         selection: str = "cyclic",
         candidates: Any = None,
         stacking: bool = True,
+        scoring: Any = None,
         guard: str = "auto",
         criterion: str = "auto",
         standardize: bool | str = "auto",
@@ -220,6 +235,7 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         self.selection = selection
         self.candidates = candidates
         self.stacking = stacking
+        self.scoring = scoring
         self.guard = guard
         self.criterion = criterion
         self.standardize = standardize
@@ -255,7 +271,8 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
         random_state: see there.
         selection: see there.
         candidates: of "lasso" (always) and "adaptive_lasso"; None for both.
-        stacking: whether they are combined where the gate is open; else the best is taken.
+        stacking: whether they are combined where the gate is open; else, and with `scoring`, the best is taken.
+        scoring: see there.
         guard: see there.
         criterion: see there.
         standardize: see there.
@@ -288,6 +305,7 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
         selection: str = "cyclic",
         candidates: Any = None,
         stacking: bool = False,
+        scoring: Any = None,
         guard: str = "auto",
         criterion: str = "auto",
         standardize: bool | str = "auto",
@@ -308,6 +326,7 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
         self.selection = selection
         self.candidates = candidates
         self.stacking = stacking
+        self.scoring = scoring
         self.guard = guard
         self.criterion = criterion
         self.standardize = standardize

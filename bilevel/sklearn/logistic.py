@@ -187,7 +187,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
             self.__dict__.pop(name, None)
         if l1_ratios:
             self.l1_ratios_ = np.array(l1_ratios, dtype=np.float64)
-            return self._fit_nets(X, labels, weights, folds, l1_ratios)
+            return self._fit_nets(X, labels, weights, folds, l1_ratios, score)
         loss = Logistic() if binary else Softmax()
         selected, criterion = self._tune(X, labels, weights, loss, self.penalty_structure, folds, score)
         self._set_model(selected.fit, X.dtype, leading)

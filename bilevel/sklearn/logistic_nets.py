@@ -52,10 +52,8 @@ class NetClassifier(CombinedModel):
             raise ValueError(
                 f"penalty_structure={self.penalty_structure!r} is of squares: with l1_ratios use 'scalar' or 'feature'."
             )
-        if ratios and (self.scoring not in (None, self._own_scoring) or self.honest == "alo"):
-            raise ValueError(
-                "with l1_ratios, candidates are chosen by the log loss of held-out folds: leave scoring and honest out."
-            )
+        if ratios and self.honest == "alo":
+            raise ValueError("with l1_ratios, candidates are judged by held-out folds: leave honest='alo' out.")
         if ratios and (self.guard not in ("auto", "off") or self.groups is not None):
             raise ValueError(
                 "with l1_ratios, guard is 'auto' or 'off', and groups of features have no penalties: got "
@@ -68,7 +66,13 @@ class NetClassifier(CombinedModel):
         return np.logspace(-4, 4, int(self.Cs)) if isinstance(self.Cs, Integral) else positive("Cs", self.Cs)
 
     def _fit_nets(
-        self, X: Any, labels: Tensor, weights: NDArray[np.float64], folds: Folds, l1_ratios: tuple[float, ...]
+        self,
+        X: Any,
+        labels: Tensor,
+        weights: NDArray[np.float64],
+        folds: Folds,
+        l1_ratios: tuple[float, ...],
+        score: Any,
     ) -> Self:
         """Return self, fitted as a combination of ridge penalties, elastic net and adaptive lasso.
 
@@ -78,6 +82,7 @@ class NetClassifier(CombinedModel):
             weights: of shape (rows,).
             folds: of the outer loop.
             l1_ratios: of the elastic net.
+            score: of a model on some rows, (fit, rows) -> float; None for the loss.
         """
         loss, leading = (Logistic(), (1,)) if len(self.classes_) == 2 else (Softmax(), ())
         kinds: set[Kind] = {"ridge", "elastic_net"}
@@ -86,7 +91,7 @@ class NetClassifier(CombinedModel):
         candidates, unit = self._candidates(), float(weights.sum())
         grid: dict[str, Any] = {"alphas": CS if candidates is None else candidates / unit, "eps": EPS}
         grid |= {"l1_ratios": l1_ratios, "steps": int(self.max_iter), "rounds": ROUNDS * int(self.max_iter)}
-        combined = self._combine(X, labels, weights, loss, folds, kinds, unit, **grid)
+        combined = self._combine(X, labels, weights, loss, folds, kinds, score, unit, **grid)
         for name in ("Cs_", "scores_", "coefs_paths_"):
             self.__dict__.pop(name, None)
         self._set_model(combined.fit, X.dtype, leading)

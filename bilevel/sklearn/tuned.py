@@ -30,7 +30,7 @@ from bilevel.criteria import (
 )
 from bilevel.criteria.choose import KINDS
 from bilevel.problems.losses import GLMLoss
-from bilevel.selection import Selected, penalty_cv
+from bilevel.selection import Combined, Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
 from bilevel.sklearn.inputs import AS_THEY_ARE, check_scorer, is_standardized, on_device
 from bilevel.sklearn.report import TuningReport, losses_of, shown, summary_of
@@ -209,14 +209,14 @@ class TunedLinearModel:
             )
         return self.scoring if isinstance(self.scoring, str) else getattr(self.scoring, "__name__", "the score")
 
-    def _unscored(self, selected: Selected) -> list[str]:
-        """Warn of folds of the outer loop on which the scorer is not finite with one penalty; return that."""
+    def _unscored(self, selected: Selected | Combined, first: str = "one penalty") -> list[str]:
+        """Warn of folds of the outer loop on which the scorer is not finite with the first model; return that."""
         assert selected.losses is not None
         scored = selected.losses.rows[np.isfinite(selected.losses.losses[0])]
         folds = np.setdiff1d(np.arange(len(selected.folds)), scored) + 1
         if not len(folds):
             return []
-        kept = "one penalty is kept" if len(scored) < len(selected.losses.rows) else "the others decide"
+        kept = f"{first} is kept" if len(scored) < len(selected.losses.rows) else "the others decide"
         named = ", ".join(map(str, folds[:5])) + (", ..." if len(folds) > 5 else "")
         found = (
             f"scoring={self.scoring!r} is not finite on fold {named} of the outer loop, so {kept}: use fewer or "

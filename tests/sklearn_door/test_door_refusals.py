@@ -61,7 +61,7 @@ CLASSES = [
     (LogisticRegressionCV(penalty="elasticnet"), "penalty='elasticnet' needs l1_ratios"),
     (LogisticRegressionCV(l1_ratios=[0.5, 2.0]), r"l1_ratios\[1\] == 2.0, must be <= 1.0"),
     (LogisticRegressionCV(l1_ratios=[0.5], penalty_structure="class"), "penalty_structure='class' is of squares"),
-    (LogisticRegressionCV(l1_ratios=[0.5], scoring="accuracy"), "chosen by the log loss of held-out folds"),
+    (LogisticRegressionCV(l1_ratios=[0.5], honest="alo"), "judged by held-out folds: leave honest='alo' out"),
     (LogisticRegressionCV(refit=False), "The 'refit' parameter of LogisticRegressionCV"),
     (
         LogisticRegressionCV(class_weight={"maybe": 2.0}),

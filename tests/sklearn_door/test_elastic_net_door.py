@@ -11,10 +11,12 @@ from scipy import sparse
 from sklearn import linear_model
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import check_scoring, get_scorer
 from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import bilevel as bl
 from bilevel.sklearn import ElasticNetCV, LassoCV, LogisticRegressionCV, RidgeCV
 
 rng = np.random.default_rng(0)
@@ -106,6 +108,55 @@ def test_the_report_says_what_judged_and_what_was_solved():
     ridge = "; ridge penalties by exact leave-one-out (mean squared error)"
     assert first == "ElasticNetCV: 2 candidates, judged by 5 held-out folds" + ridge
     assert cost.startswith(f"Cost: {both.tuning_report_.n_evaluations} evaluations of the criterion, 6 elastic nets, ")
+
+
+@pytest.mark.parametrize("scoring", ["neg_mean_absolute_error", "r2"])
+def test_a_scorer_chooses_among_candidates(scoring):
+    options = {"scoring": scoring, "cv": KFold(5), "standardize": False}
+    net = ElasticNetCV(l1_ratio=0.7, alphas=[0.1], candidates=["ridge", "elastic_net"], **options).fit(X, y, WEIGHTS)
+    alone = linear_model.ElasticNet(alpha=0.1, l1_ratio=0.7, tol=1e-10)
+    scorer, scores = check_scoring(alone, scoring=scoring), []
+    for train, held in KFold(5).split(X):
+        alone.fit(X[train], y[train], WEIGHTS[train])
+        scores.append(scorer(alone, X[held], y[held], sample_weight=WEIGHTS[held]))
+    results = net.cv_results_
+    assert results["loss"][1] == pytest.approx(-np.mean(scores))
+    ridge = RidgeCV(cv=KFold(5), scoring=scoring, standardize=False, criterion="loo").fit(X, y, WEIGHTS)
+    assert results["loss"][0] == pytest.approx(ridge.cv_results_["loss"][0], rel=1e-3)
+    assert sorted(results["weight"]) == [0.0, 1.0]
+    assert net.tuning_report_.loss_name == f"minus {scoring}"
+    assert f"{-results['loss'][0]:.5g}" in net.tuning_report_.summary
+    assert scoring in net.tuning_report_.summary
+
+
+def test_a_scorer_chooses_among_candidates_of_classes():
+    labels = np.digitize(y, [0.0, 3.0])
+    options = {"l1_ratios": [1.0], "Cs": [0.1, 1.0], "penalty_structure": "scalar", "cv": 3}
+    for target in (labels, labels > 0):
+        model = LogisticRegressionCV(scoring="accuracy", **options).fit(X, target)
+        losses = model.cv_results_["loss"]
+        assert ((losses < -0.4) & (losses >= -1.0)).all()
+        assert sorted(model.weights_.values()) == [0.0, 1.0]
+        assert "accuracy" in model.tuning_report_.summary
+
+
+def test_a_scorer_without_a_value_keeps_the_first_candidate():
+    def broken(model, X, y):
+        return np.nan
+
+    with pytest.warns(bl.BilevelWarning, match="is not finite on fold 1, 2, 3 of the outer loop, so the lasso is kept"):
+        model = LassoCV(alphas=8, cv=3, scoring=broken).fit(X, y)
+    assert model.weights_["lasso"] == 1.0
+    assert "broken is not finite" in model.tuning_report_.summary
+
+
+def test_a_scorer_takes_metadata_where_it_asks_for_some():
+    with sklearn.config_context(enable_metadata_routing=True):
+        scorer = get_scorer("neg_mean_absolute_error").set_score_request(sample_weight=True)
+        model = LassoCV(alphas=4, cv=3, scoring=scorer).set_fit_request(sample_weight=True)
+        model.fit(X, y, sample_weight=WEIGHTS)
+    plain = LassoCV(alphas=4, cv=3, scoring="neg_mean_absolute_error").fit(X, y, WEIGHTS)
+    np.testing.assert_allclose(model.cv_results_["loss"], plain.cv_results_["loss"])
 
 
 def test_evidence_has_the_unit_of_ridge_regression():
