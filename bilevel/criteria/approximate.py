@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from bilevel.criteria import newton_cg, newton_one
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import Factored, Sketched
+from bilevel.criteria.leverage import SKETCH, Factored, Sketched
 from bilevel.criteria.penalties import Penalties
 from bilevel.numerics.small import array, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
@@ -36,6 +37,15 @@ class _Point(NamedTuple):
     third: Any  # s loss'''(z)
 
 
+class _Kept(NamedTuple):
+    """What a next model of many rows begins with: the Hessian, what inverts it, predictions and slopes of losses."""
+
+    H: Sketched
+    preconditioner: newton_cg.Preconditioner
+    known: tuple[Tensor, Tensor]
+    error: float = 0.0  # of the criterion, by the sketch
+
+
 class ApproximateLeaveOneOut(Criterion):
     """The mean loss of every row under one Newton step of the model of all others from the model of all rows.
 
@@ -51,7 +61,7 @@ class ApproximateLeaveOneOut(Criterion):
 
     The Jacobian of the Gauss-Newton model leaves out what h changes by d: ``-a_j V_ij (c1_i w_j + c2_i V_ij)``; that of
     one penalty, and with `full`, is exact. Of many rows (20,000 of 250 columns and more), leverages and their
-    derivatives are estimated by a random sketch, `leverage.Sketched`.
+    derivatives are estimated by a random sketch, `leverage.Sketched`; `accuracy` says how well.
 
     Args:
         data: the rows.
@@ -94,25 +104,14 @@ class ApproximateLeaveOneOut(Criterion):
         point = _Point(w, a, H, 1.0 / q + h * shift * third / q, by_h, third)
         slopes, curvatures = (rows.of(part, t) for part in (loss.slope, loss.curvature))
         losses = to_numpy(rows.of(loss.value, t))
+        if isinstance(H, Sketched):
+            kept = kept._replace(error=H.error(slopes * by_h) / self.data.rows)
         jacobian = None
-        if self.penalties.size == 1:
-            jacobian = self._exact(point)
-            gradient = jacobian.T @ tensor(slopes) / self.data.rows
-        else:
-            gradient = self._gradient(point, slopes)
-            if second:
-                jacobian = self._exact(point) if full else self._model(point)
-        return Evaluation(
-            float(losses.mean()),
-            to_numpy(gradient),
-            None,
-            losses,
-            tensor(t),
-            tensor(slopes),
-            tensor(curvatures),
-            jacobian if second else None,
-            (np.array(u), w, kept),
-        )
+        if second:
+            jacobian = self._exact(point) if full or self.penalties.size == 1 else self._model(point)
+        gradient = partial(self._gradient, point, slopes, jacobian)
+        parts = (tensor(t), tensor(slopes), tensor(curvatures), jacobian, (np.array(u), w, kept))
+        return Evaluation(float(losses.mean()), gradient, None, losses, *parts)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         same = warm is not None and np.array_equal(warm[0], u)
@@ -122,6 +121,15 @@ class ApproximateLeaveOneOut(Criterion):
 
     def take(self, rows: Rows) -> Self:
         return type(self)(self.data.take(rows), self.loss, self.penalties, tol=self.tol)
+
+    def accuracy(self, evaluation: Evaluation) -> str:
+        kept = evaluation.warm[2]
+        if not isinstance(kept, _Kept):
+            return ""
+        return (
+            f"leverages are estimated by a random sketch of {SKETCH} columns, by which the criterion has a standard "
+            f"error of {kept.error:.1g}."
+        )
 
     @shared
     def _X1(self) -> Tensor:
@@ -168,18 +176,24 @@ class ApproximateLeaveOneOut(Criterion):
         if not self._large:
             model = newton_one.solve(rows, a, start, kept, self.tol)
             return *model, model.H
-        found = newton_cg.solve(self._system, a[None], start[None], kept, self.tol)
-        z = found.z[0]
-        H = Sketched(self._X1, self._low, rows.of(self.loss.curvature, z), a)
-        return found.w[0], z, H, found.preconditioner.at(H.gram)
+        pair = (None, None) if kept is None else (kept.preconditioner, kept.known)
+        found = newton_cg.solve(self._system, a[None], start[None], pair[0], self.tol, pair[1])
+        z, near = found.z[0], None if kept is None else kept.H.near
+        if kept is None and found.preconditioner.dense:  # it is of the start
+            near = rows.of(self.loss.curvature, self._X1 @ start), found.preconditioner.hessian
+        H = Sketched(self._X1, self._low, rows.of(self.loss.curvature, z), a, near)
+        return found.w[0], z, H, _Kept(H, found.preconditioner.at(H.gram), (found.z, found.slope))
 
-    def _gradient(self, at: _Point, slopes: Any) -> Tensor:
+    def _gradient(self, at: _Point, slopes: Any, jacobian: Tensor | None) -> Array:
+        if self.penalties.size == 1:
+            exact = self._exact(at) if jacobian is None else jacobian
+            return to_numpy(exact.T @ tensor(slopes) / self.data.rows)
         b = slopes * at.by_h
         adjoint = slopes * at.by_z
         if not self.loss.quadratic:
             adjoint = adjoint - at.third * at.factor.squares(b)
         by_column = -at.a * (at.w * at.factor.collected(adjoint) + at.factor.by_column(b))
-        return self.penalties.gather(tensor(by_column[: self.data.features])) / self.data.rows
+        return to_numpy(self.penalties.gather(tensor(by_column[: self.data.features])) / self.data.rows)
 
     def _model(self, at: _Point) -> Tensor:
         """Return the Jacobian (rows, k) without what the leverages change by the curvatures of the losses."""

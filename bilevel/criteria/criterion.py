@@ -54,7 +54,7 @@ class Evaluation:
 
     Attributes:
         value: the weighted mean loss of the held-out rows.
-        gradient: its derivatives by the log penalties, of shape (k,).
+        slope: what `gradient` is, or what returns that.
         model: the Gauss-Newton matrix where it is not that of `jacobian`; else None.
         losses: of every held-out row, weighted so that their mean is `value`; in the order of `Criterion.held_out`.
         predictions: of the held-out rows, (rows,) or (outputs, rows).
@@ -67,7 +67,7 @@ class Evaluation:
     """
 
     value: float
-    gradient: Array
+    slope: Array | Callable[[], Array]
     model: Array | None
     losses: Array
     predictions: Tensor
@@ -75,6 +75,11 @@ class Evaluation:
     curvatures: Tensor
     jacobian: Tensor | None
     warm: Any = None
+
+    @cached_property
+    def gradient(self) -> Array:
+        """The derivatives of the value by the log penalties, of shape (k,)."""
+        return self.slope() if callable(self.slope) else self.slope
 
     @cached_property
     def gauss_newton(self) -> Array | None:
@@ -217,6 +222,10 @@ class Criterion(ABC):
             return ""
         share = losses[worst] / losses.sum()
         return f"row {worst} (counted from 0) alone makes {share:.0%} of the criterion: look at it."
+
+    def accuracy(self, evaluation: Evaluation) -> str:
+        """Say how well an evaluation is known, where it is an estimate; else empty."""
+        return ""
 
     def weighted(self, losses: Tensor) -> Tensor:
         """Return losses of every row, (rows,) or (targets, rows), times its weight, of targets the mean."""

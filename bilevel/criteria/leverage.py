@@ -16,6 +16,10 @@ from bilevel.numerics.small import array, cholesky, half_solve, inverse, row_dot
 
 SKETCH = 64
 """Columns of a sketch."""
+SAME = 0.05
+"""The relative change of curvatures, but for a factor of all, up to which a sketch keeps a Gram matrix of others."""
+REFINEMENTS = 2
+"""Of solutions with a Gram matrix of others."""
 
 
 class Factored:
@@ -99,15 +103,33 @@ class Sketched(Factored):
         low: X1 in float32.
         d: as of `Factored`.
         a: as of `Factored`.
+        near: other curvatures and their Gram matrix. It serves where these are the same but for a factor of all: what
+            h changes by the rest is a mean over the rows of what curvatures do, near zero. Solutions are refined.
     """
 
-    def __init__(self, X1: Tensor, low: Tensor, d: Tensor, a: Tensor) -> None:
-        self.X1, self.low = X1, low
-        self.gram = weighted_gram(low, d.float())
+    def __init__(
+        self, X1: Tensor, low: Tensor, d: Tensor, a: Tensor, near: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.X1, self.low, self.d, self.a = X1, low, d, a
+        self.near, self.exact = _same(near, d), False
+        if self.near is None:
+            self.near, self.exact = (d, weighted_gram(low, d.float())), True
+        self.gram = self.near[1]
         self.L = cholesky(self.gram.to(torch.float64), a.double()).to(a.dtype)
         draws = torch.randn(len(a), SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.draws = draws.to(a) / SKETCH**0.5
         self.sketch = self._rows(self.draws)
+
+    def solve(self, r: Tensor) -> Tensor:
+        x = solve(self.L, r)
+        for _ in range(0 if self.exact else REFINEMENTS):
+            low = self.low.T @ (self.d.float() * (self.low @ x.float()))
+            x = x + solve(self.L, r - self.a * x - low.to(x.dtype))
+        return x
+
+    def error(self, by_h: Tensor) -> float:
+        """Return the standard error of ``sum_i by_h_i h_i``, by the differences between the columns of the sketch."""
+        return float((by_h.float() @ self.sketch.square()).std()) * SKETCH**0.5
 
     def _rows(self, T: Tensor) -> Tensor:
         """Return ``X1 L^-T T``."""
@@ -206,6 +228,14 @@ class FactoredRows(Factored):
 
     def kernel(self) -> Any:
         return self.V @ self.X1.T
+
+
+def _same(near: tuple[Tensor, Tensor] | None, d: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return curvatures with the sum of d, and their Gram matrix, where others are the same as d but for a factor."""
+    if near is None:
+        return None
+    ratio = d.sum() / near[0].sum()
+    return (ratio * near[0], ratio.float() * near[1]) if (d - ratio * near[0]).norm() <= SAME * d.norm() else None
 
 
 def factored(X1: Any, d: Any, a: Any, intercept: bool) -> Factored:

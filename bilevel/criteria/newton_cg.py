@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.criteria.data import LinearData
+from bilevel.numerics.small import weighted_gram
 from bilevel.problems.losses import GLMLoss
 
 Product = Callable[[Tensor], Tensor]
@@ -67,7 +68,13 @@ class System:
     @cached_property
     def low(self) -> Self:
         """The same system in float32, in which directions are searched."""
-        return type(self)(self.data.to(torch.float32), self.loss, self.weights.float())
+        data, X1 = self.data, self.X1
+        if X1 is not None:
+            X1 = X1.float()
+            data = replace(data, X=X1[:, : data.features])
+        low = type(self)(data.to(torch.float32), self.loss, self.weights.float())
+        vars(low)["X1"] = X1
+        return low
 
     def product(self, w: Tensor) -> Tensor:
         """Return the predictions of coefficients."""
@@ -92,7 +99,11 @@ class System:
 
     def gradient(self, w: Tensor, z: Tensor, a: Tensor) -> Tensor:
         """Return their gradients."""
-        return self.collect(self.weigh(self.loss.slope(z, self.data.y))) + a * w
+        return self.slope(z) + a * w
+
+    def slope(self, z: Tensor) -> Tensor:
+        """Return the gradients of the losses."""
+        return self.collect(self.weigh(self.loss.slope(z, self.data.y)))
 
     def hessian(self, z: Tensor, a: Tensor) -> Product:
         """Return the products with the Hessians at predictions z."""
@@ -147,9 +158,9 @@ class Preconditioner:
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian)[0])
 
     def at(self, hessian: Tensor) -> Self:
-        """Return one with another H0, of one weighting."""
+        """Return one with another H0, of one weighting, as a matrix."""
         other = copy.copy(self)
-        other.hessian, other.bound = hessian, None
+        other.hessian, other.dense, other.bound = hessian, True, None
         return other
 
     def __call__(self, r: Tensor) -> Tensor:
@@ -167,6 +178,8 @@ class Preconditioner:
     def _matrix(self, blocks: Tensor) -> Tensor:
         X1, outputs = self.X1, len(blocks)
         assert X1 is not None
+        if outputs == 1:
+            return weighted_gram(X1, blocks[0, 0])
         rows, width = X1.shape
         hessian = X1.new_zeros(outputs, width, outputs, width)
         for c in range(outputs):
@@ -252,16 +265,25 @@ class Solved:
         w: coefficients.
         z: predictions.
         preconditioner: bound to the penalties.
+        slope: the gradient of the losses at w, without that of the penalties.
         work: products with the Hessians that were made.
     """
 
     w: Tensor
     z: Tensor
     preconditioner: Preconditioner
+    slope: Tensor
     work: int
 
 
-def solve(system: System, a: Tensor, start: Tensor, kept: Preconditioner | None, tol: float) -> Solved:
+def solve(
+    system: System,
+    a: Tensor,
+    start: Tensor,
+    kept: Preconditioner | None,
+    tol: float,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> Solved:
     """Return the models at penalties a, by Newton's method.
 
     Args:
@@ -270,15 +292,18 @@ def solve(system: System, a: Tensor, start: Tensor, kept: Preconditioner | None,
         start: coefficients.
         kept: a preconditioner of a solve near by.
         tol: the squared preconditioned gradient is then below this part of the objective.
+        known: `Solved.z` and `Solved.slope` of the start, where it is the end of another solve.
     """
-    w, z, low = start, system.product(start), a.float()
+    w, low = start, a.float()
+    z, slope = (system.product(start), None) if known is None else known
     fresh = kept is None
     inverse = Preconditioner(system, z) if kept is None else copy.copy(kept)
     inverse.bind(a)
     value, work = system.objective(w, z, a), 0
     before = last = torch.full_like(value, torch.inf)
     for _ in range(STEPS):
-        gradient = system.gradient(w, z, a)
+        slope = system.slope(z) if slope is None else slope
+        gradient = slope + a * w
         relative = dots(gradient, inverse(gradient)) / (value + 1e-12 * z.shape[-1])
         # Near rounding errors the objective says nothing any more, and at last neither does the gradient.
         if bool(((relative <= tol) | ((value >= before) & (relative > 0.5 * last))).all()):
@@ -291,10 +316,11 @@ def solve(system: System, a: Tensor, start: Tensor, kept: Preconditioner | None,
         step = inverse.settle(step.to(w.dtype) * size)
         work, before, last = work + steps, value, relative
         w, z, value = searched(system, a, w, z, value, step, dots(gradient, step))
+        slope = None
         if steps >= STALE and not fresh:
             inverse, fresh = Preconditioner(system, z), True
             inverse.bind(a)
-    return Solved(w, z, inverse, work)
+    return Solved(w, z, inverse, system.slope(z) if slope is None else slope, work)
 
 
 def searched(system: System, a: Tensor, w: Tensor, z: Tensor, value: Tensor, step: Tensor, decrease: Tensor) -> Any:

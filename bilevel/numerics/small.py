@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCKED = 200_000_000
-"""Rows times squared columns from which a Gram matrix of tensors is computed in blocks."""
+LARGE = 200_000_000
+"""Rows times squared columns from which one triangle of a Gram matrix of tensors is computed: by NumPy, or blocks."""
 BLOCKS = 4
 
 
@@ -127,8 +127,11 @@ def weighted_gram(X: Any, d: Any) -> Any:
     if d.dim() > 1 and d.numel() * X.shape[1] > 2_000_000:
         return torch.stack([weighted_gram(X, each) for each in d])
     size = X.shape[1]
-    if d.dim() > 1 or len(X) * size**2 < BLOCKED:
+    if d.dim() > 1 or len(X) * size**2 < LARGE:
         return (X.T * d[..., None, :]) @ X
+    if X.device.type == "cpu" and not bool(d.min() < 0):
+        scaled = X * d.sqrt()[:, None]
+        return tensor(array(scaled).T @ array(scaled))
     # Of a symmetric matrix only the blocks on one side of the diagonal are computed.
     gram = X.new_empty(size, size)
     for start in range(0, size, -(-size // BLOCKS)):

@@ -184,7 +184,7 @@ def remarks_of(criterion: Criterion, point: PathPoint) -> list[str]:
     """Return what is worth knowing of the penalties of a point."""
     off, size = point.u - criterion.data.level, point.u.size
     strong, weak = int((off >= STRONG).sum()), int((off <= -WEAK).sum())
-    found = [criterion.remark(point.evaluation)]
+    found = [criterion.remark(point.evaluation), criterion.accuracy(point.evaluation)]
     if point.prior is None and strong:
         found.append("no feature helps: with the one penalty that is best, the model is all but constant.")
     elif point.prior is None and weak:

@@ -12,7 +12,7 @@ import torch
 from criteria_cases import differences, penalty_cases, refit
 from torch import Tensor
 
-from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut, approximate
+from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut, approximate, leverage
 from bilevel.problems import GLMLoss, Huber, Logistic, Poisson, Softmax, Squared, SquaredHinge
 
 LOSSES: list[GLMLoss] = [Logistic(), Squared(), Poisson(), Huber(1.0), SquaredHinge()]
@@ -113,6 +113,46 @@ def test_sketched_leverages_are_near_and_so_are_their_derivatives(monkeypatch: p
         np.testing.assert_allclose(found.gradient, exact.gradient, rtol=0.05, atol=1e-5)
         np.testing.assert_allclose(found.gauss_newton, exact.gauss_newton, rtol=0.05, atol=1e-5)
         torch.testing.assert_close(found.predictions, exact.predictions, rtol=0.05, atol=0.02)
+
+
+def test_a_gram_matrix_serves_like_curvatures_and_solutions_are_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, penalties, made_ = made(Logistic(), 1500, 12), Penalties.scalar(12), []
+    exact = ApproximateLeaveOneOut(data, Logistic(), penalties)
+    monkeypatch.setattr(approximate, "LARGE", 0)
+    gram = leverage.weighted_gram
+    monkeypatch.setattr(leverage, "weighted_gram", lambda *given: made_.append(1) or gram(*given))
+    grid = np.linspace(9.0, -3.0, 13)[:, None]
+    scanned = ApproximateLeaveOneOut(data, Logistic(), penalties).scan(grid)
+    assert 0 < len(made_) < 9
+    monkeypatch.setattr(leverage, "SAME", -1.0)  # none serves
+    anew = ApproximateLeaveOneOut(data, Logistic(), penalties).scan(grid)
+    monkeypatch.undo()
+    for one, two, three in zip(scanned, anew, exact.scan(grid), strict=True):
+        assert one.value == pytest.approx(two.value, rel=3e-4)  # the sketch has 1e-3
+        np.testing.assert_allclose(one.gradient, two.gradient, rtol=1e-3, atol=3e-5)
+        np.testing.assert_allclose(one.gradient, three.gradient, rtol=1e-2, atol=1e-4)
+    H = scanned[-1].warm[2].H
+    assert not H.exact
+    X1 = np.column_stack([data.X, np.ones(1500)])
+    r = np.random.default_rng(0).standard_normal(13)
+    direct = np.linalg.solve((X1.T * H.d.numpy()) @ X1 + np.diag(H.a.numpy()), r)
+    np.testing.assert_allclose(H.solve(torch.from_numpy(r)), direct, rtol=1e-3, atol=1e-5)
+
+
+def test_the_error_by_the_sketch_is_that_of_other_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, u = made(Logistic(), 1500, 12), np.array([3.0])
+    exact = ApproximateLeaveOneOut(data, Logistic(), Penalties.scalar(12)).evaluate(u)
+    monkeypatch.setattr(approximate, "LARGE", 0)
+    randn, found, draws = torch.randn, [], torch.Generator().manual_seed(1)
+    monkeypatch.setattr(torch, "randn", lambda *size, generator, dtype: randn(*size, generator=draws, dtype=dtype))
+    for _ in range(40):
+        criterion = ApproximateLeaveOneOut(data, Logistic(), Penalties.scalar(12))
+        found.append(criterion.evaluate(u))
+    errors = np.array([each.value - exact.value for each in found])
+    said = np.median([each.warm[2].error for each in found])
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(said, rel=0.3)
+    assert f"{found[0].warm[2].error:.1g}" in criterion.accuracy(found[0])
+    assert not criterion.accuracy(exact)
 
 
 def test_sparse_inputs_give_what_dense_ones_do_and_parts_what_their_own_data_do() -> None:
