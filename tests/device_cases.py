@@ -156,14 +156,14 @@ ESTIMATORS = {
     "extrapolated": EstimatorRow(
         bl.AdaptiveUnroll(tail=0.5, extrapolate=True), 8, 9, "as truncated; the step's length, adjoint sums"
     ),
-    "implicit": EstimatorRow(bl.Implicit(), 2, 10, "no step is differentiated"),
+    "implicit": EstimatorRow(bl.Implicit(), 0.5, 12, "doubled; no step is differentiated", flat=True),
     "balanced": EstimatorRow(bl.BalancedImplicit(), 4, 20, "step two, the step's length two; the error"),
-    "auto": EstimatorRow(bl.Auto(memory_limit=1.0), 2, 10, "implicit with so little memory"),
+    "auto": EstimatorRow(bl.Auto(memory_limit=1.0), 0.5, 12, "implicit with so little memory", flat=True),
     "differences": EstimatorRow(
-        bl.FiniteDifference(), 14, 12, "two more runs for each of three hyperparameters", runs=7, agreement=1e-6
+        bl.FiniteDifference(), 13, 14, "two runs by steps for each of three hyperparameters", runs=6, agreement=1e-6
     ),
     **{
-        f"implicit {name}": EstimatorRow(bl.Implicit(row.solver), 2, row.looks, "no step is differentiated")
+        f"implicit {name}": EstimatorRow(bl.Implicit(row.solver), 0.5, row.looks + 2, "doubled", flat=True)
         for name, row in LINEAR_SOLVERS.items()
     },
 }

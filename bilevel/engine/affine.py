@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.inner.coefficients import Coefficients
 from bilevel.oracles.kernels import Kernels, Stepped
@@ -28,66 +31,79 @@ ROUNDING = 2e-11
 """The largest ``eps |H| R`` at which steps are doubled."""
 WORTH = 8.0
 """A power ``Z^t`` is made for trajectories of at least ``t p m / WORTH`` rows: a squaring costs ``2 (p m)^3``."""
+AT_ONCE = 8
+"""Rows of a batch that are made at once: their trajectories should fit into a cache."""
 SHORTEST = 4
 """Blocks of fewer rows are no quicker than steps."""
 
 
 class Powers:
-    """``Z^(2^i)`` and the constants that belong to them, of one step; each is made when it is asked for."""
+    """``Z^(2^i)`` and the constants that belong to them, of one step; each is made when it is asked for.
 
-    def __init__(self, kernels: Stepped, numbers: Coefficients) -> None:
+    Of rows, each of which may have numbers of its own, everything has a leading dimension.
+    """
+
+    def __init__(self, kernels: Stepped, numbers: Sequence[Coefficients]) -> None:
         assert kernels.affine is not None
         # In float64 whatever the dtype: sums of powers lose digits that single steps would keep.
-        H, b = (each.double() for each in kernels.affine)
+        self.H, self.b = H, b = [each.double() for each in kernels.affine]
+        self.kernels, self.numbers = kernels, numbers
         read, mix, write = (
-            torch.tensor(each, dtype=H.dtype).to(H.device) for each in (numbers.read, numbers.mix, numbers.write)
+            torch.tensor(each[0] if len(numbers) == 1 else each, dtype=H.dtype).to(H.device)
+            for each in ([getattr(one, name) for one in numbers] for name in ("read", "mix", "write"))
         )
-        identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-        self.matrices = [torch.kron(mix, identity) + torch.kron(torch.outer(write, read), H)]
-        self.constants = [torch.kron(write, b)]
+        identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+        kept = torch.einsum("...ij,ab->...iajb", mix, identity)
+        moved = torch.einsum("...ij,...ab->...iajb", write[..., :, None] * read[..., None, :], H)
+        size = mix.shape[-1] * H.shape[-1]
+        self.matrices = [(kept + moved).reshape(*H.shape[:-2], size, size)]
+        self.constants = [(write[..., :, None] * b[..., None, :]).reshape(*H.shape[:-2], 1, size)]
+        self.mm: Callable[..., Tensor] = torch.mm if H.dim() == 2 else torch.bmm
+        self.add: Callable[..., Tensor] = torch.addmm if H.dim() == 2 else torch.baddbmm
 
     def at(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return ``Z^t`` and what t steps add, for t = 2^index."""
+        """Return ``Z^t`` and what t steps add, a row, for t = 2^index."""
         while len(self.matrices) <= index:
             Z, c = self.matrices[-1], self.constants[-1]
-            self.constants.append(torch.addmv(c, Z, c))
+            self.constants.append(self.add(c, c, Z.mT))
             self.matrices.append(Z @ Z)
         return self.matrices[index], self.constants[index]
 
     def forward(self, rows: Tensor, longest: int) -> None:
         """Fill the rows of a trajectory, of shape (K + 1, p m), of which the first is known, by blocks of `longest`."""
-        have, index = 1, 0
-        while have < rows.shape[0]:
+        have, index, count = 1, 0, rows.shape[-2]
+        while have < count:
             t = 1 << index
             Z, c = self.at(index)
-            new = min(t, rows.shape[0] - have)
-            torch.addmm(c, rows[have - t : have - t + new], Z.t(), out=rows[have : have + new])
+            new = min(t, count - have)
+            self.add(c, rows.narrow(-2, have - t, new), Z.mT, out=rows.narrow(-2, have, new))
             have += new
             index += have >= 2 * t and 2 * t <= longest
 
     def backward(self, rows: Tensor, longest: int) -> None:
         """Fill the rows of cotangents, of shape (K + 1, p m), of which the last is known."""
-        first, index = rows.shape[0] - 1, 0
+        count = rows.shape[-2]
+        first, index = count - 1, 0
         while first > 0:
             t = 1 << index
             Z, _ = self.at(index)
             new = min(t, first)
-            torch.mm(rows[first + t - new : first + t], Z, out=rows[first - new : first])
+            self.mm(rows.narrow(-2, first + t - new, new), Z, out=rows.narrow(-2, first - new, new))
             first -= new
-            index += rows.shape[0] - first >= 2 * t and 2 * t <= longest
+            index += count - first >= 2 * t and 2 * t <= longest
 
     def jump(self, s: Tensor, count: int, longest: int) -> Tensor:
         """Return where `count` steps lead, with nothing kept between."""
-        top = longest.bit_length() - 1
+        top, s = longest.bit_length() - 1, s[..., None, :]
         for index in [top] * (count >> top) + [index for index in range(top) if count >> index & 1]:
             Z, c = self.at(index)
-            s = torch.addmv(c, Z, s)
-        return s
+            s = self.add(c, s, Z.mT)
+        return s[..., 0, :]
 
     @property
     def size(self) -> int:
         """The numbers in the stored vectors."""
-        return self.constants[0].shape[0]
+        return self.constants[0].shape[-1]
 
     @property
     def finite(self) -> Tensor:
@@ -98,6 +114,10 @@ class Powers:
 class Stretch(ABC):
     """Steps that follow one another, there and back."""
 
+    count: int
+    at_iterates: bool
+    """Whether the gradients of the steps are taken at the iterates."""
+
     @abstractmethod
     def forward(self, s: Tensor, keep: bool) -> Tensor:
         """Return the stored vectors, (p, m), after the steps; with `keep`, those of every step stay for the sweep."""
@@ -107,50 +127,104 @@ class Stretch(ABC):
         """Return the cotangents of the stored vectors, (p, m), before the steps, and ``sum_k C_k' v_k``."""
 
     @abstractmethod
+    def vectors(self, after: int) -> Tensor:
+        """Return the stored vectors, (p, m), after so many of the steps, which stay."""
+
+    @abstractmethod
+    def residuals(self, after: range) -> Tensor:
+        """Return the norms of the gradients at the iterates after so many of the steps, which stay."""
+
+    @abstractmethod
+    def cut(self, low: int, high: int) -> None:
+        """Leave the steps low, ..., high - 1 alone."""
+
+    @abstractmethod
     def forget(self) -> None:
         """Drop what stays for the sweep."""
 
 
 class Doubled(Stretch):
-    """So many equal steps on a quadratic."""
+    """So many equal steps on a quadratic; of rows, `AT_ONCE` rows after the other.
 
-    def __init__(self, kernels: Kernels, powers: Powers, numbers: Coefficients, count: int, longest: int) -> None:
-        self.kernels, self.powers, self.numbers = kernels, powers, numbers
-        self.count, self.longest = count, longest
-        self.rows: Tensor | None = None
+    Args:
+        groups: the powers of the steps; of rows, those of each group of them.
+        count: steps.
+        longest: rows of a trajectory that are made at once, at most.
+    """
+
+    def __init__(self, groups: Sequence[Powers], count: int, longest: int) -> None:
+        self.groups, self.count, self.longest = groups, count, longest
+        self.at_iterates = all(numbers.reads == ((0, 1.0),) for numbers in groups[0].numbers)
+        self.rows: list[Tensor] | None = None
 
     def forward(self, s: Tensor, keep: bool) -> Tensor:
-        start = s.double().reshape(-1)
-        if keep:
-            self.rows = start.new_empty(self.count + 1, len(start))
-            self.rows[0] = start
-            self.powers.forward(self.rows, self.longest)
-            end = self.rows[-1].clone()  # a view would hold all rows
-        else:
-            end = self.powers.jump(start, self.count, self.longest)
-        return end.view_as(s).to(s.dtype)
+        starts, ends = self._grouped(s), []
+        self.rows = [] if keep else None
+        for powers, start in zip(self.groups, starts, strict=True):
+            if self.rows is None:
+                ends.append(powers.jump(start, self.count, self.longest))
+                continue
+            rows = start.new_empty(*start.shape[:-1], self.count + 1, start.shape[-1])
+            rows.select(-2, 0).copy_(start)
+            powers.forward(rows, self.longest)
+            self.rows.append(rows)
+            ends.append(rows.select(-2, -1).clone())  # a view would hold all rows
+        return _joined(ends).view_as(s).to(s.dtype)
 
     def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
         assert self.rows is not None
-        back = torch.empty_like(self.rows)
-        back[-1] = a.double().reshape(-1)
-        self.powers.backward(back, self.longest)
-        shape = (self.count, *a.shape)
-        points = combined(self.numbers.read, self.rows[:-1].view(shape))
-        vectors = combined(self.numbers.write, back[1:].view(shape))
-        total = self.kernels.cross(points.to(a.dtype), vectors.to(a.dtype))
-        return back[0].view_as(a).to(a.dtype), total
+        starts, total = [], None
+        for powers, rows, end in zip(self.groups, self.rows, self._grouped(a), strict=True):
+            back = torch.empty_like(rows)
+            back.select(-2, -1).copy_(end)
+            powers.backward(back, self.longest)
+            shape = (*rows.shape[:-2], self.count, *a.shape[-2:])
+            points = _combined([one.read for one in powers.numbers], rows.narrow(-2, 0, self.count).view(shape))
+            vectors = _combined([one.write for one in powers.numbers], back.narrow(-2, 1, self.count).view(shape))
+            part = cast(Kernels, powers.kernels).cross(points.to(a.dtype), vectors.to(a.dtype))
+            total = part if total is None else tree.add(total, part)
+            starts.append(back.select(-2, 0))
+        return _joined(starts).view_as(a).to(a.dtype), total
+
+    def vectors(self, after: int) -> Tensor:
+        assert self.rows is not None
+        return self.rows[0][after].view(len(self.groups[0].numbers[0].write), -1)
+
+    def residuals(self, after: range) -> Tensor:
+        assert self.rows is not None
+        (powers,), (rows,) = self.groups, self.rows
+        points = rows[after.start : after.stop : after.step, : powers.b.shape[-1]]
+        return torch.linalg.vector_norm(torch.addmm(powers.b, points, powers.H), dim=1)
+
+    def cut(self, low: int, high: int) -> None:
+        self.count = high - low
+        self.rows = None if self.rows is None else [rows.narrow(-2, low, high - low + 1) for rows in self.rows]
 
     def forget(self) -> None:
         self.rows = None
 
+    def _grouped(self, s: Tensor) -> list[Tensor]:
+        """Return stored vectors, ([rows,] p, m), as those of each group, ([rows,] p m), in float64."""
+        flat = s.double().flatten(-2)
+        return [flat] if flat.dim() == 1 else list(torch.split(flat, AT_ONCE))
 
-def combined(weights: tuple[float, ...], vectors: Tensor) -> Tensor:
-    """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape (K, p, m)."""
-    if sum(weight != 0 for weight in weights) == 1:
-        index = next(index for index, weight in enumerate(weights) if weight)
-        return vectors[:, index] if weights[index] == 1.0 else weights[index] * vectors[:, index]
-    return torch.einsum("i,kim->km", torch.tensor(weights, dtype=vectors.dtype).to(vectors.device), vectors)
+
+def _joined(groups: list[Tensor]) -> Tensor:
+    return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def _combined(weights: Sequence[Sequence[float]], vectors: Tensor) -> Tensor:
+    """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape ([rows,] K, p, m), by the weights of each row."""
+    table = np.array(weights)
+    used = np.flatnonzero((table != 0).any(axis=0))
+    if len(used) == 1:
+        one, column = vectors.select(-2, int(used[0])), table[:, used[0]]
+        same = bool((column == column[0]).all())
+        if same:
+            return one if column[0] == 1.0 else float(column[0]) * one
+        return torch.from_numpy(column).to(vectors)[:, None, None] * one
+    factors = torch.from_numpy(table).to(vectors)
+    return torch.einsum("...i,...kim->...km", factors if len(weights) > 1 else factors[0], vectors)
 
 
 def block(count: int, size: int) -> int:
@@ -158,20 +232,21 @@ def block(count: int, size: int) -> int:
     return 1 << max(0, math.floor(math.log2(max(1.0, min(count, WORTH * count / size)))))
 
 
-def doubles(size: int, norm: float, numbers: Coefficients, count: int) -> bool:
+def doubles(size: int, norm: float, numbers: Sequence[Coefficients], count: int) -> bool:
     """Return whether so many equal steps are quicker by doubling, and as exact as steps but for ``eps |H| R``.
 
     Args:
         size: m, the numbers in one vector.
-        norm: ``|H|``, the Frobenius norm.
-        numbers: of the step.
+        norm: ``|H|``, the Frobenius norm; of rows, the largest.
+        numbers: of the step; of rows that differ, of each.
         count: steps.
     """
-    p = len(numbers.write)
-    if block(count, p * size) < SHORTEST:
+    p = len(numbers[0].write)
+    if count < SHORTEST or block(count, p * size) < SHORTEST:
         return False
-    constant = np.zeros((p + 1, p + 1))
-    constant[:p, :p], constant[:p, p], constant[p, p] = numbers.mix, numbers.write, 1.0
+    constant = np.zeros((len(numbers), p + 1, p + 1))
+    constant[:, :p, :p], constant[:, :p, p] = [one.mix for one in numbers], [one.write for one in numbers]
+    constant[:, p, p] = 1.0
     with np.errstate(over="ignore", invalid="ignore"):
-        reach = abs(float(np.linalg.matrix_power(constant, count)[0, p]))
+        reach = float(np.abs(np.linalg.matrix_power(constant, count)[:, 0, p]).max())
     return float(np.finfo(np.float64).eps) * reach * norm <= ROUNDING

@@ -18,6 +18,7 @@ from bilevel.core.cost import Meter
 from bilevel.core.options import check_fields
 from bilevel.core.tree import Tree
 from bilevel.engine.judge import InnerRun
+from bilevel.engine.lean import flat_run
 from bilevel.engine.loop import begin, run_inner
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -48,13 +49,17 @@ class Run:
     def _inner(self) -> InnerProblem:
         return self.problem.bind(self.hparams, self.meter.counts)
 
+    @cached_property
+    def _first(self) -> InnerState:
+        return begin(self.inner(), self.solver, self.params, self.carry)
+
     def inner(self) -> InnerProblem:
         """Return the problem at `hparams`, bound once."""
         return self._inner
 
     def begin(self) -> InnerState:
-        """Return a first state: warm where `carry` holds one, else cold at `params`."""
-        return begin(self.inner(), self.solver, self.params, self.carry)
+        """Return the first state, made once: warm where `carry` holds one, else cold at `params`."""
+        return self._first
 
     def solve(self, visit: Callable[..., object] | None = None, *, at_least: int = 0) -> InnerRun:
         """Run the solver from a first state to its tolerance or its number of steps.
@@ -67,7 +72,10 @@ class Run:
         Returns:
             The last state, its own residual (never that of an iterate before it), and a verdict; failure is a verdict.
         """
-        return run_inner(self.inner(), self.solver, self.begin(), visit, at_least=at_least)
+        inner, first = self.inner(), self.begin()
+        if visit is None and (flat := flat_run(inner, self.solver, first, at_least=at_least)) is not None:
+            return flat.end
+        return run_inner(inner, self.solver, first, visit, at_least=at_least)
 
 
 @dataclass(frozen=True)

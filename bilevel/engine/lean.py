@@ -15,11 +15,10 @@ cost two digits where a momentum is near one.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import cast
 
 import numpy as np
@@ -27,18 +26,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel.base import InnerState, Pullback, Solution
+from bilevel.base import InnerSolver, InnerState
 from bilevel.core import tree
+from bilevel.core.device import check_interval
 from bilevel.core.tree import Tree
-from bilevel.engine.affine import Doubled, Powers, Stretch, block, doubles
-from bilevel.engine.estimator import Run
+from bilevel.engine.affine import AT_ONCE, Doubled, Powers, Stretch, block, doubles
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.loop import conclude
-from bilevel.engine.recurrence import schedule
+from bilevel.engine.loop import Looks, conclude
+from bilevel.engine.recurrence import Numbers, schedule
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.oracles.kernels import Kernels, Pushed, Stepped
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.kernels import Affine, Kernels, Stepped
 
+CHUNK, FIRST, LONGEST = 16_384, 256, 512
+"""A run to a tolerance makes at first so many numbers at once, but no more than so many steps; later, and at most."""
 SHORTEST = 64
 """Steps that are one stretch at least, of which there are about as many as it has steps."""
 
@@ -55,6 +57,7 @@ class Steps(Stretch):
         """The stored vector that the gradient is taken at, and the one that it goes to; None: several."""
         if self.looked is not None and not bool((self.read[:, self.looked] == 1.0).all()):
             self.looked = None
+        self.at_iterates = self.looked == 0
         self.blocks: Tensor | None = None
         self.places: Tensor | None = None
 
@@ -108,6 +111,26 @@ class Steps(Stretch):
         pulled = sums[1:] * (float(factors[0]) if same else torch.from_numpy(factors).to(a)[:, None])
         return vectors[0].clone(), kernels.cross(self._points(self.blocks)[:-1], pulled)
 
+    def vectors(self, after: int) -> Tensor:
+        assert self.blocks is not None
+        return self.blocks[after, -self.read.shape[1] :]
+
+    def residuals(self, after: range) -> Tensor:
+        assert self.blocks is not None
+        # The gradients at the iterates are there where steps are made of them, but for the last one.
+        gradients, place = self.blocks[:, 0], self.kernels.places(1)[0]
+        if not self.at_iterates:
+            gradients = torch.empty_like(gradients)
+        for k in (self.count,) if self.at_iterates else after:
+            self.kernels.gradient(self.vectors(k)[0], place, gradients[k])
+        return torch.linalg.vector_norm(gradients[after.start : after.stop : after.step], dim=1)
+
+    def cut(self, low: int, high: int) -> None:
+        self.count = high - low
+        self.read, self.write, self.mix = (each[low:high] for each in (self.read, self.write, self.mix))
+        if self.blocks is not None and self.places is not None:
+            self.blocks, self.places = self.blocks[low : high + 1], self.places[low:high]
+
     def forget(self) -> None:
         self.blocks = self.places = None
 
@@ -127,169 +150,224 @@ def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
 
 
 class Stretches:
-    """What makes the steps of one run, as stretches that share powers."""
+    """What makes the steps of one run, as stretches that share powers; of `rows` side by side, all by doubling."""
 
-    def __init__(self, kernels: Stepped, solver: LinearMultistep, first: InnerState) -> None:
-        self.kernels, self.solver, self.first = kernels, solver, first
-        self.powers: dict[Coefficients, Powers] = {}
+    def __init__(self, kernels: Stepped, solver: LinearMultistep, first: InnerState, rows: int | None = None) -> None:
+        self.kernels, self.solver, self.first, self.rows = kernels, solver, first, rows
+        self.powers: dict[Numbers, list[Powers]] = {}
         self.forms: dict[str, None] = {}
         """How the steps were made, in order."""
+        self.starts: tuple[InnerState, ...] = (InnerState(None, (), first.steps, first.measured),)
+        """What the numbers of the steps are made of: of rows that differ, those of each."""
+        if rows is not None and first.measured:
+            each = ({name: values[row] for name, values in first.measured.items()} for row in range(rows))
+            self.starts = tuple(InnerState(None, (), first.steps, measured) for measured in each)
+
+    @cached_property
+    def point(self) -> Tensor | None:
+        """Where the first step takes its gradient; None where the solver's numbers are known only with its iterates."""
+        try:
+            ((numbers, *_), _) = next(schedule(self.solver, self.starts, 0, 1))
+        except (AttributeError, TypeError):  # they were asked for without one
+            return None
+        point: Tensor = tree.weighted_sum(numbers.reads, (self.first.params, *self.first.memory))
+        return point
 
     @property
-    def known(self) -> bool:
-        """Whether the solver's numbers are known before its iterates are."""
-        try:
-            return bool(next(schedule(self.solver, (self.first,), 0, 1)))
-        except (AttributeError, TypeError):  # they were asked for without one
-            return False
+    def numbered(self) -> bool:
+        """Whether every row has numbers, and all are at the same step."""
+        values = [value for start in self.starts for value in start.measured.values()]
+        return isinstance(self.first.steps, int) and all(map(math.isfinite, values))
 
-    def between(self, low: int, high: int) -> Iterator[Stretch]:
+    def doubled(self, low: int, high: int) -> bool:
+        """Whether the steps low, ..., high - 1 are doubled, all of them."""
+        return all(self._doubles(*part) for part in schedule(self.solver, self.starts, low, high))
+
+    def stacked(self, state: InnerState) -> Tensor:
+        """Return the stored vectors of a state, of shape ([rows,] p, m)."""
+        lead = 0 if self.rows is None else 1
+        return torch.stack([v.reshape(*v.shape[:lead], -1) for v in (state.params, *state.memory)], dim=lead)
+
+    def state(self, s: Tensor, taken: int) -> InnerState:
+        """Return the state after so many steps, whose vectors are s, ([rows,] p, m)."""
+        first = self.first
+        vectors = s.movedim(-2, 0).unbind(0)
+        params, *memory = [vector.to(first.params.dtype, copy=True).view_as(first.params) for vector in vectors]
+        return InnerState(params, tuple(memory), first.steps + taken, first.measured, earlier=first.earlier)
+
+    def between(self, low: int, high: int, short: bool = False) -> Iterator[Stretch]:
         """Yield the steps low, ..., high - 1: stretches of equal steps that are doubled, and of all others.
 
-        They are no longer than about the root of their number, so that a sweep can make one after the other again; none
-        is made before it is asked for.
+        Those of other steps, and where `short` is asked for all, are no longer than about the root of their number, so
+        that a sweep can make one after the other again; none is made before it is asked for.
         """
         longest = max(SHORTEST, math.isqrt(high - low))
-        parts = ((numbers[0], count) for numbers, count in schedule(self.solver, (self.first,), low, high))
+        parts = schedule(self.solver, self.starts, low, high)
         for doubled, group in groupby(parts, lambda part: self._doubles(*part)):
             self.forms["doubled" if doubled else self.kernels.form] = None
             if doubled:
                 for numbers, count in group:
-                    yield from self._doubled(numbers, count)
+                    yield from self._doubled(numbers, count, short)
                 continue
-            every = (numbers for numbers, count in group for _ in range(count))
+            every = (numbers[0] for numbers, count in group for _ in range(count))
             while some := list(islice(every, longest)):
                 yield Steps(self.kernels, some)
 
-    def _doubles(self, numbers: Coefficients, count: int) -> bool:
+    def _doubles(self, numbers: Numbers, count: int) -> bool:
         affine = self.kernels.affine
-        return affine is not None and doubles(affine[0].shape[0], self._norm, numbers, count)
+        return affine is not None and doubles(affine[0].shape[-1], self._norm, numbers, count)
 
     @cached_property
     def _norm(self) -> float:
         """The Frobenius norm of H: one look at the device."""
         assert self.kernels.affine is not None
-        return float(torch.linalg.vector_norm(self.kernels.affine[0]))
+        return float(torch.linalg.vector_norm(self.kernels.affine[0], dim=(-2, -1)).max())
 
-    def _doubled(self, numbers: Coefficients, count: int) -> Iterator[Doubled]:
+    def _doubled(self, numbers: Numbers, count: int, short: bool) -> Iterator[Doubled]:
         if numbers not in self.powers:
-            self.powers[numbers] = Powers(self.kernels, numbers)
+            groups = [slice(low, low + AT_ONCE) for low in range(0, self.rows or 0, AT_ONCE)]
+            self.powers[numbers] = (
+                [Powers(self.kernels.some(g), numbers[g] if len(numbers) > 1 else numbers) for g in groups]
+                if isinstance(self.kernels, Affine) and groups
+                else [Powers(self.kernels, numbers)]
+            )
         powers = self.powers[numbers]
-        rows = block(count, powers.size)
-        longest = max(rows, math.isqrt(count))
+        rows = block(count, powers[0].size)
+        longest = max(rows, math.isqrt(count)) if short else count
         for start in range(0, count, longest):
-            yield Doubled(cast(Kernels, self.kernels), powers, numbers, min(longest, count - start), rows)
+            yield Doubled(powers, min(longest, count - start), rows)
+
+
+@dataclass
+class Flat:
+    """A run on flat vectors: how it has ended, and its last steps, each stretch with what it begins from."""
+
+    end: InnerRun
+    swept: list[tuple[Stretch, Tensor]]
+    made: Stretches
+
+    @property
+    def tail(self) -> int:
+        """The steps that are differentiated."""
+        return sum(stretch.count for stretch, _ in self.swept)
 
 
 @torch.no_grad()
-def unrolled(run: Run, length: Callable[[int], int], kept: bool = True) -> Solution | None:
-    """Return the solution of a run with the VJP of its last steps; None where it has to be made step by step.
+def flat_run(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    first: InnerState,
+    length: Callable[[int], int] = lambda steps: 0,
+    at_least: int = 0,
+    kept: bool = True,
+) -> Flat | None:
+    """Return a run from a first state on flat vectors; None where it has to be made step by step.
 
-    That is a solver that is not linear multistep or takes its steps itself, one with a tolerance, a problem without
-    kernels, and a run that overflows, which steps can name.
+    That is one of a solver that is not linear multistep or takes its steps itself, one of a problem without kernels,
+    and one that overflows, which steps can name.
 
     Args:
-        run: the run.
-        length: steps taken -> steps differentiated.
+        inner: the bound problem.
+        solver: the inner solver.
+        first: the first state.
+        length: steps taken -> last steps that are to be differentiated.
+        at_least: steps to take even where the tolerance is reached before.
         kept: whether their iterates are kept, or made again on the way back, stretch by stretch, to the same bits.
     """
-    kernels, counts = _kernels(run), run.meter.counts.copy()
+    kernels, size = kernels_of(inner, solver), inner.problem.batch
     if kernels is None:
         return None
-    first, steps = run.begin(), run.solver.steps or 0
-    tail, s = min(length(steps), steps), _flat(first)
-    made = Stretches(kernels, cast(LinearMultistep, run.solver), first)
-    if not made.known:
-        return _back_to(counts, run)
+    counts, made = inner.counts.copy(), Stretches(kernels, cast(LinearMultistep, solver), first, size)
+    limit, tol = solver.limits(first.params.dtype)
+    found, possible = None, made.point is not None
+    if possible and size is not None:
+        tail = min(length(limit), limit)
+        possible = tol is None and made.numbered and made.doubled(0, limit - tail) and made.doubled(limit - tail, limit)
+    if possible:
+        taken = _by_count if tol is None else _to_tolerance
+        found = taken(inner, made, limit, length, at_least, kept)
+    if found is None:  # its steps count it again
+        inner.counts.clear()
+        inner.counts.update(counts)
+        return None
+    form = " and ".join(made.forms) or found.end.form
+    return replace(found, end=replace(found.end, form=form))
+
+
+def _by_count(
+    inner: InnerProblem, made: Stretches, steps: int, length: Callable[[int], int], at_least: int, kept: bool
+) -> Flat | None:
+    tail, s = min(length(steps), steps), made.stacked(made.first)
     swept: list[tuple[Stretch, Tensor]] = []
     for stretch in made.between(0, steps - tail):
         s = stretch.forward(s, False)
-    for stretch in made.between(steps - tail, steps):
+    for stretch in made.between(steps - tail, steps, short=not kept):
         swept.append((stretch, s))
         s = stretch.forward(s, True)
         if not kept:
             stretch.forget()
     sound = torch.isfinite(s.sum())
-    for powers in made.powers.values():
+    for powers in chain.from_iterable(made.powers.values()):
         sound = sound & powers.finite
     if not bool(sound):
-        return _back_to(counts, run)
-    end = _ended(run, first, s, made)
+        return None
+    inner.counts["gradient"] += steps
+    state = made.state(s, steps)
+    return Flat(conclude(inner, made.solver, made.first, state, steps), swept, made)
 
-    @torch.no_grad()
-    def pullback(cotangent: Tree) -> Pullback:
-        a = torch.zeros_like(s)
-        a[0] = cotangent.reshape(-1)
-        total: Tree = None
-        for stretch, begin in reversed(swept):
-            if not kept:
-                stretch.forward(begin, True)
-            a, part = stretch.backward(a)
+
+def _to_tolerance(
+    inner: InnerProblem, made: Stretches, limit: int, length: Callable[[int], int], at_least: int, kept: bool
+) -> Flat | None:
+    """Make steps by chunks, and look at all residuals of a stretch at once: at those that steps would look at."""
+    solver, first, s = made.solver, made.first, made.stacked(made.first)
+    _, tol = solver.limits(s.dtype)
+    assert tol is not None
+    every = max(solver.traits.check_every, check_interval(s.device))
+    looks, most = Looks(inner, solver, first, tol, at_least), length(limit)
+    swept: list[tuple[Stretch, Tensor]] = []
+    end, taken = looks.end(float(looks.start), 0, first, first), 0
+    equal = made.kernels.affine is not None and solver.traits.stationary_from is not None
+    chunk = min(FIRST, max(SHORTEST, CHUNK // s.numel())) if equal else SHORTEST // 2
+    while end is None and taken < limit:
+        for stretch in made.between(taken, min(limit, taken + chunk)):
+            swept.append((stretch, s))
+            s = stretch.forward(s, True)
+            while sum(each.count for each, _ in swept[1:-1]) >= most and len(swept) > 1:
+                swept.pop(0)
+            after = range(every - taken % every, stretch.count + (taken + stretch.count < limit), every)
+            for count, residual in zip(after, stretch.residuals(after).tolist() if after else (), strict=True):
+                if looks.passes(residual, taken + count):
+                    continue
+                if not math.isfinite(residual):
+                    return None
+                states = [made.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]
+                if (end := looks.end(residual, taken + count, *states)) is not None:
+                    stretch.cut(0, count)
+                    break
+            taken += stretch.count
             if not kept:
                 stretch.forget()
-            total = part if total is None else tree.add(total, part)
-        run.meter.counts["gradient"] += 0 if kept else tail
-        run.meter.counts["vjp"] += tail
-        return Pullback(total, steps=tail)
-
-    return end.solution(end.state.params, pullback)
-
-
-@torch.no_grad()
-def pushed(run: Run) -> Solution | None:
-    """Return the solution of a run with its derivative by all hyperparameters carried along; None as for `unrolled`."""
-    kernels, counts = _kernels(run), run.meter.counts.copy()
-    if kernels is None:
-        return None
-    first, steps, raveler = run.begin(), run.solver.steps or 0, tree.Raveler(run.hparams)
-    s = _flat(first)
-    size, s = s.shape[1], torch.cat([s, s.new_zeros(s.shape[0], raveler.size * s.shape[1])], dim=1)
-    both = Pushed(kernels, size)
-    made = Stretches(both, cast(LinearMultistep, run.solver), first)
-    if not made.known:
-        return _back_to(counts, run)
-    for stretch in made.between(0, steps):
-        s = stretch.forward(s, False)
-        both.parts.clear()  # memory must not grow with the steps
-    if not bool(torch.isfinite(s.sum())):
-        return _back_to(counts, run)
-    end = _ended(run, first, s[:, :size], made)
-    run.meter.counts["jvp"] += steps * raveler.size
-    tangents = s[0, size:].view(-1, size)
-
-    @torch.no_grad()
-    def pullback(cotangent: Tree) -> Pullback:
-        return Pullback(raveler.unravel(torch.mv(tangents, cotangent.reshape(-1))), steps=steps)
-
-    return end.solution(end.state.params, pullback)
+            if end is not None:
+                break
+        chunk = min(2 * chunk, LONGEST)
+    # A look takes a gradient of its own, unless the step from there takes the same one.
+    own = 0 if all(stretch.at_iterates for stretch, _ in swept) else len(range(every, taken, every))
+    inner.counts["gradient"] += taken + own - (taken > 0 and made.point is first.params)
+    if end is None:
+        end = looks.last(made.state(s, taken), taken)
+        if not math.isfinite(end.residual):
+            return None
+    inner.grad(end.state.params)
+    tail = min(length(max(taken, 1)), taken)
+    spare = sum(stretch.count for stretch, _ in swept) - tail
+    while swept and spare >= swept[0][0].count:
+        spare -= swept.pop(0)[0].count
+    if spare:
+        swept[0][0].cut(spare, swept[0][0].count)
+    return Flat(end, swept, made)
 
 
-def _kernels(run: Run) -> Kernels | None:
+def kernels_of(inner: InnerProblem, solver: InnerSolver) -> Kernels | None:
     """Return the kernels of a run that its solver's numbers describe; None for another."""
-    solver = run.solver
-    if solver.steps is None or solver.tol is not None or not solver.follows_coefficients:
-        return None
-    return run.inner().kernels()
-
-
-def _back_to(counts: Counter[str], run: Run) -> Solution | None:
-    """Return None, with what a run has counted in vain taken back: its steps count it again."""
-    run.meter.counts.clear()
-    run.meter.counts.update(counts)
-    return None
-
-
-def _flat(state: InnerState) -> Tensor:
-    """Return the stored vectors, of shape (p, m)."""
-    return torch.stack([vector.reshape(-1) for vector in (state.params, *state.memory)])
-
-
-def _ended(run: Run, first: InnerState, s: Tensor, made: Stretches) -> InnerRun:
-    """Return how a run ends whose last stored vectors are s, (p, m)."""
-    steps = run.solver.steps or 0
-    run.meter.counts["gradient"] += steps
-    params, *memory = [vector.clone().view_as(first.params) for vector in s]
-    last = InnerState(params, tuple(memory), first.steps + steps, first.measured, earlier=first.earlier)
-    end = conclude(run.inner(), run.solver, first, last, steps)
-    run.meter.sample()
-    return replace(end, form=" and ".join(made.forms))
+    return inner.kernels() if solver.follows_coefficients else None

@@ -18,8 +18,8 @@ from bilevel.core.tree import Tree
 from bilevel.engine.expansion import watched
 from bilevel.engine.judge import LOOK, InnerRun, failed_step, judge, not_finite
 from bilevel.engine.kinks import FALLEN, STALLED, kinked
-from bilevel.engine.rows_loop import run_rows
-from bilevel.engine.tolerance import Floor, Goal
+from bilevel.engine.rows_loop import conclude_rows, run_rows
+from bilevel.engine.tolerance import WINDOW, Floor, Goal
 from bilevel.oracles.inner_problem import InnerProblem
 
 
@@ -53,6 +53,56 @@ def run_inner(
         return _run(solver.own_problem(inner), solver, state, visit, at_least)
 
 
+class Looks:
+    """The looks at the residual of one run, any of which may end it: at its tolerance, at its floor, at a kink."""
+
+    def __init__(self, inner: InnerProblem, solver: InnerSolver, first: InnerState, tol: float, at_least: int) -> None:
+        self.inner, self.solver, self.first, self.at_least = inner, solver, first, at_least
+        self.goal = Goal(inner, solver, first, tol)
+        # The first look takes this gradient; without a tolerance it is no part of a budget.
+        self.start = _norm(inner, solver, first)
+        self.doubling, self.before_doubling = STALLED, math.inf
+
+    def passes(self, residual: float, taken: int) -> bool:
+        """Whether the look after so many steps cannot end the run; it is then done, without an iterate."""
+        if taken >= self.doubling or not math.isfinite(residual):
+            return False
+        if taken < self.at_least:
+            return True
+        passes = taken % WINDOW != 0 and self.goal.tol is not None and residual > self.goal.tol
+        if passes:
+            self.goal.falls(residual, taken)
+        return bool(passes)
+
+    def end(self, residual: float, taken: int, before: InnerState, state: InnerState) -> InnerRun | None:
+        """Return how the run ends at a state, one step after `before`, with a finite residual; None: it does not."""
+        inner, solver = self.inner, self.solver
+        if taken >= self.at_least:
+            if self.goal.reached(residual, solver.params(state)):
+                return InnerRun(state, residual, taken, self.goal.verdict(residual, taken))
+            floor = self.goal.floor(residual, taken, solver.params(before), solver.params(state))
+            if floor is not None:
+                return self.last(state, taken, floor=floor)
+        if taken >= self.doubling:
+            if residual > FALLEN * self.before_doubling and not inner.augmented:
+                kink = kinked(inner.problem, tree.detach(inner.hparams), solver, state, residual, self.before_doubling)
+                if not kink.status.ok:
+                    return InnerRun(state, residual, taken, kink)
+            self.doubling, self.before_doubling = 2 * taken, residual
+        return None
+
+    def last(
+        self,
+        state: InnerState,
+        taken: int,
+        checkpoint: tuple[InnerState, int] | None = None,
+        floor: Floor | None = None,
+    ) -> InnerRun:
+        """Return how the run ends that goes no further."""
+        checkpoint = checkpoint or (state, taken)
+        return _ended(self.inner, self.solver, self.first, state, taken, checkpoint, self.start, self.goal, floor)
+
+
 def _run(
     inner: InnerProblem,
     solver: InnerSolver,
@@ -64,30 +114,16 @@ def _run(
     limit, tol = solver.limits(dtype)
     every = max(solver.traits.check_every, check_interval(device))
     first = checkpoint = before = state
-    taken, marked, doubling, before_doubling = 0, 0, STALLED, math.inf
-    goal, floor = Goal(inner, solver, first, tol), None
-    # The first look at the tolerance takes this gradient; without one it is no part of a budget.
-    start = None if tol is None else _norm(inner, solver, first)
+    taken, marked, floor = 0, 0, None
+    looks = None if tol is None else Looks(inner, solver, first, tol, at_least)
     try:
         while taken < limit:
-            if tol is not None and taken % every == 0:
+            if looks is not None and taken % every == 0:
                 residual = float(_norm(inner, solver, state))
                 if not math.isfinite(residual):
                     return not_finite(inner, solver, checkpoint, marked, taken)
-                if taken >= at_least:
-                    if goal.reached(residual, solver.params(state)):
-                        return InnerRun(state, residual, taken, goal.verdict(residual, taken))
-                    floor = goal.floor(residual, taken, solver.params(before), solver.params(state))
-                    if floor is not None:
-                        break
-                if taken >= doubling:
-                    if residual > FALLEN * before_doubling and not inner.augmented:
-                        kink = kinked(
-                            inner.problem, tree.detach(inner.hparams), solver, state, residual, before_doubling
-                        )
-                        if not kink.status.ok:
-                            return InnerRun(state, residual, taken, kink)
-                    doubling, before_doubling = 2 * taken, residual
+                if (end := looks.end(residual, taken, before, state)) is not None:
+                    return end
             if taken - marked >= LOOK:
                 if not bool(torch.isfinite(tree.norm(state.params))):
                     return not_finite(inner, solver, checkpoint, marked, taken)
@@ -97,16 +133,21 @@ def _run(
             before, state = state, solver.step(inner.on_step(state.index), state)
             taken += 1
             # A solver that hands back the same params says that no step helps: the rounding floor.
-            if tol is not None and taken >= at_least and inner.unmoved(before.params, state.params):
-                floor = goal.unmoved_floor(float(_norm(inner, solver, state)), inner.trainable(solver.params(state)))
+            if looks is not None and taken >= at_least and inner.unmoved(before.params, state.params):
+                residual = float(_norm(inner, solver, state))
+                floor = looks.goal.unmoved_floor(residual, inner.trainable(solver.params(state)))
                 break
     except StepFailure as failure:
         return InnerRun(state, math.nan, taken, failed_step(solver, taken, failure))
-    return _ended(inner, solver, first, state, taken, (checkpoint, marked), start, goal, floor)
+    if looks is None:
+        return _ended(inner, solver, first, state, taken, (checkpoint, marked))
+    return looks.last(state, taken, (checkpoint, marked), floor)
 
 
 def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
     """Return, as `run_inner` does, how `taken` steps from `first` to `state` end that it has not run."""
+    if inner.problem.batch is not None:
+        return conclude_rows(inner, solver, first, state, taken)
     return _ended(solver.own_problem(inner), solver, first, state, taken, (first, 0))
 
 

@@ -38,6 +38,15 @@ def run_rows(
     return _Loop(inner, solver, state).run(visit, at_least)
 
 
+def conclude_rows(
+    inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int
+) -> InnerRun:
+    """Return, as `run_rows` does, how `taken` steps from `first` to `state` end that it has not run."""
+    loop = _Loop(inner, solver, first)
+    loop.state, loop.taken = state, taken
+    return loop.ended()
+
+
 class _Loop:
     """The state of the loop: who moves, who has ended how."""
 
@@ -60,7 +69,7 @@ class _Loop:
         self.counts: list[Counter[str]] = [Counter() for _ in range(size)]
 
     def run(self, visit: RowsVisit | None, at_least: int) -> InnerRun:
-        """Take the steps, and judge the rows that used them all."""
+        """Take the steps."""
         size = len(self.moving)
         if self.tol is not None:
             self.start = self._residual(self.state)
@@ -83,6 +92,10 @@ class _Loop:
             self.before = self.state
             self.state = after if still is None else _kept(still, after, self.state)
             self.taken += 1
+        return self.ended()
+
+    def ended(self) -> InnerRun:
+        """Judge the rows that used all steps, and return how all have ended."""
         if self.left:
             self._finish()
         for index, state in self.broken.items():

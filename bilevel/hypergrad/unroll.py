@@ -28,10 +28,10 @@ from bilevel.core.tree import Tree
 from bilevel.engine.checkpointing import CheckpointedStates
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.lean import pushed, unrolled
 from bilevel.engine.loop import run_inner
 from bilevel.engine.rows_sweep import RowStates, swept_rows
 from bilevel.hypergrad.adaptive_unroll import AdaptiveUnroll
+from bilevel.hypergrad.flat import pushed, unrolled
 from bilevel.hypergrad.tail import check_length, is_tail, length_of, refuse_fixed
 from bilevel.oracles.differentiable import DifferentiableInner
 from bilevel.oracles.problem import BilevelProblem
@@ -162,7 +162,7 @@ class TruncatedUnroll(HypergradEstimator):
 
 def _unrolled(run: Run, length: Callable[[int], int], at_least: int) -> Solution:
     """Run the solver, keep the states of the tail (`length`: steps taken -> steps differentiated), and sweep back."""
-    if (flat := unrolled(run, length)) is not None:
+    if (flat := unrolled(run, length, at_least)) is not None:
         return flat
     most = length(run.solver.limits(tree.leaves(run.params)[0].dtype)[0])
     if run.problem.batch is not None:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from bilevel.base import InnerSolver, InnerState, Traits, Variables
+from bilevel.base import InnerSolver, InnerState, Traits
 from bilevel.core import rows, tree
 from bilevel.core.options import is_number, is_positive, option, or_auto, require
 from bilevel.core.tree import Tree
@@ -109,20 +108,6 @@ class LinearMultistep(CoefficientStep):
         """Return the value of an option that may be "auto"."""
         value = getattr(self, name)
         return state.measured[name] if value == "auto" else value
-
-    def sweep_vjp(
-        self, inner: InnerProblem, states: Sequence[InnerState], cotangent: Variables
-    ) -> tuple[Variables, Tree]:
-        weighted_sum, sums = tree.weighted_sum, inner.product_sum()
-        params, memory = cotangent
-        vectors = (params, *memory)
-        for before in reversed(states):
-            numbers = self.coefficients(before)
-            point = weighted_sum(numbers.reads, (before.params, *before.memory))
-            by_point = sums.pull(inner.on_step(before.index).vjp_at, point, weighted_sum(numbers.writes, vectors))
-            terms = (*vectors, by_point)
-            vectors = tuple([weighted_sum(column, terms) for column in numbers.columns])
-        return (vectors[0], vectors[1:]), sums.total()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum, lanczos
 from bilevel.oracles.kernels import Kernels
 from bilevel.oracles.losses import Losses
 from bilevel.oracles.preconditioner import Preconditioner as Preconditioner
-from bilevel.oracles.vjp_sum import ProductSum
 
 Graph: TypeAlias = tuple[Sequence[Tensor | GradientEdge], list[Tensor], list[Tensor]]
 """(gradient, params, hparams): leaves, and the graph between them; of the gradient its edges may be enough."""
@@ -212,7 +211,7 @@ class InnerProblem:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # Kernels that are inherited know nothing of a gradient that is not.
-        own = {"_grad", "grad", "_cross_sum", "product_sum", "linearization", "linearize", "on_step"}
+        own = {"_grad", "grad", "_cross_sum", "linearization", "linearize", "on_step"}
         if own & vars(cls).keys() and "kernels" not in vars(cls):
             cls.kernels = InnerProblem.kernels  # type: ignore[method-assign]
 
@@ -260,14 +259,6 @@ class InnerProblem:
         """Return ``H' v`` at params; nothing of it is recorded by autograd."""
         with torch.no_grad():
             return self.linearize(tree.detach(params)).hvp(tree.detach(v))
-
-    def vjp_at(self, params: Tree, v: Tree) -> tuple[Tree, Tree]:
-        """Return ``(H' v, C' v)`` at params."""
-        return self.linearize(params).vjp(v)
-
-    def product_sum(self) -> ProductSum:
-        """Return what sums ``C' v`` over the points of a reverse sweep; a bilinear problem returns a `BilinearSum`."""
-        return ProductSum(self.hparams)
 
     def kernels(self) -> Kernels | None:
         """Return the oracles of params that are one vector, for long runs of equal steps; None, the default, for none.

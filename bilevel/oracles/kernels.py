@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,21 +60,26 @@ class Affine(Kernels):
     """The kernels of a quadratic loss, ``grad(x) = H x + b``.
 
     Args:
-        hessian: H, of shape (m, m), symmetric.
-        linear: b, of shape (m,).
-        cross_sum: (points, vectors) -> ``sum_k C(points_k)' vectors_k``.
-        moves: x -> C at x, of shape (k, m).
+        hessian: H, of shape (m, m), symmetric; of rows, (rows, m, m).
+        linear: b, of shape (m,) or (rows, m).
+        cross_sum: (points, vectors) -> ``sum_k C(points_k)' vectors_k``; of rows, both are those of some rows, of shape
+            (some, K, m), and which rows that are is a third argument.
+        moves: x -> C at x, of shape (k, m); not needed of rows.
     """
 
     def __init__(
         self,
         hessian: Tensor,
         linear: Tensor,
-        cross_sum: Callable[[Tensor, Tensor], Tree],
-        moves: Callable[[Tensor], Tensor],
+        cross_sum: Callable[..., Tree],
+        moves: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.affine = self.hessian, self.linear = hessian, linear
         self._cross_sum, self._moves = cross_sum, moves
+
+    def some(self, rows: slice) -> Affine:
+        """Return the kernels of some rows."""
+        return Affine(self.hessian[rows], self.linear[rows], partial(self._cross_sum, rows=rows))
 
     def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
         torch.addmv(self.linear, self.hessian, x, out=out)
@@ -85,6 +91,7 @@ class Affine(Kernels):
         return self._cross_sum(points, vectors)
 
     def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
+        assert self._moves is not None
         torch.addmm(self._moves(x), tangents, self.hessian, out=out)
 
 

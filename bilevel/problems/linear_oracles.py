@@ -22,7 +22,6 @@ from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.inner_problem import InnerProblem, Linearization, Preconditioner
 from bilevel.oracles.kernels import Kernels
 from bilevel.oracles.losses import Losses
-from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.kernels import model_kernels
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.precondition import factored
@@ -45,9 +44,6 @@ class PenalisedInner(InnerProblem):
 
     penalty: Tensor
     slope: Tensor
-
-    def product_sum(self) -> ProductSum:
-        return BilinearSum(self.hparams, self.counts, lambda params, v: self.linearize(params)._hvp(v), self._cross_sum)
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
         return self.problem.gather(self.slope * (points * vectors).sum(0))

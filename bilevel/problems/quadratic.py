@@ -20,7 +20,6 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
 from bilevel.oracles.structure import QuadraticForm, Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
-from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 
 
 def product(matrix: Tensor, v: Tensor) -> Tensor:
@@ -62,15 +61,16 @@ class QuadraticInner(InnerProblem):
         super().__init__(problem, hparams, counts)  # type: ignore[arg-type]
         self.hessian, self.linear = problem.coefficients(self.hparams)
 
-    def product_sum(self) -> ProductSum:
-        if self.problem.batch is not None:
-            return super().product_sum()
-        return BilinearSum(self.hparams, self.counts, lambda params, v: torch.mv(self.hessian, v), self._cross_sum)
-
     def kernels(self) -> Kernels | None:
-        return (
-            None if self.problem.batch is not None else Affine(self.hessian, self.linear, self._cross_sum, self._moves)
-        )
+        single = self.problem.batch is None
+        return Affine(self.hessian, self.linear, self._cross_sum if single else self._rows_sum, self._moves)
+
+    def _rows_sum(self, points: Tensor, vectors: Tensor, rows: slice) -> Tensor:
+        """Return the hyperparameters' derivatives of some rows, beside zeros."""
+        problem, total = self.problem, torch.zeros_like(self.hparams)
+        total[rows] = torch.einsum("rpij,rij->rp", problem.hessian_directions[rows], vectors.mT @ points)
+        total[rows] += torch.einsum("rpi,ri->rp", problem.linear_directions[rows], vectors.sum(-2))
+        return total
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
         problem = self.problem

@@ -21,7 +21,6 @@ from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.structure import QuadraticForm, Structure
-from bilevel.oracles.vjp_sum import BilinearSum, ProductSum
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import Squared
@@ -63,13 +62,20 @@ class RidgeInner(LinearModelInner):
             return torch.addcmul(problem.gram_product(v), self.penalty, v)
         return self._collect_rows(problem.predict(problem.train.X, v), v)
 
-    def product_sum(self) -> ProductSum:
-        return BilinearSum(self.hparams, self.counts, lambda params, v: self.product(v), self._cross_sum)
-
     def kernels(self) -> Kernels | None:
+        problem = self.problem
+        if problem.batch is not None and problem.on_gram:
+            linear = -problem.moment.expand(problem.params.shape)
+            return Affine(problem.gram + torch.diag_embed(self.flat_penalty), linear, self._rows_sum)
         if self.hessian is None:
             return super().kernels()
-        return Affine(self.hessian, -self.problem.moment, self._cross_sum, lambda x: self.slope_rows * x)
+        return Affine(self.hessian, -problem.moment, self._cross_sum, lambda x: self.slope_rows * x)
+
+    def _rows_sum(self, points: Tensor, vectors: Tensor, rows: slice) -> Tensor:
+        """Return the hyperparameters' derivatives of some rows, beside zeros."""
+        total = torch.zeros_like(self.problem.params)
+        total[rows] = (points * vectors).sum(-2)
+        return self.problem.gather(self.slope * total)
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem

@@ -15,7 +15,6 @@ from bilevel.oracles.error_model import Tuned
 from bilevel.oracles.hyper_hessian import hyper_hessians
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.stacking import RowsProblem
-from bilevel.oracles.vjp_sum import ProductSum
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import GLMLoss, Softmax
@@ -103,10 +102,6 @@ class SampleWeightInner(LinearModelInner):
         self.weights: Tensor = problem.weights(self.hparams)
         sigmoid = problem.parametrization == "sigmoid"
         self.weight_slopes: Tensor = self.weights * (1.0 - self.weights) if sigmoid else torch.ones_like(self.weights)
-
-    def product_sum(self) -> ProductSum:
-        """Return a plain sum: the cross products are not linear in the params."""
-        return ProductSum(self.hparams)
 
     @property
     def data_curvature(self) -> float:

@@ -15,8 +15,8 @@ ESTIMATORS = (
     Break(
         "doubled-points-shifted",
         "bilevel/engine/affine.py",
-        "self.rows[:-1].view(shape)",
-        "self.rows[1:].view(shape)",
+        "rows.narrow(-2, 0, self.count).view(shape)",
+        "rows.narrow(-2, 1, self.count).view(shape)",
         "test_lean.py",
     ),
     Break(
@@ -148,8 +148,8 @@ ESTIMATORS = (
     Break(
         "loop-at-least",
         "bilevel/engine/loop.py",
-        "                if taken >= at_least:\n",
-        "                if taken >= 0:\n",
+        "        if taken >= self.at_least:\n",
+        "        if taken >= 0:\n",
         "test_hypergrad.py",
     ),
     Break(

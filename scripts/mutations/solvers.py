@@ -255,10 +255,10 @@ SOLVERS = (
         "test_inner.py",
     ),
     Break(
-        "multistep-sweep-batch",
-        "bilevel/inner/multistep.py",
-        "sums.pull(inner.on_step(before.index).vjp_at, point,",
-        "sums.pull(inner.vjp_at, point,",
+        "sweep-batch",
+        "bilevel/base/inner_solver.py",
+        "self.step_vjp(inner.on_step(before.index), before, cotangent)",
+        "self.step_vjp(inner, before, cotangent)",
         "test_samplers.py",
     ),
     Break(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import bilevel as bl
 from bilevel.core import tree
 from bilevel.engine.affine import block, doubles
 from bilevel.engine.estimator import Run
-from bilevel.engine.lean import pushed, unrolled
+from bilevel.hypergrad.flat import pushed, unrolled
 from bilevel.inner.coefficients import Coefficients
 from bilevel.oracles.kernels import Pushed
 
@@ -103,6 +104,75 @@ def test_a_run_on_flat_vectors_is_the_run_of_its_steps(name: str, method: str) -
     agree(again.hypergradient, total)
 
 
+def stepwise(*arguments: Any, **options: Any) -> bl.Estimate:
+    """Return the hypergradient of a problem that has no kernels."""
+    nothing = {"flat_run": lambda *_, **__: None}
+    with (
+        mock.patch.multiple("bilevel.engine.estimator", **nothing),
+        mock.patch.multiple("bilevel.hypergrad.flat", **nothing),
+    ):
+        return bl.hypergradient(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_to_a_tolerance_ends_where_its_steps_end(name: str, method: str) -> None:
+    problem = PROBLEMS[name]
+    u = hparams(problem)
+    cold = stepwise(problem, replace(METHODS[method], steps=20), bl.FullUnroll(), u - 0.3, on_failure="return")
+    for tol, steps, estimator, carry in (
+        (1e-4, None, bl.FullUnroll(), None),
+        (1e-2, 150, bl.TruncatedUnroll(0.3), cold.carry),
+        (1e-30, 90, bl.TruncatedUnroll(70), None),
+        (1e3, None, bl.TruncatedUnroll(3), None),
+        (1e-3, None, bl.FullUnroll(memory="checkpoint"), cold.carry),
+        (1e-5, 400, bl.Implicit(), None),
+    ):
+        solver = replace(METHODS[method], tol=tol, steps=steps)
+        one, other = (
+            call(problem, solver, estimator, u, carry=carry, check=False, on_failure="return")
+            for call in (bl.hypergradient, stepwise)
+        )
+        assert one.verdict.status == other.verdict.status
+        assert one.certificate.inner_steps == other.certificate.inner_steps
+        if estimator != bl.FullUnroll(memory="checkpoint"):
+            assert one.cost.counts == other.cost.counts
+        agree(one.params, other.params)
+        agree(one.hypergradient, other.hypergradient)
+
+
+ROWS = 11
+BATCHES: dict[str, bl.BilevelProblem] = {
+    "quadratics": bl.stack([bl.QuadraticProblem.random(size=4, hyperparameters=2, seed=seed) for seed in range(ROWS)]),
+    "ridge, penalties": PROBLEMS["ridge"].batched(ROWS),
+    "ridge, data": bl.stack([bl.problems.RidgeProblem(*data(25, 5, seed), X, Y) for seed in range(ROWS)]),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_on_flat_vectors_are_those_of_their_steps(name: str, method: str) -> None:
+    problem: Any = BATCHES[name]
+    u = 0.3 * normal(7, ROWS, *(problem.hparams_shape()[1:] if hasattr(problem, "hparams_shape") else (2,)))
+    own: dict[str, bl.InnerSolver] = {
+        "gradient descent": bl.GradientDescent(steps=70),
+        "nesterov": bl.Nesterov(momentum="auto", steps=70),
+    }
+    for solver in (replace(METHODS[method], steps=70), own.get(method)):
+        if solver is None:
+            continue
+        carry = stepwise(problem, replace(solver, steps=3), bl.FullUnroll(), u - 0.1).carry
+        for estimator in (bl.FullUnroll(), bl.TruncatedUnroll(33), bl.Implicit()):
+            one, other = (
+                call(problem, solver, estimator, u, carry=carry, check=False, on_failure="return")
+                for call in (bl.hypergradient, stepwise)
+            )
+            assert [each.counts for each in one.costs] == [each.counts for each in other.costs]
+            assert one.verdicts == other.verdicts
+            agree(one.params, other.params)
+            agree(one.hypergradient, other.hypergradient)
+
+
 class Watched(bl.GradientDescent):
     """Gradient descent that takes its steps itself."""
 
@@ -121,8 +191,7 @@ def estimates(problem: Any, step_size: float, steps: int, u: Tensor) -> list[bl.
 
 def test_a_solver_that_takes_its_steps_itself_takes_them() -> None:
     u = hparams(RIDGE)
-    for solver in (Watched(0.05, steps=9), bl.GradientDescent(0.05, tol=1e-3), bl.GradientDescent(0.05)):
-        assert unrolled(Run(RIDGE, solver, u, RIDGE.start()), lambda steps: steps) is None
+    assert unrolled(Run(RIDGE, Watched(0.05, steps=9), u, RIDGE.start()), lambda steps: steps) is None
     flat, stepped = estimates(RIDGE, 0.05, 30, u)
     assert flat.cost.counts == stepped.cost.counts
     agree(flat.hypergradient, stepped.hypergradient)
@@ -138,7 +207,7 @@ def test_the_certificate_says_how_the_steps_were_made() -> None:
         ("flat", RIDGE, bl.Sobolev(l=0.05, L=12.0, steps=30), bl.FullUnroll(), u),
         ("flat", RIDGE, solver, bl.FullUnroll(mode="forward"), u),
         ("step by step", RIDGE, Watched(0.05, steps=30), bl.FullUnroll(), u),
-        ("step by step", RIDGE, bl.GradientDescent(0.05, tol=1e-3), bl.Implicit(), u),
+        ("doubled", RIDGE, bl.GradientDescent(0.05, tol=1e-3), bl.Implicit(), u),
         ("eigenbasis", scalar, solver, bl.Spectral(), one),
         ("closed form", scalar, solver, bl.ClosedForm(), one),
     ):
@@ -159,10 +228,10 @@ def test_failures_are_named_as_by_the_steps(name: str, step_size: float, steps: 
 def test_doubling_stops_where_sums_would_lose_digits() -> None:
     plain = bl.GradientDescent(1.0).coefficients(None)  # type: ignore[arg-type]
     momentum = Coefficients(read=(1.0, 0.0), mix=((1.99, -0.99), (1.0, 0.0)), write=(-1.0, 0.0))
-    assert doubles(6, 1.0, plain, 1_000)
-    assert not doubles(6, 1.0, plain, 100_000)
-    assert not doubles(6, 1.0, momentum, 1_000)
-    assert not doubles(6, 1.0, Coefficients(read=(1.0,), mix=((9.0,),), write=(-1.0,)), 1_000)
+    assert doubles(6, 1.0, [plain], 1_000)
+    assert not doubles(6, 1.0, [plain], 100_000)
+    assert not doubles(6, 1.0, [momentum], 1_000)
+    assert not doubles(6, 1.0, [Coefficients(read=(1.0,), mix=((9.0,),), write=(-1.0,))], 1_000)
     assert (block(1_000, 30), block(1_000, 1_000), block(3, 1)) == (256, 8, 2)
 
 
@@ -315,4 +384,5 @@ def test_what_a_run_in_vain_has_measured_is_counted_once() -> None:
     vain = Run(problem, CautiousMomentum(momentum=0.999, steps=40), hparams(problem), problem.start())
     assert once
     assert unrolled(vain, lambda steps: steps) is None
-    assert not vain.meter.counts
+    vain.begin()
+    assert vain.meter.counts == once
