@@ -152,7 +152,7 @@ def test_all_problems_load_without_the_peers_and_without_torch():
         "    assert len(set(names)) == len(names) and set(p.sizes) == {'full', 'quick'}, p.key\n"
         "    assert all(a.task in p.tasks for a in p.asked), p.key\n"
         "heavy = {'torch', 'jax', 'bilevel', 'higher', 'torchopt'} & set(sys.modules)\n"
-        "assert len(problems) == 20 and not heavy, (len(problems), heavy)\n"
+        "assert len(problems) == 22 and not heavy, (len(problems), heavy)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=PEERS, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import time
 from typing import Any
 
@@ -23,6 +24,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def commit() -> str:
+    """Return the commit that is measured, with a sign where files differ from it; empty outside a git checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty"]
+    try:
+        run = subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return run.stdout.strip()
 
 
 def processor() -> str:
@@ -45,4 +56,5 @@ def describe(threads: int) -> dict[str, Any]:
         # Load of the last minute before the contest: above about 0.5 somebody else was at work.
         "load": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
     }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from contest import Asked, Contestant, Problem, Task
 from p1_ridge import jax_losses
-from shared import breast_cancer, warm_torch
+from shared import BEFORE, breast_cancer, earlier, warm_torch
 
 PENALTIES = 100
 
@@ -41,9 +41,40 @@ def reference(d: SimpleNamespace) -> dict[str, Any]:
     return {"penalties": np.array(answers, dtype=float), "scratch": float(answers[PENALTIES // 2])}
 
 
+def large_data(rows: int, features: int, seed: int) -> SimpleNamespace:
+    """Return Gaussian data and one penalty."""
+    random = np.random.default_rng(seed)
+    X, X_val = random.standard_normal((rows, features)), random.standard_normal((2000, features))
+    truth = random.standard_normal(features) / features**0.5
+    y, y_val = (Z @ truth + random.standard_normal(len(Z)) for Z in (X, X_val))
+    return SimpleNamespace(X=X, y=y, X_val=X_val, y_val=y_val, penalties=np.array([-3.0]))
+
+
+def refined(d: SimpleNamespace) -> dict[str, Any]:
+    """Return the hypergradient by a Cholesky factor, and a step of refinement with 80-bit residuals for each system."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    penalty = np.exp(d.penalties[0])
+    H = d.X.T @ d.X / len(d.X) + penalty * np.eye(d.X.shape[1])
+    factor, wide = cho_factor(H), H.astype(np.longdouble)
+
+    def solved(b: Any) -> Any:
+        x = cho_solve(factor, b)
+        return x + cho_solve(factor, (b - wide @ x).astype(float))
+
+    w = solved(d.X.T @ d.y / len(d.X))
+    slope = d.X_val.T @ (d.X_val @ w - d.y_val) / len(d.y_val)
+    return {"penalties": -penalty * (w @ solved(slope))}
+
+
+def _kept(calls: dict[str, Any]) -> dict[str, Any]:
+    """Return the calls without the one that starts from the data."""
+    return {"penalties": calls["penalties"]}
+
+
 def _calls(d: SimpleNamespace, kept: Any, scratch: Any) -> dict[str, Any]:
     """Return both tasks from one function of a penalty and one that starts from the data."""
-    middle = float(d.penalties[PENALTIES // 2])
+    middle = float(d.penalties[len(d.penalties) // 2])
     return {"penalties": lambda: [kept(float(u)) for u in d.penalties], "scratch": lambda: scratch(middle)}
 
 
@@ -207,5 +238,24 @@ PROBLEMS = [
             Asked("penalties", OURS, ["*by hand"], None, words="formulas by hand"),
             Asked("scratch", OURS, ["*by hand"], None, words="formulas by hand"),
         ],
-    )
+    ),
+    Problem(
+        key="p1l",
+        title="P1l: ridge, 20,000 x 2,000, one penalty, exact implicit hypergradient",
+        words="The Gram matrix is there before the first call. Reference: Cholesky factor and one step of refinement "
+        "with 80-bit residuals, in NumPy.",
+        sizes={"full": {"rows": 20_000, "features": 2000}, "quick": {"rows": 2000, "features": 300}},
+        data=large_data,
+        reference=refined,
+        tasks={"penalties": Task("one hypergradient", tolerance=1e-8)},
+        contestants=[
+            Contestant(OURS[0], lambda d: _kept(_ours(d, "closed form")), "bilevel"),
+            Contestant(BEFORE, earlier(lambda d: _kept(_ours(d, "closed form")))),
+            Contestant("scipy Cholesky by hand", lambda d: _kept(_scipy_by_hand(d)), "scipy"),
+        ],
+        asked=[
+            Asked("penalties", OURS[:1], [], measure="first_cpu", at_most=0.4),
+            Asked("penalties", OURS[:1], ["scipy*"]),
+        ],
+    ),
 ]

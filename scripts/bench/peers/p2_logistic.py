@@ -1,4 +1,4 @@
-"""P2: logistic regression, 20,000 x 500, a penalty for each feature: first hypergradient and 50 warm outer steps."""
+"""P2: logistic regression, 20,000 x 500, 500 penalties: first hypergradient, 10 warm outer steps; P2w: few rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import implicit_peers as peers
 import numpy as np
 from contest import Asked, Contestant, Problem, Task
+from shared import BEFORE, earlier
 
 
 def data(rows: int, features: int, steps: int, seed: int) -> SimpleNamespace:
@@ -86,38 +87,41 @@ def _torch_losses(d: SimpleNamespace) -> tuple[Any, Any]:
 
 
 def torch_by_hand(d: SimpleNamespace) -> dict[str, Any]:
-    """Return the first hypergradient by torch's L-BFGS and CG; fifty of them would take it minutes."""
+    """Return the first hypergradient by torch's L-BFGS and CG; ten of them would take it a minute."""
     return {"first": peers.torch_by_hand(*_torch_losses(d), d)["first"]}
 
 
 OURS = ["bilevel QuasiNewton, Implicit(CG)", "bilevel Newton(CG), Implicit(CG)"]
 
+CONTESTANTS = [
+    Contestant(OURS[0], lambda d: ours(d, "quasi-Newton"), "bilevel"),
+    Contestant(OURS[1], lambda d: ours(d, "Newton"), "bilevel"),
+    Contestant("jaxopt LBFGS, implicit CG", jaxopt, "jaxopt", compiles="first"),
+    Contestant("scipy L-BFGS, CG by hand", lambda d: peers.scipy(formulas(d), d), "scipy", "formulas by hand"),
+    Contestant("torch L-BFGS, CG by hand", torch_by_hand, "torch", "no loop"),
+    Contestant("torchopt custom_root, CG", lambda d: peers.torchopt(*_torch_losses(d), d), "torchopt", "no warm loop"),
+]
+BEFORE_CONTESTANT = Contestant(
+    BEFORE, earlier(lambda d: ours(d, "quasi-Newton")), note="QuasiNewton, an earlier commit, by git"
+)
+
 PROBLEMS = [
     Problem(
         key="p2",
         title="P2: logistic regression, 20,000 x 500, 500 penalties",
-        words="Inner gradient norm 1e-8, adjoint residual 1e-8. The loop is 50 steps of Adam at rate 0.1, warm "
+        words="Inner gradient norm 1e-8, adjoint residual 1e-8. The loop is 10 steps of Adam at rate 0.1, warm "
         "started; its answer is the last hypergradient. Reference: dense Newton to the rounding floor, in NumPy.",
         sizes={
-            "full": {"rows": 20_000, "features": 500, "steps": 50},
+            "full": {"rows": 20_000, "features": 500, "steps": 10},
             "quick": {"rows": 2_000, "features": 100, "steps": 5},
         },
         data=data,
         reference=lambda d: peers.dense_newton(formulas(d), d),
         tasks={
             "first": Task("first hypergradient", rounds=5),
-            "loop": Task("all warm outer steps", tolerance=1e-3, rounds=3),
+            "loop": Task("all warm outer steps", tolerance=1e-3, rounds=3, timeout=900.0),
         },
-        contestants=[
-            Contestant(OURS[0], lambda d: ours(d, "quasi-Newton"), "bilevel"),
-            Contestant(OURS[1], lambda d: ours(d, "Newton"), "bilevel"),
-            Contestant("jaxopt LBFGS, implicit CG", jaxopt, "jaxopt", compiles="first"),
-            Contestant("scipy L-BFGS, CG by hand", lambda d: peers.scipy(formulas(d), d), "scipy", "formulas by hand"),
-            Contestant("torch L-BFGS, CG by hand", torch_by_hand, "torch", "no loop"),
-            Contestant(
-                "torchopt custom_root, CG", lambda d: peers.torchopt(*_torch_losses(d), d), "torchopt", "no warm loop"
-            ),
-        ],
+        contestants=CONTESTANTS,
         asked=[
             Asked("first", OURS, ["jaxopt*"], 2.0, 5.0),
             Asked("loop", OURS, ["jaxopt*"], 8.0, 17.0),
@@ -128,5 +132,26 @@ PROBLEMS = [
             Asked("loop", OURS, ["scipy*"], None),
         ],
         absent=peers.ABSENT,
-    )
+    ),
+    Problem(
+        key="p2w",
+        title="P2w: logistic regression, 200 x 1,000, 1,000 penalties",
+        words="P2 with more features than rows. Inner gradient norm 1e-8, adjoint residual 1e-8. Reference: dense "
+        "Newton to the rounding floor, in NumPy.",
+        sizes={
+            "full": {"rows": 200, "features": 1000, "steps": 1},
+            "quick": {"rows": 100, "features": 200, "steps": 1},
+        },
+        data=data,
+        reference=lambda d: {"first": peers.dense_newton(formulas(d), d)["first"]},
+        tasks={"first": Task("first hypergradient")},
+        contestants=[*CONTESTANTS, BEFORE_CONTESTANT],
+        asked=[
+            Asked("first", OURS[:1], [], at_most=0.010),
+            Asked("first", OURS, [BEFORE]),
+            Asked("first", OURS, ["jaxopt*"]),
+            Asked("first", OURS, ["scipy*"]),
+        ],
+        absent=peers.ABSENT,
+    ),
 ]

@@ -28,7 +28,7 @@ PROBLEMS = [
         key="p3c",
         title="P3c: data cleaning, digits, 898 sample weights, half of the labels random",
         words=WORDS + " Weights are sigmoid(u); the penalty on W is 1e-3.",
-        sizes={"full": {"rows": 898, "steps": 50}, "quick": {"rows": 898, "steps": 3}},
+        sizes={"full": {"rows": 898, "steps": 20}, "quick": {"rows": 898, "steps": 3}},
         data=partial(data, "weights", penalty=1e-3, corrupted=0.5),
         reference=lambda d: peers.dense_newton(formulas(d), d),
         tasks={

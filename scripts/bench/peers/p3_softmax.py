@@ -1,4 +1,4 @@
-"""P3: softmax regression on digits, one penalty for each of 640 weights: the first hypergradient and 50 outer steps."""
+"""P3: softmax regression on digits, one penalty for each of 640 weights: the first hypergradient and 20 outer steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rivals() -> list[Contestant]:
 
 
 WORDS = (
-    "Inner gradient norm 1e-8, adjoint residual 1e-8. The loop is 50 steps of Adam at rate 0.1, warm started; its "
+    "Inner gradient norm 1e-8, adjoint residual 1e-8. The loop is 20 steps of Adam at rate 0.1, warm started; its "
     "answer is the last hypergradient. Reference: dense Newton to the rounding floor, in NumPy."
 )
 OURS = ["bilevel QuasiNewton, Implicit(CG)", "bilevel Newton(CG), Implicit(CG)"]
@@ -46,7 +46,7 @@ PROBLEMS = [
         key="p3",
         title="P3: softmax regression, digits (898 x 64, 10 classes), 640 penalties",
         words=WORDS,
-        sizes={"full": {"rows": 898, "steps": 50}, "quick": {"rows": 898, "steps": 3}},
+        sizes={"full": {"rows": 898, "steps": 20}, "quick": {"rows": 898, "steps": 3}},
         data=partial(data, "penalties", penalty=1e-3),
         reference=lambda d: peers.dense_newton(formulas(d), d),
         tasks={

@@ -221,7 +221,7 @@ PROBLEMS = [
         sizes={"full": {"steps": 100}, "quick": {"steps": 20}},
         data=data,
         reference=reference,
-        tasks={"unroll": Task("one hypergradient", tolerance=1e-8)},
+        tasks={"unroll": Task("one hypergradient", tolerance=1e-8, live=True)},
         contestants=[
             Contestant("bilevel FullUnroll", lambda d: _ours(d, ""), "bilevel", "stored iterates"),
             Contestant(
@@ -235,6 +235,10 @@ PROBLEMS = [
             Contestant("jax.lax.scan", _jax, "jax", compiles="unroll"),
         ],
         asked=[
+            Asked("unroll", EAGER, TORCH, 1.7, words="fastest torch peer"),
+            Asked("unroll", EAGER, TORCH, 1 / 0.65, measure="live", words="leanest torch peer"),
+            Asked("unroll", ["bilevel FullUnroll, checkpoint"], TORCH, 1.0, words="fastest torch peer"),
+            Asked("unroll", ["bilevel FullUnroll, checkpoint"], TORCH, 2.5, measure="live", words="leanest torch peer"),
             Asked("unroll", [*EAGER, "bilevel FullUnroll, graph"], TORCH, 1.0, 2.0, words="fastest torch peer"),
             Asked("unroll", ["bilevel FullUnroll, traced fx"], TORCH, 1.0, 2.0, words="fastest torch peer"),
             Asked("unroll", EAGER, TORCH, 3.0, 6.0, measure="memory", words="leanest torch peer"),

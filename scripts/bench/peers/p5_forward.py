@@ -137,12 +137,12 @@ PROBLEMS = [
         title="P5: forward mode, softmax regression on four classes of digits (200 x 64), four penalties",
         words="Gradient descent; the answer is the derivative of the last iterate's validation loss. The reverse "
         "sweeps stand beside for their memory. Reference: forward recursion, by hand in 80-bit arithmetic.",
-        sizes={"full": {"short": 1000, "long": 10_000}, "quick": {"short": 20, "long": 200}},
+        sizes={"full": {"short": 300, "long": 3000}, "quick": {"short": 20, "long": 200}},
         data=data,
         reference=reference,
         tasks={
             "short": Task("a tenth of the steps", tolerance=1e-8, rounds=3),
-            "long": Task("10,000 steps (quick: 200)", tolerance=1e-8, rounds=3),
+            "long": Task("3,000 steps (quick: 200)", tolerance=1e-8, rounds=3),
         },
         contestants=[
             Contestant(FORWARD, lambda d: ours(d, "forward"), "bilevel"),

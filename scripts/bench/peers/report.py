@@ -265,10 +265,19 @@ table shows the median of the rounds. All contestants have the same cores and th
 - **first call s**: elapsed time of the first call, with whatever compiles then; imports and conversion of the data are
   outside. **+MB**: resident memory that a warm call (**first +MB**: the first one) takes above the level before it.
   **peak MB**: of the whole process.
+- **form**, and the first remark in a table: how this library says that it solved the inner problem
+  (`certificate.form`): "doubled", "flat", "traced", "step by step", "closed form", ... **Live tensors**: the largest
+  total size of torch's tensors in a warm call, where it is measured.
+- **jax on the Gram matrix**: the same ratio against `jax.lax.scan` on the Gram matrix, as this library uses it,
+  where it runs. An entry with a commit for a name is this library as it was then.
 - **error**: relative, against a reference that shares no code with the library. A contestant beyond the tolerance of
   the task is *wrong* and beats nobody.
 - Ratios: time (or memory) of the best rival that is right over ours, the median over rounds; above 1 we need less. With
-  neighbours on the machine, differences below 20 % mean nothing.
+  neighbours on the machine, differences below 20 % mean nothing. "At most" is a time, beside a rival what we need
+  more than it.
+
+`make bench ARGS="--only p1 --task unroll --who 'bilevel*' 'jax*'"` measures some rows again and keeps the others;
+`make bench ARGS=--help` names the problems.
 """
 
 
@@ -293,7 +302,8 @@ def page(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         parts += [f"Not here: {who}: {why}." for who, why in contest["absent"].items()]
         sizes = ", ".join(f"{name} {value}" for name, value in contest["arguments"].items())
         size = f"{contest['size']} size{f' ({sizes})' if sizes else ''}"
-        parts += ["", f"{m['date']}, {size}, seed {contest['seed']}, load before {m['load']}.", ""]
+        when = f"{m['date']}, commit {m.get('commit') or 'unknown'}"
+        parts += ["", f"{when}, {size}, seed {contest['seed']}, load before {m['load']}.", ""]
     if figures:
         parts += ["## How the cost grows\n", *figures, ""]
     parts += ["## Machine and versions\n", *machines(contests), ""]
