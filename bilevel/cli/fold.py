@@ -8,11 +8,13 @@ import os
 import sys
 import textwrap
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 import yaml
 from tabulate import tabulate
 
@@ -24,6 +26,8 @@ from bilevel.config.document import ConfigError
 from bilevel.config.folds import FoldsPlan, TableSetup
 from bilevel.core.files import misplaced, read_json, read_mark, remove_unfinished, write_mark, write_whole
 from bilevel.core.threads import short_operations
+from bilevel.data.columns import listed
+from bilevel.data.roles import target_names
 from bilevel.tables import Score, TableModel, TunedTable, tune_rows
 
 WIDTH = 118
@@ -69,7 +73,7 @@ def run_folds(plan: FoldsPlan, arguments: Namespace) -> int:
 
 def _tuned(name: str, setup: TableSetup, place: Path) -> dict[str, Any]:
     """Tune a problem, print what was found, write its model, and return its record."""
-    print(f"problem {name}: {setup.rows.name}, target {setup.rows.target!r}")
+    print(f"problem {name}: {setup.rows.name}, target {listed(target_names(setup.rows.target))}")
     print("".join(f"  {note}\n" for note in setup.rows.notes), end="", flush=True)
     try:
         found = tune_rows(name, setup.rows, setup.options, setup.loss)
@@ -110,8 +114,8 @@ def run_predict(arguments: Namespace) -> int:
         print(found.to_csv(), end="")
         return 0
     write_whole(output, found.to_csv())
-    rows = len(found.columns["prediction"])
-    print(f"{rows} predictions of {model.target!r} written to {output}.")
+    rows = len(next(iter(found.columns.values())))
+    print(f"{rows} predictions of {listed(target_names(model.target))} written to {output}.")
     return 0
 
 
@@ -142,27 +146,28 @@ def _text(found: TunedTable, setup: TableSetup) -> str:
         "none": "nothing judges it on rows that it has not seen",
     }[selected.honest]
     head = f"{found.criterion}, penalties {options.penalty}; {outer}"
-    kinds = [
-        name for name in ("held_out", "criterion", "test") if any(getattr(s, name) is not None for s in found.scores)
-    ]
-    merits = list(found.scores[0].merits)
-    titles = {
-        "held_out": f"{found.loss_name}, rows held out",
-        "criterion": f"{found.loss_name}, criterion",
-        "test": f"{found.loss_name}, test",
-    }
+    scores = [_scores(found.scores, found.loss_name)]
+    for name in found.scores[0].targets:
+        scores += ["", _scores([score.targets[name] for score in found.scores], f"mean squared error of {name!r}")]
+    said = [textwrap.fill(each, WIDTH) for each in (selected.summary, *selected.remarks)]
+    return "\n".join([head, *scores, "", *said, "", _coefficients(found)])
+
+
+def _scores(scores: Sequence[Score], loss_name: str) -> str:
+    """Return the scores of several models as a table."""
+    kinds = {"held_out": "rows held out", "criterion": "criterion", "test": "test"}
+    there = [kind for kind in kinds if any(getattr(score, kind) is not None for score in scores)]
+    merits = list(scores[0].merits)
     lines = [
-        [s.model, *(_figure(getattr(s, n)) for n in kinds), *(_figure(s.merits.get(m)) for m in merits)]
-        for s in found.scores
+        [s.model, *(_figure(getattr(s, kind)) for kind in there), *(_figure(s.merits.get(m)) for m in merits)]
+        for s in scores
     ]
-    scores = tabulate(
+    return tabulate(
         lines,
-        headers=["", *(titles[name] for name in kinds), *(f"{merit}, test" for merit in merits)],
-        colalign=("left", *["right"] * (len(kinds) + len(merits))),
+        headers=[loss_name, *(kinds[kind] for kind in there), *(f"{merit}, test" for merit in merits)],
+        colalign=("left", *["right"] * (len(there) + len(merits))),
         disable_numparse=True,
     )
-    said = [textwrap.fill(each, WIDTH) for each in (selected.summary, *selected.remarks)]
-    return "\n".join([head, scores, "", *said, "", _coefficients(found)])
 
 
 def _figure(value: float | None) -> str:
@@ -181,14 +186,18 @@ def _coefficients(found: TunedTable) -> str:
 
 
 def _weights(found: TunedTable) -> list[tuple[str, float, float]]:
-    """Return label, standardised weight and penalty of every coefficient, the largest weights first."""
+    """Return label, standardised weight and penalty of every coefficient, the largest weights of its output first."""
     model = found.model
     labels = list(model.encoder.features)
-    if model.weights.ndim == 2 and model.classes is not None:
-        labels = [f"{label}, class {name}" for name in model.classes for label in labels]
+    if model.weights.ndim == 2:
+        of = map("class {}".format, model.classes) if model.classes is not None else target_names(model.target)
+        labels = [f"{label}, {name}" for name in of for label in labels]
     penalties = [float(value) for value in found.penalties.reshape(-1)]
     lines = list(zip(labels, model.weights.reshape(-1).tolist(), penalties, strict=True))
-    return sorted(lines, key=lambda line: -abs(line[1]))
+    size = np.abs(model.weights)
+    if not isinstance(model.target, str):  # each has a unit of its own
+        size = size / np.maximum(size.max(1, keepdims=True), np.finfo(float).tiny)
+    return [lines[index] for index in np.argsort(-size.reshape(-1), kind="stable")]
 
 
 def _record(found: TunedTable) -> dict[str, Any]:
@@ -200,9 +209,10 @@ def _record(found: TunedTable) -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     def score(each: Score) -> dict[str, Any]:
-        return {"model": each.model, "criterion": each.criterion, "held_out": each.held_out, "test": each.test} | {
-            name: plain(value) for name, value in each.merits.items()
-        }
+        losses = {"criterion": each.criterion, "held_out": each.held_out, "test": each.test}
+        targets = {name: score(one) for name, one in each.targets.items()}
+        merits = {name: plain(value) for name, value in each.merits.items()}
+        return {"model": each.model} | losses | merits | ({"targets": targets} if targets else {})
 
     return {
         "summary": selected.summary,

@@ -153,7 +153,9 @@ def check_options(
     return {option: check_value(value, allowed[option][0], f"{path}.{option}") for option, value in given.items()}
 
 
-def check_data(given: Mapping[str, Any], path: str, exclude: frozenset[str] = frozenset()) -> dict[str, Any]:
+def check_data(
+    given: Mapping[str, Any], path: str, exclude: frozenset[str] = frozenset(), others: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the options of `bilevel.data.load`, checked: see `check_options`.
 
     Raises:
@@ -161,10 +163,11 @@ def check_data(given: Mapping[str, Any], path: str, exclude: frozenset[str] = fr
     """
     if isinstance(given.get("target"), (list, tuple)):
         raise ConfigError(
-            f"`{path}.target` must be one column, got {shown(given['target'])}: give each target a problem of its own, "
-            "with the other targets in `drop`."
+            f"`{path}.target` must be one column, got {shown(given['target'])}: leave `solver` and `estimators` out "
+            "of the config to tune by folds, which take several, or give each target a problem of its own, with the "
+            "other targets in `drop`."
         )
-    return check_options(data.load, given, path, exclude)
+    return check_options(data.load, given, path, exclude, others)
 
 
 def check_value(value: Any, hint: Any, path: str) -> Any:

@@ -145,12 +145,15 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
         _check_mappings(path, groups, class_weight)
         hints = get_type_hints(data.load)
         skip = frozenset(hints) - OPTIONS - {"task"}
-        options = check_data(source, f"{path}.data", skip)
+        source, targets, scaled = _without_others(source, f"{path}.data")
+        options = check_data(source, f"{path}.data", skip, others=("standardize",))
         name, test, task = (options.pop(key, value) for key, value in (("name", ""), ("test", 0.0), ("task", None)))
         synthetic = {key: options.pop(key, None) for key in SYNTHETIC}
-        table = TableOptions(**options)
+        table = TableOptions(**options | targets)
         task = task if owner is None else owner.task
         rows = load_rows(name, table, task=task, test=test, seed=form.seeds[0], **synthetic)
+        if rows.y.ndim == 2 and owner not in (None, RidgeProblem):
+            raise ValueError(f"{rows.name!r} has {rows.y.shape[1]} targets, which `class: RidgeProblem` alone takes.")
     except ConfigError:
         raise
     except (ValueError, OSError, ImportError) as error:
@@ -159,11 +162,28 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
         penalty=penalty,
         groups=groups,
         class_weight=class_weight,
+        standardize=scaled,
         **{key: getattr(form, key) for key in ("criterion", "guard", "honest", "folds", "kappa", "beside", "device")},
         seed=form.seeds[0],
         jobs=jobs,
     )
     return TableSetup(rows, loss, how)
+
+
+def _without_others(source: dict[str, Any], path: str) -> tuple[dict[str, Any], dict[str, list[str]], bool | str]:
+    """Return options of data without those that `bilevel.data.load` takes otherwise; these: targets, and `standardize`.
+
+    Raises:
+        ValueError: for a list of anything but columns, and for another `standardize`.
+    """
+    source = dict(source)
+    scaled, target = source.pop("standardize", FoldOptions.standardize), source.get("target")
+    require_value(f"{path}.standardize", scaled, "'auto', true or false", scaled in ("auto", True, False))
+    if not isinstance(target, list):
+        return source, {}, scaled
+    fine = bool(target) and all(isinstance(column, str) for column in target)
+    require_value(f"{path}.target", target, "a column, or a list of columns", fine)
+    return source, {"target": source.pop("target")}, scaled
 
 
 def _check_mappings(path: str, groups: Any, class_weight: Any) -> None:

@@ -85,6 +85,14 @@ def choose_criterion(
     return KFold(data, loss, penalties, pairs)
 
 
+def standardizes(asked: bool | str, X: Any) -> bool:
+    """Return whether penalties are those of columns with deviation 1; "auto" stands for those of dense X.
+
+    Scaling makes rare words as large as common ones, which their weights on held-out rows do not bear out.
+    """
+    return not hasattr(X, "tocsr") if isinstance(asked, str) else bool(asked)
+
+
 def _fitting(data: LinearData, squared: bool, penalties: Penalties, dependent: str | None) -> str:
     """Return the kind that "auto" stands for."""
     if dependent is not None:

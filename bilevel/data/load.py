@@ -27,7 +27,7 @@ from torch import Tensor
 from bilevel.core.options import is_int, is_number, require_value
 from bilevel.data.prepare import TASKS, corrupt, encode, filled, how_split, in_words, standardized, without_rare
 from bilevel.data.prepare import split as split_rows
-from bilevel.data.read import TableOptions, check_synthetic, dense, read
+from bilevel.data.read import TableOptions, check_synthetic, dense, one_target, read
 from bilevel.data.read import available as available
 from bilevel.data.sources import Array, Raw
 
@@ -150,7 +150,7 @@ def load(
     options.check(name)
     _check_options(name, seed, validation, test, corrupted, synthetic)
     require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)
-    raw = dense(read(name, options, seed, **synthetic))
+    raw = one_target(dense(read(name, options, seed, **synthetic)))
     raw, labels, task = encode(raw, task, doubt="ignore" if corrupted else "warn")
     if labels is not None and rare == "leave_out":
         raw, labels = without_rare(raw, labels, 3 if test else 2)

@@ -9,6 +9,7 @@ import numpy as np
 
 from bilevel.core.status import BilevelWarning
 from bilevel.data.columns import Encoder, listed
+from bilevel.data.roles import target_names
 from bilevel.data.sources import Array, Raw
 
 MAX_CLASSES = 20
@@ -28,14 +29,20 @@ def encode(raw: Raw, task: str | None, doubt: str = "warn") -> tuple[Raw, Array 
             training lacks.
     """
     targets = np.concatenate([y for _, y in raw.parts.values()])
+    if targets.ndim == 2 and task == "classification":
+        raise ValueError(
+            f"{raw.source!r} has {targets.shape[1]} targets, which are a regression of numbers: name one target of "
+            "classes."
+        )
     labels, kind = np.unique(targets), targets.dtype.kind
     words = kind == "U"
     parts = raw.parts
     if raw.columns is None:
         parts = {part: (X.astype(np.float64), y) for part, (X, y) in parts.items()}
     if task is None:
-        few = kind in "iu" and len(labels) <= MAX_CLASSES
-        task = "classification" if few or words or kind == "b" else "regression"
+        few = kind in "iu" and len(labels) <= MAX_CLASSES and targets.ndim == 1
+        either = few or words or (kind == "b" and targets.ndim == 1)
+        task = "classification" if either else "regression"
         if few and len(labels) > 2 and raw.is_file:
             raw = _doubted(raw, len(labels), doubt)
     if task != "classification":
@@ -47,7 +54,7 @@ def encode(raw: Raw, task: str | None, doubt: str = "warn") -> tuple[Raw, Array 
         if task == "raw":
             return replace(raw, parts=parts), None, task
         parts = {part: (X, y.astype(np.float64)) for part, (X, y) in parts.items()}
-        return replace(raw, parts=parts, notes=(*raw.notes, *_of_numbers(raw, labels, len(targets)))), None, task
+        return replace(raw, parts=parts, notes=(*raw.notes, *_of_numbers(raw, targets))), None, task
     if kind == "f" and (labels != np.round(labels)).any():
         raise ValueError(
             f"the target of {raw.source!r} holds {labels[labels != np.round(labels)][0]:g}, which is no class label: a "
@@ -75,18 +82,26 @@ def _doubted(raw: Raw, count: int, doubt: str) -> Raw:
     return replace(raw, notes=(*raw.notes, note))
 
 
-def _of_numbers(raw: Raw, values: Array, rows: int) -> list[str]:
+def _of_numbers(raw: Raw, targets: Array) -> list[str]:
     """Return a note on different integers of a regression target that become equal numbers.
 
     Raises:
         ValueError: for a target that is constant.
     """
-    if len(values) == 1 and rows > 1:
-        raise ValueError(
-            f"the target of {raw.source!r} is {float(values[0]):g} in every row: nothing to learn, name another column."
-        )
-    equal = "different integers of the target become equal, as they need more than 53 bits: take differences"
-    return [equal] if len(np.unique(values.astype(np.float64))) < len(values) else []
+    notes = []
+    for name, column in zip(target_names(raw.target), targets.reshape(len(targets), -1).T, strict=True):
+        values = np.unique(column)
+        called = "the target" if targets.ndim == 1 else f"the target {name!r}"
+        if len(values) == 1 and len(targets) > 1:
+            raise ValueError(
+                f"{called} of {raw.source!r} is {float(values[0]):g} in every row: nothing to learn, name another "
+                "column."
+            )
+        if len(np.unique(values.astype(np.float64))) < len(values):
+            notes.append(
+                f"different integers of {called} become equal, as they need more than 53 bits: take differences"
+            )
+    return notes
 
 
 def without_rare(raw: Raw, labels: Array, least: int) -> tuple[Raw, Array]:

@@ -45,7 +45,7 @@ MOST_DENSE = 20_000_000
 class TableOptions:
     """What is done with the columns of a table: the options of `load` of the same names."""
 
-    target: str | None = None
+    target: str | Sequence[str] | None = None
     drop: Sequence[str] = ()
     strings: str = "one_hot"
     missing: str = "fill"
@@ -135,6 +135,20 @@ def read(
         if not hasattr(X, "tocsr"):
             check_part(raw, part)
     return raw
+
+
+def one_target(raw: Raw) -> Raw:
+    """Return the same data.
+
+    Raises:
+        ValueError: for several targets.
+    """
+    if isinstance(raw.target, str):
+        return raw
+    raise ValueError(
+        f"y of {raw.source!r} has {len(raw.target)} columns, but a problem has one target: write a file for each, or "
+        "leave `solver` and `estimators` out of the config to tune by folds, which take several."
+    )
 
 
 def dense(raw: Raw) -> Raw:

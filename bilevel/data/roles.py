@@ -31,7 +31,7 @@ class Columns:
     Attributes:
         table: with all columns.
         features: names of those that become features.
-        target: the name of the target.
+        target: the name of the target, or those of several.
         weights: weights of the rows, (rows,), or None.
         groups: the group of every row, (rows,), or None.
         rows: indices of the rows that are used, in their order.
@@ -40,7 +40,7 @@ class Columns:
 
     table: Table
     features: tuple[str, ...]
-    target: str
+    target: str | tuple[str, ...]
     weights: Array | None
     groups: Array | None
     rows: Array
@@ -49,13 +49,13 @@ class Columns:
     @property
     def ignored(self) -> tuple[str, ...]:
         """Names of the other columns."""
-        return tuple(name for name in self.table.columns if name not in {*self.features, self.target})
+        return tuple(name for name in self.table.columns if name not in {*self.features, *target_names(self.target)})
 
 
 def sort_columns(
     table: Table,
     *,
-    target: str | None,
+    target: str | Sequence[str] | None,
     weights: str | None,
     groups: str | None,
     time: str | None,
@@ -68,7 +68,7 @@ def sort_columns(
 
     Args:
         table: all columns.
-        target: a column; None for the last.
+        target: a column, or a list of several; None for the last.
         weights: a column, or None.
         groups: a column, or None.
         time: a column that the rows are in the order of, or None.
@@ -83,8 +83,9 @@ def sort_columns(
     names = list(table.columns)
     if target is None:
         target = next((name for name in reversed(names) if name not in {weights, groups, time, *drop}), names[-1])
-    _check_named(table, {"target": target, "weights": weights, "groups": groups, "time": time}, drop)
-    features = [name for name in names if name not in {target, weights, groups, time, *drop}]
+    targets = target_names(target)
+    _check_named(table, targets, {"weights": weights, "groups": groups, "time": time}, drop)
+    features = [name for name in names if name not in {*targets, weights, groups, time, *drop}]
     notes = list(table.notes)
     if len(names) == 1:
         raise ValueError(
@@ -102,15 +103,16 @@ def sort_columns(
         )
     if not features:
         besides = " and the index of its rows" if numbering else ""
-        raise ValueError(f"{table.source!r} holds no features besides the target {target!r}{besides}.")
-    if commas := [name for name in (*features, target) if table.has_decimal_commas(name)]:
+        raise ValueError(f"{table.source!r} holds no features besides the target {listed(targets)}{besides}.")
+    if commas := [name for name in (*features, *targets) if table.has_decimal_commas(name)]:
         notes.append(f"decimal commas are read in {listed(commas)}")
     notes += _check_features(table, features, strings, missing)
-    aimed = np.arange(table.rows) if missing == "refuse" else _rows_with(table, target)
+    aimed = np.arange(table.rows) if missing == "refuse" else _rows_with(table, targets)
     if len(aimed) < table.rows:
-        notes.append(f"{table.rows - len(aimed)} rows without a target are left out")
+        left = table.rows - len(aimed)
+        notes.append(f"{left} row{'s' if left > 1 else ''} without a target {'are' if left > 1 else 'is'} left out")
     return Columns(
-        *(table, tuple(features), target),
+        *(table, tuple(features), targets if len(targets) > 1 else targets[0]),
         weights=None if weights is None else _weights(table, weights),
         groups=None if groups is None else table.words(groups),
         rows=aimed if time is None else aimed[np.argsort(_order(table, time)[aimed], kind="stable")],
@@ -118,26 +120,36 @@ def sort_columns(
     )
 
 
-def _check_named(table: Table, roles: dict[str, str | None], drop: Sequence[str]) -> None:
+def target_names(target: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of one target or of several."""
+    return (target,) if isinstance(target, str) else tuple(target)
+
+
+def _check_named(table: Table, targets: Sequence[str], roles: dict[str, str | None], drop: Sequence[str]) -> None:
     names = ", ".join(table.columns)
-    for role, name in roles.items():
+    if len(set(targets)) < len(targets) or not targets:
+        raise ValueError(f"`target` must name one column, or several that differ, got {list(targets)}.")
+    for role, name in (*(("target", each) for each in targets), *roles.items()):
         if name is not None and name not in table.columns:
             raise ValueError(f"{table.source!r} has no {role} column {name!r}: its columns are {names}.")
     if unknown := [name for name in drop if name not in table.columns]:
         raise ValueError(f"`drop` names {unknown[0]!r}, but the columns of {table.source!r} are {names}.")
 
 
-def _rows_with(table: Table, name: str) -> Array:
-    """Return the indices of the rows that have a value in a column.
+def _rows_with(table: Table, targets: Sequence[str]) -> Array:
+    """Return the indices of the rows that have a value in every target.
 
     Raises:
         ValueError: where none has.
     """
-    column = table.columns[name]
-    there = np.flatnonzero(column != "" if column.dtype.kind == "U" else ~np.isnan(column.astype(np.float64)))
-    if not len(there):
-        raise ValueError(f"the target {name!r} of {table.source!r} is empty: name another column as the `target`.")
-    return there
+    there = np.ones(table.rows, dtype=bool)
+    for name in targets:
+        column = table.columns[name]
+        there &= column != "" if column.dtype.kind == "U" else ~np.isnan(column.astype(np.float64))
+        if not there.any():
+            what = "is empty" if name == targets[0] else f"has no value where {listed(targets[:1])} has one"
+            raise ValueError(f"the target {name!r} of {table.source!r} {what}: name another column as the `target`.")
+    return np.flatnonzero(there)
 
 
 def _check_features(table: Table, features: list[str], strings: str, missing: str) -> list[str]:
@@ -274,12 +286,25 @@ def _order(table: Table, name: str) -> Array:
     )
 
 
-def target_values(table: Table, name: str, rows: Array) -> Array:
-    """Return a target column, at some rows, as integers, else as numbers, else as words.
+def target_values(table: Table, target: str | Sequence[str], rows: Array) -> Array:
+    """Return a target column, at some rows, as integers, else as numbers, else as words; several as numbers.
 
     Raises:
-        ValueError: in one sentence, for missing labels, and for dates.
+        ValueError: in one sentence, for missing labels, for dates, and for words in one of several targets.
     """
+    if isinstance(target, str):
+        return _one_target(table, target, rows)
+    columns = [_one_target(table, name, rows) for name in target]
+    for name, column in zip(target, columns, strict=True):
+        if column.dtype.kind == "U":
+            raise ValueError(
+                f"the target {name!r} of {table.source!r} holds words, such as {str(column[0])!r}, but several targets "
+                "are numbers: tune it alone."
+            )
+    return np.stack([column.astype(np.float64) for column in columns], axis=1)
+
+
+def _one_target(table: Table, name: str, rows: Array) -> Array:
     column = table.columns[name][rows]
     if column.dtype.kind in "iu":
         return column

@@ -25,7 +25,7 @@ class Rows:
         name: the name or path they were loaded by.
         task: "regression" or "classification".
         X: of shape (rows, features): an array, or sparse CSR.
-        y: numbers, or labels from 0 on.
+        y: numbers, (rows,) or of several targets (rows, targets), or labels from 0 on.
         classes: what the labels stand for; None for a regression.
         X_test: rows of the test part; None where there is none.
         y_test: its targets.
@@ -34,7 +34,7 @@ class Rows:
         groups: of the rows, or None.
         ordered: whether the rows are in an order of time.
         encoder: how columns became features; of data without named columns, as numbers each.
-        target: the name of the target.
+        target: the name of the target, or those of several.
         ignored: other columns that are no features.
         separator: of cells, where it was said.
         decimal: what stands before decimals, where it was said.
@@ -54,7 +54,7 @@ class Rows:
     groups: Array | None
     ordered: bool
     encoder: Encoder
-    target: str
+    target: str | tuple[str, ...]
     ignored: tuple[str, ...]
     separator: str | None
     decimal: str | None
@@ -114,6 +114,7 @@ def load_rows(
     X_test, y_test = raw.parts.get("test", (None, None))
     aside = f", {len(y_test)} set aside ({how})" if y_test is not None else ""
     size = f"{len(y)} rows to tune on{aside}, {X.shape[1]} features, {in_words(task, labels)}"
+    alike = () if y.ndim == 1 else ("all targets count alike: each is divided by its deviation to be tuned",)
     return Rows(
         *(raw.source, task, X, y),
         classes=None if labels is None else tuple(labels.tolist()),
@@ -124,11 +125,11 @@ def load_rows(
         groups=groups,
         ordered=options.ordered,
         encoder=raw.encoder or Encoder.of_numbers(raw.feature_names),
-        target=raw.columns.target if raw.columns is not None else "y",
+        target=raw.target,
         ignored=() if raw.columns is None else raw.columns.ignored,
         separator=options.separator,
         decimal=options.decimal,
-        notes=(size, *raw.notes),
+        notes=(size, *raw.notes, *alike),
         zero_based=raw.zero_based,
     )
 

@@ -30,6 +30,7 @@ class Raw:
         weights: of the training rows of a table.
         encoder: of a table, once its rows are split.
         zero_based: of an svmlight file: whether the first column is number 0, not 1.
+        target: the name of the target, or those of several.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Raw:
     weights: Array | None = None
     encoder: Encoder | None = None
     zero_based: bool | None = None
+    target: str | tuple[str, ...] = "y"
 
     @property
     def groups(self) -> Array | None:
@@ -90,9 +92,10 @@ def read_npz(source: str, path: Path) -> Raw:
             f"but lacks {', '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}."
         )
     parts = {part: (arrays[X], _one_column(arrays[y])) for part, (X, y) in zip(names, needed, strict=True)}
-    first, _ = parts[names[0]]
-    names = [f"x{index}" for index in range(first.shape[1] if first.ndim == 2 else 0)]
-    return Raw(source, parts, tuple(names), is_file=True)
+    X, y = parts[names[0]]
+    names = [f"x{index}" for index in range(X.shape[1] if X.ndim == 2 else 0)]
+    target = tuple(f"y{index}" for index in range(y.shape[1])) if y.ndim == 2 else "y"
+    return Raw(source, parts, tuple(names), is_file=True, target=target)
 
 
 def _one_column(y: Array) -> Array:
@@ -150,6 +153,7 @@ def of_columns(columns: Columns) -> Raw:
         is_file=True,
         notes=columns.notes,
         columns=columns,
+        target=columns.target,
     )
 
 
@@ -158,14 +162,11 @@ def check_part(raw: Raw, part: str) -> None:
     X, y = raw.parts[part]
     X_name, y_name = (f"{key}_{part}" if part else key for key in "Xy")
     where = f"of {raw.source!r}"
-    if y.ndim == 2 and len(X) == len(y) and y.shape[1] > 1:
+    several = 0 if isinstance(raw.target, str) else len(raw.target)
+    if X.ndim != 2 or y.shape[1:] != ((several,) if several else ()) or y.ndim == 0:
         raise ValueError(
-            f"{y_name} {where} has {y.shape[1]} columns, but a problem has one target: write a file for each."
-        )
-    if X.ndim != 2 or y.ndim != 1:
-        raise ValueError(
-            f"{X_name} {where} must have shape (rows, features) and {y_name} shape (rows,), "
-            f"got {X.shape} and {y.shape}."
+            f"{X_name} {where} must have shape (rows, features) and {y_name} shape (rows,) or, of several targets, "
+            f"(rows, targets), got {X.shape} and {y.shape}."
         )
     if X.size == 0:
         raise ValueError(f"{X_name} {where} is empty, of shape {X.shape}.")
@@ -173,15 +174,15 @@ def check_part(raw: Raw, part: str) -> None:
         raise ValueError(f"{X_name} {where} has {len(X)} rows, but {y_name} has {len(y)}.")
     if X.shape[1] != len(raw.feature_names):
         raise ValueError(f"{X_name} {where} has {X.shape[1]} features, but X_train has {len(raw.feature_names)}.")
-    if X.dtype.kind not in "fiub" or y.dtype.kind not in "fiubU":
-        raise ValueError(
-            f"{X_name} {where} must hold numbers and {y_name} numbers or strings, got {X.dtype} and {y.dtype}."
-        )
+    words = "numbers" if several else "numbers or strings"
+    if X.dtype.kind not in "fiub" or y.dtype.kind not in ("fiub" if several else "fiubU"):
+        raise ValueError(f"{X_name} {where} must hold numbers and {y_name} {words}, got {X.dtype} and {y.dtype}.")
     for name, values in ((X_name, X), (y_name, y)):
         bad = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(values.shape, dtype=bool)
         if bad.any():
             row, *column = (int(index) for index in np.argwhere(bad)[0])
-            at = f", column {raw.feature_names[column[0]]!r}" if column else ""
+            names = raw.feature_names if values is X else raw.target
+            at = f", column {names[column[0]]!r}" if column else ""
             raise ValueError(
                 f"{name} {where} holds NaN or infinite values ({bad.sum()} of {values.size}), the first in row "
                 f"{row + 1}{at}: drop or fill them first."

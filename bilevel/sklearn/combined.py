@@ -12,10 +12,11 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bilevel.criteria import Criterion, LinearData, Penalties
+from bilevel.criteria.choose import standardizes
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, elastic_cv
 from bilevel.selection.elastic_cv import Kind
-from bilevel.sklearn.inputs import AS_THEY_ARE, is_standardized, on_device
+from bilevel.sklearn.inputs import AS_THEY_ARE, on_device
 from bilevel.sklearn.report import TuningReport, losses_of, shown
 from bilevel.sklearn.splits import Folds
 from bilevel.sklearn.tuned import TunedLinearModel
@@ -51,7 +52,7 @@ class CombinedModel(TunedLinearModel):
             unit: what penalties of mean losses are multiplied by to be those that are shown.
             options: of `elastic_cv`.
         """
-        scaled = is_standardized(self.standardize, X)
+        scaled = standardizes(self.standardize, X)
         X = on_device(X, getattr(self, "device", None))
         data = LinearData.of(X, y, weights, intercept=self.fit_intercept, standardize=scaled)
         # Given folds are those of the outer loop; only dependent rows need them for the criterion, too.

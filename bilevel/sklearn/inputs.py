@@ -89,14 +89,6 @@ AS_THEY_ARE = (
 """The remark of a report where "auto" stands for unscaled columns."""
 
 
-def is_standardized(asked: bool | str, X: Any) -> bool:
-    """Return whether penalties are those of columns with deviation 1; "auto" stands for those of dense X.
-
-    Scaling makes rare words as large as common ones, which their weights on held-out rows do not bear out.
-    """
-    return not sparse.issparse(X) if isinstance(asked, str) else bool(asked)
-
-
 def on_device(X: Any, device: Any) -> Any:
     """Return X, an array or a CSR matrix, on a device, where one is named.
 

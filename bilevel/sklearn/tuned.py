@@ -28,11 +28,11 @@ from bilevel.criteria import (
     Penalties,
     choose_criterion,
 )
-from bilevel.criteria.choose import KINDS
+from bilevel.criteria.choose import KINDS, standardizes
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
-from bilevel.sklearn.inputs import AS_THEY_ARE, check_scorer, is_standardized, on_device
+from bilevel.sklearn.inputs import AS_THEY_ARE, check_scorer, on_device
 from bilevel.sklearn.report import TuningReport, losses_of, shown, summary_of
 from bilevel.sklearn.splits import Folds, penalties_of
 
@@ -145,7 +145,7 @@ class TunedLinearModel:
         """
         outputs = y.shape[1] if y.dim() == 2 else loss.outputs(y)
         penalties = penalties_of(structure, self.groups, X.shape[1], outputs)
-        scaled = is_standardized(self.standardize, X)
+        scaled = standardizes(self.standardize, X)
         data = LinearData.of(on_device(X, self.device), y, weights, intercept=self.fit_intercept, standardize=scaled)
         criterion = self._criterion(data, loss, penalties, folds)
         outer: list[Any] = []

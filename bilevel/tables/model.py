@@ -18,6 +18,7 @@ from scipy.special import expit, softmax
 
 from bilevel.core.files import read_json, write_whole
 from bilevel.data.columns import Encoder, listed
+from bilevel.data.roles import target_names
 from bilevel.data.sources import load_svmlight
 from bilevel.data.table import SVMLIGHT, TABLES, Array, Table, ending, from_frame, is_frame, read_table
 
@@ -45,7 +46,8 @@ class Predictions:
     """What a model says of new rows.
 
     Attributes:
-        columns: "prediction", and of classes with probabilities "probability=CLASS" for each; of shape (rows,).
+        columns: "prediction", of several targets "prediction=TARGET" for each, and of classes with probabilities
+            "probability=CLASS" for each; of shape (rows,).
         notes: what was done to the new table, in words.
     """
 
@@ -71,13 +73,13 @@ class TableModel:
         name: of the problem.
         loss: the class name of its loss, which says what z stands for.
         task: "regression" or "classification".
-        weights: of standardised features, (features,) or (classes, features).
-        intercept: of shape (), or (classes,).
+        weights: of standardised features, (features,), or (classes, features) or (targets, features).
+        intercept: of shape (), or (classes,) or (targets,).
         mean: of the features, (features,).
         scale: of the features, (features,).
         encoder: from columns to features.
         classes: what labels stand for, sorted; None for a regression.
-        target: the name of the column that is predicted.
+        target: the name of the column that is predicted, or those of several.
         ignored: other columns of the training table that are no features.
         decimal: what stands before decimals in the training file, where it was said.
         summary: how the penalties were chosen, in a sentence.
@@ -95,7 +97,7 @@ class TableModel:
     scale: Array
     encoder: Encoder
     classes: tuple[Any, ...] | None
-    target: str
+    target: str | tuple[str, ...]
     ignored: tuple[str, ...] = ()
     decimal: str | None = None
     summary: str = ""
@@ -114,7 +116,7 @@ class TableModel:
             "name": self.name,
             "task": self.task,
             "loss": self.loss,
-            "target": self.target,
+            "target": self.target if isinstance(self.target, str) else list(self.target),
             "classes": None if self.classes is None else list(self.classes),
             "features": list(self.encoder.features),
             "columns": self.encoder.to_list(),
@@ -155,10 +157,12 @@ class TableModel:
             with np.load(folder / "model.npz", allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in ARRAYS}
             encoder, classes = Encoder.from_list(record["columns"]), record["classes"]
-            fields = {key: record[key] for key in ("name", "loss", "task", "target", "decimal", "summary", "versions")}
+            fields = {key: record[key] for key in ("name", "loss", "task", "decimal", "summary", "versions")}
+            target = record["target"]
             model = cls(
                 **fields,
                 **arrays,
+                target=tuple(target) if isinstance(target, list) else target,
                 encoder=encoder,
                 classes=None if classes is None else tuple(classes),
                 ignored=tuple(record["ignored"]),
@@ -167,7 +171,9 @@ class TableModel:
             )
         except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"the model in {folder} cannot be read ({type(error).__name__}): tune again.") from error
-        if model.weights.shape[-1] != len(encoder.features):
+        outputs = () if isinstance(model.target, str) else (len(model.target),)
+        shape = model.weights.shape
+        if shape[-1] != len(encoder.features) or (model.classes is None and shape[:-1] != outputs):
             raise ValueError(f"{folder}/model.npz is not the one that {folder}/model.json describes: tune again.")
         return model
 
@@ -208,14 +214,16 @@ class TableModel:
 
     def _predict_table(self, table: Table) -> Predictions:
         X, notes = self.encoder.transform(table)
-        known = {*(rule.name for rule in self.encoder.rules), self.target, *self.ignored}
+        known = {*(rule.name for rule in self.encoder.rules), *target_names(self.target), *self.ignored}
         if extra := [name for name in table.columns if name not in known]:
             notes.append(f"the model does not know the column {listed(extra)}: left out")
         z = ((X - self.mean) / self.scale) @ self.weights.T + self.intercept
         return Predictions(self.of_scores(z), (*table.notes, *notes))
 
     def of_scores(self, z: Array) -> dict[str, Array]:
-        """Return the columns of predictions of scores z, (rows,) or (rows, classes)."""
+        """Return the columns of predictions of scores z, (rows,), or (rows, classes) or (rows, targets)."""
+        if not isinstance(self.target, str):
+            return {f"prediction={name}": z[:, index] for index, name in enumerate(self.target)}
         if self.classes is None:
             return {"prediction": np.exp(z) if self.loss == "Poisson" else z}
         classes = np.array(self.classes, dtype=object)

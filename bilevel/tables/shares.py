@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.data.columns import listed
+from bilevel.data.roles import target_names
 from bilevel.data.rows import Rows
 
 
@@ -25,7 +26,9 @@ def weighted_by_class(rows: Rows, given: Mapping[Any, float] | str | None) -> Ro
     if given is None:
         return rows
     if rows.classes is None:
-        raise ValueError(f"`class_weight` is for classes, and {rows.target!r} holds numbers: leave it out.")
+        raise ValueError(
+            f"`class_weight` is for classes, and {listed(target_names(rows.target))} holds numbers: leave it out."
+        )
     weights = np.ones(len(rows.y)) if rows.weights is None else rows.weights
     sums = np.bincount(rows.y, weights, minlength=len(rows.classes))
     if isinstance(given, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,20 +11,25 @@ import numpy as np
 import torch
 
 from bilevel.core.status import BilevelWarning
-from bilevel.criteria import Criterion, Fit, LinearData, Penalties
-from bilevel.criteria.choose import choose_criterion
+from bilevel.criteria import Criterion, LinearData, Penalties
+from bilevel.criteria.choose import choose_criterion, standardizes
 from bilevel.data.rows import Rows
 from bilevel.data.table import Array
-from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared, mean_of
-from bilevel.problems.splits import Split
+from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared
 from bilevel.selection import Selected, make_folds, penalty_cv
-from bilevel.selection.honest import Fold, predictions
-from bilevel.tables.beside import scikit_learn
+from bilevel.selection.honest import Fold
 from bilevel.tables.model import TableModel
+from bilevel.tables.scores import Judge, Score
 from bilevel.tables.shares import groups_of, plain, weighted_by_class
 
-PENALTIES = ("scalar", "per_feature", "per_column", "group", "per_class", "per_weight")
-ALIASES = {"feature": "per_feature", "class": "per_class", "class_feature": "per_weight"}
+PENALTIES = ("scalar", "per_feature", "per_column", "group", "per_class", "per_target", "per_weight")
+ALIASES = {
+    "feature": "per_feature",
+    "class": "per_class",
+    "target": "per_target",
+    "class_feature": "per_weight",
+    "target_feature": "per_weight",
+}
 """Names that `bilevel.sklearn` has for the same."""
 LOSSES = {
     "Squared": ("mean squared error", 2.0),
@@ -36,14 +40,17 @@ LOSSES = {
     "SquaredHinge": ("squared hinge loss", 1.0),
 }
 """How the loss of a row is called, and what the library's is multiplied by to be that."""
+AS_THEY_ARE = (
+    "columns of sparse inputs are left as they are; `standardize: true` in `data` scales them to deviation 1, as those "
+    "of a table."
+)
+"""The remark where "auto" stands for unscaled columns."""
 CRITERIA = {
     "RidgeLeaveOneOut": "exact leave-one-out",
     "ApproximateLeaveOneOut": "approximate leave-one-out",
     "RidgeFolds": "K-fold",
     "KFold": "K-fold",
 }
-CONSTANT = 30.0
-"""A log penalty this far above log n leaves the intercept alone."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class FoldOptions:
     Attributes:
         penalty: which coefficients share a penalty, of `PENALTIES`; "per_column": the categories of a column do.
         groups: for "group", the columns of each group, by its name; None otherwise.
+        standardize: whether penalties are those of columns with deviation 1; "auto" for the columns of dense X alone.
         class_weight: by label, or "balanced": the same sum of weights for every class; None for equal ones.
         criterion: "auto", "loo", "alo", "kfold" or "holdout": see `choose_criterion`.
         guard: see `penalty_cv`.
@@ -68,6 +76,7 @@ class FoldOptions:
     penalty: str = "per_feature"
     groups: Mapping[str, Sequence[str]] | None = None
     class_weight: Mapping[Any, float] | str | None = None
+    standardize: bool | str = "auto"
     criterion: str = "auto"
     guard: Any = "auto"
     honest: Any = "auto"
@@ -77,25 +86,6 @@ class FoldOptions:
     seed: int = 0
     jobs: int = 1
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Losses and figures of merit of one model; None where there is none.
-
-    Attributes:
-        model: in words.
-        criterion: the criterion's value.
-        held_out: the mean loss on rows that the outer folds held out, or that of the approximate leave-one-out.
-        test: the mean loss on the test part.
-        merits: accuracy, r2 or d2 on the test part.
-    """
-
-    model: str
-    criterion: float | None
-    held_out: float | None
-    test: float | None
-    merits: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +98,7 @@ class TunedTable:
         scores: of the model, of one penalty, of a constant, and of scikit-learn where asked for.
         loss_name: what the losses are.
         criterion: what was descended, in words.
-        penalties: of every feature, shaped as the weights, of standardised columns and sums of losses.
+        penalties: of every feature, shaped as the weights, of the columns that were penalised and sums of losses.
     """
 
     model: TableModel
@@ -134,8 +124,13 @@ def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None 
     loss = loss or (Squared() if rows.classes is None else Logistic() if len(rows.classes) == 2 else Softmax())
     X = rows.X if hasattr(rows.X, "tocsr") else torch.as_tensor(rows.X, device=options.device)
     rows = weighted_by_class(rows, options.class_weight)
-    data = LinearData.of(X, rows.y, rows.weights, loss=loss)
-    penalties = _penalties(options, rows, loss.outputs(data.y))
+    several, scale = rows.y.ndim == 2, np.ones(1)
+    if several:
+        scale = rows.y.std(0)
+        rows = replace(rows, y=rows.y / scale, y_test=None if rows.y_test is None else rows.y_test / scale)
+    scaled = standardizes(options.standardize, X)
+    data = LinearData.of(X, rows.y, rows.weights, loss=loss, standardize=scaled)
+    penalties = _penalties(options, rows, len(data.y) if several else loss.outputs(data.y))
     folds = _folds(rows, options)
     dependent = "ordered in time" if rows.ordered else "grouped" if rows.groups is not None else None
     # The rows of a hold-out lie in several of the outer folds, each of which keeps some of them.
@@ -154,13 +149,15 @@ def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None 
             progress=True,
         )
     words, factor = LOSSES[type(loss).__name__]
-    scores = _scores(rows, criterion, selected, folds, factor, options.beside)
+    scores = Judge(rows, criterion, folds, factor, scale).scores(selected, options.beside)
     selected = _scaled(selected, factor)
+    if options.standardize == "auto" and not scaled:
+        selected = replace(selected, remarks=(AS_THEY_ARE, *selected.remarks))
     return TunedTable(
-        _model(name, rows, criterion, selected),
+        _model(name, rows, criterion, selected, scale),
         selected,
         scores,
-        words,
+        f"{words} / variance" if several else words,
         CRITERIA.get(type(criterion).__name__, type(criterion).__name__),
         selected.node.penalties.cpu().numpy(),
     )
@@ -173,12 +170,14 @@ def _penalties(options: FoldOptions, rows: Rows, outputs: int | None) -> Penalti
         raise ValueError(f"`penalty` {name!r} {needs}.")
     if options.groups is not None:
         return Penalties.groups(groups_of(options.groups, rows.encoder.owners), outputs)
-    if name in ("per_class", "per_weight"):
-        if outputs is None:
+    if name in ("per_class", "per_target", "per_weight"):
+        several = {"per_class": "more than two classes", "per_target": "several targets"}
+        if outputs is None or name == ("per_class" if rows.classes is None else "per_target"):
             raise ValueError(
-                f"`penalty` {name!r} is for more than two classes: use 'scalar', 'per_feature' or 'per_column'."
+                f"`penalty` {name!r} is for {several.get(name, 'more than two classes or several targets')}: use "
+                "'scalar', 'per_feature' or 'per_column'."
             )
-        make = Penalties.output if name == "per_class" else Penalties.output_feature
+        make = Penalties.output_feature if name == "per_weight" else Penalties.output
         return make(features, outputs)
     if name == "per_column":
         return Penalties.groups(list(rows.encoder.owners), outputs)
@@ -208,71 +207,6 @@ def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
     return list(folds)
 
 
-def _scores(
-    rows: Rows, criterion: Criterion, selected: Selected, folds: Sequence[Fold], factor: float, beside: str | None
-) -> tuple[Score, ...]:
-    """Return the scores of the model and of those beside it."""
-    data = criterion.data
-    one = criterion.with_penalties(Penalties.scalar(data.features, criterion.penalties.outputs))
-    constant = np.array([math.log(data.rows) + CONSTANT])
-    found = []
-    for index, label in _shown(selected):
-        node = selected.nodes[index]
-        held = None if selected.honest == "none" else factor * node.loss
-        fit = selected.fit if index == selected.chosen else criterion.refit(node.u)
-        found.append(Score(label, factor * node.value, held, *_tested(rows, criterion, fit, factor)))
-    held = None
-    if selected.honest == "nested":
-        parts = [(one.take(torch.as_tensor(np.asarray(train))), out) for train, out in folds]
-        held = factor * _held_out(criterion, [(part.refit(constant), out) for part, out in parts])
-    value = factor * one.evaluate(constant, second=False).value
-    fit = one.refit(constant)
-    alone = Fit(torch.zeros_like(fit.coef), fit.intercept)  # of balanced classes, what is left of slopes would decide
-    found.append(Score("a constant", value, held, *_tested(rows, criterion, alone, factor)))
-    if beside:
-        label, fit_of = scikit_learn(rows, criterion.loss)
-        loss = factor * _held_out(criterion, [(fit_of(train), out) for train, out in folds])
-        fit = fit_of(np.arange(data.rows)) if rows.X_test is not None else selected.fit
-        found.append(Score(label, None, loss, *_tested(rows, criterion, fit, factor)))
-    return tuple(found)
-
-
-def _shown(selected: Selected) -> list[tuple[int, str]]:
-    """Return the nodes that are shown, the model first, then the best of the other kind, with their names."""
-    chosen, count = selected.chosen, selected.nodes[-1].u.size
-    if chosen:
-        return [(chosen, f"{count} tuned penalties (the model)"), (0, "one penalty")]
-    if count == 1:
-        return [(0, "one penalty (the model)")]
-    best = 1 + int(np.argmin([node.loss for node in selected.nodes[1:]]))
-    return [(0, "one penalty (the model)"), (best, f"{count} tuned penalties, not kept")]
-
-
-def _held_out(criterion: Criterion, fits: Sequence[tuple[Fit, Any]]) -> float:
-    """Return the weighted mean loss of held-out rows under the models of their folds."""
-    data, total, weight = criterion.data, 0.0, 0.0
-    for fit, held in fits:
-        losses = criterion.weighted(criterion.loss.value(predictions(data, fit), data.y))
-        total += float(losses[torch.as_tensor(np.asarray(held))].sum())
-        weight += float(data.weights[torch.as_tensor(np.asarray(held))].sum())
-    return total / weight
-
-
-def _tested(rows: Rows, criterion: Criterion, fit: Fit, factor: float) -> tuple[float | None, dict[str, float]]:
-    """Return the loss and the figures of merit of a model on the test part."""
-    if rows.X_test is None or rows.y_test is None:
-        return None, {}
-    loss = criterion.loss
-    given = rows.X_test.toarray() if hasattr(rows.X_test, "toarray") else rows.X_test
-    X = torch.as_tensor(given, dtype=torch.float64)
-    z = Fit(fit.coef.cpu(), fit.intercept.cpu()).predict(X)
-    # Encoded beside the training targets, whose classes are those of the model.
-    parts = {"train": rows.y, "test": rows.y_test}
-    y = loss.encode({part: Split(part, X.new_ones(len(y), 1), torch.as_tensor(y)) for part, y in parts.items()})["test"]
-    weights = None if rows.weights_test is None else torch.as_tensor(rows.weights_test, dtype=torch.float64)
-    return factor * mean_of(loss.value(z, y), weights), loss.scores(z, y, weights)
-
-
 def _scaled(selected: Selected, factor: float) -> Selected:
     """Return the same with losses times a factor."""
     names = ("value", "loss", "std_error", "gain", "gain_error")
@@ -280,10 +214,12 @@ def _scaled(selected: Selected, factor: float) -> Selected:
     return replace(selected, nodes=nodes)
 
 
-def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected) -> TableModel:
-    """Return the model in the units of standardised features."""
+def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected, unit: Array) -> TableModel:
+    """Return the model of standardised features; `unit`: what the targets were divided by."""
     mean, scale = (part.double().cpu().numpy() for part in (criterion.data.offset, criterion.data.scale))
     coef, intercept = (part.double().cpu().numpy() for part in (selected.coef, selected.intercept))
+    if rows.y.ndim == 2:
+        coef, intercept = unit[:, None] * coef, unit * intercept
     return TableModel(
         name=name,
         loss=type(criterion.loss).__name__,

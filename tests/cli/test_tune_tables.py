@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import yaml
 from helpers import Frame
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from bilevel.cli import main
 from bilevel.data.read import TableOptions
 from bilevel.data.rows import load_rows
+from bilevel.selection import make_folds
 from bilevel.tables import TableModel, tune_rows
 
 rng = np.random.default_rng(0)
@@ -156,10 +159,11 @@ def softmax(z: np.ndarray) -> np.ndarray:
     ("target", "link"),
     [
         (PRICE, None),
+        (PRICE | {"net weight": X[:, 2] + 1e3}, None),
         ({"answer": SIGN}, lambda z: np.stack([1 / (1 + np.exp(z)), 1 / (1 + np.exp(-z))], 1)),
         ({"kind": [("a", "b", "c")[int(np.digitize(s, [-0.6, 0.6]))] for s in SIGNAL]}, softmax),
     ],
-    ids=["numbers", "two classes", "three classes"],
+    ids=["numbers", "two targets", "two classes", "three classes"],
 )
 def test_predictions_are_those_of_numpy_from_the_two_files(
     here: Path,
@@ -169,7 +173,7 @@ def test_predictions_are_those_of_numpy_from_the_two_files(
 ) -> None:
     columns = {"colour": hollow(COLOUR, 9), "x0": hollow(X[:, 0], 8)} | {"x1": X[:, 1], "x2": X[:, 2]}
     write("t.csv", text(columns | target))
-    path = config({"name": "t.csv", "test": 0.25}, folds=3, criterion="kfold", guard="off")
+    path = config({"name": "t.csv", "test": 0.25, "target": [*target]}, folds=3, criterion="kfold", guard="off")
     assert main(["tune", path, "--out", "model"]) == 0
     # Another order of columns, one more, a new category.
     new = {"more": range(ROWS)} | dict(reversed(columns.items())) | {"colour": ["pink", *COLOUR[1:]]}
@@ -183,10 +187,14 @@ def test_predictions_are_those_of_numpy_from_the_two_files(
     z = of_files("model", encoded("model", rows))
     found = list(csv.DictReader(Path("out.csv").read_text().splitlines()))
     frame = Frame({name: [None if cell == "" else cell for cell in column] for name, column in new.items()})
-    said = TableModel.load("model").predict(frame).columns["prediction"]
-    assert [row["prediction"] for row in found] == [str(each) for each in said]
+    names = ["prediction"] if len(target) == 1 else [f"prediction={name}" for name in target]
+    said = TableModel.load("model").predict(frame).columns
+    assert [[row[name] for name in names] for row in found] == [
+        [str(each) for each in row] for row in zip(*(said[name] for name in names), strict=True)
+    ]
     if link is None:
-        np.testing.assert_allclose([float(row["prediction"]) for row in found], z, rtol=0, atol=1e-12)
+        numbers = np.array([[float(row[name]) for name in names] for row in found])
+        np.testing.assert_allclose(numbers, z.reshape(numbers.shape), rtol=0, atol=1e-12)
         return
     record = json.loads(Path("model/model.json").read_text())
     shares = link(z)
@@ -214,6 +222,79 @@ def test_the_test_loss_is_weighted_and_the_model_knows_its_separator(
     price = np.array(PRICE["price"])[36:]
     spread = np.average((price - np.average(price, weights=weights)) ** 2, weights=weights)
     assert scores[0]["r2"] == pytest.approx(1 - np.average(errors, weights=weights) / spread, rel=1e-9)
+
+
+def several(path: str) -> tuple[dict[str, Any], np.ndarray]:
+    """The record of a tuned model of several targets, and the penalties of its coefficients in their order."""
+    assert main(["tune", path, "--fresh"]) == 0
+    record = json.loads(Path("runs/job-tune/tuned.json").read_text())["t"]
+    penalties = {each["feature"]: each["penalty"] for each in record["coefficients"]}
+    return record, np.array([[penalties[f"x{index}, {name}"] for index in range(4)] for name in ("a", "b")])
+
+
+def test_of_several_targets_each_is_shown_and_all_count_alike(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = np.array(PRICE["price"]), 5.0 + X @ [0.0, 0.3, 0.0, 1.0] + 0.5 * X[::-1, 0]
+    keys: dict[str, Any] = {"folds": 3, "penalty": "per_target", "beside": "scikit-learn"}
+    data = {"name": "t.csv", "target": ["a", "b"], "split": "time", "test": 0.25}
+    write("t.csv", text({"a": a} | NUMBERS | {"b": ["", *b[1:]]}))
+    record, penalties = several(config(data, **keys))
+    out = capsys.readouterr().out
+    assert "target 'a', 'b'" in out
+    assert "1 row without a target is left out" in out
+    assert "each is divided by its deviation" in out
+    assert "mean squared error of 'b'" in out
+    train, test = slice(1, 36), slice(36, None)
+    standard = (X[train] - X[train].mean(0)) / X[train].std(0)
+    model = TableModel.load("runs/job-tune")
+    z = of_files("runs/job-tune", X)
+    scores = {score["model"]: score for score in record["scores"]}
+    assert len(scores) == 4
+    tuned, _, constant, sklearn = scores.values()
+    ratios, errors = [], np.zeros(2)
+    whole = np.stack([a, b], 1)[train]
+    for fit, held in make_folds(35, 3, ordered=True):
+        pipeline = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 100)))
+        predicted = pipeline.fit(X[train][fit], whole[fit] / whole.std(0)).predict(X[train][held]) * whole.std(0)
+        errors += ((predicted - whole[held]) ** 2).sum(0) / 35
+    for index, (name, y) in enumerate({"a": a, "b": b}.items()):
+        # Ridge regression does not know the unit of a target, nor that there are others.
+        fitted = Ridge(penalties[index, 0]).fit(standard, y[train])
+        np.testing.assert_allclose(model.weights[index], fitted.coef_, rtol=1e-6)
+        error = np.mean((z[test, index] - y[test]) ** 2)
+        assert tuned["targets"][name]["test"] == pytest.approx(error, rel=1e-9)
+        ratios.append(error / y[train].var())
+        assert constant["targets"][name]["test"] == pytest.approx(np.mean((y[train].mean() - y[test]) ** 2), rel=1e-9)
+        assert tuned["targets"][name]["r2"] == pytest.approx(1 - error / y[test].var(), rel=1e-9)
+        assert sklearn["targets"][name]["held_out"] == pytest.approx(errors[index], rel=1e-9)
+        assert f"{tuned['targets'][name]['held_out']:.5g}" in out
+    assert tuned["test"] == pytest.approx(np.mean(ratios), rel=1e-9)
+    for kind in ("held_out", "criterion"):
+        parts = [tuned["targets"][name][kind] / y[train].var() for name, y in (("a", a), ("b", b))]
+        assert tuned[kind] == pytest.approx(np.mean(parts), rel=1e-9)
+    # Another unit of one target changes no decision, and a file of arrays holds the same.
+    write("t.csv", text({"a": a} | NUMBERS | {"b": ["", *1e4 * b[1:]]}))
+    other, scaled = several(config(data, **keys))
+    np.testing.assert_allclose(scaled, penalties, rtol=1e-6)
+    assert other["scores"][0]["held_out"] == pytest.approx(tuned["held_out"], rel=1e-9)
+    np.savez("t.npz", X=X[train], y=np.stack([a, b], 1)[train])
+    assert main(["tune", config({"name": "t.npz", "split": "time"}, **keys), "--out", "runs/arrays"]) == 0
+    np.testing.assert_allclose(TableModel.load("runs/arrays").weights, model.weights, rtol=1e-6)
+    assert TableModel.load("runs/arrays").target == ("y0", "y1")
+
+
+def test_columns_of_sparse_files_are_left_as_they_are_unless_asked(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = svmlight(X * [1.0, 10.0, 100.0, 1.0], 1).splitlines()
+    write("t.svm", "".join(f"{target:.3f}{line[1:]}\n" for target, line in zip(SIGNAL, lines, strict=True)))
+    scales = []
+    for given, said in (({}, True), ({"standardize": True}, False), ({"standardize": False}, False)):
+        assert main(["tune", config({"name": "t.svm"} | given, penalty="scalar", folds=3)]) == 0
+        assert ("columns of sparse inputs are left as they are" in capsys.readouterr().out) == said
+        scales.append(TableModel.load("runs/job-tune").scale)
+    np.testing.assert_array_equal(scales[0], np.ones(4))
+    np.testing.assert_array_equal(scales[2], np.ones(4))
+    np.testing.assert_allclose(scales[1], (X * [1.0, 10.0, 100.0, 1.0]).std(0))
 
 
 def svmlight(features: np.ndarray, first: int) -> str:
@@ -384,7 +465,7 @@ def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
         (
             {"data": "t.csv", "penalty": "group", "groups": {"a": ["x0"]}},
             {},
-            "`groups` must name every column once, but no group has 'x1', 'x2', 'x3', 'late'",
+            "`groups` must name every column once, but no group has 'x1', 'x2', 'x3', 'one' and 1 more",
         ),
         (
             {"class": "MLPProblem", "data": "iris"},
@@ -415,9 +496,38 @@ def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
             {},
             "no row of the class 'no', as folds are whole groups: name",
         ),
-        ({"data": {"name": "t.csv", "target": ["x0", "y"]}}, {}, "`problems.t.data.target` must be one column, got ["),
-        ({"class": "RidgeProblem", "data": {"name": "t.csv", "target": ["y"]}}, {}, "give each target a problem of"),
-        ({"data": "two.npz"}, {}, "y of 'two.npz' has 2 columns, but a problem has one target: write a file for each"),
+        (
+            {"data": {"name": "t.csv", "target": ["x0", "y"]}},
+            {},
+            "the target 'y' of 't.csv' holds words",
+        ),
+        (
+            {"data": {"name": "t.csv", "target": ["x0", "x0"]}},
+            {},
+            "`target` must name one column, or several",
+        ),
+        (
+            {"data": {"name": "t.csv", "target": ["x0", "z"]}},
+            {},
+            "'t.csv' has no target column 'z': its columns",
+        ),
+        (
+            {"data": {"name": "t.csv", "target": []}},
+            {},
+            "`problems.t.data.target` must be a column, or a",
+        ),
+        ({"data": {"name": "t.csv", "target": ["x0", 1]}}, {}, "must be a column, or a list of columns, got ['x0', 1]"),
+        ({"data": {"name": "t.csv", "target": ["x0", "one"]}}, {}, "the target 'one' of 't.csv' is 1 in every row"),
+        (
+            {"data": "two.npz", "class": "SoftmaxProblem"},
+            {},
+            "'two.npz' has 2 targets, which are a regression",
+        ),
+        ({"data": "two.npz", "class": "HuberProblem"}, {}, "has 2 targets, which `class: RidgeProblem` alone takes"),
+        ({"data": "two.npz", "class_weight": "balanced"}, {}, "is for classes, and 'y0', 'y1' holds numbers"),
+        ({"data": "diabetes", "penalty": "per_target"}, {}, "'per_target' is for several targets: use 'scalar'"),
+        ({"data": "two.npz", "penalty": "class"}, {}, "'per_class' is for more than two classes: use 'scalar'"),
+        ({"data": {"name": "iris", "standardize": "no"}}, {}, "`problems.t.data.standardize` must be 'auto', true or"),
         ({"data": "one.csv"}, {}, "tuning by folds needs at least 2 rows, got 1"),
         *(
             ({"data": "t.csv", "penatly": "scalar"} | kind, {}, "class_weight): did you mean `penalty`?")
@@ -431,7 +541,7 @@ def test_a_wrong_config_is_one_sentence(
     here: Path, capsys: pytest.CaptureFixture[str], problem: dict[str, Any], keys: dict[str, Any], sentence: str
 ) -> None:
     late = [int(row >= ROWS // 2) for row in range(ROWS)]
-    write("t.csv", text(NUMBERS | {"late": late, "y": [("no", "yes")[each] for each in late]}))
+    write("t.csv", text(NUMBERS | {"one": [1] * ROWS, "late": late, "y": [("no", "yes")[each] for each in late]}))
     write("one.csv", text({"x0": [1.5], "y": [2.5]}))
     np.savez("two.npz", X=X, y=X[:, :2])
     Path("job.yaml").write_text(yaml.safe_dump({"problems": {"t": problem}} | keys))

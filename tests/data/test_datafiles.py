@@ -222,7 +222,7 @@ SPLITS = {"X_train": ONES, "y_train": np.arange(8) % 2, "X_val": ONES}
         ({"X": np.ones(8), "y": np.ones(8)}, r"X of .* must have shape \(rows, features\) .* got \(8,\) and \(8,\)"),
         (
             {"X": ONES, "y": np.ones((8, 2))},
-            "y of .* has 2 columns, but a problem has one target: write a file for each",
+            "y of .* has 2 columns, but a problem has one target: write a file for each, or leave `solver` and",
         ),
         ({"X": np.ones((0, 2)), "y": np.ones(0)}, r"X of .* is empty, of shape \(0, 2\)"),
         ({"X": np.ones((8, 0)), "y": np.ones(8)}, r"X of .* is empty, of shape \(8, 0\)"),
