@@ -38,7 +38,8 @@ def run_doctor(arguments: Namespace) -> int:
         print(f"{name:<14}{result or missing}")
     print(f"{'system':<14}{environment['platform']}")
     print(f"{'processor':<14}{environment['processor']}, {environment['processors']} cores")
-    print(f"{'threads':<14}{measured_threads(chosen)}")
+    for title, line in zip(("threads", "", ""), measured_threads(chosen), strict=True):
+        print(f"{title:<14}{line}")
     print(f"{'CUDA':<14}{', '.join(environment['cuda']) or 'none'}")
     for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         print(f"{'float64':<14}{kind}: {_float64(kind)}")

@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "data", metavar="NEW.csv", help="a table with the columns of training (.csv, .tsv, .parquet, ...)"
     )
     predict.add_argument("--output", metavar="OUT.csv", help="where to write (default: the standard output)")
+    predict.add_argument("--encoding", metavar="NAME", help="of the new file (default: UTF-8, else that of training)")
     _add_debug(predict)
     _refuse(predict, REFUSED_BY_PREDICT)
     _add_device(doctor)

@@ -27,6 +27,7 @@ from bilevel.config.folds import FoldsPlan, TableSetup
 from bilevel.core.files import misplaced, read_json, read_mark, remove_unfinished, write_mark, write_whole
 from bilevel.core.threads import short_operations
 from bilevel.data.columns import listed
+from bilevel.data.encodings import is_encoding
 from bilevel.data.roles import target_names
 from bilevel.tables import Score, TableModel, TunedTable, tune_rows
 
@@ -105,7 +106,9 @@ def run_predict(arguments: Namespace) -> int:
         if output is not None and output.exists() and output.samefile(Path(arguments.data).expanduser()):
             raise ValueError(f"--output {output} is the file of the new rows: write the predictions elsewhere.")
         model = TableModel.load(Path(arguments.model).expanduser())
-        found = model.predict(arguments.data)
+        if arguments.encoding is not None and not is_encoding(arguments.encoding):
+            raise ValueError(f"--encoding must name one that Python knows, such as cp1252, got {arguments.encoding!r}.")
+        found = model.predict(arguments.data, arguments.encoding)
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     for note in found.notes:

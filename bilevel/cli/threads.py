@@ -22,13 +22,18 @@ def chosen_threads(arguments: Namespace) -> Threads:
         raise ConfigError(str(error)) from None
 
 
-def measured_threads(chosen: Threads) -> str:
-    """Return what a short operation costs with one thread and with all of torch's, and what runs use."""
+def measured_threads(chosen: Threads) -> list[str]:
+    """Return what commands use, what a short operation costs with one thread and with all, and how to change it."""
     every = torch.get_num_threads()
     times = [f"{1e3 * _seconds(1):.2g} ms with 1 thread"]
     if every > 1:
         times.append(f"{1e3 * _seconds(every):.2g} ms with {every}")
-    return f"{', '.join(times)} (a {SIZE} x {SIZE} Cholesky solve): runs use {chosen}"
+    threads, workers = str(chosen).split(" and ")
+    return [
+        f"commands use {threads} of torch, and {workers}, which share sweeps over the rows of large data",
+        f"a short operation of torch, a {SIZE} x {SIZE} Cholesky solve, takes {', '.join(times)}",
+        "--threads N, or OMP_NUM_THREADS, sets threads and at most as many workers; BILEVEL_WORKERS sets workers",
+    ]
 
 
 def _seconds(threads: int) -> float:

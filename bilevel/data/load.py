@@ -91,6 +91,7 @@ def load(
     rare: str = "leave_out",
     separator: str | None = None,
     decimal: str | None = None,
+    encoding: str | None = None,
     split: str | Mapping[str, str] = "random",
     groups: str | None = None,
     weights: str | None = None,
@@ -121,6 +122,7 @@ def load(
         rare: "leave_out" the rows of classes that have fewer rows than there are parts, or "refuse" them.
         separator: of cells; default: the comma, semicolon or tab that parts the header into most columns.
         decimal: "." or ","; default: a comma where another separator parts the cells and all of a column fits.
+        encoding: of a text file, such as "cp1252"; default: that of its byte-order mark, else UTF-8.
         split: "random"; "time": the last rows are the test part, those before them validation; {"time": COLUMN}: in
             the order of that column; {"groups": COLUMN}: as `groups`.
         groups: a column whose equal values stay together in one part.
@@ -146,7 +148,8 @@ def load(
     """
     require_value("dtype", dtype, "a floating dtype", dtype.is_floating_point)
     synthetic: dict[str, Any] = {"rows": rows, "features": features, "noise": noise}
-    options = TableOptions(*(target, drop, strings, missing, index, rare, separator, decimal, split, groups, weights))
+    columns = (target, drop, strings, missing, index, rare)
+    options = TableOptions(*columns, *(separator, decimal, encoding, split, groups, weights))
     options.check(name)
     _check_options(name, seed, validation, test, corrupted, synthetic)
     require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)

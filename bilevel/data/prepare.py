@@ -45,6 +45,10 @@ def encode(raw: Raw, task: str | None, doubt: str = "warn") -> tuple[Raw, Array 
         task = "classification" if either else "regression"
         if few and len(labels) > 2 and raw.is_file:
             raw = _doubted(raw, len(labels), doubt)
+        elif raw.is_file and doubt == "note" and targets.ndim == 1 and _are_whole(labels):
+            whole = f"the {len(labels)} different numbers of the target are whole"
+            note = f"{whole}: say `task: classification` in `data` if they are classes, else `task: regression`"
+            raw = replace(raw, notes=(*raw.notes, note))
     if task != "classification":
         if words:
             raise ValueError(
@@ -68,6 +72,11 @@ def encode(raw: Raw, task: str | None, doubt: str = "warn") -> tuple[Raw, Array 
             raise ValueError(f"y_train of {raw.source!r} lacks the label {unseen[0]} that another part holds.")
     parts = {part: (X, np.searchsorted(labels, y)) for part, (X, y) in parts.items()}
     return replace(raw, parts=parts), labels, task
+
+
+def _are_whole(values: Array) -> bool:
+    """Whether numbers with decimals are whole and few, as labels are where a column has had missing ones."""
+    return values.dtype.kind == "f" and len(values) <= MAX_CLASSES and bool((values == np.round(values)).all())
 
 
 def _doubted(raw: Raw, count: int, doubt: str) -> Raw:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core.options import is_int, is_not_negative, optional, require_value
+from bilevel.data.encodings import is_encoding
 from bilevel.data.roles import sort_columns
 from bilevel.data.sources import Raw, check_part, of_columns, read_bundled, read_mnist, read_npz, read_svmlight
 from bilevel.data.table import SVMLIGHT, TABLES, Table, ending, from_frame, is_frame, read_table
@@ -53,6 +54,7 @@ class TableOptions:
     rare: str = "leave_out"
     separator: str | None = None
     decimal: str | None = None
+    encoding: str | None = None
     split: str | Mapping[str, str] = "random"
     groups: str | None = None
     weights: str | None = None
@@ -82,6 +84,8 @@ class TableOptions:
             value = getattr(self, option)
             words = " or ".join("None" if each is None else repr(each) for each in allowed)
             require_value(option, value, words, value in allowed)
+        fine = self.encoding is None or (isinstance(self.encoding, str) and is_encoding(self.encoding))
+        require_value("encoding", self.encoding, "an encoding that Python knows, such as 'cp1252' or 'utf-16'", fine)
         words = "'random', 'time', {'time': COLUMN} or {'groups': COLUMN}"
         split = self.split
         mapped = isinstance(split, Mapping) and len(split) == 1 and set(split) <= {"time", "groups"}
@@ -187,7 +191,7 @@ def _read(name: Any, options: TableOptions, seed: int, rows: int, features: int,
     if not path.is_file():
         raise FileNotFoundError(f"the data file {name!r} does not exist.")
     if kind in TABLES:
-        return _of_table(read_table(name, path, options.separator, options.decimal), options)
+        return _of_table(read_table(name, path, options.separator, options.decimal, options.encoding), options)
     return read_svmlight(name, path) if kind in SVMLIGHT else read_npz(name, path)
 
 

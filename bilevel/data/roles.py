@@ -154,7 +154,7 @@ def _rows_with(table: Table, targets: Sequence[str]) -> Array:
 
 def _check_features(table: Table, features: list[str], strings: str, missing: str) -> list[str]:
     """Return in words what becomes of the features."""
-    words, holes, equal = [], [], []
+    words, holes, equal, days = [], [], [], []
     for name in features:
         numbers = table.numbers(name)
         _refuse_dates(table, name)
@@ -169,6 +169,8 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
             words.append(name)
         elif _lose_digits(table.columns[name], numbers):
             equal.append(name)
+        elif _looks_like_days(numbers):
+            days.append(name)
         empty = np.isnan(numbers) if numbers is not None else table.words(name) == ""
         if empty.any():
             holes.append(f"{name!r} ({int(empty.sum())})")
@@ -183,9 +185,15 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
             f"different integers of {listed(equal)} become equal, as they need more than 53 bits: take differences, or "
             "leave the column out with `drop`"
         )
+    if days:
+        first = table.words(days[0])[0]
+        notes.append(
+            f"the numbers of {listed(days)} look like dates ({first}): leave them out with `drop`, or count days"
+        )
     if words:
         count = sum(len(np.unique(table.words(name)[table.words(name) != ""])) for name in words)
-        notes.append(f"the words of {listed(words)} become {count} features of 0 and 1, one for each category")
+        made = f"{count} feature{'s' if count > 1 else ''}"
+        notes.append(f"the words of {listed(words)} become {made} of 0 and 1, one for each category")
     if holes:
         more = f" and of {len(holes) - SHOWN} more" if len(holes) > SHOWN else ""
         notes.append(
@@ -193,6 +201,15 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
             "the training rows"
         )
     return notes
+
+
+def _looks_like_days(numbers: Array) -> bool:
+    """Whether numbers are days such as 20240131, of more than two dates."""
+    there = numbers[~np.isnan(numbers)]
+    if len(np.unique(there)) < 3 or not ((there >= 19000101) & (there <= 20991231) & (there % 1 == 0)).all():
+        return False
+    month, day = there // 100 % 100, there % 100
+    return bool(((month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all())
 
 
 def _lose_digits(column: Array, numbers: Array) -> bool:

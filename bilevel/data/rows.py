@@ -38,6 +38,7 @@ class Rows:
         ignored: other columns that are no features.
         separator: of cells, where it was said.
         decimal: what stands before decimals, where it was said.
+        encoding: of the file, where it was said.
         notes: what was done, a line each.
         zero_based: of an svmlight file: whether the first column is number 0, not 1.
     """
@@ -58,6 +59,7 @@ class Rows:
     ignored: tuple[str, ...]
     separator: str | None
     decimal: str | None
+    encoding: str | None
     notes: tuple[str, ...]
     zero_based: bool | None = None
 
@@ -129,6 +131,7 @@ def load_rows(
         ignored=() if raw.columns is None else raw.columns.ignored,
         separator=options.separator,
         decimal=options.decimal,
+        encoding=options.encoding,
         notes=(size, *raw.notes, *alike),
         zero_based=raw.zero_based,
     )

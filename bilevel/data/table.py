@@ -6,12 +6,15 @@ import csv
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from bilevel.data.encodings import decoded
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,7 +29,7 @@ COMMA = re.compile(r"[-+]?\d+(,\d+)?([eE][-+]?\d+)?")
 TIME = r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?"
 MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 DATE = re.compile(
-    rf"(\d{{4}}([-/.])\d{{1,2}}\2\d{{1,2}}|\d{{1,2}}([-/.])\d{{1,2}}\3(\d{{4}}|\d{{2}})"
+    rf"((?:19|20)\d\d[-/](?:0[1-9]|1[0-2])|\d{{4}}([-/.])\d{{1,2}}\2\d{{1,2}}|\d{{1,2}}([-/.])\d{{1,2}}\3(\d{{4}}|\d{{2}})"
     rf"|\d{{1,2}}[ -]{MONTH}[ ,-]+\d{{2,4}}"
     rf"|{MONTH} \d{{1,2}},? \d{{4}})([T ]+{TIME} ?([ap]m)?(Z|[-+]\d{{2}}:?\d{{2}})?)?|{TIME}",
     re.IGNORECASE,
@@ -125,7 +128,14 @@ def is_frame(data: Any) -> bool:
     return not isinstance(data, str | Path) and hasattr(data, "columns") and hasattr(data, "__getitem__")
 
 
-def read_table(source: str, path: Path, separator: str | None = None, decimal: str | None = None) -> Table:
+def read_table(
+    source: str,
+    path: Path,
+    separator: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+    sure: bool = True,
+) -> Table:
     """Return the table in a text file with a header row, or in a parquet file.
 
     Args:
@@ -133,6 +143,8 @@ def read_table(source: str, path: Path, separator: str | None = None, decimal: s
         path: of the file.
         separator: of cells; None for the one of comma, semicolon and tab that parts the header into most columns.
         decimal: see `Table`.
+        encoding: of a text file; None for the one that its byte-order mark says, else UTF-8.
+        sure: see `decoded`.
 
     Raises:
         ValueError: in one sentence, for a file that is no such table.
@@ -142,18 +154,14 @@ def read_table(source: str, path: Path, separator: str | None = None, decimal: s
         return _read_parquet(source, path)
     opened = gzip.open if ending(source).endswith(".gz") else open
     try:
-        with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
-            text = file.read()
+        with opened(path, "rb") as file:
+            content = file.read()
+        text, notes = decoded(source, content, encoding, sure)
         separator = separator or _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         lines = [[cell.strip() for cell in line] for line in reader if line]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{source!r} cannot be read as a .csv file in UTF-8: save it in that encoding, in a shell by `iconv -f "
-            "CP1252 -t UTF-8 OLD.csv > NEW.csv` if Windows wrote it."
-        ) from error
-    except (csv.Error, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{source!r} cannot be read as a .csv file in UTF-8: {error}.") from error
+    except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{source!r} cannot be read as a .csv file: {error}.") from error
     header, body = (lines[0], lines[1:]) if lines else ([], [])
     if not body:
         raise ValueError(f"{source!r} holds no data: it needs a header row and rows below it.")
@@ -169,8 +177,9 @@ def read_table(source: str, path: Path, separator: str | None = None, decimal: s
     for name, cells in zip(header, zip(*body, strict=True), strict=True):
         column = np.array(cells)
         columns[name] = np.where(np.isin(column, MISSING), "", column)
-    shown = {";": "semicolons", "\t": "tabs"}.get(separator)
-    return Table(source, columns, separator, decimal, (f"{shown} part the cells",) if shown else ())
+    if shown := {";": "semicolons", "\t": "tabs"}.get(separator):
+        notes.append(f"{shown} part the cells")
+    return Table(source, columns, separator, decimal, tuple(notes))
 
 
 def _separator(text: str) -> str:

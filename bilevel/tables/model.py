@@ -86,6 +86,7 @@ class TableModel:
         versions: of the packages that made it.
         separator: of the cells of the training file, where it was said.
         zero_based: whether the first column of svmlight files is number 0, not 1; None for another training file.
+        encoding: of the training file, where it was said.
     """
 
     name: str
@@ -104,6 +105,7 @@ class TableModel:
     versions: Mapping[str, str] = field(default_factory=versions)
     separator: str | None = None
     zero_based: bool | None = None
+    encoding: str | None = None
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``model.npz`` and ``model.json`` into a folder, and return both paths."""
@@ -124,6 +126,7 @@ class TableModel:
             "separator": self.separator,
             "decimal": self.decimal,
             "zero_based": self.zero_based,
+            "encoding": self.encoding,
             "formula": FORMULA,
             "link": LINKS[self.loss],
             "summary": self.summary,
@@ -168,6 +171,7 @@ class TableModel:
                 ignored=tuple(record["ignored"]),
                 separator=record.get("separator"),
                 zero_based=record.get("zero_based"),
+                encoding=record.get("encoding"),
             )
         except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"the model in {folder} cannot be read ({type(error).__name__}): tune again.") from error
@@ -177,10 +181,14 @@ class TableModel:
             raise ValueError(f"{folder}/model.npz is not the one that {folder}/model.json describes: tune again.")
         return model
 
-    def predict(self, data: Any) -> Predictions:
+    def predict(self, data: Any, encoding: str | None = None) -> Predictions:
         """Return what the model says of the rows of a file or a data frame, in their order.
 
         Columns may stand in any order, and others beside them. Missing cells and words are treated as in training.
+
+        Args:
+            data: a path, or a data frame.
+            encoding: of a text file; None for that of its byte-order mark, else UTF-8, else that of training.
 
         Raises:
             ValueError: in one sentence, for a file that is no table, and for a column that is missing.
@@ -194,7 +202,8 @@ class TableModel:
         if not path.is_file():
             raise ValueError(f"the data file {source!r} does not exist.")
         if kind in TABLES:
-            return self._predict_table(read_table(source, path, self.separator, self.decimal))
+            how = (encoding or self.encoding, encoding is not None)
+            return self._predict_table(read_table(source, path, self.separator, self.decimal, *how))
         return self._predict_svmlight(source, path)
 
     def _predict_svmlight(self, source: str, path: Path) -> Predictions:

@@ -234,6 +234,7 @@ def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected, unit
         ignored=rows.ignored,
         separator=rows.separator,
         decimal=rows.decimal,
+        encoding=rows.encoding,
         zero_based=rows.zero_based,
         summary=selected.summary,
     )

@@ -551,6 +551,23 @@ def test_a_wrong_config_is_one_sentence(
     assert len(err.splitlines()) == 1
 
 
+def test_new_rows_are_read_in_the_encoding_of_training_or_as_said(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = text({"town": [("Köln", "Łódź", "Bonn")[row % 3] for row in range(ROWS)]} | NUMBERS | PRICE)
+    write("t.csv", table.encode("cp1250"))
+    assert main(["tune", config({"name": "t.csv", "encoding": "cp1250"}, penalty="scalar", guard="off")]) == 0
+    assert "it is read in CP1250" in capsys.readouterr().out
+    write("new.csv", table)
+    found = []
+    for options in (["t.csv"], ["new.csv"], ["t.csv", "--encoding", "cp1250"]):
+        assert main(["predict", "runs/job-tune", *options]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1] == found[2]
+    assert main(["predict", "runs/job-tune", "new.csv", "--encoding", "utf9"]) == 2
+    assert "--encoding must name one that Python knows, such as cp1252, got 'utf9'" in capsys.readouterr().err
+
+
 def test_an_interrupted_command_goes_on_with_the_first_problem_that_is_not_finished(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

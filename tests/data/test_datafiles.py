@@ -195,15 +195,11 @@ def test_a_missing_target_column_is_named(tmp_path):
         load(write_csv(tmp_path, "a,b\n1,2\n"), target="price")
 
 
-@pytest.mark.parametrize(
-    "content", [b"a,y\n\xff\xfe,1\n", "pr\u00e8s,y\n1,2\n".encode("latin-1"), "a,y\n1,2\n".encode("utf-16")]
-)
+@pytest.mark.parametrize("content", [b"a,y\n\xff\xfe,1\n", "pr\u00e8s,y\n1,2\n".encode("latin-1")])
 def test_a_csv_that_is_not_text_is_refused(tmp_path, content):
     path = tmp_path / "table.csv"
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"cannot be read as a \.csv file in UTF-8: save it in that encoding, in a shell by"
-    ):
+    with pytest.raises(ValueError, match=r"is not in UTF-8 \(line [12]\): name its `encoding`, such as cp1252"):
         load(str(path))
 
 

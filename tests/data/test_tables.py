@@ -318,3 +318,75 @@ def test_rows_to_fold_keep_their_order_and_their_test_part(tmp_path: Path) -> No
     assert last.y_test is not None
     assert last.y_test.tolist() == [row * 0.25 for row in range(30, ROWS)]
     assert last.encoder.rules[0].fill == np.median([row * 0.5 for row in range(30) if row != 3])
+
+
+TOWNS = ["Köln", "Gijón", "Faro"]
+TEXT = "town,a,y\n" + "".join(f"{TOWNS[row % 3]},{row},{0.5 * row}\n" for row in range(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "given"),
+    [
+        ("cp1252", True),
+        ("latin-1", True),
+        ("utf-16-le", True),
+        ("utf-8-sig", False),
+        ("utf-16", False),
+        ("utf-32", False),
+    ],
+)
+def test_text_is_read_in_the_encoding_that_is_said_or_that_its_mark_says(
+    tmp_path: Path, encoding: str, given: bool
+) -> None:
+    for name, content in (("t.csv", TEXT.encode(encoding)), ("t.csv.gz", gzip.compress(TEXT.encode(encoding)))):
+        (tmp_path / name).write_bytes(content)
+        data = load(str(tmp_path / name), encoding=encoding if given else None)
+        assert data.feature_names == ("town=Faro", "town=Gijón", "town=Köln", "a")
+        assert ("it is read in" in data.note) == (encoding != "utf-8-sig")
+
+
+def test_another_encoding_is_refused_by_the_option_and_doubted_where_the_text_is_utf_8(tmp_path: Path) -> None:
+    path, known = tmp_path / "t.csv", "`encoding` must be an encoding that Python knows, such as 'cp1252' or 'utf-16'"
+    for content, encoding, sentence in (
+        (
+            TEXT.encode("cp1252"),
+            None,
+            r"is not in UTF-8 \(line 2\): name its `encoding`, such as cp1252, latin-1 or utf-16",
+        ),
+        (
+            TEXT.encode("utf-16-le"),
+            None,
+            "holds NUL characters, as UTF-16 does: name its `encoding`, such as utf-16-le",
+        ),
+        (b"a,y\n1,\x81\n", "cp1252", r"in the `encoding` 'cp1252' \(line 2\): name another, or leave it out"),
+        (TEXT.encode(), "utf8mb4", known),
+        (TEXT.encode(), "base64", known),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=sentence):
+            load(str(path), encoding=encoding)
+    path.write_bytes(TEXT.encode())
+    assert "but its bytes are UTF-8, too: see `encoding`" in load(str(path), encoding="cp1252").note
+    with pytest.raises(ValueError, match="`encoding` is an option of tables"):
+        load("iris", encoding="cp1252")
+
+
+def test_dates_in_months_are_refused_and_those_in_digits_are_named(tmp_path: Path) -> None:
+    rows = range(ROWS)
+    for form in ("2024-{:02d}", "2024/{:02d}"):
+        path = write(tmp_path / "t.csv", {"month": [form.format(1 + row % 12) for row in rows], "y": [*rows]})
+        with pytest.raises(ValueError, match=r"the column 'month' of .* holds dates \('2024.01' in row 1\)"):
+            load(path)
+    digits = [20240101 + row % 28 for row in rows]
+    values = {"day": digits, "code": [row + 20249900 for row in rows], "y": [0.5 * row for row in rows]}
+    note = load(write(tmp_path / "t.csv", values)).note
+    assert "the numbers of 'day' look like dates (20240101): leave them out with `drop`, or count days" in note
+
+
+def test_labels_with_a_decimal_point_are_doubted(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", {"a": [*range(ROWS)], "y": [1.0 + row % 3 for row in range(ROWS)]})
+    rows = load_rows(path, TableOptions())
+    assert rows.task == "regression"
+    said = "the 3 different numbers of the target are whole: say `task: classification` in `data` if they are classes"
+    assert said in rows.notes[-1]
+    assert said not in "".join(load_rows(path, TableOptions(), task="regression").notes)
