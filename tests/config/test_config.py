@@ -278,8 +278,8 @@ SENTENCES = {
     "problems.iris.data=nofile.csv": "`problems.iris`: the data file 'nofile.csv' does not exist.",
     "problems.iris.data={name: iris, validaton: 0.3}": (
         "`problems.iris.data.validaton` is not an option of a data set (name, validation, test, standardize, target, "
-        "drop, strings, missing, index, rare, separator, decimal, split, groups, weights, corrupted, rows, features, "
-        "noise): did you mean `validation`?"
+        "drop, strings, missing, index, rare, separator, decimal, encoding, split, groups, weights, corrupted, rows, "
+        "features, noise): did you mean `validation`?"
     ),
     "problems.iris.data={name: iris, seed: 3}": "`problems.iris.data.seed` is not given here, but by",
     "problems.iris.data={name: iris, validation: 0.9}": "`problems.iris`: `validation` + `test` must be below 1",
