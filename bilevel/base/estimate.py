@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.base.inner_solver import InnerState
 from bilevel.core import rows, tree
 from bilevel.core.cost import Cost
+from bilevel.core.later import made_later
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 
@@ -82,6 +83,7 @@ class Pullback:
         return Pullback(hparams, adjoint, residual, steps, verdict, error_note=self.error_note, value_error=error)
 
 
+@made_later("state")
 @dataclass(frozen=True)
 class Solution:
     """An approximate inner solution that can be differentiated; of rows, with a sequence of each figure.
@@ -95,6 +97,7 @@ class Solution:
         verdict: status of the inner solve.
         counts: of rows, the oracle calls that each took part in.
         form: how the inner problem was solved, as in `Certificate`.
+        outer: the outer loss and the pullback of all its derivatives, where the solution came with them.
     """
 
     params: Tree
@@ -105,6 +108,7 @@ class Solution:
     verdict: Any = GOOD
     counts: Sequence[Counter[str]] = ()
     form: str = "step by step"
+    outer: tuple[float, Pullback] | None = None
 
     def row(self, index: int) -> Solution:
         """Return the solution of one row; its pullback is that of all."""
@@ -116,6 +120,7 @@ class Solution:
 ErrorKind: TypeAlias = Literal["bound", "estimate", "none"]
 
 
+@made_later("measured")
 @dataclass(frozen=True)
 class Certificate:
     """The evidence that travels with a hypergradient.
@@ -159,6 +164,7 @@ class Certificate:
     form: str = ""
 
 
+@made_later("carry")
 @dataclass(frozen=True)
 class Estimate:
     """A hypergradient and its evidence.

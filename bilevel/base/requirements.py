@@ -7,6 +7,7 @@ does not have it, before anything runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from bilevel.base.inner_solver import InnerSolver
@@ -84,18 +85,24 @@ NEEDS: Mapping[str, Need] = {
 """All needs, in the order in which they are looked at."""
 
 
+@cache
+def _needs(requires: frozenset[str], name: str) -> tuple[Need, ...]:
+    """Return the needs of what is called `name`, in their order; ValueError for one that is none."""
+    if not requires <= NEEDS.keys():
+        unknown = min(requires - NEEDS.keys())
+        raise ValueError(f"`{name}.requires` names {shown_value(unknown)}: choose from {', '.join(NEEDS)}.")
+    return tuple(need for key, need in NEEDS.items() if key in requires or key == "proximal_solver")
+
+
 def check_requirements(who: Any, problem: BilevelProblem, solver: InnerSolver) -> None:
     """Refuse a problem or an inner solver without what an estimator or a linear solver `requires`.
 
     Raises:
         ValueError: the sentence of the first need that is not met, or of a name that is none.
     """
-    requires, name = who.requires, type(who).__name__
-    if not requires <= NEEDS.keys():
-        unknown = min(requires - NEEDS.keys())
-        raise ValueError(f"`{name}.requires` names {shown_value(unknown)}: choose from {', '.join(NEEDS)}.")
-    for key, need in NEEDS.items():
-        if key in {*requires, "proximal_solver"} and not need.met(problem, solver):
+    name = type(who).__name__
+    for need in _needs(frozenset(who.requires), name):
+        if not need.met(problem, solver):
             remedy = ": use FullUnroll or TruncatedUnroll" if solver.traits.differentiable else ""
             said = {"problem": type(problem).__name__, "solver": type(solver).__name__, "variation": problem.variation}
             said["term"] = type(problem.nonsmooth).__name__

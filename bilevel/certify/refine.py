@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +64,6 @@ class ErrorEstimate:
     corrected_error: float | None = None
     signs: Tree = None
     adjoint_part: float | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """Return what it says as the fields of a `Certificate`."""
-        names = {"value": "error", "kind": "error_kind", "note": "error_note", "lower": "error_lower"}
-        shown = {name: value for name, value in vars(self).items() if name != "adjoint_part"}
-        return {names.get(name, name): value for name, value in shown.items()}
 
 
 def refine(

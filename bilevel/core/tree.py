@@ -90,6 +90,8 @@ def detach(tree: Tree) -> Tree:
 
 def copied(tree: Tree) -> Tree:
     """Return detached copies of the leaves, which share storage with nothing; leaves that are no tensors stay."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -174,8 +176,10 @@ def is_finite(tensor: Tensor) -> bool:
     >>> is_finite(torch.tensor([1.0, float("nan")]))
     False
     """
-    # One kernel and one transfer: the largest magnitude is NaN or infinite where one number is.
-    return math.isfinite(float(torch.linalg.vector_norm(detach(tensor), torch.inf)))
+    tensor = detach(tensor)
+    # One kernel and one transfer: a sum is NaN or infinite where one number is, and else only where it overflows.
+    finite = math.isfinite(tensor if tensor.numel() == 1 else tensor.sum())
+    return finite or math.isfinite(torch.linalg.vector_norm(tensor, torch.inf))
 
 
 def size(tree: Tree) -> int:

@@ -148,9 +148,12 @@ def ends_at_kink(
     the gradient is larger than it was, and with `again`; after short runs only where they are `doubtful`, or evidence
     is asked for. `start` are the params of a cold start.
     """
-    state, residual, steps = solved.state, solved.residual, solved.steps
+    residual, steps = solved.residual, solved.steps
+    if (steps < SHORT and not doubtful) or not steps:
+        return GOOD
+    state = solved.state
     _, tol = solver.limits(tree.leaves(state.params)[0].dtype)
-    if (steps < SHORT and not doubtful) or not steps or (tol is not None and residual <= tol):
+    if tol is not None and residual <= tol:
         return GOOD
     seen: Seen | None = problem.derivatives_seen.get("kinks")
     smooth = seen is not None and seen.verdict.status.ok and residual <= RISEN * seen.residual

@@ -3,14 +3,14 @@
     H(u) x* = -b(u),      H w = cotangent,      u' = -C(x*)' w
 
 One Cholesky factor of H serves both systems. Where H is ``A + s(u) I``, the eigenbasis of A takes its place: it is
-computed once for each problem, of more than 300 parameters when it is solved for the second time, and each u costs a
-few products with Q.
+computed once for each problem, when it is solved for the second time, and each u costs a few products with Q.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
-from bilevel.numerics.dense import EIGENVALUES, FACTORED, check_factored, factored
+from bilevel.numerics.dense import FACTORED, check_factored, factored
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class ClosedForm(HypergradEstimator):
 
     def solve(self, run: Run) -> Solution:
         self.check(run.problem, run.solver, run.hparams)
-        inner, params, solver, problem = run.inner(), run.params, run.solver, run.problem
+        problem = run.problem
         # One factor costs a fraction of the eigenproblem, which pays from the second solve on.
-        once = EIGENVALUES < tree.size(params) <= FACTORED and not (problem.recurring or run.carry.state)
+        problem.recurring |= run.carry.state is not None
+        once, exact = not problem.recurring, problem.exact(run.hparams)
         problem.recurring = True
-        basis = None if once else problem.spectrum()
-        result = _dense(inner, params) if basis is None else _diagonal(inner, basis)
+        if exact is not None:
+            return self._on_host(run, exact, once)
+        inner, params, solver, result = run.inner(), run.params, run.solver, _solved(run, once)
         if isinstance(result, Verdict):
             return Solution(params, solver.cold_state(inner, params), _no_pullback, float("nan"), 0, result)
         residual = float(tree.norm(inner.grad(result.params)))
@@ -66,6 +69,21 @@ class ClosedForm(HypergradEstimator):
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
         state = solver.cold_state(inner, result.params)
         return Solution(result.params, state, result.pullback, residual, 0, verdict, form="closed form")
+
+    def _on_host(self, run: Run, exact: Exact, once: bool) -> Solution:
+        """Return what a closed form of the problem's own has found; other cotangents take the way of tensors."""
+
+        def pullback(cotangent: Tree) -> Pullback:
+            result = _solved(run, once)
+            assert isinstance(result, _Solved)
+            return result.pullback(cotangent)
+
+        for kind, count in exact.counts.items():
+            run.meter.counts[kind] += count
+        pulled = Pullback(exact.hypergradient, exact.adjoint, exact.adjoint_residual)
+        state: Any = lambda: run.solver.cold_state(run.inner(), exact.params)  # noqa: E731
+        outer = (exact.outer_loss, pulled)
+        return Solution(exact.params, state, pullback, exact.residual, 0, outer=outer, form="closed form")
 
     def sweep(self, problem: BilevelProblem, hparams: Tensor) -> Sweep:
         """Return exact outer losses and hypergradients at B hyperparameter vectors, stacked along the first dimension.
@@ -100,6 +118,12 @@ class _Solved:
     params: Tree
     pullback: Callable[[Tree], Pullback]
     limit: float = float("inf")
+
+
+def _solved(run: Run, once: bool) -> _Solved | Verdict:
+    """Solve by tensors: by one factor where that is all, else in the eigenbasis where there is one."""
+    basis = None if once and tree.size(run.params) <= FACTORED else run.problem.spectrum()
+    return _dense(run.inner(), run.params) if basis is None else _diagonal(run.inner(), basis)
 
 
 def _no_pullback(cotangent: Tree) -> Pullback:

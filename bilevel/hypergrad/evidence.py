@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from bilevel.base import Certificate, InnerSolver, Pullback, Solution
 from bilevel.certify import ErrorEstimate, certify_error
@@ -13,6 +14,8 @@ from bilevel.engine.derivatives import check_derivatives
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.kinks import ends_at_kink
 from bilevel.oracles.problem import BilevelProblem
+
+NOT_ASKED = ErrorEstimate(None, "none", "ask with certify=True")
 
 
 def confirmed(estimator: HypergradEstimator, run: Run, solver: InnerSolver, result: Attempt, asked: bool) -> Attempt:
@@ -38,7 +41,7 @@ def judged(
     elif pulled.error is not None and status.ok:
         error = ErrorEstimate(pulled.error, "estimate", pulled.error_note)
     else:
-        error = ErrorEstimate(None, "none", pulled.error_note or "ask with certify=True")
+        error = ErrorEstimate(None, "none", pulled.error_note) if pulled.error_note else NOT_ASKED
     if error.value is not None and status.ok:
         doubt = error_verdict(problem, hparams, params, result.gradient, adjoint, error.value)
         result = replace(result, verdict=result.verdict.worse(doubt))
@@ -58,13 +61,21 @@ def _certified(
 def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index: int | None = None) -> Certificate:
     """Return the evidence of a problem, or of the row `index`."""
     value_error = rows.figure(pulled.value_error, index)
+    measured: Any = lambda: dict((solved.state if index is None else solved.state.row(index)).measured)  # noqa: E731
     return Certificate(
         inner_residual=rows.figure(solved.residual, index),
         adjoint_residual=rows.figure(pulled.residual, index),
         inner_steps=rows.figure(solved.steps, index),
         adjoint_steps=rows.figure(pulled.steps, index),
-        **error.fields(),
+        error=error.value,
+        error_kind=error.kind,
+        error_note=error.note,
+        error_lower=error.lower,
+        components=error.components,
+        corrected=error.corrected,
+        corrected_error=error.corrected_error,
+        signs=error.signs,
         value_error=None if value_error is None else float(value_error),
-        measured=dict((solved.state if index is None else solved.state.row(index)).measured),
+        measured=measured,
         form=solved.form,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -172,8 +172,8 @@ def _estimate(
     solved, pulled, gradient = result.solved, result.pulled, result.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    following = result.carry(solver) if result.verdict.status.usable else carry
-    gradient, x = tree.copied(gradient), tree.copied(solved.params)
+    following: Any = partial(result.carry, solver) if result.verdict.status.usable else carry
+    x = tree.copied(solved.params)
     return Estimate(result.outer_loss, gradient, x, certificate(solved, pulled, error), cost, result.verdict, following)
 
 

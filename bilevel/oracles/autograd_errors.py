@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -93,16 +93,19 @@ def explain(error: BaseException, what: str = "a loss") -> str | None:
     return None
 
 
-@contextmanager
-def explained(what: str = "a loss") -> Iterator[None]:
+class explained(ContextDecorator):
     """Raise what `explain` says of an error that passes through, as a DerivativeError; others pass unchanged."""
-    try:
-        yield
-    except RuntimeError as error:
-        sentence = explain(error, what)
-        if sentence is None:
-            raise
-        raise DerivativeError(sentence) from error
+
+    def __init__(self, what: str = "a loss") -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        sentence = None if error is None else explain(error, self._what)
+        if sentence is not None:
+            raise DerivativeError(sentence) from error
 
 
 def check_second_derivatives(what: str, loss: Tensor) -> None:

@@ -29,7 +29,7 @@ from bilevel.oracles.old_forwards import OldForwards
 from bilevel.oracles.proximal_inner import ProximalInner
 from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
-from bilevel.oracles.structure import QuadraticForm, Structure, declared
+from bilevel.oracles.structure import Exact, QuadraticForm, Structure, declared
 from bilevel.oracles.tracing import TracedInner
 from bilevel.oracles.validation import Reads, check_losses, check_tensors
 
@@ -245,6 +245,13 @@ class BilevelProblem(OldForwards, Losses):
     def has_spectrum(self) -> bool:
         """Whether there is a `spectrum`; override it beside one that takes long."""
         return self.spectrum() is not None
+
+    def exact(self, hparams: Tree) -> Exact | None:
+        """Return solution, hypergradient and evidence by a closed form that is quicker than tensors; default: None.
+
+        A problem returns None, too, where something is to be said of the result: `ClosedForm` then says it.
+        """
+        return None
 
     def quadratic_form(self, hparams: Tree) -> QuadraticForm | None:
         """Return the coefficients of a quadratic inner loss of one tensor, where they are known; None by default."""

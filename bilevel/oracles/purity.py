@@ -41,8 +41,7 @@ def looked_at(problem: Losses, params: Tree, hparams: Tree, together: ranks.Agre
         ValueError: in one sentence, for losses that write into what they are given or refer to, that draw random
             numbers, that depend on what moves from call to call, or that differ between the ranks of a process group.
     """
-    own = not any(problem.functions) and type(problem).__module__.startswith("bilevel.problems.")
-    if problem.purity.known or (own and not ranks.active()):
+    if _is_known(problem):
         yield
         return
     with PROCESS_STATE:
@@ -60,8 +59,15 @@ def looked_at(problem: Losses, params: Tree, hparams: Tree, together: ranks.Agre
         problem.purity.known, problem.purity.first = True, (look.start, look.first)
 
 
+def _is_known(problem: Losses) -> bool:
+    """Whether there is nothing to look at: a problem that has been seen, or one of ours where no ranks compare."""
+    return problem.purity.known or (problem.tested and not ranks.active())
+
+
 def look(problem: Losses, params: Tree, hparams: Tree) -> None:
     """Look at the losses of a problem whose other checks call none; see `looked_at`."""
+    if _is_known(problem):
+        return
     with ranks.agreement(problem) as together, looked_at(problem, params, hparams, together):
         pass
 

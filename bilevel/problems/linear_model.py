@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.core import rows
+from bilevel.core import rows, tree
 from bilevel.core.options import require_value
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import lanczos
@@ -299,13 +299,22 @@ class LinearModelProblem(DataProblem):
         if self.batch is not None:
             batches.check(self, params, hparams)
             return self.check_range(hparams)
-        self.refuse_no_penalty(hparams)
-        check_trees(params, hparams)
-        owner = f"{type(self).__name__}(penalty={self.penalty!r})"
-        for name, value, shape in (("params", params, self.params_shape()), ("hparams", hparams, self.hparams_shape())):
-            check_tensor(name, value, shape, self.train.X, owner, "X_train")
+        given = ("params", params, self.params_shape()), ("hparams", hparams, self.hparams_shape())
+        # The sentences take longer than one look, with which most calls are done.
+        if not all(self._fits(value, shape) for _, value, shape in given):
+            self.refuse_no_penalty(hparams)
+            check_trees(params, hparams)
+            owner = f"{type(self).__name__}(penalty={self.penalty!r})"
+            for name, value, shape in given:
+                check_tensor(name, value, shape, self.train.X, owner, "X_train")
         self.check_range(hparams)
         look(self, params, hparams)  # a subclass may have losses of its own
+
+    def _fits(self, value: Tree, shape: tuple[int, ...]) -> bool:
+        """Whether there is nothing to say of a value that is to have a shape."""
+        like = self.train.X
+        fits = isinstance(value, Tensor) and value.shape == shape
+        return fits and value.dtype == like.dtype and value.device == like.device and tree.is_finite(value)
 
     def refuse_no_penalty(self, hparams: Tree) -> None:
         """Refuse the logarithm of a zero penalty, which has no derivative."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,11 +21,19 @@ from bilevel.oracles import batching as batches
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import QuadraticForm, Structure
+from bilevel.oracles.structure import Exact, QuadraticForm, Structure
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import Squared
+from bilevel.problems.ridge_host import HostRidge, on_host
 from bilevel.problems.splits import Split
+
+ON_HOST = (
+    *("inner_problem", "inner_loss", "outer_loss", "outer_value_and_grads", "gram", "moment", "penalties", "spread"),
+    *("gather", "_shift", "_eigenbasis", "spectrum", "bind", "glm", "predict", "collect"),
+)
+"""What `RidgeProblem.exact` rests on."""
+LARGEST = math.log(sys.float_info.max)
 
 
 class RidgePoint(LinearModelPoint):
@@ -45,11 +54,13 @@ class RidgeInner(LinearModelInner):
 
     linearization = RidgePoint
 
-    def __init__(self, problem: RidgeProblem, hparams: Tree, counts: Counter[str] | None = None) -> None:
-        super().__init__(problem, hparams, counts)
-        self.hessian: Tensor | None = None
-        if problem.on_gram and problem.batch is None:
-            self.hessian = torch.addcmul(problem.gram, self.penalty, problem.identity)
+    @cached_property
+    def hessian(self) -> Tensor | None:
+        """H on the Gram matrix; None where products go through the rows, or there are several problems."""
+        problem = self.problem
+        if not problem.on_gram or problem.batch is not None:
+            return None
+        return torch.addcmul(problem.gram, self.penalty, problem.identity)
 
     def product(self, v: Tensor) -> Tensor:
         """Return ``H v``, not counted."""
@@ -128,6 +139,8 @@ class RidgeProblem(LinearModelProblem):
     task = "regression"
     inner_problem: type[InnerProblem] = RidgeInner
     glm = Squared()
+    solved_on_host = True
+    """Whether small problems on the CPU are solved by arrays."""
     structure = Structure(quadratic=True)
 
     @property
@@ -172,6 +185,26 @@ class RidgeProblem(LinearModelProblem):
         residuals = torch.addmv(y, X.t(), params, beta=-1.0)
         scaled = residuals / self.val.rows
         return 0.5 * torch.dot(residuals, scaled), torch.mv(X, scaled), torch.zeros_like(hparams)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Arrays know nothing of what a subclass does in another way.
+        cls.solved_on_host &= all(getattr(cls, name) is getattr(RidgeProblem, name) for name in ON_HOST)
+
+    @cached_property
+    def _host(self) -> HostRidge | None:
+        return HostRidge.of(self) if self.solved_on_host else None
+
+    def exact(self, hparams: Tensor) -> Exact | None:
+        """Return the result by a Cholesky factor, and in the eigenbasis where one penalty is asked for again."""
+        host = None if self.batch is not None else self._host
+        if host is None or not on_host(hparams):
+            return None
+        if self.penalty != "scalar" or not self.recurring:
+            return host.by_factor(self, hparams)
+        log, u = self.parametrization == "log", hparams.item()
+        penalty = u if not log else math.exp(u) if u < LARGEST else math.inf
+        return host.in_eigenbasis(self._eigenbasis, penalty, penalty if log else 1.0)
 
     def quadratic_form(self, hparams: Tensor) -> QuadraticForm:
         u, shape = hparams.detach(), self.params_shape()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.core import tree
 from bilevel.data.sources import Array
 from bilevel.oracles.batching import stacked_trees
 from bilevel.problems.tables import column_names, features, first_not_finite, targets
@@ -44,7 +45,7 @@ class Split:
         X = X if dtype is None else X.to(dtype)
         y = y.to(X.dtype) if y.is_floating_point() else y
         for what, values in ((f"X_{name}", X), (f"y_{name}", y)):
-            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            if values.is_floating_point() and not tree.is_finite(values):
                 where = first_not_finite(values, columns)
                 raise ValueError(f"{what} holds NaN or infinite values {where}: drop or fill those rows first.")
         self.name = name
