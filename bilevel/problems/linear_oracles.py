@@ -179,12 +179,14 @@ class LinearModelPoint(PenalisedPoint):
         """Return the inverse of ``c X' D X + diag(pen)``, for up to 2,000 weights, in float32; else the identity.
 
         What is kept is ``c X' D X`` at some earlier params; the present penalties are added before it is factored.
-        Unless it is to last, nothing is measured that costs more than the products that it would save.
+        Unless it is to last, nothing is measured that costs more than the products that it would save. With fewer than
+        half as many rows as weights the data Hessian has few directions, which CG finds sooner than a factor is there.
         """
-        if self.inner.problem.batch is not None:
+        problem = self.inner.problem
+        if problem.batch is not None or (problem.outputs is None and 2 * problem.train.rows < self.params.numel()):
             return Preconditioner()
         rough = cache is None or "inverse" in cache
-        if rough and (self.params.numel() > PRECONDITIONER or not (lasting or self.inner.problem.outputs is None)):
+        if rough and (self.params.numel() > PRECONDITIONER or not (lasting or problem.outputs is None)):
             return self._rough(cache)
         cache = None if rough else cache
         if cache is None:
