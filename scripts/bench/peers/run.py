@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import report
 from conduct import Limits, conduct
+from contest import Problem
 from machine import describe, versions
 
 MODULES = {
@@ -38,18 +41,30 @@ MODULES = {
 ROOT = Path(__file__).parents[3]
 
 
+def problems() -> dict[tuple[str, str], Problem]:
+    """Return all problems, by the key of their module and their own."""
+    loaded = {key: importlib.import_module(name).PROBLEMS for key, name in MODULES.items()}
+    return {(key, problem.key): problem for key, of_module in loaded.items() for problem in of_module}
+
+
+def chosen_from(keys: Sequence[str]) -> str:
+    """Return what `--only` says of itself."""
+    return f"the problems to run: {', '.join(dict.fromkeys(keys))}"
+
+
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller problems and fewer rounds: two minutes")
-    parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES), help="the problems to run")
+    keys = [*MODULES, *(problem.key for problem in problems().values())]
+    parser.add_argument("--only", nargs="+", metavar="KEY", choices=keys, default=list(MODULES), help=chosen_from(keys))
     parser.add_argument("--task", nargs="+", default=["*"], help="their tasks to run; * as in file names")
     parser.add_argument("--who", nargs="+", default=["*"], help="the contestants to run; the rows of others are kept")
     parser.add_argument("--seed", type=int, default=0, help="of data and splits")
     parser.add_argument("--threads", type=int, default=1, help="cores and threads of each contestant")
-    parser.add_argument("--rounds", type=int, default=None, help="most rounds (9; quick 3)")
-    parser.add_argument("--seconds", type=float, default=None, help="of timing for each task (20; quick 0.5)")
-    parser.add_argument("--timeout", type=float, default=None, help="seconds for one call (240; quick 60)")
+    parser.add_argument("--rounds", type=int, default=None, help="most rounds (7; quick 3)")
+    parser.add_argument("--seconds", type=float, default=None, help="of timing for each task (5; quick 0.5)")
+    parser.add_argument("--timeout", type=float, default=None, help="seconds for one call (600; quick 60)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file, with its page beside it")
     parser.add_argument("--table", action="store_true", help="only write the table and the figures again")
     return parser.parse_args()
@@ -69,23 +84,25 @@ def main() -> int:
             size="quick" if quick else "full",
             seed=options.seed,
             threads=min(options.threads, len(os.sched_getaffinity(0))),
-            rounds=options.rounds or (3 if quick else 9),
-            seconds=options.seconds or (0.5 if quick else 20.0),
+            rounds=options.rounds or (3 if quick else 7),
+            seconds=options.seconds or (0.5 if quick else 5.0),
             once=10.0 if quick else 20.0,
-            timeout=options.timeout or (60.0 if quick else 240.0),
+            timeout=options.timeout or (60.0 if quick else 600.0),
             logs=work / "logs",
             tasks=options.task,
             who=options.who,
         )
         known = versions()
-        for key in options.only:
-            module = MODULES[key]
-            for problem in importlib.import_module(module).PROBLEMS:
-                print(f"\n{problem.title}", flush=True)
-                before = describe(limits.threads)
-                rows = conduct(module, problem, limits, work / "references", say=lambda line: print(line, flush=True))
-                report.store(results, problem, rows, limits, before, known)
-                report.save(out, results)
+        for (key, own), problem in problems().items():
+            if key not in options.only and own not in options.only:
+                continue
+            print(f"\n{problem.title}", flush=True)
+            before, say = describe(limits.threads), partial(print, flush=True)
+            rows = conduct(MODULES[key], problem, limits, work / "references", say=say)
+            report.store(results, problem, rows, limits, before, known)
+            report.save(out, results)
+    order = [own for _, own in problems()]
+    results["contests"] = dict(sorted(results["contests"].items(), key=lambda item: order.index(item[1]["key"])))
     report.write(out, page, results)
     print(f"\nwrote {out} and {page}")
     return 0
