@@ -133,6 +133,30 @@ def test_results_survive_a_file_and_the_page_shows_every_row(modules, toy):
     assert "Not here: shy peer: does not add." in page
 
 
+def test_some_rows_are_measured_again_and_the_others_stay(modules, toy):
+    rows, results, _ = toy
+    results = json.loads(json.dumps(results))
+    (problem,) = modules["toy"].PROBLEMS
+    limits = modules["conduct"].Limits(size="quick", tasks=("add",), who=("slow*",))
+    again = rows["slow peer", "add"] | {"cpu": 7.0}
+    machine = {"date": "E"}
+    modules["report"].store(results, problem, [again], limits, machine, {})
+    contest = results["contests"]["toy, 1 thread"]
+    assert [row["name"] for row in contest["rows"]] == [name for name, _ in rows]
+    assert [row.get("again") for row in contest["rows"] if row["cpu" if "cpu" in row else "name"] == 7.0] == ["E"]
+    assert contest["machine"]["date"] == "D"
+
+
+def test_a_time_that_is_asked_is_what_the_entry_needs_more_than_the_best_rival(modules):
+    asked = modules["contest"].Asked("t", ["ours"], ["peer"], at_most=1.5)
+    row = {"task": "t", "status": "ok", "error": 0.0, "first_cpu": 9.0}
+    ours, peer = row | {"name": "ours", "ours": True, "cpu": 3.0}, row | {"name": "peer", "ours": False, "cpu": 2.0}
+    judge = modules["report"].judge
+    assert (judge(asked, [ours, peer])["measured"], judge(asked, [ours, peer])["verdict"]) == (1.0, "reached")
+    alone = modules["contest"].Asked("t", ["ours"], [], measure="first_cpu", at_most=8.0)
+    assert (judge(alone, [ours, peer])["measured"], judge(alone, [ours, peer])["verdict"]) == (9.0, "missed")
+
+
 def test_a_reference_is_computed_once(modules, toy):
     _, _, folder = toy
     (problem,) = modules["toy"].PROBLEMS
