@@ -20,6 +20,18 @@ TYPES: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float3
 """What `validate_data` lets through, of every estimator."""
 
 
+SIMPLE = (bool, int, float, str, type(None))
+"""Types of parameters that nobody can change in place."""
+CHECKED: set[tuple[Any, ...]] = set()
+"""Keys of parameters that are valid."""
+
+
+def key_of(owner: type[Any], values: list[Any]) -> tuple[Any, ...] | None:
+    """Return what names the simple parameters of a class; None where one of them may change in place."""
+    kinds = [type(each) for each in values]
+    return (owner, *kinds, *values) if all(kind in SIMPLE for kind in kinds) else None
+
+
 def check_scorer(owner: str, scoring: Any) -> None:
     """Refuse a name that is no scorer of scikit-learn.
 

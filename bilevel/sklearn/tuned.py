@@ -20,19 +20,12 @@ from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor
 
 from bilevel.core.status import BilevelWarning
-from bilevel.criteria import (
-    Criterion,
-    Evidence,
-    Fit,
-    LinearData,
-    Penalties,
-    choose_criterion,
-)
+from bilevel.criteria import Criterion, Evidence, Fit, LinearData, Penalties, choose_criterion
 from bilevel.criteria.choose import KINDS, standardizes
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, Selected, penalty_cv
 from bilevel.sklearn.displays import PenaltiesDisplay, TuningPathDisplay
-from bilevel.sklearn.inputs import AS_THEY_ARE, check_scorer, on_device
+from bilevel.sklearn.inputs import AS_THEY_ARE, CHECKED, check_scorer, key_of, on_device
 from bilevel.sklearn.report import TuningReport, losses_of, shown, summary_of
 from bilevel.sklearn.splits import Folds, penalties_of
 
@@ -85,11 +78,14 @@ class TunedLinearModel:
     tuning_report_: TuningReport
 
     def _validate_params(self) -> None:
-        """Check parameters as scikit-learn does.
+        """Check parameters as scikit-learn does, which takes longer than a small fit: simple values once.
 
         Raises:
             ValueError: for a scorer as the criterion.
         """
+        key = key_of(type(self), [vars(self).get(name) for name in self._parameter_constraints])
+        if key in CHECKED:
+            return
         check_scorer(type(self).__name__, getattr(self, "scoring", None))
         scorer = isinstance(self.criterion, str) and self.criterion in get_scorer_names()
         if scorer or callable(self.criterion):
@@ -98,6 +94,8 @@ class TunedLinearModel:
                 f"scoring, by which the outer loop then chooses, and leave criterion 'auto'."
             )
         super()._validate_params()  # type: ignore[misc]
+        if key and len(CHECKED) < 1000:
+            CHECKED.add(key)
 
     def _routed(
         self, sample_weight: NDArray[np.float64] | None, params: dict[str, Any]
@@ -124,6 +122,8 @@ class TunedLinearModel:
         Raises:
             ValueError: for weights that are negative, or all zero.
         """
+        if sample_weight is None:
+            return np.ones(X.shape[0])
         weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         if not weights.any():
             raise ValueError("Sample weights must contain at least one non-zero number, got only zeros.")

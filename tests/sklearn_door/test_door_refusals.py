@@ -245,3 +245,12 @@ def test_folds_without_a_score_are_warned_of():
         model = LogisticRegressionCV(criterion="alo", scoring="roc_auc", cv=cv).fit(X[:, :2], LABELS)
     assert isinstance(model.C_, float)
     assert "One penalty is kept: roc_auc is not finite on all held-out folds." in str(model.tuning_report_)
+
+
+def test_parameters_that_were_valid_once_are_checked_anew_where_they_differ() -> None:
+    X, y = np.random.default_rng(0).standard_normal((20, 2)), np.arange(20.0)
+    model = RidgeCV(penalty_structure="scalar", tol=1.0).fit(X, y)
+    assert model.fit(X, y).tol == 1.0
+    for name, bad in (("tol", -1.0), ("max_iter", 0), ("fit_intercept", 1), ("alphas", [-1.0])):
+        with pytest.raises(ValueError, match=name):
+            RidgeCV(penalty_structure="scalar", tol=1.0).set_params(**{name: bad}).fit(X, y)
