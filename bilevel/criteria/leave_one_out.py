@@ -11,9 +11,11 @@ from torch import Tensor
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
-from bilevel.numerics.small import array, cholesky, half_solve, inverse, row_dots, solve, tensor, to_numpy
+from bilevel.numerics.small import array, cholesky, eigh, half_solve, inverse, row_dots, solve, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss, Squared
 
+EVEN = 0.1
+"""The least root of a weight, as a part of the largest, that eigenvectors are divided by."""
 LEAST = 1e-12
 """One minus a leverage is at least this: a row that decides its prediction alone has no leave-one-out error."""
 
@@ -131,18 +133,19 @@ class RidgeLeaveOneOut(Criterion):
         """The eigenbasis of X'SX or, with more columns than rows, of XX'."""
         data, s, y = self.data, self.data.weights, self.y - self.mean
         if data.features <= data.rows:
-            values, Q = torch.linalg.eigh(data.gram(s) if data.sparse else tensor(self._gram[0]))
+            values, Q = eigh(data.gram(s) if data.sparse else tensor(self._gram[0]))
             B = data.product(Q.T).T.contiguous()
             return _made(B, values.clamp_min(0.0), B.T @ (y * s).T, Q)
         root = s.sqrt()
         kernel = data.row_gram()
-        values, Q = torch.linalg.eigh(kernel * root[:, None] * root)
+        values, Q = eigh(kernel * root[:, None] * root)
         size = values.clamp_min(0.0).sqrt()
-        # Weights may be zero: B = K S^(1/2) Q / size needs no division by them.
         kept = size > 1e-8 * size[-1]
         values, size, Q = values[kept], size[kept], Q[:, kept]
         turned = root[:, None] * Q / size
-        return _made(kernel @ turned, values, size[:, None] * (Q.T @ (root * y).T), turned)
+        # B = K S^(1/2) Q / size needs no division by weights, which may be zero.
+        B = Q * size / root[:, None] if bool(root.min() > EVEN * root.max()) else kernel @ turned
+        return _made(B, values, size[:, None] * (Q.T @ (root * y).T), turned)
 
     def _from_basis(self, shrunk: Tensor) -> Tensor:
         """Return the standardised coefficients, (targets, features), of ``c / (g + a)``, (r, targets)."""

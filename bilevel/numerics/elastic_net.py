@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel.numerics.small import cholesky, solve
+from bilevel.numerics.small import cholesky, half_solve, solve
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -29,6 +29,10 @@ MOST = 50
 """Coordinates that a sweep takes up at most, or as many as there are in the support."""
 SLACK = 1e-11
 """Share of the largest moment by which a coordinate outside the support may violate its condition."""
+BORDER = 8
+"""A factor serves for supports that differ from its own by one part in so many, ..."""
+SINGULAR = 1e-6
+"""... if no pivot is below this part of the diagonal."""
 
 
 class GramColumns:
@@ -37,10 +41,15 @@ class GramColumns:
     Args:
         diagonal: of shape (p,).
         form: from indices (k,) to the columns, as rows of shape (k, p).
+        multiply: from a vector (p,) to its product, where that is quicker than by columns.
     """
 
-    def __init__(self, diagonal: Array, form: Callable[[Index], Array]) -> None:
-        self._diagonal, self._form = diagonal, form
+    def __init__(
+        self, diagonal: Array, form: Callable[[Index], Array], multiply: Callable[[Array], Array] | None = None
+    ) -> None:
+        self._diagonal, self._form, self._multiply = diagonal, form, multiply
+        self._base: _Bordered | None = None
+        self.bordered = False  # whether the last solution is by the factor of another support
         self._place = np.full(len(diagonal), -1)
         self._rows, self._count = np.empty((0, len(diagonal))), 0
 
@@ -59,10 +68,31 @@ class GramColumns:
 
     def product(self, index: Index, values: Array) -> Array:
         """Return the combination of the columns of indices, (p,)."""
+        if self._multiply is not None:
+            whole = np.zeros(len(self._diagonal))
+            whole[index] = values
+            return self._multiply(whole)
         places = self._places(index)
         every = np.zeros(self._count)
         every[places] = values
         return every @ self._rows[: self._count]
+
+    def solve(self, support: Index, l2: Array, right: Array, anew: bool = False) -> Array:
+        """Return ``(G + l2)_SS^-1 right``, by the factor of a support near by where one serves.
+
+        Args:
+            support: S, increasing indices (k,).
+            l2: of shape (p,).
+            right: of shape (k,).
+            anew: whether none is to serve.
+        """
+        base = None if anew else self._base
+        found = None if base is None else base.solve(self, support, l2, right)
+        self.bordered = found is not None
+        if found is None:
+            self._base = _Bordered(support, l2[support], cholesky(self.block(support), l2[support]))
+            found = np.asarray(solve(self._base.L, right))
+        return found
 
     def _places(self, index: Index) -> Index:
         """Return where the columns are kept; those that are not known are formed."""
@@ -77,6 +107,55 @@ class GramColumns:
             self._place[unknown] = np.arange(self._count, count)
             self._count = count
         return self._place[index]
+
+
+class _Bordered:
+    """The factor of a support B, and what supports near by add to it.
+
+    Args:
+        support: B, (k,), increasing.
+        l2: added to the diagonal, (k,).
+        L: the factor.
+    """
+
+    def __init__(self, support: Index, l2: Array, L: Array) -> None:
+        self.support, self.l2, self.L = support, l2, L
+        self.serves = bool(L.diagonal().min() ** 2 > SINGULAR * L.diagonal().max() ** 2)
+        self._columns: dict[int, Array] = {}
+
+    def solve(self, gram: GramColumns, support: Index, l2: Array, right: Array) -> Array | None:
+        """Return the solution on another support; None where the factor does not serve for that.
+
+        Coordinates that are new border the matrix; those that have left are held at zero by multipliers.
+        """
+        base, count = self.support, len(self.support)
+        stays, new = np.isin(base, support), np.isin(support, base, invert=True)
+        added, border = support[new], np.concatenate([support[new], base[~stays]])
+        if not self.serves or BORDER * len(border) > count or not np.array_equal(self.l2, l2[base]):
+            return None
+        unknown = np.array([each for each in border if each not in self._columns], dtype=np.intp)
+        if len(unknown):
+            ours, sides = np.isin(unknown, base), np.zeros((count, len(unknown)))
+            sides[:, ~ours] = gram[unknown[~ours]][:, base].T
+            sides[np.searchsorted(base, unknown[ours]), np.flatnonzero(ours)] = 1.0
+            self._columns.update(zip(unknown.tolist(), half_solve(self.L, sides).T, strict=True))
+        W = np.array([self._columns[each] for each in border]).reshape(-1, count)
+        corner = np.zeros((len(border), len(border)))
+        size = len(added)
+        corner[:size, :size] = gram.block(added)
+        corner.reshape(-1)[: size * len(border) : len(border) + 1] += l2[added]
+        scale = float(corner.diagonal()[:size].max(initial=0.0))
+        corner -= W @ W.T
+        if size and not cholesky(corner[:size, :size], 0.0).diagonal().min() ** 2 > SINGULAR * scale:
+            return None
+        side, last = np.zeros(count), np.zeros(len(border))
+        side[stays], last[:size] = right[~new], right[new]
+        side = half_solve(self.L, side[:, None])[:, 0]
+        last = np.linalg.solve(corner, last - W @ side)
+        side = half_solve(self.L, (side - last @ W)[:, None], transposed=True)[:, 0]
+        found = np.empty(len(support))
+        found[~new], found[new] = side[stays], last[:size]
+        return found
 
 
 class Solution(NamedTuple):
@@ -128,6 +207,12 @@ def solution(
     for count in range(1, rounds + 1):
         w, support = _on_support(gram, moment, l1, l2, w)
         correlation = moment - _product(gram, support, w[support])
+        if isinstance(gram, GramColumns) and gram.bordered:
+            here = w[support]
+            left = correlation[support] - l1[support] * np.sign(here) - l2[support] * here
+            if np.abs(left).max(initial=0.0) > tolerance:
+                w, support = _on_support(gram, moment, l1, l2, w, anew=True)
+                correlation = moment - _product(gram, support, w[support])
         excess = (correlation if positive else np.abs(correlation)) - l1
         excess[support] = -np.inf
         violators = np.flatnonzero((excess > tolerance) & (diagonal > 0))
@@ -150,7 +235,9 @@ def _product(gram: Array | GramColumns, support: Index, values: Array) -> Array:
     return values @ gram[support]
 
 
-def _on_support(gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, w: Array) -> tuple[Array, Index]:
+def _on_support(
+    gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, w: Array, anew: bool = False
+) -> tuple[Array, Index]:
     """Go to the solution on the support of w, without the coordinates whose signs change on the way."""
     support = np.flatnonzero(w)
     while len(support):
@@ -158,17 +245,21 @@ def _on_support(gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, 
         signs = np.sign(here)
         # Along the null space of a singular matrix, whose factor is that of a little more, the solution is far away in
         # the direction of descent: there the first sign changes.
-        block = gram.block(support) if isinstance(gram, GramColumns) else gram[support][:, support]
         right = moment[support] - l1[support] * signs
-        target: Array = solve(cholesky(block, l2[support]), right)
+        if isinstance(gram, GramColumns):
+            target = gram.solve(support, l2, right, anew)
+        else:
+            block = gram[support][:, support]
+            target = solve(cholesky(block, l2[support]), right)
         wrong = target * signs <= 0
         if not wrong.any():
             w[support] = target
             break
         moved = np.where(wrong, 0.0, target)
-        step = moved - here
+        step, middle = moved - here, 0.5 * (here + moved)
         # No sign changes, so that the objective is a quadratic between here and there.
-        if step @ (block @ (here + 0.5 * step) + l2[support] * (here + 0.5 * step) - right) >= 0:
+        by = gram.product(support, middle)[support] if isinstance(gram, GramColumns) else block @ middle
+        if step @ (by + l2[support] * middle - right) >= 0:
             steps = here[wrong] / (here[wrong] - target[wrong])
             first = steps.min()
             moved = here + first * (target - here)

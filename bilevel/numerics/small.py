@@ -117,6 +117,15 @@ def inverse(L: Any) -> Any:
     return full
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a symmetric matrix, increasing, and its eigenvectors as columns."""
+    if matrix.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    found = np.linalg.eigh(array(matrix))
+    return tensor(found.eigenvalues), tensor(found.eigenvectors)
+
+
 def weighted_gram(X: Any, d: Any) -> Any:
     """Return ``X' diag(d) X``, (..., p, p), for d of shape (..., rows); of arrays for d of shape (rows,)."""
     if not isinstance(X, Tensor):

@@ -208,7 +208,12 @@ class Net:
                 found[at] = _array(data.gram(d[one, :, None], torch.from_numpy(feature[at]))).swapaxes(0, 1)
             return found.reshape(-1, size) - cross.T[index] @ lines
 
-        return GramColumns(_array(data.squares(d.diagonal().T)).ravel() - (cross * lines).sum(0), form)
+        def multiply(w: Array) -> Array:
+            product = data.product(torch.from_numpy(w).to(d))
+            return _array(data.collect(d[0, 0] * product)) - cross[0] * float(lines[0] @ w)
+
+        diagonal = _array(data.squares(d.diagonal().T)).ravel() - (cross * lines).sum(0)
+        return GramColumns(diagonal, form, multiply if data.sparse and count == 1 else None)
 
     def _predictions(self, w: Array, b: Array) -> Tensor:
         like = self.data.scale

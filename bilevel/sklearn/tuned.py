@@ -52,6 +52,7 @@ class TunedLinearModel:
         "verbose": ["verbose"],
         "warm_start": ["boolean"],
     }
+    _parameter_constraints: ClassVar[dict[str, Any]]
     _loss_name: ClassVar[str]
     _loss_factor: ClassVar[float] = 1.0
     """What a loss of `bilevel.criteria` is multiplied by to be the one that is shown."""

@@ -74,3 +74,41 @@ def test_too_few_rounds_are_said() -> None:
     found = solution(gram, moment, few, 0.0 * few, 0.0 * few, rounds=1)
     assert (found.rounds, found.converged) == (1, False)
     assert solution(gram, moment, few, 0.0 * few, 0.0 * few).rounds > 1
+
+
+@pytest.mark.parametrize("sides", ["columns", "products"])
+def test_the_factor_of_a_support_serves_for_those_near_by(sides: str) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((120, 80))
+    X[:, 79] = X[:, 3]
+    gram, l2, formed = X.T @ X, np.full(80, 0.3), []
+    columns = GramColumns(
+        gram.diagonal(),
+        lambda index: formed.append(index) or gram[index],  # type: ignore[func-returns-value]
+        None if sides == "columns" else lambda w: X.T @ (X @ w),
+    )
+    support, served = np.arange(0, 64), []
+    for step in range(12):
+        right = rng.standard_normal(len(support))
+        found = columns.solve(support, l2, right)
+        served.append(columns.bordered)
+        block = gram[np.ix_(support, support)] + 0.3 * np.eye(len(support))
+        np.testing.assert_allclose(found, np.linalg.solve(block, right), rtol=1e-9, atol=1e-12)
+        w = rng.standard_normal(len(support))
+        np.testing.assert_allclose(columns.product(support, w), gram[:, support] @ w, rtol=1e-9, atol=1e-9)
+        away = rng.choice(support, 1 + step % 2, replace=False)
+        come = rng.choice(np.setdiff1d(np.arange(80), support), 1 + step % 3, replace=False)
+        support = np.sort(np.concatenate([np.setdiff1d(support, away), come]))
+    assert served[0] is False
+    assert sum(served) >= 6
+    assert len(np.unique(np.concatenate(formed))) == sum(len(each) for each in formed)  # none twice
+    # Of a column that is there already, the factor of no support says enough; nor does it with other penalties.
+    columns = GramColumns(gram.diagonal(), lambda index: gram[index])
+    columns.solve(np.arange(64), 0.0 * l2, np.ones(64))
+    columns.solve(np.append(np.arange(64), 79), 0.0 * l2, np.ones(65))
+    assert not columns.bordered
+    columns.solve(np.arange(64), 0.0 * l2, np.ones(64), anew=True)
+    columns.solve(np.arange(63), 0.0 * l2, np.ones(63))
+    assert columns.bordered
+    columns.solve(np.arange(63), l2, np.ones(63))
+    assert not columns.bordered

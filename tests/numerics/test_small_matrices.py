@@ -28,6 +28,8 @@ def test_arrays_and_tensors_give_what_the_inverse_does(make) -> None:
         expected = X.T @ np.diag(d) @ X
         np.testing.assert_allclose(small.to_numpy(small.weighted_gram(make(X), make(d))), expected, atol=1e-12)
     assert small.array(small.tensor(make(a))) is not None
+    values, vectors = small.eigh(torch.from_numpy(gram))
+    np.testing.assert_allclose((vectors * values) @ vectors.T, gram, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
