@@ -176,7 +176,7 @@ def test_cs_keep_their_order_and_digits_with_l1_ratios():
 def test_max_iter_has_its_say_with_l1_ratios():
     options = {"penalty": "l1", "Cs": [1.0], "penalty_structure": "scalar"}
     with pytest.warns(ConvergenceWarning, match="max_iter=1"):
-        LogisticRegressionCV(max_iter=1, **options).fit(X, y > 0)
+        LogisticRegressionCV(max_iter=1, tol=1e-12, **options).fit(X, y > 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LogisticRegressionCV(**options).fit(X, y > 0)
