@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -27,13 +28,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit that is measured, with a sign where files differ from it; empty outside a git checkout."""
-    command = ["git", "describe", "--always", "--exclude=*", "--dirty"]
+    """Return the commit that is measured, with a sign where the code differs from it; empty outside a git checkout."""
+    root = Path(__file__).parents[3]
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
     try:
-        run = subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=False)
+        changed = git("status", "--porcelain", "--", "bilevel", "scripts/bench/peers")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except OSError:
         return ""
-    return run.stdout.strip()
 
 
 def processor() -> str:
