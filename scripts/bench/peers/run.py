@@ -86,7 +86,7 @@ def main() -> int:
             threads=min(options.threads, len(os.sched_getaffinity(0))),
             rounds=options.rounds or (3 if quick else 7),
             seconds=options.seconds or (0.5 if quick else 5.0),
-            once=10.0 if quick else 20.0,
+            once=8.0,
             timeout=options.timeout or (60.0 if quick else 600.0),
             logs=work / "logs",
             tasks=options.task,
