@@ -23,6 +23,8 @@ from typing import Any
 from contest import Contestant, Problem
 
 CHILD = Path(__file__).with_name("child.py")
+PREPARATION = 60.0
+"""Seconds that imports and conversions may take at least: they are outside the clocks."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def conduct(module: str, problem: Problem, limits: Limits, folder: Path, say: An
     players = {c.name: Player(module, problem.key, c.name, limits) for c in chosen}
     rows = []
     try:
-        prepared = {name: player.ask("prepare") for name, player in players.items()}
+        prepared = {name: player.ask("prepare", timeout=PREPARATION) for name, player in players.items()}
         # A quick run has fewer points of a growth curve.
         for task in (task for task in problem.tasks if task in truth and fits(task, limits.tasks)):
             entrants = [c for c in chosen if task in ((prepared[c.name] or {}).get("tasks", [task]))]
