@@ -49,7 +49,7 @@ class Contestant:
         name: name in the tables.
         prepare: data -> {task: call}. Imports, compilation-free set-up and conversion of the data happen here, outside
             the clocks; a task that is missing is not run.
-        package: distribution whose version is reported.
+        package: distribution whose version is reported; empty for what is no peer and stands beside.
         note: a remark for the table.
         compiles: key of the task whose first call compiles, or "*": however long, it never stands for a warm call.
     """

@@ -95,7 +95,7 @@ PROBLEMS = [
         },
         contestants=[
             Contestant(OURS, _ours, "bilevel"),
-            Contestant(ADAM, _torch, "torch"),
+            Contestant(ADAM, _torch),
             Contestant(BARE, _python),
         ],
         asked=[

@@ -211,7 +211,7 @@ def wins_of_peers(contests: Mapping[str, Any]) -> list[str]:
         for task, about in contest["tasks"].items():
             right = [row for row in contest["rows"] if row["task"] == task and row["status"] == "ok"]
             ours = min((r for r in right if r["ours"]), key=lambda r: r["cpu"], default=None)
-            peers = (r for r in right if not r["ours"] and not r["name"].startswith("bilevel "))
+            peers = (r for r in right if not r["ours"] and r["package"])
             peer = min(peers, key=lambda r: r["cpu"], default=None)
             if peer is None or (ours is not None and ours["cpu"] <= peer["cpu"]):
                 continue
