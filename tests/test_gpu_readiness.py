@@ -57,10 +57,11 @@ def hypergradient(
     make: Callable[[Any], cases.Placed] = cases.quadratic,
     step_size: float = 0.05,
 ) -> tuple[Log, bl.Estimate]:
-    """What every call asks for but the first one, which looks once at what a problem object is made of."""
+    """What a later call asks for: the first looks at what a problem is made of, the second at its spectrum."""
     with accelerator():
         placed, solver = make(DEVICE), bl.GradientDescent(step_size, steps=steps)
-        bl.hypergradient(placed.problem, solver, estimator, placed.hparams)
+        for _ in range(2):
+            bl.hypergradient(placed.problem, solver, estimator, placed.hparams)
     with accelerator() as log:
         estimate = bl.hypergradient(placed.problem, solver, estimator, placed.hparams, check=False)
     return log, estimate

@@ -5,6 +5,7 @@ The breaks themselves take half an hour: ``python scripts/mutation.py``.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_breaks_are_killed_survive_or_no_longer_fit(mutation: Any, tmp_path: Pat
     assert outcomes == {"wrong": "killed", "equal": "survived", "gone": "error", "endless": "killed"}
     assert "test_it_doubles" in found["wrong"].reason
     assert found["gone"].reason == "its text occurs 0 times in small.py"
-    assert found["endless"].reason == "no end after 1 s"
+    assert re.fullmatch(r"no end after \d+ s", found["endless"].reason)
     assert (tmp_path / "small.py").read_text() == CODE
     assert list(mutation.failing_without_a_break([*found.values()], tmp_path)) == []
     assert mutation.report([found["wrong"]]) == 0
