@@ -156,6 +156,11 @@ class InnerSolver(ABC):
         return type(self).__name__
 
     @property
+    def dense_newton(self) -> bool:
+        """Whether dense Newton steps to the tolerance may stand for its own where they are quicker; default: no."""
+        return False
+
+    @property
     def follows_coefficients(self) -> bool:
         """Whether its steps are those of a linear multistep solver's `coefficients`, so that others may take them."""
         return False

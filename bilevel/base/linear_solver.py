@@ -98,6 +98,11 @@ class LinearSolver(ABC):
     rowwise: ClassVar[bool] = False
     """Whether `solve_flat` takes systems whose right-hand side has the shape (rows, size), each row a system."""
 
+    @property
+    def dense_factor(self) -> bool:
+        """Whether a dense factor may stand for it, where there is one, since the residual is all; default: no."""
+        return False
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if vars(cls).get("needs_symmetry"):  # for one release

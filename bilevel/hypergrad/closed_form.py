@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
+from bilevel.hypergrad.on_host import solution_of
 from bilevel.numerics.dense import FACTORED, check_factored, factored
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ClosedForm(HypergradEstimator):
         once, exact = not problem.recurring, problem.exact(run.hparams)
         problem.recurring = True
         if exact is not None:
-            return self._on_host(run, exact, once)
+            return solution_of(exact, run, partial(_pulled_back, run, once), "closed form")
         inner, params, solver, result = run.inner(), run.params, run.solver, _solved(run, once)
         if isinstance(result, Verdict):
             return Solution(params, solver.cold_state(inner, params), _no_pullback, float("nan"), 0, result)
@@ -69,21 +69,6 @@ class ClosedForm(HypergradEstimator):
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
         state = solver.cold_state(inner, result.params)
         return Solution(result.params, state, result.pullback, residual, 0, verdict, form="closed form")
-
-    def _on_host(self, run: Run, exact: Exact, once: bool) -> Solution:
-        """Return what a closed form of the problem's own has found; other cotangents take the way of tensors."""
-
-        def pullback(cotangent: Tree) -> Pullback:
-            result = _solved(run, once)
-            assert isinstance(result, _Solved)
-            return result.pullback(cotangent)
-
-        for kind, count in exact.counts.items():
-            run.meter.counts[kind] += count
-        pulled = Pullback(exact.hypergradient, exact.adjoint, exact.adjoint_residual)
-        state: Any = lambda: run.solver.cold_state(run.inner(), exact.params)  # noqa: E731
-        outer = (exact.outer_loss, pulled)
-        return Solution(exact.params, state, pullback, exact.residual, 0, outer=outer, form="closed form")
 
     def sweep(self, problem: BilevelProblem, hparams: Tensor) -> Sweep:
         """Return exact outer losses and hypergradients at B hyperparameter vectors, stacked along the first dimension.
@@ -124,6 +109,13 @@ def _solved(run: Run, once: bool) -> _Solved | Verdict:
     """Solve by tensors: by one factor where that is all, else in the eigenbasis where there is one."""
     basis = None if once and tree.size(run.params) <= FACTORED else run.problem.spectrum()
     return _dense(run.inner(), run.params) if basis is None else _diagonal(run.inner(), basis)
+
+
+def _pulled_back(run: Run, once: bool, cotangent: Tree) -> Pullback:
+    """Solve by tensors, and pull a cotangent back."""
+    result = _solved(run, once)
+    assert isinstance(result, _Solved)
+    return result.pullback(cotangent)
 
 
 def _no_pullback(cotangent: Tree) -> Pullback:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -46,6 +47,10 @@ class Newton(InnerSolver):
 
     default_max_steps = 100
     traits = Traits(superlinear=True)
+
+    @cached_property
+    def dense_newton(self) -> bool:
+        return self == Newton(tol=self.tol)  # of no subclass, and with no option of its own
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step; at the rounding floor, where no step helps, stay."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class QuasiNewton(InnerSolver):
       of the day are added before it is factored. It is measured anew where the gradient norm falls too slowly. A first
       solve of softmax regression, for which that does not pay yet, takes Newton steps by CG (Dembo & Steihaug 1983),
       preconditioned by the class blocks of the Hessian at zero weights, and so do larger models.
+    - With default options, `Implicit` takes dense Newton steps in its place where a problem knows them to be quicker.
     - Any other problem has ``B = (y'y / s'y) I``: this is then L-BFGS (Nocedal 1980), for smooth losses.
 
     An outer loop hands the curvature on, and Implicit uses it to precondition CG. It is out of date by design: that
@@ -55,6 +57,10 @@ class QuasiNewton(InnerSolver):
     default_max_steps = 2_000
     # The pairs and the kept curvature are no differentiable function of the state.
     traits = Traits(differentiable=False, superlinear=True)
+
+    @cached_property
+    def dense_newton(self) -> bool:
+        return self == QuasiNewton(tol=self.tol)  # of no subclass, and with no option of its own
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Return the state at the same iterate with the curvature; problems that can, measure it now to last."""

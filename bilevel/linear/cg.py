@@ -49,6 +49,10 @@ class CG(LinearSolver):
     requires = frozenset({"symmetric"})
     rowwise = True
 
+    @property
+    def dense_factor(self) -> bool:
+        return type(self) is CG and self.steps is None and self.max_steps is None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         alone = self.steps is None or (self.tol is None and self.max_steps is None)

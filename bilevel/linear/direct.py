@@ -36,6 +36,10 @@ class Direct(LinearSolver):
 
     rowwise = True
 
+    @property
+    def dense_factor(self) -> bool:
+        return type(self) is Direct
+
     def solve_flat(self, system: LinearSystem) -> LinearSolution:
         matvec, b = system.matvec, system.b
         size = b.shape[-1]

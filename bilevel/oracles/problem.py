@@ -253,6 +253,13 @@ class BilevelProblem(OldForwards, Losses):
         """
         return None
 
+    def newton(self, hparams: Tree, start: Tree, most: int, tol: float) -> Exact | None:
+        """Return what `exact` does by at most so many dense Newton steps from a start to a tolerance; default: None.
+
+        The tolerance is that of a run of inner steps (`bilevel.engine.tolerance`).
+        """
+        return None
+
     def quadratic_form(self, hparams: Tree) -> QuadraticForm | None:
         """Return the coefficients of a quadratic inner loss of one tensor, where they are known; None by default."""
         return None

@@ -56,6 +56,9 @@ class Exact(NamedTuple):
         residual: norm of the inner gradient at `params`, computed from them.
         adjoint_residual: ``|f_w - H adjoint| / |f_w|``, computed from `adjoint`.
         counts: the oracle calls that the work stands for.
+        steps: inner steps taken.
+        adjoint_steps: iterations of the linear solver.
+        value_error: ``a' g`` with the adjoint a and the inner gradient g, where params are not all but exact.
     """
 
     params: Tensor
@@ -65,6 +68,9 @@ class Exact(NamedTuple):
     residual: float
     adjoint_residual: float
     counts: Mapping[str, int]
+    steps: int = 0
+    adjoint_steps: int = 0
+    value_error: float | None = None
 
 
 RENAMED = {"quadratic": "quadratic", "one_solution": "unique_solution", "renewed": "resampled"}

@@ -34,14 +34,23 @@ from bilevel.oracles.error_model import Certifiable, Rows, Tuned
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
+from bilevel.oracles.structure import Exact
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
+from bilevel.problems.glm_host import HostModel
 from bilevel.problems.hyper_hessian import linear_hyper_hessians
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.old_hooks import with_hooks
+from bilevel.problems.ridge_host import on_host
 from bilevel.problems.splits import Split, check_equal, stacked_splits
+
+ON_HOST = (
+    *("inner_problem", "inner_loss", "outer_loss", "outer_value_and_grads", "gram", "moment", "penalties", "spread"),
+    *("gather", "_shift", "_eigenbasis", "spectrum", "bind", "predict", "collect"),
+)
+"""What arrays rest on."""
 
 
 class LinearModelProblem(DataProblem):
@@ -72,6 +81,8 @@ class LinearModelProblem(DataProblem):
     """The loss of the predictions."""
     predicts_linearly: ClassVar[bool] = True
     """Whether no subclass has predictions of its own."""
+    solved_on_host: ClassVar[bool] = True
+    """Whether small problems on the CPU are solved by arrays."""
     inner_problem: type[InnerProblem] = LinearModelInner
     parametrizations: tuple[str, ...] = ("log", "direct")
     penalty: Any
@@ -80,6 +91,9 @@ class LinearModelProblem(DataProblem):
         super().__init_subclass__()
         if {"predict", "collect"} & vars(cls).keys():
             cls.predicts_linearly = False
+        # Arrays know nothing of what a class outside this package does in another way.
+        ours = next(each for each in cls.__mro__ if each.__module__.startswith("bilevel.problems."))
+        cls.solved_on_host &= all(getattr(cls, name, None) is getattr(ours, name, None) for name in ON_HOST)
 
     def __init__(
         self,
@@ -263,6 +277,16 @@ class LinearModelProblem(DataProblem):
             weights=penalty.new_full((self.train.rows,), self.scale),
             size=hparams.numel(),
         )
+
+    @cached_property
+    def _arrays(self) -> HostModel | None:
+        plain = self.inner_problem is LinearModelInner and self.nonsmooth is None and self.solved_on_host
+        return HostModel.of(self) if plain else None
+
+    def newton(self, hparams: Tree, start: Tree, most: int, tol: float) -> Exact | None:
+        if self.batch is not None or self._arrays is None or not on_host(hparams) or not on_host(start):
+            return None
+        return self._arrays.newton(self, hparams, start, most, tol)
 
     def hyper_hessians(self, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
         return linear_hyper_hessians(self, hparams, params, adjoint)

@@ -28,11 +28,6 @@ from bilevel.problems.losses import Squared
 from bilevel.problems.ridge_host import HostRidge, on_host
 from bilevel.problems.splits import Split
 
-ON_HOST = (
-    *("inner_problem", "inner_loss", "outer_loss", "outer_value_and_grads", "gram", "moment", "penalties", "spread"),
-    *("gather", "_shift", "_eigenbasis", "spectrum", "bind", "glm", "predict", "collect"),
-)
-"""What `RidgeProblem.exact` rests on."""
 LARGEST = math.log(sys.float_info.max)
 
 
@@ -139,8 +134,6 @@ class RidgeProblem(LinearModelProblem):
     task = "regression"
     inner_problem: type[InnerProblem] = RidgeInner
     glm = Squared()
-    solved_on_host = True
-    """Whether small problems on the CPU are solved by arrays."""
     structure = Structure(quadratic=True)
 
     @property
@@ -185,11 +178,6 @@ class RidgeProblem(LinearModelProblem):
         residuals = torch.addmv(y, X.t(), params, beta=-1.0)
         scaled = residuals / self.val.rows
         return 0.5 * torch.dot(residuals, scaled), torch.mv(X, scaled), torch.zeros_like(hparams)
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # Arrays know nothing of what a subclass does in another way.
-        cls.solved_on_host &= all(getattr(cls, name) is getattr(RidgeProblem, name) for name in ON_HOST)
 
     @cached_property
     def _host(self) -> HostRidge | None:

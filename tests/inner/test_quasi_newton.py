@@ -19,6 +19,8 @@ from bilevel.engine.loop import run_inner
 from bilevel.inner.quasi_newton import _with as kept_pairs
 from bilevel.problems import LogisticProblem, SampleWeightProblem
 
+OWN = {"pairs": 11}
+"""An option with which the solver takes its own steps, for which dense Newton steps stand otherwise."""
 CG = bl.CG(tol=1e-11)
 
 
@@ -118,7 +120,7 @@ def test_curvature_that_has_become_wrong_is_measured_again_where_steps_are_slow(
     u, estimator = problem.initial_hparams(3.0), bl.Implicit(bl.CG(tol=1e-8))
     counts = []
     for refresh in (0.25, 1e9):
-        solver = bl.QuasiNewton(tol=1e-8, refresh=refresh)
+        solver = bl.QuasiNewton(tol=1e-8, refresh=refresh, **OWN)
         carry = bl.hypergradient(problem, solver, estimator, u).carry
         counts.append(bl.hypergradient(problem, solver, estimator, u - 8.0, carry=carry).cost.counts)
     assert counts[0].get("curvature", 0) > 0 == counts[1].get("curvature", 0)
@@ -131,7 +133,7 @@ def test_it_agrees_with_newton_on_every_structured_problem(factory, level):
     problem = factory()
     u = problem.initial_hparams(level)
     start = draw(problem).x
-    ours = bl.hypergradient(problem, bl.QuasiNewton(tol=1e-10), bl.Implicit(CG), u, start)
+    ours = bl.hypergradient(problem, bl.QuasiNewton(tol=1e-10, **OWN), bl.Implicit(CG), u, start)
     theirs = bl.hypergradient(problem, bl.Newton(tol=1e-12), bl.Implicit(bl.Direct()), u, start)
     assert ours.status.ok
     scale = 1e-10 * float(ours.params.abs().max())
@@ -145,7 +147,7 @@ def test_a_warm_loop_follows_the_exact_hypergradients_with_stale_curvature(facto
     runs = [
         bl.OuterOptimizer(problem, solver, estimator, u).run(12, progress=False)
         for solver, estimator in (
-            (bl.QuasiNewton(tol=1e-11), bl.Implicit(CG)),
+            (bl.QuasiNewton(tol=1e-11, **OWN), bl.Implicit(CG)),
             (bl.Newton(tol=1e-12), bl.Implicit(bl.Direct())),
         )
     ]
@@ -157,7 +159,9 @@ def test_kept_curvature_saves_gradients_and_products_and_is_measured_rarely():
     u = problem.initial_hparams(-6.0)
     spent = {}
     for name, warm in (("kept", True), ("cold", False)):
-        outer = bl.OuterOptimizer(problem, bl.QuasiNewton(tol=1e-8), bl.Implicit(bl.CG(tol=1e-8)), u, warm_start=warm)
+        outer = bl.OuterOptimizer(
+            problem, bl.QuasiNewton(tol=1e-8, **OWN), bl.Implicit(bl.CG(tol=1e-8)), u, warm_start=warm
+        )
         counts = [outer.step().cost.counts for _ in range(10)]
         spent[name] = {kind: sum(c.get(kind, 0) for c in counts[1:]) for kind in ("gradient", "curvature")}
     assert spent["kept"]["curvature"] <= 2 < 9 <= spent["cold"]["curvature"]
@@ -170,7 +174,7 @@ def test_a_resumed_run_continues_bit_for_bit_with_its_curvature(factory):
 
     def fresh() -> bl.OuterOptimizer:
         return bl.OuterOptimizer(
-            problem, bl.QuasiNewton(tol=1e-9), bl.Implicit(CG), problem.initial_hparams(-2.0), None
+            problem, bl.QuasiNewton(tol=1e-9, **OWN), bl.Implicit(CG), problem.initial_hparams(-2.0), None
         )
 
     whole, first, second = fresh(), fresh(), fresh()
@@ -191,9 +195,9 @@ def test_a_resumed_run_continues_bit_for_bit_with_its_curvature(factory):
 def test_a_carry_of_another_problem_brings_its_iterate_and_curvature_but_not_its_data():
     one, two = logistic(), LogisticProblem(**{key: value.flip(0) for key, value in data(2).items()})
     u = one.initial_hparams(-1.0)
-    carry = bl.hypergradient(one, bl.QuasiNewton(tol=1e-10), bl.Implicit(CG), u).carry
-    there = bl.hypergradient(two, bl.QuasiNewton(tol=1e-10), bl.Implicit(CG), u, carry=carry)
-    alone = bl.hypergradient(two, bl.QuasiNewton(tol=1e-10), bl.Implicit(CG), u)
+    carry = bl.hypergradient(one, bl.QuasiNewton(tol=1e-10, **OWN), bl.Implicit(CG), u).carry
+    there = bl.hypergradient(two, bl.QuasiNewton(tol=1e-10, **OWN), bl.Implicit(CG), u, carry=carry)
+    alone = bl.hypergradient(two, bl.QuasiNewton(tol=1e-10, **OWN), bl.Implicit(CG), u)
     torch.testing.assert_close(there.hypergradient, alone.hypergradient, rtol=1e-7, atol=1e-10)
 
 
@@ -206,7 +210,7 @@ def test_float32_problems_stay_float32_and_reach_their_tolerance(name):
     }[name]
     splits = {key: value.float() if key[0] == "X" else value for key, value in data(2).items()}
     problem = family(**splits, **options)
-    outer = bl.OuterOptimizer(problem, bl.QuasiNewton(), bl.Implicit(), problem.initial_hparams(-1.0))
+    outer = bl.OuterOptimizer(problem, bl.QuasiNewton(**OWN), bl.Implicit(), problem.initial_hparams(-1.0))
     result = outer.run(4, progress=False)
     assert result.hparams.dtype == torch.float32
     assert all(record.status == "OK" for record in result.history)
@@ -279,7 +283,7 @@ def test_wrong_labels_get_smaller_weights():
     labels = torch.where(wrong, (right + 1) % 3, right)
     X_val = normal(33, 60, 5)
     problem = SampleWeightProblem(X, labels, X_val, (X_val @ normal(32, 5, 3)).argmax(1), penalty=0.01)
-    outer = bl.OuterOptimizer(problem, bl.QuasiNewton(tol=1e-8), bl.Implicit(), problem.initial_hparams())
+    outer = bl.OuterOptimizer(problem, bl.QuasiNewton(tol=1e-8, **OWN), bl.Implicit(), problem.initial_hparams())
     result = outer.run(12, progress=False)
     weights = problem.weights(result.hparams)
     assert float(weights[wrong].mean()) < 0.3 < 0.6 < float(weights[~wrong].mean())
