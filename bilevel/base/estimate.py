@@ -83,7 +83,6 @@ class Pullback:
         return Pullback(hparams, adjoint, residual, steps, verdict, error_note=self.error_note, value_error=error)
 
 
-@made_later("state")
 @dataclass(frozen=True)
 class Solution:
     """An approximate inner solution that can be differentiated; of rows, with a sequence of each figure.
@@ -97,7 +96,6 @@ class Solution:
         verdict: status of the inner solve.
         counts: of rows, the oracle calls that each took part in.
         form: how the inner problem was solved, as in `Certificate`.
-        outer: the outer loss and the pullback of all its derivatives, where the solution came with them.
     """
 
     params: Tree
@@ -108,7 +106,6 @@ class Solution:
     verdict: Any = GOOD
     counts: Sequence[Counter[str]] = ()
     form: str = "step by step"
-    outer: tuple[float, Pullback] | None = None
 
     def row(self, index: int) -> Solution:
         """Return the solution of one row; its pullback is that of all."""
@@ -120,7 +117,6 @@ class Solution:
 ErrorKind: TypeAlias = Literal["bound", "estimate", "none"]
 
 
-@made_later("measured")
 @dataclass(frozen=True)
 class Certificate:
     """The evidence that travels with a hypergradient.
@@ -164,7 +160,7 @@ class Certificate:
     form: str = ""
 
 
-@made_later("carry")
+@made_later("carry", "certificate")
 @dataclass(frozen=True)
 class Estimate:
     """A hypergradient and its evidence.

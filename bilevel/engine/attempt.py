@@ -46,10 +46,6 @@ def attempt(estimator: HypergradEstimator, run: Run) -> Attempt:
     problem, hparams = run.problem, run.hparams
     solved = estimator.solve(run)
     value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
-    if solved.outer is not None:
-        run.meter.counts["outer"] += 1
-        value, pulled = solved.outer
-        return Attempt(solved, pulled, value, pulled.hparams, verdict)
     if solved.verdict.status.usable:
         run.meter.counts["outer"] += 1
         outer, by_params, by_hparams = problem.outer_value_and_grads(solved.params, hparams)

@@ -60,6 +60,13 @@ def check_derivatives(
     return verdict
 
 
+def looked_through(problem: BilevelProblem) -> bool:
+    """Whether the losses of a problem and their derivatives have been looked at, here or by the package's tests."""
+    seen, purity = problem.derivatives_seen, problem.purity
+    looked = purity.known and purity.first is None
+    return problem.tested or (looked and seen.get("inner") is GOOD and seen.get("outer") is GOOD)
+
+
 def check_members(problem: BilevelProblem, hparams: Tree, params: Tree, usable: Sequence[bool], each: bool) -> Verdict:
     """Look at the members of a batch: at the first that is usable, or at each; the arguments are stacked."""
     verdict = GOOD

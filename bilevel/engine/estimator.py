@@ -22,6 +22,7 @@ from bilevel.engine.lean import flat_run
 from bilevel.engine.loop import begin, run_inner
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,16 @@ class HypergradEstimator(ABC):
         raise ValueError(
             f"{describe(self)} has no tolerance that leads to a `target_error`: use Implicit() or FullUnroll()."
         )
+
+    def at_once(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry | None
+    ) -> Exact | None:
+        """Return the hypergradient with all its evidence where arrays on the host give it sooner than `solve`.
+
+        The arguments are those of `hypergradient`, not looked at. None, the default, where there is no such way, and
+        where anything is to be said of the arguments or the result: `hypergradient` then goes on as ever.
+        """
+        return None
 
     @abstractmethod
     def solve(self, run: Run) -> Solution:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bilevel.base import InnerSolver, Pullback, Solution, describe
+from bilevel.base import Carry, InnerSolver, Pullback, Solution, describe
 from bilevel.core import tree
 from bilevel.core.options import is_bool, is_positive, option, optional
 from bilevel.core.status import Verdict
@@ -20,6 +20,7 @@ from bilevel.hypergrad.unroll import FullUnroll, TruncatedUnroll
 from bilevel.linear import CG, GMRES
 from bilevel.numerics.dense import FACTORED
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,15 @@ class Auto(HypergradEstimator):
         """Let what it chooses check, after a look at the solver; ValueError as there."""
         super().check(problem, solver, hparams)
         self.choose(problem, solver, hparams, problem.start()).estimator.check(problem, solver, hparams)
+
+    def at_once(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry | None
+    ) -> Exact | None:
+        if self.unroll or problem.params is None:
+            return None
+        choice = self.choose(problem, solver, hparams, problem.params)
+        exact = choice.estimator.at_once(problem, solver, hparams, params, carry)
+        return None if exact is None else exact._replace(detail=str(choice))
 
     def solve(self, run: Run) -> Solution:
         choice = self.choose(run.problem, run.solver, run.hparams, run.params)

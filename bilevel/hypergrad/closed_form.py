@@ -10,22 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from bilevel.base import Pullback, Solution
+from bilevel.base import Carry, InnerSolver, Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
-from bilevel.hypergrad.on_host import solution_of
 from bilevel.numerics.dense import FACTORED, check_factored, factored
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,8 @@ class ClosedForm(HypergradEstimator):
         self.check(run.problem, run.solver, run.hparams)
         problem = run.problem
         # One factor costs a fraction of the eigenproblem, which pays from the second solve on.
-        problem.recurring |= run.carry.state is not None
-        once, exact = not problem.recurring, problem.exact(run.hparams)
+        once = not problem.recurring and run.carry.state is None
         problem.recurring = True
-        if exact is not None:
-            return solution_of(exact, run, partial(_pulled_back, run, once), "closed form")
         inner, params, solver, result = run.inner(), run.params, run.solver, _solved(run, once)
         if isinstance(result, Verdict):
             return Solution(params, solver.cold_state(inner, params), _no_pullback, float("nan"), 0, result)
@@ -69,6 +65,14 @@ class ClosedForm(HypergradEstimator):
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
         state = solver.cold_state(inner, result.params)
         return Solution(result.params, state, result.pullback, residual, 0, verdict, form="closed form")
+
+    def at_once(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry | None
+    ) -> Exact | None:
+        problem.recurring |= carry is not None
+        exact = None if params is not None else problem.exact(hparams)
+        problem.recurring |= exact is not None
+        return exact
 
     def sweep(self, problem: BilevelProblem, hparams: Tensor) -> Sweep:
         """Return exact outer losses and hypergradients at B hyperparameter vectors, stacked along the first dimension.
@@ -109,13 +113,6 @@ def _solved(run: Run, once: bool) -> _Solved | Verdict:
     """Solve by tensors: by one factor where that is all, else in the eigenbasis where there is one."""
     basis = None if once and tree.size(run.params) <= FACTORED else run.problem.spectrum()
     return _dense(run.inner(), run.params) if basis is None else _diagonal(run.inner(), basis)
-
-
-def _pulled_back(run: Run, once: bool, cotangent: Tree) -> Pullback:
-    """Solve by tensors, and pull a cotangent back."""
-    result = _solved(run, once)
-    assert isinstance(result, _Solved)
-    return result.pullback(cotangent)
 
 
 def _no_pullback(cotangent: Tree) -> Pullback:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from bilevel.base import Certificate, InnerSolver, Pullback, Solution
 from bilevel.certify import ErrorEstimate, certify_error
@@ -61,7 +60,6 @@ def _certified(
 def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index: int | None = None) -> Certificate:
     """Return the evidence of a problem, or of the row `index`."""
     value_error = rows.figure(pulled.value_error, index)
-    measured: Any = lambda: dict((solved.state if index is None else solved.state.row(index)).measured)  # noqa: E731
     return Certificate(
         inner_residual=rows.figure(solved.residual, index),
         adjoint_residual=rows.figure(pulled.residual, index),
@@ -76,6 +74,6 @@ def certificate(solved: Solution, pulled: Pullback, error: ErrorEstimate, index:
         corrected_error=error.corrected_error,
         signs=error.signs,
         value_error=None if value_error is None else float(value_error),
-        measured=measured,
+        measured=dict((solved.state if index is None else solved.state.row(index)).measured),
         form=solved.form,
     )

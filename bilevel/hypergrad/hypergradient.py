@@ -7,14 +7,15 @@ from typing import Any, overload
 
 import torch
 
-from bilevel.base import BatchEstimate, Carry, Estimate, InnerSolver
+from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, InnerSolver, InnerState
 from bilevel.certify import ErrorEstimate
 from bilevel.core import tree
 from bilevel.core.cost import Cost, Meter
-from bilevel.core.status import OnFailure, report
+from bilevel.core.status import GOOD, OnFailure, Verdict, report
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, attempt
 from bilevel.engine.checks import check_carry, check_roles, read_by_steps
+from bilevel.engine.derivatives import looked_through
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.one_by_one import loop_hypergradient, one_by_one
 from bilevel.hypergrad.auto import as_estimator
@@ -25,6 +26,9 @@ from bilevel.oracles.autograd_errors import DerivativeError, explained
 from bilevel.oracles.batching import NotSideBySide, Rows
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import confirm
+from bilevel.oracles.structure import Exact
+
+CPU = torch.device("cpu")
 
 
 # The signature for each kind of result: type checkers know by `batch` which of the two they get.
@@ -131,6 +135,11 @@ def hypergradient(
         return loop_hypergradient(problem, single, solver, hparams, params, carry, check, on_failure)
     if target_error is not None:
         check_target(target_error, problem, solver, rule, certify)
+    elif not certify and problem.batch is None and looked_through(problem):
+        # What the checks below say of other arguments and results, nobody has to say of these.
+        quick = _at_once(rule, problem, solver, hparams, params, carry)
+        if quick is not None:
+            return quick
     used, given, start = prepare(problem, solver, rule, hparams, params, check)
     if check and carry is not None:
         check_carry(carry, solver, start, problem.trainable(start))
@@ -165,6 +174,47 @@ def hypergradient(
     return estimate
 
 
+def _at_once(
+    rule: HypergradEstimator,
+    problem: BilevelProblem,
+    solver: InnerSolver,
+    hparams: Tree,
+    params: Tree,
+    carry: Carry | None,
+) -> Estimate | None:
+    """Return the estimate that arrays on the host give, or None where the usual way has to be taken."""
+    name = type(solver).__name__
+    if torch.is_inference_mode_enabled() or (carry is not None and carry.solver not in ("", name)):
+        return None
+    rule.check(problem, solver, hparams)
+    meter = Meter(CPU, memory=rule.measures_memory)
+    exact = rule.at_once(problem, solver, hparams, params, carry)
+    if exact is None:
+        return None
+    for kind, count in (*exact.counts.items(), ("outer", 1)):
+        meter.counts[kind] = count
+    x = exact.params.clone()  # the caller's may change; the warm start does not
+
+    def warm() -> Carry:
+        cold = solver.cold_state(problem.bind(hparams), x)
+        return Carry(InnerState(x, cold.memory, exact.steps), exact.adjoint, name)
+
+    verdict = Verdict(detail=exact.detail) if exact.detail else GOOD
+    later: Any = partial(_certificate, exact), warm
+    return Estimate(exact.outer_loss, exact.hypergradient, exact.params, later[0], meter.read(), verdict, later[1])
+
+
+def _certificate(exact: Exact) -> Certificate:
+    return Certificate(
+        exact.residual,
+        exact.adjoint_residual,
+        exact.steps,
+        exact.adjoint_steps,
+        value_error=exact.value_error,
+        form=exact.form,
+    )
+
+
 def _estimate(
     solver: InnerSolver, hparams: Tree, result: Attempt, error: ErrorEstimate, cost: Cost, carry: Carry
 ) -> Estimate:
@@ -172,7 +222,7 @@ def _estimate(
     solved, pulled, gradient = result.solved, result.pulled, result.gradient
     if gradient is None:
         gradient = tree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), hparams)
-    following: Any = partial(result.carry, solver) if result.verdict.status.usable else carry
+    following = result.carry(solver) if result.verdict.status.usable else carry
     x = tree.copied(solved.params)
     return Estimate(result.outer_loss, gradient, x, certificate(solved, pulled, error), cost, result.verdict, following)
 

@@ -25,7 +25,6 @@ from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.balanced_implicit import BalancedImplicit
-from bilevel.hypergrad.on_host import solution_of
 from bilevel.linear import CG
 from bilevel.networks.gauss_newton import gauss_newton
 from bilevel.oracles.inner_problem import Linearization
@@ -122,29 +121,21 @@ class Implicit(HypergradEstimator):
             )
         return replace(self, linear_solver=self.linear_solver.at_tolerance(tol))
 
+    def at_once(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry | None
+    ) -> Exact | None:
+        if self.damping or self.curvature != "hessian" or self.successor is not None:
+            return None
+        if not solver.dense_newton or not self.linear_solver.dense_factor:
+            return None
+        state = None if carry is None else carry.state
+        start = state.params if state is not None else problem.params if params is None else params
+        most, tol = solver.limits(torch.float64)
+        return None if tol is None else problem.newton(hparams, start, most, tol)
+
     def solve(self, run: Run) -> Solution:
         if self.successor is not None:
             return self.successor.solve(run)
-        exact = self._by_dense_newton(run)
-        if exact is None:
-            return self._by_steps(run)
-
-        def pullback(cotangent: Tree) -> Pullback:
-            return self._by_steps(replace(run, params=exact.params, carry=Carry())).pullback(cotangent)
-
-        return solution_of(exact, run, pullback, "dense Newton")
-
-    def _by_dense_newton(self, run: Run) -> Exact | None:
-        """Return solution and hypergradient by dense steps, where both solvers allow them and the problem has them."""
-        if self.damping or self.curvature != "hessian":
-            return None
-        if not run.solver.dense_newton or not self.linear_solver.dense_factor:
-            return None
-        start = run.params if run.carry.state is None else run.carry.state.params
-        most, tol = run.solver.limits(tree.leaves(start)[0].dtype)
-        return None if tol is None else run.problem.newton(run.hparams, start, most, tol)
-
-    def _by_steps(self, run: Run) -> Solution:
         problem, solver, counts = run.problem, run.solver, run.meter.counts
         inner, end = run.inner(), run.solve()
         solved, size = inner.equilibrium(solver.params(end.state)), problem.batch

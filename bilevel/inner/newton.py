@@ -50,7 +50,8 @@ class Newton(InnerSolver):
 
     @cached_property
     def dense_newton(self) -> bool:
-        return self == Newton(tol=self.tol)  # of no subclass, and with no option of its own
+        """Whether all options but the tolerance are the defaults, of no subclass."""
+        return self == Newton(tol=self.tol)
 
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Take one step; at the rounding floor, where no step helps, stay."""

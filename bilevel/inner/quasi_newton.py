@@ -60,7 +60,8 @@ class QuasiNewton(InnerSolver):
 
     @cached_property
     def dense_newton(self) -> bool:
-        return self == QuasiNewton(tol=self.tol)  # of no subclass, and with no option of its own
+        """Whether all options but the tolerance are the defaults, of no subclass."""
+        return self == QuasiNewton(tol=self.tol)
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
         """Return the state at the same iterate with the curvature; problems that can, measure it now to last."""

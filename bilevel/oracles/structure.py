@@ -59,6 +59,8 @@ class Exact(NamedTuple):
         steps: inner steps taken.
         adjoint_steps: iterations of the linear solver.
         value_error: ``a' g`` with the adjoint a and the inner gradient g, where params are not all but exact.
+        form: how it was found, as in `Certificate`.
+        detail: what the verdict says.
     """
 
     params: Tensor
@@ -71,6 +73,8 @@ class Exact(NamedTuple):
     steps: int = 0
     adjoint_steps: int = 0
     value_error: float | None = None
+    form: str = "closed form"
+    detail: str = ""
 
 
 RENAMED = {"quadratic": "quadratic", "one_solution": "unique_solution", "renewed": "resampled"}

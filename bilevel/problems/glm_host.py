@@ -18,7 +18,7 @@ from torch import Tensor
 from bilevel.core.options import Relative
 from bilevel.oracles.structure import Exact
 from bilevel.problems.glm_loss import GLMLoss
-from bilevel.problems.ridge_host import ROUGH, Array, on_host
+from bilevel.problems.ridge_host import ROUGH, Array, on_host, penalties_on_host
 from bilevel.problems.splits import Split
 
 FEATURES, WORK = 200, 1e7
@@ -83,7 +83,9 @@ class HostModel:
     def newton(self, problem: Any, hparams: Tensor, start: Tensor, most: int, tol: float) -> Exact | None:
         """Return the result of at most so many steps that end at a tolerance; None where something is to be said."""
         X, scale = self.train.X, self.scale
-        penalty = problem.penalties(hparams).expand(len(X)).numpy()
+        penalty = penalties_on_host(problem, hparams)
+        if penalty is None:
+            return None
         first = w = start.numpy().copy()
         before, steps = math.inf, 0
         try:
@@ -124,4 +126,4 @@ class HostModel:
         counts = {"gradient": steps + 1, "curvature": steps + 1, "cross": 1}
         residual = math.sqrt(gradient.dot(gradient))
         result = (params, adjoint, loss, problem.gather(total), residual, adjoint_residual, counts)
-        return Exact(*result, steps, 1, value_error)
+        return Exact(*result, steps, 1, value_error, "dense Newton")

@@ -284,7 +284,9 @@ class LinearModelProblem(DataProblem):
         return HostModel.of(self) if plain else None
 
     def newton(self, hparams: Tree, start: Tree, most: int, tol: float) -> Exact | None:
-        if self.batch is not None or self._arrays is None or not on_host(hparams) or not on_host(start):
+        if self.batch is not None or self._arrays is None:
+            return None
+        if not on_host(hparams, self.hparams_shape()) or not on_host(start, self.params_shape()):
             return None
         return self._arrays.newton(self, hparams, start, most, tol)
 

@@ -181,17 +181,17 @@ class RidgeProblem(LinearModelProblem):
 
     @cached_property
     def _host(self) -> HostRidge | None:
-        return HostRidge.of(self) if self.solved_on_host else None
+        return HostRidge.of(self) if self.solved_on_host and self.nonsmooth is None else None
 
     def exact(self, hparams: Tensor) -> Exact | None:
         """Return the result by a Cholesky factor, and in the eigenbasis where one penalty is asked for again."""
         host = None if self.batch is not None else self._host
-        if host is None or not on_host(hparams):
+        if host is None or not on_host(hparams, self.hparams_shape()):
             return None
         if self.penalty != "scalar" or not self.recurring:
             return host.by_factor(self, hparams)
         log, u = self.parametrization == "log", hparams.item()
-        penalty = u if not log else math.exp(u) if u < LARGEST else math.inf
+        penalty = u if not log else math.exp(u) if abs(u) < LARGEST else math.inf
         return host.in_eigenbasis(self._eigenbasis, penalty, penalty if log else 1.0)
 
     def quadratic_form(self, hparams: Tensor) -> QuadraticForm:

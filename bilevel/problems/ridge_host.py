@@ -29,9 +29,18 @@ IN_EIGENBASIS = {"gradient": 1, "hvp": 1}
 BY_FACTOR = {"gradient": 3, "cross": 1}
 
 
-def on_host(values: Tensor) -> bool:
-    """Whether an array stands for a tensor: float64 on the CPU, of no subclass that looks at calls."""
-    return type(values) is Tensor and values.dtype is torch.float64 and values.is_cpu and not values.requires_grad
+def on_host(values: Any, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether an array stands for a tensor: float64 on the CPU, of no subclass that looks at calls, and of a shape."""
+    plain = type(values) is Tensor and values.dtype is torch.float64 and values.is_cpu and not values.requires_grad
+    return plain and (shape is None or values.shape == shape)
+
+
+def penalties_on_host(problem: Any, hparams: Tensor) -> Array | None:
+    """Return the penalty of every weight, or None where one is infinite or none that a problem allows."""
+    penalty: Array = problem.penalties(hparams).expand(problem.params_shape()).numpy()
+    least = penalty.min()
+    allowed = least > 0 if problem.parametrization == "log" else least >= 0
+    return penalty if allowed and penalty.max() < math.inf else None
 
 
 class HostRidge:
@@ -42,8 +51,7 @@ class HostRidge:
     """
 
     def __init__(self, problem: Any) -> None:
-        self._gram, self._moment = problem.gram, problem.moment
-        self.gram, self.moment = self._gram.numpy(), self._moment.numpy()
+        self.gram, self.moment = problem.gram.numpy(), problem.moment.numpy()
         scale = problem.val.rows**-0.5
         self.rows, self.targets = scale * problem.val.X.t().numpy(), scale * problem.val.y.numpy()
         self._basis: tuple[Array, Array, Array] | None = None
@@ -62,7 +70,7 @@ class HostRidge:
             self._reduce()
         values, Q, moment = self._basis
         smallest, largest = self._ends
-        if not smallest + penalty > EPS * (largest + penalty):
+        if penalty < 0 or not smallest + penalty > EPS * (largest + penalty):
             return None
         values = values + penalty
         z = moment / values
@@ -77,12 +85,13 @@ class HostRidge:
 
     def by_factor(self, problem: Any, hparams: Tensor) -> Exact | None:
         """Return the result by a Cholesky factor with a step of refinement; None for no positive definite H."""
-        penalties = problem.penalties(hparams).expand(len(self.moment))
-        hessian = self._gram.clone()
-        hessian.diagonal().add_(penalties)
-        factor, info = torch.linalg.cholesky_ex(hessian)
-        H, penalty = hessian.numpy(), penalties.numpy()
-        if info.item() or not math.isfinite(penalty.sum()):
+        penalty = penalties_on_host(problem, hparams)
+        if penalty is None:
+            return None
+        H = self.gram.copy()
+        H.reshape(-1)[:: len(H) + 1] += penalty
+        factor, info = torch.linalg.cholesky_ex(torch.from_numpy(H))
+        if info.item():
             return None
 
         def solved(right: Array) -> Array:

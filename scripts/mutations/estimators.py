@@ -169,8 +169,8 @@ ESTIMATORS = (
     Break(
         "failed-carry",
         "bilevel/hypergrad/hypergradient.py",
-        "following: Any = partial(result.carry, solver) if result.verdict.status.usable else carry",
-        "following: Any = partial(result.carry, solver)",
+        "following = result.carry(solver) if result.verdict.status.usable else carry",
+        "following = result.carry(solver)",
         "test_on_failure.py::test_return_is_silent_and_leaves_nan_with_its_verdict",
     ),
     Break(
