@@ -16,6 +16,8 @@ from bilevel.problems.losses import GLMLoss, Squared
 
 EVEN = 0.1
 """The least root of a weight, as a part of the largest, that eigenvectors are divided by."""
+TALL = 3
+"""Rows for each feature from which a Gram matrix is inverted."""
 LEAST = 1e-12
 """One minus a leverage is at least this: a row that decides its prediction alone has no leave-one-out error."""
 
@@ -238,7 +240,10 @@ class RidgeLeaveOneOut(Criterion):
         if len(a) <= len(s):
             gram, moment = self._gram
             L = cholesky(gram, a)
-            V = half_solve(L, half_solve(L, self._X.T), transposed=True).T
+            if len(s) > TALL * len(a):  # a product takes less than two systems
+                V = self._X @ inverse(L)
+            else:
+                V = half_solve(L, half_solve(L, self._X.T), transposed=True).T
             return V, [solve(L, each) for each in moment]
         a = a**0.5
         scaled = self._scaled / a
