@@ -181,6 +181,10 @@ class Criterion(ABC):
             full: whether the Jacobian has to be exact, where a model leaves terms out.
         """
 
+    def rough(self) -> Self:
+        """Return the same criterion, evaluated as roughly as a first look allows: itself, where that saves nothing."""
+        return self
+
     def scan(self, u: Array) -> list[Evaluation]:
         """Return evaluations, without second derivatives, at several u, (m, k), on a line.
 

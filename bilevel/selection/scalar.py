@@ -16,6 +16,10 @@ DEEPER = (3.0, 6.0, 9.0, 12.0)
 """How far below the box penalties are looked at where the least of it is the best, and squared losses still fall."""
 
 
+FEW = 5
+"""Evaluations of a line search after a rough scan."""
+
+
 def best_penalty(
     criterion: Criterion,
     *,
@@ -39,12 +43,13 @@ def best_penalty(
         return tune(one, np.array([start]), tol=tol, steps=steps)
     grid = np.linspace(high - INSIDE[0], low + INSIDE[1], POINTS) if candidates is None else np.sort(candidates)[::-1]
     grid = grid[:, None]
-    scanned = one.scan(grid)
+    first = one.rough() if candidates is None else one
+    scanned = first.scan(grid)
     best = int(np.nanargmin([each.value for each in scanned]))
     if candidates is not None:
         known = tuple(scanned)
         return Tuned(grid[best], one.evaluate(grid[best], known[best].warm), len(grid) + 1, scanned=known)
-    tuned = _between(one, grid, scanned, best, tol, steps)
+    tuned = _between(one, grid, scanned, best, tol, steps, rough=first is not one)
     if tuned is None:
         tuned = tune(one, grid[best], tol=tol, steps=steps, warm=scanned[best].warm)
     tuned = tuned._replace(evaluations=tuned.evaluations + len(grid))
@@ -53,11 +58,14 @@ def best_penalty(
     return _below(one, tuned, low, tol, steps) if falls else tuned
 
 
-def _between(one: Criterion, grid: Array, scanned: list[Evaluation], best: int, tol: float, steps: int) -> Tuned | None:
+def _between(
+    one: Criterion, grid: Array, scanned: list[Evaluation], best: int, tol: float, steps: int, rough: bool
+) -> Tuned | None:
     """Return the minimum between the best of a scan and its neighbour, by cubics through values and slopes.
 
     It ends where the slope, over the secant's curvature, leaves less than a hundredth of tol to be gained: flat
-    directions have no better end. None where the slopes of the two do not hold a minimum between them.
+    directions have no better end. None where the slopes of the two do not hold a minimum between them. Of a rough scan,
+    whose slopes may be wrong by more than that, a descent follows where a few evaluations do not end it.
     """
     here = scanned[best]
     side = best + 1 if here.gradient[0] > 0 else best - 1  # penalties fall along the grid
@@ -67,18 +75,21 @@ def _between(one: Criterion, grid: Array, scanned: list[Evaluation], best: int, 
     if not here.gradient[0] * there.gradient[0] < 0:
         return None
     least, at = here, u
-    for count in range(1, steps + 1):
+    for count in range(1, (min(steps, FEW) if rough else steps) + 1):
         new = _cubic(u, here, v, there)
         found = one.evaluate(np.array([new]), least.warm, second=False)
         slope = float(found.gradient[0])
         if not slope * here.gradient[0] < 0:
             u, here = v, there
         v, there = new, found  # the latest, and the last whose slope has the other sign
-        if found.value <= least.value:
+        if found.value <= least.value or (rough and count == 1):
             least, at = found, new
         curvature = (slope - here.gradient[0]) / (v - u)
         if slope**2 <= 0.02 * tol * abs(found.value) * curvature:
             return Tuned(np.array([at]), least, count)
+    if rough:
+        tuned = tune(one, np.array([at]), tol=tol, steps=steps, warm=least.warm)
+        return tuned._replace(evaluations=tuned.evaluations + count)
     return Tuned(np.array([at]), least, steps, converged=False)
 
 

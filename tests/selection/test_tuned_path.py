@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from selection_cases import ridge, table
 
-from bilevel.criteria import KFold, LinearData, Penalties, RidgeFolds, RidgeLeaveOneOut
-from bilevel.problems import Squared
+from bilevel.criteria import KFold, LinearData, Penalties, RidgeFolds, RidgeLeaveOneOut, newton_cg
+from bilevel.problems import Softmax, Squared
 from bilevel.selection import Hyperprior, best_penalty, make_folds, path, tune
 from bilevel.selection.descend import _curvature, _FewRows, _Matrix, box
 from bilevel.selection.selected import remarks_of
@@ -195,3 +196,38 @@ def test_without_noise_the_single_penalty_and_the_path_go_below_the_box() -> Non
     assert tuned.evaluation.value <= least * (1 + 1e-4)
     points = path(criterion, (0.1,))
     assert points[1].evaluation.value <= tuned.evaluation.value * 1.01
+
+
+class Exactly(KFold):
+    """K-fold that takes no rough first look."""
+
+    def rough(self) -> Exactly:
+        return self
+
+
+def test_a_rough_first_look_finds_the_same_single_penalty_with_less_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    X = rng.standard_normal((120, 60))
+    y = torch.as_tensor((X[:, :3] + 1.5 * rng.standard_normal((120, 3))).argmax(1))
+    given = (LinearData.of(X, y), Softmax(), Penalties.scalar(60, 3), make_folds(120, 4, labels=y.numpy()))
+    steps: list[int] = []
+    plain = newton_cg.conjugate_gradients
+
+    def counted(*arguments: Any) -> Any:
+        found = plain(*arguments)
+        steps.append(found[1])
+        return found
+
+    monkeypatch.setattr(newton_cg, "conjugate_gradients", counted)
+    found, work = [], []
+    for kind, few in ((Exactly, 5), (KFold, 5), (KFold, 1)):
+        monkeypatch.setattr("bilevel.selection.scalar.FEW", few)
+        found.append(best_penalty(kind(*given)))
+        work.append(sum(steps))
+        steps.clear()
+    for each in found[1:]:
+        assert each.u[0] == pytest.approx(found[0].u[0], abs=0.02)
+        assert each.evaluation.value == pytest.approx(found[0].evaluation.value, rel=1e-6)
+        assert each.evaluation.value == pytest.approx(KFold(*given).evaluate(each.u).value, rel=1e-6)
+        assert each.converged
+    assert work[1] < 0.7 * work[0]
