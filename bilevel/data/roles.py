@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bilevel.data.columns import SHOWN, first_word, listed
+from bilevel.data.looks import (
+    FEW_VALUES,
+    SIGNED,
+    counts_rows,
+    is_called_index,
+    looks_like_days,
+    lose_digits,
+    numbers_rows,
+)
 from bilevel.data.table import Array, Table, is_number
 
-INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
-"""The name of the index of a table that pandas has written, or has written, read and written again."""
-NUMBERED = re.compile(r"(?i:index|id|rownames|row[ _]?(id|number|names)?|.+[ _](id|number))|.*[a-z](Id|ID|Number)")
-"""Names of columns that number the rows."""
 DAY = re.compile(r"(\d{4}([-/.])\d\d(?:\2\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?)?)((?<=:\d\d:\d\d)\.\d+)?(Z|[-+]\d\d:?\d\d)?")
 """A month, a day or a time from the year on; parts of a second and the zone stand apart."""
-NUMBERLIKE = re.compile(r"[-+]?\d[\d.,]*")
-MOST_EXACT = 2**53
-"""Integers above this may be equal as numbers of double precision."""
-FEW_ROWS, FEW_VALUES = 20, 20
-"""With more rows than this, different words in each row say who it is; more different numbers are no categories."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,9 @@ def sort_columns(
     """
     names = list(table.columns)
     if target is None:
-        target = next((name for name in reversed(names) if name not in {weights, groups, time, *drop}), names[-1])
+        free = [name for name in reversed(names) if name not in {weights, groups, time, *drop}]
+        named = [name for name in free if index == "keep" or not is_called_index(table, name)]
+        target = next(iter((*named, *free)), names[-1])
     targets = target_names(target)
     _check_named(table, targets, {"weights": weights, "groups": groups, "time": time}, drop)
     features = [name for name in names if name not in {*targets, weights, groups, time, *drop}]
@@ -92,11 +94,11 @@ def sort_columns(
             f"{table.source!r} has the one column {names[0]!r}: it needs features and a target, with commas, "
             "semicolons or tabs between them."
         )
-    numbering = [name for name in features if index == "leave_out" and _numbers_rows(table, name)]
+    numbering = [name for name in features if index == "leave_out" and numbers_rows(table, name)]
     if numbering:
         features = [name for name in features if name not in numbering]
         notes.append(f"the column {listed(numbering)} is left out, as it numbers the rows")
-    elif index == "leave_out" and (counting := [name for name in features if _counts_rows(table, name)]):
+    elif index == "leave_out" and (counting := [name for name in features if counts_rows(table, name)]):
         notes.append(
             f"the column {listed(counting)} counts the rows, and is kept as a feature: leave it out with `drop` if it "
             "is none"
@@ -167,9 +169,9 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
                     "it as numbers, take `strings: one_hot`, or leave it out with `drop`)."
                 )
             words.append(name)
-        elif _lose_digits(table.columns[name], numbers):
+        elif lose_digits(table.columns[name], numbers):
             equal.append(name)
-        elif _looks_like_days(numbers):
+        elif looks_like_days(numbers):
             days.append(name)
         empty = np.isnan(numbers) if numbers is not None else table.words(name) == ""
         if empty.any():
@@ -203,46 +205,6 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
     return notes
 
 
-def _looks_like_days(numbers: Array) -> bool:
-    """Whether numbers are days such as 20240131, of more than two dates."""
-    there = numbers[~np.isnan(numbers)]
-    if len(np.unique(there)) < 3 or not ((there >= 19000101) & (there <= 20991231) & (there % 1 == 0)).all():
-        return False
-    month, day = there // 100 % 100, there % 100
-    return bool(((month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all())
-
-
-def _lose_digits(column: Array, numbers: Array) -> bool:
-    """Whether different integers of a column are equal as numbers."""
-    if column.dtype.kind == "f":
-        return False
-    cells = map(str, column[np.isfinite(numbers) & (np.abs(numbers) >= MOST_EXACT)].tolist())
-    integers = {int(cell) for cell in cells if re.fullmatch(r"[-+]?\d+", cell)}
-    return len(set(map(float, integers))) < len(integers)
-
-
-def _numbers_rows(table: Table, name: str) -> bool:
-    """Whether a column says which row it is: all values differ, and its name or its words say so."""
-    column = table.columns[name]
-    if len(np.unique(column)) < len(column):
-        return False
-    numbers = table.numbers(name)
-    if numbers is None:
-        numbers_like = any(map(NUMBERLIKE.fullmatch, column)) or table.date(name) is not None
-        long = len(column) > FEW_ROWS and not numbers_like
-        return bool(NUMBERED.fullmatch(name) or INDEX.fullmatch(name)) or long
-    whole = bool((numbers == np.round(numbers)).all())
-    return INDEX.fullmatch(name) is not None or (whole and NUMBERED.fullmatch(name) is not None)
-
-
-def _counts_rows(table: Table, name: str) -> bool:
-    """Whether a column holds the numbers of the rows in their order, from 0 or 1 on, whatever its name."""
-    numbers = table.numbers(name)
-    if numbers is None or len(numbers) <= FEW_ROWS:
-        return False
-    return bool(numbers[0] in (0, 1) and (np.diff(numbers) == 1).all())
-
-
 def _refuse_dates(table: Table, name: str) -> None:
     found = table.date(name)
     if found:
@@ -252,11 +214,27 @@ def _refuse_dates(table: Table, name: str) -> None:
         )
 
 
+def _refuse_signed(table: Table, name: str, cells: Array) -> None:
+    """Refuse words that are all numbers with a currency or as percentages."""
+    signed = [str(cell) for cell in cells if SIGNED.fullmatch(cell)]
+    if signed and all(SIGNED.fullmatch(cell) or is_number(cell) for cell in cells):
+        raise ValueError(
+            f"the column {name!r} of {table.source!r} holds numbers with signs, such as {signed[0]!r}: write plain "
+            "numbers, without %, $ and the like."
+        )
+
+
 def _refuse_mixed(table: Table, name: str) -> None:
-    """Refuse a column of many different numbers with a few words, and one of numbers with commas."""
+    """Refuse a column of many different numbers with a few words, and one of numbers with commas or signs."""
     cells = np.unique(table.words(name))
     cells = cells[cells != ""]
     words = [str(cell) for cell in cells if not is_number(cell)]
+    _refuse_signed(table, name, cells)
+    if table.decimal == "," and words and all(re.fullmatch(r"[-+]?\d{1,3}(\.\d{3})+(,\d+)?", word) for word in words):
+        raise ValueError(
+            f"the column {name!r} of {table.source!r} holds numbers with marks of thousands, such as {words[0]!r}: "
+            "write them without."
+        )
     if len(cells) > FEW_VALUES and all(re.fullmatch(r"[-+]?\d[\d.]*(,\d+)+", word) for word in words):
         raise ValueError(
             f"the column {name!r} of {table.source!r} holds numbers with commas, such as {words[0]!r}: say "
@@ -335,6 +313,7 @@ def _one_target(table: Table, name: str, rows: Array) -> Array:
         except (ValueError, OverflowError):
             return numbers
     _refuse_dates(table, name)
+    _refuse_signed(table, name, np.unique(column[column != ""]))
     if (column == "").any():
         first = int(np.argmax(column == "")) + 1
         raise ValueError(

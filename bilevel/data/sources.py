@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.data.columns import Encoder
-from bilevel.data.roles import INDEX as INDEX
+from bilevel.data.looks import INDEX as INDEX
 from bilevel.data.roles import Columns, target_values
 from bilevel.data.table import Array as Array
 

@@ -167,6 +167,10 @@ def read_table(
         raise ValueError(f"{source!r} holds no data: it needs a header row and rows below it.")
     if len(header) > 1 and all(map(is_number, header)):
         raise ValueError(f"{source!r} has no header row: its first row is {', '.join(header[:3])}, ...")
+    hollow = [at for at, name in enumerate(header) if not name and not any(line[at] for line in body if at < len(line))]
+    if hollow and all(len(line) == len(header) for line in body):
+        header, *body = ([cell for at, cell in enumerate(line) if at not in hollow] for line in (header, *body))
+        notes.append("columns with neither a name nor cells are left out")
     if len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
         raise ValueError(f"{source!r} has two columns of the name {twice!r}: rename one of them.")

@@ -390,3 +390,43 @@ def test_labels_with_a_decimal_point_are_doubted(tmp_path: Path) -> None:
     said = "the 3 different numbers of the target are whole: say `task: classification` in `data` if they are classes"
     assert said in rows.notes[-1]
     assert said not in "".join(load_rows(path, TableOptions(), task="regression").notes)
+
+
+@pytest.mark.parametrize("form", ["{}%", "{} %", "${}", "€ {}.50", "-{},00 €"])
+def test_numbers_with_signs_are_refused_wherever_they_stand(tmp_path: Path, form: str) -> None:
+    signed, numbers = [form.format(row) for row in range(ROWS)], [0.5 * row**2 for row in range(ROWS)]
+    for columns in (
+        {"fee": signed, "y": numbers},
+        {"a": numbers, "fee": signed},
+        {"fee": signed[:4] * 10, "y": numbers},
+    ):
+        with pytest.raises(
+            ValueError, match=r"the column 'fee' of .* holds numbers with signs, such as .*: write plain numb"
+        ):
+            load_rows(write(tmp_path / "t.csv", columns, ";"), TableOptions())
+
+
+def test_marks_of_thousands_are_named_where_commas_stand_before_decimals(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", {"a": [f"{1 + row}.000,5" for row in range(ROWS)], "y": [*range(ROWS)]}, ";")
+    with pytest.raises(ValueError, match=r"holds numbers with commas, such as .*: say `decimal: ','` if"):
+        load(path)
+    with pytest.raises(ValueError, match=r"holds numbers with marks of thousands, such as '1\.000,5': write"):
+        load(path, decimal=",")
+
+
+def test_an_index_is_no_target_and_columns_without_name_and_cells_are_left_out(tmp_path: Path) -> None:
+    columns = {
+        "a": [0.5 * row**2 for row in range(ROWS)],
+        "y": [0.25 * row for row in range(ROWS)],
+        "id": [*range(ROWS)],
+    }
+    path = write(tmp_path / "t.csv", columns)
+    rows = load_rows(path, TableOptions())
+    assert (rows.target, rows.encoder.features) == ("y", ("a",))
+    assert "the column 'id' is left out, as it numbers the rows" in rows.notes
+    assert load_rows(path, TableOptions(target="id")).target == "id"
+    assert load_rows(path, TableOptions(index="keep")).target == "id"
+    Path(path).write_text(Path(path).read_text().replace("\n", ",,\n") + ",,")
+    rows = load_rows(path, TableOptions())
+    assert (rows.target, rows.encoder.features) == ("y", ("a",))
+    assert "columns with neither a name nor cells are left out" in rows.notes

@@ -1,0 +1,67 @@
+"""What the cells of a column look like: numbers of rows, days, more digits than a number has, signs of currencies."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from bilevel.data.table import Array, Table
+
+INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
+"""The name of the index of a table that pandas has written, or has written, read and written again."""
+NUMBERED = re.compile(r"(?i:index|id|rownames|row[ _]?(id|number|names)?|.+[ _](id|number))|.*[a-z](Id|ID|Number)")
+"""Names of columns that number the rows."""
+SIGNED = re.compile(r"[-+]?([$€£¥] ?[-+]?\d[\d.,]*|\d[\d.,]* ?[$€£¥%])")
+"""A number with the sign of a currency, or a percentage."""
+NUMBERLIKE = re.compile(r"[-+]?\d[\d.,]*")
+MOST_EXACT = 2**53
+"""Integers above this may be equal as numbers of double precision."""
+FEW_ROWS, FEW_VALUES = 20, 20
+"""With more rows than this, different words in each row say who it is; more different numbers are no categories."""
+
+
+def looks_like_days(numbers: Array) -> bool:
+    """Whether numbers are days such as 20240131, of more than two dates."""
+    there = numbers[~np.isnan(numbers)]
+    if len(np.unique(there)) < 3 or not ((there >= 19000101) & (there <= 20991231) & (there % 1 == 0)).all():
+        return False
+    month, day = there // 100 % 100, there % 100
+    return bool(((month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all())
+
+
+def lose_digits(column: Array, numbers: Array) -> bool:
+    """Whether different integers of a column are equal as numbers."""
+    if column.dtype.kind == "f":
+        return False
+    cells = map(str, column[np.isfinite(numbers) & (np.abs(numbers) >= MOST_EXACT)].tolist())
+    integers = {int(cell) for cell in cells if re.fullmatch(r"[-+]?\d+", cell)}
+    return len(set(map(float, integers))) < len(integers)
+
+
+def numbers_rows(table: Table, name: str) -> bool:
+    """Whether a column says which row it is: all values differ, and its name or its words say so."""
+    column = table.columns[name]
+    if len(np.unique(column)) < len(column):
+        return False
+    numbers = table.numbers(name)
+    if numbers is None:
+        numbers_like = any(map(NUMBERLIKE.fullmatch, column)) or any(map(SIGNED.fullmatch, column))
+        numbers_like = numbers_like or table.date(name) is not None
+        long = len(column) > FEW_ROWS and not numbers_like
+        return bool(NUMBERED.fullmatch(name) or INDEX.fullmatch(name)) or long
+    whole = bool((numbers == np.round(numbers)).all())
+    return INDEX.fullmatch(name) is not None or (whole and NUMBERED.fullmatch(name) is not None)
+
+
+def is_called_index(table: Table, name: str) -> bool:
+    """Whether a column numbers the rows, and its name says so."""
+    return bool(NUMBERED.fullmatch(name) or INDEX.fullmatch(name)) and numbers_rows(table, name)
+
+
+def counts_rows(table: Table, name: str) -> bool:
+    """Whether a column holds the numbers of the rows in their order, from 0 or 1 on, whatever its name."""
+    numbers = table.numbers(name)
+    if numbers is None or len(numbers) <= FEW_ROWS:
+        return False
+    return bool(numbers[0] in (0, 1) and (np.diff(numbers) == 1).all())
