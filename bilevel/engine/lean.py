@@ -37,7 +37,7 @@ from bilevel.engine.recurrence import Numbers, schedule
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.inner_problem import InnerProblem
-from bilevel.oracles.kernels import Affine, Kernels, Stepped
+from bilevel.oracles.kernels import Affine, Kernels, Pushed, Stepped
 
 CHUNK, FIRST, LONGEST = 16_384, 256, 512
 """A run to a tolerance makes at first so many numbers at once, but no more than so many steps; later, and at most."""
@@ -118,12 +118,12 @@ class Steps(Stretch):
     def residuals(self, after: range) -> Tensor:
         assert self.blocks is not None
         # The gradients at the iterates are there where steps are made of them, but for the last one.
-        gradients, place = self.blocks[:, 0], self.kernels.places(1)[0]
+        gradients, place, size = self.blocks[:, 0], self.kernels.places(1)[0], self.kernels.size
         if not self.at_iterates:
             gradients = torch.empty_like(gradients)
         for k in (self.count,) if self.at_iterates else after:
             self.kernels.gradient(self.vectors(k)[0], place, gradients[k])
-        return torch.linalg.vector_norm(gradients[after.start : after.stop : after.step], dim=1)
+        return torch.linalg.vector_norm(gradients[after.start : after.stop : after.step, :size], dim=1)
 
     def cut(self, low: int, high: int) -> None:
         self.count = high - low
@@ -152,8 +152,16 @@ def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
 class Stretches:
     """What makes the steps of one run, as stretches that share powers; of `rows` side by side, all by doubling."""
 
-    def __init__(self, kernels: Stepped, solver: LinearMultistep, first: InnerState, rows: int | None = None) -> None:
-        self.kernels, self.solver, self.first, self.rows = kernels, solver, first, rows
+    def __init__(
+        self, kernels: Kernels, solver: LinearMultistep, first: InnerState, rows: int | None, directions: int
+    ) -> None:
+        self.solver, self.first, self.rows = solver, first, rows
+        lead = 0 if rows is None else 1
+        s = torch.stack([v.reshape(*v.shape[:lead], -1) for v in (first.params, *first.memory)], dim=lead)
+        self.size = s.shape[-1]
+        self.kernels: Stepped = Pushed(kernels, self.size) if directions else kernels
+        self.begin = torch.cat([s, s.new_zeros(s.shape[0], directions * self.size)], dim=1) if directions else s
+        """The stored vectors at the start, ([rows,] p, m), and beside them their derivatives in so many directions."""
         self.powers: dict[Numbers, list[Powers]] = {}
         self.forms: dict[str, None] = {}
         """How the steps were made, in order."""
@@ -183,15 +191,10 @@ class Stretches:
         """Whether the steps low, ..., high - 1 are doubled, all of them."""
         return all(self._doubles(*part) for part in schedule(self.solver, self.starts, low, high))
 
-    def stacked(self, state: InnerState) -> Tensor:
-        """Return the stored vectors of a state, of shape ([rows,] p, m)."""
-        lead = 0 if self.rows is None else 1
-        return torch.stack([v.reshape(*v.shape[:lead], -1) for v in (state.params, *state.memory)], dim=lead)
-
     def state(self, s: Tensor, taken: int) -> InnerState:
         """Return the state after so many steps, whose vectors are s, ([rows,] p, m)."""
         first = self.first
-        vectors = s.movedim(-2, 0).unbind(0)
+        vectors = s[..., : self.size].movedim(-2, 0).unbind(0)
         params, *memory = [vector.to(first.params.dtype, copy=True).view_as(first.params) for vector in vectors]
         return InnerState(params, tuple(memory), first.steps + taken, first.measured, earlier=first.earlier)
 
@@ -244,7 +247,8 @@ class Flat:
 
     end: InnerRun
     swept: list[tuple[Stretch, Tensor]]
-    made: Stretches
+    last: Tensor
+    """The stored vectors at the end, ([rows,] p, m), and what is carried along with them."""
 
     @property
     def tail(self) -> int:
@@ -260,6 +264,7 @@ def flat_run(
     length: Callable[[int], int] = lambda steps: 0,
     at_least: int = 0,
     kept: bool = True,
+    directions: int = 0,
 ) -> Flat | None:
     """Return a run from a first state on flat vectors; None where it has to be made step by step.
 
@@ -273,16 +278,18 @@ def flat_run(
         length: steps taken -> last steps that are to be differentiated.
         at_least: steps to take even where the tolerance is reached before.
         kept: whether their iterates are kept, or made again on the way back, stretch by stretch, to the same bits.
+        directions: hyperparameters whose derivatives are carried along: forward mode; of rows, none.
     """
-    kernels, size = kernels_of(inner, solver), inner.problem.batch
+    kernels, size = inner.kernels() if solver.follows_coefficients else None, inner.problem.batch
     if kernels is None:
         return None
-    counts, made = inner.counts.copy(), Stretches(kernels, cast(LinearMultistep, solver), first, size)
+    counts = inner.counts.copy()
+    made = Stretches(kernels, cast(LinearMultistep, solver), first, size, directions)
     limit, tol = solver.limits(first.params.dtype)
     found, possible = None, made.point is not None
     if possible and size is not None:
-        tail = min(length(limit), limit)
-        possible = tol is None and made.numbered and made.doubled(0, limit - tail) and made.doubled(limit - tail, limit)
+        tail, possible = min(length(limit), limit), tol is None and not directions and made.numbered
+        possible = possible and made.doubled(0, limit - tail) and made.doubled(limit - tail, limit)
     if possible:
         taken = _by_count if tol is None else _to_tolerance
         found = taken(inner, made, limit, length, at_least, kept)
@@ -297,7 +304,7 @@ def flat_run(
 def _by_count(
     inner: InnerProblem, made: Stretches, steps: int, length: Callable[[int], int], at_least: int, kept: bool
 ) -> Flat | None:
-    tail, s = min(length(steps), steps), made.stacked(made.first)
+    tail, s = min(length(steps), steps), made.begin
     swept: list[tuple[Stretch, Tensor]] = []
     for stretch in made.between(0, steps - tail):
         s = stretch.forward(s, False)
@@ -313,28 +320,29 @@ def _by_count(
         return None
     inner.counts["gradient"] += steps
     state = made.state(s, steps)
-    return Flat(conclude(inner, made.solver, made.first, state, steps), swept, made)
+    return Flat(conclude(inner, made.solver, made.first, state, steps), swept, s)
 
 
 def _to_tolerance(
     inner: InnerProblem, made: Stretches, limit: int, length: Callable[[int], int], at_least: int, kept: bool
 ) -> Flat | None:
     """Make steps by chunks, and look at all residuals of a stretch at once: at those that steps would look at."""
-    solver, first, s = made.solver, made.first, made.stacked(made.first)
+    solver, first, s = made.solver, made.first, made.begin
     _, tol = solver.limits(s.dtype)
     assert tol is not None
     every = max(solver.traits.check_every, check_interval(s.device))
     looks, most = Looks(inner, solver, first, tol, at_least), length(limit)
     swept: list[tuple[Stretch, Tensor]] = []
-    end, taken = looks.end(float(looks.start), 0, first, first), 0
+    end, taken, held = looks.end(float(looks.start), 0, first, first), 0, 0
     equal = made.kernels.affine is not None and solver.traits.stationary_from is not None
     chunk = min(FIRST, max(SHORTEST, CHUNK // s.numel())) if equal else SHORTEST // 2
     while end is None and taken < limit:
         for stretch in made.between(taken, min(limit, taken + chunk)):
             swept.append((stretch, s))
             s = stretch.forward(s, True)
-            while sum(each.count for each, _ in swept[1:-1]) >= most and len(swept) > 1:
-                swept.pop(0)
+            held += stretch.count
+            while len(swept) > 1 and held - swept[0][0].count - stretch.count >= most:
+                held -= swept.pop(0)[0].count
             after = range(every - taken % every, stretch.count + (taken + stretch.count < limit), every)
             for count, residual in zip(after, stretch.residuals(after).tolist() if after else (), strict=True):
                 if looks.passes(residual, taken + count):
@@ -344,6 +352,7 @@ def _to_tolerance(
                 states = [made.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]
                 if (end := looks.end(residual, taken + count, *states)) is not None:
                     stretch.cut(0, count)
+                    s = stretch.vectors(count).to(s.dtype)
                     break
             taken += stretch.count
             if not kept:
@@ -361,13 +370,9 @@ def _to_tolerance(
     inner.grad(end.state.params)
     tail = min(length(max(taken, 1)), taken)
     spare = sum(stretch.count for stretch, _ in swept) - tail
+    last = s.clone()  # a view would hold all steps
     while swept and spare >= swept[0][0].count:
         spare -= swept.pop(0)[0].count
     if spare:
         swept[0][0].cut(spare, swept[0][0].count)
-    return Flat(end, swept, made)
-
-
-def kernels_of(inner: InnerProblem, solver: InnerSolver) -> Kernels | None:
-    """Return the kernels of a run that its solver's numbers describe; None for another."""
-    return inner.kernels() if solver.follows_coefficients else None
+    return Flat(end, swept, last)

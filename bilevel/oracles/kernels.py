@@ -18,6 +18,8 @@ class Stepped(ABC):
     form = "flat"
     """What a certificate calls steps on them."""
 
+    size: int | None = None
+    """How many numbers of a vector are the point's, where others are carried along."""
     affine: tuple[Tensor, Tensor] | None = None
     """(H, b), of shapes (m, m) and (m,), where the gradient is ``H x + b`` at every x; else None."""
 
@@ -103,10 +105,12 @@ class Pushed(Stepped):
     """
 
     def __init__(self, of: Kernels, size: int) -> None:
-        self.of, self.size, self.form = of, size, of.form
+        self.of, self.form = of, of.form
+        self.size: int = size
         self.parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def places(self, count: int) -> Tensor:
+        self.parts.clear()  # memory must not grow with the steps
         return self.of.places(count)
 
     def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:

@@ -127,6 +127,7 @@ def test_a_run_to_a_tolerance_ends_where_its_steps_end(name: str, method: str) -
         (1e3, None, bl.TruncatedUnroll(3), None),
         (1e-3, None, bl.FullUnroll(memory="checkpoint"), cold.carry),
         (1e-5, 400, bl.Implicit(), None),
+        (1e-3, None, bl.FullUnroll(mode="forward"), cold.carry),
     ):
         solver = replace(METHODS[method], tol=tol, steps=steps)
         one, other = (
