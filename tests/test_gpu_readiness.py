@@ -234,6 +234,34 @@ def test_a_differentiated_step_launches_no_more_than_its_arithmetic_and_never_wa
     assert kernels - 5 * row.runs / LOOK <= row.kernels, row.reason
 
 
+LONG_RUNS = {
+    "doubled": ("ridge", bl.GradientDescent(0.005), 0.05),
+    "doubled, momentum": ("ridge", bl.HeavyBall(0.005, 0.5), 0.05),
+    "doubled, to a tolerance": ("ridge", bl.GradientDescent(0.005, tol=1e-30), 0.145),
+    "stepped, quadratic": ("ridge", bl.Sobolev(l=0.05, L=200.0), 5.2),
+    "stepped, logistic": ("logistic", bl.GradientDescent(0.05), 10.2),
+    "stepped, to a tolerance": ("logistic", bl.GradientDescent(0.05, tol=1e-30), 10.4),
+}
+"""Runs on flat vectors: the problem, the solver, and the kernels that one step costs, there and back."""
+
+
+@each(LONG_RUNS)
+def test_steps_on_flat_vectors_launch_few_kernels_and_wait_once_a_stretch(name: str) -> None:
+    problem, solver, most = LONG_RUNS[name]
+
+    def run(steps: int) -> Log:
+        with accelerator() as log:
+            placed, method = PROBLEMS[problem].make(DEVICE), replace(solver, steps=steps)
+            options = {"check": False, "on_failure": "return"}
+            found = bl.hypergradient(placed.problem, method, bl.FullUnroll(), placed.hparams, **options)
+            assert found.certificate.form == ("doubled" if "doubled" in name else "flat")
+        return log
+
+    kernels, waits = slope(run, 4 * LOOK)
+    assert kernels <= most
+    assert waits <= (1 / LOOK if solver.tol else 0)
+
+
 @each(ESTIMATORS)
 def test_a_hypergradient_waits_a_fixed_number_of_times(name: str) -> None:
     row = ESTIMATORS[name]

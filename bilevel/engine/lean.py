@@ -158,6 +158,9 @@ class Stretches:
         self.solver, self.first, self.rows = solver, first, rows
         lead = 0 if rows is None else 1
         s = torch.stack([v.reshape(*v.shape[:lead], -1) for v in (first.params, *first.memory)], dim=lead)
+        kernels = kernels.within(s)
+        self.basis = kernels.basis
+        s = s if self.basis is None else s @ self.basis
         self.size = s.shape[-1]
         self.kernels: Stepped = Pushed(kernels, self.size) if directions else kernels
         self.begin = torch.cat([s, s.new_zeros(s.shape[0], directions * self.size)], dim=1) if directions else s
@@ -194,7 +197,8 @@ class Stretches:
     def state(self, s: Tensor, taken: int) -> InnerState:
         """Return the state after so many steps, whose vectors are s, ([rows,] p, m)."""
         first = self.first
-        vectors = s[..., : self.size].movedim(-2, 0).unbind(0)
+        s = s[..., : self.size] if self.basis is None else s[..., : self.size] @ self.basis.t()
+        vectors = s.movedim(-2, 0).unbind(0)
         params, *memory = [vector.to(first.params.dtype, copy=True).view_as(first.params) for vector in vectors]
         return InnerState(params, tuple(memory), first.steps + taken, first.measured, earlier=first.earlier)
 
@@ -249,6 +253,8 @@ class Flat:
     swept: list[tuple[Stretch, Tensor]]
     last: Tensor
     """The stored vectors at the end, ([rows,] p, m), and what is carried along with them."""
+    basis: Tensor | None
+    """That of the kernels."""
 
     @property
     def tail(self) -> int:
@@ -320,7 +326,7 @@ def _by_count(
         return None
     inner.counts["gradient"] += steps
     state = made.state(s, steps)
-    return Flat(conclude(inner, made.solver, made.first, state, steps), swept, s)
+    return Flat(conclude(inner, made.solver, made.first, state, steps), swept, s, made.basis)
 
 
 def _to_tolerance(
@@ -344,7 +350,7 @@ def _to_tolerance(
             while len(swept) > 1 and held - swept[0][0].count - stretch.count >= most:
                 held -= swept.pop(0)[0].count
             after = range(every - taken % every, stretch.count + (taken + stretch.count < limit), every)
-            for count, residual in zip(after, stretch.residuals(after).tolist() if after else (), strict=True):
+            for count, residual in zip(after, stretch.residuals(after).cpu().tolist() if after else (), strict=True):
                 if looks.passes(residual, taken + count):
                     continue
                 if not math.isfinite(residual):
@@ -375,4 +381,4 @@ def _to_tolerance(
         spare -= swept.pop(0)[0].count
     if spare:
         swept[0][0].cut(spare, swept[0][0].count)
-    return Flat(end, swept, last)
+    return Flat(end, swept, last, made.basis)

@@ -26,6 +26,7 @@ def unrolled(run: Run, length: Callable[[int], int], at_least: int = 1, kept: bo
     @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
         a = torch.zeros_like(flat.last)
+        cotangent = cotangent if flat.basis is None else cotangent @ flat.basis
         a.select(-2, 0).copy_(cotangent.reshape(a.select(-2, 0).shape))
         total: Tree = None
         for stretch, begin in reversed(flat.swept):
@@ -53,10 +54,12 @@ def pushed(run: Run) -> Solution | None:
     run.meter.sample()
     params, steps = flat.end.state.params, flat.end.steps
     inner.counts["jvp"] += steps * raveler.size
-    tangents = flat.last[0, params.numel() :].view(-1, params.numel())
+    size = flat.last.shape[1] // (1 + raveler.size)
+    tangents = flat.last[0, size:].view(-1, size)
 
     @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
-        return Pullback(raveler.unravel(torch.mv(tangents, cotangent.reshape(-1))), steps=steps)
+        cotangent = cotangent.reshape(-1) if flat.basis is None else cotangent @ flat.basis
+        return Pullback(raveler.unravel(torch.mv(tangents, cotangent)), steps=steps)
 
     return flat.end.solution(params, pullback)

@@ -38,6 +38,16 @@ class Kernels(Stepped):
     What a long run of steps asks for again and again: no tree, no count, no new tensor but those of a formula's inside.
     """
 
+    basis: Tensor | None = None
+    """Orthonormal columns, (size, m): the vectors are coordinates in them of those of the problem. None: they are them.
+
+    No step of a run may lead out of what the columns span.
+    """
+
+    def within(self, vectors: Tensor) -> Kernels:
+        """Return kernels of fewer numbers for a run from these vectors, (p, m), where there are any; else these."""
+        return self
+
     def at(self, places: Tensor) -> Tensor:
         """Return what `product` needs of all these points, made of what their gradients have left."""
         return places

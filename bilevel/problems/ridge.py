@@ -22,6 +22,7 @@ from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.structure import Exact, QuadraticForm, Structure
+from bilevel.problems.kernels import OneOutput
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import Squared
@@ -74,7 +75,8 @@ class RidgeInner(LinearModelInner):
             linear = -problem.moment.expand(problem.params.shape)
             return Affine(problem.gram + torch.diag_embed(self.flat_penalty), linear, self._rows_sum)
         if self.hessian is None:
-            return super().kernels()
+            kernels = super().kernels()
+            return kernels if kernels is None or problem.penalty != "scalar" else Wide(self)
         return Affine(self.hessian, -problem.moment, self._cross_sum, lambda x: self.slope_rows * x)
 
     def _rows_sum(self, points: Tensor, vectors: Tensor, rows: slice) -> Tensor:
@@ -116,6 +118,33 @@ class RidgeInner(LinearModelInner):
         return Spectrum(float(values[0]), float(values[-1]), exact=True)
 
 
+OUTSIDE = 64.0
+"""Rounding units of a vector that may lie outside a space in which it is."""
+
+
+class Wide(OneOutput):
+    """Fewer rows than features under one penalty: a run from zero stays in what the rows span, of fewer dimensions."""
+
+    def within(self, vectors: Tensor) -> Kernels:
+        problem, inner = self.inner.problem, self.inner
+        basis, data = problem.row_space
+        outside = vectors - (vectors @ basis) @ basis.t()
+        if float(outside.norm()) > OUTSIDE * torch.finfo(vectors.dtype).eps * float(vectors.norm()):
+            return self
+        penalty, slope = inner.penalty.reshape(()), inner.slope.reshape(())
+        hessian = torch.addmm(
+            penalty * torch.eye(len(data), dtype=data.dtype, device=data.device), data, data.t(), alpha=problem.scale
+        )
+        kernels = Affine(
+            hessian,
+            -problem.scale * (data @ problem.train.y),
+            lambda points, vectors: slope * (points * vectors).sum(),
+            lambda z: slope * z[None],
+        )
+        kernels.basis = basis
+        return kernels
+
+
 class RidgeProblem(LinearModelProblem):
     """Ridge regression with tuned penalties.
 
@@ -146,6 +175,12 @@ class RidgeProblem(LinearModelProblem):
         """``c X'X``, of shape (features, features), or (batch, features, features) for stacked data."""
         X = self.train.X
         return self.scale * (symmetric_product(X, X) if X.dim() == 2 else X @ X.mT)
+
+    @cached_property
+    def row_space(self) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis of what the rows span, (features, rows), and the rows in it, (rows, rows)."""
+        basis, data = torch.linalg.qr(self.train.X)
+        return basis, data
 
     @cached_property
     def identity(self) -> Tensor:

@@ -44,6 +44,7 @@ PROBLEMS: dict[str, bl.BilevelProblem] = {
     "ridge": bl.problems.RidgeProblem(X, Y, X + 0.1, Y, penalty="per_feature"),
     "ridge, one penalty": bl.problems.RidgeProblem(X, Y, X + 0.1, Y, penalty="scalar"),
     "wide ridge": bl.problems.RidgeProblem(WIDE, WIDE_Y, WIDE + 0.1, WIDE_Y, penalty="per_feature"),
+    "wide ridge, one penalty": bl.problems.RidgeProblem(WIDE, WIDE_Y, WIDE + 0.1, WIDE_Y, penalty="scalar"),
     "logistic": bl.problems.LogisticProblem(X, LABELS, X + 0.1, LABELS, penalty="per_feature"),
     "softmax": bl.problems.SoftmaxProblem(X, CLASSES, X + 0.1, CLASSES, penalty="per_feature"),
     "poisson": bl.problems.PoissonProblem(0.3 * X, COUNTS, 0.3 * X, COUNTS, penalty="scalar"),
