@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby, islice
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class Steps(Stretch):
         if self.looked is not None and not bool((self.read[:, self.looked] == 1.0).all()):
             self.looked = None
         self.at_iterates = self.looked == 0
+        self.held: tuple[Any, Any] | None = None
         self.blocks: Tensor | None = None
         self.places: Tensor | None = None
 
@@ -70,9 +71,7 @@ class Steps(Stretch):
         slots = places.unbind(0)
         wholes, gradients, points = blocks.unbind(0), blocks[:, 0].unbind(0), self._points(blocks).unbind(0)
         vectors, looks = blocks[:, 1 + own :].unbind(0), blocks[:, 1:2].unbind(0)
-        rows = np.insert(self.mix, [0] * own, 0.0, axis=2)
-        matrices = _unbound(np.concatenate([self.write[:, :, None], rows], axis=2), s)
-        reads = _unbound(self.read[:, None, :], s) if own else []
+        matrices, reads = self.held[0] if self.held else self._there(s)
         gradient, mm, last = self.kernels.gradient, torch.mm, 0
         for k in range(self.count):
             last, place = (k + 1, slots[k]) if keep else (1 - (k & 1), slots[0])
@@ -97,19 +96,35 @@ class Steps(Stretch):
         sums = back[:, 1 + (self.written or 0)]
         wholes, into, cotangents = back.unbind(0), back[:, 0].unbind(0), sums.unbind(0)
         vectors, gathered = back[:, 1 + own :].unbind(0), back[:, 1:2].unbind(0)
-        factors = np.ones(self.count) if self.written is None else self.write[:, self.written]
-        columns = np.insert(self.mix.transpose(0, 2, 1), [0] * own, 0.0, axis=2)
-        matrices = _unbound(np.concatenate([factors[:, None, None] * self.read[:, :, None], columns], axis=2), a)
-        writes = _unbound(self.write[:, None, :], a) if own else []
+        matrices, writes, factors = self.held[1] if self.held else self._back(a)
         product, mm = kernels.product, torch.mm
         for k in range(self.count - 1, -1, -1):
             if own:
                 mm(writes[k], vectors[k + 1], out=gathered[k + 1])
             product(at[k], cotangents[k + 1], into[k + 1])
             mm(matrices[k], wholes[k + 1], out=vectors[k])
+        return vectors[0].clone(), kernels.cross(self._points(self.blocks)[:-1], sums[1:] * factors)
+
+    def hold(self, like: Tensor) -> None:
+        """Make what is taken to the device now, and keep it: then steps can be captured as a CUDA graph."""
+        self.held = self._there(like), self._back(like)
+
+    def _there(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the matrices of the steps, and the weights of the points where they are asked for."""
+        own = int(self.looked is None)
+        rows = np.insert(self.mix, [0] * own, 0.0, axis=2)
+        matrices = _unbound(np.concatenate([self.write[:, :, None], rows], axis=2), like)
+        return matrices, _unbound(self.read[:, None, :], like) if own else []
+
+    def _back(self, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
+        """Return the same of the steps back, and the factors of the gradients' cotangents."""
+        own = int(self.written is None)
+        factors = np.ones(self.count) if self.written is None else self.write[:, self.written]
+        columns = np.insert(self.mix.transpose(0, 2, 1), [0] * own, 0.0, axis=2)
+        matrices = _unbound(np.concatenate([factors[:, None, None] * self.read[:, :, None], columns], axis=2), like)
         same = bool((factors == factors[0]).all())
-        pulled = sums[1:] * (float(factors[0]) if same else torch.from_numpy(factors).to(a)[:, None])
-        return vectors[0].clone(), kernels.cross(self._points(self.blocks)[:-1], pulled)
+        writes = _unbound(self.write[:, None, :], like) if own else []
+        return matrices, writes, float(factors[0]) if same else torch.from_numpy(factors).to(like)[:, None]
 
     def vectors(self, after: int) -> Tensor:
         assert self.blocks is not None

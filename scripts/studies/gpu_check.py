@@ -4,8 +4,10 @@
     python scripts/studies/gpu_check.py --dry-run                   the same code on the CPU, small: only a test of it
 
 It runs the tests marked `gpu`; runs inner steps with torch's synchronisation check set to "error" and counts with it
-how often whole runs wait; compares every estimator and solver (the rows of tests/device_cases.py) with the CPU; saves
-and restores CUDA's random generators; and times logistic regression and an unrolled net on both devices.
+how often whole runs wait; captures runs on flat vectors as CUDA graphs of 64 steps; compares every estimator and solver
+(the rows of tests/device_cases.py) with the CPU; saves and restores CUDA's random generators; and times logistic
+regression, an unrolled net and runs on flat vectors on both devices. No machine with CUDA was at hand when the graphs
+were written: that part has run on the CPU alone, where nothing is captured.
 Exit status: 0 where all is well, 1 where something fails, 2 without CUDA.
 """
 
@@ -29,6 +31,7 @@ import torch
 import bilevel as bl
 from bilevel.compare import describe_environment
 from bilevel.core.device import ON_ACCELERATOR
+from bilevel.engine.lean import Steps
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -37,6 +40,8 @@ import device_cases as cases  # noqa: E402
 
 STEPS = {"cuda": 64, "cpu": 8}
 """Steps of the runs in which waits are counted; none are on the CPU, where only this script is tried."""
+CHUNK = 64
+"""Steps that are captured as one graph."""
 
 
 def run_tests(device: str) -> dict[str, Any]:
@@ -122,6 +127,66 @@ def check_waits(device: str) -> dict[str, Any]:
     return {"ok": all(row["waits_of_a_step"] <= row["asked"] for row in found.values()), "found": found}
 
 
+def check_graphs(device: str) -> dict[str, Any]:
+    """Make chunks of steps there and back, as they are and as one CUDA graph: the same numbers, and the times of both.
+
+    Without CUDA nothing is captured.
+    """
+    found = {}
+    for problem, method in (("logistic", bl.GradientDescent(0.1)), ("ridge", bl.Sobolev(l=0.05, L=50.0))):
+        placed = cases.PROBLEMS[problem].make(device)
+        kernels, start = placed.problem.bind(placed.hparams).kernels(), placed.problem.params
+        numbers = [method.coefficients(bl.InnerState(start, (), k)) for k in range(CHUNK)]
+        steps = Steps(kernels, numbers)
+        s = torch.stack([start.reshape(-1) for _ in (start, *method.vectors(start))])
+        a = torch.ones_like(s)
+        steps.hold(s)
+
+        def chunk(steps: Steps = steps, s: torch.Tensor = s, a: torch.Tensor = a) -> list[torch.Tensor]:
+            return [steps.forward(s, True), *steps.backward(a)]
+
+        expected, again = chunk(), chunk
+        if device != "cpu":
+            again = captured(chunk)
+        result = again()
+        found[f"{type(method).__name__}, {problem}"] = {
+            "distance": distance(result, [part.cpu() for part in expected]),
+            "asked": 1e-12,
+            "microseconds_of_a_step": {"eager": clock(device, chunk), "graph": clock(device, again)},
+        }
+    return {"ok": all(row["distance"] <= row["asked"] for row in found.values()), "found": found}
+
+
+def captured(work: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+    """Return what replays a piece of work whose tensors stay where they are."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work(), work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> list[torch.Tensor]:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def clock(device: str, work: Callable[[], object]) -> float:
+    """Return the microseconds that one of the steps of a chunk takes, the median of five."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(seconds) / CHUNK
+
+
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +243,19 @@ def logistic(device: str, rows: int, features: int) -> Callable[[], object]:
     return lambda: bl.hypergradient(problem, solver, bl.Implicit(bl.CG(tol=1e-8)), problem.initial_hparams(-6.0))
 
 
+def unrolled(device: str, kind: str, steps: int) -> Callable[[], object]:
+    """Return a full unroll on flat vectors: of logistic regression, of ridge regression, or of 64 ridge problems."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(341, 30, generator=generator, dtype=torch.float64).to(device)
+    y = X.sum(1)
+    data = (X, (y > 0).double() if kind == "logistic" else y)
+    make = bl.problems.LogisticProblem if kind == "logistic" else bl.problems.RidgeProblem
+    problem, size = make(*data, *data), 64 if kind == "rows" else None
+    u = torch.linspace(-4.0, -1.0, 64, dtype=torch.float64, device=device)
+    u, solver = u if size else u[0], bl.GradientDescent(steps=steps)
+    return lambda: bl.hypergradient(problem, solver, bl.FullUnroll(), u, batch=size)
+
+
 def net(device: str, rows: int, hidden: int, steps: int) -> Callable[[], object]:
     """Return a full unroll of a net with one hidden layer and two weight decays, in float32."""
     generator = torch.Generator().manual_seed(0)
@@ -206,6 +284,7 @@ def measure(device: str) -> dict[str, Any]:
     jobs = {
         "logistic": (logistic, (200, 10) if small else (20_000, 500)),
         "net": (net, (20, 8, 5) if small else (2_000, 512, 100)),
+        **{f"{kind}, unrolled": (unrolled, (kind, 40 if small else 1_000)) for kind in ("ridge", "logistic", "rows")},
     }
     found = {}
     for name, (make, sizes) in jobs.items():
@@ -225,6 +304,7 @@ CHECKS: dict[str, Callable[[str], dict[str, Any]]] = {
     "tests": run_tests,
     "steps": check_steps,
     "waits": check_waits,
+    "graphs": check_graphs,
     "agreement": check_agreement,
     "random_numbers": check_random_numbers,
     "seconds": measure,

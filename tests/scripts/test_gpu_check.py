@@ -21,7 +21,7 @@ def test_a_dry_run_writes_one_file_that_names_the_machine(script, tmp_path, monk
     out = tmp_path / "check.json"
     assert script(SCRIPT, "--dry-run", "--out", str(out)) == 0
     results = json.loads(out.read_text())
-    parts = ("tests", "steps", "waits", "agreement", "random_numbers", "seconds")
+    parts = ("tests", "steps", "waits", "graphs", "agreement", "random_numbers", "seconds")
     assert all(results[name]["ok"] for name in parts)
     assert results["dry_run"]
     assert results["environment"]["processor"]
