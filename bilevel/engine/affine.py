@@ -215,16 +215,8 @@ def _joined(groups: list[Tensor]) -> Tensor:
 
 def _combined(weights: Sequence[Sequence[float]], vectors: Tensor) -> Tensor:
     """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape ([rows,] K, p, m), by the weights of each row."""
-    table = np.array(weights)
-    used = np.flatnonzero((table != 0).any(axis=0))
-    if len(used) == 1:
-        one, column = vectors.select(-2, int(used[0])), table[:, used[0]]
-        same = bool((column == column[0]).all())
-        if same:
-            return one if column[0] == 1.0 else float(column[0]) * one
-        return torch.from_numpy(column).to(vectors)[:, None, None] * one
-    factors = torch.from_numpy(table).to(vectors)
-    return torch.einsum("...i,...kim->...km", factors if len(weights) > 1 else factors[0], vectors)
+    factors = torch.tensor(weights if len(weights) > 1 else weights[0], dtype=vectors.dtype).to(vectors.device)
+    return torch.einsum("...i,...kim->...km", factors, vectors)
 
 
 def block(count: int, size: int) -> int:

@@ -44,6 +44,14 @@ def main() -> bool:
     for name, problem in models.items():
         ok &= _beside(f"{name}, 400 steps", problem, descent, full, 1.2)
     ok &= _beside("softmax, 400 steps, forward", models["softmax"], descent, bl.FullUnroll(mode="forward"), 1.5)
+    scalar = bl.problems.RidgeProblem(X, y, X[:100], y[:100])
+    broad = torch.randn(60, 2_000, generator=generator, dtype=torch.float64)
+    wide = bl.problems.RidgeProblem(broad, broad[:, 0], broad[:20], broad[:20, 0])
+    ok &= _beside("ridge, to a tolerance of 1e-9", ridge, bl.GradientDescent(0.2, tol=1e-9), full, 1.5)
+    ok &= _beside("softmax, to a tolerance of 1e-6", models["softmax"], bl.Nesterov(tol=1e-6), full, 1.0)
+    short = bl.GradientDescent(0.01, steps=1_000)
+    ok &= _beside("ridge of 60 rows and 2,000 features, 1,000 steps", wide, short, full, 20.0)
+    ok &= _beside("64 ridge penalties, 1,000 steps", scalar.batched(64), bl.GradientDescent(steps=1_000), full, 1.5)
     tail = bl.TruncatedUnroll(50)
     return ok & _beside("ridge, 50 of 20,000 steps", ridge, bl.GradientDescent(steps=20_000), tail, 50.0)
 
