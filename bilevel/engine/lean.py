@@ -15,7 +15,7 @@ cost two digits where a momentum is near one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby, islice
@@ -68,9 +68,9 @@ class Steps(Stretch):
         blocks = s.new_empty(self.count + 1 if keep else 2, 1 + own + p, m)
         blocks[0, 1 + own :] = s
         places = self.kernels.places(self.count if keep else 1)
-        slots = places.unbind(0)
+        slots = _each(places)
         wholes, gradients, points = blocks.unbind(0), blocks[:, 0].unbind(0), self._points(blocks).unbind(0)
-        vectors, looks = blocks[:, 1 + own :].unbind(0), blocks[:, 1:2].unbind(0)
+        vectors, looks = blocks[:, 1 + own :].unbind(0), blocks[:, 1:2].unbind(0) if own else ()
         matrices, reads = self.held[0] if self.held else self._there(s)
         gradient, mm, last = self.kernels.gradient, torch.mm, 0
         for k in range(self.count):
@@ -89,13 +89,13 @@ class Steps(Stretch):
         assert self.places is not None
         p, m = a.shape
         kernels, own = cast(Kernels, self.kernels), int(self.written is None)
-        at = kernels.at(self.places).unbind(0)
+        at = _each(kernels.at(self.places))
         # The block of step k is at k + 1, so that the first step has one to write into.
         back = a.new_empty(self.count + 1, 1 + own + p, m)
         back[-1, 1 + own :] = a
         sums = back[:, 1 + (self.written or 0)]
         wholes, into, cotangents = back.unbind(0), back[:, 0].unbind(0), sums.unbind(0)
-        vectors, gathered = back[:, 1 + own :].unbind(0), back[:, 1:2].unbind(0)
+        vectors, gathered = back[:, 1 + own :].unbind(0), back[:, 1:2].unbind(0) if own else ()
         matrices, writes, factors = self.held[1] if self.held else self._back(a)
         product, mm = kernels.product, torch.mm
         for k in range(self.count - 1, -1, -1):
@@ -158,6 +158,11 @@ def _alone(weights: NDArray[np.float64]) -> int | None:
     """Return the only index, the same in all steps, of a weight that is not zero; None where there are several."""
     used = np.flatnonzero((weights != 0).any(axis=0))
     return int(used[0]) if len(used) == 1 else None
+
+
+def _each(places: Tensor) -> Sequence[Tensor]:
+    """Return the places, made one by one only where they hold something."""
+    return places.unbind(0) if places.numel() else [places] * len(places)
 
 
 def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
