@@ -17,8 +17,8 @@ from bilevel.base.requirements import check_requirements
 from bilevel.core.cost import Meter
 from bilevel.core.options import check_fields
 from bilevel.core.tree import Tree
+from bilevel.engine.flat import flat_run
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.lean import flat_run
 from bilevel.engine.loop import begin, run_inner
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem

@@ -1,4 +1,4 @@
-"""Unrolls of runs on flat vectors, in reverse and in forward mode (see `bilevel.engine.lean`)."""
+"""Unrolls of runs on flat vectors, in reverse and in forward mode (see `bilevel.engine.flat`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bilevel.base import Pullback, Solution
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import Run
-from bilevel.engine.lean import flat_run
+from bilevel.engine.flat import flat_run
 
 
 def unrolled(run: Run, length: Callable[[int], int], at_least: int = 1, kept: bool = True) -> Solution | None:

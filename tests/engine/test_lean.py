@@ -153,7 +153,7 @@ def test_a_run_to_a_tolerance_ends_where_its_steps_end(name: str, method: str) -
 
 
 ROWS = 11
-ESTIMATORS = (bl.FullUnroll(), bl.TruncatedUnroll(33), bl.TruncatedUnroll(0.3), bl.Implicit())
+ESTIMATORS = (bl.FullUnroll(), bl.TruncatedUnroll(33), bl.FullUnroll(mode="forward"), bl.Implicit())
 BATCHES: dict[str, bl.BilevelProblem] = {
     "quadratics": bl.stack([bl.QuadraticProblem.random(size=4, hyperparameters=2, seed=seed) for seed in range(ROWS)]),
     "ridge, penalties": PROBLEMS["ridge"].batched(ROWS),

@@ -1,0 +1,163 @@
+"""A run on flat vectors: of a number of steps, or to a tolerance, where it ends as with a look at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bilevel.base import InnerSolver, InnerState
+from bilevel.core.device import check_interval
+from bilevel.engine.affine import Stretch
+from bilevel.engine.judge import InnerRun
+from bilevel.engine.lean import SHORTEST, Stretches
+from bilevel.engine.loop import Looks, conclude
+from bilevel.inner.multistep import LinearMultistep
+from bilevel.oracles.inner_problem import InnerProblem
+
+CHUNK, FIRST, LONGEST = 16_384, 256, 512
+"""A run to a tolerance makes at first so many numbers at once, but no more than so many steps; later, and at most."""
+
+
+@dataclass
+class Flat:
+    """A run on flat vectors: how it has ended, and its last steps, each stretch with what it begins from."""
+
+    end: InnerRun
+    swept: list[tuple[Stretch, Tensor]]
+    last: Tensor
+    """The stored vectors at the end, ([rows,] p, m), and what is carried along with them."""
+    basis: Tensor | None
+    """That of the kernels."""
+
+    @property
+    def tail(self) -> int:
+        """The steps that are differentiated."""
+        return sum(stretch.count for stretch, _ in self.swept)
+
+
+@torch.no_grad()
+def flat_run(
+    inner: InnerProblem,
+    solver: InnerSolver,
+    first: InnerState,
+    length: Callable[[int], int] = lambda steps: 0,
+    at_least: int = 0,
+    kept: bool = True,
+    directions: int = 0,
+) -> Flat | None:
+    """Return a run from a first state on flat vectors; None where it has to be made step by step.
+
+    That is one of a solver that is not linear multistep or takes its steps itself, one of a problem without kernels,
+    and one that overflows, which steps can name.
+
+    Args:
+        inner: the bound problem.
+        solver: the inner solver.
+        first: the first state.
+        length: steps taken -> last steps that are to be differentiated.
+        at_least: steps to take even where the tolerance is reached before.
+        kept: whether their iterates are kept, or made again on the way back, stretch by stretch, to the same bits.
+        directions: hyperparameters whose derivatives are carried along: forward mode; of rows, none.
+    """
+    kernels, size = inner.kernels() if solver.follows_coefficients else None, inner.problem.batch
+    if kernels is None or (directions and size is not None):
+        return None
+    counts = inner.counts.copy()
+    made = Stretches(kernels, cast(LinearMultistep, solver), first, size, directions)
+    limit, tol = solver.limits(first.params.dtype)
+    found, possible = None, made.point is not None
+    if possible and size is not None:
+        tail, possible = min(length(limit), limit), tol is None and made.numbered
+        possible = possible and made.doubled(0, limit - tail) and made.doubled(limit - tail, limit)
+    if possible:
+        taken = _by_count if tol is None else _to_tolerance
+        found = taken(inner, made, limit, length, at_least, kept)
+    if found is None:  # its steps count it again
+        inner.counts.clear()
+        inner.counts.update(counts)
+        return None
+    form = " and ".join(made.forms) or found.end.form
+    return replace(found, end=replace(found.end, form=form))
+
+
+def _by_count(
+    inner: InnerProblem, made: Stretches, steps: int, length: Callable[[int], int], at_least: int, kept: bool
+) -> Flat | None:
+    tail, s = min(length(steps), steps), made.begin
+    swept: list[tuple[Stretch, Tensor]] = []
+    for stretch in made.between(0, steps - tail):
+        s = stretch.forward(s, False)
+    for stretch in made.between(steps - tail, steps, short=not kept):
+        swept.append((stretch, s))
+        s = stretch.forward(s, True)
+        if not kept:
+            stretch.forget()
+    sound = torch.isfinite(s.sum())
+    for powers in chain.from_iterable(made.powers.values()):
+        sound = sound & powers.finite
+    if not bool(sound):
+        return None
+    inner.counts["gradient"] += steps
+    state = made.state(s, steps)
+    return Flat(conclude(inner, made.solver, made.first, state, steps), swept, s, made.basis)
+
+
+def _to_tolerance(
+    inner: InnerProblem, made: Stretches, limit: int, length: Callable[[int], int], at_least: int, kept: bool
+) -> Flat | None:
+    """Make steps by chunks, and look at all residuals of a stretch at once: at those that steps would look at."""
+    solver, first, s = made.solver, made.first, made.begin
+    _, tol = solver.limits(s.dtype)
+    assert tol is not None
+    every = max(solver.traits.check_every, check_interval(s.device))
+    looks, most = Looks(inner, solver, first, tol, at_least), length(limit)
+    swept: list[tuple[Stretch, Tensor]] = []
+    end, taken, held = looks.end(float(looks.start), 0, first, first), 0, 0
+    equal = made.kernels.affine is not None and solver.traits.stationary_from is not None
+    chunk = min(FIRST, max(SHORTEST, CHUNK // s.numel())) if equal else SHORTEST // 2
+    while end is None and taken < limit:
+        for stretch in made.between(taken, min(limit, taken + chunk)):
+            swept.append((stretch, s))
+            s = stretch.forward(s, True)
+            held += stretch.count
+            while len(swept) > 1 and held - swept[0][0].count - stretch.count >= most:
+                held -= swept.pop(0)[0].count
+            after = range(every - taken % every, stretch.count + (taken + stretch.count < limit), every)
+            for count, residual in zip(after, stretch.residuals(after).cpu().tolist() if after else (), strict=True):
+                if looks.passes(residual, taken + count):
+                    continue
+                if not math.isfinite(residual):
+                    return None
+                states = [made.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]
+                if (end := looks.end(residual, taken + count, *states)) is not None:
+                    stretch.cut(0, count)
+                    s = stretch.vectors(count).to(s.dtype)
+                    break
+            taken += stretch.count
+            if not kept:
+                stretch.forget()
+            if end is not None:
+                break
+        chunk = min(2 * chunk, LONGEST)
+    # A look takes a gradient of its own, unless the step from there takes the same one.
+    own = 0 if all(stretch.at_iterates for stretch, _ in swept) else len(range(every, taken, every))
+    inner.counts["gradient"] += taken + own - (taken > 0 and made.point is first.params)
+    if end is None:
+        end = looks.last(made.state(s, taken), taken)
+        if not math.isfinite(end.residual):
+            return None
+    inner.grad(end.state.params)
+    tail = min(length(max(taken, 1)), taken)
+    spare = sum(stretch.count for stretch, _ in swept) - tail
+    last = s.clone()  # a view would hold all steps
+    while swept and spare >= swept[0][0].count:
+        spare -= swept.pop(0)[0].count
+    if spare:
+        swept[0][0].cut(spare, swept[0][0].count)
+    return Flat(end, swept, last, made.basis)
