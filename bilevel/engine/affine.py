@@ -159,6 +159,7 @@ class Doubled(Stretch):
 
     def forward(self, s: Tensor, keep: bool) -> Tensor:
         starts, ends = self._grouped(s), []
+        self.dtype = s.dtype
         self.rows = [] if keep else None
         for powers, start in zip(self.groups, starts, strict=True):
             if self.rows is None:
@@ -193,8 +194,11 @@ class Doubled(Stretch):
     def residuals(self, after: range) -> Tensor:
         assert self.rows is not None
         (powers,), (rows,) = self.groups, self.rows
-        points = rows[after.start : after.stop : after.step, : powers.b.shape[-1]]
-        return torch.linalg.vector_norm(torch.addmm(powers.b, points, powers.H), dim=1)
+        # Of the iterates as they are handed on: rounding of single precision is part of their residual.
+        H, b, points = (
+            each.to(self.dtype) for each in (powers.H, powers.b, rows[after.start : after.stop : after.step])
+        )
+        return torch.linalg.vector_norm(torch.addmm(b, points[:, : len(b)], H), dim=1)
 
     def cut(self, low: int, high: int) -> None:
         self.count = high - low

@@ -137,7 +137,7 @@ def hypergradient(
         check_target(target_error, problem, solver, rule, certify)
     elif not certify and problem.batch is None and looked_through(problem):
         # What the checks below say of other arguments and results, nobody has to say of these.
-        quick = _at_once(rule, problem, solver, hparams, params, carry)
+        quick = _at_once(rule, problem, solver, hparams, params, carry, check)
         if quick is not None:
             return quick
     used, given, start = prepare(problem, solver, rule, hparams, params, check)
@@ -181,12 +181,14 @@ def _at_once(
     hparams: Tree,
     params: Tree,
     carry: Carry | None,
+    check: bool,
 ) -> Estimate | None:
     """Return the estimate that arrays on the host give, or None where the usual way has to be taken."""
     name = type(solver).__name__
     if torch.is_inference_mode_enabled() or (carry is not None and carry.solver not in ("", name)):
         return None
-    rule.check(problem, solver, hparams)
+    if check:
+        rule.check(problem, solver, hparams)
     meter = Meter(CPU, memory=rule.measures_memory)
     exact = rule.at_once(problem, solver, hparams, params, carry)
     if exact is None:

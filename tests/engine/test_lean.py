@@ -277,6 +277,20 @@ def test_single_precision_is_no_worse_than_its_steps() -> None:
     assert errors[0] <= 1.5 * errors[1] + 1e-9
 
 
+def test_a_tolerance_below_single_precision_is_not_said_to_be_reached() -> None:
+    u = hparams(RIDGE).float()
+    problem = bl.problems.RidgeProblem(X.float(), Y.float(), X.float(), Y.float(), penalty="per_feature")
+    for tol in (1e-12, 1e-3):
+        solver = bl.GradientDescent(0.05, tol=tol)
+        one, other = (
+            call(problem, solver, bl.Implicit(), u, check=False, on_failure="return")
+            for call in (bl.hypergradient, stepwise)
+        )
+        assert one.status == other.status
+        residual = float(problem.bind(u).grad(one.params).norm())
+        assert one.certificate.inner_residual == pytest.approx(residual, rel=0.1, abs=1e-6)
+
+
 def test_many_data_have_no_kernels() -> None:
     big, labels = normal(0, 2_100, 100), torch.arange(2_100) % 2
     problem = bl.problems.LogisticProblem(big, labels, big[:10], labels[:10])
