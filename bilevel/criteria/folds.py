@@ -161,6 +161,17 @@ class KFold(Criterion):
         other.tol = ROUGH
         return other
 
+    def scan(self, u: Array) -> list[Evaluation]:
+        if self.tol < ROUGH:
+            return super().scan(u)
+        found: list[Evaluation] = []
+        for each in u:
+            found.append(self.evaluate(each, found[-1].warm if found else None, second=False))
+            # Of a first look, the models of the best alone are started from; those of large data take room.
+            best = min(found, key=lambda one: one.value)
+            found[:-1] = [one if one is best else replace(one, warm=None) for one in found[:-1]]
+        return found
+
     def take(self, rows: Rows) -> Self:
         folds = restricted(self.folds, rows, self.data.rows)
         return type(self)(self.data.take(rows), self.loss, self.penalties, folds, tol=self.tol)
