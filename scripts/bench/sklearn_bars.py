@@ -25,8 +25,8 @@ from sklearn_sets import CLASSES, REGRESSION, Parts, available, split
 
 import bilevel.sklearn as tuned
 from bilevel.criteria import ApproximateLeaveOneOut, Criterion, LinearData, Penalties, RidgeLeaveOneOut
-from bilevel.problems.losses import Logistic
-from bilevel.selection import Selected, certify_range, path, penalty_cv
+from bilevel.problems.losses import Logistic, Squared
+from bilevel.selection import Net, Selected, certify_range, path, penalty_cv
 from bilevel.selection.scalar import best_penalty
 
 FEATURE = {
@@ -343,7 +343,60 @@ def exact(names: list[str], options: argparse.Namespace) -> bool:
     return fine & emit("exact: weighted leave-one-out against refits", error, "at most 1e-12", error <= 1e-12)
 
 
-KINDS = ("scalar", "feature", "true_groups", "random_groups", "sparse", "certificate", "exact", "time")
+def apart(one: Any, other: Any) -> float:
+    """Return the distance of two arrays as a part of the first one's size."""
+    return float(np.linalg.norm(np.asarray(one) - np.asarray(other)) / np.linalg.norm(np.asarray(one)))
+
+
+def weighted_and_repeated(parts: Parts, name: str, seed: int) -> float:
+    """Return how far coefficients of rows with whole weights are from those of as many equal rows, at most.
+
+    Penalties are of each feature; of the elastic net there are three, strong to weak.
+    """
+    rng = np.random.default_rng(seed)
+    s = rng.integers(1, 4, len(parts.y))
+    u = 3.0 + rng.standard_normal(parts.X.shape[1])
+    loss = Logistic() if name in CLASSES else Squared()
+    rows = np.repeat(np.arange(len(s)), s)
+    tables = ((parts.X, parts.y, s), (parts.X[rows], parts.y[rows], None))
+    models = []
+    for each, (X, y, weights) in enumerate(tables):
+        data = LinearData.of(X, y, weights, loss=loss if name in CLASSES else None)
+        penalties = Penalties.feature(X.shape[1])
+        # Penalties of sums of losses, under weights of mean 1.
+        at = u - np.log(s.mean()) * (each == 0)
+        smooth = ApproximateLeaveOneOut(data, loss, penalties, tol=1e-14)
+        ridge = smooth if name in CLASSES else RidgeLeaveOneOut(data, penalties)
+        net = Net(data, loss)
+        alphas = net.largest() * np.array([0.5, 0.1, 0.02])
+        models.append((ridge.refit(at).coef, net.path(alphas, 0.5).fit.coef))
+    return max(apart(one, other) for one, other in zip(*models, strict=True))
+
+
+def invariant(names: list[str], options: argparse.Namespace) -> bool:
+    """Emit how far models are apart that must be equal: of weights, of columns in another order, of another unit."""
+    found: dict[str, float] = {}
+    for name in (each for each in ("sparse_r", "sparse_c") if each in names):
+        parts = standardised(split(name, options.seed))
+        found[f"integer weights and repeated rows, {name}"] = weighted_and_repeated(parts, name, options.seed)
+        order = np.random.default_rng(options.seed).permutation(parts.X.shape[1])
+        nets = tuned.LogisticRegressionCV(l1_ratios=(0.5, 1.0))
+        models = {"LogisticRegressionCV": tuned.LogisticRegressionCV(), "LogisticRegressionCV with l1_ratios": nets}
+        if name in REGRESSION:
+            models = {"RidgeCV": tuned.RidgeCV(), "ElasticNetCV": tuned.ElasticNetCV()}
+        for what, model in models.items():
+            coef = model.fit(parts.X, parts.y).coef_
+            found[f"order of columns, {what}"] = apart(coef[..., order], model.fit(parts.X[:, order], parts.y).coef_)
+            if name in REGRESSION:
+                larger = model.fit(parts.X, 1e3 * parts.y).coef_
+                found[f"unit of the target, {what}"] = apart(coef, larger / 1e3)
+    fine = bool(found)
+    for what, distance in found.items():
+        fine &= emit(f"invariance: {what}", distance, "at most 1e-8", distance <= 1e-8)
+    return fine
+
+
+KINDS = ("scalar", "feature", "true_groups", "random_groups", "sparse", "certificate", "exact", "time", "invariance")
 
 
 def main() -> int:
@@ -355,7 +408,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=400, help="of the first split: no choice was made on these")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    others = {"sparse": sparse, "certificate": certified, "exact": exact, "time": times}
+    others = {"sparse": sparse, "certificate": certified, "exact": exact, "time": times, "invariance": invariant}
     fine = [measured(kind, options.sets, options) for kind in options.only if kind not in others]
     fine += [one_penalty(options.sets, options)] if "scalar" in options.only else []
     fine += [others[kind](options.sets, options) for kind in options.only if kind in others]
