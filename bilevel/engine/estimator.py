@@ -162,6 +162,9 @@ class HypergradEstimator(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls).get("solve")
+        if own is not None and "at_once" not in vars(cls):
+            # What is inherited knows nothing of a `solve` that is not.
+            cls.at_once = HypergradEstimator.at_once  # type: ignore[method-assign]
         if own is not None and "meter" in signature(own).parameters:
             warn(f"{cls.__name__}.solve takes one argument now: `solve(self, run)`.", DeprecationWarning, stacklevel=2)
             cls.solve = _of_six(own)  # type: ignore[method-assign, assignment]
