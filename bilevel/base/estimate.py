@@ -139,8 +139,8 @@ class Certificate:
         measured: numbers that the inner solver measured, such as its step size; of a batch under "rows" why its members
             ran one after the other, where nobody asked for it.
         form: how the inner problem was solved: "step by step", as the solver's class says, or, in less time and to the
-            same numbers but for rounding, by steps on "flat" vectors, "doubled", in the "eigenbasis" or in "closed
-            form"; empty where nothing says it.
+            same numbers but for rounding, by steps on "flat" vectors, those of a loss that is "recorded", "doubled", in
+            the "eigenbasis" or in "closed form"; empty where nothing says it.
     """
 
     inner_residual: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from inspect import signature
 from typing import Any, ClassVar
@@ -76,7 +76,10 @@ class Run:
         inner, first = self.inner(), self.begin()
         if visit is None and (flat := flat_run(inner, self.solver, first, at_least=at_least)) is not None:
             return flat.end
-        return run_inner(inner, self.solver, first, visit, at_least=at_least)
+        end = run_inner(inner, self.solver, first, visit, at_least=at_least)
+        if not inner.refused:
+            return end
+        return replace(end, form=f"step by step, as the loss is not recorded: {inner.refused}")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState
+from bilevel.core import tree
 from bilevel.core.device import check_interval
 from bilevel.engine.affine import Stretch
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.lean import SHORTEST, Stretches
 from bilevel.engine.loop import Looks, conclude
 from bilevel.inner.multistep import LinearMultistep
+from bilevel.oracles.cut import recorded
 from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.recording import NotRecordedError
 
 CHUNK, FIRST, LONGEST = 16_384, 256, 512
 """A run to a tolerance makes at first so many numbers at once, but no more than so many steps; later, and at most."""
@@ -65,19 +68,28 @@ def flat_run(
         kept: whether their iterates are kept, or made again on the way back, stretch by stretch, to the same bits.
         directions: hyperparameters whose derivatives are carried along: forward mode; of rows, none.
     """
-    kernels, size = inner.kernels() if solver.follows_coefficients else None, inner.problem.batch
+    kernels, size, recording = inner.kernels() if solver.follows_coefficients else None, inner.problem.batch, None
+    limit, tol = solver.limits(tree.leaves(first.params)[0].dtype)
+    if kernels is None and solver.follows_coefficients and not directions and not (tol and inner.problem.variation):
+        kernels = recording = recorded(inner, first.params, first.index, limit)
     if kernels is None or (directions and size is not None):
         return None
     counts = inner.counts.copy()
     made = Stretches(kernels, cast(LinearMultistep, solver), first, size, directions)
-    limit, tol = solver.limits(first.params.dtype)
     found, possible = None, made.point is not None
     if possible and size is not None:
         tail, possible = min(length(limit), limit), tol is None and made.numbered
         possible = possible and made.doubled(0, limit - tail) and made.doubled(limit - tail, limit)
     if possible:
         taken = _by_count if tol is None else _to_tolerance
-        found = taken(inner, made, limit, length, at_least, kept)
+        try:
+            found = taken(inner, made, limit, length, at_least, kept)
+        except NotRecordedError as reason:
+            inner.refused = str(reason)
+    if recording is not None and found is not None:
+        end = found.end.state.params
+        if not recording.confirms(made.raveler.ravel(end), made.raveler.ravel(inner.grad(end))):
+            found, inner.refused = None, "its recording gives other numbers at the end"
     if found is None:  # its steps count it again
         inner.counts.clear()
         inner.counts.update(counts)

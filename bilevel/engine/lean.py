@@ -53,7 +53,7 @@ class Steps(Stretch):
         self.at_iterates = self.looked == 0
         self.held: tuple[Any, Any] | None = None
         self.blocks: Tensor | None = None
-        self.places: Tensor | None = None
+        self.places: Any = None
 
     def forward(self, s: Tensor, keep: bool) -> Tensor:
         p, m = s.shape
@@ -153,8 +153,10 @@ def _alone(weights: NDArray[np.float64]) -> int | None:
     return int(used[0]) if len(used) == 1 else None
 
 
-def _each(places: Tensor) -> Sequence[Tensor]:
+def _each(places: Any) -> Sequence[Any]:
     """Return the places, made one by one only where they hold something."""
+    if isinstance(places, list):
+        return places
     return places.unbind(0) if places.numel() else [places] * len(places)
 
 
@@ -170,7 +172,8 @@ class Stretches:
     ) -> None:
         self.solver, self.first, self.rows = solver, first, rows
         lead = 0 if rows is None else 1
-        s = torch.stack([v.reshape(*v.shape[:lead], -1) for v in (first.params, *first.memory)], dim=lead)
+        self.raveler = tree.Raveler(first.params, batched=bool(lead))
+        s = torch.stack([self.raveler.ravel(vector) for vector in (first.params, *first.memory)], dim=lead)
         kernels = kernels.within(s)
         self.basis = kernels.basis
         s = s if self.basis is None else s @ self.basis
@@ -212,7 +215,8 @@ class Stretches:
         first = self.first
         s = s[..., : self.size] if self.basis is None else s[..., : self.size] @ self.basis.t()
         vectors = s.movedim(-2, 0).unbind(0)
-        params, *memory = [vector.to(first.params.dtype, copy=True).view_as(first.params) for vector in vectors]
+        dtype = tree.leaves(first.params)[0].dtype
+        params, *memory = [self.raveler.unravel(vector.to(dtype, copy=True)) for vector in vectors]
         return InnerState(params, tuple(memory), first.steps + taken, first.measured, earlier=first.earlier)
 
     def between(self, low: int, high: int, short: bool = False) -> Iterator[Stretch]:
@@ -228,10 +232,12 @@ class Stretches:
             if doubled:
                 for numbers, count in group:
                     yield from self._doubled(numbers, count, short)
+                    low += count
                 continue
             every = (numbers[0] for numbers, count in group for _ in range(count))
             while some := list(islice(every, longest)):
-                yield Steps(self.kernels, some)
+                yield Steps(self.kernels.from_step(low), some)
+                low += len(some)
 
     def _doubles(self, numbers: Numbers, count: int) -> bool:
         affine = self.kernels.affine

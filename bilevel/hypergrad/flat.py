@@ -26,8 +26,8 @@ def unrolled(run: Run, length: Callable[[int], int], at_least: int = 1, kept: bo
     @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
         a = torch.zeros_like(flat.last)
-        cotangent = cotangent if flat.basis is None else cotangent @ flat.basis
-        a.select(-2, 0).copy_(cotangent.reshape(a.select(-2, 0).shape))
+        along = tree.Raveler(cotangent, batched=size is not None).ravel(cotangent)
+        a.select(-2, 0).copy_(along if flat.basis is None else along @ flat.basis)
         total: Tree = None
         for stretch, begin in reversed(flat.swept):
             if not kept:

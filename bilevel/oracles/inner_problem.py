@@ -203,6 +203,8 @@ class InnerProblem:
     """
 
     linearization: type[Linearization] = Linearization
+    refused = ""
+    """Why the loss as it is written is not recorded, where that was tried."""
     augmented = False
     """Whether params hold running statistics besides what inner solvers move."""
     convex = False

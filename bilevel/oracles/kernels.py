@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +24,16 @@ class Stepped(ABC):
     affine: tuple[Tensor, Tensor] | None = None
     """(H, b), of shapes (m, m) and (m,), where the gradient is ``H x + b`` at every x; else None."""
 
-    def places(self, count: int) -> Tensor:
-        """Return places, (count, ...), for what gradients at so many points leave behind; empty by default."""
+    def places(self, count: int) -> Any:
+        """Return places for what gradients at so many points leave behind, a tensor or a list of so many; empty ones.
+
+        The gradients that follow are those of as many steps, one after the other.
+        """
         return torch.empty(count, 0)
+
+    def from_step(self, index: int) -> Self:
+        """Return the kernels of the steps from one on, where steps have batches of their own; the same by default."""
+        return self
 
     @abstractmethod
     def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
@@ -48,7 +56,7 @@ class Kernels(Stepped):
         """Return kernels of fewer numbers for a run from these vectors, (p, m), where there are any; else these."""
         return self
 
-    def at(self, places: Tensor) -> Tensor:
+    def at(self, places: Any) -> Any:
         """Return what `product` needs of all these points, made of what their gradients have left."""
         return places
 

@@ -52,7 +52,7 @@ class Losses:
     traced_inner: type[Any] | None = None
     """The class of the bound problem with recorded oracles; None where there is none."""
     traces: Any = None
-    """The recordings, of a problem that `bilevel.trace` made."""
+    """The recordings of its losses."""
     inner_loss: Loss
     outer_loss: Loss
     optimality: Callable[[Tree, Tree], Tree] | None = None

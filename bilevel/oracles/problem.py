@@ -30,7 +30,7 @@ from bilevel.oracles.proximal_inner import ProximalInner
 from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
 from bilevel.oracles.structure import Exact, QuadraticForm, Structure, declared
-from bilevel.oracles.tracing import TracedInner
+from bilevel.oracles.tracing import TracedInner, Traces
 from bilevel.oracles.validation import Reads, check_losses, check_tensors
 
 Solver = TypeVar("Solver")
@@ -120,7 +120,7 @@ class BilevelProblem(OldForwards, Losses):
                 require_arguments(what, function, "params", "hparams", *more)
         if params is not None:
             check_tensors("params", params)
-        self.derivatives_seen = {}
+        self.derivatives_seen, self.traces = {}, Traces()
         # Structured problems define the losses as methods and pass none.
         self.functions = (inner_loss, outer_loss, optimality)
         self.data = data

@@ -7,6 +7,7 @@ way. An operation of torch takes about a microsecond by its own name, and three 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from types import CodeType, FunctionType
 from typing import Any
@@ -17,6 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 WRITES = {torch.add, torch.sub, torch.mul, torch.div, torch.mv, torch.mm, torch.cat, torch.neg}
 """What can write its result into a tensor that is there."""
+aten = torch.ops.aten
+_SAME = (aten.detach.default, aten.alias.default)
+_MOVES = (aten.expand.default, aten.view.default, aten.t.default)
+_NEUTRAL = {aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1, aten.add.Tensor: 0}
+
+
+class NotRecordedError(ValueError):
+    """Operations that depend on more than shapes; the message says on what."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,6 +35,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.constants = fx.Graph(), torch.nn.Module()
         self._nodes: dict[int, fx.Node] = {}
+        self._sharing: Counter[int] = Counter()
         self._held: list[Tensor] = []  # an id is that of one tensor for as long as it lives
         self._moving: set[fx.Node] = set()
         for index, tensor in enumerate(inputs):
@@ -39,10 +49,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        node = self.graph.call_function(func, *fx.node.map_aggregate((args, kwargs or {}), self.node))
+        target = self._without_writing(func, args[0]) if func._schema.is_mutable and args else func
+        node = self.graph.call_function(target, *fx.node.map_aggregate((args, kwargs or {}), self.node))
         moving = bool(self._moving.intersection(node.all_input_nodes))
         if moving and isinstance(result, bool | int | float):
-            raise ValueError(f"{func} reads the values of tensors")
+            raise NotRecordedError(f"{func} reads the values of tensors")
         self._moving.update({node} if moving else ())
         if isinstance(result, Tensor):
             self._know(result, node)
@@ -63,23 +74,40 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._know(value, self.graph.get_attr(name))
         return self._nodes[id(value)]
 
+    def _without_writing(self, func: Any, into: Any) -> Any:
+        """Return what gives the result of writing into a result whose numbers no other tensor shares."""
+        node = self._nodes.get(id(into))
+        if node is None or node.op != "call_function" or self._sharing[into.untyped_storage()._cdata] > 1:
+            return func
+        packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
+        return getattr(packet, func._overloadname, func)
+
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
+        if id(tensor) not in self._nodes:
+            self._held.append(tensor)
+            self._sharing[tensor.untyped_storage()._cdata] += 1
         node.meta["val"] = tensor
         self._nodes[id(tensor)] = node
-        self._held.append(tensor)
 
 
 def record(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Any]) -> fx.GraphModule:
-    """Return the graph of a function; of its arguments, those that are no tensors are constants.
+    """Return the graph of a function, without operations that do nothing; arguments that are no tensors are constants.
 
     Raises:
-        ValueError: where a number is read from a tensor that depends on the arguments.
+        NotRecordedError: where the operations depend on the values of tensors.
     """
     recorder = Recorder([each for each in arguments if isinstance(each, Tensor)])
-    with recorder:
-        results = function(*arguments)
-        recorder.graph.output(tuple(recorder.node(each) for each in results))
-    return fx.GraphModule(recorder.constants, recorder.graph)
+    try:
+        with recorder:
+            results = function(*arguments)
+            recorder.graph.output(tuple(recorder.node(each) for each in results))
+    except Exception as error:
+        function(*arguments)  # an error of the function itself is raised as it is
+        raise NotRecordedError(str(error).splitlines()[0]) from error
+    module = fx.GraphModule(recorder.constants, recorder.graph)
+    _check_shapes(module)
+    clean(module)
+    return module
 
 
 def shortest(target: Any) -> Any:
@@ -164,3 +192,86 @@ def between(module: fx.GraphModule, given: Set[fx.Node], outputs: Iterable[fx.No
             need.add(node)
             stack += node.all_input_nodes
     return [node for node in module.graph.nodes if node in need]
+
+
+def _check_shapes(module: fx.GraphModule) -> None:
+    """Refuse a recording in which the number of entries of a result depends on the values of the arguments."""
+    follow: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or follow.intersection(node.all_input_nodes):
+            follow.add(node)
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            continue
+        sources = node.all_input_nodes
+        if node.target is aten.index.Tensor:
+            # The entries that a mask selects; positions are as many as there are.
+            sources = [each for each in node.args[1] if each is not None and each.meta["val"].dtype is torch.bool]
+        if follow.intersection(sources):
+            raise NotRecordedError(f"the number of entries that {node.target} gives depends on the values of tensors")
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Remove operations without effect: references to references, ``x * 1``, ``x + 0``, repetitions, unused results.
+
+    Only identities that change no digit are used, so results stay those of autograd.
+    """
+    graph = module.graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    if any(node.is_impure() for node in calls):
+        return  # the loss writes in place, so the order of its operations carries meaning
+    filled: dict[fx.Node, float] = {}
+    seen: dict[Any, fx.Node] = {}
+    for node in calls:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        same = _operand(node, filled) or seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            continue
+        value = _fill(node, filled)
+        if value is not None:
+            filled[node] = value
+        if node.target is aten.ones_like.default and node.meta["val"].dim() == 0:
+            # The seed of a backward pass needs no value of the loss, which is then not computed.
+            seed = node.meta["val"]
+            node.target, node.args = aten.ones.default, ([],)
+            node.kwargs = {"dtype": seed.dtype, "device": seed.device}
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    a, b = one.meta.get("val"), other.meta.get("val")
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _fill(node: fx.Node, filled: dict[fx.Node, float]) -> float | None:
+    """Return the number that all entries of a result are known to have, if there is one."""
+    if node.target is aten.ones_like.default:
+        return 1.0
+    if node.target is aten.zeros_like.default:
+        return 0.0
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 0:
+        return 1.0
+    if node.target in _MOVES:
+        moved: Any = node.args[0]
+        return filled.get(moved)
+    return None
+
+
+def _operand(node: fx.Node, filled: dict[fx.Node, float]) -> fx.Node | None:
+    """Return the operand that a result is equal to, if there is one."""
+    first: Any = node.args[0] if node.args else None
+    if node.target in _SAME:
+        return first
+    if node.target is aten.t.default and first.target is aten.t.default:
+        return first.args[0]
+    if node.target not in _NEUTRAL or node.kwargs:
+        return None
+    second: Any = node.args[1]
+    for keep, drop in ((first, second), (second, first)):
+        value: Any = filled.get(drop) if isinstance(drop, fx.Node) else drop
+        if value == _NEUTRAL[node.target] and isinstance(keep, fx.Node) and _alike(keep, node):
+            return keep
+    return None

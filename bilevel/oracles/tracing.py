@@ -16,14 +16,18 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.losses import Losses
-from bilevel.oracles.recording import Part, record
+from bilevel.oracles.recording import NotRecordedError, Part, record
 
+SHORTEST = 50
+"""Steps of a run from which its gain is larger than the time of a look at whether a recording still holds."""
+WORTH = 200
+"""Steps of all runs from which the gain is larger than the time of the recording."""
 Problem = TypeVar("Problem", bound=Losses)
 Replay: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
@@ -90,10 +94,20 @@ def _products(problem: Losses, params: Tree, hparams: Tree, v: Tree) -> list[Ten
 
 
 class Traces:
-    """The recordings of a problem, made when they are first needed."""
+    """The recordings of a problem and of its views, made when they are first needed."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, Replay] = {}
+        self.made: dict[Any, Replay] = {}
+        self.cuts: dict[Any, Any] = {}
+        """Recordings that are cut into kernels (`bilevel.oracles.cut`), by what they depend on."""
+        self.refused: dict[Any, str] = {}
+        """Why there is none."""
+        self._steps = 0
+
+    def worth(self, steps: int) -> bool:
+        """Whether kernels of a recording pay for a run of so many steps, given the runs before."""
+        self._steps += steps
+        return steps >= SHORTEST and self._steps >= WORTH
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Traces, ()  # a copy in another process records anew
@@ -103,10 +117,10 @@ class Traces:
         arguments = (*trees, problem.minibatch)
         key = (oracle, signature(arguments))
         with torch.no_grad():
-            if key not in self._made:
-                self._made[key] = _recorded(oracle, problem, arguments)
+            if key not in self.made:
+                self.made[key] = _recorded(oracle, problem, arguments)
             # Recorded operations hold for the layout that was recorded.
-            return self._made[key](*map(_contiguous, tree.leaves(arguments)))
+            return self.made[key](*map(_contiguous, tree.leaves(arguments)))
 
 
 def _recorded(oracle: Callable[..., list[Tensor]], problem: Losses, arguments: Tree) -> Replay:
@@ -118,14 +132,11 @@ def _recorded(oracle: Callable[..., list[Tensor]], problem: Losses, arguments: T
     apart = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in map(_contiguous, tree.leaves(arguments))]
     try:
         module = record(flat, apart)
-    except Exception as error:
-        flat(*apart)  # an error of the loss itself is raised as it is
+    except NotRecordedError as reason:
         raise ValueError(
-            f"the inner loss cannot be traced: {str(error).splitlines()[0]} (its Python must not depend on the "
-            "values of tensors: use torch.where in place of `if`, tensors in place of float(); or leave out `trace`)."
-        ) from error
-    check_shapes(module)
-    clean(module)
+            f"the inner loss cannot be traced: {reason} (its Python must not depend on the values of tensors: use "
+            "torch.where in place of `if` and of a boolean mask, tensors in place of float(); or leave out `trace`)."
+        ) from reason
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     outputs: Any = module.graph.output_node().args[0]
     function = Part(module, [], inputs, outputs).function()
@@ -172,97 +183,3 @@ def signature(value: Tree) -> Any:
     if isinstance(value, dict):
         return tuple((key, signature(part)) for key, part in value.items())
     return (type(value), *map(signature, value)) if isinstance(value, tuple | list) else value
-
-
-aten = torch.ops.aten
-
-
-def check_shapes(module: fx.GraphModule) -> None:
-    """Refuse a recording in which the number of entries of a result depends on the values of the arguments."""
-    follow: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        if node.op == "placeholder" or follow.intersection(node.all_input_nodes):
-            follow.add(node)
-        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-            continue
-        sources = node.all_input_nodes
-        if node.target is aten.index.Tensor:
-            # The entries that a mask selects; positions are as many as there are.
-            sources = [each for each in node.args[1] if each is not None and each.meta["val"].dtype is torch.bool]
-        if follow.intersection(sources):
-            raise ValueError(
-                f"the inner loss cannot be traced: the number of entries that {node.target} gives depends on the "
-                "values of tensors (use torch.where in place of a boolean mask, or leave out `trace`)."
-            )
-
-
-_SAME = (aten.detach.default, aten.alias.default)
-_MOVES = (aten.expand.default, aten.view.default, aten.t.default)
-_NEUTRAL = {aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1, aten.add.Tensor: 0}
-
-
-def clean(module: fx.GraphModule) -> None:
-    """Remove operations without effect: references to references, ``x * 1``, ``x + 0``, repetitions, unused results.
-
-    Only identities that change no digit are used, so results stay those of autograd.
-    """
-    graph = module.graph
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    if any(node.is_impure() for node in calls):
-        return  # the loss writes in place, so the order of its operations carries meaning
-    filled: dict[fx.Node, float] = {}
-    seen: dict[Any, fx.Node] = {}
-    for node in calls:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            continue
-        same = _operand(node, filled) or seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-            continue
-        value = _fill(node, filled)
-        if value is not None:
-            filled[node] = value
-        if node.target is aten.ones_like.default and node.meta["val"].dim() == 0:
-            # The seed of a backward pass needs no value of the loss, which is then not computed.
-            seed = node.meta["val"]
-            node.target, node.args = aten.ones.default, ([],)
-            node.kwargs = {"dtype": seed.dtype, "device": seed.device}
-    graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _alike(one: fx.Node, other: fx.Node) -> bool:
-    a, b = one.meta.get("val"), other.meta.get("val")
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
-def _fill(node: fx.Node, filled: dict[fx.Node, float]) -> float | None:
-    """Return the number that all entries of a result are known to have, if there is one."""
-    if node.target is aten.ones_like.default:
-        return 1.0
-    if node.target is aten.zeros_like.default:
-        return 0.0
-    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 0:
-        return 1.0
-    if node.target in _MOVES:
-        moved: Any = node.args[0]
-        return filled.get(moved)
-    return None
-
-
-def _operand(node: fx.Node, filled: dict[fx.Node, float]) -> fx.Node | None:
-    """Return the operand that a result is equal to, if there is one."""
-    first: Any = node.args[0] if node.args else None
-    if node.target in _SAME:
-        return first
-    if node.target is aten.t.default and first.target is aten.t.default:
-        return first.args[0]
-    if node.target not in _NEUTRAL or node.kwargs:
-        return None
-    second: Any = node.args[1]
-    for keep, drop in ((first, second), (second, first)):
-        value: Any = filled.get(drop) if isinstance(drop, fx.Node) else drop
-        if value == _NEUTRAL[node.target] and isinstance(keep, fx.Node) and _alike(keep, node):
-            return keep
-    return None

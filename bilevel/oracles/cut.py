@@ -1,0 +1,275 @@
+"""The kernels of any loss: its recorded double backward, cut in four by what an operation depends on.
+
+    hyperparameters alone        once for a run
+    x, but not v                 with each gradient; what products need of it stays, or is made again for each product
+    on the way from v to H' v    one product after the other
+    the rest, to C' v            for many points and vectors at once
+
+The recording is that of ``(x, v, u) -> g(x, u), H' v, C' v``; x and v are the leaves of params, one after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bilevel.core import tree
+from bilevel.core.autograd import vector_jacobian
+from bilevel.core.tree import Tree
+from bilevel.oracles.kernels import Kernels
+from bilevel.oracles.recording import NotRecordedError, Part, between, record
+from bilevel.oracles.tracing import signature
+
+HELD = 2**24
+"""Bytes that gradients may leave behind for products over a whole run; beyond that products make them again."""
+STACK = 2**17
+"""Numbers in the largest stack that sums of ``C' v`` make."""
+FEW = 16
+"""Points of a stack below which one after the other is quicker."""
+DENSE = 300
+"""Numbers in params up to which the Hessian of a quadratic loss is made."""
+aten = torch.ops.aten
+SHAPES = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default}
+SHAPES |= {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
+"""What takes the shape of a tensor, and not its values."""
+X, V, U, BATCH = 1, 2, 4, 8
+
+
+class Cut:
+    """The parts of the recording of one loss, for trees of some shapes.
+
+    Raises:
+        ValueError: for a loss whose operations are not the same at every call, or write in place.
+    """
+
+    def __init__(self, problem: Any, params: Tree, hparams: Tree) -> None:
+        self.raveler, self.leaves = tree.Raveler(params), len(tree.leaves(hparams))
+        minibatch = problem.minibatch
+
+        def all_three(x: Tensor, v: Tensor, *rest: Tensor) -> list[Tensor]:
+            feed = iter(rest[self.leaves :])
+            given = tree.tree_map(lambda leaf: next(feed) if isinstance(leaf, Tensor) else leaf, minibatch)
+            return derivatives(problem.on_batch(given), self.raveler, tree.rebuild(hparams, rest[: self.leaves]), x, v)
+
+        # At other numbers than those of a run, and no two arguments one tensor.
+        generator = torch.Generator().manual_seed(0)
+
+        def near(leaf: Tensor, scale: float) -> Tensor:
+            return leaf + scale * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+        x = self.raveler.ravel(tree.copied(params))
+        arguments = [near(x, 1.0), near(torch.zeros_like(x), 1.0), *(near(leaf, 0.1) for leaf in tree.leaves(hparams))]
+        self.module = record(all_three, [*arguments, *(leaf.clone() for leaf in tensors(minibatch))])
+        for node in self.module.graph.nodes:
+            if node.op == "call_function" and node.is_impure():
+                raise NotRecordedError(f"{node.target} writes in place or draws random numbers")
+        self._split()
+
+    def _split(self) -> None:
+        module = self.module
+        x, v, *rest = (node for node in module.graph.nodes if node.op == "placeholder")
+        u, batch = rest[: self.leaves], rest[self.leaves :]
+        depends = _dependence(module, {x: X, v: V} | dict.fromkeys(u, U) | dict.fromkeys(batch, BATCH))
+        (outputs,) = next(node for node in module.graph.nodes if node.op == "output").args
+        gradient, product, *cross = outputs
+
+        def moves(node: fx.Node) -> bool:
+            return bool(depends[node] & (X | BATCH))
+
+        calls = [node for node in module.graph.nodes if node.op == "call_function"]
+        once = [node for node in calls if not depends[node] & ~U and any(depends[user] & ~U for user in node.users)]
+        self.once = Part(module, [], u, once)
+        bound, given = [*once, *u], [x, *batch]
+        after = [node for node in between(module, {*bound, v, *given}, [product]) if depends[node] & V]
+        inputs = dict.fromkeys(each for node in after for each in node.all_input_nodes)
+        left = [each for each in inputs if moves(each) and not depends[each] & V and each.op == "call_function"]
+        self.gradient = Part(module, bound, given, [gradient], into=True)
+        self.leaving = Part(module, bound, given, [gradient, *left], into=True)
+        self.product = Part(module, bound, [v, *given], [product], into=True)
+        self.after = Part(module, bound, [v, *given, *left], [product], into=True)
+        self.cross = Part(module, bound, [x, v, *batch], cross)
+        self.constant = None if moves(product) else Part(module, bound, [v], [product])
+        """H alone, where it is the same at every point: of a quadratic loss."""
+        self.shared = not any(depends[node] & BATCH for node in cross)
+        """Whether products with C' are the same whatever the batch."""
+        values = [node.meta["val"] for node in self.cross.nodes if depends[node] & (X | V) and "val" in node.meta]
+        self.stack = max(1, STACK // max([self.raveler.size, *(value.numel() for value in values)]))
+        self.left = sum(node.meta["val"].nbytes for node in left)
+        for node in module.graph.nodes:
+            node.meta.clear()  # or they would hold the numbers of the recording
+
+
+def tensors(minibatch: Tree) -> list[Tensor]:
+    """Return what is a tensor of the leaves of a batch."""
+    return [leaf for leaf in tree.leaves(minibatch) if isinstance(leaf, Tensor)]
+
+
+def derivatives(problem: Any, raveler: tree.Raveler, hparams: Tree, x: Tensor, v: Tensor) -> list[Tensor]:
+    """Return ``g(x, u), H' v``, two vectors, and the leaves of ``C' v``, by autograd."""
+    at, u = (tree.attach(each) for each in (raveler.unravel(x), hparams))
+    with torch.enable_grad():
+        gradient = tree.leaves(problem.gradient_graph(at, u))
+        both = vector_jacobian(gradient, tree.leaves(at) + tree.leaves(u), tree.leaves(raveler.unravel(v)))
+    return [_flat(gradient).detach(), _flat(both[: len(gradient)]), *both[len(gradient) :]]
+
+
+def _flat(leaves: Sequence[Tensor]) -> Tensor:
+    flat = [leaf.reshape(-1) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _dependence(module: fx.GraphModule, known: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Return for each node which inputs its values depend on."""
+    for node in module.graph.nodes:
+        if node not in known:
+            known[node] = 0
+            for each in node.all_input_nodes if node.target not in SHAPES else ():
+                known[node] |= known[each]
+    return known
+
+
+class CutKernels(Kernels):
+    """The kernels of a bound problem by the parts of its recording.
+
+    Args:
+        cut: the recording.
+        inner: the bound problem.
+        steps: of the run.
+        first: the index of its first step, whose batch it sees where steps have batches of their own.
+    """
+
+    form = "recorded"
+
+    def __init__(self, cut: Cut, inner: Any, steps: int, first: int) -> None:
+        self.cut, self.inner, self._first, self._next = cut, inner, first, first
+        problem, leaves = inner.problem, tree.leaves(inner.hparams)
+        bound = [*cut.once.function()(*leaves), *leaves]
+        view = problem.on_step(first)
+        self._batch, self._sampled = tensors(view.minibatch), view is not problem
+        left = cut.left + (sum(each.nbytes for each in self._batch) if self._sampled else 0)
+        self._leaves = steps * left <= HELD
+        self._gradient = (cut.leaving if self._leaves else cut.gradient).function(*bound)
+        self._product = (cut.after if self._leaves else cut.product).function(*bound)
+        self._cross = cut.cross.function(*bound)
+        if (
+            cut.constant is not None
+            and problem.symmetric
+            and not self._sampled
+            and cut.raveler.size <= min(steps, DENSE)
+        ):
+            like = leaves[0]
+            hessian = torch.func.vmap(cut.constant.function(*bound))(torch.eye(cut.raveler.size).to(like))[0]
+            linear = like.new_zeros(cut.raveler.size)
+            self.gradient(torch.zeros_like(linear), [], linear)
+            self.affine = hessian, linear
+
+    def from_step(self, index: int) -> CutKernels:
+        view = copy.copy(self)
+        view._first = self._first + index
+        return view
+
+    def places(self, count: int) -> Any:
+        self._next = self._first
+        return [[] for _ in range(count)]
+
+    def gradient(self, x: Tensor, place: Any, out: Tensor) -> None:
+        index, batch = self._next, self._batch
+        if self._sampled:
+            batch, self._next = self._drawn(index), index + 1
+        left = self._gradient(x, *batch, out)
+        place[:] = (x, *batch, *left) if self._leaves else (x, index)
+
+    def product(self, at: Any, v: Tensor, out: Tensor) -> None:
+        if self._leaves:
+            self._product(v, *at, out)
+        else:
+            self._product(v, at[0], *(self._drawn(at[1]) if self._sampled else self._batch), out)
+
+    def _drawn(self, index: int) -> list[Tensor]:
+        batch = tensors(self.inner.problem.on_step(index).minibatch)
+        if [each.shape for each in batch] != [each.shape for each in self._batch]:
+            raise NotRecordedError("its batches differ in their shapes")
+        return batch
+
+    def cross(self, points: Tensor, vectors: Tensor) -> Tree:
+        own = self._sampled and not self.cut.shared
+        if own or self.cut.stack < FEW:
+            pairs = enumerate(zip(points.unbind(0), vectors.unbind(0), strict=True))
+            parts = [self._cross(x, v, *(self._drawn(self._first + k) if own else self._batch)) for k, (x, v) in pairs]
+        else:
+            batched = torch.func.vmap(lambda x, v: self._cross(x, v, *self._batch))
+            chunks = [torch.split(each, self.cut.stack) for each in (points, vectors)]
+            parts = [[part.sum(0) for part in batched(*chunk)] for chunk in zip(*chunks, strict=True)]
+        return tree.rebuild(self.inner.hparams, [sum(each[1:], each[0]) for each in zip(*parts, strict=True)])
+
+    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
+        raise NotImplementedError
+
+    def agrees(self, x: Tensor) -> bool:
+        """Return whether gradient and products at the first point of a run are those of autograd."""
+        v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
+        view = self.inner.problem.on_step(self._first)
+        expected = derivatives(view, self.cut.raveler, self.inner.hparams, x, v)
+        (place,), gradient, product = self.places(1), torch.empty_like(x), torch.empty_like(x)
+        self.gradient(x, place, gradient)
+        self.product(place, v, product)
+        got = [gradient, product, *tree.leaves(self.cross(x[None], v[None]))]
+        return all(_same(*pair) for pair in zip(got, expected, strict=True))
+
+    def confirms(self, x: Tensor, gradient: Tensor) -> bool:
+        """Return whether the gradient at the end of a run is that of autograd; of batches, which differ, always."""
+        if self._sampled:
+            return True
+        self.gradient(x, [], again := torch.empty_like(x))
+        return _same(again, gradient)
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    rtol = torch.finfo(expected.dtype).eps ** 0.6
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+    return torch.allclose(got, expected, rtol=rtol, atol=rtol * scale, equal_nan=True)
+
+
+def recorded(inner: Any, params: Tree, first: int, steps: int) -> CutKernels | None:
+    """Return the kernels of a loss as it is written; None for losses with kernels of their own, and where none pay.
+
+    Where the loss cannot be recorded, ``inner.refused`` says why.
+
+    Args:
+        inner: the bound problem.
+        params: where the run begins.
+        first: the index of its first step.
+        steps: how many it takes.
+    """
+    problem, traces, leaves = inner.problem, inner.problem.traces, tree.leaves(params)
+    alike = len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1 and leaves[0].is_floating_point()
+    special = problem.batch is not None or problem.nonsmooth is not None or inner.augmented
+    if special or not alike or traces is None or not traces.worth(steps):
+        return None
+    view = problem.on_step(first)
+    key = signature((params, inner.hparams, view.minibatch))
+    if key not in traces.refused:
+        try:
+            if problem.traced_inner is None:
+                return None
+            kernels = _agreeing(key, inner, view, params, first, steps)
+        except Exception as error:
+            traces.refused[key] = str(error).splitlines()[0]
+        else:
+            return kernels
+    inner.refused = traces.refused[key]
+    return None
+
+
+def _agreeing(key: Any, inner: Any, view: Any, params: Tree, first: int, steps: int) -> CutKernels:
+    cuts, x = inner.problem.traces.cuts, tree.Raveler(params).ravel(params)
+    for known in dict.fromkeys((cuts.get(key), None)):  # what the loss holds may have been replaced since
+        cuts[key] = cut = known or Cut(view, params, inner.hparams)
+        kernels = CutKernels(cut, inner, steps, first)
+        if kernels.agrees(x):
+            return kernels
+    raise NotRecordedError("its numbers depend on more than its arguments")
