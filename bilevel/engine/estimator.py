@@ -20,9 +20,9 @@ from bilevel.core.tree import Tree
 from bilevel.engine.flat import flat_run
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import begin, run_inner
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)

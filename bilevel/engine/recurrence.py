@@ -26,7 +26,7 @@ from bilevel.base import InnerState
 from bilevel.core.rows import Weight
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.numerics.eigenbasis import DiagonalProblem
+from bilevel.numerics.eigenbasis import CLOSE, SMALL, DiagonalProblem
 
 Numbers: TypeAlias = tuple[Coefficients, ...]
 """The numbers of one step: of all elements of a batch alike, or one for each."""
@@ -35,10 +35,6 @@ Part: TypeAlias = tuple[Numbers, int]
 
 POWER_FROM = 8
 """Steps with the same numbers from which the matrix power is cheaper than the steps."""
-CLOSE = 1e-3
-"""Below this q the rounding of 1 - q matters."""
-SMALL = 1e-2
-"""Below this K q the quotient (1 - (1 - q)^K) / q cancels, and its series takes over."""
 TERMS = 8
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from bilevel.base import Carry, InnerSolver, Pullback, Solution, describe
@@ -19,8 +20,10 @@ from bilevel.hypergrad.spectral import Spectral
 from bilevel.hypergrad.unroll import FullUnroll, TruncatedUnroll
 from bilevel.linear import CG, GMRES
 from bilevel.numerics.dense import FACTORED
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import Exact
+
+CLOSED_FORM, BY_CG = ClosedForm(), Implicit(CG())
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        return f"auto chose {describe(self.estimator)}: {self.reason}"
+        return _said(self)
 
 
 @dataclass(frozen=True)
@@ -90,24 +93,24 @@ class Auto(HypergradEstimator):
         (like, *_), size = tree.leaves(params), tree.size(params)
         bytes_each = like.element_size()
         if problem.batch is not None:
-            return Choice(Implicit(CG()), "the members of a batch share the products of one linear solve")
+            return Choice(BY_CG, "the members of a batch share the products of one linear solve")
         if problem.nonsmooth is not None:
-            return Choice(Implicit(CG()), "with a nonsmooth term the solution moves on its support alone")
+            return Choice(BY_CG, "with a nonsmooth term the solution moves on its support alone")
         if problem.has_spectrum:
-            return Choice(ClosedForm(), "the spectrum of the inner Hessian is known")
+            return Choice(CLOSED_FORM, "the spectrum of the inner Hessian is known")
         if problem.structure.quadratic and size <= FACTORED and 3 * size**2 * bytes_each <= self.memory_limit:
-            return Choice(ClosedForm(), "the inner loss is quadratic, and its Hessian fits into memory")
+            return Choice(CLOSED_FORM, "the inner loss is quadratic, and its Hessian fits into memory")
         if not problem.symmetric:
             return Choice(Implicit(GMRES()), "the Jacobian of an optimality map need not be symmetric")
         if problem.variation:
-            return Choice(Implicit(CG()), f"with {problem.variation}, a run cannot be balanced or extrapolated")
+            return Choice(BY_CG, f"with {problem.variation}, a run cannot be balanced or extrapolated")
         if not solver.traits.differentiable:
-            return Choice(Implicit(CG()), f"the steps of {type(solver).__name__} have no derivative")
+            return Choice(BY_CG, f"the steps of {type(solver).__name__} have no derivative")
         _, tol = solver.limits(like.dtype)
         if tol is not None and problem.certifiable() is not None:
-            return Choice(Implicit(CG()), "the run ends at a tolerance, near the minimum of a convex loss")
+            return Choice(BY_CG, "the run ends at a tolerance, near the minimum of a convex loss")
         if FALLBACK * size * bytes_each > self.memory_limit:
-            return Choice(Implicit(CG()), f"{FALLBACK} iterates, which a balanced run keeps, do not fit into memory")
+            return Choice(BY_CG, f"{FALLBACK} iterates, which a balanced run keeps, do not fit into memory")
         return Choice(BalancedImplicit(), "it shares the work, and takes a tail where the Hessian is indefinite")
 
     def _unrolled(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
@@ -152,9 +155,17 @@ class Auto(HypergradEstimator):
         return replace(solved, pullback=pullback, verdict=_named(choice, solved.verdict))
 
 
+AUTO = Auto()
+
+
+@lru_cache
+def _said(choice: Choice) -> str:
+    return f"auto chose {describe(choice.estimator)}: {choice.reason}"
+
+
 def as_estimator(given: Any) -> Any:
     """Return `Auto` for "auto", and anything else as it is."""
-    return Auto() if isinstance(given, str) and given == "auto" else given
+    return AUTO if isinstance(given, str) and given == "auto" else given
 
 
 def _named(choice: Choice, verdict: Any, doubts: bool = False) -> Any:

@@ -22,9 +22,9 @@ from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
 from bilevel.numerics.dense import FACTORED, check_factored, factored
 from bilevel.numerics.eigenbasis import Eigenbasis
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from bilevel.hypergrad.side_by_side import as_batch, rows_hypergradient
 from bilevel.hypergrad.target_error import TargetErrorLoop, check_target
 from bilevel.oracles.autograd_errors import DerivativeError, explained
 from bilevel.oracles.batching import NotSideBySide, Rows
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import confirm
-from bilevel.oracles.structure import Exact
 
 CPU = torch.device("cpu")
 
@@ -189,7 +189,7 @@ def _at_once(
         return None
     if check:
         rule.check(problem, solver, hparams)
-    meter = Meter(CPU, memory=rule.measures_memory)
+    meter = Meter(CPU, memory=False)  # nothing grows with steps, and a look at it takes longer than the work
     exact = rule.at_once(problem, solver, hparams, params, carry)
     if exact is None:
         return None

@@ -27,9 +27,9 @@ from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.balanced_implicit import BalancedImplicit
 from bilevel.linear import CG
 from bilevel.networks.gauss_newton import gauss_newton
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import Linearization
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import Exact
 
 
 @dataclass(frozen=True)

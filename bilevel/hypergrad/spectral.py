@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bilevel.base import InnerSolver, InnerState, Pullback, Solution
+from bilevel.base import Carry, InnerSolver, InnerState, Pullback, Solution
 from bilevel.core.options import option, optional
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
@@ -28,6 +28,7 @@ from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
 from bilevel.hypergrad.tail import check_length, is_tail, length_of
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import Eigenbasis
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -59,6 +60,18 @@ class Spectral(HypergradEstimator):
         """Refuse, besides what lacks something that is required, a tail longer than the run; ValueError says so."""
         super().check(problem, solver, hparams)
         check_length(self, solver)
+
+    def at_once(
+        self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry | None
+    ) -> Exact | None:
+        state = None if carry is None else carry.state
+        start = state.params if state is not None else problem.params if params is None else params
+        multistep, same = cast(LinearMultistep, solver), solver.traits.stationary_from == 0
+        if self.tail is not None or not same or multistep.automatic or multistep.vectors(start):
+            return None
+        numbers = multistep.coefficients(InnerState(None))
+        of_all = numbers.mix[0][0], numbers.read[0], numbers.write[0]
+        return problem.stepped(hparams, start, of_all, cast(int, solver.steps))
 
     def solve(self, run: Run) -> Solution:
         basis, multistep, steps = self._parts(run.problem, run.solver, run.hparams)

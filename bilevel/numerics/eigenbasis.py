@@ -14,6 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CLOSE = 1e-3
+"""Below this q the rounding of 1 - q matters."""
+SMALL = 1e-2
+"""Below this K q the quotient (1 - (1 - q)^K) / q cancels, and its series takes over."""
+
 
 @dataclass(frozen=True)
 class Eigenbasis:

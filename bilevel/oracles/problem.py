@@ -21,6 +21,7 @@ from bilevel.core.tree import Tree
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles import batching as batches
 from bilevel.oracles.error_model import Certifiable
+from bilevel.oracles.exact import AtOnce
 from bilevel.oracles.hyper_hessian import hyper_hessians
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.losses import Loss, Losses, Purity
@@ -29,14 +30,14 @@ from bilevel.oracles.old_forwards import OldForwards
 from bilevel.oracles.proximal_inner import ProximalInner
 from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
-from bilevel.oracles.structure import Exact, QuadraticForm, Structure, declared
+from bilevel.oracles.structure import QuadraticForm, Structure, declared
 from bilevel.oracles.tracing import TracedInner, Traces
 from bilevel.oracles.validation import Reads, check_losses, check_tensors
 
 Solver = TypeVar("Solver")
 
 
-class BilevelProblem(OldForwards, Losses):
+class BilevelProblem(AtOnce, OldForwards, Losses):
     """An inner and an outer loss over trees of tensors.
 
     Both losses are called as ``loss(params, hparams)`` and return a scalar Tensor; data are captured by the functions.
@@ -245,20 +246,6 @@ class BilevelProblem(OldForwards, Losses):
     def has_spectrum(self) -> bool:
         """Whether there is a `spectrum`; override it beside one that takes long."""
         return self.spectrum() is not None
-
-    def exact(self, hparams: Tree) -> Exact | None:
-        """Return solution, hypergradient and evidence by a closed form that is quicker than tensors; default: None.
-
-        A problem returns None, too, where something is to be said of the result: `ClosedForm` then says it.
-        """
-        return None
-
-    def newton(self, hparams: Tree, start: Tree, most: int, tol: float) -> Exact | None:
-        """Return what `exact` does by at most so many dense Newton steps from a start to a tolerance; default: None.
-
-        The tolerance is that of a run of inner steps (`bilevel.engine.tolerance`).
-        """
-        return None
 
     def quadratic_form(self, hparams: Tree) -> QuadraticForm | None:
         """Return the coefficients of a quadratic inner loss of one tensor, where they are known; None by default."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,38 +42,6 @@ class QuadraticForm(NamedTuple):
     linear: Tensor
     hessian_derivatives: Tensor
     linear_derivatives: Tensor
-
-
-class Exact(NamedTuple):
-    """A hypergradient by a closed form on the host, of one tensor of params and one of hparams, with its evidence.
-
-    Attributes:
-        params: the inner solution.
-        adjoint: ``H^-1 f_w`` there, with the gradient f_w of the outer loss.
-        outer_loss: the outer loss there.
-        hypergradient: its derivative by the hyperparameters.
-        residual: norm of the inner gradient at `params`, computed from them.
-        adjoint_residual: ``|f_w - H adjoint| / |f_w|``, computed from `adjoint`.
-        counts: the oracle calls that the work stands for.
-        steps: inner steps taken.
-        adjoint_steps: iterations of the linear solver.
-        value_error: ``a' g`` with the adjoint a and the inner gradient g, where params are not all but exact.
-        form: how it was found, as in `Certificate`.
-        detail: what the verdict says.
-    """
-
-    params: Tensor
-    adjoint: Tensor
-    outer_loss: float
-    hypergradient: Tensor
-    residual: float
-    adjoint_residual: float
-    counts: Mapping[str, int]
-    steps: int = 0
-    adjoint_steps: int = 0
-    value_error: float | None = None
-    form: str = "closed form"
-    detail: str = ""
 
 
 RENAMED = {"quadratic": "quadratic", "one_solution": "unique_solution", "renewed": "resampled"}

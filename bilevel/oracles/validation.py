@@ -177,6 +177,12 @@ def _check_losses(problem: Losses, params: Tree, hparams: Tree, reads: Reads | N
         check_influence(what, gradient, by_outer[cut:], x, hparams, reads and partial(reads, problem, x, hparams))
 
 
+def fits(value: Tree, shape: tuple[int, ...], like: Tensor) -> bool:
+    """Whether a value is a finite tensor of a shape, and of the dtype and device of `like`."""
+    same = isinstance(value, Tensor) and value.shape == shape
+    return same and value.dtype == like.dtype and value.device == like.device and tree.is_finite(value)
+
+
 def check_tensor(name: str, value: Tree, shape: tuple[int, ...], like: Tensor, owner: str, source: str) -> None:
     """Refuse what is no tensor of a shape, and of the dtype and device of `like`, which messages call `source`."""
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:

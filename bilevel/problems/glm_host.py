@@ -2,8 +2,8 @@
 
     H step = gradient,      H a = f_w,      dF/du = -(d pen/du) a w,      H = c X' D X + diag(pen)
 
-Full steps alone are taken: where one does not lower the norm of the gradient, or anything else is to be said of the
-run, there is no result, and the solver takes its steps.
+A step is halved until the norm of the gradient falls, as in `Newton`. Where it does not, or anything else is to be said
+of the run, there is no result, and the solver takes its steps.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from bilevel.core.options import Relative
-from bilevel.oracles.structure import Exact
+from bilevel.oracles.exact import Exact
 from bilevel.problems.glm_loss import GLMLoss
 from bilevel.problems.ridge_host import ROUGH, Array, on_host, penalties_on_host
 from bilevel.problems.splits import Split
 
 FEATURES, WORK = 200, 1e7
 """The most features, and rows times squared features, for which dense steps are quicker than others."""
-LOWER = 1.0 - 1e-4
-"""The share of the norm of the gradient that a step has to leave at most."""
+LOWER, SHORTEST = 1e-4, 1e-3
+"""The share of its length by which a step has to lower the norm of the gradient, and the least length."""
 FAR = 1e-4
 """Share of the outer loss that it may be away from its value at the solution, unless somebody judges that."""
 
@@ -86,21 +86,28 @@ class HostModel:
         penalty = penalties_on_host(problem, hparams)
         if penalty is None:
             return None
-        first = w = start.numpy().copy()
-        before, steps = math.inf, 0
+        first = w = base = step = start.numpy().copy()
+        before, steps, tried, t = math.inf, 0, 0, 1.0
         try:
             while True:
                 slopes, z = self.train.slopes(w)
                 gradient = scale * X.dot(slopes) + penalty * w
-                residual = math.sqrt(gradient.dot(gradient))
+                residual, tried = math.sqrt(gradient.dot(gradient)), tried + 1
+                if not residual <= (1.0 - LOWER * t) * before:  # NaN included
+                    t /= 2
+                    if t < SHORTEST:
+                        return None
+                    w = base - t * step
+                    continue
                 H = np.multiply(X, scale * self.train.curvatures(z), out=self.weighted).dot(X.T)
                 H.reshape(-1)[:: len(H) + 1] += penalty
                 if residual <= self._goal(H, w, first, residual, tol):
                     np.linalg.cholesky(H)  # whether it is positive definite
-                    return self._judged(problem, w, penalty, gradient, H, steps)
-                if steps == most or not residual <= LOWER * before or residual == math.inf:
+                    return self._judged(problem, w, penalty, gradient, H, steps, tried)
+                if steps == most or residual == math.inf:
                     return None
-                w, before, steps = w - np.linalg.solve(H, gradient), residual, steps + 1
+                base, step = w, np.linalg.solve(H, gradient)
+                w, before, steps, t = base - step, residual, steps + 1, 1.0
         except np.linalg.LinAlgError:
             return None
 
@@ -111,7 +118,9 @@ class HostModel:
         parts = H.dot(max((w, w - first, w - self.origin), key=lambda way: way.dot(way)))
         return tol * (math.sqrt(parts.dot(parts)) or residual)
 
-    def _judged(self, problem: Any, w: Array, penalty: Array, gradient: Array, H: Array, steps: int) -> Exact | None:
+    def _judged(
+        self, problem: Any, w: Array, penalty: Array, gradient: Array, H: Array, steps: int, tried: int
+    ) -> Exact | None:
         rows = problem.val.rows
         loss = self.val.value(w) / rows
         f = self.val.X.dot(self.val.slopes(w)[0]) / rows
@@ -123,7 +132,7 @@ class HostModel:
         if not sure or not math.isfinite(loss + by_weight.dot(by_weight)):
             return None
         params, adjoint, total = map(torch.from_numpy, (w, a, by_weight))
-        counts = {"gradient": steps + 1, "curvature": steps + 1, "cross": 1}
+        counts = {"gradient": tried, "curvature": steps + 1, "cross": 1}
         residual = math.sqrt(gradient.dot(gradient))
         result = (params, adjoint, loss, problem.gather(total), residual, adjoint_residual, counts)
         return Exact(*result, steps, 1, value_error, "dense Newton")

@@ -24,18 +24,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.core import rows, tree
+from bilevel.core import rows
 from bilevel.core.options import require_value
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import lanczos
 from bilevel.oracles import batching as batches
 from bilevel.oracles.batching import check_own_data, stacked_trees
 from bilevel.oracles.error_model import Certifiable, Rows, Tuned
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
-from bilevel.oracles.structure import Exact
-from bilevel.oracles.validation import Reads, check_tensor, check_trees
+from bilevel.oracles.validation import Reads, check_tensor, check_trees, fits
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
 from bilevel.problems.glm_host import HostModel
@@ -43,14 +43,8 @@ from bilevel.problems.hyper_hessian import linear_hyper_hessians
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.old_hooks import with_hooks
-from bilevel.problems.ridge_host import on_host
+from bilevel.problems.ridge_host import known_on_host, on_host
 from bilevel.problems.splits import Split, check_equal, stacked_splits
-
-ON_HOST = (
-    *("inner_problem", "inner_loss", "outer_loss", "outer_value_and_grads", "gram", "moment", "penalties", "spread"),
-    *("gather", "_shift", "_eigenbasis", "spectrum", "bind", "predict", "collect"),
-)
-"""What arrays rest on."""
 
 
 class LinearModelProblem(DataProblem):
@@ -91,9 +85,7 @@ class LinearModelProblem(DataProblem):
         super().__init_subclass__()
         if {"predict", "collect"} & vars(cls).keys():
             cls.predicts_linearly = False
-        # Arrays know nothing of what a class outside this package does in another way.
-        ours = next(each for each in cls.__mro__ if each.__module__.startswith("bilevel.problems."))
-        cls.solved_on_host &= all(getattr(cls, name, None) is getattr(ours, name, None) for name in ON_HOST)
+        cls.solved_on_host &= known_on_host(cls)
 
     def __init__(
         self,
@@ -327,7 +319,7 @@ class LinearModelProblem(DataProblem):
             return self.check_range(hparams)
         given = ("params", params, self.params_shape()), ("hparams", hparams, self.hparams_shape())
         # The sentences take longer than one look, with which most calls are done.
-        if not all(self._fits(value, shape) for _, value, shape in given):
+        if not all(fits(value, shape, self.train.X) for _, value, shape in given):
             self.refuse_no_penalty(hparams)
             check_trees(params, hparams)
             owner = f"{type(self).__name__}(penalty={self.penalty!r})"
@@ -335,12 +327,6 @@ class LinearModelProblem(DataProblem):
                 check_tensor(name, value, shape, self.train.X, owner, "X_train")
         self.check_range(hparams)
         look(self, params, hparams)  # a subclass may have losses of its own
-
-    def _fits(self, value: Tree, shape: tuple[int, ...]) -> bool:
-        """Whether there is nothing to say of a value that is to have a shape."""
-        like = self.train.X
-        fits = isinstance(value, Tensor) and value.shape == shape
-        return fits and value.dtype == like.dtype and value.device == like.device and tree.is_finite(value)
 
     def refuse_no_penalty(self, hparams: Tree) -> None:
         """Refuse the logarithm of a zero penalty, which has no derivative."""

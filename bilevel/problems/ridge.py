@@ -18,10 +18,11 @@ from bilevel.numerics.dense import EIGENBASIS, EIGENVALUES, symmetric_product
 from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
+from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.oracles.structure import Exact, QuadraticForm, Structure
+from bilevel.oracles.structure import QuadraticForm, Structure
 from bilevel.problems.kernels import OneOutput
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
@@ -225,9 +226,21 @@ class RidgeProblem(LinearModelProblem):
             return None
         if self.penalty != "scalar" or not self.recurring:
             return host.by_factor(self, hparams)
-        log, u = self.parametrization == "log", hparams.item()
-        penalty = u if not log else math.exp(u) if abs(u) < LARGEST else math.inf
-        return host.in_eigenbasis(self._eigenbasis, penalty, penalty if log else 1.0)
+        return host.in_eigenbasis(self._eigenbasis, *self._penalty(hparams))
+
+    def stepped(self, hparams: Tree, start: Tree, numbers: tuple[float, ...], steps: int) -> Exact | None:
+        host = None if self.batch is not None or not self.has_spectrum else self._host
+        if host is None or not on_host(hparams, ()) or not on_host(start, self.params_shape()):
+            return None
+        return host.stepped(self._eigenbasis, *self._penalty(hparams), start.numpy(), numbers, steps)
+
+    def _penalty(self, hparams: Tensor) -> tuple[float, float]:
+        """Return the one penalty, infinite where there is none, and its derivative."""
+        u = hparams.item()
+        if self.parametrization == "direct":
+            return u, 1.0
+        penalty = math.exp(u) if abs(u) < LARGEST else math.inf
+        return penalty, penalty
 
     def quadratic_form(self, hparams: Tensor) -> QuadraticForm:
         u, shape = hparams.detach(), self.params_shape()

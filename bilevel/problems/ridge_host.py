@@ -16,16 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilevel.numerics.dense import EIGENVALUES
-from bilevel.numerics.eigenbasis import Eigenbasis
-from bilevel.oracles.structure import Exact
+from bilevel.numerics.eigenbasis import CLOSE, SMALL, Eigenbasis
+from bilevel.oracles.exact import Exact
 
 EPS = np.finfo(np.float64).eps
 Array = NDArray[np.float64]
+KNOWN = (
+    *("inner_problem", "inner_loss", "outer_loss", "outer_value_and_grads", "gram", "moment", "penalties", "spread"),
+    *("gather", "_shift", "_eigenbasis", "spectrum", "bind", "predict", "collect"),
+)
+"""What arrays rest on."""
 REDUCED = 1e8
 """Rows times squared features up to which validation rows become a triangle, which the loss cannot tell from them."""
 ROUGH = 1e-9
 """Residuals above this share of the moment are left to `ClosedForm`, which judges them."""
 IN_EIGENBASIS = {"gradient": 1, "hvp": 1}
+STEPPED = {"gradient": 2}
 BY_FACTOR = {"gradient": 3, "cross": 1}
 
 
@@ -33,6 +39,12 @@ def on_host(values: Any, shape: tuple[int, ...] | None = None) -> bool:
     """Whether an array stands for a tensor: float64 on the CPU, of no subclass that looks at calls, and of a shape."""
     plain = type(values) is Tensor and values.dtype is torch.float64 and values.is_cpu and not values.requires_grad
     return plain and (shape is None or values.shape == shape)
+
+
+def known_on_host(cls: type[Any]) -> bool:
+    """Whether a class does nothing in another way than the class of this package that it is made of."""
+    ours = next(each for each in cls.__mro__ if each.__module__.startswith("bilevel.problems."))
+    return all(getattr(cls, name, None) is getattr(ours, name, None) for name in KNOWN)
 
 
 def penalties_on_host(problem: Any, hparams: Tensor) -> Array | None:
@@ -64,11 +76,7 @@ class HostRidge:
 
     def in_eigenbasis(self, basis: Eigenbasis, penalty: float, slope: float) -> Exact | None:
         """Return the result for one penalty, of which `slope` is the derivative; None for no positive definite H."""
-        if self._basis is None:
-            self._basis = (basis.values.numpy(), basis.vectors.numpy(), -basis.linear.numpy())
-            self._ends = basis.values[[0, -1]].tolist()
-            self._reduce()
-        values, Q, moment = self._basis
+        values, Q, moment = self._in_basis(basis)
         smallest, largest = self._ends
         if penalty < 0 or not smallest + penalty > EPS * (largest + penalty):
             return None
@@ -82,6 +90,46 @@ class HostRidge:
         product = self.gram.dot(a) + penalty * a
         by_penalty = np.array(-slope * t.dot(z))
         return self._judged(w, penalty * w, errors, slopes, a, product, by_penalty, IN_EIGENBASIS)
+
+    def stepped(
+        self, basis: Eigenbasis, penalty: float, slope: float, start: Array, numbers: tuple[float, ...], steps: int
+    ) -> Exact | None:
+        """Return the result of equal steps of one vector, ``x <- mix x + write grad(read x)``; see `geometric`.
+
+        None where its quotients cancel, and where the residual has grown.
+        """
+        values, Q, moment = self._in_basis(basis)
+        values = values + penalty
+        mix, read, write = numbers
+        q = (1.0 - mix) - write * read * values
+        least = np.abs(q).min()
+        if penalty < 0 or not steps * least >= SMALL:
+            return None
+        below = (1.0 - q) ** (steps - 1)
+        power, power_slope = below * (1.0 - q), steps * below
+        rest = 1.0 - power
+        if least < CLOSE:
+            rest = np.where(q < 0.5, -np.expm1(steps * np.log1p(-np.minimum(q, 0.5))), rest)
+        total, pushed, z = rest / q, -write * moment, start.dot(Q)
+        by_value = write * read * ((total - power_slope) / q * pushed + power_slope * z)
+        w = Q.dot(total * pushed + power * z)
+        begun, gap = (self.gram.dot(x) + penalty * x - self.moment for x in (start, w))
+        residual = math.sqrt(gap.dot(gap))
+        errors = self.rows.dot(w) - self.targets
+        loss = 0.5 * float(errors.dot(errors))
+        by_penalty = np.array(slope * errors.dot(self.rows).dot(Q).dot(by_value))
+        if not residual <= math.sqrt(begun.dot(begun)) or not math.isfinite(loss + by_penalty):
+            return None
+        made = torch.from_numpy(w), None, loss, torch.from_numpy(by_penalty), residual, None, STEPPED
+        return Exact(*made, steps, steps, form="eigenbasis")
+
+    def _in_basis(self, basis: Eigenbasis) -> tuple[Array, Array, Array]:
+        """Return eigenvalues, eigenvectors, and the moment in their coordinates."""
+        if self._basis is None:
+            self._basis = (basis.values.numpy(), basis.vectors.numpy(), -basis.linear.numpy())
+            self._ends = basis.values[[0, -1]].tolist()
+            self._reduce()
+        return self._basis
 
     def by_factor(self, problem: Any, hparams: Tensor) -> Exact | None:
         """Return the result by a Cholesky factor with a step of refinement; None for no positive definite H."""

@@ -79,11 +79,10 @@ def test_dense_steps_lead_where_steps_lead(kind, options) -> None:
         for each in (dense, newton):
             if each.certificate.form == "dense Newton":
                 assert each.certificate.adjoint_residual < 1e-13
-                assert each.cost.counts["gradient"] == each.certificate.inner_steps + 1
+                assert each.cost.counts["gradient"] > each.certificate.inner_steps
     assert "dense Newton" in forms
-    # Where a full step leads uphill, as from zero weights of counts, a run takes its own steps; and so does the first
-    # run of a problem of a user's own, whose derivatives are looked at.
-    assert forms == {"dense Newton"} or kind in (PoissonProblem, HuberProblem, Own)
+    # The derivatives of a problem of a user's own are looked at first.
+    assert forms == {"dense Newton"} or kind is Own
 
 
 def test_a_tolerance_that_was_given_ends_the_steps() -> None:
@@ -115,8 +114,8 @@ def test_what_dense_steps_do_not_know_is_left_to_steps() -> None:
         form(made(LogisticProblem), bl.QuasiNewton(refresh=0.5)),
         form(made(LogisticProblem), estimator=bl.Implicit(bl.CG(max_steps=50))),
         form(made(LogisticProblem), estimator=bl.Implicit(damping=0.1)),
-        # From so far away a full step leads uphill.
-        form(made(LogisticProblem), params=torch.full((6,), 50.0, dtype=F64), value=-9.0),
+        # From so far away all steps lead uphill.
+        form(made(LogisticProblem), params=torch.full((6,), 1e4, dtype=F64), value=-15.0),
     ):
         assert other == "step by step"
 

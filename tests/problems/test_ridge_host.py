@@ -118,3 +118,44 @@ def test_other_cotangents_are_pulled_back_and_estimates_can_be_stored() -> None:
     again = pickle.loads(pickle.dumps(at(problem, u.detach())))
     assert torch.equal(again.carry.state.params, again.params)
     assert again.certificate.measured == {}
+
+
+@pytest.mark.parametrize("start", [None, 0.7])
+@pytest.mark.parametrize("steps", [1, 2, 40, 1000])
+def test_steps_on_the_spectrum_are_those_of_tensors(start: float | None, steps: int) -> None:
+    parts = data(3, 60, 7, 40)
+    for step_size in (0.05, 0.4):
+        solver, x = (
+            bl.GradientDescent(step_size, steps=steps),
+            None if start is None else torch.full((7,), start, dtype=F64),
+        )
+        for value in (-6.0, 0.5):
+            quick, slow = (
+                bl.hypergradient(kind(*parts), solver, bl.Spectral(), torch.tensor(value, dtype=F64), x)
+                for kind in (RidgeProblem, ByTensors)
+            )
+            assert quick.verdict == slow.verdict
+            assert quick.cost.counts == slow.cost.counts
+            one, other = quick.certificate, slow.certificate
+            assert (one.inner_steps, one.adjoint_steps, one.adjoint_residual, one.form) == (
+                steps,
+                steps,
+                None,
+                "eigenbasis",
+            )
+            assert (other.inner_steps, other.adjoint_steps, other.form) == (steps, steps, "eigenbasis")
+            assert one.inner_residual == pytest.approx(other.inner_residual, rel=1e-9, abs=1e-14)
+            assert quick.outer_loss == pytest.approx(slow.outer_loss, rel=1e-11)
+            for a, b in ((quick.hypergradient, slow.hypergradient), (quick.params, slow.params)):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_what_is_odd_about_steps_on_the_spectrum_is_said_as_ever() -> None:
+    parts, u = data(3, 60, 7, 40), torch.tensor(0.5, dtype=F64)
+    for solver in (bl.GradientDescent(5.0, steps=30), bl.GradientDescent(1e-9, steps=3)):
+        quick, slow = (
+            bl.hypergradient(kind(*parts), solver, bl.Spectral(), u, on_failure="return")
+            for kind in (RidgeProblem, ByTensors)
+        )
+        assert quick.verdict == slow.verdict
+        torch.testing.assert_close(quick.hypergradient, slow.hypergradient, equal_nan=True)
