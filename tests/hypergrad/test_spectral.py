@@ -173,7 +173,9 @@ def test_the_counts_show_the_looks_at_the_residual_alone() -> None:
     assert dict(estimate.cost.counts) == {"gradient": 2, "outer": 1}
     assert estimate.cost.peak_memory is None
     inner = ridge().bind(PROBLEMS["ridge"][1])
-    assert estimate.certificate.inner_residual == float(inner.grad(estimate.params).norm())
+    # Near a solution the gradient is the rounding of its parts, whichever way they are summed.
+    left = float(inner.grad(estimate.params).norm())
+    assert estimate.certificate.inner_residual == pytest.approx(left, rel=1e-9, abs=1e-14)
 
 
 def test_a_diverging_run_is_judged_as_its_steps_would_be() -> None:
