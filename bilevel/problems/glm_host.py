@@ -80,6 +80,7 @@ class HostModel:
         parts = (problem.train.X, problem.train.y, problem.val.X, problem.val.y)
         return HostModel(problem) if small and problem.outputs is None and all(map(on_host, parts)) else None
 
+    @np.errstate(all="ignore")  # what overflows is no step
     def newton(self, problem: Any, hparams: Tensor, start: Tensor, most: int, tol: float) -> Exact | None:
         """Return the result of at most so many steps that end at a tolerance; None where something is to be said."""
         X, scale = self.train.X, self.scale

@@ -91,6 +91,7 @@ class HostRidge:
         by_penalty = np.array(-slope * t.dot(z))
         return self._judged(w, penalty * w, errors, slopes, a, product, by_penalty, IN_EIGENBASIS)
 
+    @np.errstate(all="ignore")  # runs that diverge are judged by their end
     def stepped(
         self, basis: Eigenbasis, penalty: float, slope: float, start: Array, numbers: tuple[float, ...], steps: int
     ) -> Exact | None:
