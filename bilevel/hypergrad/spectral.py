@@ -67,11 +67,13 @@ class Spectral(HypergradEstimator):
         state = None if carry is None else carry.state
         start = state.params if state is not None else problem.params if params is None else params
         multistep, same = cast(LinearMultistep, solver), solver.traits.stationary_from == 0
-        if self.tail is not None or not same or multistep.automatic or multistep.vectors(start):
+        if self.tail is not None or solver.steps is None or solver.tol is not None or not same:
+            return None
+        if multistep.automatic or multistep.vectors(start):
             return None
         numbers = multistep.coefficients(InnerState(None))
         of_all = numbers.mix[0][0], numbers.read[0], numbers.write[0]
-        return problem.stepped(hparams, start, of_all, cast(int, solver.steps))
+        return problem.stepped(hparams, start, of_all, solver.steps)
 
     def solve(self, run: Run) -> Solution:
         basis, multistep, steps = self._parts(run.problem, run.solver, run.hparams)
