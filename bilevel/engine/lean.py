@@ -34,6 +34,8 @@ from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.kernels import Affine, Kernels, Pushed, Stepped
 
+WIDE = 2**11
+"""Numbers in params from which steps keep no more of themselves than a sweep needs."""
 SHORTEST = 64
 """Steps that are one stretch at least, of which there are about as many as it has steps."""
 
@@ -41,8 +43,9 @@ SHORTEST = 64
 class Steps(Stretch):
     """Steps one after the other."""
 
-    def __init__(self, kernels: Stepped, numbers: list[Coefficients]) -> None:
-        self.kernels, self.count = kernels, len(numbers)
+    def __init__(self, kernels: Stepped, numbers: list[Coefficients], whole: bool = True) -> None:
+        self.kernels, self.count, self.whole = kernels, len(numbers), whole
+        """`whole`: whether all vectors stay, or only the points of gradients, which a sweep needs."""
         self.read, self.write, self.mix = (
             np.array([getattr(each, name) for each in numbers]) for name in ("read", "write", "mix")
         )
@@ -53,33 +56,36 @@ class Steps(Stretch):
         self.at_iterates = self.looked == 0
         self.held: tuple[Any, Any] | None = None
         self.blocks: Tensor | None = None
+        self.points: Tensor | None = None
         self.places: Any = None
 
     def forward(self, s: Tensor, keep: bool) -> Tensor:
         p, m = s.shape
         own = int(self.looked is None)
-        blocks = s.new_empty(self.count + 1 if keep else 2, 1 + own + p, m)
+        whole = keep and self.whole
+        blocks = s.new_empty(self.count + 1 if whole else 2, 1 + own + p, m)
+        apart = s.new_empty(self.count if keep and not whole else 0, m)
         blocks[0, 1 + own :] = s
         places = self.kernels.places(self.count if keep else 1)
         slots = _each(places)
         wholes, gradients, points = blocks.unbind(0), blocks[:, 0].unbind(0), self._points(blocks).unbind(0)
         vectors, looks = blocks[:, 1 + own :].unbind(0), blocks[:, 1:2].unbind(0) if own else ()
         matrices, reads = self.held[0] if self.held else self._there(s)
-        gradient, mm, last = self.kernels.gradient, torch.mm, 0
+        gradient, mm, last, copies = self.kernels.gradient, torch.mm, 0, apart.unbind(0)
         for k in range(self.count):
-            last, place = (k + 1, slots[k]) if keep else (1 - (k & 1), slots[0])
-            here = k if keep else k & 1
+            here, last = (k, k + 1) if whole else (k & 1, 1 - (k & 1))
             if own:
                 mm(reads[k], vectors[here], out=looks[here])
-            gradient(points[here], place, gradients[here])
+            point = copies[k].copy_(points[here]) if copies else points[here]
+            gradient(point, slots[k] if keep else slots[0], gradients[here])
             mm(matrices[k], wholes[here], out=vectors[last])
         if keep:
             self.blocks, self.places = blocks, places
+            self.points = self._points(blocks)[:-1] if whole else apart
         return vectors[last].clone()
 
     def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
-        assert self.blocks is not None
-        assert self.places is not None
+        assert self.points is not None
         p, m = a.shape
         kernels, own = cast(Kernels, self.kernels), int(self.written is None)
         at = _each(kernels.at(self.places))
@@ -96,7 +102,7 @@ class Steps(Stretch):
                 mm(writes[k], vectors[k + 1], out=gathered[k + 1])
             product(at[k], cotangents[k + 1], into[k + 1])
             mm(matrices[k], wholes[k + 1], out=vectors[k])
-        return vectors[0].clone(), kernels.cross(self._points(self.blocks)[:-1], sums[1:] * factors)
+        return vectors[0].clone(), kernels.cross(self.points, sums[1:] * factors)
 
     def hold(self, like: Tensor) -> None:
         """Make what is taken to the device now, and keep it: then steps can be captured as a CUDA graph."""
@@ -136,11 +142,12 @@ class Steps(Stretch):
     def cut(self, low: int, high: int) -> None:
         self.count = high - low
         self.read, self.write, self.mix = (each[low:high] for each in (self.read, self.write, self.mix))
-        if self.blocks is not None and self.places is not None:
-            self.blocks, self.places = self.blocks[low : high + 1], self.places[low:high]
+        if self.blocks is not None and self.points is not None:
+            self.blocks, self.points = self.blocks[low : high + 1], self.points[low:high]
+            self.places = self.places[low:high]
 
     def forget(self) -> None:
-        self.blocks = self.places = None
+        self.blocks = self.points = self.places = None
 
     def _points(self, blocks: Tensor) -> Tensor:
         """Return where the gradients of blocks are taken."""
@@ -178,6 +185,7 @@ class Stretches:
         self.basis = kernels.basis
         s = s if self.basis is None else s @ self.basis
         self.size = s.shape[-1]
+        self.whole = self.size < WIDE or solver.limits(s.dtype)[1] is not None
         self.kernels: Stepped = Pushed(kernels, self.size) if directions else kernels
         self.begin = torch.cat([s, s.new_zeros(s.shape[0], directions * self.size)], dim=1) if directions else s
         """The stored vectors at the start, ([rows,] p, m), and beside them their derivatives in so many directions."""
@@ -225,7 +233,7 @@ class Stretches:
         Those of other steps, and where `short` is asked for all, are no longer than about the root of their number, so
         that a sweep can make one after the other again; none is made before it is asked for.
         """
-        longest = max(SHORTEST, math.isqrt(high - low))
+        longest = max(SHORTEST if self.size < WIDE else 1, math.isqrt(high - low))
         parts = schedule(self.solver, self.starts, low, high)
         for doubled, group in groupby(parts, lambda part: self._doubles(*part)):
             self.forms["doubled" if doubled else self.kernels.form] = None
@@ -236,7 +244,7 @@ class Stretches:
                 continue
             every = (numbers[0] for numbers, count in group for _ in range(count))
             while some := list(islice(every, longest)):
-                yield Steps(self.kernels.from_step(low), some)
+                yield Steps(self.kernels.from_step(low), some, self.whole)
                 low += len(some)
 
     def _doubles(self, numbers: Numbers, count: int) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel.core import tree
+from bilevel.engine import lean
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles import cut, tracing
 
@@ -125,6 +126,7 @@ def test_products_that_make_again_what_they_need_are_the_same(name: str, monkeyp
     (problem, u), (solver, _) = PROBLEMS[name], METHODS["nesterov"]
     expected = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False)
     monkeypatch.setattr(cut, "HELD", 0)
+    monkeypatch.setattr(lean, "WIDE", 1)
     ours = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False)
     torch.testing.assert_close(flat(ours.hypergradient), flat(expected.hypergradient), rtol=1e-13, atol=1e-15)
 
