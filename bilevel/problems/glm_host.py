@@ -34,26 +34,22 @@ class HostRows:
 
     def __init__(self, split: Split, loss: GLMLoss) -> None:
         self.X, self.y, self.loss = split.X.numpy(), split.y, loss
-        self.z = split.X.new_empty(split.rows)
-        self.predictions = self.z.numpy()
         self.response = loss.response(split.y, None)
 
-    def value(self, w: Array) -> float:
-        """Return the sum of the losses; `slopes` at the same w come after it."""
-        np.dot(w, self.X, out=self.predictions)
-        return self.loss.value(self.z, self.y).sum().item()
+    def value(self, z: Tensor) -> float:
+        """Return the sum of the losses at predictions."""
+        return self.loss.value(z, self.y).sum().item()
 
-    def slopes(self, w: Array) -> tuple[Array, Tensor]:
-        """Return the slopes of the losses, and what `curvatures` takes."""
-        np.dot(w, self.X, out=self.predictions)
-        z, response = self.z, self.response
+    def slopes(self, z: Tensor) -> Array:
+        """Return the slopes of the losses at predictions, which become what `curvatures` takes."""
+        response = self.response
         if response is None:
-            return self.loss.slope(z, self.y).numpy(), z
+            return self.loss.slope(z, self.y).numpy()
         if response.sign is not None:
             z *= response.sign
         response.apply(z)
         slope = z if response.target is None else z - response.target
-        return (slope if response.sign is None else slope * response.sign).numpy(), z
+        return (slope if response.sign is None else slope * response.sign).numpy()
 
     def curvatures(self, z: Tensor) -> Array:
         """Return the second derivatives of the losses."""
@@ -70,7 +66,7 @@ class HostModel:
 
     def __init__(self, problem: Any) -> None:
         self.train, self.val = (HostRows(split, problem.glm) for split in (problem.train, problem.val))
-        self.weighted, self.scale, self.origin = np.empty_like(self.train.X), problem.scale, problem.params.numpy()
+        self.scale, self.origin = problem.scale, problem.params.numpy()
 
     @staticmethod
     def of(problem: Any) -> HostModel | None:
@@ -89,10 +85,11 @@ class HostModel:
             return None
         first = w = base = step = start.numpy().copy()
         before, steps, tried, t = math.inf, 0, 0, 1.0
+        predictions, weighted = np.empty(X.shape[1]), np.empty_like(X)
         try:
             while True:
-                slopes, z = self.train.slopes(w)
-                gradient = scale * X.dot(slopes) + penalty * w
+                z = torch.from_numpy(np.dot(w, X, out=predictions))
+                gradient = scale * X.dot(self.train.slopes(z)) + penalty * w
                 residual, tried = math.sqrt(gradient.dot(gradient)), tried + 1
                 if not residual <= (1.0 - LOWER * t) * before:  # NaN included
                     t /= 2
@@ -100,7 +97,7 @@ class HostModel:
                         return None
                     w = base - t * step
                     continue
-                H = np.multiply(X, scale * self.train.curvatures(z), out=self.weighted).dot(X.T)
+                H = np.multiply(X, scale * self.train.curvatures(z), out=weighted).dot(X.T)
                 H.reshape(-1)[:: len(H) + 1] += penalty
                 if residual <= self._goal(H, w, first, residual, tol):
                     np.linalg.cholesky(H)  # whether it is positive definite
@@ -122,9 +119,9 @@ class HostModel:
     def _judged(
         self, problem: Any, w: Array, penalty: Array, gradient: Array, H: Array, steps: int, tried: int
     ) -> Exact | None:
-        rows = problem.val.rows
-        loss = self.val.value(w) / rows
-        f = self.val.X.dot(self.val.slopes(w)[0]) / rows
+        rows, z = problem.val.rows, torch.from_numpy(w.dot(self.val.X))
+        loss = self.val.value(z) / rows
+        f = self.val.X.dot(self.val.slopes(z)) / rows
         a = np.linalg.solve(H, f)
         rest, size, value_error = f - H.dot(a), math.sqrt(f.dot(f)), float(a.dot(gradient))
         adjoint_residual = math.sqrt(rest.dot(rest)) / size if size > 0 else 0.0

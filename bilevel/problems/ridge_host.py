@@ -66,7 +66,7 @@ class HostRidge:
         self.gram, self.moment = problem.gram.numpy(), problem.moment.numpy()
         scale = problem.val.rows**-0.5
         self.rows, self.targets = scale * problem.val.X.t().numpy(), scale * problem.val.y.numpy()
-        self._basis: tuple[Array, Array, Array] | None = None
+        self._basis: tuple[Array, ...] | None = None
 
     @staticmethod
     def of(problem: Any) -> HostRidge | None:
@@ -76,15 +76,14 @@ class HostRidge:
 
     def in_eigenbasis(self, basis: Eigenbasis, penalty: float, slope: float) -> Exact | None:
         """Return the result for one penalty, of which `slope` is the derivative; None for no positive definite H."""
-        values, Q, moment = self._in_basis(basis)
-        smallest, largest = self._ends
-        if penalty < 0 or not smallest + penalty > EPS * (largest + penalty):
-            return None
+        values, Q, moment, rows, targets = self._in_basis(basis)
         values = values + penalty
+        if penalty < 0 or not values[0] > EPS * values[-1]:
+            return None
         z = moment / values
         w = Q.dot(z)
-        errors = self.rows.dot(w) - self.targets
-        slopes = errors.dot(self.rows)
+        errors = rows.dot(w) - targets
+        slopes = errors.dot(rows)
         t = slopes.dot(Q) / values
         a = Q.dot(t)
         product = self.gram.dot(a) + penalty * a
@@ -99,7 +98,7 @@ class HostRidge:
 
         None where its quotients cancel, and where the residual has grown.
         """
-        values, Q, moment = self._in_basis(basis)
+        values, Q, moment, rows, targets = self._in_basis(basis)
         values = values + penalty
         mix, read, write = numbers
         q = (1.0 - mix) - write * read * values
@@ -116,20 +115,27 @@ class HostRidge:
         w = Q.dot(total * pushed + power * z)
         begun, gap = (self.gram.dot(x) + penalty * x - self.moment for x in (start, w))
         residual = math.sqrt(gap.dot(gap))
-        errors = self.rows.dot(w) - self.targets
+        errors = rows.dot(w) - targets
         loss = 0.5 * float(errors.dot(errors))
-        by_penalty = np.array(slope * errors.dot(self.rows).dot(Q).dot(by_value))
+        by_penalty = np.array(slope * errors.dot(rows).dot(Q).dot(by_value))
         if not residual <= math.sqrt(begun.dot(begun)) or not math.isfinite(loss + by_penalty):
             return None
         made = torch.from_numpy(w), None, loss, torch.from_numpy(by_penalty), residual, None, STEPPED
         return Exact(*made, steps, steps, form="eigenbasis")
 
-    def _in_basis(self, basis: Eigenbasis) -> tuple[Array, Array, Array]:
-        """Return eigenvalues, eigenvectors, and the moment in their coordinates."""
+    def _in_basis(self, basis: Eigenbasis) -> tuple[Array, ...]:
+        """Return eigenvalues, eigenvectors, the moment in their coordinates, and validation rows and targets.
+
+        In the place of many rows is the triangle R of ``[X_val y_val] = Q R``, for many penalties.
+        """
         if self._basis is None:
-            self._basis = (basis.values.numpy(), basis.vectors.numpy(), -basis.linear.numpy())
-            self._ends = basis.values[[0, -1]].tolist()
-            self._reduce()
+            rows, targets = self.rows, self.targets
+            count, features = rows.shape
+            if features + 1 < count <= REDUCED / features**2:
+                triangle = np.asarray(np.linalg.qr(np.column_stack([rows, targets]), mode="r"))
+                rows, targets = np.ascontiguousarray(triangle[:, :-1]), triangle[:, -1].copy()
+            # At once: other threads see all of it or nothing.
+            self._basis = basis.values.numpy(), basis.vectors.numpy(), -basis.linear.numpy(), rows, targets
         return self._basis
 
     def by_factor(self, problem: Any, hparams: Tensor) -> Exact | None:
@@ -156,13 +162,6 @@ class HostRidge:
         slope = penalty * w if problem.parametrization == "log" else w
         by_hparams = problem.gather(torch.from_numpy(-slope * a)).numpy()
         return self._judged(w, penalty * w, errors, slopes, a, H.dot(a), by_hparams, BY_FACTOR)
-
-    def _reduce(self) -> None:
-        """Put the triangle R of ``[X_val y_val] = Q R`` in the place of many validation rows, for many penalties."""
-        rows, features = self.rows.shape
-        if features + 1 < rows <= REDUCED / features**2:
-            triangle = np.asarray(np.linalg.qr(np.column_stack([self.rows, self.targets]), mode="r"))
-            self.rows, self.targets = np.ascontiguousarray(triangle[:, :-1]), triangle[:, -1].copy()
 
     def _judged(
         self,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel as bl
 from bilevel.networks.replicas import Replicas, replicable
+from bilevel.problems import LogisticProblem, RidgeProblem
 
 D = torch.float64
 G = torch.Generator().manual_seed(0)
@@ -163,3 +164,24 @@ def test_modules_that_functions_reach_are_not_replicated() -> None:
     module[0].forward = lambda x: x @ module[0].weight.T
     assert not replicable(module)
     assert not replicable(torch.compile(network(), backend="eager"))
+
+
+def wide(kind: Callable[..., bl.BilevelProblem]) -> bl.BilevelProblem:
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(2000, 12, generator=generator, dtype=D)
+    y = (X.sum(1) + torch.randn(2000, generator=generator, dtype=D)).sign()
+    return kind(X, y, X[:500], y[:500])
+
+
+@pytest.mark.parametrize(("kind", "estimator"), [(LogisticProblem, bl.Implicit()), (RidgeProblem, bl.ClosedForm())])
+def test_solves_by_arrays_share_no_place_that_they_write_to(kind: Any, estimator: bl.HypergradEstimator) -> None:
+    def value(problem: bl.BilevelProblem, u: float) -> Any:
+        found = bl.hypergradient(problem, bl.QuasiNewton(tol=1e-10), estimator, torch.tensor(u, dtype=D))
+        return found.outer_loss, float(found.hypergradient)
+
+    us = [-5.0 + 0.2 * i for i in range(30)]
+    alone = [value(wide(kind), u) for u in us]
+    problem = wide(kind)
+    with ThreadPoolExecutor(8) as pool:
+        for one, other in zip(pool.map(lambda u: value(problem, u), us), alone, strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
