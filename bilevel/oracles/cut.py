@@ -11,7 +11,8 @@ The recording is that of ``(x, v, u) -> g(x, u), H' v, C' v``; x and v are the l
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import operator
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ aten = torch.ops.aten
 SHAPES = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default}
 SHAPES |= {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 """What takes the shape of a tensor, and not its values."""
+LINEAR = {
+    *("add", "sub", "rsub", "neg", "sum", "mean", "cumsum", "cat", "stack", "clone", "detach", "alias", "_to_copy"),
+    *("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "flip"),
+    *("select", "slice", "narrow", "split", "split_with_sizes", "unbind", "diagonal", "index_select"),
+    *("select_backward", "slice_backward", "diagonal_backward"),
+}
+"""Operations that are linear in all their tensors together."""
+PRODUCTS = {"mul", "div", "mv", "mm", "bmm", "dot", "addmv", "addmm", "baddbmm", "mse_loss_backward"}
+"""Operations that are linear in each of their tensors alone; "div" in the first."""
 X, V, U, BATCH = 1, 2, 4, 8
 
 
@@ -73,7 +83,8 @@ class Cut:
         module = self.module
         x, v, *rest = (node for node in module.graph.nodes if node.op == "placeholder")
         u, batch = rest[: self.leaves], rest[self.leaves :]
-        depends = _dependence(module, {x: X, v: V} | dict.fromkeys(u, U) | dict.fromkeys(batch, BATCH))
+        known = {x: X, v: V} | dict.fromkeys(u, U) | dict.fromkeys(batch, BATCH)
+        depends, takes = _dependence(module, known, SHAPES), _dependence(module, known)
         (outputs,) = next(node for node in module.graph.nodes if node.op == "output").args
         gradient, product, *cross = outputs
 
@@ -81,19 +92,21 @@ class Cut:
             return bool(depends[node] & (X | BATCH))
 
         calls = [node for node in module.graph.nodes if node.op == "call_function"]
-        once = [node for node in calls if not depends[node] & ~U and any(depends[user] & ~U for user in node.users)]
+        once = [node for node in calls if not takes[node] & ~U and any(takes[user] & ~U for user in node.users)]
         self.once = Part(module, [], u, once)
         bound, given = [*once, *u], [x, *batch]
-        after = [node for node in between(module, {*bound, v, *given}, [product]) if depends[node] & V]
+        after = [node for node in between(module, {*bound, v, *given}, [product]) if takes[node] & V]
         inputs = dict.fromkeys(each for node in after for each in node.all_input_nodes)
-        left = [each for each in inputs if moves(each) and not depends[each] & V and each.op == "call_function"]
+        left = [each for each in inputs if moves(each) and not takes[each] & V and each.op == "call_function"]
         self.gradient = Part(module, bound, given, [gradient], into=True)
         self.leaving = Part(module, bound, given, [gradient, *left], into=True)
         self.product = Part(module, bound, [v, *given], [product], into=True)
         self.after = Part(module, bound, [v, *given, *left], [product], into=True)
         self.cross = Part(module, bound, [x, v, *batch], cross)
-        self.constant = None if moves(product) else Part(module, bound, [v], [product])
-        """H alone, where it is the same at every point: of a quadratic loss."""
+        alone = all(node.op != "placeholder" for node in between(module, {*bound, v}, [product]))
+        affine = alone and not moves(product) and _affine(between(module, {*bound, *given}, [gradient]), depends)
+        self.constant = Part(module, bound, [v], [product]) if affine else None
+        """H alone, where it is the same at every point, and the gradient is affine: of a quadratic loss."""
         self.shared = not any(depends[node] & BATCH for node in cross)
         """Whether products with C' are the same whatever the batch."""
         values = [node.meta["val"] for node in self.cross.nodes if depends[node] & (X | V) and "val" in node.meta]
@@ -122,14 +135,33 @@ def _flat(leaves: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _dependence(module: fx.GraphModule, known: dict[fx.Node, int]) -> dict[fx.Node, int]:
-    """Return for each node which inputs its values depend on."""
+def _dependence(module: fx.GraphModule, known: dict[fx.Node, int], free: Set[Any] = frozenset()) -> dict[fx.Node, int]:
+    """Return for each node which inputs its values depend on; what a `free` operation makes depends on none."""
+    known = dict(known)
     for node in module.graph.nodes:
         if node not in known:
             known[node] = 0
-            for each in node.all_input_nodes if node.target not in SHAPES else ():
+            for each in node.all_input_nodes if node.target not in free else ():
                 known[node] |= known[each]
     return known
+
+
+def _affine(nodes: Sequence[fx.Node], depends: dict[fx.Node, int]) -> bool:
+    """Return whether what these nodes make is affine in x, as their operations say.
+
+    That products are the same at every point does not say so: neither do those of ``|x|`` or ``relu(x)`` move.
+    """
+
+    def fits(node: fx.Node) -> bool:
+        if node.op != "call_function" or not depends[node] & X or node.target is operator.getitem:
+            return True
+        name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+        moving = [isinstance(each, fx.Node) and bool(depends[each] & X) for each in node.args]
+        if name in PRODUCTS:
+            return sum(moving) == 1 and (name != "div" or moving[0])
+        return name in LINEAR
+
+    return all(map(fits, nodes))
 
 
 class CutKernels(Kernels):

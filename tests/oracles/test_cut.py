@@ -121,6 +121,27 @@ def test_quadratic_losses_are_found_and_doubled() -> None:
     agree(other, by_steps(nearly, solver, bl.FullUnroll(), u, check=False))
 
 
+PIECES = {
+    "abs": lambda w, u: (w - 1.05).abs() @ u[1:].exp(),
+    "relu": lambda w, u: (w - 1).relu() @ u[1:].exp(),
+    "where": lambda w, u: torch.where(w > 0.1, w, 2 * w) @ u[1:].exp(),
+    "mask": lambda w, u: (w * (w > 0)) @ u[1:].exp(),
+    "clamp": lambda w, u: w.clamp(min=0.2).square() @ u[1:].exp(),
+    "huber": lambda w, u: nn.functional.huber_loss(u[0] * w, torch.ones_like(w)),
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_losses_of_quadratic_pieces_are_no_quadratics(piece: str) -> None:
+    """Their products are the same at almost every point, and their gradients are no affine functions."""
+    problem = bl.BilevelProblem(lambda w, u: quadratic(w, u) + PIECES[piece](w, u), outer, 3.0 * normal(8, 5))
+    u, solver = normal(10, 6) - 2.0, bl.GradientDescent(0.05, steps=150)
+    for estimator in (bl.FullUnroll(), bl.TruncatedUnroll(9)):
+        ours = bl.hypergradient(problem, solver, estimator, u, check=False, on_failure="return")
+        assert ours.certificate.form == "recorded"
+        agree(ours, by_steps(problem, solver, estimator, u, check=False, on_failure="return"))
+
+
 @pytest.mark.parametrize("name", ["batches"])
 def test_products_that_make_again_what_they_need_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (problem, u), (solver, _) = PROBLEMS[name], METHODS["nesterov"]
