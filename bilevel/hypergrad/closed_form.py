@@ -3,7 +3,8 @@
     H(u) x* = -b(u),      H w = cotangent,      u' = -C(x*)' w
 
 One Cholesky factor of H serves both systems. Where H is ``A + s(u) I``, the eigenbasis of A takes its place: it is
-computed once for each problem, when it is solved for the second time, and each u costs a few products with Q.
+computed once for each problem, when it is solved for the second time, and each u costs a few products with Q. Where
+that loses half of the digits of the adjoint, the factor, whose solutions are refined, has the last word.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class ClosedForm(HypergradEstimator):
         diagonal = basis.bind(hparams)
         smallest, largest = float(diagonal.values.amin()), float(diagonal.values.amax())
         if not smallest > torch.finfo(diagonal.values.dtype).eps * largest:
-            raise ValueError(str(_unsolvable(smallest)))
+            raise ValueError(str(_unsolvable(smallest, diagonal.values)))
         z = diagonal.solution
         params = basis.back(z)
         values, by_params, by_hparams = outer_at(problem, params, hparams)
@@ -112,20 +113,20 @@ class _Solved:
 def _solved(run: Run, once: bool) -> _Solved | Verdict:
     """Solve by tensors: by one factor where that is all, else in the eigenbasis where there is one."""
     basis = None if once and tree.size(run.params) <= FACTORED else run.problem.spectrum()
-    return _dense(run.inner(), run.params) if basis is None else _diagonal(run.inner(), basis)
+    return _dense(run.inner(), run.params) if basis is None else _diagonal(run.inner(), run.params, basis)
 
 
 def _no_pullback(cotangent: Tree) -> Pullback:
     raise ValueError("a problem without a solution has no pullback.")
 
 
-def _diagonal(inner: InnerProblem, basis: Eigenbasis) -> _Solved | Verdict:
+def _diagonal(inner: InnerProblem, start: Tree, basis: Eigenbasis) -> _Solved | Verdict:
     """Solve in the eigenbasis."""
     diagonal = basis.bind(inner.hparams)
     values = diagonal.values
-    smallest, largest = float(values[0]), float(values[-1])
+    smallest, largest, small = float(values[0]), float(values[-1]), tree.size(start) <= FACTORED
     if not smallest > torch.finfo(values.dtype).eps * largest:
-        return _unsolvable(smallest)
+        return _dense(inner, start) if small else _unsolvable(smallest, values)
     z = diagonal.solution
     params = basis.back(z)
 
@@ -133,7 +134,11 @@ def _diagonal(inner: InnerProblem, basis: Eigenbasis) -> _Solved | Verdict:
         turned = basis.turn(cotangent) / values
         adjoint = basis.back(turned)
         residual = _relative(inner.linearize(params).hvp(adjoint), cotangent)
-        return Pullback(diagonal.pull(-turned * z, -turned), adjoint, residual)
+        verdict = _doubt(residual, values)
+        if small and not verdict.status.ok:
+            refined = _dense(inner, start)
+            return Pullback(None, verdict=refined) if isinstance(refined, Verdict) else refined.pullback(cotangent)
+        return Pullback(diagonal.pull(-turned * z, -turned), adjoint, residual, verdict=verdict)
 
     return _Solved(params, pullback)
 
@@ -145,7 +150,7 @@ def _dense(inner: InnerProblem, start: Tree) -> _Solved | Verdict:
     hessian = inner.linearize(start).dense_hessian()
     factor, smallest = factored(hessian)
     if smallest is not None:
-        return _unsolvable(smallest)
+        return _unsolvable(smallest, hessian)
 
     def inverse(right: Tensor) -> Tensor:
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
@@ -159,8 +164,11 @@ def _dense(inner: InnerProblem, start: Tree) -> _Solved | Verdict:
         right = raveler.ravel(cotangent)
         adjoint = inverse(right)
         adjoint = adjoint + inverse(right - hessian @ adjoint)
-        cross = inner.linearize(params).cross(raveler.unravel(adjoint))
-        return Pullback(tree.scale(-1.0, cross), raveler.unravel(adjoint), _relative(hessian @ adjoint, right))
+        residual = _relative(hessian @ adjoint, right)
+        verdict = _doubt(residual, hessian)
+        adjoint = raveler.unravel(adjoint)
+        cross = inner.linearize(params).cross(adjoint)
+        return Pullback(tree.scale(-1.0, cross), adjoint, residual, verdict=verdict)
 
     size = float(torch.linalg.vector_norm(hessian) * torch.linalg.vector_norm(x))
     return _Solved(params, pullback, size * torch.finfo(x.dtype).eps ** 0.5)
@@ -172,6 +180,26 @@ def _relative(product: Tree, right: Tree) -> float:
     return float(tree.norm(tree.add(right, product, -1.0))) / size if size > 0 else 0.0
 
 
-def _unsolvable(smallest: float) -> Verdict:
-    status = Status.NEGATIVE_CURVATURE if smallest < 0 else Status.SINGULAR
+def _doubt(residual: float, hessian: Tensor) -> Verdict:
+    """Return what the residual of an adjoint says of it; in the place of H may be its eigenvalues.
+
+    With less than half of the digits in the adjoint, and in the solution, their product may have none.
+    """
+    eps = torch.finfo(hessian.dtype).eps
+    if not residual > eps**0.5:
+        return GOOD
+    values = hessian if hessian.dim() == 1 else torch.linalg.eigvalsh(hessian)
+    smallest, largest = float(values[0]), float(values[-1])
+    if not smallest > eps * largest:
+        return _unsolvable(smallest, values)
+    detail = (
+        f"ClosedForm: the adjoint residual is {residual:.2e}, as the inner Hessian is all but singular: add a penalty"
+    )
+    return Verdict(Status.INACCURATE, detail)
+
+
+def _unsolvable(smallest: float, hessian: Tensor) -> Verdict:
+    """Return the verdict on H, or its eigenvalues: below zero by rounding alone is no negative curvature."""
+    rounding = torch.finfo(hessian.dtype).eps * float(torch.linalg.vector_norm(hessian))
+    status = Status.NEGATIVE_CURVATURE if smallest < -rounding else Status.SINGULAR
     return Verdict(status, f"ClosedForm: the inner Hessian has the smallest eigenvalue {smallest:.3g}")

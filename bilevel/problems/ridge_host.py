@@ -29,7 +29,8 @@ KNOWN = (
 REDUCED = 1e8
 """Rows times squared features up to which validation rows become a triangle, which the loss cannot tell from them."""
 ROUGH = 1e-9
-"""Residuals above this share of the moment are left to `ClosedForm`, which judges them."""
+"""Residuals above this share of the moment are left to `ClosedForm`, which judges them, and so are adjoints with less
+than half of the digits."""
 IN_EIGENBASIS = {"gradient": 1, "hvp": 1}
 STEPPED = {"gradient": 2}
 BY_FACTOR = {"gradient": 3, "cross": 1}
@@ -180,7 +181,7 @@ class HostRidge:
         rest = slopes - product
         adjoint_residual = math.sqrt(rest.dot(rest)) / size if size > 0 else 0.0
         loss = 0.5 * float(errors.dot(errors))
-        doubtful = residual > ROUGH * math.sqrt(m.dot(m)) > 0
+        doubtful = adjoint_residual > EPS**0.5 or residual > ROUGH * math.sqrt(m.dot(m)) > 0
         if doubtful or not math.isfinite(loss + residual + adjoint_residual + by_hparams.dot(by_hparams)):
             return None
         params, adjoint, gradient = map(torch.from_numpy, (w, a, by_hparams))

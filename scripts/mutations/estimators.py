@@ -106,9 +106,23 @@ ESTIMATORS = (
     Break(
         "closed-form-singular",
         "bilevel/hypergrad/closed_form.py",
-        "    if not smallest > torch.finfo(values.dtype).eps * largest:\n        return _unsolvable",
-        "    if not smallest == smallest:\n        return _unsolvable",
+        "    if not smallest > torch.finfo(values.dtype).eps * largest:\n        return _dense",
+        "    if not smallest == smallest:\n        return _dense",
         "test_spectral.py",
+    ),
+    Break(
+        "closed-form-adjoint",
+        "bilevel/hypergrad/closed_form.py",
+        "if not residual > eps**0.5:",
+        "if residual == residual:",
+        "test_ridge_host.py::test_adjoints_without_half_of_their_digits_are_named_at_every_call",
+    ),
+    Break(
+        "closed-form-adjoint-on-the-host",
+        "bilevel/problems/ridge_host.py",
+        "doubtful = adjoint_residual > EPS**0.5 or residual",
+        "doubtful = residual",
+        "test_ridge_host.py::test_adjoints_without_half_of_their_digits_are_named_at_every_call",
     ),
     Break(
         "spectral-power-slope",

@@ -159,3 +159,29 @@ def test_what_is_odd_about_steps_on_the_spectrum_is_said_as_ever() -> None:
         )
         assert quick.verdict == slow.verdict
         torch.testing.assert_close(quick.hypergradient, slow.hypergradient, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [RidgeProblem, ByTensors])
+@pytest.mark.parametrize(
+    ("shape", "penalty", "u", "status"),
+    [
+        ("duplicates", "scalar", -32.0, "INACCURATE"),
+        ("duplicates", "per_feature", -32.0, "INACCURATE"),
+        ("wide", "scalar", -34.0, "SINGULAR"),
+        ("wide", "per_feature", -35.0, "SINGULAR"),
+        ("wide", "scalar", -12.0, "OK"),
+    ],
+)
+def test_adjoints_without_half_of_their_digits_are_named_at_every_call(kind, shape, penalty, u, status) -> None:
+    X, y, X_val, y_val = data(3, 40, 8, 20, noise=1.0) if shape == "duplicates" else data(4, 5, 20, 7)
+    if shape == "duplicates":
+        X[:, -2:] = X[:, :2]
+    problem = kind(X, y, X_val, y_val, penalty)
+    hparams = torch.full(problem.hparams_shape(), u, dtype=F64)
+    one, *more = (at(problem, hparams, on_failure="return") for _ in range(3))
+    assert one.status is bl.Status[status]
+    assert all(each.status is one.status for each in more)
+    if status == "INACCURATE":
+        assert "the inner Hessian is all but singular: add a penalty" in one.verdict.detail
+        exact = problem.exact_hypergradient(hparams)
+        assert all(float((each.hypergradient - exact).norm() / exact.norm()) < 0.5 for each in (one, *more))
