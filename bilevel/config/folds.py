@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bilevel import data
 from bilevel.config.build import PROBLEM, check_data, located, split_spec
@@ -46,7 +46,10 @@ class FoldsForm(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
     problems: Named
     criterion: Literal["auto", "loo", "alo", "kfold", "holdout"] = "auto"
-    guard: Literal["auto", "best", "one_se", "off"] = "auto"
+    # YAML reads a bare off as false.
+    guard: Annotated[
+        Literal["auto", "best", "one_se", "off"], BeforeValidator(lambda word: "off" if word is False else word)
+    ] = "auto"
     honest: Literal["auto", "nested", "alo"] = "auto"
     folds: Annotated[int, Field(ge=2)] = 5
     kappa: Annotated[float, Field(gt=0)] | None = None

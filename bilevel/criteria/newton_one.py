@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from bilevel.criteria.leverage import Factored, factored
 from bilevel.numerics.small import array, tensor
 from bilevel.problems.losses import GLMLoss
 
+TINY = sys.float_info.min
 STEPS = 200
 """Steps at most; a start that is far takes about ten."""
 SHORTEST = 1e-8
@@ -84,7 +86,7 @@ def solve(rows: Rows, a: Any, start: Any, kept: Factored | None, tol: float) -> 
         move = H.solve(gradient)
         decrease = float(gradient @ move)
         scale = abs(value) + floor
-        left = decrease * (decrease / scale if exact else decrease / max(last, decrease))
+        left = decrease * (decrease / scale if exact else decrease / max(last, decrease, TINY))
         w, z, new = _searched(rows, a, w, z, move, value, decrease)
         rose = not new < value
         value, last = new, decrease

@@ -210,7 +210,8 @@ def test_the_test_loss_is_weighted_and_the_model_knows_its_separator(
     table = {"w": [1 + row % 7 for row in range(ROWS)]} | dict(zip(names, NUMBERS.values(), strict=True)) | PRICE
     write("t.csv", text(table, ";"))
     data = {"name": "t.csv", "separator": ";", "weights": "w", "split": "time", "test": 0.25}
-    assert main(["tune", config(data, folds=2, criterion="kfold", guard="off", penalty="scalar")]) == 0
+    # YAML reads a bare off as false.
+    assert main(["tune", config(data, folds=2, criterion="kfold", guard=False, penalty="scalar")]) == 0
     capsys.readouterr()
     assert main(["predict", "runs/job-tune", "t.csv"]) == 0
     found = [float(row["prediction"]) for row in csv.DictReader(capsys.readouterr().out.splitlines())]

@@ -210,6 +210,13 @@ def test_a_wrong_label_among_separated_classes_opens_no_gate(options):
     assert not report.survived
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_columns_that_are_all_constant_leave_the_shares_of_the_classes(classes):
+    model = LogisticRegressionCV().fit(np.ones((90, 2)), np.arange(90) % classes)
+    np.testing.assert_array_equal(model.coef_, 0.0)
+    np.testing.assert_allclose(model.predict_proba(np.ones((1, 2))), 1 / classes, rtol=1e-6)
+
+
 def test_a_search_that_was_cut_short_says_what_to_do():
     many = np.random.default_rng(1).standard_normal((120, 30))
     with pytest.warns(ConvergenceWarning, match="used up its steps .max_iter=1.: raise max_iter, or tol, which is 0"):
