@@ -140,7 +140,8 @@ class Certificate:
             ran one after the other, where nobody asked for it.
         form: how the inner problem was solved: "step by step", as the solver's class says, or, in less time and to the
             same numbers but for rounding, by steps on "flat" vectors, those of a loss that is "recorded", "doubled", in
-            the "eigenbasis" or in "closed form"; empty where nothing says it.
+            the "eigenbasis" or in "closed form"; or by steps of another kind, "dense Newton", to the same tolerance and
+            another iterate within it; empty where nothing says it.
     """
 
     inner_residual: float

@@ -439,3 +439,20 @@ def test_arguments_in_the_wrong_order_are_refused(call: Any) -> None:
     case = ridge_case()
     with pytest.raises(ValueError, match=r"^expected \(problem, solver, estimator, hparams\), got GradientDescent in"):
         call(bl.GradientDescent(), case.problem, bl.Implicit(), case.hparams)
+
+
+def test_results_that_are_kept_do_not_hold_their_runs() -> None:
+    runs = []
+
+    class Seen(bl.FullUnroll):
+        def solve(self, run):
+            solved = super().solve(run)
+            runs.extend((weakref.ref(run), weakref.ref(solved.pullback)))
+            return solved
+
+    case, solver = ridge_case(), bl.GradientDescent(steps=9)
+    estimators = [Seen(memory=memory) for memory in ("iterates", "checkpoint", "graph")]
+    kept = [bl.hypergradient(case.problem, solver, each, case.hparams) for each in estimators for _ in range(2)]
+    gc.collect()
+    assert len(runs) == 2 * len(kept)
+    assert all(each() is None for each in runs)
