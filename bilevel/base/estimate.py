@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, overload
 
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch import Tensor
 from bilevel.base.inner_solver import InnerState
 from bilevel.core import rows, tree
 from bilevel.core.cost import Cost
-from bilevel.core.later import made_later
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
 
@@ -161,7 +161,6 @@ class Certificate:
     form: str = ""
 
 
-@made_later("carry", "certificate")
 @dataclass(frozen=True)
 class Estimate:
     """A hypergradient and its evidence.
@@ -184,6 +183,9 @@ class Estimate:
     verdict: Verdict
     carry: Carry
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     @property
     def status(self) -> Status:
         """The status alone."""
@@ -198,6 +200,24 @@ class Estimate:
             f"error {error}, inner residual {c.inner_residual:.2e} after {c.inner_steps} steps{adjoint}, "
             f"cost {self.cost.gradient_equivalents:.0f} gradient-equivalents, status {self.status.name}"
         )
+
+
+def made_later(certificate: Callable[[], Certificate], carry: Callable[[], Carry], **given: Any) -> Estimate:
+    """Return an estimate of which a part is made when it is first read; copies and pickles hold all of it."""
+    estimate = object.__new__(Estimate)
+    vars(estimate).update(given, _certificate=certificate, _carry=carry)
+    return estimate
+
+
+def _when_read(name: str) -> None:
+    part: Any = cached_property(lambda self: vars(self)[f"_{name}"]())
+    part.__doc__ = f"The {name}, made when it is first read."
+    part.__set_name__(Estimate, name)
+    setattr(Estimate, name, part)
+
+
+_when_read("certificate")
+_when_read("carry")
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, overload
+from typing import overload
 
 import torch
 
 from bilevel.base import BatchEstimate, Carry, Certificate, Estimate, InnerSolver, InnerState
+from bilevel.base.estimate import made_later
 from bilevel.certify import ErrorEstimate
 from bilevel.core import tree
 from bilevel.core.cost import Cost, Meter
@@ -202,8 +203,15 @@ def _at_once(
         return Carry(InnerState(x, cold.memory, exact.steps), exact.adjoint, name)
 
     verdict = Verdict(detail=exact.detail) if exact.detail else GOOD
-    later: Any = partial(_certificate, exact), warm
-    return Estimate(exact.outer_loss, exact.hypergradient, exact.params, later[0], meter.read(), verdict, later[1])
+    return made_later(
+        partial(_certificate, exact),
+        warm,
+        outer_loss=exact.outer_loss,
+        hypergradient=exact.hypergradient,
+        params=exact.params,
+        cost=meter.read(),
+        verdict=verdict,
+    )
 
 
 def _certificate(exact: Exact) -> Certificate:
