@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bilevel.core.deprecated import with_old_names
+from bilevel.core.overrides import given_after
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Traits:
     check_every: int = 1
 
 
+STEPS = ("step", "step_vjp", "sweep_vjp", "step_jvp", "params", "own_problem")
+"""What coefficients say of a solver, unless it says so itself."""
 RENAMED = {
     "unrolls": "differentiable",
     "memberwise": "rowwise",
@@ -45,9 +48,12 @@ RENAMED = {
 def declared(cls: type[Any], traits: Traits) -> Traits:
     """Return the traits of a solver's class, given those that it inherits or says.
 
-    Coefficients that a class gives anew may change at every step, unless it says from where they do not. Attributes by
+    Coefficients that a class gives anew may change at every step, unless it says from where they do not. A step that it
+    gives anew is not that of its coefficients, and rows are taken one by one, unless it says otherwise. Attributes by
     the names that they had before `Traits` are taken for one release, with a DeprecationWarning.
     """
-    if "coefficients" in vars(cls) and "traits" not in vars(cls):
+    if given_after(cls, ("coefficients",), "traits"):
         traits = replace(traits, stationary_from=None)
+    if traits.multistep and given_after(cls, STEPS, "traits"):
+        traits = replace(traits, multistep=False, rowwise=False)
     return with_old_names(cls, "traits", traits, RENAMED)

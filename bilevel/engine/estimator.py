@@ -16,6 +16,7 @@ from bilevel.base import Carry, InnerSolver, InnerState, Solution, describe
 from bilevel.base.requirements import check_requirements
 from bilevel.core.cost import Meter
 from bilevel.core.options import check_fields
+from bilevel.core.overrides import given_after
 from bilevel.core.tree import Tree
 from bilevel.engine.flat import flat_run
 from bilevel.engine.judge import InnerRun
@@ -165,8 +166,7 @@ class HypergradEstimator(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls).get("solve")
-        if own is not None and "at_once" not in vars(cls):
-            # What is inherited knows nothing of a `solve` that is not.
+        if given_after(cls, ("solve",), "at_once"):
             cls.at_once = HypergradEstimator.at_once  # type: ignore[method-assign]
         if own is not None and "meter" in signature(own).parameters:
             warn(f"{cls.__name__}.solve takes one argument now: `solve(self, run)`.", DeprecationWarning, stacklevel=2)

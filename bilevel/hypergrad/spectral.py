@@ -69,6 +69,8 @@ class Spectral(HypergradEstimator):
         multistep, same = cast(LinearMultistep, solver), solver.traits.stationary_from == 0
         if self.tail is not None or solver.steps is None or solver.tol is not None or not same:
             return None
+        if not solver.follows_coefficients or not multistep.begins_as_given:
+            return None
         if multistep.automatic or multistep.vectors(start):
             return None
         numbers = multistep.coefficients(InnerState(None))

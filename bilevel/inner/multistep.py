@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bilevel.base import InnerSolver, InnerState, Traits
+from bilevel.base.traits import STEPS
 from bilevel.core import rows, tree
 from bilevel.core.options import is_number, is_positive, option, or_auto, require
 from bilevel.core.tree import Tree
@@ -44,8 +45,15 @@ class LinearMultistep(CoefficientStep):
     @property
     def follows_coefficients(self) -> bool:
         """Whether no subclass takes a step, or differentiates it, in another way."""
-        own = ("step", "step_vjp", "sweep_vjp", "step_jvp", "params", "own_problem")
-        return all(getattr(type(self), name) is getattr(LinearMultistep, name) for name in own)
+        return self._as_here(STEPS)
+
+    @property
+    def begins_as_given(self) -> bool:
+        """Whether no subclass begins elsewhere than at the params that it is given."""
+        return self._as_here(("init", "cold_state", "warm_start"))
+
+    def _as_here(self, names: tuple[str, ...]) -> bool:
+        return all(getattr(type(self), name) is getattr(LinearMultistep, name) for name in names)
 
     @property
     def automatic(self) -> bool:

@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from bilevel.core import rows, tree
 from bilevel.core.autograd import edges, pushforward, vector_jacobian
+from bilevel.core.overrides import given_after
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum, lanczos
 from bilevel.oracles.kernels import Kernels
@@ -213,8 +214,8 @@ class InnerProblem:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # Kernels that are inherited know nothing of a gradient that is not.
-        own = {"_grad", "grad", "_cross_sum", "linearization", "linearize", "on_step"}
-        if own & vars(cls).keys() and "kernels" not in vars(cls):
+        own = ("_grad", "grad", "product", "_cross_sum", "linearization", "linearize", "on_step")
+        if given_after(cls, own, "kernels"):
             cls.kernels = InnerProblem.kernels  # type: ignore[method-assign]
 
     def __init__(self, problem: Losses, hparams: Tree, counts: Counter[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.core.overrides import given_after
 from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.splits import Split
 
@@ -60,7 +61,7 @@ class GLMLoss(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # A response that is inherited knows nothing of slopes that are not.
-        if {"slope", "curvature", "hessian_product"} & vars(cls).keys() and "response" not in vars(cls):
+        if given_after(cls, ("slope", "curvature", "hessian_product"), "response"):
             cls.response = GLMLoss.response  # type: ignore[method-assign]
 
     @abstractmethod

@@ -217,7 +217,8 @@ class RidgeProblem(LinearModelProblem):
 
     @cached_property
     def _host(self) -> HostRidge | None:
-        return HostRidge.of(self) if self.solved_on_host and self.nonsmooth is None else None
+        known = self.solved_on_host and type(self.glm) is Squared and self.nonsmooth is None
+        return HostRidge.of(self) if known else None
 
     def exact(self, hparams: Tensor) -> Exact | None:
         """Return the result by a Cholesky factor, and in the eigenbasis where one penalty is asked for again."""

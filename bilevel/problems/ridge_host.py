@@ -23,7 +23,7 @@ EPS = np.finfo(np.float64).eps
 Array = NDArray[np.float64]
 KNOWN = (
     *("inner_problem", "inner_loss", "outer_loss", "outer_value_and_grads", "gram", "moment", "penalties", "spread"),
-    *("gather", "_shift", "_eigenbasis", "spectrum", "bind", "predict", "collect"),
+    *("gather", "_shift", "_eigenbasis", "spectrum", "bind", "predict", "collect", "start"),
 )
 """What arrays rest on."""
 REDUCED = 1e8

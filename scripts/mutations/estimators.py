@@ -28,9 +28,9 @@ ESTIMATORS = (
     ),
     Break(
         "own-steps-passed-over",
-        "bilevel/inner/multistep.py",
-        'own = ("step", ',
-        "own = (",
+        "bilevel/base/traits.py",
+        'STEPS = ("step", ',
+        "STEPS = (",
         "test_lean.py::test_a_solver_that_takes_its_steps_itself_takes_them",
     ),
     Break(
