@@ -6,6 +6,7 @@ way. An operation of torch takes about a microsecond by its own name, and three 
 
 from __future__ import annotations
 
+import builtins
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WRITES = {torch.add, torch.sub, torch.mul, torch.div, torch.mv, torch.mm, torch.cat, torch.neg}
@@ -48,6 +50,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # or the first operation would import torch.compile, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(each, torch.Generator) for each in (*args, *(kwargs or {}).values())):
+            raise NotRecordedError("it draws random numbers from a torch.Generator")
         result = func(*args, **(kwargs or {}))
         target = self._without_writing(func, args[0]) if func._schema.is_mutable and args else func
         node = self.graph.call_function(target, *fx.node.map_aggregate((args, kwargs or {}), self.node))
@@ -64,6 +68,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._moving.update({only} if moving else ())
                     self._know(part, only)
         return result
+
+    def moves(self, value: Any) -> bool:
+        """Return whether a value is a tensor that depends on the inputs."""
+        return isinstance(value, Tensor) and self._nodes.get(id(value)) in self._moving
 
     def node(self, value: Any) -> Any:
         """Return the node of a tensor; what is no tensor is returned as it is."""
@@ -90,6 +98,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes[id(tensor)] = node
 
 
+class NoArrays(TorchFunctionMode):
+    """Refuses arrays and lists of the numbers of tensors that depend on the inputs: no operation of torch makes them.
+
+    Args:
+        recorder: knows which tensors these are.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "tolist", "__array__") and self._recorder.moves(args[0]):
+            raise NotRecordedError(f"{name}() reads the values of tensors")
+        return func(*args, **(kwargs or {}))
+
+
 def record(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Any]) -> fx.GraphModule:
     """Return the graph of a function, without operations that do nothing; arguments that are no tensors are constants.
 
@@ -98,7 +124,7 @@ def record(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Any]) 
     """
     recorder = Recorder([each for each in arguments if isinstance(each, Tensor)])
     try:
-        with recorder:
+        with recorder, NoArrays(recorder):
             results = function(*arguments)
             recorder.graph.output(tuple(recorder.node(each) for each in results))
     except Exception as error:
@@ -162,7 +188,13 @@ class Part:
 
     def function(self, *values: Any) -> Callable[..., Any]:
         """Return the function at values of the bound nodes."""
-        return FunctionType(self._code, self._constants | {f"b{index}": value for index, value in enumerate(values)})
+        # Some operations of torch import a module when they are first called, which takes the builtins.
+        names = {
+            "__builtins__": builtins,
+            **self._constants,
+            **{f"b{index}": each for index, each in enumerate(values)},
+        }
+        return FunctionType(self._code, names)
 
     def _call(self, node: fx.Node, into: bool) -> str:
         target = shortest(node.target)

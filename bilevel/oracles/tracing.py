@@ -36,12 +36,12 @@ def trace(problem: Problem, mode: str = "fx") -> Problem:
     """Return a problem of the same losses whose `grad` and `vjp` are traced.
 
     The losses must be the same operations at every call: Python that looks at the values of tensors (``if``,
-    ``float()``) is refused, and numbers that it computes are recorded as they are at the first call. Captured tensors
-    may change their values in place, but must not be replaced.
+    ``float()``, ``.numpy()``, ``.tolist()``) is refused, as is a `torch.Generator`, and numbers that it computes are
+    recorded as they are at the first call. Captured tensors may change their values in place, but must not be replaced.
 
     Args:
         problem: a problem without closed-form oracles.
-        mode: "fx"; "inductor", which was no faster, is deprecated and forwards to it.
+        mode: deprecated: there is one way left, "fx"; "inductor", which was no faster, forwards to it.
 
     Raises:
         ValueError: for another mode, and for a problem with closed-form oracles.

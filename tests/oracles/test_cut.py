@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, flat, normal
@@ -193,7 +194,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a branch": (lambda w, u: logistic(w, u) * (2.0 if w.sum() > 0 else 1.0), "reads the values of tensors"),
     "a number": (lambda w, u: logistic(w, u) * (1.0 + w.detach().norm().item()), "reads the values of tensors"),
     "a mask": (lambda w, u: logistic(w, u) + w[w > 0].square().sum(), "depends on the values of tensors"),
-    "an array": (lambda w, u: logistic(w, u) * (1.0 + float(w.detach().numpy().sum()) ** 2), "more than its arguments"),
+    "an array": (
+        lambda w, u: logistic(w, u) * (1.0 + float(np.sign(w.detach().numpy()).sum())),
+        "numpy() reads the val",
+    ),
+    "a list": (lambda w, u: logistic(w, u) * (1.0 + w.detach().tolist()[0]), "tolist() reads the values of tensors"),
+    "a generator": (
+        lambda w, u: logistic(w, u) + 0.0 * torch.rand(5, generator=torch.Generator(), dtype=F64) @ w,
+        "it draws random numbers from a torch.Generator",
+    ),
     "writing in place": (in_place, "writes in place"),
     "a counter": (counting, "more than its arguments"),
 }

@@ -6,6 +6,7 @@ import pickle
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, flat, normal, ridge_case, tree_case
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel.core import tree
-from bilevel.oracles.recording import Recorder, record
+from bilevel.oracles.recording import Part, Recorder, record
 
 X, Y, LABELS = normal(1, 30, 5), normal(2, 30), normal(3, 30, 3).argmax(1)
 
@@ -195,12 +196,27 @@ def test_the_cleaned_graph_is_shorter_and_computes_no_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [lambda w, u: (w if w.sum() > 0 else 2 * w).sum() * u, lambda w, u: (w**2).sum() * u * float(w.sum())]
+    "loss",
+    [
+        lambda w, u: (w if w.sum() > 0 else 2 * w).sum() * u,
+        lambda w, u: (w**2).sum() * u * float(w.sum()),
+        lambda w, u: (w**2).sum() * u * float(np.sign(w.detach().numpy()).sum()),
+        lambda w, u: (w**2).sum() * u * float(np.sign(np.asarray(w.detach())).sum()),
+        lambda w, u: (w**2).sum() * u * len([each for each in w.tolist() if each > 0]),
+        lambda w, u: (w**2).sum() * u * torch.rand((), generator=torch.Generator()),
+    ],
 )
 def test_python_that_depends_on_values_is_refused_with_the_remedy(loss: Any) -> None:
     inner = bl.trace(bl.BilevelProblem(loss, loss)).bind(torch.ones(()))
     with pytest.raises(ValueError, match=r"cannot be traced: .*use torch.where in place of `if`.*leave out `trace`"):
         inner.grad(torch.ones(3))
+
+
+def test_recordings_have_the_builtins_that_imports_inside_of_torch_take() -> None:
+    module = record(lambda w: [w * 2.0], [torch.ones(3)])
+    nodes = list(module.graph.nodes)
+    names = Part(module, [], nodes[:1], nodes[1:2]).function().__globals__
+    assert vars(names["__builtins__"])["__import__"] is __import__
 
 
 SAME, SHARED = torch.zeros(5, dtype=F64), torch.zeros(5, dtype=F64)
