@@ -1,4 +1,12 @@
-"""A run on flat vectors: of a number of steps, or to a tolerance, where it ends as with a look at every step."""
+"""A run on flat vectors: of a number of steps, or to a tolerance, where it ends as with a look at every step.
+
+`Run.solve` and the unrolls ask `flat_run` first. It takes the kernels of the bound problem (or those of the recorded
+loss) and a `Plan` of the steps, whose coefficients are asked for in advance. Equal steps on a quadratic are doubled
+(`Doubled` in `bilevel.engine.affine`: products of matrices in place of steps); all others are made one after the other
+(`Steps` in `bilevel.engine.lean`: one gradient and one small product each). Both are a `Stretch`, which goes forward
+and back; `bilevel.hypergrad.flat_unroll` goes back. Where a solver takes its steps itself, the problem has no kernels,
+or anything is to be said of the run, there is no result, and `run_inner` (`bilevel.engine.loop`) goes step by step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +24,7 @@ from bilevel.core import tree
 from bilevel.core.device import check_interval
 from bilevel.engine.affine import Stretch
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.lean import SHORTEST, Stretches
+from bilevel.engine.lean import SHORTEST, Plan
 from bilevel.engine.loop import Looks, conclude
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.cut import recorded
@@ -75,66 +83,66 @@ def flat_run(
     if kernels is None or (directions and size is not None):
         return None
     counts = inner.counts.copy()
-    made = Stretches(kernels, cast(LinearMultistep, solver), first, size, directions)
-    found, possible = None, made.point is not None
+    plan = Plan(kernels, cast(LinearMultistep, solver), first, size, directions)
+    found, possible = None, plan.point is not None
     if possible and size is not None:
-        tail, possible = min(length(limit), limit), tol is None and made.numbered
-        possible = possible and made.doubled(0, limit - tail) and made.doubled(limit - tail, limit)
+        tail, possible = min(length(limit), limit), tol is None and plan.numbered
+        possible = possible and plan.doubled(0, limit - tail) and plan.doubled(limit - tail, limit)
     if possible:
         taken = _by_count if tol is None else _to_tolerance
         try:
-            found = taken(inner, made, limit, length, at_least, kept)
+            found = taken(inner, plan, limit, length, at_least, kept)
         except NotRecordedError as reason:
             inner.refused = str(reason)
     if recording is not None and found is not None:
         end = found.end.state.params
-        if not recording.confirms(made.raveler.ravel(end), made.raveler.ravel(inner.grad(end))):
+        if not recording.confirms(plan.raveler.ravel(end), plan.raveler.ravel(inner.grad(end))):
             found, inner.refused = None, "its recording gives other numbers at the end"
     if found is None:  # its steps count it again
         inner.counts.clear()
         inner.counts.update(counts)
         return None
-    form = " and ".join(made.forms) or found.end.form
+    form = " and ".join(plan.forms) or found.end.form
     return replace(found, end=replace(found.end, form=form))
 
 
 def _by_count(
-    inner: InnerProblem, made: Stretches, steps: int, length: Callable[[int], int], at_least: int, kept: bool
+    inner: InnerProblem, plan: Plan, steps: int, length: Callable[[int], int], at_least: int, kept: bool
 ) -> Flat | None:
-    tail, s = min(length(steps), steps), made.begin
+    tail, s = min(length(steps), steps), plan.begin
     swept: list[tuple[Stretch, Tensor]] = []
-    for stretch in made.between(0, steps - tail):
+    for stretch in plan.between(0, steps - tail):
         s = stretch.forward(s, False)
-    for stretch in made.between(steps - tail, steps, short=not kept):
+    for stretch in plan.between(steps - tail, steps, short=not kept):
         swept.append((stretch, s))
         s = stretch.forward(s, True)
         if not kept:
             stretch.forget()
     sound = torch.isfinite(s.sum())
-    for powers in chain.from_iterable(made.powers.values()):
+    for powers in chain.from_iterable(plan.powers.values()):
         sound = sound & powers.finite
     if not bool(sound):
         return None
     inner.counts["gradient"] += steps
-    state = made.state(s, steps)
-    return Flat(conclude(inner, made.solver, made.first, state, steps), swept, s, made.basis)
+    state = plan.state(s, steps)
+    return Flat(conclude(inner, plan.solver, plan.first, state, steps), swept, s, plan.basis)
 
 
 def _to_tolerance(
-    inner: InnerProblem, made: Stretches, limit: int, length: Callable[[int], int], at_least: int, kept: bool
+    inner: InnerProblem, plan: Plan, limit: int, length: Callable[[int], int], at_least: int, kept: bool
 ) -> Flat | None:
     """Make steps by chunks, and look at all residuals of a stretch at once: at those that steps would look at."""
-    solver, first, s = made.solver, made.first, made.begin
+    solver, first, s = plan.solver, plan.first, plan.begin
     _, tol = solver.limits(s.dtype)
     assert tol is not None
     every = max(solver.traits.check_every, check_interval(s.device))
     looks, most = Looks(inner, solver, first, tol, at_least), length(limit)
     swept: list[tuple[Stretch, Tensor]] = []
-    end, taken, held = looks.end(float(looks.start), 0, first, first), 0, 0
-    equal = made.kernels.affine is not None and solver.traits.stationary_from is not None
+    end, taken, held = looks.end_at(float(looks.start), 0, first, first), 0, 0
+    equal = plan.kernels.affine is not None and solver.traits.stationary_from is not None
     chunk = min(FIRST, max(SHORTEST, CHUNK // s.numel())) if equal else SHORTEST // 2
     while end is None and taken < limit:
-        for stretch in made.between(taken, min(limit, taken + chunk)):
+        for stretch in plan.between(taken, min(limit, taken + chunk)):
             swept.append((stretch, s))
             s = stretch.forward(s, True)
             held += stretch.count
@@ -142,12 +150,12 @@ def _to_tolerance(
                 held -= swept.pop(0)[0].count
             after = range(every - taken % every, stretch.count + (taken + stretch.count < limit), every)
             for count, residual in zip(after, stretch.residuals(after).cpu().tolist() if after else (), strict=True):
-                if looks.passes(residual, taken + count):
+                if looks.cannot_end(residual, taken + count):
                     continue
                 if not math.isfinite(residual):
                     return None
-                states = [made.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]
-                if (end := looks.end(residual, taken + count, *states)) is not None:
+                states = [plan.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]
+                if (end := looks.end_at(residual, taken + count, *states)) is not None:
                     stretch.cut(0, count)
                     s = stretch.vectors(count).to(s.dtype)
                     break
@@ -159,9 +167,11 @@ def _to_tolerance(
         chunk = min(2 * chunk, LONGEST)
     # A look takes a gradient of its own, unless the step from there takes the same one.
     own = 0 if all(stretch.at_iterates for stretch, _ in swept) else len(range(every, taken, every))
-    inner.counts["gradient"] += taken + own - (taken > 0 and made.point is first.params)
+    # The first look has counted the gradient of the first step, where that is taken at the very params.
+    known = taken > 0 and plan.point is first.params
+    inner.counts["gradient"] += taken + own - known
     if end is None:
-        end = looks.last(made.state(s, taken), taken)
+        end = looks.conclude(plan.state(s, taken), taken)
         if not math.isfinite(end.residual):
             return None
     inner.grad(end.state.params)
@@ -172,4 +182,4 @@ def _to_tolerance(
         spare -= swept.pop(0)[0].count
     if spare:
         swept[0][0].cut(spare, swept[0][0].count)
-    return Flat(end, swept, last, made.basis)
+    return Flat(end, swept, last, plan.basis)

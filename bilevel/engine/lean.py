@@ -171,8 +171,8 @@ def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
     return list(torch.from_numpy(matrices).to(like).unbind(0))
 
 
-class Stretches:
-    """What makes the steps of one run, as stretches that share powers; of `rows` side by side, all by doubling."""
+class Plan:
+    """How the steps of one run are made: as which stretches, which share powers; of `rows`, all by doubling."""
 
     def __init__(
         self, kernels: Kernels, solver: LinearMultistep, first: InnerState, rows: int | None, directions: int

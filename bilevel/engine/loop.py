@@ -63,18 +63,18 @@ class Looks:
         self.start = _norm(inner, solver, first)
         self.doubling, self.before_doubling = STALLED, math.inf
 
-    def passes(self, residual: float, taken: int) -> bool:
+    def cannot_end(self, residual: float, taken: int) -> bool:
         """Whether the look after so many steps cannot end the run; it is then done, without an iterate."""
         if taken >= self.doubling or not math.isfinite(residual):
             return False
         if taken < self.at_least:
             return True
-        passes = taken % WINDOW != 0 and self.goal.tol is not None and residual > self.goal.tol
-        if passes:
-            self.goal.falls(residual, taken)
-        return bool(passes)
+        above = taken % WINDOW != 0 and self.goal.tol is not None and residual > self.goal.tol
+        if above:
+            self.goal.note_best(residual, taken)
+        return bool(above)
 
-    def end(self, residual: float, taken: int, before: InnerState, state: InnerState) -> InnerRun | None:
+    def end_at(self, residual: float, taken: int, before: InnerState, state: InnerState) -> InnerRun | None:
         """Return how the run ends at a state, one step after `before`, with a finite residual; None: it does not."""
         inner, solver = self.inner, self.solver
         if taken >= self.at_least:
@@ -82,7 +82,7 @@ class Looks:
                 return InnerRun(state, residual, taken, self.goal.verdict(residual, taken))
             floor = self.goal.floor(residual, taken, solver.params(before), solver.params(state))
             if floor is not None:
-                return self.last(state, taken, floor=floor)
+                return self.conclude(state, taken, floor=floor)
         if taken >= self.doubling:
             if residual > FALLEN * self.before_doubling and not inner.augmented:
                 kink = kinked(inner.problem, tree.detach(inner.hparams), solver, state, residual, self.before_doubling)
@@ -91,7 +91,7 @@ class Looks:
             self.doubling, self.before_doubling = 2 * taken, residual
         return None
 
-    def last(
+    def conclude(
         self,
         state: InnerState,
         taken: int,
@@ -122,7 +122,7 @@ def _run(
                 residual = float(_norm(inner, solver, state))
                 if not math.isfinite(residual):
                     return not_finite(inner, solver, checkpoint, marked, taken)
-                if (end := looks.end(residual, taken, before, state)) is not None:
+                if (end := looks.end_at(residual, taken, before, state)) is not None:
                     return end
             if taken - marked >= LOOK:
                 if not bool(torch.isfinite(tree.norm(state.params))):
@@ -141,7 +141,7 @@ def _run(
         return InnerRun(state, math.nan, taken, failed_step(solver, taken, failure))
     if looks is None:
         return _ended(inner, solver, first, state, taken, (checkpoint, marked))
-    return looks.last(state, taken, (checkpoint, marked), floor)
+    return looks.conclude(state, taken, (checkpoint, marked), floor)
 
 
 def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:

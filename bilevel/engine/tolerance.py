@@ -171,8 +171,8 @@ class Goal:
         )
         return Verdict(Status.INNER_NOT_CONVERGED, detail)
 
-    def falls(self, residual: float, taken: int) -> bool:
-        """Whether a residual is smaller than all before it; it is then the one to be smaller than."""
+    def note_best(self, residual: float, taken: int) -> bool:
+        """Note a residual that is smaller than all before it, and return whether it is."""
         if not residual < self.best:
             return False
         self.best, self.best_at = residual, taken
@@ -180,7 +180,7 @@ class Goal:
 
     def floor(self, residual: float, taken: int, before: Tree, params: Tree) -> Floor | None:
         """Return why the run has come to rest after its last step, from `before` to params; None where it has not."""
-        if self.falls(residual, taken):
+        if self.note_best(residual, taken):
             return None
         waited = taken - self.best_at
         if taken % WINDOW or waited < max(WINDOW, taken // 2):

@@ -17,7 +17,7 @@ import bilevel as bl
 from bilevel.core import tree
 from bilevel.engine.affine import block, doubles
 from bilevel.engine.estimator import Run
-from bilevel.hypergrad.flat import pushed, unrolled
+from bilevel.hypergrad.flat_unroll import pushed, unrolled
 from bilevel.inner.coefficients import Coefficients
 from bilevel.oracles.kernels import Pushed
 
@@ -128,7 +128,7 @@ def stepwise(*arguments: Any, **options: Any) -> bl.Estimate:
     nothing = {"flat_run": lambda *_, **__: None}
     with (
         mock.patch.multiple("bilevel.engine.estimator", **nothing),
-        mock.patch.multiple("bilevel.hypergrad.flat", **nothing),
+        mock.patch.multiple("bilevel.hypergrad.flat_unroll", **nothing),
     ):
         return bl.hypergradient(*arguments, **options)
 
