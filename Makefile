@@ -31,7 +31,7 @@ docs: .venv/.docs  ## the pages of docs/ and the reference of all public names: 
 figures: .venv/.demo  ## every figure of both papers on the curse of unrolling, with numbers and claims
 	$(BIN)/bilevel curse configs/curse/*.yaml
 
-bench: .venv-bench/.done  ## this library beside its peers, a quarter of an hour: docs/benchmarks.md and scripts/bench/results/
+bench: .venv-bench/.done  ## this library beside its peers, a quarter of an hour: docs/benchmarks.md; ARGS="--only p1 --task unroll": one row
 	$(BENCH)/python scripts/bench/peers/run.py $(ARGS)
 
 bars: .venv/.demo  ## the bars that this library sets itself: one JSON line per measurement
