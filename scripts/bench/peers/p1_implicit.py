@@ -242,8 +242,8 @@ PROBLEMS = [
     Problem(
         key="p1l",
         title="P1l: ridge, 20,000 x 2,000, one penalty, exact implicit hypergradient",
-        words="The Gram matrix is there before the first call. Reference: Cholesky factor and one step of refinement "
-        "with 80-bit residuals, in NumPy.",
+        words="This library makes the Gram matrix in its first call; by hand it is there before. Reference: Cholesky "
+        "factor and one step of refinement with 80-bit residuals, in NumPy.",
         sizes={"full": {"rows": 20_000, "features": 2000}, "quick": {"rows": 2000, "features": 300}},
         data=large_data,
         reference=refined,
