@@ -228,21 +228,35 @@ def block(count: int, size: int) -> int:
     return 1 << max(0, math.floor(math.log2(max(1.0, min(count, WORTH * count / size)))))
 
 
-def doubles(size: int, norm: float, numbers: Sequence[Coefficients], count: int) -> bool:
+def doubles(
+    size: int,
+    norm: float,
+    numbers: Sequence[Coefficients],
+    count: int,
+    least: Callable[[], float] = lambda: 0.0,
+) -> bool:
     """Return whether so many equal steps are quicker by doubling, and as exact as steps but for ``eps |H| R``.
+
+    R is what the steps make of a constant gradient of 1 where the curvature is least: about 1 / curvature after many.
 
     Args:
         size: m, the numbers in one vector.
         norm: ``|H|``, the Frobenius norm; of rows, the largest.
         numbers: of the step; of rows that differ, of each.
         count: steps.
+        least: returns the smallest eigenvalue of H; asked for where no curvature at all is not enough.
     """
     p = len(numbers[0].write)
     if count < SHORTEST or block(count, p * size) < SHORTEST:
         return False
+    read, write, mix = (np.array([getattr(one, name) for one in numbers]) for name in ("read", "write", "mix"))
     constant = np.zeros((len(numbers), p + 1, p + 1))
-    constant[:, :p, :p], constant[:, :p, p] = [one.mix for one in numbers], [one.write for one in numbers]
-    constant[:, p, p] = 1.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        reach = float(np.abs(np.linalg.matrix_power(constant, count)[:, 0, p]).max())
-    return float(np.finfo(np.float64).eps) * reach * norm <= ROUNDING
+    constant[:, :p, p], constant[:, p, p] = write, 1.0
+
+    def exact(curvature: float) -> bool:
+        constant[:, :p, :p] = mix + curvature * write[:, :, None] * read[:, None, :]
+        with np.errstate(over="ignore", invalid="ignore"):
+            reach = float(np.abs(np.linalg.matrix_power(constant, count)[:, 0, p]).max())
+        return float(np.finfo(np.float64).eps) * reach * norm <= ROUNDING
+
+    return exact(0.0) or exact(least())

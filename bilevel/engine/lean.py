@@ -249,13 +249,19 @@ class Plan:
 
     def _doubles(self, numbers: Numbers, count: int) -> bool:
         affine = self.kernels.affine
-        return affine is not None and doubles(affine[0].shape[-1], self._norm, numbers, count)
+        return affine is not None and doubles(affine[0].shape[-1], self._norm, numbers, count, lambda: self._least)
 
     @cached_property
     def _norm(self) -> float:
         """The Frobenius norm of H: one look at the device."""
         assert self.kernels.affine is not None
         return float(torch.linalg.vector_norm(self.kernels.affine[0], dim=(-2, -1)).max())
+
+    @cached_property
+    def _least(self) -> float:
+        """The smallest eigenvalue of H; none below zero, where steps diverge."""
+        assert self.kernels.affine is not None
+        return max(0.0, float(torch.linalg.eigvalsh(self.kernels.affine[0].double()).min()))
 
     def _doubled(self, numbers: Numbers, count: int, short: bool) -> Iterator[Doubled]:
         if numbers not in self.powers:

@@ -255,6 +255,8 @@ def test_doubling_stops_where_sums_would_lose_digits() -> None:
     momentum = Coefficients(read=(1.0, 0.0), mix=((1.99, -0.99), (1.0, 0.0)), write=(-1.0, 0.0))
     assert doubles(6, 1.0, [plain], 1_000)
     assert not doubles(6, 1.0, [plain], 100_000)
+    assert doubles(6, 1.0, [plain], 100_000, lambda: 1e-3)
+    assert not doubles(6, 1.0, [plain], 100_000, lambda: 1e-9)
     assert not doubles(6, 1.0, [momentum], 1_000)
     assert not doubles(6, 1.0, [Coefficients(read=(1.0,), mix=((9.0,),), write=(-1.0,))], 1_000)
     assert (block(1_000, 30), block(1_000, 1_000), block(3, 1)) == (256, 8, 2)
