@@ -266,11 +266,9 @@ class Plan:
     def _doubled(self, numbers: Numbers, count: int, short: bool) -> Iterator[Doubled]:
         if numbers not in self.powers:
             groups = [slice(low, low + AT_ONCE) for low in range(0, self.rows or 0, AT_ONCE)]
-            self.powers[numbers] = (
-                [Powers(self.kernels.some(g), numbers[g] if len(numbers) > 1 else numbers) for g in groups]
-                if isinstance(self.kernels, Affine) and groups
-                else [Powers(self.kernels, numbers)]
-            )
+            kernels = cast(Affine, self.kernels)
+            some = [Powers(kernels.some(g), numbers[g] if len(numbers) > 1 else numbers) for g in groups]
+            self.powers[numbers] = some or [Powers(self.kernels, numbers)]
         powers = self.powers[numbers]
         rows = block(count, powers[0].size)
         longest = max(rows, math.isqrt(count)) if short else count
