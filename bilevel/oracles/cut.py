@@ -104,7 +104,7 @@ class Cut:
         self.after = Part(module, bound, [v, *given, *left], [product], into=True)
         self.cross = Part(module, bound, [x, v, *batch], cross)
         alone = all(node.op != "placeholder" for node in between(module, {*bound, v}, [product]))
-        affine = alone and not moves(product) and _affine(between(module, {*bound, *given}, [gradient]), depends)
+        affine = alone and not moves(product) and _affine(between(module, {*bound, *given}, [gradient]), depends, x)
         self.constant = Part(module, bound, [v], [product]) if affine else None
         """H alone, where it is the same at every point, and the gradient is affine: of a quadratic loss."""
         self.shared = not any(depends[node] & BATCH for node in cross)
@@ -146,17 +146,20 @@ def _dependence(module: fx.GraphModule, known: dict[fx.Node, int], free: Set[Any
     return known
 
 
-def _affine(nodes: Sequence[fx.Node], depends: dict[fx.Node, int]) -> bool:
+def _affine(nodes: Sequence[fx.Node], depends: dict[fx.Node, int], x: fx.Node) -> bool:
     """Return whether what these nodes make is affine in x, as their operations say.
 
     That products are the same at every point does not say so: neither do those of ``|x|`` or ``relu(x)`` move.
     """
+    given = x.meta["val"]
 
     def fits(node: fx.Node) -> bool:
         if node.op != "call_function" or not depends[node] & X or node.target is operator.getitem:
             return True
+        if "mode" in node.target._overloadname or node.meta.get("val", given).dtype != given.dtype:  # type: ignore[union-attr]
+            return False  # it rounds
         name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-        moving = [isinstance(each, fx.Node) and bool(depends[each] & X) for each in node.args]
+        moving = [isinstance(each, fx.Node) and bool(depends[each] & X) for each in (*node.args, *node.kwargs.values())]
         if name in PRODUCTS:
             return sum(moving) == 1 and (name != "div" or moving[0])
         return name in LINEAR
@@ -197,7 +200,11 @@ class CutKernels(Kernels):
             hessian = torch.func.vmap(cut.constant.function(*bound))(torch.eye(cut.raveler.size).to(like))[0]
             linear = like.new_zeros(cut.raveler.size)
             self.gradient(torch.zeros_like(linear), [], linear)
-            self.affine = hessian, linear
+            # The products are those of autograd, which leaves out what is detached.
+            at = torch.randn(linear.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(like)
+            self.gradient(at, [], moved := torch.empty_like(at))
+            if _same(torch.addmv(linear, hessian, at), moved):
+                self.affine = hessian, linear
 
     def from_step(self, index: int) -> CutKernels:
         view = copy.copy(self)

@@ -129,12 +129,16 @@ PIECES = {
     "mask": lambda w, u: (w * (w > 0)) @ u[1:].exp(),
     "clamp": lambda w, u: w.clamp(min=0.2).square() @ u[1:].exp(),
     "huber": lambda w, u: nn.functional.huber_loss(u[0] * w, torch.ones_like(w)),
+    "rounding": lambda w, u: 0.1 * w @ torch.div(w.detach(), 0.3, rounding_mode="floor"),
+    "whole numbers": lambda w, u: 0.1 * w @ (3 * w).long().double(),
+    "digits": lambda w, u: 0.5 * w @ w.detach().float().double(),
+    "detached": lambda w, u: 0.5 * w @ w.detach(),
 }
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_losses_of_quadratic_pieces_are_no_quadratics(piece: str) -> None:
-    """Their products are the same at almost every point, and their gradients are no affine functions."""
+    """Their products are the same at almost every point, and are not those of an affine gradient."""
     problem = bl.BilevelProblem(lambda w, u: quadratic(w, u) + PIECES[piece](w, u), outer, 3.0 * normal(8, 5))
     u, solver = normal(10, 6) - 2.0, bl.GradientDescent(0.05, steps=150)
     for estimator in (bl.FullUnroll(), bl.TruncatedUnroll(9)):
