@@ -6,6 +6,34 @@ from .row import Break
 
 ESTIMATORS = (
     Break(
+        "many-steps-doubled-without-curvature",
+        "bilevel/engine/affine.py",
+        "return exact(0.0) or exact(least())",
+        "return exact(0.0) or True",
+        "test_lean.py::test_doubling_stops_where_sums_would_lose_digits",
+    ),
+    Break(
+        "quadratic-by-its-products",
+        "bilevel/oracles/cut.py",
+        "return all(map(fits, nodes))",
+        "return True",
+        "test_cut.py::test_losses_of_quadratic_pieces_are_no_quadratics",
+    ),
+    Break(
+        "quadratic-that-rounds",
+        "bilevel/oracles/cut.py",
+        "return False  # it rounds",
+        "pass",
+        "test_cut.py::test_losses_of_quadratic_pieces_are_no_quadratics",
+    ),
+    Break(
+        "quadratic-without-a-number",
+        "bilevel/oracles/cut.py",
+        "if _same(torch.addmv(linear, hessian, at), moved):",
+        "if True:",
+        "test_cut.py::test_losses_of_quadratic_pieces_are_no_quadratics",
+    ),
+    Break(
         "doubling-without-a-rule",
         "bilevel/engine/affine.py",
         "reach * norm <= ROUNDING",

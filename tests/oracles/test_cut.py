@@ -129,7 +129,7 @@ PIECES = {
     "mask": lambda w, u: (w * (w > 0)) @ u[1:].exp(),
     "clamp": lambda w, u: w.clamp(min=0.2).square() @ u[1:].exp(),
     "huber": lambda w, u: nn.functional.huber_loss(u[0] * w, torch.ones_like(w)),
-    "rounding": lambda w, u: 0.1 * w @ torch.div(w.detach(), 0.3, rounding_mode="floor"),
+    "rounding": lambda w, u: 0.1 * w @ torch.div(w.detach(), 2.5, rounding_mode="trunc"),
     "whole numbers": lambda w, u: 0.1 * w @ (3 * w).long().double(),
     "digits": lambda w, u: 0.5 * w @ w.detach().float().double(),
     "detached": lambda w, u: 0.5 * w @ w.detach(),
