@@ -184,6 +184,8 @@ def _coefficients(found: TunedTable) -> str:
     more = (
         f"\n(the {SHOWN} largest of {model.weights.size}; tuned.json holds all)" if model.weights.size > SHOWN else ""
     )
+    if not isinstance(model.target, str):
+        more = f"\n(in the unit of each target; ordered by their share of the largest weight of their target){more}"
     headers = (f"feature ({count})", "weight of one deviation", "penalty")
     return tabulate(lines, headers=headers, floatfmt=".4g") + more
 

@@ -112,7 +112,7 @@ def read_svmlight(source: str, path: Path) -> Raw:
     """
     X, y, zero_based = load_svmlight(source, path)
     y = y.astype(np.int64) if (y == np.round(y)).all() else y
-    names = tuple(f"x{index}" for index in range(X.shape[1]))
+    names = tuple(f"x{index + (not zero_based)}" for index in range(X.shape[1]))
     return Raw(source, {"": (X, y)}, names, is_file=True, zero_based=zero_based)
 
 

@@ -19,6 +19,8 @@ from bilevel.data.encodings import decoded
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 SEPARATORS = (",", ";", "\t")
+SHOWN = 40
+"""Characters of a header in a message."""
 MISSING = np.array([
     *("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-nan", "NULL", "null", "None", "<NA>", "NaT", "?")
 ])  # fmt: skip
@@ -176,7 +178,9 @@ def read_table(
         raise ValueError(f"{source!r} has two columns of the name {twice!r}: rename one of them.")
     for number, line in enumerate(body, 1):
         if len(line) != len(header):
-            raise ValueError(f"row {number} of {source!r} has {len(line)} cells, but the header has {len(header)}.")
+            found = f"row {number} of {source!r} has {len(line)} cells, but the header has {len(header)}"
+            first = separator.join(header)[:SHOWN]
+            raise ValueError(f"{found}: correct it, or delete what stands above the header if {first!r} is none.")
     columns = {}
     for name, cells in zip(header, zip(*body, strict=True), strict=True):
         column = np.array(cells)

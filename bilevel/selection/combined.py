@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Fit
-from bilevel.selection.gate import Choice
+from bilevel.selection.gate import Choice, verdict
 from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.selected import Fitted, Judged
 
@@ -143,7 +143,4 @@ class Combined(Fitted):
             return f"The {best.name} generalises ({figures}: {proof})."
         gain = best.gain / abs(first.loss) if first.loss else 0.0
         model = f" The model is {shares}." if len(taken) > 1 else ""
-        return (
-            f"The {best.name} generalises: its loss is {gain:.1%} smaller than that of the {first.name} ({figures}: "
-            f"{proof}).{model}"
-        )
+        return f"{verdict(f'The {best.name}', gain)} that of the {first.name} ({figures}: {proof}).{model}"

@@ -20,6 +20,9 @@ FEW_NATS = 50.0
 HALF = 0.5
 """A row with more than this part of the loss keeps the gate closed: the error of a gain is not known from one row."""
 
+PRINTED = 5e-4
+"""Gains below this part of a loss are printed as 0.0%."""
+
 ROUNDING = 100.0
 """Predictions that are off by so many units of rounding of y are exact."""
 
@@ -123,6 +126,29 @@ def in_errors(gate: float, kappa: float) -> str:
     """
     digits = next((each for each in range(1, 4) if float(f"{gate:.{each}f}") != kappa), 4)
     return f"{gate:.{digits}f} standard errors, with {kappa:g} needed"
+
+
+def verdict(who: str, gain: float, gate: float = np.inf, *, loss: str = "loss", several: bool = False) -> str:
+    """Return whether a model generalises, in words up to what its loss is smaller than.
+
+    Args:
+        who: the model.
+        gain: of its loss, as a part of the other one.
+        gate: the gain in standard errors.
+        loss: how it is called.
+        several: whether `who` is a plural.
+
+    >>> verdict("The lasso", 0.031)
+    'The lasso generalises: its loss is 3.1% smaller than'
+    >>> verdict("10 tuned penalties", 1e-5, several=True)
+    '10 tuned penalties gain next to nothing: their loss is less than 0.1% smaller than'
+    """
+    its, s = ("their", "") if several else ("its", "s")
+    if gate <= 1:
+        return f"{who} gain{s} no more than a standard error: {its} {loss} is {gain:.1%} smaller than"
+    if gain < PRINTED:
+        return f"{who} gain{s} next to nothing: {its} {loss} is less than 0.1% smaller than"
+    return f"{who} generalise{s}: {its} {loss} is {gain:.1%} smaller than"
 
 
 def lone_row(losses: Array, rows: NDArray[np.intp]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit
-from bilevel.selection.gate import Choice, paired
+from bilevel.selection.gate import Choice, paired, verdict
 from bilevel.selection.honest import Fold, HonestLosses
 from bilevel.selection.path import PathPoint
 
@@ -148,7 +148,8 @@ class Selected(Fitted):
         if not self.open:
             return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
         gain = self.node.gain / abs(self.scalar.loss) if self.scalar.loss else 0.0
-        return f"{count} tuned penalties generalise: their loss is {gain:.1%} smaller than one penalty's ({figures})."
+        said = verdict(f"{count} tuned penalties", gain, self.node.gate or math.inf, several=True)
+        return f"{said} one penalty's ({figures})."
 
 
 def nodes_of(

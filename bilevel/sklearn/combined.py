@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from bilevel.criteria import Criterion, LinearData, Penalties
 from bilevel.criteria.choose import standardizes
 from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, elastic_cv
-from bilevel.selection.elastic_cv import Kind
+from bilevel.selection.elastic_cv import KINDS, Kind
 from bilevel.sklearn.inputs import AS_THEY_ARE, on_device
 from bilevel.sklearn.report import TuningReport, losses_of, shown
 from bilevel.sklearn.splits import Folds
@@ -25,7 +25,31 @@ from bilevel.sklearn.tuned import TunedLinearModel
 class CombinedModel(TunedLinearModel):
     """Ridge regression, elastic nets and the adaptive lasso on one set of folds; a mixin."""
 
+    _kinds: ClassVar[dict[str, Kind]] = {name: name for name in KINDS}
+    """What `candidates` may hold, and what `elastic_cv` calls it."""
+
+    candidates: Any
     weights_: dict[str, float]
+
+    def _candidate_kinds(self, point: bool, without: set[Kind]) -> set[Kind]:
+        """Return the candidates as `elastic_cv` calls them.
+
+        Args:
+            point: whether the grid of the elastic net is one point: then there is only this, unless others are named.
+            without: what is none unless it is named.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        first = next(name for name, kind in self._kinds.items() if kind == "elastic_net")
+        if self.candidates is None:
+            return {"elastic_net"} if point else set(self._kinds.values()) - without
+        names = list(self.candidates)
+        if first not in names or set(names) - set(self._kinds):
+            raise ValueError(
+                f"candidates must be of {list(self._kinds)}, with {first!r} among them, got {self.candidates!r}."
+            )
+        return {self._kinds[name] for name in names}
 
     def _combine(
         self,

@@ -15,7 +15,7 @@ from sklearn.utils.metadata_routing import MethodMapping
 from sklearn.utils.validation import column_or_1d, validate_data
 
 from bilevel.problems.losses import Squared
-from bilevel.selection.elastic_cv import ALPHAS, KINDS, L1_RATIOS, Kind
+from bilevel.selection.elastic_cv import ALPHAS, L1_RATIOS, Kind
 from bilevel.sklearn.combined import CombinedModel
 from bilevel.sklearn.inputs import TYPES, numbers
 from bilevel.sklearn.splits import folds_of
@@ -46,15 +46,11 @@ class _TunedNet(CombinedModel):
     _loss_name = "mean squared error"
     _loss_factor = 2.0
     _own_scoring = "neg_mean_squared_error"
-    _kinds: ClassVar[dict[str, Kind]]
-    """What `candidates` may hold, and what `elastic_cv` calls it."""
-
     honest = "nested"
     eps: float
     n_alphas: Any
     alphas: Any
     positive: bool
-    candidates: Any
     stacking: bool
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -70,7 +66,9 @@ class _TunedNet(CombinedModel):
         Raises:
             ValueError: in one sentence, for data and parameters that do not fit.
         """
-        l1_ratios, alphas, candidates = self._l1_ratios(), self._alphas(), self._candidate_kinds()
+        l1_ratios, alphas = self._l1_ratios(), self._alphas()
+        point = not isinstance(alphas, int) and len(alphas) == len(l1_ratios) == 1
+        candidates = self._candidate_kinds(point, {"ridge", "path"} if self.positive else set())
         if not all(l1_ratios) and isinstance(alphas, int):
             raise ValueError(
                 "Automatic alpha grid generation is not supported for l1_ratio=0. Please supply a grid by providing "
@@ -124,23 +122,6 @@ class _TunedNet(CombinedModel):
             return int(self.n_alphas)
         return ALPHAS if self.alphas is None else int(self.alphas)
 
-    def _candidate_kinds(self) -> set[Kind]:
-        """Return the candidates as `elastic_cv` calls them.
-
-        Raises:
-            ValueError: in one sentence.
-        """
-        first = next(name for name, kind in self._kinds.items() if kind == "elastic_net")
-        names = list(self._kinds) if self.candidates is None else list(self.candidates)
-        if first not in names or set(names) - set(self._kinds):
-            raise ValueError(
-                f"candidates must be of {list(self._kinds)}, with {first!r} among them, got {self.candidates!r}."
-            )
-        kinds = {self._kinds[name] for name in names}
-        if self.positive and self.candidates is None:
-            return kinds - {"ridge", "path"}
-        return kinds
-
 
 class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
     """Ridge regression, or a combination with the elastic net, the adaptive lasso and tuned penalties where proved.
@@ -171,7 +152,8 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         positive: whether no coefficient is negative; "ridge" and "path" are no candidates then.
         random_state: of the folds, for a number or None as cv; None is a fixed seed.
         selection: accepted, without effect.
-        candidates: of "ridge", "path", "elastic_net" (always) and "adaptive_lasso"; None for all.
+        candidates: of "ridge", "path", "elastic_net" (always) and "adaptive_lasso"; None for all, but with one alpha
+            and one l1_ratio for that elastic net alone.
         stacking: whether candidates are combined where the gate is open; else, and with `scoring`, the best is taken.
         scoring: what chooses among candidates: a scorer of scikit-learn; None for the loss. `alpha_` and `l1_ratio_`
             have the least loss whatever it is.
@@ -187,7 +169,6 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
     array([3.])
     """
 
-    _kinds: ClassVar[dict[str, Kind]] = {name: name for name in KINDS}
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **_TunedNet._net_constraints,
         "l1_ratio": [Interval(Real, 0, 1, closed="both"), "array-like"],
@@ -270,7 +251,7 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
         positive: whether no coefficient is negative.
         random_state: see there.
         selection: see there.
-        candidates: of "lasso" (always) and "adaptive_lasso"; None for both.
+        candidates: of "lasso" (always) and "adaptive_lasso"; None for both, with one alpha for the lasso.
         stacking: whether they are combined where the gate is open; else, and with `scoring`, the best is taken.
         scoring: see there.
         guard: see there.

@@ -70,6 +70,8 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         device: of torch, for the arithmetic; None for the CPU.
         warm_start: whether a further fit begins the search of the one penalty where the last one ended; with l1_ratios
             without effect.
+        candidates: with l1_ratios, as of `ElasticNetCV`; with penalty_structure="scalar" None leaves out "path" and
+            "adaptive_lasso".
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -92,6 +94,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         "intercept_scaling": [Interval(Real, 0, None, closed="neither")],
         "use_legacy_attributes": ["boolean"],
         "penalty_structure": [StrOptions(STRUCTURES | {"class", "class_feature"})],
+        "candidates": ["array-like", None],
     }
     _loss_name = "log loss"
     _penalty_name = "C"
@@ -129,6 +132,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         standardize: bool | str = "auto",
         device: Any = None,
         warm_start: bool = False,
+        candidates: Any = None,
     ) -> None:
         self.Cs = Cs
         self.l1_ratios = l1_ratios
@@ -155,6 +159,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         self.standardize = standardize
         self.device = device
         self.warm_start = warm_start
+        self.candidates = candidates
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:

@@ -42,12 +42,17 @@ class NetClassifier(CombinedModel):
         given = () if self.l1_ratios is None else tuple(self.l1_ratios)
         if given:
             numbers("l1_ratios", given, min_val=0.0, max_val=1.0)
-        ratios = tuple(float(each) for each in given if each > 0)
+        named = self.candidates is not None and "ridge" not in self.candidates
+        ratios = tuple(float(each) for each in given if each > 0 or named) if any(given) else ()
         if self.penalty == "l1" and set(given) - {1.0}:
             raise ValueError(f"penalty='l1' is not that of l1_ratios={self.l1_ratios!r}: leave it out.")
         if self.penalty == "elasticnet" and not given:
             raise ValueError("penalty='elasticnet' needs l1_ratios, such as [0.5, 0.9, 1.0].")
         ratios = (1.0,) if self.penalty == "l1" else ratios
+        if ratios and not all(ratios) and self.Cs is None:
+            raise ValueError("at an l1_ratio of 0 no penalty makes all coefficients zero: give Cs.")
+        if self.candidates is not None and not ratios:
+            raise ValueError("candidates are judged beside an elastic net: give l1_ratios, such as [0.5, 0.9, 1.0].")
         if ratios and self.penalty_structure not in ("scalar", "feature"):
             raise ValueError(
                 f"penalty_structure={self.penalty_structure!r} is of squares: with l1_ratios use 'scalar' or 'feature'."
@@ -85,10 +90,10 @@ class NetClassifier(CombinedModel):
             score: of a model on some rows, (fit, rows) -> float; None for the loss.
         """
         loss, leading = (Logistic(), (1,)) if len(self.classes_) == 2 else (Softmax(), ())
-        kinds: set[Kind] = {"ridge", "elastic_net"}
-        if self.penalty_structure == "feature":
-            kinds |= {"path", "adaptive_lasso"}
         candidates, unit = self._candidates(), float(weights.sum())
+        point = candidates is not None and len(candidates) == np.size(self.l1_ratios) == 1
+        scalar: set[Kind] = {"path", "adaptive_lasso"} if self.penalty_structure == "scalar" else set()
+        kinds = self._candidate_kinds(point, scalar)
         grid: dict[str, Any] = {"alphas": CS if candidates is None else candidates / unit, "eps": EPS}
         grid |= {"l1_ratios": l1_ratios, "steps": int(self.max_iter), "rounds": ROUNDS * int(self.max_iter)}
         combined = self._combine(X, labels, weights, loss, folds, kinds, score, unit, **grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar, Self
@@ -18,7 +19,7 @@ from bilevel.criteria import Criterion, RidgeLeaveOneOut
 from bilevel.problems.losses import Squared
 from bilevel.selection import Selected, certify_range
 from bilevel.sklearn.inputs import TYPES, nearest, places_of, positive
-from bilevel.sklearn.splits import folds_of
+from bilevel.sklearn.splits import Folds, folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
 
@@ -39,7 +40,8 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         gcv_mode: accepted, without effect.
         store_cv_results: whether `cv_results_` holds the squared leave-one-out error of every row at each of `alphas`,
             as scikit-learn's does, in place of the nodes of the path; these are in ``tuning_report_.nodes``, too.
-        alpha_per_target: whether every target has penalties of its own.
+        alpha_per_target: whether every target has penalties of its own: `alpha_` is (targets,) where one for each
+            feature is not proved, and each is then the best for its target alone.
         penalty_structure: what shares a penalty: "scalar", "group", "feature", "target" or "target_feature".
         groups: the group of every feature, for "group".
         criterion: "auto", "loo", "alo", "kfold", "holdout", which takes a cv of one pair, such as ShuffleSplit(1), or
@@ -160,6 +162,8 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         self.alpha_ = self._penalty(selected, self.coef_.shape if per_target else (-1,))
         if self.alphas is not None and isinstance(self.alpha_, float):
             self.alpha_ = nearest(self.alpha_, positive("alphas", np.atleast_1d(self.alphas)))
+        if self.alpha_per_target and targets.dim() == 2 and np.isinf(selected.node.tau):
+            self._set_targets(X, y, sample_weight, params, folds)
         results = self.cv_results_
         if self.certify:
             share = 1e-3 if isinstance(self.certify, bool) else float(self.certify)
@@ -177,6 +181,20 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         if self.store_cv_results:
             self.cv_results_ = self._errors(selected, criterion, y, weights)
         return self
+
+    def _set_targets(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any], folds: Folds) -> None:
+        """Set the models of single targets, each with the one penalty that is best for it."""
+        models = []
+        for target in y.T:
+            model = copy.copy(self)
+            model.penalty_structure, model.alpha_per_target, model.scoring = "scalar", False, None
+            model.certify = model.store_cv_results = False
+            model.cv = folds.pairs if folds.given else self.cv
+            models.append(model.fit(X, target, sample_weight, **params))
+        for name in ("coef_", "intercept_", "alpha_", "penalties_", "best_score_"):
+            setattr(self, name, np.array([getattr(model, name) for model in models]))
+        remark = "alpha_per_target=True: every target has the one penalty that is best for it alone, see alpha_."
+        self.tuning_report_ = replace(self.tuning_report_, remarks=(*self.tuning_report_.remarks, remark))
 
     def _candidates(self) -> NDArray[np.float64] | None:
         return None if self.alphas is None else positive("alphas", np.atleast_1d(self.alphas))
@@ -204,7 +222,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
             return self.penalty_structure
         if self.penalty_structure == "group":
             raise ValueError("alpha_per_target=True takes no penalty_structure='group': use 'scalar' or 'feature'.")
-        return "target" if self.penalty_structure == "scalar" else "target_feature"
+        return "scalar" if self.penalty_structure == "scalar" else "target_feature"
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

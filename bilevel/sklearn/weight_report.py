@@ -11,7 +11,7 @@ from sklearn.base import is_classifier
 from tabulate import tabulate
 
 from bilevel.selection import RowWeights
-from bilevel.selection.gate import in_errors
+from bilevel.selection.gate import in_errors, verdict
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,6 +125,6 @@ def report_of(found: RowWeights | None, estimator: Any, rows: int, trusted: int,
     proof += in_errors(gate, at.kappa)
     summary = f"Equal weights are kept: no gain of {whose} is proved ({proof})."
     if found.chosen:
-        summary = f"Learned weights generalise: their {name} is {gain:.1%} smaller than that of equal ones ({proof})."
+        summary = f"{verdict('Learned weights', gain, loss=name, several=True)} that of equal ones ({proof})."
     figures = (equal, weighted, gain, gate, at.kappa, bool(found.chosen), found.seconds)
     return WeightReport(name, rows, trusted, *figures, summary, remark, nodes)

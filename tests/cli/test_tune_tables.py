@@ -243,6 +243,7 @@ def test_of_several_targets_each_is_shown_and_all_count_alike(here: Path, capsys
     assert "target 'a', 'b'" in out
     assert "1 row without a target is left out" in out
     assert "each is divided by its deviation" in out
+    assert "ordered by their share of the largest weight of their target" in out
     assert "mean squared error of 'b'" in out
     train, test = slice(1, 36), slice(36, None)
     standard = (X[train] - X[train].mean(0)) / X[train].std(0)

@@ -166,6 +166,10 @@ def test_a_missing_file_is_named(name):
         ("a,a,y\n1,2,3\n", "has two columns of the name 'a': rename one of them"),
         ("a,b,y\n1,2,3\n1,2\n", "row 2 of .* has 2 cells, but the header has 3"),
         (
+            "# from a lab\na,b,y\n1,2,3\n",
+            "the header has 1: correct it, or delete what stands above the header if '# f",
+        ),
+        (
             "a,colour,y\n1,2,3\n1,red,3\n",
             "the feature column 'colour' of .* is not numeric: row 2 holds 'red' .encode it as numbers, take `strin",
         ),

@@ -284,6 +284,7 @@ def test_svmlight_is_read_and_stays_sparse_for_folds(tmp_path: Path) -> None:
     rows = load_rows(str(path), TableOptions())
     assert hasattr(rows.X, "tocsr")
     assert rows.X.shape == (ROWS, 3)
+    assert data.feature_names == rows.encoder.features == ("x1", "x2", "x3")  # by the file's own numbers
     path.write_text("this is no such file\n")
     with pytest.raises(ValueError, match="cannot be read as a file in the svmlight format"):
         load(str(path))

@@ -8,7 +8,7 @@ import pytest
 from bilevel.criteria import LinearData, Penalties, RidgeLeaveOneOut
 from bilevel.problems.losses import Logistic, Softmax, Squared, SquaredHinge
 from bilevel.selection import choose, elastic_cv, kappa_of, one_se, paired
-from bilevel.selection.gate import in_errors, rounding_of
+from bilevel.selection.gate import in_errors, rounding_of, verdict
 
 ZERO = np.array([4.0, 2.0, 3.0, 3.0])
 BETTER = np.array([2.0, 1.0, 2.0, 3.0])  # gains 2, 1, 1, 0: mean 1, sd sqrt(2/3), se 0.40825
@@ -29,6 +29,12 @@ def test_the_first_node_within_one_standard_error_is_taken() -> None:
     assert one_se(np.stack([ZERO, BETTER, NEARLY])) == 1
     assert one_se(np.stack([ZERO, ZERO + 1, BETTER])) == 2
     assert one_se(np.stack([ZERO, ZERO])) == 0
+
+
+def test_a_gain_that_is_printed_as_none_or_within_its_error_does_not_generalise() -> None:
+    assert verdict("It", 6e-4, 1.1) == "It generalises: its loss is 0.1% smaller than"
+    assert "next to nothing: its loss is less than 0.1% smaller" in verdict("It", 4e-4, 9.0)
+    assert "no more than a standard error: their loss is 2.0%" in verdict("They", 0.02, 0.9, several=True)
 
 
 def test_the_gate_opens_by_as_many_standard_errors_as_asked_for() -> None:

@@ -54,6 +54,9 @@ OPTIONS = [
 ]
 CLASSES = [
     (LogisticRegressionCV(Cs=0), "The 'Cs' parameter of LogisticRegressionCV"),
+    (LogisticRegressionCV(candidates=["elastic_net"]), "beside an elastic net: give l1_ratios"),
+    (LogisticRegressionCV(l1_ratios=[0.0, 0.5], candidates=["elastic_net"]), "no penalty makes .* zero: give Cs"),
+    (LogisticRegressionCV(l1_ratios=[0.5], candidates=["ridge"]), "candidates must be of .* with 'elastic_net' among"),
     (LogisticRegressionCV(Cs=[]), "Cs must hold at least one number, got none"),
     (LogisticRegressionCV(Cs=[1.0, np.nan]), r"Cs\[1\] == nan, must be finite"),
     (LogisticRegressionCV(penalty="l3"), "The 'penalty' parameter of LogisticRegressionCV"),

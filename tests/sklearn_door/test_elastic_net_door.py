@@ -174,7 +174,7 @@ def test_cs_keep_their_order_and_digits_with_l1_ratios():
 
 
 def test_max_iter_has_its_say_with_l1_ratios():
-    options = {"penalty": "l1", "Cs": [1.0], "penalty_structure": "scalar"}
+    options = {"penalty": "l1", "Cs": [1.0], "candidates": ["ridge", "elastic_net"]}
     with pytest.warns(ConvergenceWarning, match="max_iter=1"):
         LogisticRegressionCV(max_iter=1, tol=1e-12, **options).fit(X, y > 0)
     with warnings.catch_warnings():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
-from sklearn import linear_model
+from sklearn import clone, linear_model
 from sklearn.metrics import log_loss, mean_squared_error
 from sklearn.preprocessing import StandardScaler
 
@@ -111,6 +111,18 @@ def test_several_targets(per_target):
     reference = linear_model.Ridge(model.alpha_).fit(Z, Y)
     np.testing.assert_allclose(model.predict(X), reference.predict(Z), rtol=1e-7)
     assert np.shape(model.alpha_) == ((3,) if per_target else ())
+    if per_target:
+        grid = np.array([10.0, 0.1, 1000.0])
+        options = {"alphas": grid, "alpha_per_target": True}
+        theirs = linear_model.RidgeCV(**options).fit(Z, Y)
+        alike = (Z @ np.ones((6, 1))) * [1.0, 0.1, 0.0] + rng.standard_normal(Y.shape)  # no gate opens
+        model = RidgeCV(alpha_per_target=True).fit(X, alike)
+        assert model.alpha_.shape == (3,)
+        assert "every target has the one penalty" in str(model.tuning_report_)
+        model = RidgeCV(**options, penalty_structure="scalar").fit(X, Y)
+        np.testing.assert_array_equal(model.alpha_, theirs.alpha_)
+        np.testing.assert_allclose(model.best_score_, theirs.best_score_)
+        np.testing.assert_allclose(model.predict(X), theirs.predict(Z))
     column = RidgeCV(penalty_structure="scalar").fit(X, y[:, None])
     theirs = linear_model.RidgeCV().fit(X, y[:, None])
     for read in (lambda model: model.coef_, lambda model: model.intercept_, lambda model: model.predict(X)):
@@ -183,8 +195,8 @@ def test_elastic_nets_of_two_classes_are_combined(Cs, weights):
     assert 0.0 < model.tuning_report_.tuned_loss < np.log(2.0)
     assert model.penalties_.shape == model.coef_.shape == (1, 6)
     assert Cs is None or np.isclose(Cs, model.C_).any()
-    # The lasso alone is scikit-learn's, at its C.
-    options = {"penalty_structure": "scalar", "guard": "off"}
+    # The lasso beside ridge regression is scikit-learn's, at its C.
+    options = {"candidates": ["ridge", "elastic_net"], "guard": "off"}
     alone = LogisticRegressionCV(Cs=[model.C_], penalty="l1", **options).fit(X, LABELS, weights)
     scaler = weighted_scaler(weights)
     reference = linear_model.LogisticRegression(C=model.C_, l1_ratio=1.0, solver="saga", tol=1e-8, max_iter=20_000)
@@ -196,8 +208,7 @@ def test_elastic_nets_of_two_classes_are_combined(Cs, weights):
 
 
 def test_elastic_nets_of_several_classes_are_those_of_scikit_learn():
-    options = {"penalty_structure": "scalar", "guard": "off", "class_weight": "balanced"}
-    model = LogisticRegressionCV(Cs=[0.5], l1_ratios=[0.7], use_legacy_attributes=True, **options)
+    model = LogisticRegressionCV(Cs=[0.5], l1_ratios=[0.7], use_legacy_attributes=True, class_weight="balanced")
     model.fit(X, SPECIES, WEIGHTS)
     assert model.coef_.shape == model.penalties_.shape == (3, 6)
     assert model.C_.tolist() == [0.5] * 3
@@ -207,10 +218,10 @@ def test_elastic_nets_of_several_classes_are_those_of_scikit_learn():
     scaler = weighted_scaler(per_row)
     reference = linear_model.LogisticRegression(C=0.5, l1_ratio=0.7, solver="saga", tol=1e-10, max_iter=20_000)
     reference.fit(scaler.transform(X), SPECIES, per_row)
-    ridge = LogisticRegressionCV(**options).fit(X, SPECIES, WEIGHTS)
-    share = model.weights_["elastic net"]
-    expected = share * reference.coef_ / scaler.scale_ + (1 - share) * ridge.coef_
-    np.testing.assert_allclose(model.coef_, expected, atol=1e-4)
+    assert model.weights_ == {"elastic net": 1.0}  # one C and one l1_ratio leave nothing to choose
+    np.testing.assert_allclose(model.coef_, reference.coef_ / scaler.scale_, atol=1e-6)
+    both = clone(model).set_params(l1_ratios=[0.0, 0.7], candidates=["elastic_net"]).fit(X, SPECIES, WEIGHTS)
+    assert both.l1_ratios_.tolist() == [0.0, 0.7]
     np.testing.assert_allclose(model.predict_proba(X).sum(1), 1.0)
     alike = model.set_params(use_legacy_attributes=False, standardize=True).fit(sparse.csr_array(X), SPECIES, WEIGHTS)
     np.testing.assert_allclose(alike.coef_, model.coef_, rtol=1e-6)
