@@ -91,6 +91,8 @@ class TableOptions:
         mapped = isinstance(split, Mapping) and len(split) == 1 and set(split) <= {"time", "groups"}
         require_value("split", split, words, mapped or split in ("random", "time"))
         require_value("drop", self.drop, "a list of columns", not isinstance(self.drop, str))
+        aimed = isinstance(self.target, Sequence) and all(isinstance(each, str) for each in self.target)
+        require_value("target", self.target, "the name of a column, or a list of names", aimed or self.target is None)
         if self.by_groups is not None and self.ordered:
             raise ValueError("rows are split by groups or in the order of time, not both: leave one of them out.")
         if is_frame(name) or ending(str(name)) in TABLES:
@@ -175,6 +177,9 @@ def dense(raw: Raw) -> Raw:
 def _read(name: Any, options: TableOptions, seed: int, rows: int, features: int, noise: float) -> Raw:
     if is_frame(name):
         return _of_table(from_frame(name), options)
+    if not isinstance(name, str | Path):
+        raise ValueError(f"`name` must be a name, a path or a data frame, got {type(name).__name__}.")
+    name = str(name)
     if name in SYNTHETIC:
         return _synthetic(name, seed, rows, features, noise)
     if name in MNIST:

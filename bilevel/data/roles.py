@@ -81,6 +81,8 @@ def sort_columns(
         ValueError: in one sentence that names the column and what to do.
     """
     names = list(table.columns)
+    if not names:
+        raise ValueError(f"{table.source!r} has no columns: it needs features and a target.")
     if target is None:
         free = [name for name in reversed(names) if name not in {weights, groups, time, *drop}]
         named = [name for name in free if index == "keep" or not is_called_index(table, name)]
@@ -159,7 +161,7 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
     words, holes, equal, days = [], [], [], []
     for name in features:
         numbers = table.numbers(name)
-        _refuse_dates(table, name)
+        _refuse_dates(table, name, f"leave it out with `drop: [{name}]`")
         if numbers is None:
             _refuse_mixed(table, name)
             if strings == "refuse":
@@ -205,12 +207,12 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
     return notes
 
 
-def _refuse_dates(table: Table, name: str) -> None:
+def _refuse_dates(table: Table, name: str, otherwise: str) -> None:
     found = table.date(name)
     if found:
         raise ValueError(
             f"the column {name!r} of {table.source!r} holds dates ({found[1]!r} in row {found[0]}): turn it into "
-            f"numbers (a year, or days since a start), or leave it out with `drop: [{name}]`."
+            f"numbers (a year, or days since a start), or {otherwise}."
         )
 
 
@@ -312,7 +314,7 @@ def _one_target(table: Table, name: str, rows: Array) -> Array:
             return column.astype(np.int64) if column.dtype.kind == "U" else numbers
         except (ValueError, OverflowError):
             return numbers
-    _refuse_dates(table, name)
+    _refuse_dates(table, name, "name another column as the `target`")
     _refuse_signed(table, name, np.unique(column[column != ""]))
     if (column == "").any():
         first = int(np.argmax(column == "")) + 1

@@ -33,7 +33,8 @@ MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 DATE = re.compile(
     rf"((?:19|20)\d\d[-/](?:0[1-9]|1[0-2])|\d{{4}}([-/.])\d{{1,2}}\2\d{{1,2}}|\d{{1,2}}([-/.])\d{{1,2}}\3(\d{{4}}|\d{{2}})"
     rf"|\d{{1,2}}[ -]{MONTH}[ ,-]+\d{{2,4}}"
-    rf"|{MONTH} \d{{1,2}},? \d{{4}})([T ]+{TIME} ?([ap]m)?(Z|[-+]\d{{2}}:?\d{{2}})?)?|{TIME}",
+    rf"|{MONTH} \d{{1,2}},? \d{{4}})([T ]+{TIME} ?([ap]m)?(Z|[-+]\d{{2}}:?\d{{2}})?)?"
+    rf"|(-?\d+ days?,? \+?)?{TIME}|-?\d+ days?",
     re.IGNORECASE,
 )
 
@@ -224,7 +225,7 @@ def from_frame(frame: Any, source: str = "the table") -> Table:
     Raises:
         ValueError: in one sentence, for two columns of one name, and for columns of several values in a row.
     """
-    names = list(frame if isinstance(frame, Mapping) else frame.columns)
+    names = list(frame if isinstance(frame, Mapping) else getattr(frame, "column_names", frame.columns))
     words = list(map(str, names))
     if len(set(words)) < len(words):
         twice = next(word for word in words if words.count(word) > 1)
@@ -239,21 +240,22 @@ def _column(source: str, name: str, values: Any) -> Array:
         raise ValueError(f"the column {name!r} of {source} holds arrays: give numbers, words, True and False.")
     if array.dtype.kind in "fiu":
         return array
-    if array.dtype.kind == "b":
-        return array.astype(np.int64)
-    if array.dtype.kind in "mM":
+    if array.dtype.kind == "M":
         return np.where(np.isnat(array), "", array.astype(str))
+    array = array.astype("m8[us]") if array.dtype.kind == "m" else array  # as timedelta, whose text is read as a time
     cells = ["" if _is_missing(value) else value for value in array.tolist()]
     there = [value for value in cells if not isinstance(value, str)]
-    if len(there) == len(cells) and all(isinstance(value, bool | int) for value in there):
+    logical = bool(there) and all(isinstance(value, bool) for value in there)  # words, as in a text file
+    if len(there) == len(cells) and not logical and all(isinstance(value, bool | int) for value in there):
         return np.array(cells, dtype=np.int64)
-    if all(value == "" if isinstance(value, str) else _is_numeric(value) for value in cells):
+    if not logical and all(value == "" if isinstance(value, str) else _is_numeric(value) for value in cells):
         return np.array([np.nan if value == "" else float(value) for value in cells])
-    return np.array([str(value).strip() for value in cells], dtype=str)
+    words = (value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in cells)
+    return np.array([word.strip() for word in words], dtype=str)
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or type(value).__name__ in ("NAType", "NaTType") or bool(value != value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or bool(np.all(value != value))
 
 
 def _is_numeric(value: Any) -> bool:

@@ -103,7 +103,18 @@ def test_each_thing_can_be_switched_off(tmp_path: Path) -> None:
         load(path, drop=["weight"])
 
 
-@pytest.mark.parametrize("day", ["2024-01-{:02d}", "{}/3/2024", "{:02d}.01.24 10:30", "{} March 2024", "Jan {}, 2024"])
+@pytest.mark.parametrize(
+    "day",
+    [
+        "2024-01-{:02d}",
+        "{} days 04:30:00",
+        "-1 days +{:02d}:00:00",
+        "{}/3/2024",
+        "{:02d}.01.24 10:30",
+        "{} March 2024",
+        "Jan {}, 2024",
+    ],
+)
 def test_dates_are_refused_by_name_with_the_remedy(tmp_path: Path, day: str) -> None:
     columns = COLUMNS | {"signed": [f'"{day.format(row % 28 + 1)}"' for row in range(ROWS)], "y": COLUMNS["y"]}
     columns = {name: columns[name] for name in ("size", "signed", "y")}
@@ -122,6 +133,37 @@ def test_dates_of_a_data_frame_are_dates() -> None:
             ValueError, match=r"'colour' of 'the table' holds dates \('2024-01-31.* in row 1\): .*drop: \["
         ):
             load(frame)
+    lasting = Frame(COLUMNS | {"colour": np.timedelta64(90, "m") * np.arange(ROWS)})
+    with pytest.raises(ValueError, match=r"'colour' of 'the table' holds dates \('0:00:00' in row 1\)"):
+        load(lasting)
+    with pytest.raises(ValueError, match="or name another column as the `target`"):
+        load_rows(lasting, TableOptions(target="colour"))
+
+
+def test_true_and_false_of_a_data_frame_are_those_of_a_text_file(tmp_path: Path) -> None:
+    where = [None if row % 9 == 0 else row % 3 == 0 for row in range(ROWS)]
+    columns = {"size": SIZE, "old": where[::-1], "bytes": [b"red", b"blue"] * (ROWS // 2)}
+    for target in (where, [row % 3 == 0 for row in range(ROWS)], np.arange(ROWS) % 3 == 0):
+        of_frame = load_rows(Frame(columns | {"y": target}), TableOptions())
+        words = {"bytes": [word.decode() for word in columns["bytes"]], "y": list(target)}
+        of_file = load_rows(write(tmp_path / "t.csv", columns | words), TableOptions())
+        assert of_frame.classes == of_file.classes == ("False", "True")
+        assert of_frame.encoder == of_file.encoder
+        np.testing.assert_array_equal(of_frame.X, of_file.X)
+
+
+@pytest.mark.parametrize(
+    ("data", "target", "message"),
+    [
+        (np.zeros((3, 2)), None, "`name` must be a name, a path or a data frame, got ndarray"),
+        ({"a": [1.0]}, None, "got dict"),
+        (Frame({}), None, "'the table' has no columns"),
+        (Frame(COLUMNS), 3, "`target` must be the name of a column, or a list of names, got 3"),
+    ],
+)
+def test_what_is_no_table_is_refused(data: Any, target: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_rows(data, TableOptions(target=target))
 
 
 @pytest.mark.parametrize(
