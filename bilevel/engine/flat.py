@@ -24,15 +24,15 @@ from bilevel.core import tree
 from bilevel.core.device import check_interval
 from bilevel.engine.affine import Stretch
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.lean import SHORTEST, Plan
+from bilevel.engine.lean import Plan
 from bilevel.engine.loop import Looks, conclude
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.cut import recorded
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.recording import NotRecordedError
 
-CHUNK, FIRST, LONGEST = 16_384, 256, 512
-"""A run to a tolerance makes at first so many numbers at once, but no more than so many steps; later, and at most."""
+CHUNK, FEWEST, FIRST, LONGEST = 16_384, 32, 256, 512
+"""A run to a tolerance makes at first so many numbers at once, but so many steps at least, and at most; later."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ def _to_tolerance(
     swept: list[tuple[Stretch, Tensor]] = []
     end, taken, held = looks.end_at(float(looks.start), 0, first, first), 0, 0
     equal = plan.kernels.affine is not None and solver.traits.stationary_from is not None
-    chunk = min(FIRST, max(SHORTEST, CHUNK // s.numel())) if equal else SHORTEST // 2
+    chunk = min(FIRST, max(2 * FEWEST, CHUNK // s.numel())) if equal else FEWEST
     while end is None and taken < limit:
         for stretch in plan.between(taken, min(limit, taken + chunk)):
             swept.append((stretch, s))

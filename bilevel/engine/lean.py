@@ -36,7 +36,7 @@ from bilevel.oracles.kernels import Affine, Kernels, Pushed, Stepped
 
 WIDE = 2**11
 """Numbers in params from which steps keep no more of themselves than a sweep needs."""
-SHORTEST = 64
+SHORTEST = 128
 """Steps that are one stretch at least, of which there are about as many as it has steps."""
 
 
@@ -46,8 +46,10 @@ class Steps(Stretch):
     def __init__(self, kernels: Stepped, numbers: list[Coefficients], whole: bool = True) -> None:
         self.kernels, self.count, self.whole = kernels, len(numbers), whole
         """`whole`: whether all vectors stay, or only the points of gradients, which a sweep needs."""
+        distinct = numbers[:1] if all(one is numbers[0] for one in numbers) else numbers
         self.read, self.write, self.mix = (
-            np.array([getattr(each, name) for each in numbers]) for name in ("read", "write", "mix")
+            np.array([getattr(each, name) for each in distinct]).repeat(self.count // len(distinct), axis=0)
+            for name in ("read", "write", "mix")
         )
         self.looked, self.written = _alone(self.read), _alone(self.write)
         """The stored vector that the gradient is taken at, and the one that it goes to; None: several."""
@@ -68,10 +70,10 @@ class Steps(Stretch):
         blocks[0, 1 + own :] = s
         places = self.kernels.places(self.count if keep else 1)
         slots = _each(places)
-        wholes, gradients, points = blocks.unbind(0), blocks[:, 0].unbind(0), self._points(blocks).unbind(0)
+        wholes, gradients, points = blocks.unbind(0), self._shaped(blocks[:, 0]), self._shaped(self._points(blocks))
         vectors, looks = blocks[:, 1 + own :].unbind(0), blocks[:, 1:2].unbind(0) if own else ()
         matrices, reads = self.held[0] if self.held else self._there(s)
-        gradient, mm, last, copies = self.kernels.gradient, torch.mm, 0, apart.unbind(0)
+        gradient, mm, last, copies = self.kernels.gradient, torch.mm, 0, self._shaped(apart)
         for k in range(self.count):
             here, last = (k, k + 1) if whole else (k & 1, 1 - (k & 1))
             if own:
@@ -93,7 +95,7 @@ class Steps(Stretch):
         back = a.new_empty(self.count + 1, 1 + own + p, m)
         back[-1, 1 + own :] = a
         sums = back[:, 1 + (self.written or 0)]
-        wholes, into, cotangents = back.unbind(0), back[:, 0].unbind(0), sums.unbind(0)
+        wholes, into, cotangents = back.unbind(0), self._shaped(back[:, 0]), self._shaped(sums)
         vectors, gathered = back[:, 1 + own :].unbind(0), back[:, 1:2].unbind(0) if own else ()
         matrices, writes, factors = self.held[1] if self.held else self._back(a)
         product, mm = kernels.product, torch.mm
@@ -121,9 +123,7 @@ class Steps(Stretch):
         factors = np.ones(self.count) if self.written is None else self.write[:, self.written]
         columns = np.insert(self.mix.transpose(0, 2, 1), [0] * own, 0.0, axis=2)
         matrices = _unbound(np.concatenate([factors[:, None, None] * self.read[:, :, None], columns], axis=2), like)
-        same = bool((factors == factors[0]).all())
-        writes = _unbound(self.write[:, None, :], like) if own else []
-        return matrices, writes, float(factors[0]) if same else torch.from_numpy(factors).to(like)[:, None]
+        return matrices, _unbound(self.write[:, None, :], like) if own else [], _factors(factors, like)
 
     def vectors(self, after: int) -> Tensor:
         assert self.blocks is not None
@@ -135,8 +135,9 @@ class Steps(Stretch):
         gradients, place, size = self.blocks[:, 0], self.kernels.places(1)[0], self.kernels.size
         if not self.at_iterates:
             gradients = torch.empty_like(gradients)
+        shaped = self._shaped(gradients)
         for k in (self.count,) if self.at_iterates else after:
-            self.kernels.gradient(self.vectors(k)[0], place, gradients[k])
+            self.kernels.gradient(self.vectors(k)[0].view(self.kernels.shape), place, shaped[k])
         return torch.linalg.vector_norm(gradients[after.start : after.stop : after.step, :size], dim=1)
 
     def cut(self, low: int, high: int) -> None:
@@ -153,6 +154,46 @@ class Steps(Stretch):
         """Return where the gradients of blocks are taken."""
         return blocks[:, 1 + (self.looked or 0)]
 
+    def _shaped(self, rows: Tensor) -> Sequence[Tensor]:
+        """Return rows one by one, as the kernels take them."""
+        return torch.unflatten(rows, 1, self.kernels.shape).unbind(0)
+
+
+class Descents(Steps):
+    """Steps of gradient descent: kernels write iterates in place of gradients."""
+
+    def forward(self, s: Tensor, keep: bool) -> Tensor:
+        rows = s.new_empty(self.count + 1 if keep else 2, s.shape[1])
+        rows[0] = s[0]
+        places = self.kernels.places(self.count if keep else 1)
+        points, slots, times = self._shaped(rows), _each(places), 1 if keep else self.count
+        points, slots, descend = [*points] * times, [*slots] * times, self.kernels.descend
+        for x, place, h, out in zip(points, slots, self._lengths(), points[1:], strict=False):
+            descend(x, place, h, out)
+        if keep:
+            self.blocks, self.points, self.places = rows[:, None], rows[:-1], places
+        return rows[self.count if keep else self.count & 1][None].clone()
+
+    def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
+        assert self.points is not None
+        kernels = cast(Kernels, self.kernels)
+        back = a.new_empty(self.count + 1, a.shape[1])
+        back[-1] = a[0]
+        rows, at, ascend = self._shaped(back), _each(kernels.at(self.places)), kernels.ascend
+        for place, h, v, out in zip(at[::-1], self._lengths()[::-1], rows[:0:-1], rows[-2::-1], strict=True):
+            ascend(place, v, h, out)
+        factors = self.held[1][2] if self.held else _factors(self.write[:, 0], a)
+        return back[:1], kernels.cross(self.points, back[1:].mul_(factors))
+
+    def _lengths(self) -> list[float]:
+        return cast(list[float], (-self.write[:, 0]).tolist())
+
+
+def steps(kernels: Stepped, numbers: list[Coefficients], whole: bool = True, looked: bool = False) -> Steps:
+    """Return the steps of some numbers; `looked` says whether the residuals of their iterates are asked for."""
+    descents = not looked and all(one.read == (1.0,) and one.mix == ((1.0,),) for one in numbers)
+    return (Descents if descents else Steps)(kernels, numbers, whole)
+
 
 def _alone(weights: NDArray[np.float64]) -> int | None:
     """Return the only index, the same in all steps, of a weight that is not zero; None where there are several."""
@@ -168,7 +209,13 @@ def _each(places: Any) -> Sequence[Any]:
 
 
 def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
+    if bool((matrices == matrices[0]).all()):
+        return [torch.from_numpy(matrices[0]).to(like)] * len(matrices)
     return list(torch.from_numpy(matrices).to(like).unbind(0))
+
+
+def _factors(each: NDArray[np.float64], like: Tensor) -> Tensor | float:
+    return float(each[0]) if bool((each == each[0]).all()) else torch.from_numpy(each).to(like)[:, None]
 
 
 class Plan:
@@ -185,7 +232,8 @@ class Plan:
         self.basis = kernels.basis
         s = s if self.basis is None else s @ self.basis
         self.size = s.shape[-1]
-        self.whole = self.size < WIDE or solver.limits(s.dtype)[1] is not None
+        self.looked = solver.limits(s.dtype)[1] is not None
+        self.whole = self.size < WIDE or self.looked
         self.kernels: Stepped = Pushed(kernels, self.size) if directions else kernels
         self.begin = torch.cat([s, s.new_zeros(s.shape[0], directions * self.size)], dim=1) if directions else s
         """The stored vectors at the start, ([rows,] p, m), and beside them their derivatives in so many directions."""
@@ -244,7 +292,7 @@ class Plan:
                 continue
             every = (numbers[0] for numbers, count in group for _ in range(count))
             while some := list(islice(every, longest)):
-                yield Steps(self.kernels.from_step(low), some, self.whole)
+                yield steps(self.kernels.from_step(low), some, self.whole, self.looked)
                 low += len(some)
 
     def _doubles(self, numbers: Numbers, count: int) -> bool:

@@ -23,6 +23,8 @@ class Stepped(ABC):
     """How many numbers of a vector are the point's, where others are carried along."""
     affine: tuple[Tensor, Tensor] | None = None
     """(H, b), of shapes (m, m) and (m,), where the gradient is ``H x + b`` at every x; else None."""
+    shape: tuple[int, ...] = (-1,)
+    """In which points, gradients and vectors are handed in, m numbers each."""
 
     def places(self, count: int) -> Any:
         """Return places for what gradients at so many points leave behind, a tensor or a list of so many; empty ones.
@@ -38,6 +40,11 @@ class Stepped(ABC):
     @abstractmethod
     def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
         """Write the gradient at x into `out`, and what products at x need into `place`."""
+
+    def descend(self, x: Tensor, place: Tensor, h: float, out: Tensor) -> None:
+        """Write ``x - h grad(x)`` into `out`, and what products at x need into `place`."""
+        self.gradient(x, place, out)
+        torch.add(x, out, alpha=-h, out=out)
 
 
 class Kernels(Stepped):
@@ -63,6 +70,11 @@ class Kernels(Stepped):
     @abstractmethod
     def product(self, at: Tensor, v: Tensor, out: Tensor) -> None:
         """Write ``H' v`` into `out`, at the point of a row of `at`."""
+
+    def ascend(self, at: Tensor, v: Tensor, h: float, out: Tensor) -> None:
+        """Write ``v - h H' v`` into `out`, at the point of a row of `at`."""
+        self.product(at, v, out)
+        torch.add(v, out, alpha=-h, out=out)
 
     @abstractmethod
     def cross(self, points: Tensor, vectors: Tensor) -> Tree:
@@ -139,5 +151,5 @@ class Pushed(Stepped):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x, which is held so that its id stays its own, with its point and its tangents as views."""
-        self.parts[id(x)] = parts = x, x[: self.size], x[self.size :].view(-1, self.size)
+        self.parts[id(x)] = parts = x, x[: self.size].view(self.of.shape), x[self.size :].view(-1, self.size)
         return parts

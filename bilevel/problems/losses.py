@@ -127,8 +127,8 @@ class Softmax(GLMLoss):
 
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
         """Return ``(diag(p) - p p') dz`` in every row."""
-        weighted = curvature * dz
-        return weighted - curvature * weighted.sum(-2, keepdim=True)
+        curvature = curvature if curvature.shape == dz.shape else curvature.expand_as(dz)
+        return torch._softmax_backward_data(dz, curvature, -2, dz.dtype)
 
     def curvature_norm(self, z: Tensor, y: Tensor) -> Tensor:
         """Return a variance over a range of one: at most 1/4, and the probability outside the likeliest class."""

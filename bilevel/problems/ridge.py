@@ -23,7 +23,7 @@ from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.structure import QuadraticForm, Structure
-from bilevel.problems.kernels import OneOutput
+from bilevel.problems.kernels import ModelKernels
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import Squared
@@ -123,7 +123,7 @@ OUTSIDE = 64.0
 """Rounding units of a vector that may lie outside a space in which it is."""
 
 
-class Wide(OneOutput):
+class Wide(ModelKernels):
     """Fewer rows than features under one penalty: a run from zero stays in what the rows span, of fewer dimensions."""
 
     def within(self, vectors: Tensor) -> Kernels:

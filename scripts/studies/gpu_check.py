@@ -31,7 +31,8 @@ import torch
 import bilevel as bl
 from bilevel.compare import describe_environment
 from bilevel.core.device import ON_ACCELERATOR
-from bilevel.engine.lean import Steps
+from bilevel.engine.affine import Stretch
+from bilevel.engine.lean import steps
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -137,13 +138,13 @@ def check_graphs(device: str) -> dict[str, Any]:
         placed = cases.PROBLEMS[problem].make(device)
         kernels, start = placed.problem.bind(placed.hparams).kernels(), placed.problem.params
         numbers = [method.coefficients(bl.InnerState(start, (), k)) for k in range(CHUNK)]
-        steps = Steps(kernels, numbers)
+        stretch = steps(kernels, numbers)
         s = torch.stack([start.reshape(-1) for _ in (start, *method.vectors(start))])
         a = torch.ones_like(s)
-        steps.hold(s)
+        stretch.hold(s)
 
-        def chunk(steps: Steps = steps, s: torch.Tensor = s, a: torch.Tensor = a) -> list[torch.Tensor]:
-            return [steps.forward(s, True), *steps.backward(a)]
+        def chunk(stretch: Stretch = stretch, s: torch.Tensor = s, a: torch.Tensor = a) -> list[torch.Tensor]:
+            return [stretch.forward(s, True), *stretch.backward(a)]
 
         expected, again = chunk(), chunk
         if device != "cpu":
