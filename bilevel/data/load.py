@@ -120,7 +120,7 @@ def load(
         missing: "fill" numbers by the median and words by the most frequent one of the training rows, or "refuse".
         index: "leave_out" columns that number or name the rows, or "keep" them.
         rare: "leave_out" the rows of classes that have fewer rows than there are parts, or "refuse" them.
-        separator: of cells; default: the comma, semicolon or tab that parts the header into most columns.
+        separator: of cells; default: the comma, semicolon, tab or bar that parts the header into most columns.
         decimal: "." or ","; default: a comma where another separator parts the cells and all of a column fits.
         encoding: of a text file, such as "cp1252"; default: that of its byte-order mark, else UTF-8.
         split: "random"; "time": the last rows are the test part, those before them validation; {"time": COLUMN}: in

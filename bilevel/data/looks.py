@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from bilevel.data.table import Array, Table
+from bilevel.data.table import Array, Table, is_number
 
 INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
 """The name of the index of a table that pandas has written, or has written, read and written again."""
@@ -15,10 +15,35 @@ NUMBERED = re.compile(r"(?i:index|id|rownames|row[ _]?(id|number|names)?|.+[ _](
 SIGNED = re.compile(r"[-+]?([$€£¥] ?[-+]?\d[\d.,]*|\d[\d.,]* ?[$€£¥%])")
 """A number with the sign of a currency, or a percentage."""
 NUMBERLIKE = re.compile(r"[-+]?\d[\d.,]*")
+PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*[.,]?\d+)"
+SPELLED = re.compile(
+    rf"[(<>=~≈±+\-\u2212 ]*{PLAIN}(?:[dD][-+]?\d+)?(?: ?(?P<unit>[^\W\d_]{{1,6}}\.?[²³]?|°[CF]?))?\)?"
+    rf"|[-+]?{PLAIN}(?: ?[,;/:x] ?[-+]?{PLAIN})+|0x[0-9a-fA-F]+"
+)
+"""A number that is not written as one: with a unit, in brackets, with another minus or exponent, or beside another."""
 MOST_EXACT = 2**53
 """Integers above this may be equal as numbers of double precision."""
 FEW_ROWS, FEW_VALUES = 20, 20
 """With more rows than this, different words in each row say who it is; more different numbers are no categories."""
+
+
+def spelled_number(cells: Array) -> str:
+    """Return the first of many different cells that are numbers, but not written as such; empty for other cells.
+
+    Args:
+        cells: different words.
+
+    >>> spelled_number(np.array([f"{size / 8} kg" for size in range(30)]))
+    '0.0 kg'
+    """
+    if len(cells) <= FEW_VALUES:
+        return ""
+    found = [None if is_number(cell) else SPELLED.fullmatch(cell) or cell for cell in map(str, cells)]
+    odd = [each for each in found if each is not None]
+    if not odd or any(isinstance(each, str) for each in odd):
+        return ""
+    units = {each["unit"] for each in odd if not isinstance(each, str)}
+    return "" if len(units) > 1 else str(cells[[each is not None for each in found].index(True)])
 
 
 def looks_like_days(numbers: Array) -> bool:
@@ -47,7 +72,7 @@ def numbers_rows(table: Table, name: str) -> bool:
     numbers = table.numbers(name)
     if numbers is None:
         numbers_like = any(map(NUMBERLIKE.fullmatch, column)) or any(map(SIGNED.fullmatch, column))
-        numbers_like = numbers_like or table.date(name) is not None
+        numbers_like = numbers_like or table.date(name) is not None or bool(spelled_number(column))
         long = len(column) > FEW_ROWS and not numbers_like
         return bool(NUMBERED.fullmatch(name) or INDEX.fullmatch(name)) or long
     whole = bool((numbers == np.round(numbers)).all())

@@ -14,7 +14,7 @@ from bilevel.core.options import is_int, is_not_negative, optional, require_valu
 from bilevel.data.encodings import is_encoding
 from bilevel.data.roles import sort_columns
 from bilevel.data.sources import Raw, check_part, of_columns, read_bundled, read_mnist, read_npz, read_svmlight
-from bilevel.data.table import SVMLIGHT, TABLES, Table, ending, from_frame, is_frame, read_table
+from bilevel.data.table import SEPARATORS, SVMLIGHT, TABLES, Table, ending, from_frame, is_frame, read_table
 
 BUNDLED = {
     "breast_cancer": "classification, 569 rows, 30 features, 2 classes (scikit-learn)",
@@ -36,7 +36,7 @@ CHOICES = {
     "strings": ("one_hot", "refuse"),
     "missing": ("fill", "refuse"),
     "rare": ("leave_out", "refuse"),
-    "separator": (",", ";", "\t", None),
+    "separator": (*SEPARATORS, None),
     "decimal": (".", ",", None),
 }
 MOST_DENSE = 20_000_000

@@ -17,9 +17,11 @@ from bilevel.data.looks import (
     looks_like_days,
     lose_digits,
     numbers_rows,
+    spelled_number,
 )
 from bilevel.data.table import Array, Table, is_number
 
+OTHER = "name another column as the `target`"
 DAY = re.compile(r"(\d{4}([-/.])\d\d(?:\2\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?)?)((?<=:\d\d:\d\d)\.\d+)?(Z|[-+]\d\d:?\d\d)?")
 """A month, a day or a time from the year on; parts of a second and the zone stand apart."""
 
@@ -94,7 +96,7 @@ def sort_columns(
     if len(names) == 1:
         raise ValueError(
             f"{table.source!r} has the one column {names[0]!r}: it needs features and a target, with commas, "
-            "semicolons or tabs between them."
+            "semicolons, tabs or bars between them."
         )
     numbering = [name for name in features if index == "leave_out" and numbers_rows(table, name)]
     if numbering:
@@ -248,6 +250,15 @@ def _refuse_mixed(table: Table, name: str) -> None:
             f"the column {name!r} of {table.source!r} holds numbers, but {words[0]!r} in row {row}: correct it, leave "
             f"the cell empty, or leave the column out with `drop: [{name}]`."
         )
+    _refuse_spelled(table, name, cells, f"leave it out with `drop: [{name}]`")
+
+
+def _refuse_spelled(table: Table, name: str, cells: Array, otherwise: str) -> None:
+    if spelled := spelled_number(cells):
+        raise ValueError(
+            f"the column {name!r} of {table.source!r} holds numbers that are not written as such, as {spelled!r}: "
+            f"write one plain number in each cell, or {otherwise}."
+        )
 
 
 def _weights(table: Table, name: str) -> Array:
@@ -314,8 +325,9 @@ def _one_target(table: Table, name: str, rows: Array) -> Array:
             return column.astype(np.int64) if column.dtype.kind == "U" else numbers
         except (ValueError, OverflowError):
             return numbers
-    _refuse_dates(table, name, "name another column as the `target`")
-    _refuse_signed(table, name, np.unique(column[column != ""]))
+    _refuse_dates(table, name, OTHER)
+    _refuse_signed(table, name, cells := np.unique(column[column != ""]))
+    _refuse_spelled(table, name, cells, OTHER)
     if (column == "").any():
         first = int(np.argmax(column == "")) + 1
         raise ValueError(

@@ -18,11 +18,12 @@ from bilevel.data.encodings import decoded
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-SEPARATORS = (",", ";", "\t")
+SEPARATORS = (",", ";", "\t", "|")
 SHOWN = 40
 """Characters of a header in a message."""
 MISSING = np.array([
-    *("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-nan", "NULL", "null", "None", "<NA>", "NaT", "?")
+    *("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-nan", "NULL", "null", "None", "<NA>", "NaT", "?", "n.a."),
+    *("#DIV/0!", "#VALUE!", "#REF!", "#NUM!", "#NAME?")
 ])  # fmt: skip
 """What stands for a missing value in a text file."""
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
@@ -34,7 +35,7 @@ DATE = re.compile(
     rf"((?:19|20)\d\d[-/](?:0[1-9]|1[0-2])|\d{{4}}([-/.])\d{{1,2}}\2\d{{1,2}}|\d{{1,2}}([-/.])\d{{1,2}}\3(\d{{4}}|\d{{2}})"
     rf"|\d{{1,2}}[ -]{MONTH}[ ,-]+\d{{2,4}}"
     rf"|{MONTH} \d{{1,2}},? \d{{4}})([T ]+{TIME} ?([ap]m)?(Z|[-+]\d{{2}}:?\d{{2}})?)?"
-    rf"|(-?\d+ days?,? \+?)?{TIME}|-?\d+ days?",
+    rf"|(-?\d+ days?,? \+?)?{TIME}|-?\d+ days?|(19|20)\d\d-?(Q[1-4]|W\d\d)|Q[1-4][- ]?(19|20)\d\d",
     re.IGNORECASE,
 )
 
@@ -144,7 +145,7 @@ def read_table(
     Args:
         source: the path as it was given.
         path: of the file.
-        separator: of cells; None for the one of comma, semicolon and tab that parts the header into most columns.
+        separator: of cells; None for the comma, semicolon, tab or bar that parts the header into most columns.
         decimal: see `Table`.
         encoding: of a text file; None for the one that its byte-order mark says, else UTF-8.
         sure: see `decoded`.
@@ -160,11 +161,31 @@ def read_table(
         with opened(path, "rb") as file:
             content = file.read()
         text, notes = decoded(source, content, encoding, sure)
+        if marked := re.match(r"sep=(.)\r?\n", text):  # the first line of Excel's files
+            separator, text = separator or marked[1], text[marked.end() :]
         separator = separator or _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         lines = [[cell.strip() for cell in line] for line in reader if line]
     except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{source!r} cannot be read as a .csv file: {error}.") from error
+    header, body = _rectangle(source, lines, separator, notes)
+    columns = {}
+    for name, cells in zip(header, zip(*body, strict=True), strict=True):
+        column = np.array(cells)
+        columns[name] = np.where(np.isin(column, MISSING), "", column)
+    if shown := {";": "semicolons", "\t": "tabs", "|": "bars"}.get(separator):
+        notes.append(f"{shown} part the cells")
+    return Table(source, columns, separator, decimal, tuple(notes))
+
+
+def _rectangle(
+    source: str, lines: list[list[str]], separator: str, notes: list[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows below it, all of one length; what is left out for that goes to the notes.
+
+    Raises:
+        ValueError: in one sentence, where they are not.
+    """
     header, body = (lines[0], lines[1:]) if lines else ([], [])
     if not body:
         raise ValueError(f"{source!r} holds no data: it needs a header row and rows below it.")
@@ -174,21 +195,21 @@ def read_table(
     if hollow and all(len(line) == len(header) for line in body):
         header, *body = ([cell for at, cell in enumerate(line) if at not in hollow] for line in (header, *body))
         notes.append("columns with neither a name nor cells are left out")
+    if all(len(line) > len(header) and not any(line[len(header) :]) for line in body):
+        body = [line[: len(header)] for line in body]
+        notes.append("empty cells behind the last column are left out")
+    above = f"delete what stands above the header if {separator.join(header)[:SHOWN]!r} is none"
     if len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
+        if not twice:
+            raise ValueError(f"{source!r} has {header.count('')} columns without a name: name them, or {above}.")
         raise ValueError(f"{source!r} has two columns of the name {twice!r}: rename one of them.")
     for number, line in enumerate(body, 1):
         if len(line) != len(header):
+            fits = any(len(each) == len(header) for each in body)
             found = f"row {number} of {source!r} has {len(line)} cells, but the header has {len(header)}"
-            first = separator.join(header)[:SHOWN]
-            raise ValueError(f"{found}: correct it, or delete what stands above the header if {first!r} is none.")
-    columns = {}
-    for name, cells in zip(header, zip(*body, strict=True), strict=True):
-        column = np.array(cells)
-        columns[name] = np.where(np.isin(column, MISSING), "", column)
-    if shown := {";": "semicolons", "\t": "tabs"}.get(separator):
-        notes.append(f"{shown} part the cells")
-    return Table(source, columns, separator, decimal, tuple(notes))
+            raise ValueError(f"{found}: correct or delete {'it' if fits else f'the row, or {above}'}.")
+    return header, body
 
 
 def _separator(text: str) -> str:

@@ -199,10 +199,13 @@ def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
     )
     for number, (train, _) in enumerate(folds, 1):
         if rows.classes is not None and len(lacking := np.setdiff1d(rows.y, rows.y[train])):
-            why = "blocks of rows in time" if rows.ordered else "whole groups" if rows.groups is not None else "small"
+            why = "folds are blocks of rows in time" if rows.ordered else "folds are whole groups"
+            remedy = "name other groups, split at random, or take fewer folds"
+            if labels is not None:
+                why = f"it has {np.count_nonzero(rows.y == lacking[0])} in all"
+                remedy = "leave it out, or say `task: regression` in `data` where targets are numbers"
             raise ValueError(
-                f"fold {number} would train on no row of the class {rows.classes[lacking[0]]!r}, as folds are {why}: "
-                "name other groups, split at random, or take fewer folds."
+                f"fold {number} would train on no row of the class {rows.classes[lacking[0]]!r}, as {why}: {remedy}."
             )
     return list(folds)
 

@@ -161,14 +161,16 @@ def test_a_missing_file_is_named(name):
     [
         ("", "holds no data: it needs a header row and rows below it"),
         ("a,y\n", "holds no data: it needs a header row and rows below it"),
-        ("a|y\n1|2\n", r"has the one column 'a\|y': it needs features and a target, with commas, semicolons or tabs"),
+        (
+            "a y\n1 2\n",
+            "has the one column 'a y': it needs features and a target, with commas, semicolons",
+        ),
         ("1.5,2\n3,4\n5,6\n", "has no header row: its first row is 1.5, 2"),
         ("a,a,y\n1,2,3\n", "has two columns of the name 'a': rename one of them"),
         ("a,b,y\n1,2,3\n1,2\n", "row 2 of .* has 2 cells, but the header has 3"),
-        (
-            "# from a lab\na,b,y\n1,2,3\n",
-            "the header has 1: correct it, or delete what stands above the header if '# f",
-        ),
+        ("# by me\na,b,y\n1,2,3\n", "the header has 1: correct or delete the row, or delete what stands above the"),
+        ("Sales,,\n,,\na,b,y\n1,2,3\n", "has 2 columns without a name: name them, or delete what stands above the"),
+        ("a,b,y\n1,2,3\nSource: us\n", "row 2 of .* has 1 cells, but the header has 3: correct or delete it"),
         (
             "a,colour,y\n1,2,3\n1,red,3\n",
             "the feature column 'colour' of .* is not numeric: row 2 holds 'red' .encode it as numbers, take `strin",

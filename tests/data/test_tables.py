@@ -104,7 +104,7 @@ def test_each_thing_can_be_switched_off(tmp_path: Path) -> None:
 
 
 DAYS = ("2024-01-{:02d}", "{}/3/2024", "{:02d}.01.24 10:30", "{} March 2024", "Jan {}, 2024")
-LASTING = ("{} days 04:30:00", "-1 days +{:02d}:00:00")
+LASTING = ("{} days 04:30:00", "-1 days +{:02d}:00:00", "2024-W{:02d}", "2024Q2")
 
 
 @pytest.mark.parametrize("day", [*DAYS, *LASTING])
@@ -440,6 +440,40 @@ def test_numbers_with_signs_are_refused_wherever_they_stand(tmp_path: Path, form
             ValueError, match=r"the column 'fee' of .* holds numbers with signs, such as .*: write plain numb"
         ):
             load_rows(write(tmp_path / "t.csv", columns, ";"), TableOptions())
+
+
+FORMS = ["({}.5)", "\u2212{}", "{}.5 kg", "{}m²", "{} °C", "{}/80", "1.5; {}", "{}.5D+01", "0x{}", "1{:02d},000.5 mg"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_numbers_that_are_written_otherwise_are_refused(tmp_path: Path, form: str, rows: int) -> None:
+    fee, y = [form.format(row // rows) for row in range(2 * ROWS)], [0.5 * row**2 for row in range(2 * ROWS)]
+    for target, remedy in (("y", r"leave it out with `drop: \[fee\]`"), ("fee", "name another column")):
+        with pytest.raises(ValueError, match=f"the column 'fee' of .* not written as such, as .*, or {remedy}"):
+            load_rows(write(tmp_path / "t.tsv", {"fee": fee, "y": y}, "\t"), TableOptions(target=target))
+
+
+def test_words_with_numbers_in_them_stay_categories(tmp_path: Path) -> None:
+    many = range(30)
+    for words in (["12 kg", "15 kg"], ["1/2", "1/3"], [f"c{n}" for n in many], [f"{n}-{n + 9}" for n in many]):
+        columns = {"fee": (words * ROWS)[:ROWS], "y": [0.5 * row**2 for row in range(ROWS)]}
+        rows = load_rows(write(tmp_path / "t.tsv", columns, "\t"), TableOptions())
+        assert len(rows.encoder.features) == len(words)
+
+
+def test_a_line_of_excel_bars_and_cells_behind_the_last_column(tmp_path: Path) -> None:
+    plain = load_rows(write(tmp_path / "t.csv"), TableOptions())
+    path = tmp_path / "t.csv"
+    for text in (
+        "sep=;\n" + Path(write(path, separator=";")).read_text().lstrip("\ufeff"),
+        Path(write(path, separator="|")).read_text(),
+        Path(write(path)).read_text().replace("\n", ",,\n").replace(",,\n", "\n", 1) + ",,",
+    ):
+        path.write_text(text)
+        np.testing.assert_array_equal(load_rows(str(path), TableOptions()).X, plain.X)
+    path.write_text(Path(write(path)).read_text().replace("red", "#DIV/0!").replace("blue", "n.a."))
+    assert load_rows(str(path), TableOptions()).encoder.features == ("size", "colour=green", "old", "same")
 
 
 def test_marks_of_thousands_are_named_where_commas_stand_before_decimals(tmp_path: Path) -> None:
