@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -14,11 +15,15 @@ from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.leverage import SKETCH, Factored, Sketched
 from bilevel.criteria.penalties import Penalties
-from bilevel.numerics.small import array, tensor, to_numpy
+from bilevel.numerics.small import array, eigh, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
 
 LEAST = 1e-10
 """One minus a leverage is at least this."""
+ROUNDED = 1e-8
+"""The least singular value of X, as a part of the largest, that is more than rounding."""
+COARSE = 1e-6
+"""The tolerance of the models in folds of an outer loop: losses of held-out rows are off by a part in a million."""
 LARGE = 1_000_000_000
 """Rows times squared columns from which leverages are sketched, if there are twenty rows for each column."""
 
@@ -95,14 +100,14 @@ class ApproximateLeaveOneOut(Criterion):
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         a, rows, loss = self._penalties(u), self._rows, self.loss
-        w, z, H, kept = self._solved(a, warm)
-        g, d, third = (rows.of(part, z) for part in (loss.slope, loss.curvature, loss.third))
+        (w, z, g, d, H), kept = self._solved(a, warm)
+        third = rows.of(loss.third, z)
         h = H.leverages()
         q = (1.0 - h * d).clip(LEAST)
         shift = h * g / q
         t, by_h = z + shift, g / (q * q)
         point = _Point(w, a, H, 1.0 / q + h * shift * third / q, by_h, third)
-        slopes, curvatures = (rows.of(part, t) for part in (loss.slope, loss.curvature))
+        slopes, curvatures = rows.derivatives(t)
         losses = to_numpy(rows.of(loss.value, t))
         if isinstance(H, Sketched):
             kept = kept._replace(error=H.error(slopes * by_h) / self.data.rows)
@@ -110,17 +115,23 @@ class ApproximateLeaveOneOut(Criterion):
         if second:
             jacobian = self._exact(point) if full or self.penalties.size == 1 else self._model(point)
         gradient = partial(self._gradient, point, slopes, jacobian)
-        parts = (tensor(t), tensor(slopes), tensor(curvatures), jacobian, (np.array(u), w, kept))
+        warm = (np.array(u), self._turned_back(w), kept)
+        parts = (tensor(t), tensor(slopes), tensor(curvatures), jacobian, warm)
         return Evaluation(float(losses.mean()), gradient, None, losses, *parts)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         same = warm is not None and np.array_equal(warm[0], u)
-        w = tensor(warm[1] if same else self._solved(self._penalties(u), warm)[0])
+        w = tensor(warm[1] if same else self._turned_back(self._solved(self._penalties(u), warm)[0].w))
         intercept = w[-1] if self.data.intercept else w.new_zeros(())
         return self.given(w[: self.data.features], intercept)
 
     def take(self, rows: Rows) -> Self:
         return type(self)(self.data.take(rows), self.loss, self.penalties, tol=self.tol)
+
+    def coarse(self) -> Self:
+        other = copy.copy(self)
+        other.tol = max(self.tol, COARSE)
+        return other
 
     def accuracy(self, evaluation: Evaluation) -> str:
         kept = evaluation.warm[2]
@@ -138,7 +149,7 @@ class ApproximateLeaveOneOut(Criterion):
 
     @property
     def _rows(self) -> newton_one.Rows:
-        return self._tensors if self._large else self._arrays
+        return self._tensors if self._large else self._turned[0] if self._turns else self._arrays
 
     @shared
     def _tensors(self) -> newton_one.Rows:
@@ -146,11 +157,37 @@ class ApproximateLeaveOneOut(Criterion):
 
     @shared
     def _arrays(self) -> newton_one.Rows:
-        return self._tensors._replace(X1=array(self._X1), s=array(self.data.weights))
+        data = self.data
+        return newton_one.Rows(array(self._X1), array(data.weights), data.y, self.loss, data.intercept)
+
+    @property
+    def _turns(self) -> bool:
+        """Whether one penalty goes through the space of the rows, which has fewer coordinates than columns."""
+        return self.penalties.size == 1 and self.data.features > self.data.rows
+
+    @shared
+    def _turned(self) -> tuple[newton_one.Rows, Any]:
+        """The rows in the eigenbasis of XX', and that basis Q, (features, r): coefficients are ``w = Q c``."""
+        data = self.data
+        values, U = eigh(data.row_gram())
+        size = values.clamp_min(0.0).sqrt()
+        some = size >= ROUNDED * size[-1]
+        size, U = size[some].clamp_min(torch.finfo(size.dtype).tiny), U[:, some]
+        X1 = torch.cat([U * size, torch.ones_like(U[:, :1])], 1) if data.intercept else U * size
+        rows = newton_one.Rows(array(X1), array(data.weights), data.y, self.loss, data.intercept)
+        return rows, array(data.collect((U / size).T).T)
+
+    def _turned_back(self, w: Any) -> Any:
+        """Return coefficients of the columns."""
+        if not self._turns:
+            return w
+        Q = self._turned[1]
+        return array(torch.cat([tensor(Q @ w[: Q.shape[1]]), tensor(w[Q.shape[1] :])]))
 
     def _penalties(self, u: Array) -> Any:
         """Return the penalties of all coefficients, with a zero for the intercept."""
-        a = self.penalties.spread(u).exp().to(self._X1)
+        a = self.penalties.spread(u).exp().to(self.data.weights)
+        a = a[: self._turned[1].shape[1]] if self._turns else a
         a = torch.cat([a, a.new_zeros(1)]) if self.data.intercept else a
         return a if self._large else array(a)
 
@@ -169,20 +206,25 @@ class ApproximateLeaveOneOut(Criterion):
         low = self._system.low.X1
         return self._X1.float() if low is None else low
 
-    def _solved(self, a: Any, warm: Any) -> tuple[Any, Any, Factored, Any]:
-        """Return coefficients and predictions of the model of all rows, its Hessian, and what to keep for the next."""
+    def _solved(self, a: Any, warm: Any) -> tuple[newton_one.Model, Any]:
+        """Return the model of all rows, and what to keep for the next."""
         _, start, kept = (None, a * 0.0, None) if warm is None else warm
         rows = self._rows
+        if self._turns and warm is not None:
+            Q = self._turned[1]
+            start = array(torch.cat([tensor(start[: len(Q)] @ Q), tensor(start[len(Q) :])]))
         if not self._large:
             model = newton_one.solve(rows, a, start, kept, self.tol)
-            return *model, model.H
+            return model, model.H
         pair = (None, None) if kept is None else (kept.preconditioner, kept.known)
         found = newton_cg.solve(self._system, a[None], start[None], pair[0], self.tol, pair[1])
         z, near = found.z[0], None if kept is None else kept.H.near
         if kept is None and found.preconditioner.dense:  # it is of the start
             near = rows.of(self.loss.curvature, self._X1 @ start), found.preconditioner.hessian
-        H = Sketched(self._X1, self._low, rows.of(self.loss.curvature, z), a, near)
-        return found.w[0], z, H, _Kept(H, found.preconditioner.at(H.gram), (found.z, found.slope))
+        g, d = rows.derivatives(z)
+        H = Sketched(self._X1, self._low, d, a, near)
+        kept = _Kept(H, found.preconditioner.at(H.gram), (found.z, found.slope))
+        return newton_one.Model(found.w[0], z, g, d, H), kept
 
     def _gradient(self, at: _Point, slopes: Any, jacobian: Tensor | None) -> Array:
         if self.penalties.size == 1:

@@ -185,6 +185,10 @@ class Criterion(ABC):
         """Return the same criterion, evaluated as roughly as a first look allows: itself, where that saves nothing."""
         return self
 
+    def coarse(self) -> Self:
+        """Return the same criterion, with models as near their minima as a fold's losses need: itself by default."""
+        return self
+
     def scan(self, u: Array) -> list[Evaluation]:
         """Return evaluations, without second derivatives, at several u, (m, k), on a line.
 

@@ -83,7 +83,8 @@ class Logistic(GLMLoss):
         return Response(torch.sigmoid_, lambda p: torch.addcmul(p, p, p, value=-1.0), sign=-y)
 
     def third(self, z: Tensor, y: Tensor) -> Tensor:
-        return -torch.sigmoid(z) * torch.sigmoid(-z) * torch.tanh(0.5 * z)
+        p, q = torch.sigmoid(z), torch.sigmoid(-z)
+        return p * q * (q - p)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
         return signs(splits, "LogisticProblem")

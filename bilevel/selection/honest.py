@@ -237,7 +237,7 @@ def _fold_losses(
         score: see `nested`.
         options: of `follow`.
     """
-    part = criterion.take(train)
+    part = criterion.take(train).coarse()
     for node in follow(part, **options):
         fit = part.refit(node.u, node.evaluation.warm)
         if score is None:

@@ -197,3 +197,24 @@ def test_losses_that_it_cannot_take_are_refused_in_a_sentence() -> None:
 def test_third_derivatives_are_autograds(loss: GLMLoss) -> None:
     z, y = torch.linspace(-2.1, 2.0, 9, dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0] * 3, dtype=torch.float64)
     torch.testing.assert_close(loss.third(z, y), GLMLoss.third(loss, z, y))
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_one_penalty_of_more_columns_than_rows_is_that_of_all_equal_ones(sparse: bool, intercept: bool) -> None:
+    rng = np.random.default_rng(3)
+    X, y = rng.standard_normal((20, 31)) * (rng.random((20, 31)) < 0.5), np.arange(20) % 2
+    X[:, 4] = 0.0
+    weights = rng.random(20) * (np.arange(20) != 7)
+    data = LinearData.of(scipy.sparse.csr_array(X) if sparse else X, y, weights, loss=Logistic(), intercept=intercept)
+    one = ApproximateLeaveOneOut(data, Logistic(), Penalties.scalar(31), tol=1e-14)
+    each = one.with_penalties(Penalties.feature(31))
+    found = one.evaluate(np.array([0.3]))
+    there = each.evaluate(np.full(31, -1.0), found.warm)
+    back = one.evaluate(np.array([-1.0]), there.warm)
+    assert back.value == pytest.approx(there.value, rel=1e-10)
+    assert back.gradient[0] == pytest.approx(there.gradient.sum(), rel=1e-8)
+    for u, fit in ((-1.0, one.refit(np.array([-1.0]), back.warm)), (0.3, one.refit(np.array([0.3]), back.warm))):
+        wanted = each.refit(np.full(31, u))
+        torch.testing.assert_close(fit.coef, wanted.coef, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(fit.intercept, wanted.intercept, rtol=1e-7, atol=1e-9)
