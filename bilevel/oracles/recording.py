@@ -19,9 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WRITES = {torch.add, torch.sub, torch.mul, torch.div, torch.mv, torch.mm, torch.cat, torch.neg}
+WRITES |= {torch.addcmul, torch.addmv, torch.addmm}
 """What can write its result into a tensor that is there."""
 aten = torch.ops.aten
 _SAME = (aten.detach.default, aten.alias.default)
+_SHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
 _MOVES = (aten.expand.default, aten.view.default, aten.t.default)
 _NEUTRAL = {aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1, aten.add.Tensor: 0}
 
@@ -180,7 +182,8 @@ class Part:
         given, first = [f"a{index}" for index in range(len(inputs))], outputs[0] if into else None
         if first is not None:
             given, outputs = [*given, "out"], outputs[1:]
-            lines.append("" if lines and lines[-1].endswith(", out=out)") else f"out.copy_({self._names[first]})")
+            written = any(line.endswith(", out=out)") for line in lines)
+            lines.append("" if written else f"out.copy_({self._names[first]})")
         lines.append(f"return ({''.join(f'{self._names[node]}, ' for node in outputs)})")
         made: dict[str, Any] = {}
         exec("\n    ".join([f"def replay({', '.join(given)}):", *lines]), made)
@@ -295,7 +298,7 @@ def _fill(node: fx.Node, filled: dict[fx.Node, float]) -> float | None:
 def _operand(node: fx.Node, filled: dict[fx.Node, float]) -> fx.Node | None:
     """Return the operand that a result is equal to, if there is one."""
     first: Any = node.args[0] if node.args else None
-    if node.target in _SAME:
+    if node.target in _SAME or (node.target in _SHAPES and _alike(first, node)):
         return first
     if node.target is aten.t.default and first.target is aten.t.default:
         return first.args[0]

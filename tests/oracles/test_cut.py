@@ -110,6 +110,16 @@ def test_a_recorded_run_is_the_run_of_its_steps(name: str, method: str) -> None:
         agree(*(run(problem, solver, bl.TruncatedUnroll(9), moved, carry=ours.carry, check=False) for run in runs))
 
 
+def test_a_run_that_ends_where_its_gradient_is_rounding_is_recorded() -> None:
+    problem, u = PROBLEMS["logistic"]
+    solver = bl.GradientDescent(0.2, steps=3_000)
+    ours = bl.hypergradient(problem, solver, bl.TruncatedUnroll(10), u, check=False)
+    assert ours.certificate.form == "recorded"
+    assert ours.certificate.inner_residual < 1e-14
+    again = bl.hypergradient(problem, solver, bl.TruncatedUnroll(60), u, check=False, carry=ours.carry)
+    assert again.certificate.form == "recorded"
+
+
 def test_quadratic_losses_are_found_and_doubled() -> None:
     problem, u = PROBLEMS["quadratic"]
     solver = bl.HeavyBall(0.05, 0.6, steps=200)
