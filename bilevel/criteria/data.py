@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.numerics.csr import csr, distinct, sparse_rows
+from bilevel.numerics.small import array, tensor
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.splits import Split
 from bilevel.problems.tables import features, targets
@@ -87,7 +88,7 @@ class LinearData:
         y = _targets(y, X, loss)
         like = _values(X)
         weights = like.new_ones(len(X)) if weights is None else torch.as_tensor(weights).to(like)
-        if weights.shape != (len(X),) or not bool((weights >= 0).all()) or not bool(weights.sum() > 0):
+        if weights.shape != (len(X),) or not bool(weights.min() >= 0) or not bool(weights.sum() > 0):
             raise ValueError(f"weights must have shape ({len(X)},), one for each row, none negative and not all zero.")
         zero = like.new_zeros(X.shape[1])
         raw = cls(X, y, weights, zero, torch.ones_like(zero), intercept, standardize)
@@ -103,24 +104,18 @@ class LinearData:
             ValueError: where all of them have weight zero.
         """
         keep = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.y.device)
-        weights = self.weights[keep]
+        weights, y = self.weights[keep], self.y[..., keep]
         if not bool(weights.sum() > 0):
             raise ValueError("all rows of a part have weight zero.")
         weights = weights / weights.mean()
-        X = sparse_rows(self.X, keep) if self.sparse else self.X[keep]
-        y, share = self.y[..., keep], weights / len(weights)
-        part = type(self)(X, y, weights, self.offset, self.scale, self.intercept, self.standardize)
         if self.sparse:
+            X = sparse_rows(self.X, keep)
+            part = type(self)(X, y, weights, self.offset, self.scale, self.intercept, self.standardize)
             mean, scale = part.moments(weights)
+            scale[scale == 0] = 1.0
         else:
-            mean = share @ X if self.intercept else torch.zeros_like(self.offset)
-            X = X - mean
-            variance = share @ X.square()
-            scale = _deviations(variance, variance + mean.square())
-            if not bool(scale.all()):
-                X[:, scale == 0] = 0.0
-        scale = scale.masked_fill(scale == 0, 1.0) if self.standardize else torch.ones_like(scale)
-        X = X if self.sparse or not self.standardize else X.div_(scale)
+            X, mean, scale = _standardised(array(self.X[keep]), array(weights), self.intercept, self.standardize)
+        scale = scale if self.standardize else torch.ones_like(scale)
         offset = self.offset + self.scale * mean
         return type(self)(X, y, weights, offset, self.scale * scale, self.intercept, self.standardize)
 
@@ -224,7 +219,8 @@ class LinearData:
     def row_gram(self) -> Tensor:
         """Return ``X X'`` of the standardised columns, (rows, rows)."""
         if not self.sparse:
-            return self.X @ self.X.T
+            X = array(self.X)
+            return tensor(X @ X.T)  # NumPy computes one triangle
         return torch.cat([self.product(self.collect(block)) for block in _blocks(self.rows, self.scale)])
 
     def dense(self) -> Tensor:
@@ -283,10 +279,29 @@ def _units(index: Tensor, size: int, like: Tensor) -> Tensor:
     return rows
 
 
-def _deviations(variance: Tensor, square: Tensor) -> Tensor:
+def _standardised(X: Any, weights: Any, centred: bool, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a copy of rows, an array or a tensor, about their mean and of deviation 1, with means and deviations.
+
+    A constant column becomes zero, and has deviation 1.
+    """
+    share = weights / len(weights)
+    mean = share @ X if centred else 0.0 * X[0]
+    X = X - mean
+    variance = share @ (X * X)
+    deviation = _deviations(variance, variance + mean * mean)
+    if not deviation.all():
+        X[:, deviation == 0] = 0.0
+        deviation[deviation == 0] = 1.0
+    if scaled:
+        X /= deviation
+    return tensor(X), tensor(mean), tensor(deviation)
+
+
+def _deviations(variance: Any, square: Any) -> Any:
     """Return the roots of variances, zero where a column is constant up to rounding errors; square: its mean square."""
-    deviation = variance.clamp_min(0.0).sqrt()
-    return deviation.masked_fill(deviation <= CONSTANT * square.sqrt(), 0.0)
+    deviation = variance.clip(0.0) ** 0.5
+    deviation[deviation <= CONSTANT * square**0.5] = 0.0
+    return deviation
 
 
 def _inputs(given: Any) -> Tensor:

@@ -88,29 +88,26 @@ class RidgeLeaveOneOut(Criterion):
         self.mean = (self.y * share).sum(1, keepdim=True) if data.intercept else torch.zeros_like(self.y[:, :1])
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
-        log_a = self.penalties.spread(u)
-        if self.data.y.dim() == 1 and self.penalties.size == 1:
-            return self._evaluation(float(log_a[0].exp()), second)
-        if self._even:
-            return self._even_evaluations(log_a[..., 0].reshape(1, -1), second)[0]
-        return self._uneven_evaluation(u, log_a, second)
+        if not self._even:
+            return self._uneven_evaluation(u, self.penalties.spread(u), second)
+        log_a = self.penalties.spread_outputs(u)
+        if self.data.y.dim() == 1:
+            return self._evaluation(float(log_a.exp()), second)
+        return self._even_evaluations(log_a[None], second)[0]
 
     def scan(self, u: Array) -> list[Evaluation]:
         if not self._even:
             return super().scan(u)
-        log_a = self.penalties.spread(u)[..., 0]
-        return self._even_evaluations(log_a.reshape(len(u), -1), second=False)
+        return self._even_evaluations(self.penalties.spread_outputs(u), second=False)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
-        log_a = self.penalties.spread(u)
         if warm is not None and np.array_equal(warm[0], u):
             w = tensor(warm[1])
         elif self._even:
-            basis = self._basis
-            a = log_a[..., 0].exp().to(self.y)
-            w = self._from_basis(tensor(basis.c) / (tensor(basis.values)[:, None] + a))
+            basis, a = self._basis, array(self.penalties.spread_outputs(u).exp().to(self.y))
+            w = self._from_basis(tensor(basis.c / (basis.values[:, None] + a)))
         else:
-            a = array(log_a.exp().to(self.y).expand(len(self.y), -1))
+            a = array(self.penalties.spread(u).exp().to(self.y).expand(len(self.y), -1))
             w = torch.stack([tensor(self._coefficients(a[t], t)) for t in range(len(a))])
         single = self.data.y.dim() == 1
         return self.given(w[0] if single else w, self.mean[0, 0] if single else self.mean[:, 0])
@@ -135,19 +132,24 @@ class RidgeLeaveOneOut(Criterion):
         """The eigenbasis of X'SX or, with more columns than rows, of XX'."""
         data, s, y = self.data, self.data.weights, self.y - self.mean
         if data.features <= data.rows:
-            values, Q = eigh(data.gram(s) if data.sparse else tensor(self._gram[0]))
-            B = data.product(Q.T).T.contiguous()
-            return _made(B, values.clamp_min(0.0), B.T @ (y * s).T, Q)
-        root = s.sqrt()
-        kernel = data.row_gram()
-        values, Q = eigh(kernel * root[:, None] * root)
-        size = values.clamp_min(0.0).sqrt()
-        kept = size > 1e-8 * size[-1]
-        values, size, Q = values[kept], size[kept], Q[:, kept]
-        turned = root[:, None] * Q / size
+            if not data.sparse:
+                gram, moment = self._gram
+                values, Q = eigh(tensor(gram))
+                B = self._X @ array(Q)
+                return _Basis(B, B * B, array(values).clip(0.0), array(Q).T @ moment.T, Q)
+            values, Q = eigh(data.gram(s))
+            B = array(data.product(Q.T).T.contiguous())
+            return _Basis(B, B * B, array(values).clip(0.0), B.T @ array((y * s).T), Q)
+        root, kernel = array(s.sqrt()), array(data.row_gram())
+        values, Q = (array(each) for each in eigh(tensor(kernel * root[:, None] * root)))
+        least = int((values <= 1e-16 * values[-1].clip(0.0)).sum())  # they increase
+        values, Q = values[least:], Q[:, least:]
+        size, weighted = values**0.5, root[:, None] * Q
+        turned = weighted / size
         # B = K S^(1/2) Q / size needs no division by weights, which may be zero.
         B = Q * size / root[:, None] if bool(root.min() > EVEN * root.max()) else kernel @ turned
-        return _made(B, values, size[:, None] * (Q.T @ (root * y).T), turned)
+        c = size[:, None] * (weighted.T @ array(y).T)
+        return _Basis(B, B * B, values, c, tensor(turned))
 
     def _from_basis(self, shrunk: Tensor) -> Tensor:
         """Return the standardised coefficients, (targets, features), of ``c / (g + a)``, (r, targets)."""
@@ -173,10 +175,13 @@ class RidgeLeaveOneOut(Criterion):
         a = array(log_a.exp().to(self.y).expand(count, targets))
         shrink = 1.0 / (a[..., None] + values)  # (m, targets, r)
         slope = -a[..., None] * shrink * shrink  # by u
-        fitted, moved = (c.T * shrink) @ B.T, (c.T * slope) @ B.T  # (m, targets, rows)
-        q = (free - s * (shrink @ squared.T)).clip(LEAST)
-        error = (y - fitted) / q
-        moved = (moved - s * error * (slope @ squared.T)) / q  # of the predictions: - de/du
+
+        def product(left: Any, right: Any) -> Any:
+            return (left.reshape(-1, len(values)) @ right.T).reshape(count, targets, -1)  # (m, targets, rows)
+
+        q = (free - s * product(shrink, squared)).clip(LEAST)
+        error = (y - product(c.T * shrink, B)) / q
+        moved = (product(c.T * slope, B) - s * error * product(slope, squared)) / q  # of the predictions: - de/du
         slopes = (-1.0 / targets) * s * error
         gather = self.penalties.gather_outputs
         gradients = to_numpy(gather(tensor((slopes * moved).sum(2))) / self.data.rows)
@@ -185,7 +190,15 @@ class RidgeLeaveOneOut(Criterion):
             if self.penalties.size > 1:
                 jacobian = jacobian * torch.eye(self.penalties.size).to(jacobian)[:, None]
             return [self._answer(error[0], slopes[0], gradients[0], jacobian)]
-        return [self._answer(error[m], slopes[m], gradients[m], None) for m in range(count)]
+        if self.data.y.dim() > 1:
+            return [self._answer(error[m], slopes[m], gradients[m], None) for m in range(count)]
+        losses = to_numpy(slopes * error)[:, 0] * -0.5
+        parts = zip(*(tensor(each)[:, 0] for each in (self._rows.given - error, slopes)), strict=True)
+        values, weights = (losses.sum(1) / self.data.rows).tolist(), self.data.weights
+        return [
+            Evaluation(values[m], gradients[m], None, losses[m], z, slope, weights, None)
+            for m, (z, slope) in enumerate(parts)
+        ]
 
     def _answer(
         self, error: Any, slopes: Any, gradient: Array, jacobian: Tensor | None, warm: Any = None
@@ -290,10 +303,6 @@ class RidgeLeaveOneOut(Criterion):
             return self.penalties.gather(J)
         owner = self.penalties.owner[target].to(J.device)
         return J.new_zeros(len(J), self.penalties.size).index_add_(1, owner, J)
-
-
-def _made(B: Tensor, values: Tensor, c: Tensor, vectors: Tensor) -> _Basis:
-    return _Basis(array(B), array(B.square()), array(values), array(c), vectors)
 
 
 def _stacked(each: list[Any]) -> Any:

@@ -83,7 +83,7 @@ class Penalties:
     @cached_property
     def even(self) -> bool:
         """Whether all coefficients of an output share one penalty."""
-        return bool((self.owner == self.owner[..., :1]).all())
+        return self.size == 1 or bool((self.owner == self.owner[..., :1]).all())
 
     def spread(self, u: Array) -> Tensor:
         """Return the log penalty of every coefficient, (..., *coefficients), in float64, of u of shape (..., size).
@@ -91,11 +91,23 @@ class Penalties:
         Raises:
             ValueError: for another shape, and numbers that are not finite.
         """
+        spread = self._checked(u)
+        return spread if self.each and self.outputs is None else spread[..., self.owner]
+
+    def spread_outputs(self, u: Array) -> Tensor:
+        """Return the log penalty of every output, (..., outputs), or of the one, (..., 1), where these are `even`.
+
+        Raises:
+            ValueError: see `spread`.
+        """
+        spread = self._checked(u)
+        return spread if self.size == 1 and self.outputs is None else spread[..., self.owner[..., 0]]
+
+    def _checked(self, u: Array) -> Tensor:
         u = np.array(u, dtype=np.float64, order="C")
         if u.shape[-1:] != (self.size,) or not np.isfinite(u).all():
             raise ValueError(f"u must hold {self.size} finite log penalties, of shape ({self.size},), got {u.shape}.")
-        spread = torch.from_numpy(u)
-        return spread if self.each and self.outputs is None else spread[..., self.owner]
+        return torch.from_numpy(u)
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the sums over the coefficients of each penalty, (..., size), of values (..., *coefficients)."""

@@ -37,7 +37,9 @@ def best_penalty(
         tol: relative gain at which the search ends.
         steps: its most steps.
     """
-    one = criterion.with_penalties(Penalties.scalar(criterion.data.features, criterion.penalties.outputs))
+    one = criterion
+    if criterion.penalties.size > 1:
+        one = criterion.with_penalties(Penalties.scalar(criterion.data.features, criterion.penalties.outputs))
     low, high = box(criterion.data)
     if candidates is None and start is not None:
         return tune(one, np.array([start]), tol=tol, steps=steps)

@@ -12,12 +12,12 @@ from sklearn.base import _fit_context
 from sklearn.metrics import check_scoring
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import MethodMapping
-from sklearn.utils.validation import column_or_1d, validate_data
+from sklearn.utils.validation import column_or_1d
 
 from bilevel.problems.losses import Squared
 from bilevel.selection.elastic_cv import ALPHAS, L1_RATIOS, Kind
 from bilevel.sklearn.combined import CombinedModel
-from bilevel.sklearn.inputs import TYPES, numbers
+from bilevel.sklearn.inputs import numbers, validated
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import TunedLinearModel
 
@@ -74,7 +74,7 @@ class _TunedNet(CombinedModel):
                 "Automatic alpha grid generation is not supported for l1_ratio=0. Please supply a grid by providing "
                 "your estimator with the appropriate `alphas=` argument."
             )
-        X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, **TYPES)
+        X, y = validated(self, X, y)
         if y.ndim > 1 and y.shape[1] > 1:
             raise ValueError(f"For multi-task outputs, use MultiTask{type(self).__name__}")
         y = column_or_1d(y, warn=True)

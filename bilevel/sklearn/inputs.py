@@ -13,11 +13,27 @@ from scipy import sparse
 from sklearn.metrics import get_scorer_names
 from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import InvalidParameterError
+from sklearn.utils.validation import validate_data
 
 from bilevel.numerics.csr import csr
 
 TYPES: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float32], "ensure_min_samples": 2}
 """What `validate_data` lets through, of every estimator."""
+FLOATS = (np.dtype(np.float64), np.dtype(np.float32))
+
+
+def validated(estimator: Any, X: Any, y: Any) -> tuple[Any, Any]:
+    """Return the rows and their numbers as scikit-learn's `validate_data` does, which costs a small fit a tenth.
+
+    Plain arrays of finite floats pass as they are.
+    """
+    plain = type(X) is type(y) is np.ndarray and X.dtype in FLOATS and y.dtype in FLOATS and X.ndim == 2
+    if plain and y.ndim in (1, 2) and len(X) == len(y) > 1 and X.shape[1] and np.isfinite(X.sum() + y.sum()):
+        vars(estimator).pop("feature_names_in_", None)
+        estimator.n_features_in_ = X.shape[1]
+        return X, y
+    found = validate_data(estimator, X, y, multi_output=True, y_numeric=True, **TYPES)
+    return found[0], found[1]
 
 
 SIMPLE = (bool, int, float, str, type(None))

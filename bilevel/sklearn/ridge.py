@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from sklearn import linear_model
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import validate_data
 
 from bilevel.criteria import Criterion, RidgeLeaveOneOut
 from bilevel.problems.losses import Squared
 from bilevel.selection import Selected, certify_range
-from bilevel.sklearn.inputs import TYPES, nearest, places_of, positive
+from bilevel.sklearn.inputs import nearest, places_of, positive, validated
 from bilevel.sklearn.splits import Folds, folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
@@ -141,7 +140,7 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         Raises:
             ValueError: in one sentence, for data and parameters that do not fit.
         """
-        X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, **TYPES)
+        X, y = validated(self, X, y)
         if self.store_cv_results and (self.alphas is None or self.scoring is not None):
             raise ValueError(
                 "store_cv_results=True stores the squared errors of rows at each of the alphas: give alphas, and "
