@@ -50,11 +50,8 @@ METRICS = ("auto", "cheap", "diagonal", "nystrom", "cholesky")
 class Metrics:
     """Makes the metric for each point of a run, by transport where the last one still serves.
 
-    Args:
-        instance: the problem.
-        kind: "diagonal", "nystrom", "cholesky", or "auto": Cholesky up to 300 weights, else diagonal. "cheap" is
-            "auto" where the Hessian is there already (ridge regression on its Gram matrix), else diagonal.
-        sketch: of an earlier run on the same data, for "nystrom".
+    The kind "auto" stands for "cholesky" up to 300 weights, else "diagonal"; "cheap" for "cholesky" where the Hessian
+    is there already (ridge regression on its Gram matrix), else "diagonal". "nystrom" may begin with an earlier sketch.
     """
 
     def __init__(self, instance: Instance, kind: str = "auto", sketch: Sketch | None = None) -> None:
@@ -209,10 +206,9 @@ def certify_error(
 def _narrowed(
     metrics: Metrics, given: Tensor, x: Tensor, w: Tensor, share: float, goal: float | None
 ) -> tuple[tuple[Evaluation, Bound], int]:
-    """Correct the pair (x, w) until its bound is at most `share` of the distance to what is given, or `goal` decided.
+    """Return the corrected pair with the smallest bound, evaluated, its bound, and the number of corrections.
 
-    Returns:
-        The best pair, evaluated, with its bound, and the number of corrections.
+    They end where the bound is at most `share` of the distance to what is given, or `goal` is decided.
     """
     instance = metrics.instance
     best: tuple[Evaluation, Bound] | None = None

@@ -38,14 +38,7 @@ NEAR = 2.0
 
 @dataclass(frozen=True)
 class Solved:
-    """A solution of ``H x = b``.
-
-    Attributes:
-        x: the solution.
-        left: ``b - H x``.
-        error: the relative Euclidean error of x: an estimate.
-        reason: why H has no inverse to speak of; empty where it has.
-    """
+    """A solution x of ``H x = b``: what is left, its relative error (an estimate), or why there is none to speak of."""
 
     x: Tensor
     left: Tensor

@@ -28,9 +28,7 @@ from bilevel.oracles.error_model import UNIT, gamma, top_eigenvalue
 class Metric(ABC):
     """A matrix M below the Hessian of an instance at one point, and a preconditioner for it.
 
-    Args:
-        instance: the problem.
-        stretch: upper bound of ``|v|_{H^-1} / |v|_{M^-1}``, which transport makes larger than one.
+    `stretch` bounds ``|v|_{H^-1} / |v|_{M^-1}``, which transport makes larger than one.
     """
 
     def __init__(self, instance: Instance, stretch: float = 1.0) -> None:

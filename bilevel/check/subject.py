@@ -24,15 +24,7 @@ HALVINGS = 12
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A problem, where it is examined, and the inner solver that is used on it.
-
-    Attributes:
-        given: the problem.
-        solver: the inner solver.
-        hparams: hyperparameters, detached.
-        given_start: where the inner solver starts.
-        seed: of the random points and directions.
-    """
+    """A problem, where it is examined, and the inner solver that is used on it; the seed is that of random points."""
 
     given: BilevelProblem
     solver: InnerSolver

@@ -66,7 +66,7 @@ def _run(name: str, plan: Experiment, folder: Path) -> None:
     """Run one experiment, write what it found, and say so."""
     start = time.perf_counter()
     outcome = plan.run()
-    options = {"experiment": type(plan).__name__} | asdict(plan)  # type: ignore[call-overload]
+    options = {"experiment": type(plan).__name__} | asdict(plan)
     files = write_outcome(name, outcome, folder, options)
     for note in outcome.notes:
         print(f"{name}: {note}", file=sys.stderr)

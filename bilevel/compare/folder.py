@@ -85,11 +85,7 @@ def unwritten(error: OSError) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return the path of an output folder without a ``~``.
-
-    Raises:
-        RunFolderError: for a user that is not there, and for a path that is none.
-    """
+    """Return the path of an output folder without a ``~``; refuse a user that is not there, and a path that is none."""
     reason = "it holds a NUL" if "\0" in str(path) else ""
     try:
         folder = Path(path).expanduser()
@@ -101,12 +97,7 @@ def expanded(path: str | Path) -> Path:
 
 
 class RunFolder:
-    """The output of one run.
-
-    Args:
-        path: the folder; it is made by `prepare`.
-        config: what identifies the run, in plain containers.
-    """
+    """The output of one run: a folder, made by `prepare`, and the config that identifies it, in plain containers."""
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
         self.path, self.config = expanded(path), config
@@ -170,12 +161,10 @@ class RunFolder:
     def check(self, fresh: bool = False) -> None:
         """Refuse a folder that is not new and holds no earlier part of this run; writes nothing.
 
-        Args:
-            fresh: accept another configuration of the same name, too.
+        `fresh` accepts another configuration of the same name, too.
 
         Raises:
-            RunFolderError: for a file in its place, for files that no run of this program wrote, and for the results of
-                another configuration, other data or other classes.
+            RunFolderError: for files that no run of this program wrote, and results of another config, data or classes.
         """
         if not os.path.lexists(self.path):
             return

@@ -16,12 +16,9 @@ WIDTH = 110
 
 
 def tune_beside(plan: Plan) -> list[dict[str, Any]]:
-    """Tune each problem of a plan, on its first seed, by its own outer method and by that of ``plan.tuning``.
+    """Return the runs of each problem of a plan, on its first seed, by its own outer method and by ``plan.tuning``'s.
 
-    Inner solver and estimator are those of ``plan.tuning`` for both.
-
-    Returns:
-        A dict of plain values for each run; none where the plan has no such part.
+    Inner solver and estimator are those of ``plan.tuning`` for both. There are none where the plan has no such part.
     """
     if plan.tuning is None:
         return []

@@ -122,14 +122,9 @@ def check_options(
     exclude: frozenset[str] = frozenset(),
     others: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the options of a class or function, checked and converted; nested classes are made.
+    """Return the options of a class or function at a path of a config, checked and converted; nested classes are made.
 
-    Args:
-        owner: the class or function.
-        given: option names and values.
-        path: of the options in the config.
-        exclude: options that a config cannot give.
-        others: what a config can give there besides, for the sentence about an unknown option.
+    A config cannot give those in `exclude`; what it can give besides, `others`, is named where an option is unknown.
 
     Raises:
         ConfigError: for an unknown, missing or ill-typed option.
@@ -156,11 +151,7 @@ def check_options(
 def check_data(
     given: Mapping[str, Any], path: str, exclude: frozenset[str] = frozenset(), others: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the options of `bilevel.data.load`, checked: see `check_options`.
-
-    Raises:
-        ConfigError: for several targets, too.
-    """
+    """Return the options of `bilevel.data.load`, checked as by `check_options`; several targets are refused."""
     if isinstance(given.get("target"), (list, tuple)):
         raise ConfigError(
             f"`{path}.target` must be one column, got {shown(given['target'])}: leave `solver` and `estimators` out "

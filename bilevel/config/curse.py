@@ -27,7 +27,7 @@ def experiments() -> dict[str, type]:
     return {
         name: value
         for name, value in vars(curse).items()
-        if isinstance(value, type) and dataclasses.is_dataclass(value) and callable(getattr(value, "run", None))
+        if isinstance(value, type) and issubclass(value, Experiment) and value is not Experiment
     }
 
 

@@ -60,13 +60,7 @@ class FoldsForm(BaseModel):
 
 @dataclass(frozen=True)
 class TableSetup:
-    """One problem of such a config.
-
-    Attributes:
-        rows: its data.
-        loss: of a row; None: by the targets.
-        options: how it is tuned.
-    """
+    """One problem of such a config: its data, the loss of a row (None: by the targets), and how it is tuned."""
 
     rows: Rows
     loss: GLMLoss | None
@@ -75,13 +69,7 @@ class TableSetup:
 
 @dataclass(frozen=True)
 class FoldsPlan:
-    """A checked config without a solver.
-
-    Attributes:
-        name: of the config.
-        problems: by name.
-        config: the checked document.
-    """
+    """A checked config without a solver: its name, its problems by name, and the checked document."""
 
     name: str
     problems: Mapping[str, TableSetup]
@@ -97,11 +85,7 @@ def load_folds(
     jobs: int = 1,
     allow_import: bool = False,
 ) -> FoldsPlan | None:
-    """Return the plan of a config without a solver, with its data read; None for another config.
-
-    Raises:
-        ConfigError: about the first mistake, in one sentence that names the file and the place in it.
-    """
+    """Return the plan of a config without a solver, with its data read; None for another config."""
     path = Path(path)
     document = read_document(path)
     document.setdefault("name", path.stem)
@@ -174,11 +158,7 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
 
 
 def _without_others(source: dict[str, Any], path: str) -> tuple[dict[str, Any], dict[str, list[str]], bool | str]:
-    """Return options of data without those that `bilevel.data.load` takes otherwise; these: targets, and `standardize`.
-
-    Raises:
-        ValueError: for a list of anything but columns, and for another `standardize`.
-    """
+    """Return options of data without those that `data.load` takes otherwise, and these: targets, and `standardize`."""
     source = dict(source)
     scaled, target = source.pop("standardize", FoldOptions.standardize), source.get("target")
     require_value(f"{path}.standardize", scaled, "'auto', true or false", scaled in ("auto", True, False))
@@ -190,11 +170,7 @@ def _without_others(source: dict[str, Any], path: str) -> tuple[dict[str, Any], 
 
 
 def _check_mappings(path: str, groups: Any, class_weight: Any) -> None:
-    """Refuse groups that are not lists of columns by name, and weights that are no positive numbers by class.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse groups that are not lists of columns by name, and weights that are no positive numbers by class."""
     lists = isinstance(groups, dict) and all(
         isinstance(each, list) and each and all(isinstance(column, str) for column in each) for each in groups.values()
     )

@@ -28,8 +28,7 @@ def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
     """Say whether configs read inside may import code, looked for in the config's folder first.
 
     Yields:
-        The digests of the sources of what was imported inside, by the names of the files: those of the modules, and of
-        the modules beside them that they import.
+        The digests of the sources of what was imported inside and of modules beside them, by the names of the files.
     """
     digests: dict[str, str] = {}
     result = _found.set(digests)

@@ -67,20 +67,10 @@ def load_plan(
     tune: bool = False,
     allow_import: bool = False,
 ) -> Plan:
-    """Read a config, make everything that it names, and check that the parts fit.
+    """Return the plan of a config, whose parts have been made and fit; its config is the checked document.
 
-    Args:
-        path: of the YAML file.
-        overrides: "a.b=value", as in ``--set``.
-        device: "auto", "cpu" or "cuda", in place of the config's.
-        seed: the first of the seeds: they become seed, seed + 1, ...
-        only: keep this estimator alone.
-        tune: keep one estimator (`only`, or the first) and the first seed.
-        allow_import: whether ``class: module:Class`` may name code outside the package, which is then run; modules are
-            looked for beside the config first.
-
-    Returns:
-        The plan; its config is the checked document with the overrides in it.
+    The options are those of the commands. `tune` keeps one estimator (`only`, or the first) and the first seed; with
+    `allow_import` ``class: module:Class`` may name code outside the package, looked for beside the config first.
 
     Raises:
         ConfigError: about the first mistake, in one sentence that names the file and the place in it.

@@ -27,13 +27,8 @@ def digest_of(name: str) -> str:
 class DataSetup:
     """Makes a problem from a data set, for the split of a seed.
 
-    Attributes:
-        kind: the problem class.
-        options: its options.
-        data: options of `bilevel.data.load`.
-        start: value of all hyperparameters at the start.
-        device: where the data go.
-        digest: of the data file, which must not change; empty for data that are no file.
+    `data` are options of `bilevel.data.load`, `start` is the value of all hyperparameters at the start, and `digest`
+    that of the data file, which must not change; empty for data that are no file.
     """
 
     kind: type[DataProblem]

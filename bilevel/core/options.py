@@ -13,11 +13,7 @@ import torch
 
 
 def require(owner: object, name: str, allowed: str, ok: bool) -> None:
-    """Raise the one sentence about an option unless `ok`; `allowed` says in words what is allowed.
-
-    Raises:
-        ValueError: if `ok` is false, such as "`CG.max_steps` must be a positive int, got -3."
-    """
+    """Raise the one sentence about an option unless `ok`; `allowed` says in words what is allowed."""
     if not ok:
         require_value(f"{type(owner).__name__}.{name}", getattr(owner, name), allowed, ok)
 
@@ -69,11 +65,7 @@ def first_line(error: BaseException) -> str:
 
 
 def require_arguments(what: str, function: Any, *names: str) -> None:
-    """Refuse what cannot be called with so many positional arguments; messages call the function `what`.
-
-    Raises:
-        ValueError: such as "`inner_loss` must be a function of (params, hparams), got one of (w)."
-    """
+    """Refuse what cannot be called with so many positional arguments; messages call the function `what`."""
     wanted = f"`{what}` must be a function of ({', '.join(names)})"
     if not callable(function):
         raise ValueError(f"{wanted}, got {shown_value(function)}.")

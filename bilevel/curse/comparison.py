@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_int, is_list, is_number, is_positive, require
+from bilevel.core.options import is_bool, is_int, is_number, is_positive, option, require
 from bilevel.curse.methods import METHODS, method
-from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, count, some_of
 from bilevel.curse.problems import NAMES, DataMissingError, load, logistic, ridge
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import ErrorCurves, chebyshev_rate, error_curves, gd_rate
@@ -45,26 +45,18 @@ class Methods(Experiment):
         at: the iteration at which methods are compared.
     """
 
-    data: Sequence[str] = ("breast_cancer",)
-    methods: Sequence[str] = ("GD 1/L", "GD 2/(L+l)")
-    steps: int = 1000
-    theta: float = 1e-3
-    start: float = 1.0
-    model: str = "ridge"
-    logarithmic: bool = False
+    data: Sequence[str] = some_of(NAMES, "breast_cancer")
+    methods: Sequence[str] = some_of(METHODS, "GD 1/L", "GD 2/(L+l)")
+    steps: int = count(1000)
+    theta: float = option(1e-3, "a positive number", is_positive)
+    start: float = option(1.0, "a number", is_number)
+    model: str = option("ridge", " or ".join(map(repr, MODELS)), MODELS.__contains__)
+    logarithmic: bool = option(False, "True or False", is_bool)
     at: int = 150
 
     def __post_init__(self) -> None:
-        known = is_list(self.data) and all(name in NAMES for name in self.data)
-        require(self, "data", f"a list of some of {', '.join(NAMES)}", known)
-        known = is_list(self.methods) and all(name in METHODS for name in self.methods)
-        require(self, "methods", f"a list of some of {', '.join(METHODS)}", known)
-        require(self, "steps", "a positive int", is_int(self.steps))
+        super().__post_init__()
         require(self, "at", "an int in 1..steps", is_int(self.at) and self.at <= self.steps)
-        require(self, "theta", "a positive number", is_positive(self.theta))
-        require(self, "start", "a number", is_number(self.start))
-        require(self, "logarithmic", "True or False", isinstance(self.logarithmic, bool))
-        require(self, "model", " or ".join(map(repr, MODELS)), isinstance(self.model, str) and self.model in MODELS)
 
     def run(self) -> Outcome:
         rows, notes, claims = [], [], []

@@ -50,18 +50,9 @@ MakeSolver = Callable[[float, float], LinearMultistep]
 
 @dataclass(frozen=True)
 class Draw:
-    """One problem with its solver, its start and its exact answer.
+    """One problem, with a penalty for each weight, its solver, its start and its exact answer: w* and H(w*).
 
-    Attributes:
-        family: one of `FAMILIES`, for M with the step size.
-        group: what is summed up together inside a family.
-        setting: what else tells it from other draws.
-        problem: the problem, with one penalty for each weight.
-        solver: the inner solver.
-        hparams: hyperparameters of shape (d,).
-        start: x_0 of shape (d,).
-        solution: w* of shape (d,).
-        hessian: H(w*) of shape (d, d).
+    Draws of a `group` are summed up together inside a family; `setting` tells them apart.
     """
 
     family: str

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_int, is_list, require
+from bilevel.core.options import is_int, option, require
 from bilevel.curse.draws import FAMILIES, draws
-from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, Table
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, Table, sizes, some_of
 from bilevel.curse.strategies import AUTO, BALANCED, BOUND, EIGHTH, EXTRAPOLATED, FULL, OMEGA, STRATEGIES, measure
 
 FLOOR = 1e-13
@@ -40,19 +40,14 @@ class EqualBudget(Experiment):
         seed: of the first draw of each setting. Constants of the library were chosen on seeds below 300.
     """
 
-    families: Sequence[str] = ("M", "ridge", "logistic")
-    columns: Sequence[int] = (20, 60, 100, 140, 170, 185)
-    steps: int = 100
-    draws: int = 4
+    families: Sequence[str] = some_of(FAMILIES, "M", "ridge", "logistic")
+    columns: Sequence[int] = sizes(20, 60, 100, 140, 170, 185)
+    steps: int = option(100, "an int of at least 20", lambda steps: is_int(steps, 20))
+    draws: int = option(4, "an int in 1..500", lambda draws: is_int(draws) and draws <= 500)
     seed: int = 500
 
     def __post_init__(self) -> None:
-        known = is_list(self.families) and all(name in FAMILIES for name in self.families)
-        require(self, "families", f"a list of some of {', '.join(FAMILIES)}", known)
-        ok = is_list(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
-        require(self, "columns", "ints in 1..200", ok)
-        require(self, "steps", "an int of at least 20", is_int(self.steps, 20))
-        require(self, "draws", "an int in 1..500", is_int(self.draws) and self.draws <= 500)
+        super().__post_init__()
         require(self, "seed", "an int in 0..499", is_int(self.seed, 0) and self.seed + self.draws <= 1000)
 
     def run(self) -> Outcome:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
+
+from bilevel.core.options import check_fields, is_int, is_list, option
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve.
+    """One curve, x and y of shape (n,); lines of one label share colour and style.
 
-    Attributes:
-        label: in the legend; lines of one label share colour and style.
-        x: values of shape (n,).
-        y: values of shape (n,).
-        band: lower and upper values of shape (n,), drawn as a band.
-        bound: a bound, drawn thin and dotted in the colour of its label.
-        marks: with points, for few values.
-        bars: points alone, the band as a bar through each.
+    A band has a lower and an upper side. A bound is drawn thin and dotted, `marks` are points on a curve of few values,
+    and of `bars` there are points alone, the band as a bar through each.
     """
 
     label: str
@@ -58,12 +55,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers or words by column.
+    """Rows of numbers or words by column, which may be missing in a row; the name is the caption in claims.md.
 
-    Attributes:
-        name: what it is called; a table that is shown has it as its caption.
-        rows: mappings from column to value; a column may be missing in a row.
-        shown: stands in claims.md; otherwise it becomes a CSV file of its own, at full precision.
+    A table that is not shown there becomes a CSV file of its own, at full precision.
     """
 
     name: str
@@ -78,17 +72,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment gives.
-
-    Attributes:
-        title: of the figure.
-        rows: rows of panels.
-        claims: what the figure shows.
-        notes: sentences such as which data set was skipped.
-        numbers: single figures by name, for tests and tables.
-        tables: what is better read than drawn.
-        panel_width: inches.
-    """
+    """What an experiment gives: rows of panels with their claims, notes, single figures by name, and tables."""
 
     title: str
     rows: Sequence[Sequence[Panel]]
@@ -99,11 +83,38 @@ class Outcome:
     panel_width: float = 3.7
 
 
-class Experiment(Protocol):
-    """A typed plan: a frozen dataclass of options that can be run."""
+@dataclass(frozen=True)
+class Experiment(ABC):
+    """A typed plan: options that can be run."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
     def run(self) -> Outcome:
         """Run it."""
+
+
+def count(default: int) -> Any:
+    """Return an option that is a positive int."""
+    return option(default, "a positive int", is_int)
+
+
+def some_of(known: Collection[str], *default: str) -> Any:
+    """Return an option that lists some of the known names."""
+    allowed = f"a list of some of {', '.join(known)}"
+    return option(default, allowed, lambda names: is_list(names) and all(name in known for name in names))
+
+
+def sizes(*default: int) -> Any:
+    """Return an option that lists numbers of columns of matrices with 200 rows."""
+    fits = lambda sizes: is_list(sizes) and all(is_int(size) and size <= 200 for size in sizes)  # noqa: E731
+    return option(default, "ints in 1..200", fits)
+
+
+def seed_of_draws() -> Any:
+    """Return an option that is the seed of some draws."""
+    return option(0, "an int in 0..999999", lambda seed: is_int(seed, 0) and seed < 1_000_000)
 
 
 def claim_table(claims: Sequence[Mapping[str, Any]]) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Adam
 
 from bilevel.core import tree
-from bilevel.core.options import is_int, is_list, is_number, is_positive, require
+from bilevel.core.options import is_int, is_list, is_number, is_positive, option, require
 from bilevel.curse.methods import METHODS, method
-from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, count, seed_of_draws, some_of
 from bilevel.curse.problems import gaussian, load
 from bilevel.hypergrad import FullUnroll, TruncatedUnroll
 from bilevel.inner import GradientDescent
@@ -52,22 +52,19 @@ class WarmStarts(Experiment):
         seed: of the draws.
     """
 
-    columns: int = 100
-    steps: int = 40
+    columns: int = count(100)
+    steps: int = count(40)
     dropped: Sequence[int] = (0, 5, 10, 15, 20, 30)
-    outer_steps: int = 30
-    draws: int = 10
-    omega: int = 3
-    lr: float = 0.1
-    seed: int = 0
+    outer_steps: int = count(30)
+    draws: int = count(10)
+    omega: int = count(3)
+    lr: float = option(0.1, "a positive number", is_positive)
+    seed: int = seed_of_draws()
 
     def __post_init__(self) -> None:
-        for name in ("columns", "steps", "outer_steps", "draws", "omega"):
-            require(self, name, "a positive int", is_int(getattr(self, name)))
+        super().__post_init__()
         ok = is_list(self.dropped) and all(is_int(n, 0) and n < self.steps for n in self.dropped)
-        require(self, "lr", "a positive number", is_positive(self.lr))
         require(self, "dropped", f"ints in 0..{self.steps - 1}, below `steps`", ok)
-        require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
         names = {True: "warm", False: "cold"}
@@ -150,21 +147,12 @@ class InnerSolvers(Experiment):
         lr: learning rate of Adam.
     """
 
-    methods: Sequence[str] = ("GD 2/(L+l)", "Chebyshev", "Sobolev")
-    steps: int = 150
-    outer_steps: int = 20
-    start: float = 1.0
-    log_theta: float = -6.907755278982137
-    lr: float = 0.02
-
-    def __post_init__(self) -> None:
-        known = is_list(self.methods) and all(name in METHODS for name in self.methods)
-        require(self, "methods", f"a list of some of {', '.join(METHODS)}", known)
-        for name in ("steps", "outer_steps"):
-            require(self, name, "a positive int", is_int(getattr(self, name)))
-        for name in ("start", "log_theta"):
-            require(self, name, "a number", is_number(getattr(self, name)))
-        require(self, "lr", "a positive number", is_positive(self.lr))
+    methods: Sequence[str] = some_of(METHODS, "GD 2/(L+l)", "Chebyshev", "Sobolev")
+    steps: int = count(150)
+    outer_steps: int = count(20)
+    start: float = option(1.0, "a number", is_number)
+    log_theta: float = option(-6.907755278982137, "a number", is_number)
+    lr: float = option(0.02, "a positive number", is_positive)
 
     def run(self) -> Outcome:
         X, y = load("breast_cancer")

@@ -37,9 +37,6 @@ def load(name: str, *, scaled: bool = True, seed: int = 0) -> tuple[Tensor, Tens
     """Return X of shape (rows, features) and y of shape (rows,) in float64; `scaled`: both divided by ``|X|_2``.
 
     Of `NAMES`, "bodyfat" needs the PyPI package `faraway`, and "gaussian" (200 x 100) is drawn with the seed.
-
-    Raises:
-        DataMissingError: where bodyfat is not installed.
     """
     if name == "breast_cancer":
         features, target = read_bundled(name).parts[""]

@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_int, is_list, require
-from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
+from bilevel.core.options import is_int, is_list, option, require
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, count, seed_of_draws, sizes
 from bilevel.curse.problems import least_squares
 from bilevel.inner import GradientDescent
 from bilevel.theory import ErrorCurves, QuadraticBatch, error_curves, optimal_truncation
@@ -37,25 +37,19 @@ class Truncation(Experiment):
         seed: of the draws.
     """
 
-    columns: Sequence[int] = (100,)
-    step: str = "2/(L+l)"
-    steps: int = 100
-    draws: int = 50
+    columns: Sequence[int] = sizes(100)
+    step: str = option("2/(L+l)", " or ".join(map(repr, STEPS)), tuple(STEPS).__contains__)
+    steps: int = count(100)
+    draws: int = count(50)
     indices: Sequence[int] = (0, 5, 10, 20, 30, 40, 60, 80)
-    omega: int = 3
-    show: str = "both"
-    seed: int = 0
+    omega: int = count(3)
+    show: str = option("both", "'forward', 'reverse' or 'both'", ("forward", "reverse", "both").__contains__)
+    seed: int = seed_of_draws()
 
     def __post_init__(self) -> None:
-        require(self, "step", " or ".join(map(repr, STEPS)), isinstance(self.step, str) and self.step in STEPS)
-        require(self, "show", "'forward', 'reverse' or 'both'", self.show in ("forward", "reverse", "both"))
-        for name in ("steps", "draws", "omega"):
-            require(self, name, "a positive int", is_int(getattr(self, name)))
+        super().__post_init__()
         ok = is_list(self.indices) and all(is_int(index, 0) and index < self.steps for index in self.indices)
         require(self, "indices", f"ints in 0..{self.steps - 1}, truncation indices below `steps`", ok)
-        ok = is_list(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
-        require(self, "columns", "ints in 1..200", ok)
-        require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
 
     def run(self) -> Outcome:
         rows, claims = [], []
@@ -196,17 +190,10 @@ class Contraction(Experiment):
         seed: of the draws.
     """
 
-    columns: Sequence[int] = (20, 60, 100, 140, 170, 185)
-    draws: int = 50
-    steps: int = 400
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        ok = is_list(self.columns) and all(is_int(size) and size <= 200 for size in self.columns)
-        require(self, "columns", "ints in 1..200", ok)
-        for name in ("draws", "steps"):
-            require(self, name, "a positive int", is_int(getattr(self, name)))
-        require(self, "seed", "an int in 0..999999", is_int(self.seed, 0) and self.seed < 1_000_000)
+    columns: Sequence[int] = sizes(20, 60, 100, 140, 170, 185)
+    draws: int = count(50)
+    steps: int = count(400)
+    seed: int = seed_of_draws()
 
     def run(self) -> Outcome:
         panels: dict[str, list[Line]] = {"relative": [], "absolute": [], "index": []}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.core.options import is_int, is_list, is_positive, require
+from bilevel.core.options import is_list, is_positive, option
 from bilevel.curse.methods import METHODS, method
-from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel
+from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, count, some_of
 from bilevel.theory import QuadraticBatch, error_curves, lower_bound
 
 POINTS = 801
@@ -28,16 +28,15 @@ class WorstCase(Experiment):
         steps: K.
     """
 
-    kappas: Sequence[float] = (1e-2, 1e-3)
-    methods: Sequence[str] = ("GD 1/L", "GD 2/(L+l)", "Chebyshev", "heavy ball", "Sobolev", "Sobolev alpha=0")
-    steps: int = 400
-
-    def __post_init__(self) -> None:
-        ok = is_list(self.kappas) and all(is_positive(kappa) and kappa < 1 for kappa in self.kappas)
-        require(self, "kappas", "numbers in (0, 1)", ok)
-        known = is_list(self.methods) and all(name in METHODS for name in self.methods)
-        require(self, "methods", f"a list of some of {', '.join(METHODS)}", known)
-        require(self, "steps", "a positive int", is_int(self.steps))
+    kappas: Sequence[float] = option(
+        (1e-2, 1e-3),
+        "numbers in (0, 1)",
+        lambda kappas: is_list(kappas) and all(is_positive(kappa) and kappa < 1 for kappa in kappas),
+    )
+    methods: Sequence[str] = some_of(
+        METHODS, "GD 1/L", "GD 2/(L+l)", "Chebyshev", "heavy ball", "Sobolev", "Sobolev alpha=0"
+    )
+    steps: int = count(400)
 
     def run(self) -> Outcome:
         panels, claims = [], []

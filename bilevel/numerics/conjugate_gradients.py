@@ -100,19 +100,12 @@ def conjugate_gradients(
     """Return the CG run from x, whose residual is r, until `enough`, which looks at the run before each step.
 
     On the CPU the scalars are Python floats, which is cheaper than keeping them in tensors. An accelerator takes
-    `check_every` steps before its numbers are looked at: `enough` then sees the steps one by one, as on the CPU, and
-    what was computed after the end is dropped. A direction of negative or zero curvature ends the run before the step
-    along it.
+    `check_every` steps (8) before its numbers are looked at: `enough` then sees the steps one by one, as on the CPU,
+    and what was computed after the end is dropped; iterates and directions of so many steps are kept. A direction of
+    negative or zero curvature ends the run before the step along it, and so do `limit` steps.
 
-    Args:
-        matvec: a symmetric operator on vectors of shape (size,).
-        x: start.
-        r: its residual.
-        enough: True ends the run.
-        limit: most steps, hence most products; None for no limit.
-        check_every: default 1 on the CPU and 8 elsewhere. The iterates and directions of so many steps are kept.
-        precondition: a symmetric positive definite operator near the inverse; then `ratios`, and so `spectrum`, are
-            those of the preconditioned operator.
+    `matvec` is symmetric. `precondition` is a symmetric positive definite operator near the inverse; then `ratios`, and
+    so `spectrum`, are those of the preconditioned operator.
 
     >>> A, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
     >>> run = conjugate_gradients(lambda v: A @ v, torch.zeros(2), b, lambda run: run.steps == 2)

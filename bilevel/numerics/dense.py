@@ -48,11 +48,7 @@ def symmetric_product(A: Tensor, B: Tensor) -> Tensor:
 
 
 def check_factored(method: str, size: int, remedy: str) -> None:
-    """Refuse a size above `FACTORED`.
-
-    Raises:
-        ValueError: with the remedy.
-    """
+    """Refuse a size above `FACTORED`, with the remedy."""
     if size > FACTORED:
         raise ValueError(
             f"{method}() factors a dense Hessian, for at most {FACTORED:,} parameters, got {size:,}: use {remedy}."

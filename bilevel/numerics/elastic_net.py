@@ -38,10 +38,8 @@ SINGULAR = 1e-6
 class GramColumns:
     """A Gram matrix whose columns are formed when they are first asked for.
 
-    Args:
-        diagonal: of shape (p,).
-        form: from indices (k,) to the columns, as rows of shape (k, p).
-        multiply: from a vector (p,) to its product, where that is quicker than by columns.
+    `form` makes them, of indices (k,), as rows of shape (k, p); `multiply` makes the product with a vector (p,), where
+    that is quicker than by columns.
     """
 
     def __init__(
@@ -78,13 +76,9 @@ class GramColumns:
         return every @ self._rows[: self._count]
 
     def solve(self, support: Index, l2: Array, right: Array, anew: bool = False) -> Array:
-        """Return ``(G + l2)_SS^-1 right``, by the factor of a support near by where one serves.
+        """Return ``(G + l2)_SS^-1 right`` on a support S, increasing, by the factor of one near by where one serves.
 
-        Args:
-            support: S, increasing indices (k,).
-            l2: of shape (p,).
-            right: of shape (k,).
-            anew: whether none is to serve.
+        ``l2`` has the shape (p,), the others (k,); with `anew` no factor serves.
         """
         base = None if anew else self._base
         found = None if base is None else base.solve(self, support, l2, right)
@@ -110,13 +104,7 @@ class GramColumns:
 
 
 class _Bordered:
-    """The factor of a support B, and what supports near by add to it.
-
-    Args:
-        support: B, (k,), increasing.
-        l2: added to the diagonal, (k,).
-        L: the factor.
-    """
+    """The factor L of ``(G + l2)_BB`` of a support B, increasing, and what supports near by add to it."""
 
     def __init__(self, support: Index, l2: Array, L: Array) -> None:
         self.support, self.l2, self.L = support, l2, L
@@ -159,13 +147,7 @@ class _Bordered:
 
 
 class Solution(NamedTuple):
-    """A minimiser.
-
-    Attributes:
-        w: of shape (p,).
-        rounds: how many sweeps it took.
-        converged: whether it is one, up to rounding errors.
-    """
+    """A minimiser of shape (p,), how many sweeps it took, and whether it is one, up to rounding errors."""
 
     w: Array
     rounds: int
@@ -177,13 +159,7 @@ def solve_gram(
 ) -> Array:
     """Return the minimiser from a start w, such as that of a stronger penalty.
 
-    Args:
-        gram: G, of shape (p, p), symmetric positive semidefinite.
-        moment: c, of shape (p,).
-        l1: weights of ``|w|``, of shape (p,).
-        l2: weights of ``w^2 / 2``, of shape (p,).
-        w: the start.
-        positive: whether w >= 0.
+    G is positive semidefinite, (p, p); c, l1 (of ``|w|``) and l2 (of ``w^2 / 2``) are of shape (p,).
 
     >>> solve_gram(np.eye(2), np.array([3.0, 0.5]), np.ones(2), np.zeros(2), np.zeros(2))
     array([2., 0.])

@@ -58,9 +58,7 @@ def row_dots(A: Any, B: Any) -> Any:
 def factor(gram: Tensor, a: Tensor) -> Tensor:
     """Return the Cholesky factor of ``gram + diag(a)``, (..., p, p); where rounding leaves none, of a little more.
 
-    Args:
-        gram: positive semidefinite, of shape (..., p, p); it is changed in place.
-        a: of shape (..., p), not negative.
+    `gram` is positive semidefinite, and changed in place; a is of shape (..., p), not negative.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal += a

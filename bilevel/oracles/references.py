@@ -34,13 +34,7 @@ _WRAPPED = {"loss", "functional", "inner_loss", "outer_loss"}
 
 @dataclass(frozen=True)
 class Place:
-    """A container of plain values that a loss can change: a closure's cell, attributes, a dict, a list.
-
-    Attributes:
-        name: how messages call it.
-        read: returns its entries, ``{key: value}``.
-        write: puts such entries back in the place of the present ones.
-    """
+    """A container of plain values that a loss can change, as a dict: a closure's cell, attributes, a dict, a list."""
 
     name: str
     read: Callable[[], dict[Any, Any]]

@@ -131,11 +131,7 @@ def check_search(
     warm_start: WarmStart,
     schedule: Any = None,
 ) -> None:
-    """Refuse a run whose outer losses are no function of the hyperparameters, or whose hypergradients are biased.
-
-    Raises:
-        ValueError: in one sentence.
-    """
+    """Refuse a run whose outer losses are no function of the hyperparameters, or whose hypergradients are biased."""
     name = type(search).__name__
     if scheduler is not None or schedule is not None:
         which = "schedule" if scheduler is None else "scheduler"

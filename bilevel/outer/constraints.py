@@ -24,15 +24,7 @@ def check_constraints(constraints: Any) -> None:
 
 
 def bounds(hparams: Tree, constraints: Any) -> tuple[Tree, Tree]:
-    """Return the least and the largest hyperparameters that constraints allow, each shaped as `hparams`.
-
-    Args:
-        hparams: hyperparameters.
-        constraints: None, an interval, greater_than, less_than, positive, ..., or a dict of them by key.
-
-    Raises:
-        ValueError: for constraints that are no bounds, such as a simplex.
-    """
+    """Return the least and the largest hyperparameters that constraints allow; refuse what has no bounds."""
     ends: list[list[Tensor]] = [[], []]
     for leaf, constraint in zip(tree.leaves(hparams), by_leaf(hparams, constraints), strict=True):
         if constraint is not None and not {"lower_bound", "upper_bound"} & set(vars(constraint)):
@@ -46,11 +38,7 @@ def bounds(hparams: Tree, constraints: Any) -> tuple[Tree, Tree]:
 
 
 def by_leaf(hparams: Tree, constraints: Any) -> list[Any]:
-    """Return the constraint of each leaf, None for a free one.
-
-    Raises:
-        ValueError: for a dict of constraints with unknown keys, or for hyperparameters that are no dict.
-    """
+    """Return the constraint of each leaf, None for a free one; refuse a dict of them that does not fit."""
     if not isinstance(constraints, Mapping):
         return [constraints] * len(tree.leaves(hparams))
     if not isinstance(hparams, Mapping):
@@ -63,13 +51,8 @@ def by_leaf(hparams: Tree, constraints: Any) -> list[Any]:
 class ConstraintTransform:
     """From free variables z to constrained hyperparameters ``u = transform(z)``, leaf by leaf.
 
-    Args:
-        hparams: where the outer loop starts; must lie inside the constraints.
-        constraints: None, a ``torch.distributions.constraints`` object for all leaves, or a dict of them by key.
-
-    Raises:
-        ValueError: for unknown keys, for what is no constraint or has no transform, and for a start outside a
-            constraint or on its boundary.
+    The start must lie inside the constraints: a ``torch.distributions.constraints`` object for all leaves, a dict of
+    them by key, or None.
     """
 
     def __init__(self, hparams: Tree, constraints: Any) -> None:

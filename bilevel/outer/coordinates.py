@@ -26,13 +26,7 @@ def sigmoid(x: Vector) -> Vector:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Hyperparameters as they are, within limits; v = u.
-
-    Args:
-        centre: c, (k,): the logarithms of the scales, or zeros.
-        lower: least u, (k,).
-        upper: largest u, (k,).
-    """
+    """Hyperparameters as they are, (k,), within limits; v = u. `centre` are log scales of log penalties, or zeros."""
 
     centre: Vector
     lower: Vector
@@ -66,14 +60,9 @@ class Coordinates:
         return np.zeros_like(u)
 
     def models(self, u: Vector, gradient: Vector, second: tuple[Vector, ...]) -> tuple[Vector, tuple[Vector, ...]]:
-        """Return slopes and second derivatives by v, (k,) and each (k, k), from those by u.
+        """Return slopes and second derivatives by v, (k,) and each (k, k), from those by u: Gauss-Newton's, and exact.
 
         With ``D = diag(du/dv)``: ``D B D``, and of the exact ones ``diag(g d2u/dv2)`` besides.
-
-        Args:
-            u: where they were taken.
-            gradient: g, by u.
-            second: B, Gauss-Newton and exact second derivatives by u.
         """
         slope = self.slope(u)
         squares = slope * slope[:, None]

@@ -34,12 +34,10 @@ class SearchTrial(Trial):
 
 @dataclass(frozen=True)
 class LBFGSState(SearchState):
-    """The state of `HyperLBFGS`.
+    """The state of `HyperLBFGS`: `pairs` are the last changes of v and of the slopes by v, each (k,).
 
-    Attributes:
-        pairs: the last changes of v and of the slopes by v, each (k,).
-        search: the last trial of a search that goes on, with its share cut; None where a new one begins.
-        restarted: whether the pairs were dropped before the end, of an outer loss with kinks.
+    `search` is the last trial of a search that goes on, with its share cut; None where a new one begins. `restarted`:
+    the pairs were dropped before the end, of an outer loss with kinks.
     """
 
     pairs: tuple[tuple[Vector, Vector], ...] = ()
@@ -179,13 +177,7 @@ def cubic(f0: float, d0: float, f1: float, d1: float) -> float:
 
 
 def two_loop(g: Vector, free: NDArray[np.bool_], pairs: tuple[tuple[Vector, Vector], ...]) -> Vector:
-    """Return the direction ``-B^-1 g`` of L-BFGS on the free variables, zero on the others.
-
-    Args:
-        g: the slopes, (k,).
-        free: a mask, (k,).
-        pairs: changes of the variables and of the slopes, oldest first.
-    """
+    """Return L-BFGS's ``-B^-1 g`` on free variables, zero on others; pairs are (of v, of slopes), oldest first."""
     q = np.where(free, g, 0.0)
     used = []
     for s, y in reversed(pairs):

@@ -35,13 +35,7 @@ class NewtonTrial(Trial):
 
 @dataclass(frozen=True)
 class NewtonState(SearchState):
-    """The state of `HyperNewton`.
-
-    Attributes:
-        radius: of the trust region, in t.
-        reach: how far u may fall in one step.
-        exact: whether the exact model is in use, not Gauss-Newton's.
-    """
+    """The state of `HyperNewton`: the radius of its region in t, how far u may fall in one step, and which model."""
 
     radius: float = 0.3
     reach: float = REACH

@@ -54,13 +54,7 @@ def bare_step(optimizer: Any) -> Callable[[], Any]:
 
 
 class Mover:
-    """Moves free variables z by a torch optimizer; ``hparams = transform(z)``.
-
-    The arguments are those of `OuterOptimizer`; `size` is the number of rows, None for one problem.
-
-    Raises:
-        ValueError: for what cannot move these hyperparameters.
-    """
+    """Moves free variables z by a torch optimizer; ``hparams = transform(z)``. `size` counts rows, None for one."""
 
     def __init__(
         self,
@@ -86,17 +80,10 @@ class Mover:
     def move(
         self, hparams: Tree, estimate: Any, descent: Sequence[int], step: int, all_or_none: bool
     ) -> tuple[Tree, list[Verdict]]:
-        """Move some rows; a step to NaN, or an interrupted one, is undone.
+        """Return where the rows are after a step of those in `descent`, and a verdict on each.
 
-        Args:
-            hparams: where the rows are.
-            estimate: the hypergradients there.
-            descent: the rows that move; one problem is row 0.
-            step: number of the outer step.
-            all_or_none: move none where one would become NaN.
-
-        Returns:
-            Where the rows are then, and a verdict on each move: a failure where it was undone.
+        A step to NaN is undone, which its verdict says, and so is an interrupted one; with `all_or_none` no row moves
+        then. One problem is row 0.
         """
         before = self._undo
         before.take()

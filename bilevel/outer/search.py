@@ -158,12 +158,9 @@ class OuterSearch(ABC, Generic[State]):
         return self.step(state, state.accepted)
 
     def tell(self, state: State, answer: Answer | None, cost: float = 0.0) -> State:
-        """Return the state after the evaluation of its trial.
+        """Return the state after the evaluation of its trial, None where it failed.
 
-        Args:
-            state: the state that was proposed.
-            answer: what was found; None where the evaluation failed.
-            cost: of the evaluation, in any unit: a scan ends where one costs far more than all before it.
+        The cost has any unit: a scan ends where an evaluation costs far more than all before it.
         """
         trial = state.trial
         if answer is not None and not (math.isfinite(answer.value) and np.isfinite(answer.gradient).all()):
@@ -195,12 +192,7 @@ class OuterSearch(ABC, Generic[State]):
 
     @abstractmethod
     def init(self, u: Vector, coordinates: Coordinates) -> State:
-        """Return the state before the first evaluation.
-
-        Args:
-            u: where to start, (k,).
-            coordinates: where to move.
-        """
+        """Return the state before the first evaluation, which starts at u, (k,)."""
 
     @abstractmethod
     def step(self, state: State, accepted: Accepted) -> State:

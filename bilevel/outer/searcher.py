@@ -62,16 +62,8 @@ class OutsideLimits(ValueError):
 class Searcher:
     """A search on one problem: its hyperparameters as one vector, and estimates as its answers.
 
-    Args:
-        search: the search.
-        problem: a single problem.
-        hparams: where to start.
-        constraints: None, or bounds: see `bounds`.
-        params: where the inner solver starts.
-        chooses: whether it chooses the accuracy of its evaluations, see `chooses_accuracy`.
-
-    Raises:
-        ValueError: for a scan of what is no log penalty, and a start outside its bounds.
+    The arguments are those of `OuterOptimizer`; `chooses`: it chooses accuracies, see `chooses_accuracy`. A scan of
+    what is no log penalty is refused, and a start outside its bounds.
     """
 
     def __init__(

@@ -41,17 +41,8 @@ def auto_search(
 ) -> tuple[OuterSearch[Any] | None, str]:
     """Return the search that fits a run, with the reason; None for Adam, where outer losses do not compare.
 
-    Args:
-        problem: the problem.
-        solver: the inner solver.
-        estimator: the hypergradient estimator.
-        hparams: where to start.
-        warm_start: what one step hands to the next.
-        params: where the inner solver starts; None for the problem's own start.
-        constraints: see `OuterOptimizer`.
-        scheduler: a scheduler belongs to a torch optimizer.
-        tol: relative decrease of the outer loss that may be left.
-        outside: whether hyperparameters that start outside the limits of a search are left to Adam, or refused.
+    The options are those of `OuterOptimizer`. Hyperparameters that start outside the limits of a search are left to
+    Adam or, where `outside` is false, refused.
 
     Raises:
         ValueError: for such a start that is refused.
@@ -120,16 +111,7 @@ def searches_of(
 
 
 class Searches:
-    """The searches of one problem, or of the rows of a batch, each with its own phase and end.
-
-    Args:
-        search: the search.
-        problem: the problem.
-        hparams: where to start; of rows with a leading dimension.
-        constraints: None, or bounds, see `Searcher`.
-        params: where the inner solver starts; None for the problem's own start.
-        chooses: whether it chooses the accuracy of its evaluations, see `chooses_accuracy`.
-    """
+    """The searches of one problem, or of the rows of a batch, each with its own phase and end; see `Searcher`."""
 
     scheduler = None
 
@@ -185,11 +167,7 @@ class Searches:
         return solver, estimator, replace(carry, ongoing=True) if again else carry
 
     def tell(self, estimate: Any, going: Sequence[bool]) -> list[dict[str, Any] | None]:
-        """Hand an evaluation to the searches that go on.
-
-        Returns:
-            For each what its record says besides: phase, accepted and predicted; None for a search that has ended.
-        """
+        """Hand an evaluation to the searches that go on, and return what the record of each says besides, else None."""
         estimates: list[Estimate] = [estimate] if self.size is None else [estimate[i] for i in range(self.size)]
         told: list[dict[str, Any] | None] = []
         for each, one, goes in zip(self.each, estimates, going, strict=True):

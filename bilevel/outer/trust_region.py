@@ -54,12 +54,7 @@ def ball_step(g: Vector, B: Vector, radius: float) -> Vector:
 def box_step(g: Vector, B: Vector, radius: float, lower: Vector, upper: Vector) -> tuple[Vector, float]:
     """Return a step s within the ball and the box, and the decrease ``-(g's + 1/2 s'B s)`` that the model predicts.
 
-    Args:
-        g: slopes, of shape (k,).
-        B: the model's second derivatives, (k, k); may be indefinite.
-        radius: of the ball.
-        lower: least step of each variable, at most zero.
-        upper: largest step, at least zero.
+    B may be indefinite; lower bounds are at most zero, upper ones at least.
 
     >>> s, decrease = box_step(np.array([-1.0, -1.0]), np.eye(2), 3.0, np.zeros(2), np.array([0.5, 2.0]))
     >>> s, decrease

@@ -184,11 +184,8 @@ class TableModel:
     def predict(self, data: Any, encoding: str | None = None) -> Predictions:
         """Return what the model says of the rows of a file or a data frame, in their order.
 
-        Columns may stand in any order, and others beside them. Missing cells and words are treated as in training.
-
-        Args:
-            data: a path, or a data frame.
-            encoding: of a text file; None for that of its byte-order mark, else UTF-8, else that of training.
+        Columns may stand in any order, and others beside them. Missing cells and words are treated as in training. The
+        encoding of a text file is that of its byte-order mark, else UTF-8, else that of training, unless it is given.
 
         Raises:
             ValueError: in one sentence, for a file that is no table, and for a column that is missing.

@@ -47,14 +47,9 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """What scores models of rows.
+    """What scores models of rows, whose targets are as they are tuned, by a criterion of all of them.
 
-    Attributes:
-        rows: with targets as they are tuned.
-        criterion: of all of them.
-        folds: of the outer loop.
-        factor: what a loss of the library is multiplied by to be the one that is shown.
-        scale: what targets as they were given have been divided by, (targets,).
+    `factor` makes a loss of the library the one that is shown; targets as they were given were divided by `scale`.
     """
 
     rows: Rows

@@ -14,15 +14,7 @@ from bilevel.data.rows import Rows
 
 
 def weighted_by_class(rows: Rows, given: Mapping[Any, float] | str | None) -> Rows:
-    """Return rows whose weights, those of the test part included, are multiplied by the weights of their classes.
-
-    Args:
-        rows: of classes.
-        given: see `FoldOptions`.
-
-    Raises:
-        ValueError: in one sentence, without classes, and for labels that are none.
-    """
+    """Return rows whose weights are multiplied by those of their classes; refuse a regression, and unknown labels."""
     if given is None:
         return rows
     if rows.classes is None:
@@ -47,11 +39,7 @@ def weighted_by_class(rows: Rows, given: Mapping[Any, float] | str | None) -> Ro
 
 
 def groups_of(groups: Mapping[str, Sequence[str]], columns: Sequence[str]) -> list[str]:
-    """Return the group of every feature, given the column that it is of.
-
-    Raises:
-        ValueError: in one sentence, for columns in no group, in several, and that there are none of.
-    """
+    """Return the group of every feature, given its column; refuse columns in no group, in several, and unknown."""
     of_column: dict[str, str] = {}
     for group, members in groups.items():
         for column in members:
