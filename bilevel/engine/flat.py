@@ -26,6 +26,7 @@ from bilevel.engine.affine import Stretch
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.lean import Plan
 from bilevel.engine.loop import Looks, conclude
+from bilevel.engine.recurrence import ReadsIterateError
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.cut import recorded
 from bilevel.oracles.inner_problem import InnerProblem
@@ -94,6 +95,8 @@ def flat_run(
             found = taken(inner, plan, limit, length, at_least, kept)
         except NotRecordedError as reason:
             inner.refused = str(reason)
+        except ReadsIterateError:  # not at the first step
+            pass
     if recording is not None and found is not None:
         end = found.end.state.params
         if not recording.confirms(plan.raveler.ravel(end), plan.raveler.ravel(inner.grad(end))):

@@ -29,7 +29,7 @@ from bilevel.base import InnerState
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.engine.affine import AT_ONCE, Doubled, Powers, Stretch, block, doubles
-from bilevel.engine.recurrence import Numbers, schedule
+from bilevel.engine.recurrence import Numbers, ReadsIterateError, schedule
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.kernels import Affine, Kernels, Pushed, Stepped
@@ -251,7 +251,7 @@ class Plan:
         """Where the first step takes its gradient; None where the solver's numbers are known only with its iterates."""
         try:
             ((numbers, *_), _) = next(schedule(self.solver, self.starts, 0, 1))
-        except (AttributeError, TypeError):  # they were asked for without one
+        except ReadsIterateError:
             return None
         point: Tensor = tree.weighted_sum(numbers.reads, (self.first.params, *self.first.memory))
         return point

@@ -73,14 +73,25 @@ def unroll(
     return advance(now, problem, list(schedule(solver, states, steps - tail, steps)))
 
 
+class ReadsIterateError(ValueError):
+    """Coefficients that depend on the iterate: those of no linear method."""
+
+
 def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, last: int) -> Iterator[Part]:
     """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count.
 
-    They are asked for without an iterate: numbers that depend on it are those of no linear method.
+    They are asked for without an iterate; ReadsIterateError says that they depend on it.
     """
 
     def numbers(index: int) -> Numbers:
-        return tuple(solver.coefficients(InnerState(None, (), state.steps + index, state.measured)) for state in states)
+        at = [InnerState(None, (), state.steps + index, state.measured) for state in states]
+        try:
+            return tuple(map(solver.coefficients, at))
+        except (AttributeError, TypeError) as error:
+            raise ReadsIterateError(
+                f"{type(solver).__name__}.coefficients fails without an iterate ({error}), and with one they are those "
+                "of no linear method: use FullUnroll()."
+            ) from error
 
     def settled(index: int) -> bool:
         return solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bilevel.core.deprecated import with_old_names
+from bilevel.core.overrides import given_after
+from bilevel.oracles.inner_problem import InnerProblem
 
 
 @dataclass(frozen=True)
@@ -48,5 +50,15 @@ RENAMED = {"quadratic": "quadratic", "one_solution": "unique_solution", "renewed
 
 
 def declared(cls: type[Any], structure: Structure) -> Structure:
-    """Return the structure of a problem's class, with attributes by their old names, for one release."""
+    """Return the structure of a problem's class, with attributes by their old names, for one release.
+
+    Raises:
+        ValueError: for a class with a graph of the gradient that its oracles do not read.
+    """
+    oracles = cls.inner_problem
+    if given_after(cls, ("gradient_graph",), "inner_problem") and oracles._grad is not InnerProblem._grad:
+        raise ValueError(
+            f"{cls.__name__} has a `gradient_graph` of its own, which the oracles of {oracles.__name__} do not read: "
+            "give it an `inner_problem` of its own, too."
+        )
     return with_old_names(cls, "structure", structure, RENAMED)

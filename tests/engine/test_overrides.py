@@ -164,3 +164,38 @@ def test_the_spectrum_sees_starts_and_step_sizes_of_a_subclass() -> None:
             for estimator in (bl.Spectral(), bl.FullUnroll(memory="graph"))
         )
         torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+
+
+class OwnGradient:
+    """The graph of another gradient."""
+
+    def gradient_graph(self, params: Any, hparams: Any) -> Any:
+        return super().gradient_graph(params, hparams) + 0.3 * params**3  # type: ignore[misc]
+
+
+def test_a_gradient_that_oracles_do_not_read_is_refused_or_told() -> None:
+    for base in (bl.problems.RidgeProblem, bl.problems.LogisticProblem):
+        with pytest.raises(ValueError, match="`gradient_graph` of its own"):
+            type("Own", (OwnGradient, base), {})
+    own: Any = type("Own", (OwnGradient, bl.BilevelProblem), {})
+    problem = own(lambda w, u: (X @ w - Y).square().mean() + u.exp() * w @ w, lambda w, u: w.sum(), X[0])
+    for steps in (9, 300):
+        estimate = bl.hypergradient(
+            problem, bl.GradientDescent(0.05, steps=steps), bl.FullUnroll(), U, on_failure="return"
+        )
+        assert estimate.status is bl.Status.WRONG_DERIVATIVE
+
+
+def later(self: Any, state: Any) -> Coefficients:
+    """Step sizes that depend on the iterate from the third step on."""
+    h = 0.05 / (1.0 + (float(state.params.detach().norm()) if state.steps > 1 else 0.0))
+    return Coefficients(read=(1.0,), mix=((1.0,),), write=(-h,))
+
+
+def test_step_sizes_that_read_the_iterate_have_no_spectrum_and_are_those_of_its_steps() -> None:
+    solver: Any = type("Later", (bl.GradientDescent,), {"coefficients": later})(steps=5)
+    with pytest.raises(ValueError, match="fails without an iterate"):
+        bl.hypergradient(RIDGE, solver, bl.Spectral(), U)
+    one, other = (bl.hypergradient(RIDGE, solver, bl.FullUnroll(memory=memory), U) for memory in ("iterates", "graph"))
+    assert one.certificate.form == "step by step"
+    torch.testing.assert_close(one.hypergradient, other.hypergradient, rtol=1e-12, atol=0)
