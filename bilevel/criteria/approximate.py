@@ -13,8 +13,8 @@ from torch import Tensor
 from bilevel.criteria import newton_cg, newton_one
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import SKETCH, Factored, Sketched
 from bilevel.criteria.penalties import Penalties
+from bilevel.numerics.factored import SKETCH, Factored, Sketched
 from bilevel.numerics.small import array, eigh, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
 

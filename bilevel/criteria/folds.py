@@ -14,9 +14,9 @@ from torch import Tensor
 from bilevel.criteria import newton, newton_cg, newton_dense
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
-from bilevel.criteria.leverage import factored
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import checked_folds, restricted
+from bilevel.numerics.factored import factored
 from bilevel.numerics.small import factor, weighted_gram
 from bilevel.problems.losses import GLMLoss
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from bilevel.criteria.leverage import factored
+from bilevel.numerics.factored import factored
 from bilevel.numerics.small import factor, weighted_gram
 from bilevel.problems.losses import GLMLoss
 

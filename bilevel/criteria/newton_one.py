@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bilevel.criteria.leverage import Factored, factored
+from bilevel.numerics.factored import Factored, factored
 from bilevel.numerics.small import array, tensor
 from bilevel.problems.losses import GLMLoss
 

@@ -199,8 +199,9 @@ def _at_once(
     x = exact.params.clone()  # the caller's may change; the warm start does not
 
     def warm() -> Carry:
-        cold = solver.cold_state(problem.bind(hparams), x)
-        return Carry(InnerState(x, cold.memory, exact.steps), exact.adjoint, name)
+        # Binding takes longer than all else here.
+        memory = () if solver.dense_newton else solver.cold_state(problem.bind(hparams), x).memory
+        return Carry(InnerState(x, memory, exact.steps, cache=exact.cache), exact.adjoint, name)
 
     verdict = Verdict(detail=exact.detail) if exact.detail else GOOD
     return made_later(

@@ -131,7 +131,7 @@ class Implicit(HypergradEstimator):
         state = None if carry is None else carry.state
         start = state.params if state is not None else problem.params if params is None else params
         most, tol = solver.limits(torch.float64)
-        return None if tol is None else problem.newton(hparams, start, most, tol)
+        return None if tol is None else problem.newton(hparams, start, most, tol, state and state.cache)
 
     def solve(self, run: Run) -> Solution:
         if self.successor is not None:

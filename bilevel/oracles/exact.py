@@ -26,6 +26,7 @@ class Exact(NamedTuple):
         value_error: ``a' g`` with the adjoint a and the inner gradient g, where params are not all but exact.
         form: how it was found, as in `Certificate`.
         detail: what the verdict says.
+        cache: curvature to begin with at other hyperparameters, as in `InnerState`.
     """
 
     params: Tensor
@@ -40,6 +41,7 @@ class Exact(NamedTuple):
     value_error: float | None = None
     form: str = "closed form"
     detail: str = ""
+    cache: Tree = None
 
 
 class AtOnce:
@@ -56,9 +58,9 @@ class AtOnce:
         """Return what `exact` does after equal steps of one vector, by (mix, read, write); default: None."""
         return None
 
-    def newton(self, hparams: Tree, start: Tree, most: int, tol: float) -> Exact | None:
+    def newton(self, hparams: Tree, start: Tree, most: int, tol: float, cache: Tree = None) -> Exact | None:
         """Return what `exact` does by at most so many dense Newton steps from a start to a tolerance; default: None.
 
-        The tolerance is that of a run of inner steps (`bilevel.engine.tolerance`).
+        The tolerance is that of a run of inner steps (`bilevel.engine.tolerance`); `cache` is an earlier result's.
         """
         return None

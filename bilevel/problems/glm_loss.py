@@ -28,12 +28,14 @@ class Response:
         curvature: the response -> what `GLMLoss.curvature` returns.
         sign: of every row, (rows,), 1 or -1; None for 1.
         target: shaped as z; None for 0.
+        value: ``sign z`` -> the losses, shaped as z; None where `GLMLoss.value` has to say it.
     """
 
     apply: Callable[[Tensor], object]
     curvature: Callable[[Tensor], Tensor]
     sign: Tensor | None = None
     target: Tensor | None = None
+    value: Callable[[Tensor], Tensor] | None = None
 
 
 class GLMLoss(ABC):
@@ -61,7 +63,7 @@ class GLMLoss(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # A response that is inherited knows nothing of slopes that are not.
-        if given_after(cls, ("slope", "curvature", "hessian_product"), "response"):
+        if given_after(cls, ("value", "slope", "curvature", "hessian_product"), "response"):
             cls.response = GLMLoss.response  # type: ignore[method-assign]
 
     @abstractmethod

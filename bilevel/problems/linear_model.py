@@ -208,6 +208,8 @@ class LinearModelProblem(DataProblem):
 
     def gather(self, weights: Tensor) -> Tensor:
         """Return the sums over each group of weights, shaped as the hyperparameters; the transpose of `spread`."""
+        if weights.shape == self._hparams_shape == self._group_shape:
+            return weights
         return weights.sum_to_size(self._group_shape).reshape(self.hparams_shape())
 
     def penalties(self, hparams: Tensor) -> Tensor:
@@ -275,12 +277,12 @@ class LinearModelProblem(DataProblem):
         plain = self.inner_problem is LinearModelInner and self.nonsmooth is None and self.solved_on_host
         return HostModel.of(self) if plain else None
 
-    def newton(self, hparams: Tree, start: Tree, most: int, tol: float) -> Exact | None:
+    def newton(self, hparams: Tree, start: Tree, most: int, tol: float, cache: Tree = None) -> Exact | None:
         if self.batch is not None or self._arrays is None:
             return None
         if not on_host(hparams, self.hparams_shape()) or not on_host(start, self.params_shape()):
             return None
-        return self._arrays.newton(self, hparams, start, most, tol)
+        return self._arrays.newton(self, hparams, start, most, tol, cache)
 
     def hyper_hessians(self, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
         return linear_hyper_hessians(self, hparams, params, adjoint)

@@ -80,7 +80,7 @@ class Logistic(GLMLoss):
         return torch.sigmoid(z) * torch.sigmoid(-z)
 
     def response(self, y: Tensor, outputs: int | None) -> Response:
-        return Response(torch.sigmoid_, lambda p: torch.addcmul(p, p, p, value=-1.0), sign=-y)
+        return Response(torch.sigmoid_, lambda p: torch.addcmul(p, p, p, value=-1.0), sign=-y, value=softplus)
 
     def third(self, z: Tensor, y: Tensor) -> Tensor:
         p, q = torch.sigmoid(z), torch.sigmoid(-z)

@@ -12,7 +12,8 @@ import torch
 from criteria_cases import differences, penalty_cases, refit
 from torch import Tensor
 
-from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut, approximate, leverage
+from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut, approximate
+from bilevel.numerics import factored
 from bilevel.problems import GLMLoss, Huber, Logistic, Poisson, Softmax, Squared, SquaredHinge
 
 LOSSES: list[GLMLoss] = [Logistic(), Squared(), Poisson(), Huber(1.0), SquaredHinge()]
@@ -119,12 +120,12 @@ def test_a_gram_matrix_serves_like_curvatures_and_solutions_are_refined(monkeypa
     data, penalties, made_ = made(Logistic(), 1500, 12), Penalties.scalar(12), []
     exact = ApproximateLeaveOneOut(data, Logistic(), penalties)
     monkeypatch.setattr(approximate, "LARGE", 0)
-    gram = leverage.weighted_gram
-    monkeypatch.setattr(leverage, "weighted_gram", lambda *given: made_.append(1) or gram(*given))
+    gram = factored.weighted_gram
+    monkeypatch.setattr(factored, "weighted_gram", lambda *given: made_.append(1) or gram(*given))
     grid = np.linspace(9.0, -3.0, 13)[:, None]
     scanned = ApproximateLeaveOneOut(data, Logistic(), penalties).scan(grid)
     assert 0 < len(made_) < 9
-    monkeypatch.setattr(leverage, "SAME", -1.0)  # none serves
+    monkeypatch.setattr(factored, "SAME", -1.0)  # none serves
     anew = ApproximateLeaveOneOut(data, Logistic(), penalties).scan(grid)
     monkeypatch.undo()
     for one, two, three in zip(scanned, anew, exact.scan(grid), strict=True):

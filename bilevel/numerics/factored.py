@@ -49,6 +49,10 @@ class Factored:
         """Return ``H^-1 r`` of a vector."""
         return solve(self.L, r)
 
+    def product(self, v: Any) -> Any:
+        """Return ``H v`` of a vector."""
+        return self.gram @ v + self.a * v
+
     @cached_property
     def half(self) -> Any:
         """``X1 L^-T``, of shape (rows, p1)."""
@@ -206,6 +210,9 @@ class FactoredRows(Factored):
         moved = self.roots * (moved + result[-1] * self.ones)
         result[:-1] = w - (moved @ self.X) / self.penalties
         return result
+
+    def product(self, v: Any) -> Any:
+        return (self.d * (self.X1 @ v)) @ self.X1 + self.a * v
 
     @cached_property
     def V(self) -> Any:
