@@ -19,7 +19,8 @@ from bilevel.problems.splits import Split
 from bilevel.problems.tables import features, targets
 
 CONSTANT = 1e-12
-"""A column whose deviation is below this part of its size is constant: what is left are rounding errors."""
+"""A column whose deviation is below this part of its size, or its mean square less that of its mean below this part of
+the first, is constant: what is left are rounding errors."""
 DENSE = 20_000_000
 """Entries up to which sparse inputs are made dense where a method needs that."""
 BLOCK = 256
@@ -115,9 +116,8 @@ class LinearData:
             scale[scale == 0] = 1.0
         else:
             X, mean, scale = _standardised(array(self.X[keep]), array(weights), self.intercept, self.standardize)
-        scale = scale if self.standardize else torch.ones_like(scale)
-        offset = self.offset + self.scale * mean
-        return type(self)(X, y, weights, offset, self.scale * scale, self.intercept, self.standardize)
+        offset, scale = self.offset + self.scale * mean, self.scale * scale if self.standardize else self.scale
+        return type(self)(X, y, weights, offset, scale, self.intercept, self.standardize)
 
     def __getstate__(self) -> dict[str, Any]:
         # Torch remarks in every process that loads a CSR tensor that all of CSR is a beta: its parts are loaded.
@@ -248,9 +248,9 @@ class LinearData:
         """
         share = weights / weights.sum(-1, keepdim=True)
         mean, square = self.collect(share), self.squares(share)
-        if not self.intercept:
-            return torch.zeros_like(mean), _deviations(square, square)
-        return mean, _deviations(square - mean.square(), square)
+        mean = mean if self.intercept else torch.zeros_like(mean)
+        variance = square - mean.square()
+        return mean, _deviations(variance.masked_fill(variance <= CONSTANT * square, 0.0), square)
 
     def squares(self, weights: Tensor) -> Tensor:
         """Return the sums of the squares of the standardised columns, (..., features), under weights (..., rows)."""

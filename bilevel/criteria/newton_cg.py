@@ -251,7 +251,7 @@ def inverse_product(
         if bool((rest <= tol**2 * first).all()):
             break
         size = spread(left.flatten(1).norm(dim=1).clamp_min(torch.finfo(r.dtype).tiny), r)
-        needed = (tol**2 * first / rest.clamp_min(torch.finfo(r.dtype).tiny)).sqrt().clamp_min(LOW)
+        needed = (tol**2 * first / rest.clamp_min(torch.finfo(r.dtype).tiny)).sqrt().clamp(LOW, 1.0)
         x = x + conjugate_gradients(quick, inverse, (left / size).float(), needed.float())[0].to(r.dtype) * size
         left = r - product(x)
     return inverse.settle(x)

@@ -57,6 +57,19 @@ def test_a_constant_column_has_coefficient_zero(sparse: bool) -> None:
     assert abs(float(fit.coef[1])) < 1e-10
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_columns_that_are_constant_without_a_fold_have_deviation_zero_in_the_others(sparse: bool) -> None:
+    rng = np.random.default_rng(0)
+    given = np.zeros((600, 40))
+    given[7] = rng.random(40) + 0.5  # standardised, zeros are a number that rounds
+    given[:, 0] = rng.standard_normal(600)
+    weights = torch.ones(600, dtype=torch.float64)
+    weights[5:200] = 0.0
+    _, deviation = LinearData.of(scipy.sparse.csr_matrix(given) if sparse else given, np.arange(600.0)).moments(weights)
+    assert float(deviation[0]) > 0.5
+    assert not deviation[1:].any()
+
+
 def repeated(kind: str) -> Any:
     """Return X with every entry stored as two halves, in no order."""
     full = X.tocoo()
