@@ -249,9 +249,6 @@ class CutKernels(Kernels):
             parts = [[part.sum(0) for part in batched(*chunk)] for chunk in zip(*chunks, strict=True)]
         return tree.rebuild(self.inner.hparams, [sum(each[1:], each[0]) for each in zip(*parts, strict=True)])
 
-    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
-        raise NotImplementedError
-
     def agrees(self, x: Tensor) -> bool:
         """Return whether gradient and products at the first point of a run are those of autograd."""
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)

@@ -80,12 +80,13 @@ class Kernels(Stepped):
     def cross(self, points: Tensor, vectors: Tensor) -> Tree:
         """Return ``sum_k C(points_k)' vectors_k``, shaped as the hyperparameters, for two tensors of shape (K, m)."""
 
-    @abstractmethod
-    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
-        """Write ``H t + C e`` for every hyperparameter: t a row of tangents, (k, m), and e its unit.
+    def push(self, x: Tensor, out: Tensor) -> None:
+        """Write the gradient at ``x[0]`` into ``out[0]``, and ``H t + C e`` for every hyperparameter.
 
-        `place` is what the gradient at x has left.
+        Here t is the row of x, of shape (1 + k, ...), that belongs to the hyperparameter, e its unit, and the row of
+        `out` the same.
         """
+        raise NotImplementedError
 
 
 class Affine(Kernels):
@@ -122,9 +123,11 @@ class Affine(Kernels):
     def cross(self, points: Tensor, vectors: Tensor) -> Tree:
         return self._cross_sum(points, vectors)
 
-    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
+    def push(self, x: Tensor, out: Tensor) -> None:
         assert self._moves is not None
-        torch.addmm(self._moves(x), tangents, self.hessian, out=out)
+        torch.mm(x, self.hessian, out=out)
+        out[0].add_(self.linear)
+        out[1:].add_(self._moves(x[0]))
 
 
 class Pushed(Stepped):
@@ -137,19 +140,7 @@ class Pushed(Stepped):
     def __init__(self, of: Kernels, size: int) -> None:
         self.of, self.form = of, of.form
         self.size: int = size
-        self.parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def places(self, count: int) -> Tensor:
-        self.parts.clear()  # memory must not grow with the steps
-        return self.of.places(count)
+        self.shape = (-1, size) if of.shape == (-1,) else (-1, *of.shape)
 
     def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
-        _, point, tangents = self.parts.get(id(x)) or self._split(x)
-        _, value, pushed = self.parts.get(id(out)) or self._split(out)
-        self.of.gradient(point, place, value)
-        self.of.push(point, place, tangents, pushed)
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x, which is held so that its id stays its own, with its point and its tangents as views."""
-        self.parts[id(x)] = parts = x, x[: self.size].view(self.of.shape), x[self.size :].view(-1, self.size)
-        return parts
+        self.of.push(x, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,11 +55,11 @@ class ModelKernels(Kernels):
 
     def gradient(self, x: Tensor, place: Tensor, out: Tensor) -> None:
         torch.mul(self.penalty, x, out=out)
-        out.addmm_(self._slope(x, place), self.rows, alpha=self.scale)
+        out.addmm_(self._slope(torch.mm(x, self.X, out=place)), self.rows, alpha=self.scale)
 
     def descend(self, x: Tensor, place: Tensor, h: float, out: Tensor) -> None:
         torch.addcmul(x, self.penalty, x, value=-h, out=out)
-        out.addmm_(self._slope(x, place), self.rows, alpha=-h * self.scale)
+        out.addmm_(self._slope(torch.mm(x, self.X, out=place)), self.rows, alpha=-h * self.scale)
 
     def product(self, at: Tensor, v: Tensor, out: Tensor) -> None:
         torch.mul(self.penalty, v, out=out)
@@ -74,16 +75,31 @@ class ModelKernels(Kernels):
         shape = (points.shape[0], *self.inner.problem.params.shape)
         return self.inner._cross_sum(points.view(shape), vectors.view(shape))
 
-    def push(self, x: Tensor, place: Tensor, tangents: Tensor, out: Tensor) -> None:
-        torch.mul(self.penalty.view(-1), tangents, out=out)
-        out.addcmul_(self.inner.slope_rows, x.view(-1))
-        along = (tangents.view(-1, self.shape[1]) @ self.X).view(-1, *place.shape)
-        turned = self.glm.hessian_product(self.at(place), along).view(-1, place.shape[-1])
-        out.view(-1, self.shape[1]).addmm_(turned, self.rows, alpha=self.scale)
+    def push(self, x: Tensor, out: Tensor) -> None:
+        torch.mul(self.penalty, x, out=out).addcmul_(self.slopes, x[:1])
+        # The predictions of the point and of all its derivatives are one product, and so is what comes back from them.
+        predictions, first, others = self.pushed
+        torch.mm(x.view(-1, self.shape[1]), self.X, out=predictions)
+        slope = self._slope(first)
+        others.copy_(self.glm.hessian_product(self.at(first), others))
+        if slope is not first:
+            first.copy_(slope)
+        out.view(-1, self.shape[1]).addmm_(predictions, self.rows, alpha=self.scale)
 
-    def _slope(self, x: Tensor, place: Tensor) -> Tensor:
-        """Return the slopes of the losses at x; predictions, or their response, stay in `place`."""
-        torch.mm(x, self.X, out=place)
+    @cached_property
+    def slopes(self) -> Tensor:
+        """The derivatives of the penalties by the hyperparameters, (1 + k, outputs, features), after a row of zeros."""
+        rows = self.inner.slope_rows.view(-1, *self.shape)
+        return torch.cat([torch.zeros_like(rows[:1]), rows])
+
+    @cached_property
+    def pushed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A place for the predictions of a point and of its derivatives, (outputs (1 + k), rows), and both of them."""
+        each = self.places(len(self.slopes))
+        return each.view(-1, each.shape[-1]), each[0], each[1:]
+
+    def _slope(self, place: Tensor) -> Tensor:
+        """Return the slopes of the losses at predictions, which may turn into their response."""
         if self.response is None:
             return self.glm.slope(place, self.y)
         self.response.apply(place)
