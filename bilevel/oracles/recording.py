@@ -176,7 +176,9 @@ class Part:
                 self._names[node] = self._constant(getattr(module, str(node.target)))
                 continue
             self._names[node] = f"v{len(self._names)}"
-            lines.append(self._call(node, into and node is outputs[0]))
+            # What others read must not change with the tensor that it is written into.
+            apart = node not in last and node not in outputs[1:]
+            lines.append(self._call(node, into and node is outputs[0] and apart))
             gone = [self._names[each] for each in last if last[each] is node and each not in outputs]
             lines += [f"{name} = None" for name in gone if name[0] == "v"]  # memory must not wait for the end
         given, first = [f"a{index}" for index in range(len(inputs))], outputs[0] if into else None

@@ -120,6 +120,14 @@ def test_a_run_that_ends_where_its_gradient_is_rounding_is_recorded() -> None:
     assert again.certificate.form == "recorded"
 
 
+def test_gradients_that_products_read_stay_as_they_are() -> None:
+    for loss in (lambda w, u: (u.exp() * w.exp()).sum(), lambda w, u: u.exp() @ w.exp().view(5, 1)[:, 0]):
+        problem = bl.BilevelProblem(loss, outer, normal(8, 5))
+        for solver in (DESCENT, bl.HeavyBall(0.05, 0.6, steps=STEPS)):
+            run = problem, solver, bl.FullUnroll(), 0.1 * normal(9, 5)
+            agree(bl.hypergradient(*run, check=False, on_failure="return"), by_steps(*run, "return", check=False))
+
+
 def test_quadratic_losses_are_found_and_doubled() -> None:
     problem, u = PROBLEMS["quadratic"]
     solver = bl.HeavyBall(0.05, 0.6, steps=200)
