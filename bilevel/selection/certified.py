@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +14,20 @@ from bilevel.criteria.criterion import Array, Criterion, given
 from bilevel.criteria.data import LinearData
 from bilevel.criteria.leave_one_out import RidgeLeaveOneOut
 from bilevel.criteria.penalties import Penalties
-from bilevel.selection.descend import box
+from bilevel.selection.descend import box, tune
 from bilevel.selection.honest import predictions
 from bilevel.selection.scalar import best_penalty
 
-FIRST = 8
-"""Intervals that the range is cut into at first."""
-MOST = 2000
+WIDE = 2.3
+"""The radius that is tried first, of log penalties."""
+SAFE, LEAST, MOST = 0.9, 1e-3, 2.0
+"""The next radius is the first part of what is thought to suffice, and between these parts of the last one."""
+EVALUATIONS = 2000
 """Evaluations after which it gives up."""
 NULL = 1e-13
 """Eigenvalues below this part of the largest are zero: they move no prediction."""
-TINY = 1e-6
-"""An end of the range that is this near to the best penalty is there."""
+TINY = 1e-9
+"""Log penalties that are this near are equal."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def certify_range(criterion: Criterion, low: float = 1e-8, high: float = 1e8, ep
         criterion(c + t) >= 1/2 mean p(t)^2 - |t|^3 / 6 mean (|e| + |e'| |t| + |e''| t^2 / 2) M
 
     whose least value on the interval is that of one of two polynomials. K-fold: the same with ``q = 1`` and ``m = 0``.
-    The first interval is centred at the best penalty, where the cubic term vanishes; then intervals whose bound is too
-    low are halved.
+    The first interval is centred at the best penalty, where the cubic term vanishes; then intervals follow on both
+    sides, as long as the last one allows.
 
     Args:
         criterion: exact leave-one-out, or K-fold, of ridge regression with one target.
@@ -111,51 +111,48 @@ def certify_range(criterion: Criterion, low: float = 1e-8, high: float = 1e8, ep
     left, right = math.log(low), math.log(high)
     one = criterion.with_penalties(Penalties.scalar(criterion.data.features))
     found = best_penalty(criterion, tol=eps / 4)
-    evaluations, waiting = found.evaluations, list[tuple[float, float, float]]()
+    evaluations = found.evaluations
     end, (least, most) = float(found.u[0]), box(criterion.data)
     best = (found.evaluation.value if left <= end <= right else math.inf, end)
     # At an end of the box of the search, or outside of the range, an end of the range may be better.
     for at, tried in ((left, end <= max(left, least)), (right, end >= min(right, most))):
         if tried:
             best, evaluations = min(best, (one.evaluate(np.array([at]), second=False).value, at)), evaluations + 1
-    end = best[1]
+    lower = best[0]
 
-    def look(start: float, stop: float) -> None:
-        nonlocal best, evaluations
-        centre, radius = 0.5 * (start + stop), 0.5 * (stop - start)
+    def fits(centre: float, radius: float) -> tuple[bool, float]:
+        """Return whether the bound on an interval suffices, and the radius at which one there would."""
+        nonlocal best, evaluations, lower
         value, bound = _bound(rows, centre, radius)
         evaluations += 1
+        if value < (1.0 - eps) * best[0]:  # the search ended in another valley
+            other = tune(one, np.array([centre]), tol=eps / 4)
+            evaluations += other.evaluations
+            if left <= other.u[0] <= right:
+                best = min(best, (other.evaluation.value, float(other.u[0])))
         best = min(best, (value, centre))
-        heapq.heappush(waiting, (bound, start, stop))
+        good = bound >= (1.0 - eps) * best[0]
+        lower = min(lower, bound) if good else lower
+        # What is left out grows with the third power of the radius.
+        share = (value - (1.0 - eps) * best[0]) / max(value - bound, 1e-300)
+        return good, radius * min(max(SAFE * share ** (1.0 / 3.0), LEAST), MOST)
 
-    for start, stop in itertools.pairwise(_cuts(left, right, end)):
-        look(start, stop)
-    while waiting[0][0] < (1.0 - eps) * best[0] and evaluations < MOST:
-        _, start, stop = heapq.heappop(waiting)
-        for inner in itertools.pairwise(_halved(start, stop, best[1])):
-            look(*inner)
-    return RangeCertificate(math.exp(best[1]), best[0], min(waiting[0][0], best[0]), low, high, eps, evaluations)
-
-
-def _cuts(left: float, right: float, best: float) -> list[float]:
-    """Return the ends of the first intervals, one of which is centred at the best penalty, unless that is an end."""
-    width = (right - left) / FIRST
-    radius = min(0.5 * width, best - left, right - best)
-    if radius < TINY:
-        return [float(each) for each in np.linspace(left, right, FIRST + 1)]
-    sides = []
-    for start, stop in ((left, best - radius), (best + radius, right)):
-        sides.append(np.linspace(start, stop, max(1, round((stop - start) / width)) + 1))
-    cuts = np.concatenate(sides)
-    return [float(each) for each in cuts[np.append(True, np.diff(cuts) > 0)]]
-
-
-def _halved(start: float, stop: float, best: float) -> list[float]:
-    """Return the ends of the parts of an interval; the one around the best penalty stays centred there."""
-    centre, radius = 0.5 * (start + stop), 0.5 * (stop - start)
-    if abs(best - centre) <= TINY * radius:
-        return [start, centre - 0.5 * radius, centre + 0.5 * radius, stop]
-    return [start, centre, stop]
+    start, radius, good = best[1], min(WIDE, best[1] - left, right - best[1]), False
+    while radius > TINY and not good and evaluations < EVALUATIONS:
+        used, (good, radius) = radius, fits(start, radius)
+    inside, radius = (used, radius) if good else (0.0, WIDE)
+    for sign, length in ((-1.0, start - left), (1.0, right - start)):
+        covered, last, step = inside, 0.0, radius
+        while covered < length - TINY and evaluations < EVALUATIONS:
+            used = min(step, 0.5 * (length - covered))
+            good, enough = fits(start + sign * (covered + used), used)
+            # The next one is farther out: it is thought to grow as the last two did.
+            growth = min(max(enough / last, 1.0), MOST) if good and last else 1.0
+            last, step = enough if good else 0.0, growth * enough
+            covered += 2.0 * used if good else 0.0
+        if covered < length - TINY:
+            lower = 0.0
+    return RangeCertificate(math.exp(best[1]), best[0], min(lower, best[0]), low, high, eps, evaluations)
 
 
 @dataclass(frozen=True, eq=False)
