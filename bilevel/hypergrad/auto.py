@@ -37,6 +37,9 @@ class Choice:
         return _said(self)
 
 
+OF_A_SPECTRUM = Choice(CLOSED_FORM, "the spectrum of the inner Hessian is known")
+
+
 @dataclass(frozen=True)
 class Auto(HypergradEstimator):
     """Choose an estimator by the structure of the problem; the status says in one line which and why.
@@ -90,14 +93,14 @@ class Auto(HypergradEstimator):
         return replace(chosen, estimator=chosen.estimator.at_tolerance(self.tol))
 
     def _of_the_solution(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree) -> Choice:
-        (like, *_), size = tree.leaves(params), tree.size(params)
-        bytes_each = like.element_size()
         if problem.batch is not None:
             return Choice(BY_CG, "the members of a batch share the products of one linear solve")
         if problem.nonsmooth is not None:
             return Choice(BY_CG, "with a nonsmooth term the solution moves on its support alone")
         if problem.has_spectrum:
-            return Choice(CLOSED_FORM, "the spectrum of the inner Hessian is known")
+            return OF_A_SPECTRUM
+        (like, *_), size = tree.leaves(params), tree.size(params)
+        bytes_each = like.element_size()
         if problem.structure.quadratic and size <= FACTORED and 3 * size**2 * bytes_each <= self.memory_limit:
             return Choice(CLOSED_FORM, "the inner loss is quadratic, and its Hessian fits into memory")
         if not problem.symmetric:

@@ -24,9 +24,9 @@ from bilevel.problems.glm_loss import GLMLoss
 from bilevel.problems.ridge_host import ROUGH, Array, on_host, penalties_on_host
 from bilevel.problems.splits import Split
 
-SMALL = 200
+SMALL = 400
 """Rows or features, whichever are fewer, up to which dense steps are quicker than others."""
-WORK, WIDE_WORK = 1e7, 1e8
+WORK, WIDE_WORK = 5e7, 1e8
 """Numbers of X times that many, up to which they are: for a Hessian of each step, and for a matrix of the penalties."""
 LOWER, SHORTEST = 1e-4, 1e-3
 """The share of its length by which a step has to lower the norm of the gradient, and the least length."""
@@ -40,7 +40,7 @@ FAR = 1e-4
 
 def is_wide(X: Tensor) -> bool:
     """Whether so few rows belong to the features, (features, rows), that systems are solved in their space."""
-    return X.shape[-2] > 2 * X.shape[-1]
+    return X.shape[-2] > X.shape[-1]
 
 
 class HostRows:

@@ -185,7 +185,7 @@ class LinearModelPoint(PenalisedPoint):
         problem = self.inner.problem
         if problem.batch is not None or (problem.outputs is None and 2 * problem.train.rows < self.params.numel()):
             return Preconditioner()
-        rough = cache is None or "inverse" in cache
+        rough = cache is None or "gram" not in cache
         if rough and (self.params.numel() > PRECONDITIONER or not (lasting or problem.outputs is None)):
             return self._rough(cache)
         cache = None if rough else cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -13,21 +14,30 @@ import torch
 
 
 def interleave(
-    alternatives: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    alternatives: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    at_least: float = 0.0,
 ) -> dict[str, list[float]]:
     """Return the seconds of each alternative, called in turn after one warm-up each.
 
     A busy machine slows neighbours in time alike, so ratios are taken within a round; ``time.process_time`` as the
-    clock leaves out what other processes do.
+    clock leaves out what other processes do. Alternatives that take less than `at_least` seconds are called until so
+    many have gone by, and the mean counts: a single call would be that of a processor whose caches others have filled.
     """
-    for function in alternatives.values():
+    calls = {}
+    for name, function in alternatives.items():
         function()
+        start = clock()
+        function()
+        calls[name] = max(1, math.ceil(at_least / max(clock() - start, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, function in alternatives.items():
             start = clock()
-            function()
-            seconds[name].append(clock() - start)
+            for _ in range(calls[name]):
+                function()
+            seconds[name].append((clock() - start) / calls[name])
     return seconds
 
 
