@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria import newton, newton_cg, newton_dense
+from bilevel.criteria import newton_cg, newton_dense
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import checked_folds, restricted
-from bilevel.numerics.factored import factored
-from bilevel.numerics.small import factor, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
 DIRECT = 400
@@ -95,7 +93,10 @@ class KFold(Criterion):
 
     @shared
     def _system(self) -> newton_cg.System:
-        return newton_cg.System(self.data, self.loss, self._weights)
+        system = newton_cg.System(self.data, self.loss, self._weights)
+        if self._direct or self._few:
+            vars(system)["X1"] = self.data.with_ones()  # of few entries, sparse ones, too
+        return system
 
     @property
     def _direct(self) -> bool:
@@ -109,11 +110,6 @@ class KFold(Criterion):
         data, outputs = self.data, self.penalties.outputs or 0
         few = 0 < outputs * (data.features + 1) <= newton_dense.MOST
         return few and data.rows * data.features <= newton_dense.ENTRIES
-
-    @shared
-    def _X1(self) -> Tensor:
-        dense = self._system.X1
-        return self.data.with_ones() if dense is None else dense
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         solved, data = self._solve(u, warm), self.data
@@ -193,15 +189,8 @@ class KFold(Criterion):
         if warm is not None and warm.columns is not None and warm.u.shape == u.shape:
             for column, by in zip(warm.columns, np.clip(u - warm.u, -1.0, 1.0), strict=True):
                 start = start + float(by) * column
-        if self._direct:
-            models = newton.solve(
-                *(self._X1, self.data.y, self.loss, self._weights, a, start),
-                intercept=self.data.intercept,
-                tol=self.tol,
-            )
-            return _Solved(np.array(u), models.w, models.z, a)
-        if self._few:
-            w, z = newton_dense.solve(self._system, self._X1, a, start, self.tol)
+        if self._direct or self._few:
+            w, z = newton_dense.solve(self._system, a, start, self.tol)
             return _Solved(np.array(u), w, z, a)
         found = newton_cg.solve(self._system, a, start, None if warm is None else warm.kept, self.tol)
         return _Solved(np.array(u), found.w, found.z, a, found.preconditioner)
@@ -212,15 +201,8 @@ class KFold(Criterion):
         if kept is not None:
             tol = (0.1 if self.tol < ROUGH else 1.0) * self.tol**0.5
             return lambda r, guess: newton_cg.inverse_product(self._system, solved.z, solved.a, kept, r, tol, guess)
-        if self._few:
-            factors = newton_dense.factors(self._system, self._X1, solved.z, solved.a)
-            return lambda r, guess: newton_dense.inverse_product(factors, r)
-        d = self._weights * self.loss.curvature(solved.z, self.data.y)
-        if self._X1.shape[1] > self._X1.shape[0] + 1:
-            rows = [factored(self._X1, dk, ak, self.data.intercept) for dk, ak in zip(d, solved.a, strict=True)]
-            return lambda r, guess: torch.stack([one.solve(rk) for one, rk in zip(rows, r, strict=True)])
-        L = factor(weighted_gram(self._X1, d), solved.a)
-        return lambda r, guess: torch.cholesky_solve(r[..., None], L)[..., 0]
+        invert = newton_dense.inverses(self._system, solved.z, solved.a)
+        return lambda r, guess: invert(r)
 
     def _jacobian(self, solved: _Solved, moved: Tensor, invert: Any, rough: Any, warm: _Solved | None) -> Tensor:
         """Return the derivatives of the held-out predictions, ([outputs,] held, k); few coefficients' are kept.

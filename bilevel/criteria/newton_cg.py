@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from bilevel.criteria.data import LinearData
 from bilevel.numerics.small import weighted_gram
@@ -95,7 +96,7 @@ class System:
 
     def objective(self, w: Tensor, z: Tensor, a: Tensor) -> Tensor:
         """Return the training objectives, (K,)."""
-        return (self.weights * self.loss.value(z, self.data.y)).sum(1) + 0.5 * dots(a * w, w)
+        return torch.add(vecdot(self.weights, self.loss.value(z, self.data.y)), dots(a * w, w), alpha=0.5)
 
     def gradient(self, w: Tensor, z: Tensor, a: Tensor) -> Tensor:
         """Return their gradients."""

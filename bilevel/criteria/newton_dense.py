@@ -1,61 +1,91 @@
-"""Newton's method with factored Hessians for the models of several weightings, of several outputs, few coefficients."""
+"""Newton's method with factored Hessians for the models of several weightings of the same rows at once."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bilevel.criteria.newton_cg import STEPS, System, dots, searched
+from bilevel.criteria.newton_cg import SHORTEST, System, dots, spread
+from bilevel.numerics.factored import factored
 from bilevel.numerics.small import factor, weighted_gram
 
+STEPS = 100
+"""Steps at most; a start that is far takes about ten."""
 MOST = 150
-"""Coefficients of all outputs up to which Hessians are factored."""
+"""Coefficients of several outputs up to which Hessians are factored."""
 ENTRIES = 1_000_000
 """Entries of X up to which they are."""
 
 
-def factors(system: System, X1: Tensor, z: Tensor, a: Tensor) -> Tensor:
-    """Return the Cholesky factors of the Hessians, (K, outputs p1, outputs p1).
+def inverses(system: System, z: Tensor, a: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the products of the inverse Hessians with right-hand sides shaped as the penalties.
 
     Args:
-        system: the models.
-        X1: dense rows, with a last column of ones for the intercept, if there is one.
-        z: predictions, (K, outputs, rows).
-        a: penalties, (K, outputs, p1).
+        system: the models, of dense rows.
+        z: predictions, (K, [outputs,] rows).
+        a: penalties, (K, [outputs,] p1), of an intercept zero.
     """
+    X1, curvature, intercept = system.X1, system.loss.curvature(z, system.data.y), system.data.intercept
+    assert X1 is not None
+    if a.dim() == 2:
+        d = system.weights * curvature
+        if X1.shape[1] > X1.shape[0] + 1:
+            each = [factored(X1, dk, ak, intercept) for dk, ak in zip(d, a, strict=True)]
+            return lambda r: torch.stack([one.solve(rk) for one, rk in zip(each, r, strict=True)])
+        L = factor(weighted_gram(X1, d), a)
+        return lambda r: torch.cholesky_solve(r[..., None], L)[..., 0]
     count, outputs, p1 = a.shape
-    curvature = system.loss.curvature(z, system.data.y)
     unit = torch.eye(outputs).to(z)[:, None, :, None].expand(outputs, *z.shape)
     blocks = system.loss.hessian_product(curvature, unit) * system.weights[:, None]  # (outputs, K, outputs, rows)
     grams = weighted_gram(X1, blocks.flatten(0, 2)).reshape(outputs, count, outputs, p1, p1)
     hessians = grams.permute(1, 0, 3, 2, 4).reshape(count, outputs * p1, outputs * p1)
-    if system.data.intercept:
+    if intercept:
         # Of softmax, intercepts that all change alike change nothing: this holds their mean where it is.
         last = torch.arange(p1 - 1, outputs * p1, p1, device=z.device)
         hessians[:, last[:, None], last] += hessians[:, last, last].mean(1)[:, None, None]
-    return factor(hessians, a.flatten(1))
+    whole = factor(hessians, a.flatten(1))
+    return lambda r: torch.cholesky_solve(r.flatten(1)[..., None], whole).reshape(r.shape)
 
 
-def inverse_product(L: Tensor, r: Tensor) -> Tensor:
-    """Return the products of the inverse Hessians with right-hand sides (K, outputs, p1)."""
-    return torch.cholesky_solve(r.flatten(1)[..., None], L).reshape(r.shape)
-
-
-def solve(system: System, X1: Tensor, a: Tensor, start: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the models at penalties a, (K, outputs, p1), and their predictions of all rows.
+def solve(system: System, a: Tensor, start: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Return the models at penalties a, shaped as the start, and their predictions of all rows.
 
     A step whose expected decrease is below tol times the objective is taken and ends the iteration: what is left is of
     the order of its square.
     """
-    w, z = start, system.product(start)
-    value = system.objective(w, z, a)
+    w, z, floor = start, system.product(start), 1e-12 * system.data.rows
+    value = system.objective(w, z, a).tolist()
     for _ in range(STEPS):
         gradient = system.gradient(w, z, a)
-        step = inverse_product(factors(system, X1, z, a), gradient)
-        decrease = dots(gradient, step)
-        w, z, new = searched(system, a, w, z, value, step, decrease)
+        step = inverses(system, z, a)(gradient)
+        decrease = dots(gradient, step).tolist()
+        w, z, new = _searched(system, a, w, z, value, step, decrease)
         # A step that rounding leaves without a decrease ends it, too.
-        if bool(((decrease <= tol * (value + 1e-12 * z.shape[-1])) | (new >= value)).all()):
+        ends = [by <= tol * (old + floor) or now >= old for by, old, now in zip(decrease, value, new, strict=True)]
+        if all(ends):
             break
         value = new
     return w, z
+
+
+def _searched(
+    system: System, a: Tensor, w: Tensor, z: Tensor, value: list[float], step: Tensor, decrease: list[float]
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Return the ends of Newton steps, halved until the objective falls, and their objectives, by few calls."""
+    dz = system.product(step)
+    there, predicted = w - step, z - dz
+    lengths = [1.0] * len(value)
+    while True:
+        new = system.objective(there, predicted, a).tolist()
+        # Written so that NaN counts as a rise.
+        fell = [
+            now <= old - 1e-4 * length * by + 1e-12 * abs(old)
+            for now, old, length, by in zip(new, value, lengths, decrease, strict=True)
+        ]
+        if all(ok or length <= SHORTEST for ok, length in zip(fell, lengths, strict=True)):
+            return there, predicted, new
+        lengths = [length if ok else 0.5 * length for ok, length in zip(fell, lengths, strict=True)]
+        length = torch.tensor(lengths).to(w)
+        there, predicted = w - spread(length, w) * step, z - spread(length, z) * dz
