@@ -81,9 +81,12 @@ class Verdict:
 
     status: Status = Status.OK
     detail: str = ""
+    remedy: str = ""
+    """What to do, where that of the status does not help."""
 
     def __str__(self) -> str:
-        return f"{self.detail} [{self.status.name}] {self.status.remedy}." if self.detail else self.status.remedy
+        remedy = self.remedy or self.status.remedy
+        return f"{self.detail} [{self.status.name}] {remedy}." if self.detail else remedy
 
     def worse(self, other: Verdict) -> Verdict:
         """Return the verdict that matters more: a failure, a doubt, `OK` with a note, `OK`; ties keep the first."""

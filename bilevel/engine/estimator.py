@@ -38,6 +38,7 @@ class Run:
         carry: what the previous outer step left; empty, the default, for a cold start.
         meter: counts the oracle calls of `inner`, and samples memory where an estimator calls ``meter.sample()``; by
             default it only counts.
+        of_outer: whether what is pulled back is the gradient of the problem's outer loss, which moves with params.
     """
 
     problem: BilevelProblem
@@ -46,6 +47,7 @@ class Run:
     params: Tree
     carry: Carry = field(default_factory=Carry)
     meter: Meter = field(default_factory=lambda: Meter(torch.device("cpu"), memory=False))
+    of_outer: bool = True
 
     @cached_property
     def _inner(self) -> InnerProblem:

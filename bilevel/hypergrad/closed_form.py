@@ -3,26 +3,27 @@
     H(u) x* = -b(u),      H w = cotangent,      u' = -C(x*)' w
 
 One Cholesky factor of H serves both systems. Where H is ``A + s(u) I``, the eigenbasis of A takes its place: it is
-computed once for each problem, when it is solved for the second time, and each u costs a few products with Q. Where
-that loses half of the digits of the adjoint, the factor, whose solutions are refined, has the last word.
+computed once for each problem, when it is solved for the second time, and each u costs a few products with Q. Where H
+is near singular, the factor, whose solutions are refined, has the last word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bilevel.base import Carry, InnerSolver, Pullback, Solution
+from bilevel.base.estimate import verdict_of
 from bilevel.core import tree
-from bilevel.core.status import GOOD, Status, Verdict
+from bilevel.core.device import to_floats
+from bilevel.core.status import GOOD, Status, Verdict, report
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
-from bilevel.numerics.dense import FACTORED, check_factored, factored
-from bilevel.numerics.eigenbasis import Eigenbasis
+from bilevel.numerics.dense import FACTORED, check_factored
+from bilevel.numerics.inverse import ByFactor, InBasis, is_right, rounding
 from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -52,20 +53,22 @@ class ClosedForm(HypergradEstimator):
 
     def solve(self, run: Run) -> Solution:
         self.check(run.problem, run.solver, run.hparams)
-        problem = run.problem
+        problem, inner, solver = run.problem, run.inner(), run.solver
         # One factor costs a fraction of the eigenproblem, which pays from the second solve on.
         once = not problem.recurring and run.carry.state is None
         problem.recurring = True
-        inner, params, solver, result = run.inner(), run.params, run.solver, _solved(run, once)
-        if isinstance(result, Verdict):
-            return Solution(params, solver.cold_state(inner, params), _no_pullback, float("nan"), 0, result)
-        residual = float(tree.norm(inner.grad(result.params)))
+        solved = _solved(run, once)
+        if isinstance(solved, Verdict):
+            state = solver.cold_state(inner, run.params)
+            return Solution(run.params, state, _no_pullback, float("nan"), 0, solved)
+        params = solved.flat.unravel(solved.x)
+        residual = float(tree.norm(inner.grad(params)))
         verdict = GOOD
-        if residual > result.limit:
+        if residual > solved.limit:
             detail = f"ClosedForm ends at the inner residual {residual:.2e}: is the inner loss quadratic?"
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
-        state = solver.cold_state(inner, result.params)
-        return Solution(result.params, state, result.pullback, residual, 0, verdict, form="closed form")
+        state = solver.cold_state(inner, params)
+        return Solution(params, state, solved.pullback, residual, 0, verdict, form="closed form")
 
     def at_once(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry | None
@@ -91,115 +94,140 @@ class ClosedForm(HypergradEstimator):
         diagonal = basis.bind(hparams)
         smallest, largest = float(diagonal.values.amin()), float(diagonal.values.amax())
         if not smallest > torch.finfo(diagonal.values.dtype).eps * largest:
-            raise ValueError(str(_unsolvable(smallest, diagonal.values)))
-        z = diagonal.solution
+            raise ValueError(str(_unsolvable(diagonal.values.flatten().sort().values)))
+        z = diagonal.solution.expand_as(diagonal.values)
         params = basis.back(z)
         values, by_params, by_hparams = outer_at(problem, params, hparams)
         turned = basis.turn(by_params) / diagonal.values
+        gradients = by_hparams + diagonal.pull(-turned * z, -turned)
         # In the eigenbasis the gradient of the solution is zero by construction: its residual is what turning rounds.
         residuals = torch.linalg.vector_norm(diagonal.values * basis.turn(params) + diagonal.linear, dim=-1)
-        return Sweep(values, by_hparams + diagonal.pull(-turned * z, -turned), params, residuals)
+
+        def evidence(hparams: Tensor, z: Tensor, turned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            diagonal = basis.bind(hparams)
+
+            def outer(z: Tensor) -> tuple[Tensor, Tensor]:
+                _, by_params, by_hparams = problem.outer_value_and_grads(basis.back(z), hparams)
+                return basis.turn(by_params), by_hparams
+
+            inverse, scale = (lambda columns: columns / diagonal.values[:, None]), _mean_root(diagonal.values)
+            return rounding(inverse, scale, z, turned, outer, lambda z, t: diagonal.pull(-t * z, -t))
+
+        figures = torch.stack(torch.func.vmap(evidence)(hparams, z, turned), 1)
+        verdicts = tuple(_judged(each) for each in figures)
+        report(verdict_of(verdicts), "warn")
+        return Sweep(values, gradients, params, residuals, verdicts)
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """The minimiser, the VJP at it, and the inner residual above which the loss cannot be quadratic."""
+    """The minimiser, and what its derivative is made of.
 
-    params: Tree
-    pullback: Callable[[Tree], Pullback]
+    Attributes:
+        run: the run that asks.
+        flat: between trees and vectors.
+        x: the minimiser.
+        inverse: ``H^-1`` of a vector, or of several in columns.
+        matrix: H, or its eigenvalues.
+        scale: roots of the diagonal of H.
+        limit: the inner residual above which the loss cannot be quadratic.
+    """
+
+    run: Run
+    flat: tree.Raveler
+    x: Tensor
+    inverse: ByFactor | InBasis
+    matrix: Tensor
+    scale: Tensor
     limit: float = float("inf")
+
+    def pullback(self, cotangent: Tree) -> Pullback:
+        """Return the VJP at the minimiser."""
+        inner, flat, params = self.run.inner(), self.flat, self.flat.unravel(self.x)
+        # Calls beside those that the work stands for are not counted.
+        quiet = self.run.problem.bind(self.run.hparams)
+        right = flat.ravel(cotangent)
+        a = self.inverse(right)
+        if self.matrix.dim() == 2:
+            a = a + self.inverse(right - self.matrix @ a)
+            product, cross = self.matrix @ a, inner.linearize(params).cross
+        else:
+            product, cross = flat.ravel(inner.hvp_at(params, flat.unravel(a))), quiet.linearize(params).cross
+        left, size = to_floats([torch.linalg.vector_norm(right - product), torch.linalg.vector_norm(right)])
+        pulled = tree.scale(-1.0, cross(flat.unravel(a)))
+        verdict = self._doubt(quiet, right, a)
+        return Pullback(pulled, flat.unravel(a), left / size if size > 0 else 0.0, verdict=verdict)
+
+    def _doubt(self, quiet: InnerProblem, right: Tensor, a: Tensor) -> Verdict:
+        """Return what rounding does to the hypergradient; of a cotangent of another loss, to the VJP alone."""
+        run, flat, matrix, scale = self.run, self.flat, self.matrix, self.scale
+        along = tree.Raveler(run.hparams)
+
+        def outer(y: Tensor) -> tuple[Tensor, Tensor]:
+            if not run.of_outer:
+                return right, torch.zeros_like(along.ravel(run.hparams))
+            _, by_params, by_hparams = run.problem.outer_value_and_grads(flat.unravel(y), run.hparams)
+            return flat.ravel(by_params), along.ravel(by_hparams)
+
+        def pull(y: Tensor, b: Tensor) -> Tensor:
+            return -along.ravel(quiet.linearize(flat.unravel(y)).cross(flat.unravel(b)))
+
+        verdict = _judged(torch.stack(rounding(self.inverse, scale, self.x, a, outer, pull)))
+        if verdict.status.ok:
+            return verdict
+        # Whether H is singular does not depend on the units of params.
+        values = matrix if matrix.dim() == 1 else torch.linalg.eigvalsh(matrix / torch.outer(scale, scale))
+        smallest, largest = to_floats([values[0], values[-1]])
+        return verdict if smallest > torch.finfo(values.dtype).eps * largest else _unsolvable(matrix)
 
 
 def _solved(run: Run, once: bool) -> _Solved | Verdict:
-    """Solve by tensors: by one factor where that is all, else in the eigenbasis where there is one."""
-    basis = None if once and tree.size(run.params) <= FACTORED else run.problem.spectrum()
-    return _dense(run.inner(), run.params) if basis is None else _diagonal(run.inner(), run.params, basis)
+    """Solve by one factor where that is all, or H is near singular, else in the eigenbasis where there is one."""
+    inner, flat = run.inner(), tree.Raveler(run.params)
+    small = flat.size <= FACTORED
+    basis = None if once and small else run.problem.spectrum()
+    if basis is not None:
+        diagonal = basis.bind(inner.hparams)
+        values, eps = diagonal.values, torch.finfo(diagonal.values.dtype).eps
+        smallest, largest = to_floats([values[0], values[-1]])
+        if smallest > (eps**0.5 if small else eps) * largest:
+            inverse, scale = InBasis(basis.vectors, values), _mean_root(values)
+            return _Solved(run, flat, basis.back(diagonal.solution), inverse, values, scale)
+        if not small:
+            return _unsolvable(values)
+    check_factored("ClosedForm", flat.size, "Implicit()")
+    hessian = inner.linearize(run.params).dense_hessian()
+    factor = ByFactor(hessian)
+    if factor.fails:
+        return _unsolvable(hessian)
+    x = flat.ravel(run.params)
+    for _ in range(2):
+        x = x - factor(flat.ravel(inner.grad(flat.unravel(x))))
+    size = float(torch.linalg.vector_norm(hessian) * torch.linalg.vector_norm(x))
+    return _Solved(run, flat, x, factor, hessian, hessian.diagonal().sqrt(), size * torch.finfo(x.dtype).eps ** 0.5)
+
+
+def _mean_root(values: Tensor) -> Tensor:
+    """Return the root of the mean diagonal of H, for each coordinate of an eigenbasis."""
+    return values.mean().sqrt().expand_as(values)
+
+
+def _judged(figures: Tensor) -> Verdict:
+    """Judge a hypergradient by what `rounding` says of it."""
+    error, size, parts = to_floats([*figures])
+    if is_right(error, size, parts, torch.finfo(figures.dtype).eps):
+        return GOOD
+    detail = f"ClosedForm: rounding may move the hypergradient by {error:.1e}, and its norm is {size:.1e}"
+    return Verdict(Status.INACCURATE, detail, "take a larger penalty, standardised columns, or float64")
 
 
 def _no_pullback(cotangent: Tree) -> Pullback:
     raise ValueError("a problem without a solution has no pullback.")
 
 
-def _diagonal(inner: InnerProblem, start: Tree, basis: Eigenbasis) -> _Solved | Verdict:
-    """Solve in the eigenbasis."""
-    diagonal = basis.bind(inner.hparams)
-    values = diagonal.values
-    smallest, largest, small = float(values[0]), float(values[-1]), tree.size(start) <= FACTORED
-    if not smallest > torch.finfo(values.dtype).eps * largest:
-        return _dense(inner, start) if small else _unsolvable(smallest, values)
-    z = diagonal.solution
-    params = basis.back(z)
-
-    def pullback(cotangent: Tree) -> Pullback:
-        turned = basis.turn(cotangent) / values
-        adjoint = basis.back(turned)
-        residual = _relative(inner.linearize(params).hvp(adjoint), cotangent)
-        verdict = _doubt(residual, values)
-        if small and not verdict.status.ok:
-            refined = _dense(inner, start)
-            return Pullback(None, verdict=refined) if isinstance(refined, Verdict) else refined.pullback(cotangent)
-        return Pullback(diagonal.pull(-turned * z, -turned), adjoint, residual, verdict=verdict)
-
-    return _Solved(params, pullback)
-
-
-def _dense(inner: InnerProblem, start: Tree) -> _Solved | Verdict:
-    """Solve by a Cholesky factor, with one step of iterative refinement."""
-    raveler = tree.Raveler(start)
-    check_factored("ClosedForm", raveler.size, "Implicit()")
-    hessian = inner.linearize(start).dense_hessian()
-    factor, smallest = factored(hessian)
-    if smallest is not None:
-        return _unsolvable(smallest, hessian)
-
-    def inverse(right: Tensor) -> Tensor:
-        return torch.cholesky_solve(right[:, None], factor)[:, 0]
-
-    x = raveler.ravel(start)
-    for _ in range(2):
-        x = x - inverse(raveler.ravel(inner.grad(raveler.unravel(x))))
-    params = raveler.unravel(x)
-
-    def pullback(cotangent: Tree) -> Pullback:
-        right = raveler.ravel(cotangent)
-        adjoint = inverse(right)
-        adjoint = adjoint + inverse(right - hessian @ adjoint)
-        residual = _relative(hessian @ adjoint, right)
-        verdict = _doubt(residual, hessian)
-        adjoint = raveler.unravel(adjoint)
-        cross = inner.linearize(params).cross(adjoint)
-        return Pullback(tree.scale(-1.0, cross), adjoint, residual, verdict=verdict)
-
-    size = float(torch.linalg.vector_norm(hessian) * torch.linalg.vector_norm(x))
-    return _Solved(params, pullback, size * torch.finfo(x.dtype).eps ** 0.5)
-
-
-def _relative(product: Tree, right: Tree) -> float:
-    """Return ``|right - product| / |right|``; zero for a zero right-hand side."""
-    size = float(tree.norm(right))
-    return float(tree.norm(tree.add(right, product, -1.0))) / size if size > 0 else 0.0
-
-
-def _doubt(residual: float, hessian: Tensor) -> Verdict:
-    """Return what the residual of an adjoint says of it; in the place of H may be its eigenvalues.
-
-    With less than half of the digits in the adjoint, and in the solution, their product may have none.
-    """
-    eps = torch.finfo(hessian.dtype).eps
-    if not residual > eps**0.5:
-        return GOOD
-    values = hessian if hessian.dim() == 1 else torch.linalg.eigvalsh(hessian)
-    smallest, largest = float(values[0]), float(values[-1])
-    if not smallest > eps * largest:
-        return _unsolvable(smallest, values)
-    detail = (
-        f"ClosedForm: the adjoint residual is {residual:.2e}, as the inner Hessian is all but singular: add a penalty"
-    )
-    return Verdict(Status.INACCURATE, detail)
-
-
-def _unsolvable(smallest: float, hessian: Tensor) -> Verdict:
+def _unsolvable(hessian: Tensor) -> Verdict:
     """Return the verdict on H, or its eigenvalues: below zero by rounding alone is no negative curvature."""
+    smallest = float((hessian if hessian.dim() == 1 else torch.linalg.eigvalsh(hessian))[0])
     rounding = torch.finfo(hessian.dtype).eps * float(torch.linalg.vector_norm(hessian))
     status = Status.NEGATIVE_CURVATURE if smallest < -rounding else Status.SINGULAR
     return Verdict(status, f"ClosedForm: the inner Hessian has the smallest eigenvalue {smallest:.3g}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_trees
@@ -21,12 +22,14 @@ class Sweep:
         hypergradients: of the shape of the stacked hyperparameters, (B, ...).
         params: the inner iterates, of shape (B, d).
         residuals: norms of the inner gradients at `params`, of shape (B,).
+        verdicts: of `ClosedForm.sweep`, the status of each hypergradient.
     """
 
     outer_losses: Tensor
     hypergradients: Tensor
     params: Tensor
     residuals: Tensor
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def stacked(problem: BilevelProblem, hparams: Tensor, params: Tree) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ BLOCKS = 4
 
 
 @cache
-def _lapack() -> Any:
+def lapack() -> Any:
     """Return SciPy's LAPACK; here, since `import bilevel` is not to wait for it."""
     from scipy.linalg import lapack
 
@@ -82,11 +82,11 @@ def cholesky(gram: Any, a: Any) -> Any:
     matrix = np.array(gram, dtype=np.float64, order="C")
     diagonal = matrix.reshape(-1)[:: len(matrix) + 1]
     diagonal += a
-    L, info = _lapack().dpotrf(matrix.T, lower=1, clean=0)
+    L, info = lapack().dpotrf(matrix.T, lower=1, clean=0)
     more = 1e-14
     while info and more < 1.0:
         diagonal += more * diagonal.max() + np.finfo(np.float64).tiny
-        L, info = _lapack().dpotrf(matrix.T, lower=1, clean=0)
+        L, info = lapack().dpotrf(matrix.T, lower=1, clean=0)
         more *= 10.0
     return L
 
@@ -95,7 +95,7 @@ def solve(L: Any, r: Any) -> Any:
     """Return ``(L L')^-1 r`` of a vector."""
     if isinstance(L, Tensor):
         return torch.cholesky_solve(r[:, None], L)[:, 0]
-    return _lapack().dpotrs(L, r, lower=1)[0]
+    return lapack().dpotrs(L, r, lower=1)[0]
 
 
 def half_solve(L: Any, B: Any, *, transposed: bool = False) -> Any:
@@ -109,7 +109,7 @@ def inverse(L: Any) -> Any:
     """Return ``(L L')^-1``."""
     if isinstance(L, Tensor):
         return torch.cholesky_inverse(L)
-    lower = np.tril(_lapack().dpotri(L, lower=1)[0])
+    lower = np.tril(lapack().dpotri(L, lower=1)[0])
     full = lower + lower.T
     full.reshape(-1)[:: len(full) + 1] *= 0.5
     return full

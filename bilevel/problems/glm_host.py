@@ -21,7 +21,7 @@ from bilevel.core.tree import Tree
 from bilevel.numerics.factored import Factored, FactoredRows
 from bilevel.oracles.exact import Exact
 from bilevel.problems.glm_loss import GLMLoss
-from bilevel.problems.ridge_host import ROUGH, Array, on_host, penalties_on_host
+from bilevel.problems.host import Array, norm, on_host, penalties_on_host
 from bilevel.problems.splits import Split
 
 SMALL = 400
@@ -34,6 +34,8 @@ STEPS, COLUMNS, MOST = 2.0, 10.0, 10.0
 """A new Hessian costs about as much as so many steps, and one more for every so many columns; at most so many."""
 SINGULAR = 1e-12
 """A factor with a pivot below this share of the largest diagonal is left to others."""
+ROUGH = 1e-9
+"""Relative residual of an adjoint above which the linear solver has the word."""
 FAR = 1e-4
 """Share of the outer loss that it may be away from its value at the solution, unless somebody judges that."""
 
@@ -98,7 +100,9 @@ class HostModel:
     ) -> Exact | None:
         """Return the result of at most so many steps that end at a tolerance; None where something is to be said."""
         penalty = penalties_on_host(problem, hparams)
-        return None if penalty is None else Run(self, penalty, start.numpy(), tol).result(problem, most, cache)
+        if penalty is None:
+            return None
+        return Run(self, np.full(start.shape, penalty), start.numpy(), tol).result(problem, most, cache)
 
 
 class Run:
@@ -120,7 +124,7 @@ class Run:
         gradient = self._gradient(w) if slope is None else slope + self.penalty * w
         before, t, own, by_own = math.inf, 1.0, False, False
         while True:
-            residual = math.sqrt(gradient.dot(gradient))
+            residual = norm(gradient)
             if not residual <= (1.0 - LOWER * t) * before:  # NaN included
                 if by_own:
                     t /= 2
@@ -193,7 +197,7 @@ class Run:
             return self.tol
         ways = (w, w - self.start, w - self.model.origin)
         parts = H.product(max(ways, key=lambda way: way.dot(way)))
-        return self.tol * (math.sqrt(parts.dot(parts)) or residual)
+        return self.tol * (norm(parts) or residual)
 
     def _judged(self, problem: Any, w: Array, gradient: Array, residual: float, H: Factored) -> Exact | None:
         val, count = self.model.val, problem.val.rows
@@ -201,8 +205,8 @@ class Run:
         loss = val.value(z) / count
         f = val.X.dot(val.slopes(z)) / count
         a = H.solve(f)
-        rest, size, value_error = f - H.product(a), math.sqrt(f.dot(f)), float(a.dot(gradient))
-        adjoint_residual = math.sqrt(rest.dot(rest)) / size if size > 0 else 0.0
+        rest, size, value_error = f - H.product(a), norm(f), float(a.dot(gradient))
+        adjoint_residual = norm(rest) / size if size > 0 else 0.0
         by_weight = -a * w * self.penalty if problem.parametrization == "log" else -a * w
         sure = abs(value_error) <= FAR * abs(loss) and adjoint_residual <= ROUGH and self._is_regular(H)
         if not sure or not math.isfinite(loss + by_weight.dot(by_weight)):

@@ -39,11 +39,11 @@ from bilevel.oracles.validation import Reads, check_tensor, check_trees, fits
 from bilevel.problems.data_problem import DataProblem
 from bilevel.problems.design import Design
 from bilevel.problems.glm_host import HostModel
+from bilevel.problems.host import known_on_host, on_host
 from bilevel.problems.hyper_hessian import linear_hyper_hessians
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.old_hooks import with_hooks
-from bilevel.problems.ridge_host import known_on_host, on_host
 from bilevel.problems.splits import Split, check_equal, stacked_splits
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,14 +21,13 @@ from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.structure import QuadraticForm, Structure
+from bilevel.problems.host import on_host
 from bilevel.problems.kernels import ModelKernels
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
 from bilevel.problems.losses import Squared
-from bilevel.problems.ridge_host import HostRidge, on_host
+from bilevel.problems.ridge_host import HostRidge
 from bilevel.problems.splits import Split
-
-LARGEST = math.log(sys.float_info.max)
 
 
 class RidgePoint(LinearModelPoint):
@@ -225,23 +222,13 @@ class RidgeProblem(LinearModelProblem):
         host = None if self.batch is not None else self._host
         if host is None or not on_host(hparams, self.hparams_shape()):
             return None
-        if self.penalty != "scalar" or not self.recurring:
-            return host.by_factor(self, hparams)
-        return host.in_eigenbasis(self._eigenbasis, *self._penalty(hparams))
+        return host.exact(self, hparams, self.spectrum() if self.recurring else None)
 
     def stepped(self, hparams: Tree, start: Tree, numbers: tuple[float, ...], steps: int) -> Exact | None:
         host = None if self.batch is not None or not self.has_spectrum else self._host
         if host is None or not on_host(hparams, ()) or not on_host(start, self.params_shape()):
             return None
-        return host.stepped(self._eigenbasis, *self._penalty(hparams), start.numpy(), numbers, steps)
-
-    def _penalty(self, hparams: Tensor) -> tuple[float, float]:
-        """Return the one penalty, infinite where there is none, and its derivative."""
-        u = hparams.item()
-        if self.parametrization == "direct":
-            return u, 1.0
-        penalty = math.exp(u) if abs(u) < LARGEST else math.inf
-        return penalty, penalty
+        return host.stepped(self, hparams, self._eigenbasis, start.numpy(), numbers, steps)
 
     def quadratic_form(self, hparams: Tensor) -> QuadraticForm:
         u, shape = hparams.detach(), self.params_shape()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import F64, flat, logistic_case, normal, quadratic_case, ridge_case, softmax_case, spd, tree_case
-from paths import STUDIES
+from paths import study
 
 import bilevel as bl
 from bilevel.certify import ErrorEstimate, bound_error, bounds, certify_error
@@ -23,19 +21,7 @@ from bilevel.certify.metrics import Cholesky, Diagonal, transport
 from bilevel.certify.nystrom import Nystrom, sketch
 from bilevel.oracles.error_model import Rows, blocked_product, gamma, roundings, top_eigenvalue
 
-
-def script(name: str) -> Any:
-    """A file of the folder of studies as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-longdouble = script("longdouble")
+longdouble = study("longdouble")
 LONG = np.longdouble
 METRICS = ("diagonal", "nystrom", "cholesky")
 FAMILIES = ("ridge", "logistic", "softmax", "weights")
@@ -437,17 +423,17 @@ def test_certain_signs_are_those_of_the_exact_hypergradient_and_the_others_zero(
 
 
 def test_a_part_of_the_effectivity_study_meets_its_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    study = script("effectivity")
-    monkeypatch.setattr(study, "problems", lambda quick, every=study.problems: list(every(quick))[2:3])
-    cases = study.run(quick=True)
+    effectivity = study("effectivity")
+    monkeypatch.setattr(effectivity, "problems", lambda quick, every=effectivity.problems: list(every(quick))[2:3])
+    cases = effectivity.run(quick=True)
     assert len(cases) > 20
     assert not any(case.violated for case in cases)
-    assert all(study.bars(cases).values())
-    assert study.table(cases).count("\n") == 22
+    assert all(effectivity.bars(cases).values())
+    assert effectivity.table(cases).count("\n") == 22
 
 
 def test_the_effectivity_study_sees_a_wrong_component_and_a_wrong_sign() -> None:
-    holds, exact = script("effectivity").holds, np.array([1.0, -2.0])
+    holds, exact = study("effectivity").holds, np.array([1.0, -2.0])
 
     def found(components: list[float], signs: list[float]) -> Any:
         tensors = {"components": torch.tensor(components), "signs": torch.tensor(signs)}

@@ -182,6 +182,7 @@ def test_adjoints_without_half_of_their_digits_are_named_at_every_call(kind, sha
     assert one.status is bl.Status[status]
     assert all(each.status is one.status for each in more)
     if status == "INACCURATE":
-        assert "the inner Hessian is all but singular: add a penalty" in one.verdict.detail
+        assert "rounding may move the hypergradient by" in one.verdict.detail
+        assert str(one.verdict).endswith("take a larger penalty, standardised columns, or float64.")
         exact = problem.exact_hypergradient(hparams)
         assert all(float((each.hypergradient - exact).norm() / exact.norm()) < 0.5 for each in (one, *more))

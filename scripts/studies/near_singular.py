@@ -1,0 +1,187 @@
+"""Does ClosedForm say OK only where the hypergradient is right, though H is near singular? Truth beside status.
+
+Ridge problems with copied and nearly copied columns, fewer rows than features, columns of very different units, Hankel
+spectra and low rank, and quadratics with a small eigenvalue; penalties from none to large, both dtypes; from the data,
+penalty after penalty, by tensors, and all at once. The truth has 60 digits, and takes the data as exact numbers.
+
+A hypergradient is right where it is off by at most `LIMIT` of its norm, or of half of its digits in the parts
+``|dH/du| |w| |a|`` that cancel in it. Nothing that is OK should be wrong, and little that is INACCURATE right.
+
+    python scripts/studies/near_singular.py
+    python scripts/studies/near_singular.py --seeds 1000 1400
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import mpmath
+import numpy as np
+import torch
+
+import bilevel as bl
+from bilevel.problems import RidgeProblem
+
+KINDS = ("copies", "near copies", "wide", "units", "hankel", "low rank", "close fit", "quadratic")
+LIMIT = 1e-2
+WAYS = ("arrays", "tensors", "sweep")
+
+
+class ByTensors(RidgeProblem):
+    """Ridge regression without arrays on the host."""
+
+    solved_on_host = False
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One problem, made again for each way, and its truth: the hypergradient, and the size of its parts."""
+
+    make: Any
+    u: torch.Tensor
+    kind: str
+    scalar: bool
+    truth: Any
+    parts: float
+
+
+def draw(seed: int) -> Draw:
+    """Draw everything from one seed."""
+    rng = np.random.default_rng(seed)
+    kind, dtype = KINDS[seed % len(KINDS)], (np.float64, np.float32)[seed // len(KINDS) % 2]
+    scalar, d = bool(seed // (2 * len(KINDS)) % 2), int(rng.integers(3, 9))
+    n, m = (int(rng.integers(2, d)) if kind == "wide" else 3 * d), int(rng.integers(3, 20))
+    X, X_val = rng.standard_normal((n, d)), rng.standard_normal((m, d))
+    half, mixed = d // 2, rng.standard_normal((d // 2, d))
+    for Z, noise in ((X, rng.standard_normal((n, d))), (X_val, rng.standard_normal((m, d)))):
+        if kind in ("copies", "near copies"):
+            Z[:, -half:] = Z[:, :half]
+        if kind == "near copies":
+            Z[:, -half:] += 10.0 ** -rng.integers(1, 9) * noise[:, -half:]
+        if kind == "low rank":
+            Z[:] = Z[:, :half] @ mixed
+    if kind == "units":
+        scales = 10.0 ** rng.uniform(-6, 6, d)
+        X, X_val = X * scales, X_val * scales
+    if kind == "hankel":
+        mix = np.linalg.qr(rng.standard_normal((d, d)))[0] * 10.0 ** -np.linspace(0, rng.uniform(1, 8), d)
+        X, X_val = X @ mix, X_val @ mix
+    w = rng.standard_normal(d)
+    y, y_val = (Z @ w + (1e-6 if kind == "close fit" else 1.0) * rng.standard_normal(len(Z)) for Z in (X, X_val))
+    u = np.full(() if scalar else d, rng.uniform(-38.0, 0.0)) + (0.0 if scalar else rng.standard_normal(d))
+    arrays = [np.asarray(each, dtype) for each in (X, y, X_val, y_val, u)]
+    tensors = [torch.from_numpy(each.copy()) for each in arrays]
+    if kind == "quadratic":
+        return _quadratic(rng, d, dtype, scalar)
+    X, y, X_val, y_val, u = (_exact(each) for each in arrays)
+    penalty = [mpmath.exp(u if scalar else u[i]) for i in range(d)]
+    H = X.T * X / X.rows + mpmath.diag(penalty)
+    w = mpmath.lu_solve(H, X.T * y / X.rows)
+    a = mpmath.lu_solve(H, X_val.T * (X_val * w - y_val) / X_val.rows)
+    terms = np.array([-penalty[i] * a[i] * w[i] for i in range(d)])
+    truth = terms.sum(keepdims=True) if scalar else terms
+    ridge: dict[str, Any] = {"arrays": RidgeProblem, "tensors": ByTensors}
+    name = "scalar" if scalar else "per_feature"
+    make = lambda way: ridge.get(way, RidgeProblem)(*tensors[:4], name)  # noqa: E731
+    return Draw(make, tensors[4], kind, scalar, truth, _norm(abs(terms)))
+
+
+def _quadratic(rng: Any, d: int, dtype: Any, scalar: bool) -> Draw:
+    """Draw a `QuadraticProblem` of one hyperparameter whose H has a small eigenvalue."""
+    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    values = 10.0 ** np.append(rng.uniform(-2, 2, d - 1), -rng.uniform(2, 18))
+    H, b, direction = (basis * values) @ basis.T, rng.standard_normal(d), rng.standard_normal((d, d))
+    H, direction = (H + H.T) / 2, np.eye(d) if scalar else direction @ direction.T
+    target, u = rng.standard_normal(d), np.array([10.0 ** -rng.uniform(0, 16)])
+    arrays = [np.asarray(each, dtype) for each in (H, b, direction[None], np.zeros((1, d)), target)]
+    tensors = [torch.from_numpy(each.copy()) for each in arrays]
+    u = np.asarray(u, dtype)
+    H, b, slope, target = (_exact(each) for each in (arrays[0], arrays[1], arrays[2][0], arrays[4]))
+    H = H + slope * mpmath.mpf(float(u[0]))
+    w = -mpmath.lu_solve(H, b)
+    a = mpmath.lu_solve(H, w - target)
+    turned = slope * w
+    terms = np.array([-a[i] * turned[i] for i in range(d)])
+    make = lambda way: bl.QuadraticProblem(*tensors)  # noqa: E731
+    return Draw(make, torch.from_numpy(u.copy()), "quadratic", scalar, terms.sum(keepdims=True), _norm(abs(terms)))
+
+
+def _exact(values: Any) -> Any:
+    if values.ndim == 2:
+        return mpmath.matrix(values.tolist())
+    return mpmath.matrix(values.tolist()) if values.ndim else mpmath.mpf(float(values))
+
+
+def _norm(values: Any) -> float:
+    return float(mpmath.sqrt(sum(each * each for each in values)))
+
+
+def answers(case: Draw, way: str) -> list[tuple[str, Any]]:
+    """Return statuses and hypergradients of one way to ask."""
+    problem = case.make(way)
+    if way == "sweep":
+        if problem.spectrum() is None:
+            return []
+        try:
+            swept = bl.ClosedForm().sweep(problem, torch.stack([case.u, case.u]))
+        except ValueError:
+            return [("failed", None)]
+        verdicts = getattr(swept, "verdicts", [bl.Verdict()])
+        return [(verdicts[0].status.name, swept.hypergradients[0])]
+    found = []
+    for _ in range(2):  # from the data, and again
+        made = bl.hypergradient(problem, bl.Newton(), bl.ClosedForm(), case.u, on_failure="return")
+        found.append((made.status.name if made.status.usable else "failed", made.hypergradient))
+    return found
+
+
+def judged(case: Draw, way: str) -> list[tuple[str, float]]:
+    """Return statuses, and by how much the hypergradients are off: `LIMIT` is the most that is right."""
+    found, size = [], _norm(case.truth)
+    for status, gradient in answers(case, way):
+        off = float("nan")
+        if status != "failed":
+            g = [mpmath.mpf(float(each)) for each in gradient.reshape(-1)]
+            error = _norm([a - b for a, b in zip(g, case.truth, strict=True)])
+            off = min(error / size, LIMIT * error / (torch.finfo(case.u.dtype).eps ** 0.5 * case.parts))
+        found.append((status, off))
+    return found
+
+
+def main() -> int:
+    """Print how many are OK, in doubt, right and wrong, by the kind of problem and the dtype."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 400))
+    parser.add_argument("--show", action="store_true", help="name the cases that are OK and wrong")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    mpmath.mp.dps = 60
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    worst: dict[tuple[str, str], float] = defaultdict(float)
+    for seed in range(*options.seeds):
+        case = draw(seed)
+        key = case.kind, str(case.u.dtype)[6:]
+        for way in WAYS if case.kind != "quadratic" else WAYS[1:]:
+            for status, off in judged(case, way):
+                said = "right" if off <= LIMIT else "wrong"
+                counts[key]["failed" if status == "failed" else f"{status} {said}"] += 1
+                if status == "OK":
+                    worst[key] = max(worst[key], off)
+                    if options.show and off > LIMIT:
+                        print(f"seed {seed} {key} {way}: off by {off:.2g}")
+    columns = ("OK right", "OK wrong", "INACCURATE right", "INACCURATE wrong", "failed")
+    print(f"{'':24}" + "".join(f"{each:>18}" for each in columns) + f"{'worst OK':>12}")
+    counts["all", ""] = sum(counts.values(), Counter())
+    worst["all", ""] = max(worst.values())
+    for key, of_key in counts.items():
+        figures = "".join(f"{of_key[each]:18}" for each in columns)
+        print(f"{key[0]:14}{key[1]:10}{figures}{worst[key]:12.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,67 @@
+"""How far rounding moves closed forms: what is OK is right, whatever the units of the columns."""
+
+from __future__ import annotations
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from helpers import F64, normal, regression_data
+from paths import study
+
+import bilevel as bl
+from bilevel.numerics.inverse import ByFactor, InBasis, rounding
+from bilevel.problems import RidgeProblem
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+def test_what_is_ok_near_singularity_is_right_to_sixty_digits() -> None:
+    near_singular = study("near_singular")
+    found = []
+    with mpmath.workdps(60):
+        for seed in range(900, 948):
+            case = near_singular.draw(seed)
+            ways = near_singular.WAYS[case.kind == "quadratic" :]
+            found += [
+                (status, off <= near_singular.LIMIT) for way in ways for status, off in near_singular.judged(case, way)
+            ]
+    assert ("OK", False) not in found
+    assert found.count(("OK", True)) > 100
+    assert found.count(("INACCURATE", False)) > 10
+
+
+def test_a_sweep_judges_each_vector_and_warns() -> None:
+    X, y, X_val, y_val = regression_data()
+    problem = RidgeProblem(torch.cat([X, X], 1), y, torch.cat([X_val, X_val], 1), y_val)
+    with pytest.warns(bl.BilevelWarning, match="1 of 2 members are in doubt: member 1: ClosedForm: rounding may move"):
+        swept = bl.ClosedForm().sweep(problem, torch.tensor([-2.0, -33.0], dtype=F64))
+    assert [verdict.status.name for verdict in swept.verdicts] == ["OK", "INACCURATE"]
+
+
+def test_another_cotangent_is_judged_by_itself() -> None:
+    X, y, X_val, y_val = regression_data()
+    problem = RidgeProblem(torch.cat([X, X], 1), y, torch.cat([X_val, X_val], 1), y_val)
+    u = torch.tensor(-33.0, dtype=F64, requires_grad=True)
+    x = bl.solution(problem, bl.Newton(), bl.ClosedForm(), u, on_failure="warn")
+    with pytest.warns(bl.BilevelWarning, match="rounding may move"):
+        x[0].backward()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_the_estimate_knows_no_units_and_is_the_same_by_each_inverse(kind) -> None:
+    X, target = normal(1, 40, 6).numpy(), normal(2, 6).numpy()
+    X[:, 5] = X[:, 4] + 1e-4 * X[:, 5]
+    found = []
+    for units in (np.ones(6), 2.0 ** np.arange(-30, 30, 10)):
+        H, b, goal = (X * units).T @ (X * units), (X * units).sum(0), target / units
+        x = np.linalg.solve(H, b)
+        a = np.linalg.solve(H, (x - goal) * units**2)
+        outer = lambda x, units=units, goal=goal: ((x - kind(goal)) * kind(units**2), 0.0)  # noqa: E731
+        pull = lambda x, a, units=units: x * a * kind(units**2)  # noqa: E731
+        values, vectors = np.linalg.eigh(H)
+        inverses = [ByFactor(kind(H))] + [InBasis(kind(vectors), kind(values))] * (not found)
+        scale, x, a = map(kind, (np.sqrt(np.diag(H)), x, a))
+        found += [[float(each) for each in rounding(inverse, scale, x, a, outer, pull)] for inverse in inverses]
+    for each in found[1:]:
+        assert each == pytest.approx(found[0], rel=1e-3)
+    assert 1e-9 < found[0][0] / found[0][1] < 1e-5
