@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.numerics.csr import csr, distinct, sparse_rows
-from bilevel.numerics.small import array, tensor
+from bilevel.numerics.small import array, finite, tensor
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.splits import Split
 from bilevel.problems.tables import features, targets
@@ -89,7 +89,7 @@ class LinearData:
         y = _targets(y, X, loss)
         like = _values(X)
         weights = like.new_ones(len(X)) if weights is None else torch.as_tensor(weights).to(like)
-        if weights.shape != (len(X),) or not bool(weights.min() >= 0) or not bool(weights.sum() > 0):
+        if weights.shape != (len(X),) or not array(weights).min() >= 0 or not array(weights).sum() > 0:
             raise ValueError(f"weights must have shape ({len(X)},), one for each row, none negative and not all zero.")
         zero = like.new_zeros(X.shape[1])
         raw = cls(X, y, weights, zero, torch.ones_like(zero), intercept, standardize)
@@ -105,19 +105,20 @@ class LinearData:
             ValueError: where all of them have weight zero.
         """
         keep = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.y.device)
-        weights, y = self.weights[keep], self.y[..., keep]
-        if not bool(weights.sum() > 0):
+        s, y, offset, scale = array(self.weights[keep]), self.y[..., keep], array(self.offset), array(self.scale)
+        if not s.sum() > 0:
             raise ValueError("all rows of a part have weight zero.")
-        weights = weights / weights.mean()
+        s = s / s.mean()
+        weights, kinds = tensor(s), (self.intercept, self.standardize)
         if self.sparse:
             X = sparse_rows(self.X, keep)
-            part = type(self)(X, y, weights, self.offset, self.scale, self.intercept, self.standardize)
-            mean, scale = part.moments(weights)
-            scale[scale == 0] = 1.0
+            mean, own = map(array, type(self)(X, y, weights, self.offset, self.scale, *kinds).moments(weights))
+            own[own == 0] = 1.0
         else:
-            X, mean, scale = _standardised(array(self.X[keep]), array(weights), self.intercept, self.standardize)
-        offset, scale = self.offset + self.scale * mean, self.scale * scale if self.standardize else self.scale
-        return type(self)(X, y, weights, offset, scale, self.intercept, self.standardize)
+            rows, mean, own = _standardised(array(self.X[keep]), s, *kinds)
+            X = tensor(rows)
+        offset, scale = offset + scale * mean, scale * own if self.standardize else scale
+        return type(self)(X, y, weights, tensor(offset), tensor(scale), *kinds)
 
     def __getstate__(self) -> dict[str, Any]:
         # Torch remarks in every process that loads a CSR tensor that all of CSR is a beta: its parts are loaded.
@@ -279,7 +280,7 @@ def _units(index: Tensor, size: int, like: Tensor) -> Tensor:
     return rows
 
 
-def _standardised(X: Any, weights: Any, centred: bool, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _standardised(X: Any, weights: Any, centred: bool, scaled: bool) -> tuple[Any, Any, Any]:
     """Return a copy of rows, an array or a tensor, about their mean and of deviation 1, with means and deviations.
 
     A constant column becomes zero, and has deviation 1.
@@ -294,7 +295,7 @@ def _standardised(X: Any, weights: Any, centred: bool, scaled: bool) -> tuple[Te
         deviation[deviation == 0] = 1.0
     if scaled:
         X /= deviation
-    return tensor(X), tensor(mean), tensor(deviation)
+    return X, mean, deviation
 
 
 def _deviations(variance: Any, square: Any) -> Any:
@@ -319,8 +320,7 @@ def _inputs(given: Any) -> Tensor:
     X = X.double() if X.device.type == "cpu" else X
     if X.dim() != 2 or 0 in X.shape:
         raise ValueError(f"X must have shape (rows, features), got {tuple(X.shape)}.")
-    # A sum sees all of them in one pass; one that overflows is looked at again.
-    if not bool(_values(X).sum().isfinite()) and not bool(torch.isfinite(_values(X)).all()):
+    if not finite(_values(X)):
         raise ValueError("X holds NaN or infinite values: drop or fill those rows first.")
     return X
 
@@ -337,7 +337,7 @@ def _targets(given: Any, X: Tensor, loss: GLMLoss | None) -> Tensor:
         raise ValueError("y holds strings: encode them as numbers.")
     if y.dim() not in (1, 2) or len(y) != len(X):
         raise ValueError(f"y must have shape ({len(X)},), one target for each row of X, got {tuple(y.shape)}.")
-    if y.is_floating_point() and not bool(torch.isfinite(y).all()):
+    if y.is_floating_point() and not finite(y):
         raise ValueError("y holds NaN or infinite values: drop or fill those rows first.")
     y = y.to(X.device)
     if y.dim() == 2:

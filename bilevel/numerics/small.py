@@ -7,6 +7,7 @@ that makes many such calls therefore takes `array(tensor)`, and stays with what 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -48,6 +49,11 @@ def tensor(values: Any) -> Tensor:
 def to_numpy(values: Any) -> NDArray[np.float64]:
     """Return an array, or a tensor of any device, as a NumPy array."""
     return values.double().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def finite(values: Tensor) -> bool:
+    """Return whether all are finite: a sum sees them in one pass; one that overflows is looked at again."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def row_dots(A: Any, B: Any) -> Any:
