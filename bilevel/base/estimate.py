@@ -202,22 +202,27 @@ class Estimate:
         )
 
 
-def made_later(certificate: Callable[[], Certificate], carry: Callable[[], Carry], **given: Any) -> Estimate:
-    """Return an estimate of which a part is made when it is first read; copies and pickles hold all of it."""
+def made_later(later: Mapping[str, Callable[[], Any]], **given: Any) -> Estimate:
+    """Return an estimate of which a part is made when it is first read; copies and pickles hold all of it.
+
+    Args:
+        later: makes certificate, params or carry.
+        given: the other attributes.
+    """
     estimate = object.__new__(Estimate)
-    vars(estimate).update(given, _certificate=certificate, _carry=carry)
+    vars(estimate).update(given, _later=later)
     return estimate
 
 
 def _when_read(name: str) -> None:
-    part: Any = cached_property(lambda self: vars(self)[f"_{name}"]())
+    part: Any = cached_property(lambda self: vars(self)["_later"][name]())
     part.__doc__ = f"The {name}, made when it is first read."
     part.__set_name__(Estimate, name)
     setattr(Estimate, name, part)
 
 
-_when_read("certificate")
-_when_read("carry")
+for _name in ("certificate", "params", "carry"):
+    _when_read(_name)
 
 
 @dataclass(frozen=True, eq=False)

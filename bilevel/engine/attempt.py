@@ -41,8 +41,11 @@ class Attempt:
         return Carry(self.solved.state, self.pulled.adjoint, type(solver).__name__, ongoing)
 
 
-def attempt(estimator: HypergradEstimator, run: Run) -> Attempt:
-    """Solve, and pull the gradient of the outer loss back; failure is a verdict."""
+def attempt(estimator: HypergradEstimator, run: Run, kept: bool = True) -> Attempt:
+    """Return what solving, and pulling the gradient of the outer loss back, gives; failure is a verdict.
+
+    Without `kept`, the solution goes before the pullback, whose memory it would add to; the result is without it.
+    """
     problem, hparams = run.problem, run.hparams
     solved = estimator.solve(run)
     value, gradient, pulled, verdict = float("nan"), None, Pullback(None), solved.verdict
@@ -52,6 +55,8 @@ def attempt(estimator: HypergradEstimator, run: Run) -> Attempt:
         value = float(outer)
         verdict = verdict.worse(finite_loss(value, lambda: problem.outer_loss(solved.params, hparams)))
     if verdict.status.usable:
+        if not kept:
+            solved = replace(solved, params=None, state=replace(solved.state, params=None, memory=None))
         pulled = solved.pullback(by_params)
         verdict = verdict.worse(pulled.verdict)
         if pulled.verdict.status.usable:
@@ -59,7 +64,7 @@ def attempt(estimator: HypergradEstimator, run: Run) -> Attempt:
             verdict = verdict.worse(finite_gradient("the hypergradient of `hparams", gradient))
             doubt, pulled = far_from_solution(value, solved.params, by_params, pulled)
             verdict = verdict.worse(doubt)
-        if not verdict.status.usable:
+        if kept and not verdict.status.usable:
             verdict = not_finite_part(problem, solved.params, hparams, by_params, by_hparams, pulled) or verdict
     return Attempt(solved, pulled, value, gradient, verdict)
 

@@ -133,6 +133,15 @@ class HypergradEstimator(ABC):
         """Whether `solve` takes rows: a problem that is a batch, of which each row ends by itself; default: no."""
         return False
 
+    @property
+    def taskwise(self) -> bool:
+        """Whether of tasks that share nothing but hparams it gives the mean of what it gives of each; default: no."""
+        return False
+
+    def by_graph(self) -> HypergradEstimator:
+        """Return what gives the same by letting autograd record the run, where there is that; by default itself."""
+        return self
+
     def one_by_one(self, solver: InnerSolver) -> str:
         """Return why the rows of a batch run one after the other, and not side by side; empty where they do not."""
         if not self.rowwise:
@@ -170,6 +179,8 @@ class HypergradEstimator(ABC):
         own = vars(cls).get("solve")
         if given_after(cls, ("solve",), "at_once"):
             cls.at_once = HypergradEstimator.at_once  # type: ignore[method-assign]
+        if given_after(cls, ("solve",), "taskwise"):
+            cls.taskwise = HypergradEstimator.taskwise  # type: ignore[method-assign]
         if own is not None and "meter" in signature(own).parameters:
             warn(f"{cls.__name__}.solve takes one argument now: `solve(self, run)`.", DeprecationWarning, stacklevel=2)
             cls.solve = _of_six(own)  # type: ignore[method-assign, assignment]

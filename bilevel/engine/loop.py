@@ -114,7 +114,7 @@ def _run(
     limit, tol = solver.limits(dtype)
     every = max(solver.traits.check_every, check_interval(device))
     first = checkpoint = before = state
-    taken, marked, floor = 0, 0, None
+    taken, marked, floor, start = 0, 0, None, None
     looks = None if tol is None else Looks(inner, solver, first, tol, at_least)
     try:
         while taken < limit:
@@ -130,8 +130,11 @@ def _run(
                 checkpoint, marked = state, taken
             if visit is not None and visit(state) is True:
                 break
-            before, state = state, solver.step(inner.on_step(state.index), state)
+            before, state = state if looks else before, solver.step(inner.on_step(state.index), state)
             taken += 1
+            if taken == 1 and looks is None and inner.knows(solver.params(first)):
+                start = _norm(inner, solver, first)
+                inner.counts["gradient"] += 1  # a look, as where the step takes another gradient
             # A solver that hands back the same params says that no step helps: the rounding floor.
             if looks is not None and taken >= at_least and inner.unmoved(before.params, state.params):
                 residual = float(_norm(inner, solver, state))
@@ -140,7 +143,7 @@ def _run(
     except StepFailure as failure:
         return InnerRun(state, math.nan, taken, failed_step(solver, taken, failure))
     if looks is None:
-        return _ended(inner, solver, first, state, taken, (checkpoint, marked))
+        return _ended(inner, solver, first, state, taken, (checkpoint, marked), start)
     return looks.conclude(state, taken, (checkpoint, marked), floor)
 
 
@@ -177,4 +180,4 @@ def _ended(
 
 
 def _norm(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Tensor:
-    return tree.norm(inner.grad(solver.params(state))).detach()
+    return tree.norm(inner.residual(solver.params(state))).detach()

@@ -45,6 +45,7 @@ class FirstOrder(HypergradEstimator):
     measures_memory = False
     second_derivatives = False
     rowwise = True
+    taskwise = True
 
     def check(self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree) -> None:
         """Refuse hyperparameters on which the outer loss does not depend directly; ValueError names the first one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import overload
 
@@ -23,6 +24,7 @@ from bilevel.hypergrad.auto import as_estimator
 from bilevel.hypergrad.evidence import certificate, confirmed, judged
 from bilevel.hypergrad.side_by_side import as_batch, rows_hypergradient
 from bilevel.hypergrad.target_error import TargetErrorLoop, check_target
+from bilevel.hypergrad.tasks import named, task_runs, tasks_hypergradient
 from bilevel.oracles.autograd_errors import DerivativeError, explained
 from bilevel.oracles.batching import NotSideBySide, Rows
 from bilevel.oracles.exact import Exact
@@ -144,10 +146,17 @@ def hypergradient(
     used, given, start = prepare(problem, solver, rule, hparams, params, check)
     if check and carry is not None:
         check_carry(carry, solver, start, problem.trainable(start))
-    # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
-    warm = Carry() if carry is None else carry.copied()
     memory = rule.measures_memory or problem.batch is not None
-    run = Run(problem, used, given, start, warm, Meter(tree.leaves(start)[0].device, memory=memory))
+    meter = Meter(tree.leaves(start)[0].device, memory=memory)
+    run = Run(problem, used, given, start, carry or Carry(), meter)
+    runs = None if certify or target_error is not None else task_runs(rule, run, params is None)
+    if runs is not None and (estimate := tasks_hypergradient(runs, solver)) is not None:
+        if check:
+            confirm(problem)
+        return estimate
+    # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
+    warm = run.carry.copied()
+    run = replace(run, params=tree.copied(start), carry=warm)
     if problem.batch is not None:
         try:
             together = rows_hypergradient(rule, run, certify, on_failure)
@@ -161,7 +170,7 @@ def hypergradient(
         return together
     error = None
     if target_error is None:
-        result = attempt(rule, run)
+        result = named(runs, attempt(rule, run))
     else:
         result, error = TargetErrorLoop(rule, run, target_error).run()
     cost = run.meter.read()
@@ -205,8 +214,7 @@ def _at_once(
 
     verdict = Verdict(detail=exact.detail) if exact.detail else GOOD
     return made_later(
-        partial(_certificate, exact),
-        warm,
+        {"certificate": partial(_certificate, exact), "carry": warm},
         outer_loss=exact.outer_loss,
         hypergradient=exact.hypergradient,
         params=exact.params,
@@ -246,7 +254,7 @@ def prepare(
     params: Tree,
     check: bool,
 ) -> tuple[InnerSolver, Tree, Tree]:
-    """Return the solver that runs the problem, copies of hparams and start, after a look at all of them if `check`.
+    """Return the solver that runs the problem, a copy of hparams, and the start, after a look at both if `check`.
 
     Raises:
         ValueError: what the checks of the problem and of the estimator raise.
@@ -256,8 +264,10 @@ def prepare(
         raise ValueError(
             "torch.inference_mode() is on, under which nothing has derivatives: use torch.no_grad() there."
         )
-    hparams, start = tree.copied(hparams), tree.copied(problem.start(params))
+    # Losses that are known to write nothing may be given the caller's own tensors.
+    hparams, start = (tree.detach if problem.purity.known else tree.copied)(hparams), problem.start(params)
     if check:
+        start = tree.copied(start)
         estimator.check(problem, solver, hparams)
         reads = partial(read_by_steps, solver) if estimator.differentiates_steps else None
         try:

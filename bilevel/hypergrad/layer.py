@@ -136,7 +136,7 @@ class _Solution(_Once):
     def forward(call: _Call, *leaves: Tensor) -> tuple[Tensor, ...]:
         hparams = tree.rebuild(call.like, [leaf.detach() for leaf in leaves])
         solver, hparams, start = prepare(call.problem, call.solver, call.estimator, hparams, call.start, call.check)
-        solved = call.estimator.solve(Run(call.problem, solver, hparams, start, of_outer=False))
+        solved = call.estimator.solve(Run(call.problem, solver, hparams, tree.copied(start), of_outer=False))
         if call.estimator.second_derivatives:
             solved = _confirmed(call, hparams, solved)
         report(solved.verdict, call.on_failure)

@@ -40,6 +40,7 @@ class OneStep(HypergradEstimator):
 
     requires = frozenset({"differentiable_steps"})
     rowwise = True
+    taskwise = True
 
     @property
     def differentiates_steps(self) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bilevel.base import InnerSolver, InnerState, Pullback, Solution, Variables
 from bilevel.core import rows, tree
+from bilevel.core.autograd import edges, vector_jacobian
 from bilevel.core.deprecated import deprecated_options
 from bilevel.core.options import option, require
 from bilevel.core.status import StepFailure
@@ -59,6 +60,7 @@ class FullUnroll(HypergradEstimator):
     )
 
     requires = frozenset({"differentiable_steps"})
+    taskwise = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +75,9 @@ class FullUnroll(HypergradEstimator):
     @property
     def rowwise(self) -> bool:
         return self.memory == "iterates"
+
+    def by_graph(self) -> HypergradEstimator:
+        return GRAPH if self.rowwise and self.mode == "reverse" else self
 
     def at_tolerance(self, tol: float) -> FullUnroll:
         """Return itself: the inner tolerance is all there is."""
@@ -136,6 +141,10 @@ class TruncatedUnroll(HypergradEstimator):
     def rowwise(self) -> bool:
         return self.successor is None
 
+    @property
+    def taskwise(self) -> bool:
+        return self.successor is None
+
     def length(self, steps: int) -> int:
         """Return the number of differentiated steps among `steps`; for "auto" the most there can be."""
         return length_of(self.tail, steps)
@@ -193,22 +202,36 @@ def _reverse(run: Run, end: InnerRun, kept: Sequence[InnerState]) -> Solution:
     return end.solution(solver.params(end.state), pullback)
 
 
-def _graph(run: Run) -> Solution:
-    """Let autograd record the whole run."""
+@dataclass(frozen=True)
+class _Graph(HypergradEstimator):
+    """`FullUnroll` with ``memory="graph"``, whose graph goes while it is swept: for one pullback."""
+
+    @property
+    def differentiates_steps(self) -> bool:
+        return True
+
+    def solve(self, run: Run) -> Solution:
+        return _graph(run, again=False)
+
+
+GRAPH = _Graph()
+
+
+def _graph(run: Run, again: bool = True) -> Solution:
+    """Let autograd record the whole run; `again`: whether its pullback may be called more than once."""
     inner, solver, hparams = run.inner(), run.solver, tree.attach(run.inner().hparams)
     recorded = DifferentiableInner(inner, hparams, graph=True)
-    end = run_inner(recorded, solver, run.begin(), at_least=1, record=True)
+    moving = run.problem.moving_start(hparams)
+    first = run.begin() if moving is None else solver.cold_state(recorded, moving)
+    end = run_inner(recorded, solver, first, at_least=1, record=True)
     run.meter.sample()
-    result, roots = tree.leaves(solver.params(end.state)), tree.leaves(hparams)
+    result, roots, steps = edges(tree.leaves(solver.params(end.state))), tree.leaves(hparams), end.steps
 
     def pullback(cotangent: Tree) -> Pullback:
         # The recorded graph calls no oracle on the way back; its work is one VJP for each step.
-        inner.counts["vjp"] += end.steps
-        pairs = [(p, c) for p, c in zip(result, tree.leaves(cotangent), strict=True) if p.requires_grad]
-        products = torch.autograd.grad(
-            [p for p, _ in pairs], roots, [c for _, c in pairs], retain_graph=True, materialize_grads=True
-        )
-        return Pullback(tree.rebuild(hparams, products), steps=end.steps)
+        inner.counts["vjp"] += steps
+        products = vector_jacobian(result, roots, tree.leaves(cotangent), retain_graph=again)
+        return Pullback(tree.rebuild(hparams, products), steps=steps)
 
     params, memory = tree.detach(end.state.variables)
     end = replace(end, state=replace(end.state, params=params, memory=memory))

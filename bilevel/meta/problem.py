@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bilevel.base import InnerSolver
 from bilevel.core import rows, tree
 from bilevel.core.options import is_int, is_number, require, require_arguments
+from bilevel.core.overrides import given_after
 from bilevel.core.tree import Tree
 from bilevel.meta.evaluation import evaluate
 from bilevel.meta.tasks import Tasks, draw
@@ -34,7 +35,9 @@ from bilevel.networks.functional import FunctionalModule
 from bilevel.oracles.batching import NotSideBySide, vectorised
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.random_layers import random_layer
+from bilevel.oracles.separate import Separate
 from bilevel.oracles.structure import Structure
+from bilevel.oracles.tracing import signature
 
 
 class MetaProblem(BilevelProblem):
@@ -74,6 +77,15 @@ class MetaProblem(BilevelProblem):
 
     structure = Structure(resampled=True)
     unit = "initial weight"
+    _in_weights = False
+    """Whether params are the adapted weights ``w + d`` themselves, and no offsets."""
+    _of_weights = True
+    """Whether the losses see offsets in these weights alone, but for the proximity."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if given_after(cls, ("adapted", "support_loss", "query_loss"), "_of_weights"):
+            cls._of_weights = False
 
     def __init__(
         self,
@@ -102,8 +114,10 @@ class MetaProblem(BilevelProblem):
         functional = FunctionalModule(module)
         self._init, self.model_at = functional.params, functional.at
         self.adapt = _chosen(self._init, adapt)
-        super().__init__(params=self._offsets(batch_size))
+        self._zeros = self._offsets(batch_size)
+        super().__init__(params=self._zeros)
         self._vectorises = [True]  # in a list, which views share
+        self._nbytes: dict[Any, int] = {}
         self.support, self.query, self._alike = self._drawn(tasks, range(batch_size))
 
     def initial_hparams(self, **further: Tree) -> dict[str, Tree]:
@@ -114,12 +128,18 @@ class MetaProblem(BilevelProblem):
 
     def adapted(self, offset: Tree, hparams: Tree) -> Tree:
         """Return the weights of one task, ``w + d``."""
+        if self._in_weights:
+            return {**hparams["init"], **offset}
         return {name: start + offset[name] if name in offset else start for name, start in hparams["init"].items()}
 
     def support_loss(self, offset: Tree, hparams: Tree, support: Tree) -> Tensor:
         """Return what one task minimises over its offset: ``L(w + d; support) + c/2 |d|^2``."""
         loss = self.task_loss(self.adapted(offset, hparams), support)
-        return loss + 0.5 * self.proximity * squared_norm(offset) if self.proximity else loss
+        if not self.proximity:
+            return loss
+        if self._in_weights:
+            offset = {name: weights - hparams["init"][name] for name, weights in offset.items()}
+        return loss + 0.5 * self.proximity * squared_norm(offset)
 
     def query_loss(self, offset: Tree, hparams: Tree, query: Tree) -> Tensor:
         """Return what is wanted of one adapted task to be small: ``L(w + d; query)``."""
@@ -166,12 +186,16 @@ class MetaProblem(BilevelProblem):
 
     def _for_tasks(self, function: Callable[[Tree, Tree], Tree], params: Tree, data: Tree) -> Tree:
         """Apply a function of one task's offset and data to all tasks: side by side, or else one after the other."""
+        count = len(tree.leaves(params)[0])
+        if count == 1:  # a view and not an entry, whose derivative would be a tensor of all
+            only = tree.tree_map(lambda leaf: leaf.squeeze(0), params)
+            result = function(only, rows.row(data, 0) if self._alike else data[0])
+            return tree.tree_map(lambda leaf: leaf.unsqueeze(0), result)
         if self._alike and self._vectorises[0]:
             try:
                 return vectorised(function)(params, data)
             except NotSideBySide:
                 self._vectorises[0] = False
-        count = len(tree.leaves(params)[0])
         each = [rows.row(data, index) for index in range(count)] if self._alike else data
         return rows.stack([function(rows.row(params, index), each[index]) for index in range(count)])
 
@@ -181,9 +205,53 @@ class MetaProblem(BilevelProblem):
         """Return this problem on other tasks."""
         view = copy.copy(self)
         indices = list(indices)
-        view.params = self._offsets(len(indices))
+        view.params = view._zeros = self._offsets(len(indices))
         view.support, view.query, view._alike = self._drawn(tasks, indices)
         return view
+
+    def separate(self) -> Separate | None:
+        if (size := len(tree.leaves(self.params)[0])) == 1:
+            return None
+        alike = self._alike and self._vectorises[0]
+        moving = self._moving if self._of_weights and self.params is self._zeros else None
+        return Separate(size, self._some, self._bytes_of_one(), alike, moving)
+
+    def _some(self, low: int, high: int) -> MetaProblem:
+        view = copy.copy(self)
+        view.params = tree.tree_map(lambda leaf: leaf[low:high], self.params)
+        view.support, view.query = (
+            tree.tree_map(lambda leaf: leaf[low:high], data) if self._alike else data[low:high]
+            for data in (self.support, self.query)
+        )
+        return view
+
+    def _moving(self, index: int) -> MetaProblem:
+        view = self._some(index, index + 1)
+        view._in_weights = True
+        return view
+
+    def moving_start(self, hparams: Tree) -> Tree | None:
+        return {name: hparams["init"][name].unsqueeze(0) for name in self.adapt} if self._in_weights else None
+
+    def _bytes_of_one(self) -> int:
+        """Return what a step of the first task holds: its offset, and what autograd keeps besides weights and data."""
+        support = rows.row(self.support, 0) if self._alike else self.support[0]
+        key = signature(support)
+        if key not in self._nbytes:
+            weights = tree.attach(self._init)
+            known = {leaf.untyped_storage()._cdata for leaf in tree.leaves([weights, support])}
+            kept: dict[int, int] = {}
+
+            def keep(saved: Tensor) -> Tensor:
+                if saved.untyped_storage()._cdata not in known:
+                    kept[saved.data_ptr()] = saved.nbytes
+                return saved
+
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+                loss = self.task_loss(weights, support)
+            del loss
+            self._nbytes[key] = sum(kept.values()) + sum(self._init[name].nbytes for name in self.adapt)
+        return self._nbytes[key]
 
     @property
     def minibatch(self) -> Tree:

@@ -28,11 +28,12 @@ class DifferentiableInner(InnerProblem):
         self._inner = inner
         self._graph = graph
         self.augmented = inner.augmented
-        self._smooth = self if inner.smooth is inner else DifferentiableInner(inner.smooth, hparams, graph)
+        # Itself not by a reference: the graph would then live on until the garbage collector comes.
+        self._smooth = None if inner.smooth is inner else DifferentiableInner(inner.smooth, hparams, graph)
 
     @property
     def smooth(self) -> InnerProblem:
-        return self._smooth
+        return self._smooth or self
 
     def prox(self, v: Tree, step: Tensor, hparams: Tree = None) -> Tree:
         return self._inner.prox(v, step, self.hparams)
@@ -41,9 +42,16 @@ class DifferentiableInner(InnerProblem):
         return self._inner.trainable(params)
 
     def grad(self, params: Tree) -> Tree:
-        if self._smooth is not self:  # a residual, which no proximal step differentiates
+        if self._smooth is not None:  # a residual, which no proximal step differentiates
             return self._inner.grad(tree.detach(params))
         return super().grad(self.trainable(params))
+
+    def residual(self, params: Tree) -> Tree:
+        if self.knows(params):
+            return self.grad(params)
+        self._forget()
+        self.counts["gradient"] += 1
+        return self._inner._grad(tree.detach(self.trainable(params)))
 
     def value(self, params: Tree) -> Tensor:
         self.counts["value"] += 1

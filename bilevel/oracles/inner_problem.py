@@ -251,8 +251,17 @@ class InnerProblem:
         """
         if self._last is None or self._last[0] is not params:
             self.counts["gradient"] += 1
+            self._last = None  # two at once would be one too many
             self._last = (params, self._grad(params))
         return self._last[1]
+
+    def knows(self, params: Tree) -> bool:
+        """Whether the last gradient was that at these very params."""
+        return self._last is not None and self._last[0] is params
+
+    def residual(self, params: Tree) -> Tree:
+        """Return the gradient at `params` for its norm alone: nothing is differentiated through it."""
+        return self.grad(params)
 
     def linearize(self, params: Tree) -> Linearization:
         """Return the gradient linearised at `params`."""
@@ -273,7 +282,7 @@ class InnerProblem:
     def on_step(self, index: int) -> InnerProblem:
         """Return the problem that step `index` sees: this one, or a view of it with the step's own batch and draws.
 
-        Everything else (residuals, curvature, linear solves) is evaluated here, on the sampler's full batch.
+        All else (residuals, curvature, linear solves) is evaluated here, on the sampler's full batch.
         """
         problem = self.problem.on_step(index)
         if problem is self.problem:
@@ -309,10 +318,7 @@ class InnerProblem:
         """Return a diagonal D above the Hessian, shaped as `params`; by default the largest curvature, at `params`.
 
         A problem that knows one overrides it: with it, `PreconditionedGradientDescent` has a step for each variable.
-
-        Args:
-            params: where the Hessian is taken.
-            largest: the largest curvature but for diagonal parts that are known; None: measured.
+        `largest` is the largest curvature but for diagonal parts that are known; None: measured.
         """
         largest = largest or CURVATURE_MARGIN * self.curvature(params).largest
         return tree.tree_map(lambda leaf: torch.full_like(leaf, largest), params)

@@ -67,6 +67,7 @@ def _ours(d: SimpleNamespace) -> dict[str, Any]:
     parts = _parts(d)
     problem = MetaProblem(parts.module, parts.loss, lambda index: parts.tasks[index % d.tasks], batch_size=d.tasks)
     solver, u = bl.GradientDescent(d.rate, steps=d.steps), problem.initial_hparams()
+    bl.hypergradient(problem, solver, bl.FullUnroll(), u)  # as an outer loop: it looks at its problem once
 
     def call() -> Any:
         estimate = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False)
@@ -90,7 +91,9 @@ def _loop(d: SimpleNamespace, dtype: str = "float32") -> dict[str, Any]:
         parts.module.zero_grad()
         for support, query in parts.tasks:
             (maml.at(maml.adapted(support, d.steps, True), query) / d.tasks).backward()
-        return torch.cat([parameter.grad.reshape(-1) for parameter in parts.module.parameters()])
+        gradient = torch.cat([parameter.grad.reshape(-1) for parameter in parts.module.parameters()])
+        parts.module.zero_grad()  # or what it frees would be taken off what the next call holds
+        return gradient
 
     return {"meta": call}
 
