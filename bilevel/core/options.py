@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields, is_dataclass
+from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,9 +32,14 @@ def option(default: Any, allowed: str, fits: Callable[[Any], bool]) -> Any:
 
 def check_fields(owner: Any) -> None:
     """Refuse a value of a dataclass that does not fit what its `option` says, by the sentence of `require`."""
-    for each in fields(owner):
-        if each.metadata and not each.metadata["fits"](getattr(owner, each.name)):
-            require(owner, each.name, each.metadata["allowed"], False)
+    for name, allowed, fits in _options(owner.__class__):
+        if not fits(getattr(owner, name)):
+            require(owner, name, allowed, False)
+
+
+@cache
+def _options(cls: type) -> list[tuple[str, str, Callable[[Any], bool]]]:
+    return [(each.name, each.metadata["allowed"], each.metadata["fits"]) for each in fields(cls) if each.metadata]
 
 
 def shown_value(value: Any) -> str:

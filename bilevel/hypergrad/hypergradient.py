@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from time import perf_counter
 from typing import overload
 
 import torch
@@ -30,8 +31,6 @@ from bilevel.oracles.batching import NotSideBySide, Rows
 from bilevel.oracles.exact import Exact
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import confirm
-
-CPU = torch.device("cpu")
 
 
 # The signature for each kind of result: type checkers know by `batch` which of the two they get.
@@ -199,12 +198,10 @@ def _at_once(
         return None
     if check:
         rule.check(problem, solver, hparams)
-    meter = Meter(CPU, memory=False)  # nothing grows with steps, and a look at it takes longer than the work
+    begun = perf_counter()
     exact = rule.at_once(problem, solver, hparams, params, carry)
     if exact is None:
         return None
-    for kind, count in (*exact.counts.items(), ("outer", 1)):
-        meter.counts[kind] = count
     x = exact.params.clone()  # the caller's may change; the warm start does not
 
     def warm() -> Carry:
@@ -218,7 +215,7 @@ def _at_once(
         outer_loss=exact.outer_loss,
         hypergradient=exact.hypergradient,
         params=exact.params,
-        cost=meter.read(),
+        cost=Cost({**exact.counts, "outer": 1}, perf_counter() - begun),
         verdict=verdict,
     )
 

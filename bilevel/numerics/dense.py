@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel.numerics.small import array, tensor
+
 REFINED = 150
 """Error estimates make the Hessian from products: about as many as the search and the solves take beyond."""
 EIGENVALUES = 300
@@ -36,6 +38,8 @@ def symmetric_product(A: Tensor, B: Tensor) -> Tensor:
     tensor([[1., 0.],
             [0., 1.]])
     """
+    if A is B and A.device.type == "cpu":
+        return tensor(array(A) @ array(A).T)  # NumPy computes one triangle, where it sees the same matrix twice
     size = A.shape[0]
     if size < HALVED or A.device.type != "cpu":
         return A @ B.mT

@@ -59,7 +59,9 @@ class InBasis:
 
     def __call__(self, right: Any) -> Any:
         values = self.values if right.ndim == 1 else self.values[:, None]
-        return self.vectors @ ((self.vectors.T @ right) / values)
+        if isinstance(right, Tensor):
+            return self.vectors @ ((self.vectors.T @ right) / values)
+        return self.vectors.dot(self.vectors.T.dot(right) / values)  # half the time of `@`, on few numbers
 
 
 @lru_cache

@@ -38,7 +38,7 @@ class HostRidge:
         self.gram, self.moment = problem.gram.numpy(), problem.moment.numpy()
         scale = problem.val.rows**-0.5
         self.rows, self.targets = scale * problem.val.X.t().numpy(), scale * problem.val.y.numpy()
-        self.diagonal = self.gram.diagonal()
+        self.diagonal, self.trace = self.gram.diagonal(), float(self.gram.trace())
         self.curvature = float(np.vdot(self.rows, self.rows))
         self._basis: tuple[Array, ...] | None = None
 
@@ -81,17 +81,18 @@ class HostRidge:
         total, size, loss = pull(w, a), norm(f), 0.5 * float(errors.dot(errors))
         gap = self.gram.dot(w) + penalty * w - self.moment
         rest = f - self.gram.dot(a) - penalty * a
-        diagonal, most = self.diagonal + penalty, slope if isinstance(slope, float) else slope.max()
-        error = most * self._error(inverse.smallest(), float(diagonal.sum()), norm(w), norm(a))
-        if not error <= RIGHT * norm(total.reshape(-1)) and not is_right(
-            *rounding(inverse, np.sqrt(diagonal), w, a, lambda w: (outer(w)[0], 0.0), pull), EPS
+        most = slope if isinstance(slope, float) else slope.max()
+        error = most * self._error(inverse.smallest(), penalty, norm(w), norm(a))
+        if not error <= RIGHT * (norm(total) if total.ndim else abs(total)) and not is_right(
+            *rounding(inverse, np.sqrt(self.diagonal + penalty), w, a, lambda w: (outer(w)[0], 0.0), pull), EPS
         ):
             return None
         params, adjoint, gradient = map(torch.from_numpy, (w, a, total))
         return Exact(params, adjoint, loss, gradient, norm(gap), norm(rest) / size if size > 0 else 0.0, counts)
 
-    def _error(self, smallest: float, trace: float, size: float, adjoint: float) -> float:
+    def _error(self, smallest: float, penalty: Any, size: float, adjoint: float) -> float:
         """Return a bound of what rounding does to ``a w``, from the norms of both, where it is small."""
+        trace = self.trace + (len(self.moment) * penalty if isinstance(penalty, float) else float(penalty.sum()))
         share = UNITS * EPS * (1.0 + trace / smallest)
         return share * size * (2.0 * adjoint + self.curvature * size / smallest)
 
