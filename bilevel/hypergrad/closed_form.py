@@ -23,7 +23,7 @@ from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
 from bilevel.numerics.dense import FACTORED, check_factored
-from bilevel.numerics.inverse import ByFactor, InBasis, is_right, rounding
+from bilevel.numerics.inverse import UNITS, ByFactor, InBasis, is_right, rounding
 from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -228,6 +228,6 @@ def _no_pullback(cotangent: Tree) -> Pullback:
 def _unsolvable(hessian: Tensor) -> Verdict:
     """Return the verdict on H, or its eigenvalues: below zero by rounding alone is no negative curvature."""
     smallest = float((hessian if hessian.dim() == 1 else torch.linalg.eigvalsh(hessian))[0])
-    rounding = torch.finfo(hessian.dtype).eps * float(torch.linalg.vector_norm(hessian))
+    rounding = UNITS * torch.finfo(hessian.dtype).eps * float(torch.linalg.vector_norm(hessian))
     status = Status.NEGATIVE_CURVATURE if smallest < -rounding else Status.SINGULAR
     return Verdict(status, f"ClosedForm: the inner Hessian has the smallest eigenvalue {smallest:.3g}")
