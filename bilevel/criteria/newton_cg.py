@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from bilevel.criteria.data import LinearData
-from bilevel.numerics.small import weighted_gram
+from bilevel.numerics.small import block_grams, paired, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
 Product = Callable[[Tensor], Tensor]
@@ -77,6 +77,11 @@ class System:
         vars(low)["X1"] = X1
         return low
 
+    @cached_property
+    def pairs(self) -> Tensor | None:
+        """The products of pairs of dense columns: see `paired`."""
+        return None if self.X1 is None else paired(self.X1)
+
     def product(self, w: Tensor) -> Tensor:
         """Return the predictions of coefficients."""
         if self.X1 is not None:
@@ -134,9 +139,9 @@ class Preconditioner:
         blocks = (blocks * system.weights.mean(0)).float()  # (outputs, outputs, rows)
         # Of softmax, intercepts that all change alike change nothing.
         self.shift = data.intercept and len(blocks) > 1 and bool((blocks.sum(1).abs() <= 1e-5).all())
-        self.X1 = system.low.X1
-        self.dense = self.X1 is not None and len(blocks) * self.X1.shape[1] <= DENSE
-        self.hessian = self._matrix(blocks) if self.dense else self._diagonal(system.low, blocks)
+        X1 = system.low.X1
+        self.dense = X1 is not None and len(blocks) * X1.shape[1] <= DENSE
+        self.hessian = self._matrix(system.low, blocks) if self.dense else self._diagonal(system.low, blocks)
         self.inverse = self.hessian
         self.bound: Tensor | None = None
 
@@ -176,12 +181,14 @@ class Preconditioner:
             w[..., -1] -= w[..., -1].mean(1, keepdim=True)
         return w
 
-    def _matrix(self, blocks: Tensor) -> Tensor:
-        X1, outputs = self.X1, len(blocks)
+    def _matrix(self, system: System, blocks: Tensor) -> Tensor:
+        X1, outputs = system.X1, len(blocks)
         assert X1 is not None
         if outputs == 1:
             return weighted_gram(X1, blocks[0, 0])
         rows, width = X1.shape
+        if system.pairs is not None:
+            return block_grams(system.pairs, blocks, width)
         hessian = X1.new_zeros(outputs, width, outputs, width)
         for c in range(outputs):
             rest = (X1.T * blocks[c, c:, None]).reshape(-1, rows) @ X1

@@ -19,6 +19,8 @@ from torch import Tensor
 LARGE = 200_000_000
 """Rows times squared columns from which one triangle of a Gram matrix of tensors is computed: by NumPy, or blocks."""
 BLOCKS = 4
+PAIRS = 25_000_000
+"""Rows times squared columns up to which the products of pairs of columns are kept: half as many numbers."""
 
 
 @cache
@@ -49,6 +51,37 @@ def tensor(values: Any) -> Tensor:
 def to_numpy(values: Any) -> NDArray[np.float64]:
     """Return an array, or a tensor of any device, as a NumPy array."""
     return values.double().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+@cache
+def pairs_of(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both members of all pairs of some indices, and the place of every pair among them, (size, size)."""
+    one, two = torch.triu_indices(size, size)
+    place = torch.empty(size, size, dtype=torch.long)
+    place[one, two] = place[two, one] = torch.arange(len(one))
+    return one, two, place
+
+
+def paired(X: Tensor) -> Tensor | None:
+    """Return the products of all pairs of columns, (pairs, rows); None where these are too many numbers to be kept."""
+    if len(X) * X.shape[1] ** 2 > PAIRS:
+        return None
+    one, two, _ = pairs_of(X.shape[1])
+    columns = X.T.contiguous()
+    return columns[one] * columns[two]
+
+
+def block_grams(pairs: Tensor, d: Tensor, size: int) -> Tensor:
+    """Return ``X' diag(d_ab) X`` of several outputs as one matrix, (outputs size, outputs size).
+
+    Args:
+        pairs: of the columns of X: see `paired`.
+        d: symmetric in its outputs, (outputs, outputs, rows).
+        size: the number of columns.
+    """
+    one, two, place = pairs_of(len(d))
+    blocks = (d[one, two] @ pairs.T)[:, pairs_of(size)[2]][place]
+    return blocks.transpose(1, 2).reshape(len(d) * size, len(d) * size)
 
 
 def finite(values: Tensor) -> bool:

@@ -13,12 +13,11 @@ from torch import Tensor
 from bilevel.criteria.criterion import Array, Fit, given
 from bilevel.criteria.data import LinearData
 from bilevel.numerics.elastic_net import ROUNDS, GramColumns, solution
+from bilevel.numerics.small import block_grams, paired
 from bilevel.problems.losses import GLMLoss
 
 WIDE = 2
 """Features for each row from which no Gram matrix is formed, but the columns that the support needs."""
-PAIRS = 25_000_000
-"""Rows times squared features up to which the products of pairs of columns are kept: half as many numbers."""
 STEPS, TOL = 50, 1e-8
 """Newton steps at most, and the relative decrease of the objective, as foreseen, of the last one: the next would be
 about its square."""
@@ -196,9 +195,7 @@ class Net:
         """Return the Hessian by w, without what the intercepts take up."""
         data, (count, size) = self.data, lines.shape
         if size <= WIDE * data.rows and count > 1 and self._pairs is not None:
-            first, second, place = _pairs_of(count)
-            columns = _array(d[first, second] @ self._pairs)[:, _pairs_of(data.features)[2]]
-            return columns[place].swapaxes(1, 2).reshape(size, size) - cross.T @ lines
+            return _array(block_grams(self._pairs, d, data.features)) - cross.T @ lines
         if size <= WIDE * data.rows:
             blocks = np.empty((count, count, data.features, data.features))
             for one in range(count):
@@ -223,12 +220,7 @@ class Net:
 
     @cached_property
     def _pairs(self) -> Tensor | None:
-        """The products of all pairs of columns, (rows, pairs), so that all blocks of classes are one product."""
-        data = self.data
-        if data.sparse or data.rows * data.features**2 > PAIRS:
-            return None
-        one, two, _ = _pairs_of(data.features)
-        return data.X[:, one] * data.X[:, two]
+        return None if self.data.sparse else paired(self.data.X)
 
     def _predictions(self, w: Array, b: Array) -> Tensor:
         like = self.data.scale
@@ -254,14 +246,6 @@ class Net:
 def _penalty(w: Array, l1: Array, l2: Array) -> float:
     used = np.flatnonzero(w)
     return float(l1[used] @ np.abs(w[used]) + 0.5 * l2[used] @ w[used] ** 2)
-
-
-def _pairs_of(size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """Return both members of all pairs of some indices, and the place of every pair among them, (size, size)."""
-    one, two = np.triu_indices(size)
-    place = np.empty((size, size), dtype=np.intp)
-    place[one, two] = place[two, one] = np.arange(len(one))
-    return one, two, place
 
 
 def _array(values: Tensor) -> Array:

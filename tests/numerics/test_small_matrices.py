@@ -46,3 +46,13 @@ def test_a_symmetric_product_is_made_by_its_upper_blocks(size) -> None:
     X, d = rng.standard_normal((size, 4)), rng.random(4)
     product = symmetric_product(torch.from_numpy(X * d), torch.from_numpy(X)).numpy()
     np.testing.assert_allclose(product, (X * d) @ X.T, rtol=1e-12, atol=1e-13)
+
+
+def test_gram_matrices_of_outputs_are_blocks_of_one_matrix() -> None:
+    X, d = torch.randn(30, 4, dtype=torch.float64), torch.rand(3, 3, 30, dtype=torch.float64)
+    d = d + d.transpose(0, 1)
+    pairs = small.paired(X)
+    assert pairs is not None
+    expected = torch.einsum("ni,abn,nj->aibj", X, d, X).reshape(12, 12)
+    torch.testing.assert_close(small.block_grams(pairs, d, 4), expected)
+    assert small.paired(torch.zeros(1).expand(small.PAIRS, 2)) is None
