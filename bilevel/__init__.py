@@ -93,11 +93,15 @@ if TYPE_CHECKING:
     from bilevel.oracles.stacking import stack as stack
     from bilevel.oracles.structure import Structure as Structure
     from bilevel.oracles.tracing import trace as trace
+    from bilevel.outer import SABA as SABA
+    from bilevel.outer import SOBA as SOBA
     from bilevel.outer import BatchOuterOptimizer as BatchOuterOptimizer
     from bilevel.outer import BatchOuterResult as BatchOuterResult
     from bilevel.outer import HyperLBFGS as HyperLBFGS
     from bilevel.outer import HyperNewton as HyperNewton
     from bilevel.outer import OuterOptimizer as OuterOptimizer
+    from bilevel.outer import SingleLoop as SingleLoop
+    from bilevel.outer import StochasticMethod as StochasticMethod
     from bilevel.outer import ToleranceSchedule as ToleranceSchedule
     from bilevel.outer import Tuned as Tuned
     from bilevel.outer import WarmStart as WarmStart
@@ -136,8 +140,8 @@ _NAMES = {
     "oracles.stacking": "stack",
     "oracles.structure": "Structure",
     "oracles.tracing": "trace",
-    "outer": "BatchOuterOptimizer BatchOuterResult HyperLBFGS HyperNewton OuterOptimizer ToleranceSchedule Tuned "
-    "WarmStart tune",
+    "outer": "BatchOuterOptimizer BatchOuterResult HyperLBFGS HyperNewton OuterOptimizer SABA SOBA SingleLoop "
+    "StochasticMethod ToleranceSchedule Tuned WarmStart tune",
     "problems": "QuadraticProblem",
 }
 """The public names of each module."""

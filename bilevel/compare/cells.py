@@ -136,8 +136,8 @@ def take_steps(
     """Take steps of an outer loop, whose rows the cells are, until all have ended or the stop file appears."""
     saved = time.monotonic()
     while not folder.stopping and not all(run.done for run in runs):
-        hparams = outer.current
         estimate = outer.step()
+        hparams = outer.evaluated
         searcher = None if outer.search is None else outer.search.each[0]
         for index, (run, setup) in enumerate(zip(runs, setups, strict=True)):
             if run.done:

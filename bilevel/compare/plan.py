@@ -10,7 +10,7 @@ from bilevel.base import InnerSolver
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.outer import OuterOptions
+from bilevel.outer import OuterOptions, StochasticMethod
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
         name: of the comparison.
         problems: makers of the problems by name.
         solver: the inner solver.
-        estimators: by name.
+        estimators: by name; a stochastic method is a run of its own, without the solver.
         outer: the outer loop.
         seeds: of the data splits.
         budget: gradient-equivalents that each run may use, in place of a number of outer steps.
@@ -72,7 +72,7 @@ class Plan:
     name: str
     problems: Mapping[str, MakeSetup]
     solver: InnerSolver
-    estimators: Mapping[str, HypergradEstimator]
+    estimators: Mapping[str, HypergradEstimator | StochasticMethod]
     outer: OuterOptions
     seeds: Sequence[int]
     budget: float | None

@@ -26,6 +26,7 @@ from bilevel.core.options import first_line
 from bilevel.core.tracebacks import told
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer import StochasticMethod
 from bilevel.outer.search import OuterSearch
 
 REQUIRED = inspect.Parameter.empty
@@ -56,7 +57,10 @@ class Kind:
 
 
 SOLVER = Kind("an inner solver", InnerSolver, (inner,))
-ESTIMATOR = Kind("a hypergradient estimator", HypergradEstimator, (hypergrad,), words=("auto",))
+# Stochastic methods have a loop of their own, and stand beside estimators in a comparison.
+ESTIMATOR = Kind(
+    "a hypergradient estimator", (HypergradEstimator, StochasticMethod), (hypergrad, outer), words=("auto",)
+)
 LINEAR_SOLVER = Kind("a linear solver", LinearSolver, (linear,))
 # Left out: what takes a module and functions, and the base of linear models, which has no loss.
 PROBLEM = Kind("a problem", BilevelProblem, (problems, meta), ("MetaProblem", "LinearModelProblem"))

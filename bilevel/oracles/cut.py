@@ -85,11 +85,11 @@ class Cut:
         x, v, *rest = (node for node in module.graph.nodes if node.op == "placeholder")
         u, batch = rest[: self.leaves], rest[self.leaves :]
         known = {x: X, v: V} | dict.fromkeys(u, U) | dict.fromkeys(batch, BATCH)
-        depends = _dependence(module, known, SHAPES)
+        depends = dependence(module, known, SHAPES)
         ((gradient, *_),) = next(node for node in module.graph.nodes if node.op == "output").args
         affine = _affine(between(module, {*rest, x}, [gradient]), depends, x)
         fold(module.graph, {node: (2 if which & V else 1 if which & ~U else 0) for node, which in depends.items()})
-        depends, takes = _dependence(module, known, SHAPES), _dependence(module, known)
+        depends, takes = dependence(module, known, SHAPES), dependence(module, known)
         (outputs,) = next(node for node in module.graph.nodes if node.op == "output").args
         gradient, product, *cross = outputs
 
@@ -139,7 +139,7 @@ def _flat(leaves: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _dependence(module: fx.GraphModule, known: dict[fx.Node, int], free: Set[Any] = frozenset()) -> dict[fx.Node, int]:
+def dependence(module: fx.GraphModule, known: dict[fx.Node, int], free: Set[Any] = frozenset()) -> dict[fx.Node, int]:
     """Return for each node which inputs its values depend on; what a `free` operation makes depends on none."""
     known = dict(known)
     for node in module.graph.nodes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -62,5 +62,14 @@ class AtOnce:
         """Return what `exact` does by at most so many dense Newton steps from a start to a tolerance; default: None.
 
         The tolerance is that of a run of inner steps (`bilevel.engine.tolerance`); `cache` is an earlier result's.
+        """
+        return None
+
+    def directions(self, size: int, seed: int) -> Any:
+        """Return the `bilevel.oracles.directions.Directions` of its rows by closed forms, in batches; default: None.
+
+        Args:
+            size: rows in a batch.
+            seed: of the order of the rows.
         """
         return None

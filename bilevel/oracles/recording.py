@@ -304,6 +304,8 @@ def _operand(node: fx.Node, filled: dict[fx.Node, float]) -> fx.Node | None:
         return first
     if node.target is aten.t.default and first.target is aten.t.default:
         return first.args[0]
+    if node.target is aten.view.default and _alike(first, node):
+        return first
     if node.target not in _NEUTRAL or node.kwargs:
         return None
     second: Any = node.args[1]

@@ -116,6 +116,14 @@ class MiniBatches:
             return self._data
         return self._at(self._order(seed_of(EVALUATION, self._seed, outer_step))[: self._evaluation_size])
 
+    def partition(self) -> list[Tree] | None:
+        """Return all rows as batches that stay the same, in the order of the first epoch; None where rows are left."""
+        if self._rows % self._size:
+            return None
+        shuffled = self._at(self._order(seed_of(ORDER, self._seed)))
+        parts = [torch.split(leaf, self._size) for leaf in tree.leaves(shuffled)]
+        return [tree.rebuild(shuffled, [part[i].contiguous() for part in parts]) for i in range(len(parts[0]))]
+
     def _at(self, rows: Tensor) -> Tree:
         return tree.tree_map(lambda leaf: leaf.index_select(0, rows), self._data)
 

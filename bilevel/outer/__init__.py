@@ -11,8 +11,12 @@ from bilevel.outer.records import BatchOuterResult as BatchOuterResult
 from bilevel.outer.records import OuterResult as OuterResult
 from bilevel.outer.records import Record as Record
 from bilevel.outer.schedule import ToleranceSchedule as ToleranceSchedule
+from bilevel.outer.single_loop import SingleLoop as SingleLoop
 from bilevel.outer.state import joined as joined
 from bilevel.outer.state import separated as separated
+from bilevel.outer.stochastic import SABA as SABA
+from bilevel.outer.stochastic import SOBA as SOBA
+from bilevel.outer.stochastic import StochasticMethod as StochasticMethod
 from bilevel.outer.stopping import StoppingRules as StoppingRules
 from bilevel.outer.stopping import no_descent as no_descent
 from bilevel.outer.stopping import not_converged as not_converged

@@ -231,7 +231,7 @@ class OuterOptimizer:
     def _estimate(self) -> Any:
         """Return the hypergradient at the present hyperparameters, of rows all of them."""
         target = self.target_error if self.schedule is None else self.schedule.at(self.steps_taken + 1)
-        solver, estimator, carry = self.solver, self.estimator, self.carry
+        solver, estimator, carry, self.evaluated = self.solver, self.estimator, self.carry, self.current
         if self.search is not None:
             target, (solver, estimator, carry) = None, self.search.asked(solver, estimator, carry)
         return hypergradient(

@@ -14,6 +14,8 @@ from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.moves import MakeOptimizer, MakeScheduler
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
+from bilevel.outer.single_loop import SingleLoop
+from bilevel.outer.stochastic import StochasticMethod
 from bilevel.outer.stopping import StoppingRules
 from bilevel.outer.warm_start import WarmStart
 
@@ -44,8 +46,14 @@ class OuterOptions:
         as_schedule(self.schedule, self.target_error, stacklevel=4)
         self.rules()
 
-    def start(self, setup: Any, solver: InnerSolver, estimator: HypergradEstimator) -> OuterOptimizer:
-        """Return the outer loop of ``setup.problem`` at its start; a failed hypergradient is returned, not raised."""
+    def start(self, setup: Any, solver: InnerSolver, estimator: HypergradEstimator | StochasticMethod) -> Any:
+        """Return the outer loop of ``setup.problem`` at its start; a failed hypergradient is returned, not raised.
+
+        Of a stochastic method it is a `SingleLoop`, which has its own steps: a step of the options is a record of it.
+        """
+        if isinstance(estimator, StochasticMethod):
+            limits = {"constraints": self.constraints, "certify": self.certify}
+            return SingleLoop(setup.problem, estimator, setup.hparams, on_failure="return", **limits)
         names = [each.name for each in fields(self) if each.name not in ENDS]
         options = {name: getattr(self, name) for name in names}
         return OuterOptimizer(setup.problem, solver, estimator, setup.hparams, on_failure="return", **options)

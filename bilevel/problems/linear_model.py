@@ -44,6 +44,7 @@ from bilevel.problems.hyper_hessian import linear_hyper_hessians
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.old_hooks import with_hooks
+from bilevel.problems.row_directions import row_directions
 from bilevel.problems.splits import Split, check_equal, stacked_splits
 
 
@@ -78,6 +79,7 @@ class LinearModelProblem(DataProblem):
     solved_on_host: ClassVar[bool] = True
     """Whether small problems on the CPU are solved by arrays."""
     inner_problem: type[InnerProblem] = LinearModelInner
+    directions = row_directions
     parametrizations: tuple[str, ...] = ("log", "direct")
     penalty: Any
 

@@ -1,0 +1,340 @@
+"""`SingleLoop`: params, adjoint and hyperparameters move together, each step on a batch, with evidence now and then."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bilevel.base import Estimate, describe
+from bilevel.core import tree
+from bilevel.core.options import require_value
+from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
+from bilevel.core.tree import Tree
+from bilevel.oracles.directions import Array, Directions, LossDirections, on_all_data
+from bilevel.oracles.problem import BilevelProblem
+from bilevel.outer.checks import check_callbacks, check_start, check_steps, check_switches
+from bilevel.outer.constraints import bounds
+from bilevel.outer.records import OuterResult, Record, record_of, shown_record
+from bilevel.outer.single_loop_evidence import evaluated
+from bilevel.outer.single_loop_state import State, load, saved
+from bilevel.outer.stochastic import CAP, SAFE, SETTLED, StochasticMethod, drawn
+from bilevel.outer.stopping import StoppingRules, columns, failure, with_remark
+
+Callback: TypeAlias = "Callable[[SingleLoop, Estimate], bool | None]"
+LOOK = 64
+"""Steps between two looks at whether all numbers are finite."""
+GROWN = 1e6
+"""A norm of (w, v), of its size before or of 1, beyond which a run has diverged."""
+BATCH = 64
+
+
+class SingleLoop:
+    """A stochastic single loop: each step moves params w, adjoint v and hyperparameters u at once, on two batches.
+
+    An inner solve is never waited for. Every `method.every` steps a `Record` is made on all data: outer loss and
+    hypergradient ``f_u + C' v`` at the present (w, v, u), the residuals of w and v, and with `certify` the distance to
+    the hypergradient at the inner solution, which a solve from w finds.
+
+    Linear models take steps by closed forms, in which the penalty is exact and its step implicit. All other problems
+    take those of their losses, recorded as one graph; their batches are those of ``sampler=MiniBatches(...)`` and
+    ``outer_sampler=``, or all data where they have none.
+
+    Args:
+        problem: the problem.
+        method: `SOBA` or `SABA`, with batch size, step sizes and seed.
+        hparams: where to start; None for the problem's own ``initial_hparams()``.
+        constraints: bounds of ``torch.distributions.constraints``, or a dict of them by key; steps end at them.
+        params: where w starts; default: the problem's start. v starts at zero.
+        certify: compare each record with a hypergradient at the inner solution, which takes an inner solve each.
+        on_failure: "raise" (default), "warn" or "return", for a run that is not finite or diverges; it stays where it
+            last was finite.
+        callbacks: called as ``callback(loop, estimate)`` after each record; a True return stops `run`.
+
+    Raises:
+        ValueError: in one sentence, for a problem that has no such steps, and options that do not fit.
+
+    >>> import torch
+    >>> from bilevel.problems import LogisticProblem
+    >>> X = torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    >>> y = (X[:, 0] > 0).double()
+    >>> loop = SingleLoop(LogisticProblem(X[:100], y[:100], X[100:], y[100:]), SABA(batch_size=20, every=500))
+    >>> result = loop.run(2000, progress=False)
+    >>> [record.step for record in result.history], result.history[-1].outer_loss < result.history[0].outer_loss
+    ([500, 1000, 1500, 2000], True)
+    """
+
+    search, size, choice, scheduler = None, None, "", None
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        method: StochasticMethod,
+        hparams: Tree = None,
+        *,
+        constraints: Any = None,
+        params: Tree = None,
+        certify: bool = True,
+        on_failure: OnFailure = "raise",
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        require_value("problem", problem, "a BilevelProblem", isinstance(problem, BilevelProblem))
+        require_value("method", method, "a method such as SABA()", isinstance(method, StochasticMethod))
+        check_on_failure(on_failure)
+        check_switches(certify, True)
+        if hparams is None and hasattr(problem, "initial_hparams"):
+            hparams = problem.initial_hparams()
+        check_start(hparams)
+        _check_problem(problem)
+        self.problem, self.method, self.certify, self.on_failure = problem, method, certify, on_failure
+        self.callbacks, self.all_data = check_callbacks(callbacks), on_all_data(problem)
+        w = problem.start(params)
+        self.all_data.check(w, hparams)
+        leaves = [*tree.leaves(w), *tree.leaves(hparams)]
+        if len({(leaf.dtype, leaf.device) for leaf in leaves}) > 1:
+            raise ValueError("SingleLoop takes params and hyperparameters of one dtype on one device.")
+        self._of_params, self._of_hparams = tree.Raveler(w), tree.Raveler(hparams)
+        self.directions = self._made(w, hparams)
+        ends = (self._of_hparams.ravel(each) for each in bounds(hparams, constraints))
+        self._bounds = None if constraints is None else [self.directions.array(end.to(leaves[0])) for end in ends]
+        flat = self._of_params.ravel(tree.copied(w))
+        z = self.directions.array(torch.cat([flat, torch.zeros_like(flat)]))
+        u = self.directions.array(self._of_hparams.ravel(tree.copied(hparams)))
+        rate, least = self._rate(z, u)
+        tiny = torch.full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny).to(leaves[0])
+        memories = method.memories(self.directions, z, u)
+        self.state = State(0, z, u, self.directions.array(tiny), memories, rate, least)
+        given = method.freeze
+        self.freeze = math.ceil(SETTLED / SAFE) if given == "auto" else int(given)
+        self.histories: list[list[Record]] = [[]]
+        self.best: tuple[float, Tree] = (math.inf, self.hparams)
+
+    def _made(self, params: Tree, hparams: Tree) -> Directions:
+        method, problem = self.method, self.problem
+        made: Directions | None = None
+        if problem._sampling is None and problem.nonsmooth is None:
+            made = problem.directions(method.batch_size or BATCH, method.seed)
+        if made is None and method.batch_size is not None:
+            raise ValueError(
+                f"`{type(method).__name__}.batch_size` is for linear models: {type(problem).__name__} has the batches "
+                "of its samplers, such as sampler=MiniBatches((X, y), batch_size=64)."
+            )
+        made = LossDirections(problem, params, hparams) if made is None else made
+        if method.fixed and None in made.parts:
+            raise ValueError(
+                f"{type(method).__name__} keeps a direction for every batch, so batches must stay the same and hold "
+                "all rows: take MiniBatches with a batch_size that divides the rows, or SOBA."
+            )
+        return made
+
+    def _rate(self, z: Array, u: Array) -> tuple[float, float]:
+        """Return the rate of z, as given or from the curvature, and the smallest curvature where it was measured."""
+        if not isinstance(self.method.inner_step, str):
+            return float(self.method.inner_step), 0.0
+        ends = self.directions.curvature(z, u)
+        curvature = ends.largest
+        if not 0.0 < curvature < math.inf:
+            name = type(self.method).__name__
+            raise ValueError(f"`{name}.inner_step` is 'auto', but the curvature is {curvature:g}: give a number.")
+        return SAFE / curvature, max(ends.smallest, 0.0)
+
+    def __repr__(self) -> str:
+        parts = f"{type(self.problem).__name__}, {describe(self.method)}, {self.directions.form}"
+        return f"SingleLoop({parts}: {self.steps_taken} steps taken)"
+
+    @property
+    def hparams(self) -> Tree:
+        """The present hyperparameters."""
+        return self._of_hparams.unravel(self.directions.tensor(self.state.u).clone())
+
+    current = evaluated = hparams
+    """As outer loops call them."""
+
+    @property
+    def params(self) -> Tree:
+        """The present params."""
+        return self._of_params.unravel(self._half(0))
+
+    @property
+    def adjoint(self) -> Tree:
+        """The present v, shaped as params; approximates ``-H^-1 f_w``."""
+        return self._of_params.unravel(self._half(1))
+
+    def _half(self, index: int) -> Tensor:
+        return self.directions.tensor(self.state.z).view(2, -1)[index].clone()
+
+    @property
+    def history(self) -> list[Record]:
+        """One `Record` for every `method.every` steps."""
+        return self.histories[0]
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps so far, those before a resume included."""
+        return self.state.step
+
+    def step(self) -> Estimate:
+        """Take steps up to the next record, and make it.
+
+        Returns:
+            The `Estimate` at the hyperparameters after these steps, on all data.
+
+        Raises:
+            HypergradientError: with ``on_failure="raise"``, for a run that is not finite or diverges; the message names
+                the step.
+        """
+        every = self.method.every
+        return self._advance(every - self.steps_taken % every)
+
+    def hold(self, index: int) -> None:
+        """Do nothing: rows stand still in loops of rows."""
+
+    def run(
+        self,
+        steps: int,
+        *,
+        budget: float | None = None,
+        tol: float | None = None,
+        patience: int | None = None,
+        min_progress: float = 0.0,
+        progress: bool = True,
+    ) -> OuterResult:
+        """Take up to `steps` more steps; the rules are looked at where records are made, the last of them at the end.
+
+        Args:
+            steps: most steps.
+            budget: stop once the cost of the whole history, in gradient-equivalents, has reached this; batches count by
+                their share of the rows.
+            tol: stop once the norm of the hypergradient of a record is at most this.
+            patience: stop after this many records without a lower outer loss.
+            min_progress: by how much the outer loss has to fall to count as progress.
+            progress: show a progress line.
+
+        Returns:
+            The result; a second call continues. With `certify` the best loss is that at the inner solution.
+        """
+        check_steps(steps)
+        rules, end = StoppingRules(budget, tol, patience, min_progress), self.steps_taken + steps
+        reason = failure(self.history) or rules.reason(self.history)
+        estimate: Estimate | None = None
+        with tqdm(total=steps, disable=not progress, unit="step") as line:
+            while not reason and self.steps_taken < end:
+                before = self.steps_taken
+                every = self.method.every
+                estimate = self._advance(min(every - before % every, end - before))
+                line.set_postfix_str(shown_record(self.history[-1]), refresh=False)
+                line.update(self.steps_taken - before)
+                answers = [callback(self, estimate) for callback in self.callbacks]
+                reason = failure(self.history, estimate.verdict) or rules.reason(self.history)
+                reason = reason or ("a callback asked to stop" if any(each is True for each in answers) else "")
+        taken = f"took {steps} steps"
+        reason = reason or rules.end(taken, *columns(self.history), True)
+        if estimate is not None and not failure(self.history):
+            reason = with_remark(reason, self.problem, estimate.params, self.hparams)
+        return OuterResult(self.hparams, tree.copied(self.best[1]), self.best[0], tuple(self.history), reason)
+
+    def _advance(self, count: int) -> Estimate:
+        """Take so many steps and make a record of where they end."""
+        began, last = time.perf_counter(), self.state.step
+        verdict = GOOD
+        while count > 0 and verdict.status.usable:
+            block = min(count, LOOK)
+            state, verdict = self._block(self.state, block), GOOD
+            if not self._is_finite(state):
+                state, verdict = self._named(self.state, block)
+            self.state, count = state, count - block
+        state = self.state
+        if state.step % self.method.every == 0 and verdict.status.ok:
+            rate, least = self._rate(state.z, state.u)
+            self.state = replace(state, rate=rate, least=least)
+        estimate, value = evaluated(self, verdict, state.step - last, began)
+        self.history.append(record_of(state.step, estimate))
+        if estimate.status.usable and value < self.best[0]:
+            self.best = (value, self.hparams)
+        report(estimate.verdict, "return" if estimate.status.usable else self.on_failure, estimate)
+        return estimate
+
+    @np.errstate(all="ignore")  # what overflows is looked at, and named
+    def _block(self, state: State, count: int) -> State:
+        """Return the state after so many steps."""
+        method, directions, bound = self.method, self.directions, self._bounds
+        sampled, complete, shrunk = directions.sampled, directions.complete, directions.shrunk
+        z, u, squares, first, d = state.z, state.u, state.squares, state.step, directions.size
+        inner, outer = (each.copied() for each in state.memories)
+        factors, rates = self._factors(state, count)
+        free = self.freeze - first
+        batches = zip(*drawn(method.seed, first, count, directions.parts), strict=True)
+        for k, (i, j) in enumerate(batches):
+            q, f = sampled(i, j, z, u)
+            direction, f = inner(i, q), outer(j, f)
+            direction[d : d + f.shape[0]] += f
+            of_z, of_u, penalty = complete(direction, z, u)
+            z = shrunk(z - rates[k] * of_z, rates[k], penalty)
+            if k >= free:
+                least = directions.least(penalty, state.least)
+                cap = None if least is None else CAP * rates[k] * least
+                u, squares = method.moved(u, of_u, squares, factors[k], cap)
+                if bound is not None:
+                    u = u.clip(*bound)
+        return State(first + count, z, u, squares, [inner, outer], state.rate, state.least)
+
+    def _factors(self, state: State, count: int) -> tuple[list[float], list[float]]:
+        """Return by what the rates of some steps are multiplied, and the rates of z."""
+        method, parts = self.method, self.directions.parts
+        after = method.decay_after or parts[0] or 1.0 / self.directions.shares[0]
+        factors = [(1.0 + k / after) ** -method.decay for k in range(state.step, state.step + count)]
+        return factors, [state.rate * factor for factor in factors]
+
+    def _is_finite(self, state: State) -> bool:
+        tensors = map(self.directions.tensor, (state.z, state.u))
+        return bool(torch.isfinite(torch.stack([each.sum() for each in tensors])).all())
+
+    def _named(self, state: State, count: int) -> tuple[State, Verdict]:
+        """Return the last finite state of a block that ends otherwise, and what is to be said of the next step."""
+        size = float(self.directions.tensor(state.z).norm())
+        for _ in range(count):
+            after = self._block(state, 1)
+            if not self._is_finite(after):
+                break
+            state = after
+        grown = float(self.directions.tensor(state.z).norm()) > GROWN * max(size, 1.0)
+        name = type(self.method).__name__
+        if grown or float(self.directions.tensor(state.z).norm()) > GROWN:
+            what = f"{name} diverges: at step {state.step + 1} its numbers are infinite"
+            return state, Verdict(Status.DIVERGED, f"{what}; take a smaller inner_step than {state.rate:.3g}")
+        return state, Verdict(Status.NOT_FINITE, f"{name} at step {state.step + 1} made its numbers NaN or infinite")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.
+
+        A run that loads it goes on to the same numbers bit for bit.
+        """
+        return saved(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned for the same problem and method; it is not changed.
+
+        Raises:
+            ValueError: for something else; nothing is loaded then.
+        """
+        load(self, state)
+
+
+def _check_problem(problem: BilevelProblem) -> None:
+    """Refuse problems that have no such steps."""
+    for wrong, what in (
+        (problem.batch is not None, "one problem at a time, but this is a batch"),
+        (problem.optimality is not None, "an inner loss, but this problem is stated by a map"),
+        (problem.nonsmooth is not None, "a smooth inner loss, but this one has a nonsmooth term"),
+        (problem.structure.resampled, "one inner problem, but this one is another in each outer step"),
+        (getattr(problem, "dropout_rng", None) is not None, "losses without random layers"),
+    ):
+        if wrong:
+            raise ValueError(f"SingleLoop takes {what}: use OuterOptimizer.")

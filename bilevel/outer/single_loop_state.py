@@ -1,0 +1,86 @@
+"""The state of a stochastic single loop: a value that a step makes anew, and how it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bilevel.base import describe
+from bilevel.core import tree
+from bilevel.core.options import shown_value
+from bilevel.oracles.directions import Array
+from bilevel.outer.records import Record
+from bilevel.outer.stochastic import Memory
+
+FORMAT = 1
+"""The format of a state that this version writes and reads."""
+WANTED = "`state` must be what `SingleLoop.state_dict` returned"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is; a step makes a new one, so that an interrupted block of steps leaves nothing behind.
+
+    Attributes:
+        step: steps taken.
+        z: params and adjoint, flat, (2 d,).
+        u: hyperparameters, flat, (k,).
+        squares: sums of the squares of the directions of u, (k,).
+        memories: what the method knows of the inner and of the outer part.
+        rate: of z.
+        least: about the smallest curvature; 0 where it was not measured.
+    """
+
+    step: int
+    z: Array
+    u: Array
+    squares: Array
+    memories: list[Memory]
+    rate: float
+    least: float
+
+
+def origin(loop: Any) -> dict[str, Any]:
+    """Return what a state is of."""
+    return {
+        "problem": type(loop.problem).__name__,
+        "method": describe(loop.method),
+        "numbers of params and hyperparameters": [loop.directions.size, len(loop.state.u)],
+        "batches": list(loop.directions.parts),
+    }
+
+
+def saved(loop: Any) -> dict[str, Any]:
+    """Return the state of a run; see `SingleLoop.state_dict`."""
+    state, made = loop.state, loop.directions
+    return {
+        "format": FORMAT,
+        "of": origin(loop),
+        "step": state.step,
+        **{name: made.tensor(getattr(state, name)).clone() for name in ("z", "u", "squares")},
+        "memories": [each.saved(made) for each in state.memories],
+        "rate": state.rate,
+        "least": state.least,
+        "freeze": loop.freeze,
+        "history": [asdict(record) for record in loop.history],
+        "best_loss": loop.best[0],
+        "best_hparams": [leaf.clone() for leaf in tree.leaves(loop.best[1])],
+    }
+
+
+def load(loop: Any, state: Mapping[str, Any]) -> None:
+    """Let a run go on from a state, or leave it as it is; see `SingleLoop.load_state_dict`."""
+    if not isinstance(state, Mapping) or "memories" not in state:
+        raise ValueError(f"{WANTED}, got {shown_value(state)[:60]}.")
+    if state["format"] != FORMAT:
+        raise ValueError(f"this state has the format {state['format']!r}, this version reads {FORMAT}.")
+    for what, ours in origin(loop).items():
+        if (theirs := state["of"].get(what)) != ours:
+            raise ValueError(f"this state is of a run with the {what} {theirs}, this run has {ours}.")
+    z, u, squares = (loop.directions.array(state[name]) for name in ("z", "u", "squares"))
+    memories = loop.method.restored(loop.directions, state["memories"])
+    history = [Record(**record) for record in state["history"]]
+    best = tree.rebuild(loop.hparams, [leaf.clone() for leaf in state["best_hparams"]])
+    loop.histories, loop.best, loop.freeze = [history], (state["best_loss"], best), state["freeze"]
+    loop.state = State(state["step"], z, u, squares, memories, state["rate"], state["least"])

@@ -1,0 +1,174 @@
+"""The directions of stochastic steps for linear models: rows in fixed batches, and [w v] as one matrix.
+
+    P = [w; v] X_i',    g = c loss'(P_w) X_i,    H v = c (loss''(P_w) P_v) X_i,    f_w = loss'(X_j w) X_j / m
+
+Both losses take their responses at once. Rows are shuffled once, so that a batch is a view; what is missing in the last
+one are rows of zeros. The sums over a batch are scaled so that their mean over the batches is the sum over all rows.
+The penalty needs no rows: its steps are implicit, ``z / (1 + rate pen)``, and ``C' v = (d pen/du) w v``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel.numerics.lanczos import Spectrum
+from bilevel.oracles.directions import Array, Directions
+from bilevel.oracles.samplers import ORDER, keyed_generator
+from bilevel.problems.splits import Split
+
+ON_HOST = 10_000
+"""Numbers in a batch up to which arrays on the host are quicker than tensors."""
+DENSE, ROWS = 500, 4096
+"""The most features, and the rows, of which the smallest curvature is measured."""
+
+
+class Batches:
+    """The rows of a split in batches of one size, shuffled once; see above.
+
+    Args:
+        split: X feature-major, (features, rows), and encoded targets.
+        glm: the loss.
+        outputs: predictions for each row, None for one.
+        size: rows in a batch.
+        seed: of the order.
+        scale: of the sum of the losses over all rows.
+    """
+
+    def __init__(self, split: Split, glm: Any, outputs: int | None, size: int, seed: int, scale: float) -> None:
+        device, rows = split.X.device, split.rows
+        self.count = math.ceil(rows / size)
+        self.share, self.scale = 1.0 / self.count, scale * self.count
+        order = torch.randperm(rows, generator=keyed_generator(seed, ORDER)).to(device)
+        X, y = split.X.t()[order], split.y[order]
+        missing = self.count * size - rows
+        X = torch.cat([X, X.new_zeros(missing, X.shape[1])])
+        y = torch.cat([y, y[:1].expand(missing)])
+        response = glm.response(y, outputs)
+        self.apply = None if response is None else response.apply
+        self.curvature = None if response is None else response.curvature
+        if response is not None and response.sign is not None:
+            X = X * response.sign[:, None].to(X)
+        target = None if response is None else response.target
+        self.X = [each.contiguous() for each in torch.split(X, size)]
+        self.y = list(torch.split(y, size))
+        self.target = None if target is None else list(torch.split(target.to(X), size, -1))
+
+
+class RowDirections(Directions):
+    """The directions of a `LinearModelProblem`, by arrays on the host where batches are small.
+
+    Args:
+        problem: the problem, no batch, whose oracles are those of its class.
+        size: rows in a batch.
+        seed: of the order of the rows.
+    """
+
+    def __init__(self, problem: Any, size: int, seed: int) -> None:
+        self.problem, self.glm, X = problem, problem.glm, problem.train.X
+        self._shape, self._group = tuple(problem.params.shape), problem._group_shape
+        self.size, self._features = problem.params.numel(), self._shape[-1]
+        size = min(size, max(problem.train.rows, problem.val.rows))
+        self.inner = Batches(problem.train, self.glm, problem.outputs, size, seed, problem.scale)
+        self.outer = Batches(problem.val, self.glm, problem.outputs, size, seed + 1, 1.0 / problem.val.rows)
+        self.parts, self.shares = (self.inner.count, self.outer.count), (self.inner.share, self.outer.share)
+        self.host = X.is_cpu and size * self.size <= ON_HOST
+        self.form = "closed form on the host" if self.host else "closed form"
+        # Predictions on the outer batch, those on the inner one, and products with v there.
+        places = X.new_empty(3, *self._shape[:-1], size)
+        self._z, (self._z_out, self._z_in, self._turned) = places[:2], places.unbind(0)
+        flat = [each.view(-1, size) for each in (places[0], places[1:])]
+        self._flat = [each.numpy() for each in flat] if self.host else flat
+        self._multiply: Any = np.dot if self.host else torch.mm
+        self._data = [
+            [(each.numpy() if self.host else each, each.numpy().T if self.host else each.t()) for each in side.X]
+            for side in (self.inner, self.outer)
+        ]
+        self._logarithm = problem.parametrization == "log"
+        pairs = enumerate(zip(self._group, self._shape, strict=True))
+        self._shared = tuple(axis for axis, (group, full) in pairs if group < full)
+
+    def array(self, flat: Tensor) -> Array:
+        return flat.detach().clone().numpy() if self.host else flat.detach().clone()
+
+    def tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(np.array(array)) if self.host else array
+
+    def sampled(self, i: int, j: int, z: Array, u: Array) -> tuple[Array, Array]:
+        (A, columns), (B, others) = self._data[0][i], self._data[1][j]
+        outside, inside = self._flat
+        self._multiply(z.reshape(-1, self._features), columns, out=inside)
+        self._multiply(z[: self.size].reshape(-1, self._features), others, out=outside)
+        self._respond(i, j)
+        q = self._multiply(inside, A).reshape(-1)
+        f = self._multiply(outside, B).reshape(-1)
+        q *= self.inner.scale
+        f *= self.outer.scale
+        return q, f
+
+    def _respond(self, i: int, j: int) -> None:
+        """Turn predictions into slopes, and products with v into those with the curvature besides."""
+        inner, outer, product = self.inner, self.outer, self.glm.hessian_product
+        if inner.apply is None or inner.curvature is None:
+            slope = self.glm.slope(self._z_in, inner.y[i])
+            self._turned.copy_(product(self.glm.curvature(self._z_in, inner.y[i]), self._turned))
+            self._z_in.copy_(slope)
+            self._z_out.copy_(self.glm.slope(self._z_out, outer.y[j]))
+            return
+        inner.apply(self._z)
+        self._turned.copy_(product(inner.curvature(self._z_in), self._turned))
+        if inner.target is not None and outer.target is not None:
+            self._z_in.sub_(inner.target[i])
+            self._z_out.sub_(outer.target[j])
+
+    def complete(self, direction: Array, z: Array, u: Array) -> tuple[Array, Array, Array]:
+        penalty = self._penalty(u)
+        w, v = z.reshape(2, *self._shape)
+        moved = w * v
+        if self._logarithm:
+            moved *= penalty
+        if self._shared:
+            moved = moved.sum(self._shared)
+        return direction, moved.reshape(-1), penalty
+
+    def shrunk(self, z: Array, rate: float, penalty: Array) -> Array:
+        return (z.reshape(2, *self._shape) / (1.0 + rate * penalty)).reshape(-1)
+
+    def _penalty(self, u: Array) -> Array:
+        penalty = u.reshape(self._group)
+        if not self._logarithm:
+            return penalty
+        return np.exp(penalty) if self.host else penalty.exp()
+
+    def curvature(self, z: Array, u: Array) -> Spectrum:
+        problem, size = self.problem, self.inner.X[0].shape[0]
+        scale = problem.scale * self.glm.max_curvature
+        together: float = scale * problem.gram_norm
+        if self.inner.count == 1:
+            return Spectrum(self._smallest, together)
+        alone = scale * problem.train.rows * float(problem.train.X.square().sum(0).max())
+        return Spectrum(self._smallest, (1.0 - 1.0 / size) * together + alone / size)
+
+    def least(self, penalty: Array, measured: float) -> Array | None:
+        return self._smallest + penalty.min()
+
+    @cached_property
+    def _smallest(self) -> float:
+        """The smallest curvature of the data where all predictions are zero, from some of the rows."""
+        X, rows = self.problem.train.X[:, :ROWS], self.problem.train.rows
+        if self._features > min(DENSE, X.shape[1]):
+            return 0.0
+        at_zero = self.glm.typical_curvature(self.problem.train.y, self.problem.outputs)
+        smallest = float(torch.linalg.eigvalsh(X @ X.t())[0]) * rows / X.shape[1]
+        return max(0.0, self.problem.scale * at_zero * smallest)
+
+
+def row_directions(problem: Any, size: int, seed: int) -> RowDirections | None:
+    """Return the directions of a linear model; None for one whose oracles are not those of this package."""
+    usual = problem.solved_on_host and problem.predicts_linearly and problem.parametrization in ("log", "direct")
+    return RowDirections(problem, size, seed) if usual else None
