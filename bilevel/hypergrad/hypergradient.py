@@ -147,15 +147,15 @@ def hypergradient(
         check_carry(carry, solver, start, problem.trainable(start))
     memory = rule.measures_memory or problem.batch is not None
     meter = Meter(tree.leaves(start)[0].device, memory=memory)
-    run = Run(problem, used, given, start, carry or Carry(), meter)
+    # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
+    warm = Carry() if carry is None else carry.copied()
+    run = Run(problem, used, given, start if params is None else tree.copied(start), warm, meter)
     runs = None if certify or target_error is not None else task_runs(rule, run, params is None)
     if runs is not None and (estimate := tasks_hypergradient(runs, solver)) is not None:
         if check:
             confirm(problem)
         return estimate
-    # The caller's tensors are its own: whatever a loss or a solver does, it does to copies.
-    warm = run.carry.copied()
-    run = replace(run, params=tree.copied(start), carry=warm)
+    run = replace(run, params=tree.copied(start))
     if problem.batch is not None:
         try:
             together = rows_hypergradient(rule, run, certify, on_failure)
@@ -261,8 +261,7 @@ def prepare(
         raise ValueError(
             "torch.inference_mode() is on, under which nothing has derivatives: use torch.no_grad() there."
         )
-    # Losses that are known to write nothing may be given the caller's own tensors.
-    hparams, start = (tree.detach if problem.purity.known else tree.copied)(hparams), problem.start(params)
+    hparams, start = tree.copied(hparams), problem.start(params)
     if check:
         start = tree.copied(start)
         estimator.check(problem, solver, hparams)

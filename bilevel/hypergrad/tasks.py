@@ -23,6 +23,9 @@ from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, attempt
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.evidence import certificate, confirmed, judged
+from bilevel.oracles.cut import same_numbers
+from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.paired import WORTH, paired
 from bilevel.oracles.separate import Separate, in_words
 
 
@@ -36,6 +39,7 @@ class TaskRuns:
         whole: the run of all of them.
         at_once: how many.
         moving: whether their starts move with the hyperparameters.
+        recorded: whether their gradients are replayed, where they can be recorded.
     """
 
     tasks: Separate
@@ -43,14 +47,18 @@ class TaskRuns:
     whole: Run
     at_once: int
     moving: bool = False
+    recorded: bool = False
 
     def __iter__(self) -> Iterator[tuple[Run, float]]:
         """Yield each run with its share of all tasks."""
         count = self.tasks.count
         parts = -(-count // self.at_once)
         ends = [count * part // parts for part in range(parts + 1)]
+        one = self
         for low, high in pairwise(ends):
-            yield self.some(low, high), (high - low) / count
+            yield one.some(low, high), (high - low) / count
+            # Counted in calls for all tasks, of which each run makes a part; as is the memory.
+            one = self.uncounted if low == 0 else one
 
     def some(self, low: int, high: int) -> Run:
         """Return the run of the tasks low, ..., high - 1."""
@@ -67,11 +75,14 @@ class TaskRuns:
         start = start if problem.purity.known else tree.copied(start)
         return replace(self.whole, problem=problem, params=start, carry=carry)
 
+    @property
+    def uncounted(self) -> TaskRuns:
+        """The same runs, of which nothing is counted."""
+        return replace(self, whole=replace(self.whole, meter=Meter(torch.device("cpu"), memory=False)))
+
     def ends(self) -> list[InnerState]:
         """Return the last states of all, made anew."""
-        whole = replace(self.whole, meter=Meter(torch.device("cpu"), memory=False))
-        uncounted = replace(self, whole=whole, moving=False)
-        return [self.rule.solve(run).state for run, _ in uncounted]
+        return [self.rule.solve(run).state for run, _ in replace(self.uncounted, moving=False)]
 
     def failed(self) -> Verdict:
         """Return the verdict of the first task that fails by itself, with its number."""
@@ -96,7 +107,9 @@ def task_runs(rule: HypergradEstimator, whole: Run, own_start: bool) -> TaskRuns
     at_once = tasks.at_once(steps, leaves[0].device)
     # The graph of one task saves the way forward again; where it is no larger than one iterate of all, it may.
     if at_once > 1 or not solver.traits.multistep or tasks.nbytes > tree.nbytes(whole.params):
-        return TaskRuns(tasks, rule, whole, at_once)
+        # An estimator that takes no rows is asked for what it holds.
+        recorded = at_once > 1 and rule.rowwise and whole.problem.traces.with_run_of(steps) >= WORTH
+        return TaskRuns(tasks, rule, whole, at_once, recorded=recorded)
     graph = rule.by_graph()
     moving = own_start and whole.carry.state is None and graph is not rule and tasks.moving is not None
     return TaskRuns(tasks, graph, whole, at_once, moving)
@@ -113,20 +126,25 @@ def tasks_hypergradient(runs: TaskRuns, solver: InnerSolver) -> Estimate | None:
 def _estimate(runs: TaskRuns, solver: InnerSolver) -> Estimate | None:
     total: Tree = None
     ends: list[InnerState] = []
+    why = ""
     loss = square = 0.0
     for run, share in runs:
-        run.meter.counts.clear()  # one for all: a call for some tasks is a part of it
+        if runs.recorded:
+            problem, why = paired(run.problem, run.hparams)
+            run = replace(run, problem=problem)
         result = attempt(runs.rule, run, kept=total is None or runs.at_once > 1)
         if result.solved.state.measured:
             return None  # what a solver measures is that of all
         if total is None:
             result = confirmed(runs.rule, run, solver, result, asked=False)
             result, error = judged(run.problem, solver, run.hparams, result, certify=False)
+            if not _confirms(runs, run, result):
+                return None
         if result.verdict != GOOD:
             return None
         loss, square = loss + share * result.outer_loss, square + float(result.solved.residual) ** 2
         total = _with(total, share, result.gradient)
-        evidence = certificate(result.solved, result.pulled, error)
+        evidence = certificate(replace(result.solved, form=_form(run, result.solved.form, why)), result.pulled, error)
         if runs.at_once > 1:
             ends.append(result.solved.state)
         del result  # with it goes what it holds for another pullback
@@ -153,6 +171,28 @@ def named(runs: TaskRuns | None, result: Attempt) -> Attempt:
     if runs is None or result.verdict.status.usable:
         return result
     return replace(result, verdict=runs.failed().worse(result.verdict))
+
+
+def _confirms(runs: TaskRuns, run: Run, result: Attempt) -> bool:
+    # What the losses hold may have been replaced since they were recorded: one task says it of all.
+    inner = run.inner()
+    if inner.form == InnerProblem.form or not result.verdict.status.usable:
+        return True
+    end, one = run.solver.params(result.solved.state), runs.tasks.some(0, 1).bind(run.hparams)
+    begun, expected = (tree.leaves(one.grad(_rows(x, 0, 1))) for x in (run.params, end))
+    # At a solution the gradient is what is left of larger numbers.
+    scale = max(float(leaf.abs().max()) for leaf in begun)
+    pairs = zip(tree.leaves(_rows(inner.grad(end), 0, 1)), expected, strict=True)
+    agreed = all(same_numbers(*pair, scale) for pair in pairs)
+    if not agreed:
+        run.problem.traces.cuts.clear()
+    return agreed
+
+
+def _form(run: Run, form: str, why: str) -> str:
+    if form != InnerProblem.form:
+        return form
+    return f"{form}, as the loss is not recorded: {why}" if why else run.inner().form
 
 
 def _with(total: Tree, share: float, part: Tree) -> Tree:

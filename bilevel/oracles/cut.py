@@ -207,7 +207,7 @@ class CutKernels(Kernels):
             # The products are those of autograd, which leaves out what is detached.
             at = torch.randn(linear.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(like)
             self.gradient(at, [], moved := torch.empty_like(at))
-            if _same(torch.addmv(linear, hessian, at), moved):
+            if same_numbers(torch.addmv(linear, hessian, at), moved):
                 self.affine = hessian, linear
 
     def from_step(self, index: int) -> CutKernels:
@@ -259,7 +259,7 @@ class CutKernels(Kernels):
         self.product(place, v, product)
         self.steepness = _largest(expected[1])
         got = [product, *tree.leaves(self.cross(x[None], v[None]))]
-        return self._is_gradient(x, gradient, expected[0]) and all(map(_same, got, expected[1:]))
+        return self._is_gradient(x, gradient, expected[0]) and all(map(same_numbers, got, expected[1:]))
 
     def confirms(self, x: Tensor, gradient: Tensor) -> bool:
         """Return whether the gradient at the end of a run is that of autograd; of batches, which differ, always."""
@@ -270,10 +270,11 @@ class CutKernels(Kernels):
 
     def _is_gradient(self, x: Tensor, got: Tensor, expected: Tensor) -> bool:
         """Return whether a gradient is what is expected, up to rounding of what cancels in it near a solution."""
-        return _same(got, expected, self.steepness * _largest(x))
+        return same_numbers(got, expected, self.steepness * _largest(x))
 
 
-def _same(got: Tensor, expected: Tensor, scale: float = 0.0) -> bool:
+def same_numbers(got: Tensor, expected: Tensor, scale: float = 0.0) -> bool:
+    """Return whether a recording gives what autograd gives, but for rounding of numbers up to `scale`."""
     rtol = torch.finfo(expected.dtype).eps ** 0.6
     return torch.allclose(got, expected, rtol=rtol, atol=rtol * max(scale, _largest(expected)), equal_nan=True)
 

@@ -204,6 +204,7 @@ class InnerProblem:
     """
 
     linearization: type[Linearization] = Linearization
+    form = "step by step"  # what a certificate calls steps by its oracles
     refused = ""
     """Why the loss as it is written is not recorded, where that was tried."""
     augmented = False

@@ -104,10 +104,14 @@ class Traces:
         """Why there is none."""
         self._steps = 0
 
+    def with_run_of(self, steps: int) -> int:
+        """Return the steps of all runs with one of so many more."""
+        self._steps += steps
+        return self._steps
+
     def worth(self, steps: int) -> bool:
         """Whether kernels of a recording pay for a run of so many steps, given the runs before."""
-        self._steps += steps
-        return steps >= SHORTEST and self._steps >= WORTH
+        return self.with_run_of(steps) >= WORTH and steps >= SHORTEST
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Traces, ()  # a copy in another process records anew
@@ -144,7 +148,7 @@ def _recorded(oracle: Callable[..., list[Tensor]], problem: Losses, arguments: T
     def replay(*leaves: Any) -> tuple[Tensor, ...]:
         return function(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
-    _verify(flat, replay, apart)
+    verify(flat, replay, apart)
     return replay
 
 
@@ -152,10 +156,10 @@ def _contiguous(leaf: Any) -> Any:
     return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
 
 
-def _verify(oracle: Callable[..., list[Tensor]], replay: Replay, recorded_at: list[Any]) -> None:
+def verify(oracle: Callable[..., list[Tensor]], replay: Replay, recorded_at: list[Any]) -> None:
     """Refuse a recording that gives other numbers than the oracle at other arguments than those it was made at."""
     generator = torch.Generator().manual_seed(0)
-    others = [_moved(leaf, generator) for leaf in recorded_at]
+    others = [moved(leaf, generator) for leaf in recorded_at]
     for expected, got in zip(oracle(*others), replay(*others), strict=True):
         scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
         rtol = torch.finfo(expected.dtype).eps ** 0.4
@@ -167,7 +171,7 @@ def _verify(oracle: Callable[..., list[Tensor]], replay: Replay, recorded_at: li
             )
 
 
-def _moved(leaf: Any, generator: torch.Generator) -> Any:
+def moved(leaf: Any, generator: torch.Generator) -> Any:
     """Return an argument moved by a few per cent, away from zero: a domain such as the positive numbers is kept."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from maml_reference import PlainMAML
 
 import bilevel as bl
 from bilevel.meta import GlyphProblem, GlyphTasks, MetaProblem, SineProblem, SineTasks, evaluate
+from bilevel.meta.networks import mlp
+from bilevel.oracles.separate import Separate
 
 SEEDS = (0, 1, 2)
 HELD_OUT = 200
+SIZES = ((1, (40, 40), 10), (20, (100, 64), 10), (64, (200, 128), 20), (200, (512, 320), 40))
+"""Inputs, hidden units and shots of networks of which a step holds about 10 KB, 50 KB, 200 KB and 1.2 MB."""
 LEVEL = 0.05
 """Relative difference of the test errors below which two runs are at the same level."""
 
@@ -127,6 +132,40 @@ def side_by_side(name: str, problem: MetaProblem, step_size: float, asked: float
     )
 
 
+def chosen(inputs: int, hidden: tuple[int, ...], shots: int, rounds: int, tasks: int = 64) -> bool:
+    """Time the meta-gradient with as many tasks at once as the rule says, beside all, some and one after the other."""
+
+    def task(index: int) -> Any:
+        draw = torch.Generator().manual_seed(index)
+        X, w = torch.randn(2 * shots, inputs, generator=draw), torch.randn(inputs, 1, generator=draw)
+        y = torch.sin(X @ w)
+        return (X[:shots], y[:shots]), (X[shots:], y[shots:])
+
+    problem = MetaProblem(mlp(inputs, hidden, 1, 0), torch.nn.functional.mse_loss, task, tasks)
+    solver, hparams, rule = bl.GradientDescent(0.001, steps=5), problem.initial_hparams(), Separate.at_once
+    sizes = {"by the rule": None, "side by side": tasks, "16 at a time": 16, "4 at a time": 4, "one by one": 1}
+
+    def take(at_once: int | None) -> Any:
+        Separate.at_once = rule if at_once is None else lambda *_: at_once  # type: ignore[method-assign, assignment]
+        return bl.hypergradient(problem, solver, bl.FullUnroll(), hparams, check=False)
+
+    bl.hypergradient(problem, solver, bl.FullUnroll(), hparams)
+    calls = {name: partial(take, at_once) for name, at_once in sizes.items()}
+    made = {name: [call() for _ in range(3)][-1].certificate.measured for name, call in calls.items()}
+    seconds = medians(interleave(calls, rounds, time.process_time))
+    Separate.at_once = rule  # type: ignore[method-assign]
+    worst = seconds["by the rule"] / min(seconds.values())
+    kilobytes = problem.separate().nbytes / 1e3  # type: ignore[union-attr]
+    return emit(
+        f"{tasks} tasks of {kilobytes:.0f} KB each: time by the rule / of the best number at once",
+        worst,
+        "at most 1.15",
+        worst <= 1.15,
+        chosen=made["by the rule"]["tasks"],
+        cpu_milliseconds={key: 1e3 * value for key, value in seconds.items()},
+    )
+
+
 def main(outer_steps: int = 30, rounds: int = 5) -> bool:
     """Measure everything; both runs agree from the first outer step on, so that a short run shows a difference too."""
     wide = SineProblem(hidden=(512, 512), batch_size=32)
@@ -134,6 +173,7 @@ def main(outer_steps: int = 30, rounds: int = 5) -> bool:
         side_by_side("32 sine tasks, 1-40-40-1", SineProblem(batch_size=32), 0.01, 3.0, rounds),
         side_by_side("32 sine tasks, 1-512-512-1", wide, 0.001, None, rounds),
         side_by_side("16 glyph tasks, 784-64-64-5", GlyphProblem(), 0.1, None, rounds),
+        *(chosen(*size, rounds) for size in SIZES),
         sine(outer_steps),
         glyphs(max(outer_steps // 10, 5)),
     ])  # fmt: skip

@@ -11,7 +11,10 @@ from torch import nn
 import bilevel as bl
 from bilevel.core import tree
 from bilevel.core.status import HypergradientError
+from bilevel.hypergrad import tasks
 from bilevel.meta import MetaProblem, SineTasks
+from bilevel.oracles import paired
+from bilevel.oracles.recording import NotRecordedError
 from bilevel.oracles.separate import Separate, in_words
 
 TASKS = SineTasks(shots=5, queries=7)
@@ -47,10 +50,11 @@ def hparams_of(problem: MetaProblem, solver: Any = None) -> Any:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Solve so many tasks at once, whatever they hold; None: all, as any other problem."""
+    """Solve so many tasks at once, whatever they hold; None: all, as any other problem; record steps if `recorded`."""
 
-    def set_to(number: int | None) -> None:
+    def set_to(number: int | None, recorded: bool = False) -> None:
         monkeypatch.undo()
+        monkeypatch.setattr(tasks, "WORTH", 0 if recorded else 10**9)
         if number is None:
             monkeypatch.setattr(MetaProblem, "separate", lambda self: None)
         else:
@@ -84,14 +88,14 @@ def test_a_quarter_of_the_free_memory_is_used_on_a_gpu_and_never_one_after_the_o
 
 
 def test_what_a_step_of_a_task_holds_is_its_params_and_what_autograd_keeps() -> None:
-    tasks = problem_of().separate()
-    assert tasks is not None
-    assert tasks.count == 5
-    assert tasks.nbytes == 8 * (13 + 5 * 4 + 5)  # weights, what tanh gives, and the outputs
+    found = problem_of().separate()
+    assert found is not None
+    assert found.count == 5
+    assert found.nbytes == 8 * (13 + 5 * 4 + 5)  # weights, what tanh gives, and the outputs
     assert problem_of(adapt=["3.*"]).separate().nbytes == 8 * (5 + 5 * 4 + 5)
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize(("number", "recorded"), [(1, False), (2, False), (2, True), (5, True)])
 @pytest.mark.parametrize(
     ("solver", "estimator", "options"),
     [
@@ -109,14 +113,19 @@ def test_what_a_step_of_a_task_holds_is_its_params_and_what_autograd_keeps() -> 
     ids=lambda value: type(value).__name__ if not isinstance(value, dict) else "-".join(value),
 )
 def test_how_many_are_solved_at_once_changes_nothing(
-    at_once: Any, solver: Any, estimator: Any, options: Any, number: int
+    at_once: Any, solver: Any, estimator: Any, options: Any, number: int, recorded: bool
 ) -> None:
     problem = problem_of(**options)
     hparams = hparams_of(problem, solver)
     at_once(None)
     whole = bl.hypergradient(problem, solver, estimator, hparams)
-    at_once(number)
-    ours = bl.hypergradient(problem, solver, estimator, hparams, check=False)
+    at_once(number, recorded)
+    given = tree.copied(hparams)
+    ours = bl.hypergradient(problem, solver, estimator, given, check=False)
+    for leaf in tree.leaves(given):
+        leaf.zero_()  # as an outer step would move it: what is made when it is read is that of before
+    asked = getattr(estimator, "memory", "iterates") != "iterates"  # which holds what it says
+    assert ours.certificate.form == ("recorded" if recorded and not asked else "step by step")
     assert ours.outer_loss == pytest.approx(whole.outer_loss, rel=1e-13)
     close(ours.hypergradient, whole.hypergradient)
     close(ours.params, whole.params)
@@ -148,11 +157,11 @@ def test_each_task_goes_on_from_its_own_warm_start(at_once: Any, number: int) ->
 
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_a_task_that_fails_is_named_with_its_step(at_once: Any, number: int) -> None:
-    def tasks(index: int) -> Any:
+    def drawn(index: int) -> Any:
         (X, y), query = TASKS(index)
         return (X, y * (1e200 if index == 3 else 1.0)), query
 
-    problem = problem_of(tasks=tasks)
+    problem = problem_of(tasks=drawn)
     at_once(number)
     with pytest.raises(HypergradientError, match=r"task 3: GradientDescent.* is not finite at step \d"):
         bl.hypergradient(problem, STEP, bl.FullUnroll(), hparams_of(problem), check=False)
@@ -183,3 +192,42 @@ def test_an_outer_loop_takes_the_same_steps_however_many_are_solved_at_once(at_o
         assert [each.outer_loss for each in run.history] == pytest.approx(
             [each.outer_loss for each in runs[0].history], rel=1e-10
         )
+
+
+def test_recorded_steps_whose_products_make_again_what_they_need_are_the_same(
+    at_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(proximity=0.4)
+    hparams = hparams_of(problem)
+    found = []
+    for room in (paired.HELD, 0):
+        at_once(5, recorded=True)
+        monkeypatch.setattr(paired, "HELD", room)
+        found.append(bl.hypergradient(problem, bl.Nesterov(0.03, 0.5, steps=3), bl.FullUnroll(), hparams))
+    assert [each.certificate.form for each in found] == ["recorded", "recorded"]
+    close(found[1].hypergradient, found[0].hypergradient)
+
+
+def test_a_recording_that_no_longer_holds_is_not_used(at_once: Any) -> None:
+    problem = problem_of()
+    hparams = hparams_of(problem)
+    at_once(5, recorded=True)
+    bl.hypergradient(problem, STEP, bl.FullUnroll(), hparams)
+    problem.proximity = 0.7
+    stale, anew = (bl.hypergradient(problem, STEP, bl.FullUnroll(), hparams) for _ in range(2))
+    at_once(None)
+    whole = bl.hypergradient(problem, STEP, bl.FullUnroll(), hparams)
+    assert anew.certificate.form == "recorded"
+    for each in (stale, anew):
+        close(each.hypergradient, whole.hypergradient)
+
+
+def test_a_loss_that_is_not_recorded_says_why(at_once: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise NotRecordedError("it is a test")
+
+    problem = problem_of()
+    at_once(5, recorded=True)
+    monkeypatch.setattr(paired, "Pair", refuse)
+    found = bl.hypergradient(problem, STEP, bl.FullUnroll(), hparams_of(problem))
+    assert found.certificate.form == "step by step, as the loss is not recorded: it is a test"
