@@ -126,13 +126,13 @@ class Run:
         while True:
             residual = norm(gradient)
             if not residual <= (1.0 - LOWER * t) * before:  # NaN included
+                if t < SHORTEST or before == math.inf:  # a start without a gradient
+                    return None
                 if by_own:
                     t /= 2
                     w = base - t * step
                 else:
                     w, before, H = base, math.inf, None
-                if t < SHORTEST:
-                    return None
                 gradient = self._gradient(w)
                 continue
             if H is None:

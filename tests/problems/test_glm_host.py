@@ -206,3 +206,14 @@ def test_a_singular_hessian_is_left_to_those_who_say_so() -> None:
     u = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=F64)
     estimate = bl.hypergradient(problem, bl.Newton(tol=1e-6), bl.Implicit(), u, on_failure="return")
     assert estimate.certificate.form != "dense Newton"
+
+
+def test_a_start_without_a_gradient_is_left_to_those_who_say_so() -> None:
+    problem = made(PoissonProblem)
+    far = torch.full((6,), 1e4, dtype=F64)
+    for solver in (bl.QuasiNewton(), bl.Newton()):
+        estimate = bl.hypergradient(
+            problem, solver, bl.Implicit(), problem.initial_hparams(), far, check=False, on_failure="return"
+        )
+        assert not estimate.status.usable
+        assert estimate.certificate.form != "dense Newton"
