@@ -14,7 +14,6 @@ Everything broadcasts over leading dimensions of lam (hyperparameter vectors, se
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,7 +25,7 @@ from bilevel.base import InnerState
 from bilevel.core.rows import Weight
 from bilevel.inner.coefficients import Coefficients
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.numerics.eigenbasis import CLOSE, SMALL, DiagonalProblem
+from bilevel.numerics.eigenbasis import DiagonalProblem, geometric
 
 Numbers: TypeAlias = tuple[Coefficients, ...]
 """The numbers of one step: of all elements of a batch alike, or one for each."""
@@ -35,7 +34,6 @@ Part: TypeAlias = tuple[Numbers, int]
 
 POWER_FROM = 8
 """Steps with the same numbers from which the matrix power is cheaper than the steps."""
-TERMS = 8
 
 
 @dataclass(frozen=True)
@@ -125,50 +123,6 @@ def _geometric(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Movi
 def _column(weight: Weight) -> Weight:
     """Return a weight that differs by element of the batch as a column."""
     return weight[:, None] if isinstance(weight, Tensor) else weight
-
-
-def geometric(q: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``r^K``, ``G = sum_{j<K} r^j`` for r = 1 - q, and how they move with r.
-
-    Args:
-        q: any numbers; 0 and 1 included.
-        count: K, at least one.
-
-    Returns:
-        ``(r^K, K r^(K-1), G, dG/dr)``.
-
-    >>> power, slope, total, total_slope = geometric(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), 3)
-    >>> total
-    tensor([1.0000, 1.7500, 3.0000], dtype=torch.float64)
-    >>> total_slope
-    tensor([1., 2., 3.], dtype=torch.float64)
-    """
-    r = 1.0 - q
-    # r^K / r would be nan where a step size of exactly 1/lam makes r vanish.
-    below = r.pow(count - 1)
-    power, power_slope = below * r, count * below
-    rest = 1.0 - power
-    # Rounding r costs eps / q of 1 - r^K: the logarithm never sees r, and below SMALL the quotients cancel.
-    smallest = float(q.abs().min())
-    if smallest < CLOSE:
-        rest = torch.where(q < 0.5, -torch.expm1(count * torch.log1p(-q)), rest)
-    total = rest / q
-    total_slope = (total - power_slope) / q
-    if count * smallest < SMALL:
-        tiny = count * q.abs() < SMALL
-        first, second = _series(q, count)
-        total, total_slope = torch.where(tiny, first, total), torch.where(tiny, second, total_slope)
-    return power, power_slope, total, total_slope
-
-
-def _series(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return G and dG/dr for a small K q, from ``G = sum_m binom(K, m + 1) (-q)^m``."""
-    total, slope = torch.zeros_like(q), torch.zeros_like(q)
-    for m in range(min(TERMS, count) - 1, -1, -1):
-        binomial = float(math.comb(count, m + 1))
-        total = binomial - q * total
-        slope = m * binomial - q * slope if m else slope
-    return total, slope
 
 
 def _dual(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Moving:

@@ -8,9 +8,12 @@ A is diagonalised once, and every inner step, its derivative and the solution it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ CLOSE = 1e-3
 """Below this q the rounding of 1 - q matters."""
 SMALL = 1e-2
 """Below this K q the quotient (1 - (1 - q)^K) / q cancels, and its series takes over."""
+TERMS = 8
 
 
 @dataclass(frozen=True)
@@ -101,3 +105,48 @@ def diagonalise(
     values, vectors = torch.linalg.eigh(matrix)
     turned = None if directions is None else directions @ vectors
     return Eigenbasis(values, vectors, linear @ vectors, shift, turned)
+
+
+def geometric(q: Any, count: int) -> tuple[Any, Any, Any, Any]:
+    """Return ``r^K``, ``G = sum_{j<K} r^j`` for r = 1 - q, and how they move with r.
+
+    Args:
+        q: any numbers, as a tensor or an array; 0 and 1 included.
+        count: K, at least one.
+
+    Returns:
+        ``(r^K, K r^(K-1), G, dG/dr)``.
+
+    >>> power, slope, total, total_slope = geometric(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), 3)
+    >>> total
+    tensor([1.0000, 1.7500, 3.0000], dtype=torch.float64)
+    >>> total_slope
+    tensor([1., 2., 3.], dtype=torch.float64)
+    """
+    xp: Any = torch if isinstance(q, Tensor) else np
+    r = 1.0 - q
+    # r^K / r would be nan where a step size of exactly 1/lam makes r vanish.
+    below = r ** (count - 1)
+    power, power_slope = below * r, count * below
+    rest = 1.0 - power
+    # Rounding r costs eps / q of 1 - r^K: the logarithm never sees r, and below SMALL the quotients cancel.
+    smallest = float(abs(q).min())
+    if smallest < CLOSE:
+        rest = xp.where(q < 0.5, -xp.expm1(count * xp.log1p(-q)), rest)
+    total = rest / q
+    total_slope = (total - power_slope) / q
+    if count * smallest < SMALL:
+        tiny = count * abs(q) < SMALL
+        first, second = _series(q, count)
+        total, total_slope = xp.where(tiny, first, total), xp.where(tiny, second, total_slope)
+    return power, power_slope, total, total_slope
+
+
+def _series(q: Any, count: int) -> tuple[Any, Any]:
+    """Return G and dG/dr for a small K q, from ``G = sum_m binom(K, m + 1) (-q)^m``."""
+    total = slope = 0.0 * q
+    for m in range(min(TERMS, count) - 1, -1, -1):
+        binomial = float(math.comb(count, m + 1))
+        total = binomial - q * total
+        slope = m * binomial - q * slope if m else slope
+    return total, slope

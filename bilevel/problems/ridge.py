@@ -14,6 +14,7 @@ from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.numerics.dense import EIGENBASIS, EIGENVALUES, symmetric_product
 from bilevel.numerics.eigenbasis import Eigenbasis, diagonalise
+from bilevel.numerics.inverse import ByFactor
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
 from bilevel.oracles.exact import Exact
@@ -275,9 +276,8 @@ class RidgeProblem(LinearModelProblem):
 
     def _apply_inverse(self, hparams: Tensor, right: Tensor) -> Tensor:
         hessian = self.gram + torch.diag(self.penalties(hparams).expand(self.params_shape()))
-        factor, info = torch.linalg.cholesky_ex(hessian)
-        if bool(info):
+        inverse = ByFactor(hessian)
+        if inverse.fails:
             raise ValueError("the ridge problem is singular at these penalties: it has no unique solution.")
-        x = torch.cholesky_solve(right[:, None], factor)
-        # One step of iterative refinement.
-        return (x + torch.cholesky_solve(right[:, None] - hessian @ x, factor))[:, 0]
+        x = inverse(right)
+        return x + inverse(right - hessian @ x)  # one step of iterative refinement

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel.numerics.dense import EIGENVALUES
-from bilevel.numerics.eigenbasis import CLOSE, SMALL, Eigenbasis
+from bilevel.numerics.eigenbasis import Eigenbasis, geometric
 from bilevel.numerics.inverse import RIGHT, UNITS, ByFactor, InBasis, is_right, rounding
 from bilevel.oracles.exact import Exact
 from bilevel.problems.host import EPS, Array, norm, on_host, penalties_on_host
@@ -102,7 +102,7 @@ class HostRidge:
     ) -> Exact | None:
         """Return the result of equal steps of one vector, ``x <- mix x + write grad(read x)``; see `geometric`.
 
-        None where its quotients cancel, and where the residual has grown.
+        None where the residual has grown.
         """
         penalty = penalties_on_host(problem, hparams)
         if penalty is None:
@@ -111,16 +111,9 @@ class HostRidge:
         values = values + penalty
         mix, read, write = numbers
         q = (1.0 - mix) - write * read * values
-        least = np.abs(q).min()
-        if not steps * least >= SMALL:
-            return None
-        below = (1.0 - q) ** (steps - 1)
-        power, power_slope = below * (1.0 - q), steps * below
-        rest = 1.0 - power
-        if least < CLOSE:
-            rest = np.where(q < 0.5, -np.expm1(steps * np.log1p(-np.minimum(q, 0.5))), rest)
-        total, pushed, z = rest / q, -write * moment, start.dot(Q)
-        by_value = write * read * ((total - power_slope) / q * pushed + power_slope * z)
+        power, power_slope, total, total_slope = geometric(q, steps)
+        pushed, z = -write * moment, start.dot(Q)
+        by_value = write * read * (total_slope * pushed + power_slope * z)
         w = Q.dot(total * pushed + power * z)
         begun, gap = (self.gram.dot(x) + penalty * x - self.moment for x in (start, w))
         residual = math.sqrt(gap.dot(gap))

@@ -161,14 +161,14 @@ ESTIMATORS = (
     ),
     Break(
         "spectral-power-slope",
-        "bilevel/engine/recurrence.py",
+        "bilevel/numerics/eigenbasis.py",
         "power, power_slope = below * r, count * below",
         "power, power_slope = below * r, (count - 1) * below",
         "test_spectral.py",
     ),
     Break(
         "spectral-small-eigenvalues",
-        "bilevel/engine/recurrence.py",
+        "bilevel/numerics/eigenbasis.py",
         "slope = m * binomial - q * slope if m else slope",
         "slope = binomial - q * slope if m else slope",
         "test_spectral.py",

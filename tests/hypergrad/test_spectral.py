@@ -13,8 +13,7 @@ from helpers import F64, HIGH, LOW, QUADRATIC_ESTIMATORS, flat, normal, quadrati
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.engine.recurrence import SMALL, geometric
-from bilevel.numerics.eigenbasis import diagonalise
+from bilevel.numerics.eigenbasis import SMALL, diagonalise, geometric
 from bilevel.oracles.structure import Structure
 from bilevel.problems import LogisticProblem, QuadraticProblem, RidgeProblem
 
