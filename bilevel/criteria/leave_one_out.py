@@ -84,8 +84,8 @@ class RidgeLeaveOneOut(Criterion):
     def __init__(self, data: LinearData, penalties: Penalties) -> None:
         super().__init__(data, Squared(), penalties)
         self.y = data.y.reshape(-1, data.rows)  # (targets, rows)
-        share = data.weights / data.rows
-        self.mean = (self.y * share).sum(1, keepdim=True) if data.intercept else torch.zeros_like(self.y[:, :1])
+        mean = array(self.y) @ array(data.weights) / data.rows
+        self.mean = tensor(mean if data.intercept else 0.0 * mean)[:, None]  # (targets, 1)
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         if not self._even:
@@ -105,7 +105,7 @@ class RidgeLeaveOneOut(Criterion):
             w = tensor(warm[1])
         elif self._even:
             basis, a = self._basis, array(self.penalties.spread_outputs(u).exp().to(self.y))
-            w = self._from_basis(tensor(basis.c / (basis.values[:, None] + a)))
+            w = self._from_basis(basis.c / (basis.values[:, None] + a))
         else:
             a = array(self.penalties.spread(u).exp().to(self.y).expand(len(self.y), -1))
             w = torch.stack([tensor(self._coefficients(a[t], t)) for t in range(len(a))])
@@ -117,9 +117,8 @@ class RidgeLeaveOneOut(Criterion):
 
     @shared
     def _rows(self) -> _Rows:
-        s = self.data.weights
-        own = s / self.data.rows if self.data.intercept else torch.zeros_like(s)
-        return _Rows(array(s), array(1.0 - own), array(self.y - self.mean), array(self.y))
+        s, y = array(self.data.weights), array(self.y)
+        return _Rows(s, 1.0 - s / self.data.rows * self.data.intercept, y - array(self.mean), y)
 
     # One penalty for all columns ------------------------------------------------------------------------------------
 
@@ -151,9 +150,9 @@ class RidgeLeaveOneOut(Criterion):
         c = size[:, None] * (weighted.T @ array(y).T)
         return _Basis(B, B * B, values, c, tensor(turned))
 
-    def _from_basis(self, shrunk: Tensor) -> Tensor:
+    def _from_basis(self, shrunk: Any) -> Tensor:
         """Return the standardised coefficients, (targets, features), of ``c / (g + a)``, (r, targets)."""
-        data, turned = self.data, self._basis.vectors @ shrunk
+        data, turned = self.data, tensor(array(self._basis.vectors) @ shrunk)
         return turned.T if data.features <= data.rows else data.collect(turned.T)
 
     def _evaluation(self, a: float, second: bool) -> Evaluation:
@@ -232,7 +231,7 @@ class RidgeLeaveOneOut(Criterion):
 
     @shared
     def _roots(self) -> Any:
-        return array(self.data.weights.clamp_min(1e-300).sqrt())
+        return array(self.data.weights).clip(1e-300) ** 0.5
 
     @shared
     def _gram(self) -> tuple[Any, Any]:
