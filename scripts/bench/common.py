@@ -23,7 +23,7 @@ def interleave(
 
     A busy machine slows neighbours in time alike, so ratios are taken within a round; ``time.process_time`` as the
     clock leaves out what other processes do. Alternatives that take less than `at_least` seconds are called until so
-    many have gone by, and the mean counts: a single call would be that of a processor whose caches others have filled.
+    many have gone by, and the mean of all but a first one counts: that finds the caches full of what others have left.
     """
     calls = {}
     for name, function in alternatives.items():
@@ -34,6 +34,8 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, function in alternatives.items():
+            if at_least:
+                function()
             start = clock()
             for _ in range(calls[name]):
                 function()
