@@ -269,7 +269,7 @@ class SingleLoop:
         z, u, squares, first, d = state.z, state.u, state.squares, state.step, directions.size
         inner, outer = (each.copied() for each in state.memories)
         factors, rates = self._factors(state, count)
-        free = self.freeze - first
+        free, capped = self.freeze - first, method.scaling != "none"
         batches = zip(*drawn(method.seed, first, count, directions.parts), strict=True)
         for k, (i, j) in enumerate(batches):
             q, f = sampled(i, j, z, u)
@@ -278,7 +278,7 @@ class SingleLoop:
             of_z, of_u, penalty = complete(direction, z, u)
             z = shrunk(z - rates[k] * of_z, rates[k], penalty)
             if k >= free:
-                least = directions.least(penalty, state.least)
+                least = directions.least(penalty, state.least) if capped else None
                 cap = None if least is None else CAP * rates[k] * least
                 u, squares = method.moved(u, of_u, squares, factors[k], cap)
                 if bound is not None:

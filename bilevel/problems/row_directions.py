@@ -20,6 +20,7 @@ from torch import Tensor
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.directions import Array, Directions
 from bilevel.oracles.samplers import ORDER, keyed_generator
+from bilevel.problems.glm_loss import GLMLoss
 from bilevel.problems.splits import Split
 
 ON_HOST = 10_000
@@ -92,6 +93,8 @@ class RowDirections(Directions):
         self._logarithm = problem.parametrization == "log"
         pairs = enumerate(zip(self._group, self._shape, strict=True))
         self._shared = tuple(axis for axis, (group, full) in pairs if group < full)
+        self._alone = problem.penalty == "scalar"
+        self._plain = type(self.glm).hessian_product is GLMLoss.hessian_product
 
     def array(self, flat: Tensor) -> Array:
         return flat.detach().clone().numpy() if self.host else flat.detach().clone()
@@ -121,13 +124,20 @@ class RowDirections(Directions):
             self._z_out.copy_(self.glm.slope(self._z_out, outer.y[j]))
             return
         inner.apply(self._z)
-        self._turned.copy_(product(inner.curvature(self._z_in), self._turned))
+        curvature = inner.curvature(self._z_in)
+        if self._plain:
+            self._turned.mul_(curvature)
+        else:
+            self._turned.copy_(product(curvature, self._turned))
         if inner.target is not None and outer.target is not None:
             self._z_in.sub_(inner.target[i])
             self._z_out.sub_(outer.target[j])
 
     def complete(self, direction: Array, z: Array, u: Array) -> tuple[Array, Array, Array]:
         penalty = self._penalty(u)
+        if self._alone:  # all weights together, as they lie
+            moved = z[: self.size] @ z[self.size :]
+            return direction, (moved * penalty if self._logarithm else moved).reshape(-1), penalty.reshape(-1)
         w, v = z.reshape(2, *self._shape)
         moved = w * v
         if self._logarithm:
@@ -137,6 +147,8 @@ class RowDirections(Directions):
         return direction, moved.reshape(-1), penalty
 
     def shrunk(self, z: Array, rate: float, penalty: Array) -> Array:
+        if self._alone:
+            return z / (1.0 + rate * penalty)
         return (z.reshape(2, *self._shape) / (1.0 + rate * penalty)).reshape(-1)
 
     def _penalty(self, u: Array) -> Array:
@@ -155,7 +167,7 @@ class RowDirections(Directions):
         return Spectrum(self._smallest, (1.0 - 1.0 / size) * together + alone / size)
 
     def least(self, penalty: Array, measured: float) -> Array | None:
-        return self._smallest + penalty.min()
+        return self._smallest + (penalty if self._alone else penalty.min())
 
     @cached_property
     def _smallest(self) -> float:
