@@ -15,7 +15,7 @@ LARGEST = 2**18
 """Numbers in a matrix that is scaled in place of its products with vectors, at most: it is copied for a run."""
 aten = torch.ops.aten
 TIMES = {aten.mul.Tensor, aten.mul.Scalar}
-SLOPES = {aten.sigmoid_backward.default, aten.tanh_backward.default, aten.threshold_backward.default}
+SLOPES = {aten.sigmoid_backward.default, aten.tanh_backward.default}
 """What multiplies its first argument by numbers that are made of the others."""
 PLUS = {aten.mv.default: aten.addmv.default, aten.mm.default: aten.addmm.default}
 
