@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -323,7 +323,8 @@ def solve(
         step, steps = conjugate_gradients(product, inverse, (gradient / size).float(), eta.float(), most)
         step = inverse.settle(step.to(w.dtype) * size)
         work, before, last = work + steps, value, relative
-        w, z, value = searched(system, a, w, z, value, step, dots(gradient, step))
+        w, z, new = searched(system, a, w, z, value.tolist(), step, dots(gradient, step).tolist())
+        value = value.new_tensor(new)
         slope = None
         if steps >= STALE and not fresh:
             inverse, fresh = Preconditioner(system, z), True
@@ -331,13 +332,22 @@ def solve(
     return Solved(w, z, inverse, system.slope(z) if slope is None else slope, work)
 
 
-def searched(system: System, a: Tensor, w: Tensor, z: Tensor, value: Tensor, step: Tensor, decrease: Tensor) -> Any:
-    """Return the ends of Newton steps, halved until the objective falls, with predictions and objectives."""
-    dz, length = system.product(step), torch.ones_like(value)
+def searched(
+    system: System, a: Tensor, w: Tensor, z: Tensor, value: list[float], step: Tensor, decrease: list[float]
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Return the ends of Newton steps, halved until the objective falls, and their objectives, by few calls."""
+    dz = system.product(step)
+    there, predicted = w - step, z - dz
+    lengths = [1.0] * len(value)
     while True:
-        there, predicted = w - spread(length, w) * step, z - spread(length, z) * dz
-        new = system.objective(there, predicted, a)
-        rose = ~(new <= value - 1e-4 * length * decrease + 1e-12 * value.abs()) & (length > SHORTEST)
-        if not bool(rose.any()):
+        new = system.objective(there, predicted, a).tolist()
+        # Written so that NaN counts as a rise.
+        fell = [
+            now <= old - 1e-4 * length * by + 1e-12 * abs(old)
+            for now, old, length, by in zip(new, value, lengths, decrease, strict=True)
+        ]
+        if all(ok or length <= SHORTEST for ok, length in zip(fell, lengths, strict=True)):
             return there, predicted, new
-        length = torch.where(rose, 0.5 * length, length)
+        lengths = [length if ok else 0.5 * length for ok, length in zip(fell, lengths, strict=True)]
+        length = torch.tensor(lengths).to(w)
+        there, predicted = w - spread(length, w) * step, z - spread(length, z) * dz

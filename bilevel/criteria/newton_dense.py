@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.criteria.newton_cg import SHORTEST, System, dots, spread
+from bilevel.criteria.newton_cg import System, dots, searched
 from bilevel.numerics.factored import factored
 from bilevel.numerics.small import factor, weighted_gram
 
@@ -61,31 +61,10 @@ def solve(system: System, a: Tensor, start: Tensor, tol: float) -> tuple[Tensor,
         gradient = system.gradient(w, z, a)
         step = inverses(system, z, a)(gradient)
         decrease = dots(gradient, step).tolist()
-        w, z, new = _searched(system, a, w, z, value, step, decrease)
+        w, z, new = searched(system, a, w, z, value, step, decrease)
         # A step that rounding leaves without a decrease ends it, too.
         ends = [by <= tol * (old + floor) or now >= old for by, old, now in zip(decrease, value, new, strict=True)]
         if all(ends):
             break
         value = new
     return w, z
-
-
-def _searched(
-    system: System, a: Tensor, w: Tensor, z: Tensor, value: list[float], step: Tensor, decrease: list[float]
-) -> tuple[Tensor, Tensor, list[float]]:
-    """Return the ends of Newton steps, halved until the objective falls, and their objectives, by few calls."""
-    dz = system.product(step)
-    there, predicted = w - step, z - dz
-    lengths = [1.0] * len(value)
-    while True:
-        new = system.objective(there, predicted, a).tolist()
-        # Written so that NaN counts as a rise.
-        fell = [
-            now <= old - 1e-4 * length * by + 1e-12 * abs(old)
-            for now, old, length, by in zip(new, value, lengths, decrease, strict=True)
-        ]
-        if all(ok or length <= SHORTEST for ok, length in zip(fell, lengths, strict=True)):
-            return there, predicted, new
-        lengths = [length if ok else 0.5 * length for ok, length in zip(fell, lengths, strict=True)]
-        length = torch.tensor(lengths).to(w)
-        there, predicted = w - spread(length, w) * step, z - spread(length, z) * dz
