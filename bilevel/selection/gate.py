@@ -93,18 +93,20 @@ def one_se(losses: Array) -> int:
 
 
 def kappa_of(loss: GLMLoss, losses: Array, penalties: int) -> float:
-    """Return the standard errors that a gain must have: 1; 2 where it is easily a mistake, and a costly one.
+    """Return the standard errors that a gain must have: 1; more where it is easily a mistake, and a costly one.
 
-    That is where rows are nearly separated, so that few carry the loss and its standard error is too small, and with
-    more than half as many penalties as rows, where true gains are many standard errors and a false one fits the rows.
+    That is 3 where rows are nearly separated, so that ten or so carry the loss and its standard error is too small, and
+    2 with more than half as many penalties as rows, where true gains are many standard errors and a false one fits the
+    rows.
 
     Args:
         loss: of a row.
         losses: honest losses of rows under one penalty, (rows,).
         penalties: how many there are.
     """
-    separated = loss.separable and float(losses.sum()) < FEW_NATS
-    return 2.0 if separated or 2 * penalties > len(losses) else 1.0
+    if loss.separable and float(losses.sum()) < FEW_NATS:
+        return 3.0
+    return 2.0 if 2 * penalties > len(losses) else 1.0
 
 
 def rounding_of(loss: GLMLoss, data: LinearData) -> float:

@@ -81,8 +81,8 @@ def penalty_cv(
         ordered: whether contiguous blocks of rows are held out; for a number of `folds`.
         taus: weights of the hyperprior, decreasing; None for 1 to 0.01, and down to 0.001 where there are more than
             ten rows for each penalty.
-        kappa: standard errors of the gain that open the gate; None for 1, and 2 where rows are nearly separated or
-            penalties are more than half as many: see `kappa_of`.
+        kappa: standard errors of the gain that open the gate; None for 1, for 3 where rows are nearly separated and
+            2 where penalties are more than half as many: see `kappa_of`.
         anchored: whether the hyperprior holds penalties at the single best one, not at their mean; None: where there
             are as many features as rows.
         tol: relative gain at which the descent of the one penalty ends, and without an outer loop any. With one, tuned

@@ -61,7 +61,7 @@ def test_nodes_that_fail_are_never_taken() -> None:
 
 def test_gains_that_are_easily_mistaken_need_two_standard_errors() -> None:
     for loss in (Logistic(), Softmax(), SquaredHinge()):
-        assert kappa_of(loss, np.full(100, 0.49), 50) == 2.0
+        assert kappa_of(loss, np.full(100, 0.49), 50) == 3.0
         assert kappa_of(loss, np.full(100, 0.51), 50) == 1.0
     assert kappa_of(Squared(), np.full(100, 0.01), 50) == 1.0
     assert kappa_of(Squared(), np.full(100, 1.0), 51) == 2.0
