@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from bilevel.check.report import Finding
 from bilevel.check.subject import Subject
 from bilevel.core import tree
+from bilevel.oracles.contents import apart
 
 
 def evaluation(subject: Subject) -> list[Tensor]:
@@ -27,7 +25,7 @@ def determinism(subject: Subject) -> Finding:
 
 def still_the_same(first: list[Tensor], subject: Subject) -> Finding:
     """Judge whether the losses still give the bits that they gave first."""
-    difference = _apart(first, evaluation(subject))
+    difference = apart(first, evaluation(subject), rounding=0.0)
     if not difference > 0:
         return Finding("determinism", "ok", "two calls with the same arguments give the same bits.", 0.0)
     sentence = (
@@ -36,16 +34,3 @@ def still_the_same(first: list[Tensor], subject: Subject) -> Finding:
         "alone."
     )
     return Finding("determinism", "fault", sentence, difference)
-
-
-def _apart(first: list[Tensor], second: list[Tensor]) -> float:
-    """Return the largest relative difference; zero for the same bits, with NaN equal to NaN."""
-    largest = 0.0
-    for a, b in zip(first, second, strict=True):
-        if a.shape != b.shape:
-            return math.inf
-        if not torch.equal(a.nan_to_num(), b.nan_to_num()):
-            size = float(torch.linalg.vector_norm(a.detach().double()))
-            apart = float(torch.linalg.vector_norm(a.detach().double() - b.detach().double()))
-            largest = max(largest, apart / size if size > 0 else apart)
-    return largest

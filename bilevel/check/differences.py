@@ -16,6 +16,8 @@ FIRST = 0.05
 """The largest step of a difference, for a direction of length one."""
 PIECES = 16
 HALVINGS = 30
+NOTHING = 1e-9
+"""Share of the largest value below which what is unexplained of a piece is no jump."""
 
 
 def derivative(function: Callable[[float], float], first: float = FIRST, levels: int = LEVELS) -> tuple[float, float]:
@@ -73,7 +75,9 @@ def largest_jump(function: Callable[[float], tuple[float, float]]) -> tuple[floa
     pieces = [unexplained(*each) for each in zip(grid, grid[1:], values, values[1:], strict=False)]
     worst = max(pieces, key=lambda piece: piece[0])
     for _ in range(HALVINGS):
-        _, (a, b, at_a, at_b), middle, at_middle = worst
+        gap, (a, b, at_a, at_b), middle, at_middle = worst
+        if gap <= NOTHING * size:
+            break
         halves = unexplained(a, middle, at_a, at_middle), unexplained(middle, b, at_middle, at_b)
         worst = max(halves, key=lambda piece: piece[0])
     jump = worst[0]

@@ -78,9 +78,6 @@ example:
   bilevel doctor
 """
 
-THREADS = (
-    "threads in torch, and at most as many workers (default: 1 thread, which suits short operations, and all cores)"
-)
 REFUSED_BY_CURSE = {
     "--device": "its experiments are small and run on the CPU in float64",
     "--seed": "the seeds of its experiments are fixed, so that their claims repeat",
@@ -177,8 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (compare, tune):
         command.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/ for examples")
-        _add_run_options(command)
-        _add_debug(command)
+        _give(command, *OPTIONS)
     tune.add_argument(
         "--estimator", metavar="NAME", help="a name under `estimators` in the config (default: the first)"
     )
@@ -189,26 +185,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--output", metavar="OUT.csv", help="where to write (default: the standard output)")
     predict.add_argument("--encoding", metavar="NAME", help="of the new file (default: UTF-8, else that of training)")
-    _add_debug(predict)
+    _give(predict, "--debug")
     _refuse(predict, REFUSED_BY_PREDICT)
-    _add_device(doctor)
-    _add_threads(doctor, "show what a run would use with N threads in torch and at most as many workers")
+    shown = "show what a run would use with N threads in torch and at most as many workers"
+    _give(doctor, "--device", "--threads", threads=shown)
     summary = "examine a problem of your own: derivatives, curvature, determinism, steps, estimators"
     check = _add(commands, "check", summary, CHECK, "check")
     check.add_argument("target", metavar="FILE.py[:PROBLEM]", help="a Python file and a name in it, or a YAML config")
     check.add_argument("--hparams", metavar="NAME", help="the hyperparameters in the file (default: hparams)")
-    check.add_argument("--seed", metavar="N", type=_count(0), help="of the random points and directions (default: 0)")
-    _add_threads(check, THREADS)
-    _add_allow_import(check)
-    _add_debug(check)
+    seed = "of the random points and directions (default: 0)"
+    _give(check, "--seed", "--threads", "--allow-import", "--debug", seed=seed)
     _refuse(check, REFUSED_BY_CHECK)
     summary = "measure the curse of unrolling: the figures and claims of both papers"
     curse = _add(commands, "curse", summary, CURSE, "curse")
     curse.add_argument("configs", metavar="CONFIG", nargs="+", help="YAML files; see configs/curse/")
-    curse.add_argument("--set", metavar="a.b=value", action="append", default=[], help="change a value in all configs")
-    curse.add_argument("--out", metavar="DIR", help="where to write (default: runs/curse)")
-    _add_threads(curse, THREADS)
-    _add_debug(curse)
+    own = {"set": "change a value in all configs", "out": "where to write (default: runs/curse)"}
+    _give(curse, "--set", "--out", "--threads", "--debug", **own)
     _refuse(curse, REFUSED_BY_CURSE)
     _refuse(doctor, REFUSED_BY_DOCTOR)
     return parser
@@ -226,30 +218,6 @@ def _add(
     )
     parser.set_defaults(command=(module, f"run_{name}"))
     return parser
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), help="where to compute; auto (the default) takes CUDA where it is"
-    )
-
-
-def _add_threads(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--threads", metavar="N", type=_count(1), help=text)
-
-
-def _add_allow_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow-import",
-        action="store_true",
-        help="let the config name classes of your own, as in `class: my_module:MySolver`; their code is run",
-    )
-
-
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--debug", action="store_true", help="raise what goes wrong, with its traceback, in place of one sentence"
-    )
 
 
 class _Version(argparse.Action):
@@ -282,34 +250,11 @@ def _refuse(parser: argparse.ArgumentParser, reasons: Mapping[str, str]) -> None
         parser.add_argument(option, action=_Refused, reason=reason)
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    _add_device(parser)
-    parser.add_argument(
-        "--set",
-        metavar="a.b=value",
-        action="append",
-        default=[],
-        help="change one value of the config, as in solver.steps=500 or seeds.0=7; may be repeated",
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="where to write (default: a folder in runs/ named after the config)"
-    )
-    parser.add_argument(
-        "--seed",
-        metavar="N",
-        type=_count(0),
-        help="replace the seeds of the data splits by N, N+1, ..., as many as the config has",
-    )
-    _add_threads(parser, THREADS)
-    _add_allow_import(parser)
-    parser.add_argument("--fresh", action="store_true", help="start anew, removing what an earlier run wrote there")
-    parser.add_argument(
-        "--jobs",
-        metavar="N",
-        type=_count(1),
-        default=1,
-        help="processes (default 1: more are faster, but disturb each other's timings)",
-    )
+def _give(parser: argparse.ArgumentParser, *names: str, **own: str) -> None:
+    """Give a command some of `OPTIONS`, some with a help of its own."""
+    for name in names:
+        settings = OPTIONS[name]
+        parser.add_argument(name, **(settings | {"help": own.get(name.strip("-"), settings["help"])}))
 
 
 def _count(least: int) -> Callable[[str], int]:
@@ -321,3 +266,45 @@ def _count(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--device": {
+        "choices": ("auto", "cpu", "cuda"),
+        "help": "where to compute; auto (the default) takes CUDA where it is",
+    },
+    "--set": {
+        "metavar": "a.b=value",
+        "action": "append",
+        "default": [],
+        "help": "change one value of the config, as in solver.steps=500 or seeds.0=7; may be repeated",
+    },
+    "--out": {"metavar": "DIR", "help": "where to write (default: a folder in runs/ named after the config)"},
+    "--seed": {
+        "metavar": "N",
+        "type": _count(0),
+        "help": "replace the seeds of the data splits by N, N+1, ..., as many as the config has",
+    },
+    "--threads": {
+        "metavar": "N",
+        "type": _count(1),
+        "help": "threads in torch, and at most as many workers (default: 1 thread, which suits short operations, and "
+        "all cores)",
+    },
+    "--allow-import": {
+        "action": "store_true",
+        "help": "let the config name classes of your own, as in `class: my_module:MySolver`; their code is run",
+    },
+    "--fresh": {"action": "store_true", "help": "start anew, removing what an earlier run wrote there"},
+    "--jobs": {
+        "metavar": "N",
+        "type": _count(1),
+        "default": 1,
+        "help": "processes (default 1: more are faster, but disturb each other's timings)",
+    },
+    "--debug": {
+        "action": "store_true",
+        "help": "raise what goes wrong, with its traceback, in place of one sentence",
+    },
+}
+"""What commands share."""

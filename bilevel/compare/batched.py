@@ -13,8 +13,7 @@ from bilevel.compare.plan import Cell, Plan, Setup
 from bilevel.core import rows
 from bilevel.core.options import first_line
 from bilevel.oracles.stacking import stack
-from bilevel.outer import joined as joined
-from bilevel.outer import separated as separated  # both were made here
+from bilevel.outer import joined
 from bilevel.outer.search import OuterSearch
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.base import InnerState
+from bilevel.curse.methods import method
 from bilevel.data.sources import read_bundled
-from bilevel.inner import GradientDescent, HeavyBall, LinearMultistep, Nesterov
+from bilevel.inner import LinearMultistep
 from bilevel.inner.newton import newton_to_rounding
 from bilevel.problems import LogisticProblem, RidgeProblem
 
@@ -151,19 +153,10 @@ def _drawn(
     return Draw(*names, problem, make(float(values[0]), largest), u, start, x, hessian)
 
 
-def _method(kind: str, steps: int) -> MakeSolver:
-    """Return a maker of the solver from the ends of the spectrum."""
-
-    def make(low: float, high: float) -> LinearMultistep:
-        root = math.sqrt(low / high)
-        momentum = (1 - root) / (1 + root)
-        if kind == "Nesterov":
-            return Nesterov(1 / high, steps=steps, momentum=momentum)
-        if kind == "heavy ball":
-            return HeavyBall((2 / (math.sqrt(low) + math.sqrt(high))) ** 2, steps=steps, momentum=momentum**2)
-        return GradientDescent(1 / high if kind == "1/L" else 2 / (high + low), steps=steps)
-
-    return make
+def _method(label: str, steps: int) -> MakeSolver:
+    """Return a maker of a solver of `METHODS` from the ends of the spectrum; heavy ball begins with a full step."""
+    changes: dict[str, Any] = {"first_step": "full"} if label == "heavy ball" else {}
+    return lambda low, high: replace(method(label, low, high), steps=steps, **changes)
 
 
 def _gaussian(columns: Sequence[int], steps: int, seeds: Sequence[int]) -> Iterator[Draw]:
@@ -176,7 +169,7 @@ def _gaussian(columns: Sequence[int], steps: int, seeds: Sequence[int]) -> Itera
                 problem = LinearRidge(A, b, A, b, "per_feature", loss="sum", parametrization="direct")
                 u = torch.ones(size, dtype=torch.float64)
                 names = f"M, h = {step}", str(size), f"seed {seed}"
-                yield _drawn(names, problem, _method(step, steps), u, start, v)
+                yield _drawn(names, problem, _method(f"GD {step}", steps), u, start, v)
 
 
 _DATA = (("ridge", "breast_cancer"), ("logistic", "breast_cancer"), ("ridge", "diabetes"), ("logistic", "digits"))
@@ -191,7 +184,7 @@ def _tabular(kind: str, name: str, steps: int, seeds: Sequence[int], index: int)
     y = (y - y.mean()) / y.std() if kind == "ridge" else classes
     family = LinearRidge if kind == "ridge" else LinearLogistic
     size = X.shape[1]
-    for method in ("1/L", "Nesterov"):
+    for label in ("GD 1/L", "Nesterov"):
         for warm in (False, True):
             for strength in (1e-2, 1e-1):
                 for seed in seeds:
@@ -201,15 +194,15 @@ def _tabular(kind: str, name: str, steps: int, seeds: Sequence[int], index: int)
                     u = math.log(strength) + 0.5 * _normal(g, size)
                     near = u + 0.1 * _normal(g, size)
                     start = _solution(problem, near) if warm else _normal(g, size)
-                    group = f"{'warm' if warm else 'cold'} {'GD' if method == '1/L' else method}"
+                    group = f"{'warm' if warm else 'cold'} {label.removesuffix(' 1/L')}"
                     names = kind, group, f"{name}, penalty {strength:g}, seed {seed}"
-                    yield _drawn(names, problem, _method(method, steps), u, start, _normal(g, size))
+                    yield _drawn(names, problem, _method(label, steps), u, start, _normal(g, size))
 
 
 def _ill(steps: int, seeds: Sequence[int]) -> Iterator[Draw]:
     """Quadratics with log-uniform spectra, down to an inverse condition number of 1e-5."""
     size = 50
-    for method in ("1/L", "2/(L+l)", "Nesterov", "heavy ball"):
+    for label in ("GD 1/L", "GD 2/(L+l)", "Nesterov", "heavy ball"):
         for power in (3, 4, 5):
             for seed in seeds:
                 g = _generator(seed, power, 13)
@@ -219,5 +212,5 @@ def _ill(steps: int, seeds: Sequence[int]) -> Iterator[Draw]:
                 y, start, v = _normal(g, size), _normal(g, size), _normal(g, size)
                 problem = LinearRidge(X, y, X, y, "per_feature", loss="sum", parametrization="direct")
                 u = torch.full((size,), penalty, dtype=torch.float64)
-                names = "ill-conditioned", method, f"kappa 1e-{power}, seed {seed}"
-                yield _drawn(names, problem, _method(method, steps), u, start, v)
+                names = "ill-conditioned", label.removeprefix("GD "), f"kappa 1e-{power}, seed {seed}"
+                yield _drawn(names, problem, _method(label, steps), u, start, v)

@@ -105,8 +105,8 @@ def same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def apart(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> float:
-    """Return the largest relative difference above rounding; NaN is equal to NaN."""
+def apart(first: Sequence[Tensor | None], second: Sequence[Tensor | None], rounding: float = ROUNDING) -> float:
+    """Return the largest relative difference above so many roundings of the dtype; NaN is equal to NaN."""
     if len(first) != len(second):
         return float("inf")
     largest = 0.0
@@ -118,7 +118,7 @@ def apart(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> fl
             if not torch.equal(one.isnan(), other.isnan()):
                 return float("inf")
             size, gap = (float(torch.linalg.vector_norm(each.double().nan_to_num())) for each in (one, one - other))
-            if not gap <= ROUNDING * torch.finfo(one.dtype).eps * size:
+            if not gap <= rounding * torch.finfo(one.dtype).eps * size:
                 largest = max(largest, gap / size if size > 0 else float("inf"))
     return largest
 

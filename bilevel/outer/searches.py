@@ -81,33 +81,24 @@ def searches_of(
     estimator: HypergradEstimator,
     hparams: Tree,
     warm_start: WarmStart,
-    *,
-    params: Tree,
-    constraints: Any,
-    scheduler: Any,
     schedule: Any,
+    **options: Any,
 ) -> tuple[Searches | None, str]:
-    """Return the searches of a run, None where a torch optimizer moves it, and what "auto" says of its choice."""
-    choice = ""
+    """Return the searches of a run, None where a torch optimizer moves it, and what "auto" says of its choice.
+
+    The options are params, constraints and scheduler, see `auto_search`.
+    """
+    choice, params = "", options["params"]
     if isinstance(optimizer, str):
-        optimizer, reason = auto_search(
-            problem,
-            solver,
-            estimator,
-            hparams,
-            warm_start,
-            params=params,
-            constraints=constraints,
-            scheduler=scheduler,
-        )
+        optimizer, reason = auto_search(problem, solver, estimator, hparams, warm_start, **options)
         schedule = None  # the search that was found chooses its own accuracies
         choice = f"auto chose {'Adam' if optimizer is None else describe(optimizer)}: {reason}"
     if not isinstance(optimizer, OuterSearch):
         return None, choice
     size = tree.size(problem.start(params)) // (problem.batch or 1)
-    check_search(optimizer, problem, solver, estimator, size, scheduler, warm_start, schedule)
+    check_search(optimizer, problem, solver, estimator, size, options["scheduler"], warm_start, schedule)
     chooses = chooses_accuracy(problem, solver, estimator)
-    return Searches(optimizer, problem, hparams, constraints, params, chooses), choice
+    return Searches(optimizer, problem, hparams, options["constraints"], params, chooses), choice
 
 
 class Searches:
