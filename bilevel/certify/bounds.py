@@ -32,16 +32,11 @@ SUMS = 1.0 + 1e-9
 
 @dataclass(frozen=True)
 class Bound:
-    """A proved bound of ``|p(x, w) - dF/du|`` and its parts.
+    """A proved bound of ``|p(x, w) - dF/du|`` in the Euclidean norm, and one for every component, flattened.
 
-    Attributes:
-        value: the bound in the Euclidean norm.
-        components: a bound for every component, over the flattened hyperparameters.
-        solution: E, a bound of ``x - x*`` in the norm of the theorem.
-        adjoint: W, a bound of ``w - w*``, likewise.
-        theorem: "local" or "global": the one that gave `value`.
-        rounding: what rounding alone would give, residuals being zero; 0 where not asked for.
-        adjoint_part: the part of `value` that is proportional to the adjoint residual.
+    `solution` is E, a bound of ``x - x*`` in the norm of the theorem ("local" or "global") that gave it, and `adjoint`
+    W, one of ``w - w*``. `rounding` is what rounding alone would give, residuals being zero; 0 where not asked for.
+    `adjoint_part` is the part of `value` that is proportional to the adjoint residual.
     """
 
     value: float
@@ -57,11 +52,8 @@ class Bound:
 class Residuals:
     """Norms that both theorems start from: of a residual with its rounding, or of the rounding alone.
 
-    Attributes:
-        s: of the inner gradient, in the inverse metric.
-        s_penalty: likewise, in the inverse penalties (infinite where a weight is unpenalised).
-        r: of the adjoint residual, in the inverse metric.
-        r_penalty: likewise, in the inverse penalties.
+    They are those of the inner gradient s and the adjoint residual r in the inverse metric, and in the inverse
+    penalties (infinite where a weight is unpenalised).
     """
 
     s: float

@@ -163,24 +163,16 @@ def certify_error(
     goal: float | None = None,
     counts: Counter[str] | None = None,
 ) -> ErrorEstimate:
-    """Bound ``|p - dF/du|`` from both sides for any p, and correct p; estimate it where no bound is known.
+    """Return bounds of ``|p - dF/du|`` from both sides for any p, and correct p; an estimate where no bound is known.
 
     Cost: per round two short CG runs (about 10 Hessian-vector products in all); one or two rounds are usual.
 
-    Args:
-        problem: any problem; ridge, logistic and softmax regression get a bound, others the estimate of `refine`.
-        hparams: where p was taken.
-        params: the inner iterate that p was computed at, however rough.
-        hypergradient: p.
-        adjoint: an approximate ``H^-1 f_x``, where the estimator has one; saves CG steps.
-        metric: "diagonal", "nystrom", "cholesky" or "auto".
-        effectivity: the quotient of bound and true error that is to be proved; above 1.
-        goal: stop as soon as it is proved that the error is at most this, or that it is not.
-        counts: receives the oracle calls that the work is worth.
-
-    Returns:
-        An `ErrorEstimate` of kind "bound" with the interval ``[lower, value]``, bounds of single components, the
-        corrected hypergradient with its own error bound, and the certain signs.
+    Ridge, logistic and softmax regression get a bound, with the interval ``[lower, value]``, bounds of single
+    components, the corrected hypergradient with its own error bound, and the certain signs; others the estimate of
+    `refine`. `params` is the inner iterate that p was computed at, however rough; an adjoint, an approximate ``H^-1
+    f_x``, saves CG steps. `effectivity`, above 1, is the quotient of bound and true error that is to be proved; a goal
+    ends it as soon as it is proved that the error is at most this, or that it is not. `counts` receives the oracle
+    calls that the work is worth.
 
     Raises:
         ValueError: for an effectivity that is not above 1, or an unknown metric.

@@ -17,21 +17,11 @@ LIBRARY = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Residuals and hypergradient of a pair (x, w), each with a bound of its rounding.
+    """Residuals and hypergradient of a pair (x, w), each with a bound of its rounding, elementwise.
 
-    Attributes:
-        instance: the problem.
-        x: inner iterate, float64, shaped as params.
-        w: approximate adjoint ``H^-1 f_x``.
-        z: training predictions of x.
-        v: training predictions of w.
-        slopes: ``loss'(z)``.
-        outer: ``f_x``.
-        s: inner gradient, and `s_rounding` a bound of ``|computed - exact|``, elementwise.
-        r: adjoint residual ``H w - f_x``, likewise.
-        p: ``p(x, w) = f_u - C' w`` over the flattened hyperparameters, likewise.
-        blur: bound of the rounding of z, for every row.
-        blur_adjoint: bound of the rounding of v, for every row.
+    x is the inner iterate in float64, w the approximate adjoint ``H^-1 f_x``; z and v are their training predictions,
+    whose rounding, for every row, is below `blur` and `blur_adjoint`. `slopes` are ``loss'(z)``, `outer` is f_x, s the
+    inner gradient, r the adjoint residual ``H w - f_x``, and p is ``f_u - C' w`` over the flattened hyperparameters.
     """
 
     instance: Instance

@@ -21,14 +21,8 @@ SEED = 0xCE27
 class Sketch:
     """A low-rank matrix ``U diag(l) U'`` below the data part of the Hessian at predictions z, up to `slack`.
 
-    It does not depend on the penalties: one sketch serves a whole outer loop.
-
-    Attributes:
-        U: orthonormal columns, of shape (size, rank).
-        values: l, of shape (rank,).
-        slack: ``U diag(l) U' - slack I`` is below the data part, whatever the rounding of the products.
-        z: training predictions where it was made.
-        weights: row weights for which it was made.
+    It does not depend on the penalties: one sketch serves a whole outer loop. U is orthonormal, (size, rank), l are the
+    `values`; ``U diag(l) U' - slack I`` is below, whatever the rounding of the products, for the given row weights.
     """
 
     U: Tensor

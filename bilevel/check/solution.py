@@ -27,14 +27,10 @@ LANCZOS_STEPS = 100
 
 @dataclass(frozen=True)
 class Solved:
-    """The inner problem solved twice: as the user does, and as well as possible from there.
+    """The inner problem solved twice: as the user does (`run`), and as well as possible from there.
 
-    Attributes:
-        run: how the user's inner solver ended.
-        reached: its params, without running statistics.
-        params: the inner solution, or None where none was found.
-        residual: norm of the inner gradient at `params`.
-        finding: what there is to say about the user's run.
+    `reached` are the params of the run without running statistics, `params` the inner solution, or None where none was
+    found, and `residual` is the norm of the inner gradient there.
     """
 
     run: InnerRun
@@ -46,13 +42,10 @@ class Solved:
 
 @dataclass(frozen=True)
 class Curvature:
-    """The Hessian (or Jacobian) at the solution.
+    """The ends of the spectrum of the Hessian at the solution; of a Jacobian, those of the real parts.
 
-    Attributes:
-        smallest: its smallest eigenvalue, of a Jacobian the smallest real part.
-        largest: its largest eigenvalue, likewise.
-        flat: share of the outer gradient in directions without curvature.
-        ends: the sum of the eigenvectors of both ends, shaped as params, or else a random direction; of length one.
+    `flat` is the share of the outer gradient in directions without curvature, `ends` the sum of the eigenvectors of
+    both ends, or else a random direction; of length one.
     """
 
     smallest: float

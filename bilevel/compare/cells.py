@@ -33,16 +33,10 @@ OnRow = Callable[[Row], None]
 
 @dataclass
 class CellRun:
-    """How far a cell has come.
+    """How far a cell has come: a row of plain values for each outer step, whether and why it ended, well or not.
 
-    Attributes:
-        cell: the cell.
-        rows: one for each outer step; plain values that JSON can hold.
-        done: whether it has ended, well or not.
-        stopped: why it ended, in words.
-        best: the hyperparameters of `best_row`, flat, before the step that followed.
-        choice: what "auto" chose to move the hyperparameters, and why; empty where the plan names it.
-        kept_from: what kept it from ending, such as a full memory, in words: no result, and never saved.
+    `best` are the hyperparameters of `best_row`, flat, before the step that followed; `choice` says what "auto" chose
+    to move them, and why. `kept_from` is what kept it from ending, such as a full memory: no result, and never saved.
     """
 
     cell: Cell

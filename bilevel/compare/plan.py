@@ -15,14 +15,10 @@ from bilevel.outer import OuterOptions, StochasticMethod
 
 @dataclass(frozen=True)
 class Setup:
-    """A problem that is ready to be tuned.
+    """A problem that is ready to be tuned, where the outer loop starts, and a sentence about the data.
 
-    Attributes:
-        problem: the problem.
-        hparams: where the outer loop starts.
-        labels: a name for every scalar hyperparameter, in the order of its flattened leaves; may be empty.
-        unit: what a hyperparameter is, such as "log penalty".
-        note: a sentence about the data.
+    There is a label for every scalar hyperparameter, in the order of its flattened leaves, or none; `unit` is what a
+    hyperparameter is, such as "log penalty".
     """
 
     problem: BilevelProblem
@@ -51,15 +47,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison: every problem with every estimator and every seed, from the same start.
+    """A comparison: every problem with every estimator and every seed of the data splits, from the same start.
 
     Args:
-        name: of the comparison.
-        problems: makers of the problems by name.
-        solver: the inner solver.
+        name, problems, solver, outer, seeds: its parts; problems are makers of them.
         estimators: by name; a stochastic method is a run of its own, without the solver.
-        outer: the outer loop.
-        seeds: of the data splits.
         budget: gradient-equivalents that each run may use, in place of a number of outer steps.
         config: plain containers that say all of the above; two plans are the same run where these are equal.
         batch: run the cells that differ in the seed alone as one batch, where their shapes agree and solver and

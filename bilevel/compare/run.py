@@ -29,14 +29,10 @@ from bilevel.core.tracebacks import outside, told
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of `compare`.
+    """The outcome of `compare`: a run for each cell, in the order of the plan, and what summary.json holds.
 
-    Attributes:
-        runs: one for each cell, in the order of the plan.
-        summary: what summary.json holds; empty where the comparison was interrupted.
-        interrupted: whether cells are left to do: the same call continues.
-        found_complete: whether there was nothing to do.
-        kept_from: what kept runs from ending, in sentences: a full memory, a file that was away, a worker that died.
+    Where cells are left to do, the summary is empty: the same call continues. `found_complete`: there was nothing to
+    do. `kept_from` says what kept runs from ending: a full memory, a file that was away, a worker that died.
     """
 
     runs: list[CellRun]
@@ -54,22 +50,14 @@ class Comparison:
 def compare(
     plan: Plan, folder: RunFolder, *, fresh: bool = False, jobs: int = 1, device: str = "cpu", progress: bool = True
 ) -> Comparison:
-    """Run a comparison, or continue it where it stopped.
+    """Return the outcome of a comparison, run or continued where it stopped; results.jsonl is written in any case.
 
     Ctrl-C lets the running outer steps end, saves, and returns with ``interrupted=True``; a second Ctrl-C gives up
-    the running steps. A run that was killed loses at most its last second.
+    the running steps. A run that was killed loses at most its last second. `fresh` removes what an earlier run wrote.
 
-    Args:
-        plan: what is compared.
-        folder: where everything is written.
-        fresh: start anew, removing what an earlier run wrote.
-        jobs: processes, through joblib (``joblib.parallel_config`` chooses another backend, such as Dask). With more
-            than one, each is given its share of the threads and workers, and timings disturb each other.
-        device: for environment.json; the problems of the plan are on it already.
-        progress: show the progress bar.
-
-    Returns:
-        The outcome; results.jsonl is written in any case, summary.json once all cells have ended.
+    Jobs are processes, through joblib (``joblib.parallel_config`` chooses another backend, such as Dask). With more
+    than one, each is given its share of the threads and workers, and timings disturb each other. The device is for
+    environment.json: the problems of the plan are on it already.
 
     Raises:
         RunFolderError: for a folder that holds another run, or that another process is writing to.

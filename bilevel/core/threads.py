@@ -35,12 +35,7 @@ TORCH = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Threads:
-    """How the cores are used.
-
-    Args:
-        torch: threads that split one operation of torch.
-        workers: Python threads that share a sweep over blocks of rows, each with one thread of torch.
-    """
+    """How cores are used: threads that split an operation of torch, and workers, which share a sweep over rows."""
 
     torch: int
     workers: int
@@ -168,14 +163,9 @@ def current() -> Threads:
 def choose(threads: int | None = None) -> Threads:
     """Return the numbers that make a run quick: one thread of torch, and a worker for each core.
 
-    They depend on the machine and its settings alone, never on a measurement, so that a run repeats bit for bit.
-
-    Args:
-        threads: of torch; then there are at most as many workers. The default is what OMP_NUM_THREADS or
-            MKL_NUM_THREADS says, else 1. BILEVEL_WORKERS, where it is set, says the number of workers in any case.
-
-    Raises:
-        ValueError: for numbers that are not positive ints.
+    They depend on the machine and its settings alone, never on a measurement, so that a run repeats bit for bit. Of
+    threads that are given there are at most as many workers; the default is what OMP_NUM_THREADS or MKL_NUM_THREADS
+    says, else 1. BILEVEL_WORKERS, where it is set, says the number of workers in any case.
     """
     if threads is not None:
         given = Threads(threads, 1)

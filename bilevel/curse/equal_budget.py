@@ -30,14 +30,8 @@ class EqualBudget(Experiment):
     The oracle is the best fixed tail: ``K + omega N`` steps, the last ``K - N`` differentiated, N chosen with the exact
     derivative at hand. Problems: M's, with 200 x columns Gaussian matrices and both steps; ridge and logistic
     regression on scikit-learn's data with gradient descent (1/L) and Nesterov's method, from cold (Gaussian) and warm
-    starts; ill-conditioned quadratics. One penalty for each weight, outer loss v'w with v Gaussian.
-
-    Args:
-        families: some of "M", "ridge", "logistic" and "ill-conditioned".
-        columns: sizes of M's problem.
-        steps: K.
-        draws: draws of each setting.
-        seed: of the first draw of each setting. Constants of the library were chosen on seeds below 300.
+    starts; ill-conditioned quadratics. One penalty for each weight, outer loss v'w with v Gaussian. There are so many
+    draws of each setting; constants of the library were chosen on seeds below 300.
     """
 
     families: Sequence[str] = some_of(FAMILIES, "M", "ridge", "logistic")

@@ -39,17 +39,7 @@ class WarmStarts(Experiment):
 
     Ridge regression ``1/2 |X w - y|^2 + exp(u)/2 |w|^2`` with X of shape (200, columns), tuned on validation rows by
     Adam; the inner solver is gradient descent with 2/(L+l), and a cold start is standard Gaussian. N dropped derivative
-    steps pay for omega N further iterations.
-
-    Args:
-        columns: size of w.
-        steps: inner steps K without truncation.
-        dropped: numbers N of dropped derivative steps.
-        outer_steps: steps of the outer loop.
-        draws: problems.
-        omega: cost of one derivative step in iterations; the loop counts 3.
-        lr: learning rate of Adam over the log penalty.
-        seed: of the draws.
+    steps of K pay for omega N further iterations; the loop counts omega as 3.
     """
 
     columns: int = count(100)
@@ -136,15 +126,8 @@ class WarmStarts(Experiment):
 class InnerSolvers(Experiment):
     """The hypergradient's error with several inner solvers, unrolled from a cold start, inside a bilevel loop.
 
-    Ridge regression on breast cancer as in `Methods`, tuned over theta; every second row validates.
-
-    Args:
-        methods: labels of methods.
-        steps: inner steps K.
-        outer_steps: steps of the outer loop.
-        start: the value of every entry of x_0.
-        log_theta: where the log penalty starts.
-        lr: learning rate of Adam.
+    Ridge regression on breast cancer as in `Methods`, tuned over theta; every second row validates. `start` is the
+    value of every entry of x_0, `lr` that of Adam.
     """
 
     methods: Sequence[str] = some_of(METHODS, "GD 2/(L+l)", "Chebyshev", "Sobolev")

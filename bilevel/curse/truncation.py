@@ -26,15 +26,8 @@ FLOOR = 1e-13
 class Truncation(Experiment):
     """``f = 1/2 |A x - b|^2 + u/2 |x|^2`` with A 200 x columns, b and x_0 standard Gaussian, u = 1: gradient descent.
 
-    Args:
-        columns: sizes of x, one row of panels each.
-        step: the step size, "2/(L+l)" (optimal) or "1/L".
-        steps: K.
-        draws: number of draws.
-        indices: truncation indices k_0.
-        omega: cost of one derivative step in iterations, for the panel at equal budget ``(1 + omega) K``.
-        show: "forward", "reverse" or "both".
-        seed: of the draws.
+    The step size is "2/(L+l)" (optimal) or "1/L"; `indices` are truncation indices k_0 of K steps, and omega is the
+    cost of one derivative step in iterations, for the panel at equal budget ``(1 + omega) K``.
     """
 
     columns: Sequence[int] = sizes(100)
@@ -181,14 +174,7 @@ class Truncation(Experiment):
 
 @dataclass(frozen=True)
 class Contraction(Experiment):
-    """How peaks depend on the contraction factor, over the sizes of `Truncation`; both step sizes.
-
-    Args:
-        columns: sizes of x.
-        draws: number of draws.
-        steps: K; long enough to see the peak.
-        seed: of the draws.
-    """
+    """How peaks depend on the contraction factor, over the sizes of `Truncation`; both step sizes."""
 
     columns: Sequence[int] = sizes(20, 60, 100, 140, 170, 185)
     draws: int = count(50)

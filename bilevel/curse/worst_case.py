@@ -22,10 +22,7 @@ POINTS = 801
 class WorstCase(Experiment):
     """``max over [kappa, 1] of |P_t - lam P_t'|``: the error with G = 0, relative to its start.
 
-    Args:
-        kappas: inverse condition numbers l/L, one panel each.
-        methods: labels of methods.
-        steps: K.
+    `kappas` are inverse condition numbers l/L, one panel each.
     """
 
     kappas: Sequence[float] = option(

@@ -208,16 +208,11 @@ class _Replaying(Model):
 
 @dataclass(frozen=True)
 class ModuleLoss:
-    """A loss of (model, params, hparams, ...) as a function of (params, hparams, ...).
+    """A loss of (model, trainable params, hparams, ...) as a function of (params, hparams, ...).
 
     It is the composition of its two halves, ``z = outputs(params, ...)`` and ``at_outputs(z, params, ...)``, which
-    Gauss-Newton products need.
-
-    Attributes:
-        loss: the user's function; it is given the trainable parameters alone.
-        functional: the module.
-        reads_statistics: whether evaluation mode reads running statistics, which are then among params.
-        dropout_rng: the random numbers of its layers.
+    Gauss-Newton products need. `reads_statistics`: evaluation mode reads running statistics, which are then among
+    params.
     """
 
     loss: Callable[..., Tensor]

@@ -66,11 +66,7 @@ class Eigenbasis:
 class DiagonalProblem:
     """Inner gradients ``g_i(z) = values_i z_i + linear_i`` at fixed hyperparameters, and how these move them.
 
-    Attributes:
-        values: a + s(u), of shape (..., d).
-        linear: b(u) in the eigenbasis, of a shape that broadcasts to (..., d).
-        slope: ds/du, of shape (..., *event).
-        directions: see `Eigenbasis`.
+    `values` are a + s(u), (..., d), `linear` is b(u) in the eigenbasis, and `slope` is ds/du, (..., *event).
     """
 
     values: Tensor

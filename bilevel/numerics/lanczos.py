@@ -18,13 +18,10 @@ CURVATURE_MARGIN = 1.02
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Measured ends of a spectrum.
+    """Measured ends of a spectrum: from `lanczos` they lie inside it, from a closed form they may be bounds.
 
-    Attributes:
-        smallest: lower end; from `lanczos` it lies inside the true spectrum, from a closed form it may be a bound.
-        largest: upper end; likewise.
-        steps: products that were used.
-        exact: whether both are exact up to rounding: the Krylov space is the whole space, or a closed form exists.
+    `steps` are products that were used; `exact`: up to rounding, as the Krylov space is the whole one, or by a closed
+    form.
     """
 
     smallest: float

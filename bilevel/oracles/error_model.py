@@ -281,16 +281,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Certifiable:
-    """A penalised linear model, as the error bounds see it.
+    """A penalised linear model, as the error bounds see it; `tuned` gives coefficients of hyperparameters in float64.
 
-    Attributes:
-        train: training rows.
-        val: validation rows, each of weight ``1 / rows`` in the outer loss.
-        loss: the derivatives of the loss.
-        constants: constants of the loss.
-        tuned: hyperparameters in float64 -> their coefficients.
-
-    Predictions have the shape (rows,) for weights of shape (features,), and (classes, rows) for (classes, features).
+    Each validation row has the weight ``1 / rows`` in the outer loss. Predictions have the shape (rows,) for weights of
+    shape (features,), and (classes, rows) for (classes, features).
     """
 
     train: Rows

@@ -32,15 +32,9 @@ PRODUCTS = 2000
 def hyper_hessians(problem: Losses, hparams: Tree, params: Tree, adjoint: Tree) -> tuple[Tensor, Tensor] | None:
     """Return the Gauss-Newton and the exact matrix of second derivatives, each (k, k), by autograd.
 
-    Args:
-        problem: a single problem stated by an inner loss, whose third derivatives torch has.
-        hparams: the hyperparameters, k numbers.
-        params: the inner solution at them.
-        adjoint: ``H^-1 f_w`` there, shaped as params.
-
-    Returns:
-        The two matrices; None where H is not positive definite, and for more than 2,000 inner variables and 40
-        hyperparameters.
+    The problem is a single one with an inner loss whose third derivatives torch has; the adjoint is ``H^-1 f_w`` at the
+    inner solution. None where H is not positive definite, and for more than 2,000 inner variables and 40
+    hyperparameters.
     """
     if tree.size(params) > MAX_PARAMS and tree.size(hparams) > MAX_TANGENTS:
         return None
@@ -84,12 +78,7 @@ def _tangents(g: Tensor, w: Tensor, u: Tensor) -> Tensor | None:
 
 
 def solved(product: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor | None:
-    """Return ``H^-1 columns``, (size, k), by conjugate gradients; None where H is not positive definite, or too hard.
-
-    Args:
-        product: H with a vector, (size,) -> (size,).
-        columns: of shape (size, k).
-    """
+    """Return ``H^-1 columns``, (size, k), by conjugate gradients; None where H is not definite, or too hard."""
     found, share = [], max(TANGENT, 20.0 * torch.finfo(columns.dtype).eps)
     for b in columns.T:
         goal = share * float(torch.linalg.vector_norm(b))

@@ -81,12 +81,7 @@ class ProximalPoint(Linearization):
 
 
 class ProximalInner(InnerProblem):
-    """An inner problem with a nonsmooth term, at fixed hyperparameters: made by `BilevelProblem.bind`.
-
-    Args:
-        smooth: the bound problem without the term, whose oracles are used, and where calls are counted.
-        term: the term.
-    """
+    """An inner problem with a nonsmooth term; the smooth part counts the calls. Made by `BilevelProblem.bind`."""
 
     linearization = ProximalPoint
 

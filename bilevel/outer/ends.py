@@ -94,13 +94,7 @@ class EndingSearch(OuterSearch[State], ABC):
         """Return a step in all variables at once by which a model rises by what shows; None where none does.
 
         What has no effect, or the wrong one, on the values shows in such a step: a variable at a limit is moved off it.
-
-        Args:
-            state: the state.
-            accepted: where the step begins.
-            slopes: of the model, (k,).
-            diagonal: of its second derivatives, (k,).
-            product: of them with a vector.
+        The model has slopes, a diagonal of second derivatives and their product with a vector.
         """
         u, at = accepted.u, state.coordinates
         rise = PROBE * self.tol * abs(accepted.answer.value) / 10**state.doubts

@@ -42,12 +42,8 @@ class Record:
 class OuterResult(Sequence["OuterResult"]):
     """How an outer run ended; of rows, ``result[i]`` is how row i did, and every attribute holds one entry for each.
 
-    Attributes:
-        hparams: the hyperparameters after the last step.
-        best_hparams: those with the smallest outer loss seen.
-        best_loss: that loss; of rows a tensor of shape (rows,).
-        history: one `Record` for each step; of rows a sequence of them for each.
-        stopped: why the run ended, in words.
+    There are the hyperparameters after the last step, those with the smallest outer loss seen, that loss, a `Record`
+    for each step, and why the run ended, in words.
     """
 
     hparams: Tree

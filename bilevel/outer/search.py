@@ -28,14 +28,10 @@ FELL = 1e-3
 
 @dataclass(frozen=True)
 class Answer:
-    """What an evaluation of the outer loss at proposed hyperparameters found.
+    """What an evaluation found: the outer loss, corrected to second order where possible, and its gradient, (k,).
 
-    Attributes:
-        value: the outer loss, corrected to second order where that is possible.
-        gradient: by the hyperparameters, (k,).
-        error: how far `value` may be off.
-        second: the Gauss-Newton and the exact second derivatives, each (k, k); None where nobody asked for them, and
-            empty where there are none.
+    `error` is how far the value may be off, `second` are the Gauss-Newton and the exact second derivatives, each (k,
+    k); None where nobody asked for them, and empty where there are none.
     """
 
     value: float
@@ -55,12 +51,9 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Trial:
-    """A proposed point, with what its proposer needs in order to judge it.
+    """A proposed point u, with what its proposer needs in order to judge it: by how much the outer loss is to fall.
 
-    Attributes:
-        u: the hyperparameters.
-        predicted: by how much the outer loss is to fall; NaN where nobody knows.
-        kind: "step", or "again" for the accepted point evaluated once more, or "probe" for a look around it.
+    The kind is "step", "again" for the accepted point evaluated once more, or "probe" for a look around it.
     """
 
     u: Vector
@@ -73,18 +66,11 @@ class SearchState:
     """All that a search is between two evaluations.
 
     Attributes:
-        coordinates: where it moves.
-        u: the start.
         shift: of the next point of the scan; None where there is none any more.
-        scanned: the values of the points of the scan that succeeded.
-        flat: points of the scan in a row that did not fall.
-        spent: cost of the scan so far.
-        accepted: the best point so far.
+        scanned, flat, spent: values of the scan that succeeded, points in a row that did not fall, and its cost so far.
         trial: the point that is being evaluated; None before it is chosen.
-        rejected: trials in a row without a lower value.
-        doubts: probes that the model had not foreseen.
-        probed: whether a probe around the accepted point was as foreseen.
-        failed: evaluations in a row that failed.
+        rejected, failed: trials in a row without a lower value, and evaluations in a row that failed.
+        doubts, probed: probes that the model had not foreseen, and whether one at the accepted point was as foreseen.
         predicted: the decrease that was still foreseen at the end.
         stopped: how it ended, in words; empty while it goes on.
         kinks: whether the inner loss has a nonsmooth term, and the outer loss kinks where its support changes.

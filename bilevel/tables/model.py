@@ -43,12 +43,10 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of new rows.
+    """What a model says of new rows, and what was done to their table, in words.
 
-    Attributes:
-        columns: "prediction", of several targets "prediction=TARGET" for each, and of classes with probabilities
-            "probability=CLASS" for each; of shape (rows,).
-        notes: what was done to the new table, in words.
+    There is a column "prediction", of several targets "prediction=TARGET" for each, and of classes with probabilities
+    "probability=CLASS" for each.
     """
 
     columns: Mapping[str, Array]
@@ -70,23 +68,15 @@ class TableModel:
         z = ((X - mean) / scale) @ weights.T + intercept
 
     Attributes:
-        name: of the problem.
         loss: the class name of its loss, which says what z stands for.
-        task: "regression" or "classification".
         weights: of standardised features, (features,), or (classes, features) or (targets, features).
-        intercept: of shape (), or (classes,) or (targets,).
-        mean: of the features, (features,).
-        scale: of the features, (features,).
         encoder: from columns to features.
         classes: what labels stand for, sorted; None for a regression.
         target: the name of the column that is predicted, or those of several.
         ignored: other columns of the training table that are no features.
-        decimal: what stands before decimals in the training file, where it was said.
         summary: how the penalties were chosen, in a sentence.
-        versions: of the packages that made it.
-        separator: of the cells of the training file, where it was said.
+        decimal, separator, encoding: of the training file, where they were said.
         zero_based: whether the first column of svmlight files is number 0, not 1; None for another training file.
-        encoding: of the training file, where it was said.
     """
 
     name: str

@@ -26,15 +26,10 @@ CONSTANT = 30.0
 
 @dataclass(frozen=True)
 class Score:
-    """Losses and figures of merit of one model; None where there is none.
+    """Losses and figures of merit (accuracy, r2 or d2 on the test part) of one model; None where there is none.
 
-    Attributes:
-        model: in words.
-        criterion: the criterion's value.
-        held_out: the mean loss on rows that the outer folds held out, or that of the approximate leave-one-out.
-        test: the mean loss on the test part.
-        merits: accuracy, r2 or d2 on the test part.
-        targets: of several targets the same of each, in its own unit, by its name.
+    `held_out` is the mean loss on rows that the outer folds held out, or that of the approximate leave-one-out. Of
+    several targets there is the same of each, in its own unit, by its name.
     """
 
     model: str

@@ -63,14 +63,9 @@ class FoldOptions:
         standardize: whether penalties are those of columns with deviation 1; "auto" for the columns of dense X alone.
         class_weight: by label, or "balanced": the same sum of weights for every class; None for equal ones.
         criterion: "auto", "loo", "alo", "kfold" or "holdout": see `choose_criterion`.
-        guard: see `penalty_cv`.
-        honest: see `penalty_cv`.
+        guard, honest, kappa: see `penalty_cv`.
         folds: of the outer loop, and of the criterion "kfold".
-        kappa: see `penalty_cv`.
         beside: "scikit-learn": its own cross-validation on the same folds is shown, too.
-        seed: of folds.
-        jobs: processes.
-        device: where it is computed.
     """
 
     penalty: str = "per_feature"
@@ -90,15 +85,10 @@ class FoldOptions:
 
 @dataclass(frozen=True, eq=False)
 class TunedTable:
-    """A tuned model of a table and what stands beside it.
+    """A tuned model of a table, of all rows but the test part, and what stands beside it.
 
-    Attributes:
-        model: of all rows but the test part.
-        selected: the nodes, with losses as they are called.
-        scores: of the model, of one penalty, of a constant, and of scikit-learn where asked for.
-        loss_name: what the losses are.
-        criterion: what was descended, in words.
-        penalties: of every feature, shaped as the weights, of the columns that were penalised and sums of losses.
+    There are scores of the model, of one penalty, of a constant, and of scikit-learn where asked for. `penalties` are
+    those of every feature, shaped as the weights, of the columns that were penalised and sums of losses.
     """
 
     model: TableModel
@@ -112,11 +102,7 @@ class TunedTable:
 def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None = None) -> TunedTable:
     """Return the model of the rows with tuned penalties, or with one, whichever held-out rows speak for.
 
-    Args:
-        name: of the problem.
-        rows: of `load_rows`.
-        options: how.
-        loss: by default squared for numbers, logistic for two classes and softmax for more.
+    The loss is by default squared for numbers, logistic for two classes and softmax for more.
 
     Raises:
         ValueError: in one sentence, for options that do not fit the data.

@@ -18,13 +18,7 @@ from bilevel.theory.rates import chebyshev_rate, check_interval, gd_rate
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest value of an error curve.
-
-    Attributes:
-        index: the step at which it is reached.
-        value: the error there.
-        ratio: that over the error at step 0; 1 where there is no curse.
-    """
+    """The largest value of an error curve, its step, and its ratio to the one at step 0; 1 where there is no curse."""
 
     index: int
     value: float
