@@ -169,8 +169,8 @@ def certify_error(
 
     Ridge, logistic and softmax regression get a bound, with the interval ``[lower, value]``, bounds of single
     components, the corrected hypergradient with its own error bound, and the certain signs; others the estimate of
-    `refine`. `params` is the inner iterate that p was computed at, however rough; an adjoint, an approximate ``H^-1
-    f_x``, saves CG steps. `effectivity`, above 1, is the quotient of bound and true error that is to be proved; a goal
+    `refine`. `params` is the inner iterate that p was computed at, however rough; an approximate ``H^-1 f_x`` as the
+    adjoint saves CG steps. `effectivity`, above 1, is the quotient of bound and true error that is to be proved; a goal
     ends it as soon as it is proved that the error is at most this, or that it is not. `counts` receives the oracle
     calls that the work is worth.
 

@@ -37,11 +37,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ProblemReport:
-    """The outcome of `check_problem`; printing it shows the table.
-
-    Attributes:
-        findings: one for each check, in the order in which they were made.
-    """
+    """The outcome of `check_problem`: its findings, in the order in which they were made; printing shows a table."""
 
     findings: Sequence[Finding] = field(repr=False)
 

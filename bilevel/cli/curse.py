@@ -13,11 +13,11 @@ from pathlib import Path
 
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import RunFolderError, describe_environment, locked
-from bilevel.compare.folder import ELSEWHERE, expanded
+from bilevel.compare.folder import ELSEWHERE, check_names, expanded
 from bilevel.compare.ownership import earlier_names
 from bilevel.config.curse import load_experiment
 from bilevel.config.document import ConfigError
-from bilevel.core.files import misplaced, read_mark, remove_unfinished, write_mark, write_whole
+from bilevel.core.files import read_mark, remove_unfinished, write_mark, write_whole
 from bilevel.core.threads import short_operations
 from bilevel.curse import Experiment, write_outcome
 from bilevel.curse.folder import names as written_names
@@ -52,13 +52,7 @@ def _checked(folder: Path, names: Sequence[str]) -> Path:
     if (mark is not None and mark["kind"] != "curse") or (mark is None and earlier_names(folder)):
         raise RunFolderError(f"{folder} holds a run of `bilevel compare` or `bilevel tune`: {ELSEWHERE}.")
     owned = owned_names(folder) if mark is None else mark["writes"]
-    foreign = [name for name in written_names(names) if name not in owned and os.path.lexists(folder / name)]
-    if foreign:
-        unproven = f"holds {foreign[0]}, but nothing says that `bilevel curse` wrote it"
-        raise RunFolderError(f"{folder} {unproven}: {ELSEWHERE}.")
-    hindrance = misplaced(folder, written_names(names))
-    if hindrance:
-        raise RunFolderError(f"{hindrance}, where this command writes: move it away, or {ELSEWHERE}.")
+    check_names(folder, written_names(names), owned, "`bilevel curse`")
     return folder
 
 

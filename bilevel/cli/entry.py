@@ -107,14 +107,7 @@ REFUSED_BY_DOCTOR = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments; default: those of the process.
-
-    Returns:
-        0 for success, 1 for a run that failed, 2 for input that cannot be used, 130 after Ctrl-C.
-    """
+    """Run the command line; 0 for success, 1 for a run that failed, 2 for input of no use, 130 after Ctrl-C."""
     debug = False
     try:
         arguments = _parser().parse_args(argv)

@@ -21,10 +21,10 @@ from tabulate import tabulate
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import RunFolderError, describe_environment, locked
 from bilevel.compare.environment import versions
-from bilevel.compare.folder import ELSEWHERE, expanded
+from bilevel.compare.folder import ELSEWHERE, check_names, expanded
 from bilevel.config.document import ConfigError
 from bilevel.config.folds import FoldsPlan, TableSetup
-from bilevel.core.files import misplaced, read_json, read_mark, remove_unfinished, write_mark, write_whole
+from bilevel.core.files import read_json, read_mark, remove_unfinished, write_mark, write_whole
 from bilevel.core.threads import short_operations
 from bilevel.data.columns import listed
 from bilevel.data.encodings import is_encoding
@@ -131,12 +131,7 @@ def _checked(folder: Path, names: list[str]) -> Path:
     if mark is not None and mark["kind"] != "tune":
         what = {"run": "of a config with a solver"}.get(mark["kind"], f"of `bilevel {mark['kind']}`")
         raise RunFolderError(f"{folder} holds the results {what}: {ELSEWHERE}.")
-    owned = [] if mark is None else mark["writes"]
-    foreign = [name for name in names if name not in owned and os.path.lexists(folder / name)]
-    if foreign:
-        raise RunFolderError(f"{folder} holds {foreign[0]}, but nothing says that this command wrote it: {ELSEWHERE}.")
-    if hindrance := misplaced(folder, names):
-        raise RunFolderError(f"{hindrance}, where this command writes: move it away, or {ELSEWHERE}.")
+    check_names(folder, names, [] if mark is None else mark["writes"], "this command")
     return folder
 
 

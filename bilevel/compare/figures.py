@@ -6,6 +6,7 @@ Lines are medians over the seeds, bands run from the smallest to the largest see
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,7 +70,7 @@ def _known(rows: Sequence[Row], key: str) -> list[float]:
     return [row[key] for row in rows if row[key] is not None]
 
 
-def _lines(runs: Sequence[CellRun], x: str, y: str, xlabel: str, ylabel: str) -> Any:
+def _lines(x: str, y: str, xlabel: str, ylabel: str, runs: Sequence[CellRun]) -> Any:
     """Draw one line with a band for each estimator in every panel."""
     figure, places = _panels(runs, 3.6)
     look = looks([run.cell.estimator for run in runs])
@@ -129,14 +130,11 @@ def _memory(runs: Sequence[CellRun]) -> Any:
     return figure
 
 
-def _by(*options: Any) -> Callable[[Sequence[CellRun]], Any]:
-    """Return what draws runs as `_lines` does with these options."""
-    return lambda runs: _lines(runs, *options)
-
-
 FIGURES: dict[str, Callable[[Sequence[CellRun]], Any]] = {
-    "outer_loss_by_cost": _by("gradient_equivalents_total", "outer_loss", "inner gradient-equivalents", "outer loss"),
-    "outer_loss_by_seconds": _by("seconds_total", "outer_loss", "seconds", "outer loss"),
-    "hypergradient_error": _by("step", "hypergradient_error", "outer step", "relative hypergradient error"),
+    "outer_loss_by_cost": partial(
+        _lines, "gradient_equivalents_total", "outer_loss", "inner gradient-equivalents", "outer loss"
+    ),
+    "outer_loss_by_seconds": partial(_lines, "seconds_total", "outer_loss", "seconds", "outer loss"),
+    "hypergradient_error": partial(_lines, "step", "hypergradient_error", "outer step", "relative hypergradient error"),
     "memory": _memory,
 }

@@ -78,6 +78,14 @@ def _unusable(path: Path, error: OSError) -> str:
     return f"cannot write to the output folder {path} ({error.strerror}): {ELSEWHERE}."
 
 
+def check_names(folder: Path, names: Sequence[str], owned: Sequence[str], writer: str) -> None:
+    """Refuse a folder with files of these names that nothing proves to be the writer's, or with what stands there."""
+    if foreign := [name for name in names if name not in owned and os.path.lexists(folder / name)]:
+        raise RunFolderError(f"{folder} holds {foreign[0]}, but nothing says that {writer} wrote it: {ELSEWHERE}.")
+    if hindrance := misplaced(folder, names):
+        raise RunFolderError(f"{hindrance}, where this command writes: move it away, or {ELSEWHERE}.")
+
+
 def unwritten(error: OSError) -> str:
     """Return the sentence about a file that could not be written during a run."""
     what = f"cannot write {error.filename} ({error.strerror}); what was computed before is kept"

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from bilevel.config.document import ConfigError
+from bilevel.core.threads import set_within
 from bilevel.core.tracebacks import told
 
 # A switch of a whole file: every class inside a class would otherwise have to be handed it.
@@ -30,17 +31,12 @@ def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
     Yields:
         The digests of the sources of what was imported inside and of modules beside them, by the names of the files.
     """
-    digests: dict[str, str] = {}
-    result = _found.set(digests)
-    token = _allowed.set(allowed)
     if allowed and str(folder.resolve()) not in sys.path:
         # It stays there: worker processes and checkpoints look the classes up again.
         sys.path.insert(0, str(folder.resolve()))
-    try:
+    digests: dict[str, str] = {}
+    with set_within(_allowed, allowed), set_within(_found, digests):
         yield digests
-    finally:
-        _allowed.reset(token)
-        _found.reset(result)
 
 
 def imported(name: str, base: type | tuple[type, ...], what: str, path: str) -> type:

@@ -25,12 +25,7 @@ def with_old_names(cls: type[Any], attribute: str, value: Any, renamed: Mapping[
 
 
 def deprecated_options(old: Any, new: Any) -> None:
-    """Warn that options of a dataclass stand for an object of another class, which is named with its own options.
-
-    Args:
-        old: the object, at its making (``__post_init__``).
-        new: what it forwards to.
-    """
+    """Warn that options of a dataclass, at its making, stand for an object of another class, with its own options."""
     given = [f"{each.name}={value!r}" for each in fields(new) if (value := getattr(new, each.name)) != each.default]
     what = f"{type(new).__name__}({', '.join(given)})"
     warnings.warn(f"{type(old).__name__} with these options is now {what}.", DeprecationWarning, stacklevel=4)

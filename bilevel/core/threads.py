@@ -87,9 +87,6 @@ def workers() -> int:
 
     That is what `short_operations` has put in force, else what the environment variable BILEVEL_WORKERS says, else the
     number of torch's threads, at most that of the usable cores; 1 inside a worker, which has no cores to give away.
-
-    Raises:
-        ValueError: for a BILEVEL_WORKERS that is not a positive int.
     """
     if getattr(_local, "is_worker", False):
         return 1

@@ -31,9 +31,9 @@ class Methods(Experiment):
     """The error of x_k and of its unrolled derivative, for several methods and data sets.
 
     Ridge regression is ``1/2 |X w - y|^2 + theta/2 |w|^2`` with X and y divided by ``|X|_2``; with "per feature", theta
-    is a vector, whose directions do not commute with the Hessian. Logistic regression is ``sum log(1 + exp(-y_i x_i'w))
-    + theta/2 |w|^2`` on standardized X, with the spectrum at the solution. `start` is the value of every entry of x_0,
-    K the number of steps, and methods are compared at step `at`.
+    is a vector, whose directions do not commute with the Hessian. Logistic regression is
+    ``sum log(1 + exp(-y_i x_i'w)) + theta/2 |w|^2`` on standardized X, with the spectrum at the solution. `start` is
+    the value of every entry of x_0, K the number of steps, and methods are compared at step `at`.
     """
 
     data: Sequence[str] = some_of(NAMES, "breast_cancer")

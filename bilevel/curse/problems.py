@@ -86,16 +86,16 @@ def logistic(name: str) -> LogisticProblem:
     return LogisticProblem(X, labels, X, labels, loss="sum", parametrization="direct")
 
 
-def least_squares(columns: int, draws: int, *, rows: int = 200, penalty: float = 1.0, seed: int = 0) -> QuadraticBatch:
-    """Return draws of ``1/2 |A x - b|^2 + penalty/2 |x|^2`` with A, b and x_0 standard Gaussian, A (rows, columns).
+def least_squares(columns: int, draws: int, *, seed: int = 0) -> QuadraticBatch:
+    """Return draws of ``1/2 |A x - b|^2 + 1/2 |x|^2`` with A, b and x_0 standard Gaussian, A of shape (200, columns).
 
     They are the problems of Mehmood et al. 2026, section 6, stacked.
     """
     normal = gaussian(1_000 * seed + columns)
-    A, b, start = normal(draws, rows, columns), normal(draws, rows, 1), normal(draws, columns)
+    A, b, start = normal(draws, 200, columns), normal(draws, 200, 1), normal(draws, columns)
     identity = torch.eye(columns, dtype=torch.float64)
     return QuadraticBatch(
-        A.mT @ A + penalty * identity,
+        A.mT @ A + identity,
         -(A.mT @ b)[..., 0],
         identity.expand(draws, 1, columns, columns),
         torch.zeros(draws, 1, columns, dtype=torch.float64),

@@ -12,12 +12,7 @@ from bilevel.oracles.ranks import parallel_class
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse a module whose training in torch does what losses of its parameters would leave out.
-
-    Raises:
-        ValueError: for parallel wrappers, layers that have no parameters yet, weight norm, spectral norm that moves,
-            and hooks on gradients, with the remedy.
-    """
+    """Refuse, with the remedy, a module whose training in torch does what losses of its parameters would leave out."""
     for name, part in module.named_modules():
         for sentence in (*_parallel(name, part), *_normalised(name, part), *_hooked(name, part)):
             raise ValueError(sentence)

@@ -15,11 +15,9 @@ from bilevel.oracles.inner_problem import InnerProblem, Linearization
 class DifferentiableInner(InnerProblem):
     """An inner problem inside an autograd graph: what an inner solver's `step` sees when it is differentiated.
 
-    Args:
-        inner: the bound problem whose oracles are used.
-        hparams: hyperparameters that require gradients, equal in value to the bound ones.
-        graph: differentiate the loss itself (any order, the graph holds every operation) instead of making the
-            gradient one node whose backward is the `vjp` oracle (once, the graph holds params alone).
+    The hyperparameters require gradients, and are equal in value to the bound ones. With `graph` the loss itself is
+    differentiated (any order, the graph holds every operation); else the gradient is one node whose backward is the
+    `vjp` oracle (once, the graph holds params alone).
     """
 
     def __init__(self, inner: InnerProblem, hparams: Tree, graph: bool = False) -> None:

@@ -50,10 +50,7 @@ class FoldsInner(InnerProblem):
 class FoldsProblem(BilevelProblem):
     """Several problems with one hyperparameter vector: the sum of their inner losses, the mean of their outer losses.
 
-    Params are a tuple, with the params of each problem.
-
-    Args:
-        problems: with hyperparameters of one shape, each with a start.
+    Params are a tuple, with the params of each problem, which has a start.
     """
 
     inner_problem = FoldsInner
@@ -102,11 +99,7 @@ class FoldsProblem(BilevelProblem):
         return tree.tree_map(lambda *parts: torch.stack(parts).mean(0), *scales)
 
     def initial_hparams(self, value: float = 0.0) -> Tree:
-        """Return those of the problems.
-
-        Raises:
-            ValueError: where they have none.
-        """
+        """Return those of the first problem; ValueError where it has none."""
         first: Any = self.problems[0]
         if not hasattr(first, "initial_hparams"):
             raise ValueError(f"{type(first).__name__} has no hyperparameters to start from: give `hparams`.")

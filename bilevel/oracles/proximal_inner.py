@@ -179,11 +179,7 @@ def moved_by(params: Tree, step: Tensor, gradient: Tree) -> Tree:
 
 
 def safe_step(inner: InnerProblem, params: Tree) -> Tensor:
-    """Return ``1 / L``, with L above the curvature of the smooth part; of rows, NaN for one that has none.
-
-    Raises:
-        ValueError: for a term that does not fit, and where no curvature is positive and finite.
-    """
+    """Return ``1 / L``, with L above the curvature of the smooth part; of rows, NaN for one that has none."""
     size = inner.problem.batch
     singles = [(inner, params)] if size is None else [(inner.member(i), rows.row(params, i)) for i in range(size)]
     steps = []

@@ -57,13 +57,7 @@ class ToleranceSchedule:
 
 
 def as_schedule(given: Any, target_error: Any, stacklevel: int = 3) -> ToleranceSchedule | None:
-    """Return a schedule that is given by name, as an object or not at all; it ends at `target_error`, if not None.
-
-    Warns that it is deprecated, as the caller at `stacklevel` sees.
-
-    Raises:
-        ValueError: for anything else, and for two places where it ends.
-    """
+    """Return a schedule given by name or as an object, with its deprecation warning; it ends at `target_error`."""
     if given is None:
         return None
     if isinstance(given, str) and given in DECREASES:

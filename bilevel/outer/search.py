@@ -30,8 +30,8 @@ FELL = 1e-3
 class Answer:
     """What an evaluation found: the outer loss, corrected to second order where possible, and its gradient, (k,).
 
-    `error` is how far the value may be off, `second` are the Gauss-Newton and the exact second derivatives, each (k,
-    k); None where nobody asked for them, and empty where there are none.
+    `error` is how far the value may be off. `second` are the Gauss-Newton and the exact second derivatives, matrices of
+    k rows; None where nobody asked for them, and empty where there are none.
     """
 
     value: float
@@ -98,13 +98,7 @@ State = TypeVar("State", bound=SearchState)
 
 @dataclass(frozen=True)
 class OuterSearch(ABC, Generic[State]):
-    """A rule that descends the outer loss by its values and derivatives, one evaluation at a time.
-
-    Args:
-        tol: relative decrease of the outer loss that may be left at the end.
-        start: "scan" or "given"; None for "scan" where the hyperparameters are log penalties, and "given" elsewhere.
-        limits: least and largest distance of a log penalty to the logarithm of its scale, or None.
-    """
+    """A rule that descends the outer loss by its values and derivatives, one evaluation at a time."""
 
     tol: float = 1e-6
     start: str | None = None

@@ -129,11 +129,7 @@ class TableModel:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Return the model in a folder, or beside the one of its two files that is named.
-
-        Raises:
-            ValueError: in one sentence, where there is no such model.
-        """
+        """Return the model in a folder, or beside the one of its two files that is named; ValueError for none."""
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         if not path.is_dir() and path.name not in ("model.npz", "model.json"):

@@ -169,7 +169,7 @@ INPUTS = (
     Break(
         "contents-rounding",
         "bilevel/oracles/contents.py",
-        "if not gap <= ROUNDING * torch.finfo(one.dtype).eps * size:",
+        "if not gap <= rounding * torch.finfo(one.dtype).eps * size:",
         "if not gap <= torch.finfo(one.dtype).eps ** 0.5 * size:",
         "test_purity.py::test_values_of_equal_calls_may_differ_by_rounding_and_by_nothing_else",
     ),
