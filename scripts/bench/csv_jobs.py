@@ -84,6 +84,20 @@ JOBS = {
     "svmlight": Job(NUMBERS | PRICE, "t.svmlight"),
     "weights": Job({"w": [1 + row % 3 for row in range(ROWS)]} | NUMBERS | PRICE, options={"weights": "w"}),
     "split by time": Job({"day": DAYS} | NUMBERS | PRICE, options={"split": {"time": "day"}, "test": 0.25}),
+    "a line of Excel": Job({"town": TOWN} | NUMBERS | PRICE, separator=";", mark="sep=;\n"),
+    "bars": Job({"town": TOWN} | NUMBERS | PRICE, separator="|"),
+    "True and False as a target, some missing": Job(NUMBERS | {"sold": hollow([each > 0 for each in NOISY], 9)}),
+    "a title above the header, refused": Job(
+        NUMBERS | PRICE, mark="Prices of 2024\n", refused="delete what stands above"
+    ),
+    "units, refused by name": Job({"mass": [f"{each} kg" for each in SIGNAL]} | NUMBERS | PRICE, refused="'mass'"),
+    "brackets, refused by name": Job({"sum": [f"({row}.5)" for row in range(ROWS)]} | PRICE, refused="'sum'"),
+    "two in a cell, refused by name": Job({"at": [f"{row}/80" for row in range(ROWS)]} | PRICE, refused="'at'"),
+    "lengths of time, refused by name": Job({"took": [f"{row} days" for row in range(ROWS)]} | PRICE, refused="'took'"),
+    "quarters, refused by name": Job({"q": [f"2024Q{1 + row % 4}" for row in range(ROWS)]} | PRICE, refused="'q'"),
+    "rare integers, with their task": Job(
+        NUMBERS | {"count": np.exp(NOISY).astype(int).tolist()}, options={"task": "regression"}
+    ),
     "groups": Job({"shop": [row % 8 for row in range(ROWS)]} | NUMBERS | CHURN, options={"groups": "shop"}),
 }
 
