@@ -137,7 +137,7 @@ class Certificate:
         value_error: ``a' g`` with the adjoint vector a and the inner gradient g: to first order by how much the outer
             loss is larger than at the inner solution; None where there is no adjoint vector.
         measured: numbers that the inner solver measured, such as its step size; of a batch under "rows" why its members
-            ran one after the other, where nobody asked for it.
+            ran one after the other, where nobody asked for it; under "tasks" how many there were, and how many at once.
         form: how the inner problem was solved: "step by step", as the solver's class says, or, in less time and to the
             same numbers but for rounding, by steps on "flat" vectors, those of a loss that is "recorded", "doubled", in
             the "eigenbasis" or in "closed form"; or by steps of another kind, "dense Newton", to the same tolerance and

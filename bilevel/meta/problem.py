@@ -53,9 +53,9 @@ class MetaProblem(BilevelProblem):
     Args:
         module: the model; its trainable parameters are the initial weights, all else is constant. It is not modified.
         loss: ``(outputs, targets) -> scalar``, such as ``torch.nn.functional.mse_loss``.
-        tasks: ``index -> (support, query)``, both ``(inputs, targets)``; equal for equal indices. Tasks of equal shapes
-            run side by side; those of different shapes, and those of a model that torch cannot vectorise (recurrent
-            layers), one after the other.
+        tasks: ``index -> (support, query)``, both ``(inputs, targets)``; equal for equal indices. As many run side by
+            side as is quickest; those of different shapes, and those of a model that torch cannot vectorise
+            (recurrent layers), run one after the other.
         batch_size: tasks in a meta-batch.
         adapt: patterns of the names of the parameters that tasks adapt, such as ``["head.*"]``; the others are shared.
         proximity: c, the weight of ``|d|^2 / 2`` in the inner loss.

@@ -27,6 +27,20 @@ ESTIMATORS = (
         "test_cut.py::test_losses_of_quadratic_pieces_are_no_quadratics",
     ),
     Break(
+        "tasks-that-all-count-alike",
+        "bilevel/hypergrad/tasks.py",
+        "yield one.some(low, high), (high - low) / count",
+        "yield one.some(low, high), 1 / parts",
+        "test_tasks.py::test_how_many_are_solved_at_once_changes_nothing",
+    ),
+    Break(
+        "recordings-that-nothing-confirms",
+        "bilevel/hypergrad/tasks.py",
+        "if not _confirms(runs, run, result):",
+        "if False:",
+        "test_tasks.py::test_a_recording_that_no_longer_holds_is_not_used",
+    ),
+    Break(
         "quadratic-without-a-number",
         "bilevel/oracles/cut.py",
         "if same_numbers(torch.addmv(linear, hessian, at), moved):",
