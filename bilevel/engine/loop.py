@@ -134,7 +134,6 @@ def _run(
             taken += 1
             if taken == 1 and looks is None and inner.knows(solver.params(first)):
                 start = _norm(inner, solver, first)
-                inner.counts["gradient"] += 1  # a look, as where the step takes another gradient
             # A solver that hands back the same params says that no step helps: the rounding floor.
             if looks is not None and taken >= at_least and inner.unmoved(before.params, state.params):
                 residual = float(_norm(inner, solver, state))
@@ -143,6 +142,8 @@ def _run(
     except StepFailure as failure:
         return InnerRun(state, math.nan, taken, failed_step(solver, taken, failure))
     if looks is None:
+        # A look at the end, as where the first step takes another gradient.
+        inner.counts["gradient"] += start is not None
         return _ended(inner, solver, first, state, taken, (checkpoint, marked), start)
     return looks.conclude(state, taken, (checkpoint, marked), floor)
 
