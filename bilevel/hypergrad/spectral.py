@@ -41,6 +41,7 @@ class Spectral(HypergradEstimator):
     Nesterov, asymptotic Sobolev), and by a few operations on d numbers a step for the others. It needs a problem with a
     `spectrum`: ridge regression with one penalty for all weights, or a `QuadraticProblem` whose H_j are multiples of
     the identity. The eigenproblem is solved once for each problem; neither it nor a step on the spectrum is counted.
+    Rounding is not judged: take float64 where H is near singular and steps are many; float32 may have no digit right.
 
     Args:
         tail: number of last steps that are differentiated (an int), their fraction (a float in (0, 1]), or None: all.
