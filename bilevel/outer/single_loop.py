@@ -242,7 +242,7 @@ class SingleLoop:
 
     def _advance(self, count: int) -> Estimate:
         """Take so many steps and make a record of where they end."""
-        began, last = time.perf_counter(), self.state.step
+        began, last = time.perf_counter(), self.history[-1].step if self.history else 0
         verdict = GOOD
         while count > 0 and verdict.status.usable:
             block = min(count, LOOK)
