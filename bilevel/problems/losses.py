@@ -44,7 +44,7 @@ class Squared(GLMLoss):
         return dz
 
     def response(self, y: Tensor, outputs: int | None) -> Response:
-        return Response(lambda z: z, torch.ones_like, target=y)
+        return Response(_same, torch.ones_like, target=y)
 
     def third(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(z)
@@ -80,7 +80,7 @@ class Logistic(GLMLoss):
         return torch.sigmoid(z) * torch.sigmoid(-z)
 
     def response(self, y: Tensor, outputs: int | None) -> Response:
-        return Response(torch.sigmoid_, lambda p: torch.addcmul(p, p, p, value=-1.0), sign=-y, value=softplus)
+        return Response(torch.sigmoid_, _bernoulli, sign=-y, value=softplus)
 
     def third(self, z: Tensor, y: Tensor) -> Tensor:
         p, q = torch.sigmoid(z), torch.sigmoid(-z)
@@ -124,7 +124,7 @@ class Softmax(GLMLoss):
 
     def response(self, y: Tensor, outputs: int | None) -> Response:
         unit = torch.arange(outputs or 0, device=y.device)[:, None] == y
-        return Response(lambda z: torch.softmax(z, -2, out=z), lambda p: p, target=unit)
+        return Response(_softmax_, _same, target=unit)
 
     def hessian_product(self, curvature: Tensor, dz: Tensor) -> Tensor:
         """Return ``(diag(p) - p p') dz`` in every row."""
@@ -174,7 +174,7 @@ class Poisson(GLMLoss):
         return z.exp()
 
     def response(self, y: Tensor, outputs: int | None) -> Response:
-        return Response(torch.exp_, lambda p: p, target=y)
+        return Response(torch.exp_, _same, target=y)
 
     def third(self, z: Tensor, y: Tensor) -> Tensor:
         return z.exp()
@@ -223,7 +223,7 @@ class SquaredHinge(GLMLoss):
         return (y * z < 1.0).to(z.dtype)
 
     def response(self, y: Tensor, outputs: int | None) -> Response:
-        return Response(lambda z: z.add_(1.0).relu_(), lambda p: (p > 0).to(p.dtype), sign=-y)
+        return Response(_hinge_, _positive, sign=-y)
 
     def encode(self, splits: Mapping[str, Split]) -> Targets:
         return signs(splits, "SquaredHingeProblem")
@@ -250,3 +250,27 @@ def r_squared(z: Tensor, y: Tensor, weights: Tensor | None = None) -> float:
     """Return ``1 - sum_i s_i (z_i - y_i)^2 / sum_i s_i (y_i - mean(y))^2``; NaN for constant targets."""
     spread = mean_of((y - mean_of(y, weights)).square(), weights)
     return 1.0 - mean_of((z - y).square(), weights) / spread if spread > 0 else math.nan
+
+
+# Of a `Response`; functions with a name, since problems that hold one are pickled.
+
+
+def _same(z: Tensor) -> Tensor:
+    return z
+
+
+def _bernoulli(p: Tensor) -> Tensor:
+    """Return the variances ``p (1 - p)``."""
+    return torch.addcmul(p, p, p, value=-1.0)
+
+
+def _softmax_(z: Tensor) -> Tensor:
+    return torch.softmax(z, -2, out=z)
+
+
+def _hinge_(z: Tensor) -> Tensor:
+    return z.add_(1.0).relu_()
+
+
+def _positive(p: Tensor) -> Tensor:
+    return (p > 0).to(p.dtype)

@@ -256,15 +256,23 @@ def test_modules_with_draws_and_statistics_of_their_own_run_step_by_step() -> No
         agree(ours, by_steps(problem, solver, bl.FullUnroll(), u, check=False))
 
 
-def test_batches_of_other_shapes_run_step_by_step() -> None:
-    class Growing:
+@pytest.mark.parametrize(
+    "batch",
+    [lambda k: (X[: 5 + k % 3], Y[: 5 + k % 3], 1.0), lambda k: (X, Y, 1.0 + k % 3), lambda k: (X, Y, (1, 2)[k % 2])],
+    ids=["shapes", "numbers", "types"],
+)
+def test_batches_that_differ_in_more_than_numbers_of_tensors_run_step_by_step(batch: Any) -> None:
+    class Differing:
         def __call__(self, index: int) -> Any:
-            return X[: 5 + index % 3], Y[: 5 + index % 3]
+            return batch(index)
 
         def full(self) -> Any:
-            return X, Y
+            return X, Y, 1.0
 
-    problem, u = bl.BilevelProblem(batch_loss, outer, normal(8, 5), sampler=Growing()), normal(9, 5) - 2.0
+    def loss(w: Tensor, u: Tensor, drawn: Any) -> Tensor:
+        return drawn[2] * batch_loss(w, u, drawn[:2])
+
+    problem, u = bl.BilevelProblem(loss, outer, normal(8, 5), sampler=Differing()), normal(9, 5) - 2.0
     ours = bl.hypergradient(problem, DESCENT, bl.FullUnroll(), u, check=False)
     assert ours.certificate.form.startswith("step by step, as the loss is not recorded: its batches differ")
     agree(ours, by_steps(problem, DESCENT, bl.FullUnroll(), u, check=False))

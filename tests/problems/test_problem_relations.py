@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 from problem_cases import CLASSES, LINEAR_MODELS, close, data, draw, logistic, multinomial, over
 
+import bilevel as bl
 from bilevel.core import tree
 from bilevel.problems import LogisticProblem, RidgeProblem, SoftmaxProblem
 
@@ -131,3 +133,14 @@ def test_closed_forms_on_cuda_equal_those_on_the_cpu(family, classes):
     at = draw(problem)
     there = SimpleNamespace(**{key: value.cuda() for key, value in vars(at).items()})
     close(tree.tree_map(torch.Tensor.cpu, everything(moved, there)), everything(problem, at), 1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR_MODELS if name.endswith("mean-log")])
+def test_a_problem_that_has_been_solved_is_pickled(name):
+    problem = LINEAR_MODELS[name]()
+    u = problem.initial_hparams()
+    there = bl.hypergradient(problem, bl.QuasiNewton(tol=1e-8), bl.Implicit(), u, on_failure="return")
+    again = bl.hypergradient(
+        pickle.loads(pickle.dumps(problem)), bl.QuasiNewton(tol=1e-8), bl.Implicit(), u, on_failure="return"
+    )
+    close(again.hypergradient, there.hypergradient)
