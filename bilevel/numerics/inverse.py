@@ -65,8 +65,9 @@ class InBasis:
 
 
 @lru_cache
-def _signs(size: int, *like: Any) -> Any:
-    made = np.random.default_rng(size).choice([-1.0, 1.0], (2, PROBES, size))
+def _probes(size: int, *like: Any) -> Any:
+    # Normal numbers: of signs, no draw of a few sees the difference of two columns whose signs agree in all.
+    made = np.random.default_rng(size).standard_normal((2, PROBES, size))
     return torch.as_tensor(made, dtype=like[0], device=like[1]) if like else made
 
 
@@ -89,7 +90,7 @@ def rounding(
         pull: (x, a) -> the other part.
     """
     xp: Any = torch if isinstance(x, Tensor) else np
-    first, second = _signs(len(x), x.dtype, x.device) if isinstance(x, Tensor) else _signs(len(x))
+    first, second = _probes(len(x), x.dtype, x.device) if isinstance(x, Tensor) else _probes(len(x))
     unit, by = UNITS * xp.finfo(x.dtype).eps, scale[:, None]
     dx = unit * (inverse(by * first.T * norm(scale * x)) + x[:, None] * first.T)
     f, direct = outer(x)

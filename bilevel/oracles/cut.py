@@ -302,7 +302,11 @@ def recorded(inner: Any, params: Tree, first: int, steps: int) -> CutKernels | N
     if special or not alike or traces is None or not traces.worth(steps):
         return None
     view = problem.on_step(first)
-    key = signature((params, inner.hparams, view.minibatch))
+    try:
+        key = signature((params, inner.hparams, view.minibatch))
+    except TypeError as error:
+        inner.refused = str(error)
+        return None
     if key not in traces.refused:
         try:
             if problem.traced_inner is None:

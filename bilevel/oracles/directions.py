@@ -25,6 +25,7 @@ from bilevel.oracles import batching as batches
 from bilevel.oracles.cut import dependence, derivatives, tensors
 from bilevel.oracles.folding import fold
 from bilevel.oracles.recording import NotRecordedError, Part, record
+from bilevel.oracles.tracing import signature
 
 Array = Any
 """A NumPy array or a tensor; only operators and methods that both have are used on it."""
@@ -137,7 +138,7 @@ class LossDirections(Directions):
         self._batches = [partitioned(each, mode) for each, mode in zip(samplers, (fresh, "outer step"), strict=True)]
         self.parts = tuple(len(each) if isinstance(each, list) else None for each in self._batches)  # type: ignore[assignment]
         first = [tensors(self._batch(level, 0)) for level in (0, 1)]
-        self._shapes = [[leaf.shape for leaf in leaves] for leaves in first]
+        self._kinds = [signature(self._batch(level, 0)) for level in (0, 1)]
         pairs = zip(samplers, first, strict=True)
         self.shares = tuple(1.0 if s is None else _rows(b) / _rows(tensors(s.full())) for s, b in pairs)  # type: ignore[assignment]
         z, u = (of.ravel(tree.copied(part)) for of, part in zip(self._ravelers, (params, hparams), strict=True))
@@ -160,7 +161,13 @@ class LossDirections(Directions):
         """Return the tensors of a batch, and what is made of them alone."""
         known = self._made[level].get(index)
         if known is None:
-            leaves = tensors(self._batch(level, index))
+            batch = self._batch(level, index)
+            if signature(batch) != self._kinds[level]:
+                raise ValueError(
+                    "the batches of a sampler differ in their shapes, or in what is no tensor: "
+                    "SingleLoop takes batches that differ in the numbers of their tensors alone."
+                )
+            leaves = tensors(batch)
             known = [*leaves, *self._derived[level](*leaves)]
             if self.parts[level] is not None and (self.parts[level] or 0) * sum(each.nbytes for each in known) <= HELD:
                 self._made[level][index] = known
@@ -216,12 +223,7 @@ class LossDirections(Directions):
                 raise NotRecordedError("their numbers depend on more than their arguments")
 
     def sampled(self, i: int, j: int, z: Array, u: Array) -> tuple[Array, Array]:
-        first, second = self._given(0, i), self._given(1, j)
-        if None in self.parts:  # batches of a user's sampler may differ in their shapes
-            pairs = zip((first, second), self._shapes, strict=True)
-            if any([leaf.shape for leaf in each[: len(shapes)]] != shapes for each, shapes in pairs):
-                raise ValueError("the batches of a sampler differ in their shapes: SingleLoop takes equal ones.")
-        q, f = self._call(z, u, *first, *second)
+        q, f = self._call(z, u, *self._given(0, i), *self._given(1, j))
         return q, f
 
     def complete(self, direction: Array, z: Array, u: Array) -> tuple[Array, Array, Array]:

@@ -181,9 +181,20 @@ def moved(leaf: Any, generator: torch.Generator) -> Any:
 
 
 def signature(value: Tree) -> Any:
-    """Return what a recording depends on: structure, shapes, dtypes and devices."""
+    """Return what a recording depends on: structure, shapes, dtypes and devices, and what is no tensor.
+
+    Raises:
+        TypeError: for what is no tensor and cannot be compared.
+    """
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
         return tuple((key, signature(part)) for key, part in value.items())
-    return (type(value), *map(signature, value)) if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return type(value), *map(signature, value)
+    try:
+        hash(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"a recorded batch is of tensors, numbers and words, got a `{kind}`: take a tensor.") from None
+    return type(value), value

@@ -62,6 +62,7 @@ class SingleLoop:
         ValueError: in one sentence, for a problem that has no such steps, and options that do not fit.
 
     >>> import torch
+    >>> from bilevel.outer.stochastic import SABA
     >>> from bilevel.problems import LogisticProblem
     >>> X = torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     >>> y = (X[:, 0] > 0).double()

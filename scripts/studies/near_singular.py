@@ -1,8 +1,9 @@
 """Does ClosedForm say OK only where the hypergradient is right, though H is near singular? Truth beside status.
 
-Ridge problems with copied and nearly copied columns, fewer rows than features, columns of very different units, Hankel
-spectra and low rank, and quadratics with a small eigenvalue; penalties from none to large, both dtypes; from the data,
-penalty after penalty, by tensors, and all at once. The truth has 60 digits, and takes the data as exact numbers.
+Ridge problems with copied and nearly copied columns, one pair of them or half, fewer rows than features, columns of
+very different units, Hankel spectra and low rank, and quadratics with a small eigenvalue; penalties from none to
+large, both dtypes; from the data, penalty after penalty, by tensors, and all at once. The truth has 60 digits, and
+takes the data as exact numbers.
 
 A hypergradient is right where it is off by at most `LIMIT` of its norm, or of half of its digits in the parts
 ``|dH/du| |w| |a|`` that cancel in it. Nothing that is OK should be wrong, and little that is INACCURATE right.
@@ -26,7 +27,7 @@ import torch
 import bilevel as bl
 from bilevel.problems import RidgeProblem
 
-KINDS = ("copies", "near copies", "wide", "units", "hankel", "low rank", "close fit", "quadratic")
+KINDS = ("copies", "near copies", "wide", "units", "hankel", "low rank", "close fit", "pair", "quadratic")
 LIMIT = 1e-2
 WAYS = ("arrays", "tensors", "sweep")
 
@@ -54,7 +55,7 @@ def draw(seed: int) -> Draw:
     rng = np.random.default_rng(seed)
     kind, dtype = KINDS[seed % len(KINDS)], (np.float64, np.float32)[seed // len(KINDS) % 2]
     scalar, d = bool(seed // (2 * len(KINDS)) % 2), int(rng.integers(3, 9))
-    n, m = (int(rng.integers(2, d)) if kind == "wide" else 3 * d), int(rng.integers(3, 20))
+    n, m = {"wide": int(rng.integers(2, d)), "pair": d - 1}.get(kind, 3 * d), int(rng.integers(3, 20))
     X, X_val = rng.standard_normal((n, d)), rng.standard_normal((m, d))
     half, mixed = d // 2, rng.standard_normal((d // 2, d))
     for Z, noise in ((X, rng.standard_normal((n, d))), (X_val, rng.standard_normal((m, d)))):
@@ -64,6 +65,9 @@ def draw(seed: int) -> Draw:
             Z[:, -half:] += 10.0 ** -rng.integers(1, 9) * noise[:, -half:]
         if kind == "low rank":
             Z[:] = Z[:, :half] @ mixed
+    if kind == "pair":  # of any two places and signs, with one row fewer than features
+        i, j = rng.choice(d, 2, replace=False)
+        X[:, i] = rng.choice([-1.0, 1.0]) * X[:, j] + 10.0 ** rng.uniform(-8, -4) * rng.standard_normal(n)
     if kind == "units":
         scales = 10.0 ** rng.uniform(-6, 6, d)
         X, X_val = X * scales, X_val * scales

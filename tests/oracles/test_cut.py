@@ -258,8 +258,13 @@ def test_modules_with_draws_and_statistics_of_their_own_run_step_by_step() -> No
 
 @pytest.mark.parametrize(
     "batch",
-    [lambda k: (X[: 5 + k % 3], Y[: 5 + k % 3], 1.0), lambda k: (X, Y, 1.0 + k % 3), lambda k: (X, Y, (1, 2)[k % 2])],
-    ids=["shapes", "numbers", "types"],
+    [
+        lambda k: (X[: 5 + k % 3], Y[: 5 + k % 3], 1.0),
+        lambda k: (X, Y, 1.0 + k % 3),
+        lambda k: (X, Y, (1, 2.0, True)[k % 3]),
+        lambda k: (X, Y, np.float32(1 + k % 2)),
+    ],
+    ids=["shapes", "numbers", "types", "numpy"],
 )
 def test_batches_that_differ_in_more_than_numbers_of_tensors_run_step_by_step(batch: Any) -> None:
     class Differing:
@@ -276,6 +281,36 @@ def test_batches_that_differ_in_more_than_numbers_of_tensors_run_step_by_step(ba
     ours = bl.hypergradient(problem, DESCENT, bl.FullUnroll(), u, check=False)
     assert ours.certificate.form.startswith("step by step, as the loss is not recorded: its batches differ")
     agree(ours, by_steps(problem, DESCENT, bl.FullUnroll(), u, check=False))
+
+
+@pytest.mark.parametrize(
+    ("at", "kind"),
+    [
+        (lambda k: slice(k % 3, 5 + k % 3), "slice"),
+        (lambda k: np.arange(k % 3, 5 + k % 3), "ndarray"),
+        (lambda k: [k % 3, 4], ""),
+        (lambda k: k % 5, ""),
+    ],
+)
+def test_batches_of_places_run_step_by_step(at: Any, kind: str) -> None:
+    class Places:
+        def __call__(self, index: int) -> Any:
+            return at(index)
+
+        def full(self) -> Any:
+            return at(0)
+
+    def loss(w: Tensor, u: Tensor, rows: Any) -> Tensor:
+        return batch_loss(w, u, (X[rows].reshape(-1, 5), Y[rows].reshape(-1)))
+
+    problem, u = bl.BilevelProblem(loss, outer, normal(8, 5), sampler=Places()), normal(9, 5) - 2.0
+    ours = bl.hypergradient(problem, DESCENT, bl.FullUnroll(), u, check=False)
+    why = f"got a `{kind}`: take a tensor" if kind else "its batches differ"
+    assert ours.certificate.form.startswith("step by step, as the loss is not recorded: ")
+    assert why in ours.certificate.form
+    agree(ours, by_steps(problem, DESCENT, bl.FullUnroll(), u, check=False))
+    with pytest.raises((TypeError, ValueError), match=kind or "batches of a sampler differ"):
+        bl.SingleLoop(problem, bl.SOBA(inner_step=0.05, every=20), u).run(20)
 
 
 def test_data_that_are_replaced_or_changed_between_runs_are_seen() -> None:
