@@ -103,7 +103,8 @@ def run_predict(arguments: Namespace) -> int:
     """Run ``bilevel predict``."""
     output = None if arguments.output is None else Path(arguments.output).expanduser()
     try:
-        if output is not None and output.exists() and output.samefile(Path(arguments.data).expanduser()):
+        source = Path(arguments.data).expanduser()
+        if output is not None and output.exists() and source.exists() and output.samefile(source):
             raise ValueError(f"--output {output} is the file of the new rows: write the predictions elsewhere.")
         model = TableModel.load(Path(arguments.model).expanduser())
         if arguments.encoding is not None and not is_encoding(arguments.encoding):
@@ -116,7 +117,11 @@ def run_predict(arguments: Namespace) -> int:
     if output is None:
         print(found.to_csv(), end="")
         return 0
-    write_whole(output, found.to_csv())
+    try:
+        write_whole(output, found.to_csv())
+    except OSError as error:
+        where = f"--output {output}: it cannot be written ({error.strerror})"
+        raise ConfigError(f"{where}; make its folder, or write the predictions elsewhere.") from None
     rows = len(next(iter(found.columns.values())))
     print(f"{rows} predictions of {listed(target_names(model.target))} written to {output}.")
     return 0
@@ -175,7 +180,8 @@ def _figure(value: float | None) -> str:
 def _coefficients(found: TunedTable) -> str:
     """Return the features of largest influence, with their penalties."""
     model, count = found.model, len(found.model.encoder.features)
-    lines = _weights(found)[:SHOWN]
+    # Names and categories may hold line breaks.
+    lines = [(" ".join(label.split()), *numbers) for label, *numbers in _weights(found)[:SHOWN]]
     more = (
         f"\n(the {SHOWN} largest of {model.weights.size}; tuned.json holds all)" if model.weights.size > SHOWN else ""
     )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
+
+LARGEST = 1e75
+"""Of larger numbers the squares of squared errors, which standard errors need, are not finite in float64."""
 
 
 def require(owner: object, name: str, allowed: str, ok: bool) -> None:
@@ -95,6 +99,21 @@ def is_int(value: Any, at_least: int = 1) -> bool:
 def is_number(value: Any) -> bool:
     """True for a finite real number (not a bool)."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_sizes(values: Any, of: str, names: Sequence[Any] = ()) -> None:
+    """Refuse numbers, (rows,) or (rows, columns), of a column that is too large, or all of it too small, to be squared.
+
+    Raises:
+        ValueError: in one sentence, with what they are `of`, and the name of the column where there are names.
+    """
+    sizes = np.atleast_1d(np.fmax.reduce(np.abs(values), axis=0, initial=0.0)).astype(np.float64)
+    if (odd := ~(sizes <= LARGEST) | ((sizes < 1 / LARGEST) & (sizes > 0))).any():
+        first = int(odd.argmax())
+        raise ValueError(
+            f"{f'the column {names[first]!r} of {of}' if len(names) else of} holds numbers up to {sizes[first]:.3g}, "
+            "whose squares leave the range of floating point: write it in another unit, or as logarithms."
+        )
 
 
 def is_list(value: Any) -> bool:

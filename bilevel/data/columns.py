@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from bilevel.core.options import check_sizes
 from bilevel.data.table import Array, Table, is_number
 
 SHOWN = 4
@@ -94,7 +95,7 @@ class Encoder:
         missing = [rule.name for rule in self.rules if rule.name not in table.columns]
         if missing:
             raise ValueError(
-                f"{table.source!r} lacks the column {listed(missing)} that the model was made with: add "
+                f"{table.source!r} lacks {columns_named(missing)} that the model was made with: add "
                 f"{'it' if len(missing) == 1 else 'them'} (empty cells are filled as in training)."
             )
         blocks, notes = [np.empty((table.rows, 0))], []
@@ -126,6 +127,8 @@ def _numbers(table: Table, rule: Rule) -> tuple[Array, str]:
     if np.isinf(column).any():
         row = int(np.isinf(column).argmax()) + 1
         raise ValueError(f"the column {rule.name!r} of {table.source!r} is infinite in row {row}: correct it.")
+    # New rows of small numbers alone may be of a column that has larger ones.
+    check_sizes(np.fmax(np.abs(column), 1.0), repr(table.source), [rule.name])
     return np.where(np.isnan(column), rule.fill, column)[:, None], ""
 
 
@@ -146,6 +149,15 @@ def first_word(table: Table, name: str) -> tuple[int, str]:
     cells = [(row, str(cell)) for row, cell in enumerate(table.words(name), 1) if not is_number(cell)]
     odd = [(row, cell) for row, cell in cells if cell.lower() not in ("true", "false")]
     return (odd or cells or [(1, str(table.words(name)[0]))])[0]
+
+
+def columns_named(names: Sequence[str]) -> str:
+    """Return some columns as the subject or object of a sentence.
+
+    >>> columns_named(["size", "colour"])
+    "the columns 'size', 'colour'"
+    """
+    return f"the column{'s' if len(names) > 1 else ''} {listed(names)}"
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the cells of a column look like: numbers of rows, days, more digits than a number has, signs of currencies."""
+"""What the cells of a column look like: numbers of rows, days, too many digits, with signs or marks of thousands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from bilevel.data.table import Array, Table, is_number
+from bilevel.data.table import COMMA, Array, Table, is_number
 
 INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
 """The name of the index of a table that pandas has written, or has written, read and written again."""
@@ -14,6 +14,8 @@ NUMBERED = re.compile(r"(?i:index|id|rownames|row[ _]?(id|number|names)?|.+[ _](
 """Names of columns that number the rows."""
 SIGNED = re.compile(r"[-+]?([$€£¥] ?[-+]?\d[\d.,]*|\d[\d.,]* ?[$€£¥%])")
 """A number with the sign of a currency, or a percentage."""
+THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}([,.' \u2019\u00a0\u202f])\d{3}(\1\d{3})*([.,]\d+)?")
+"""A number with marks between its thousands, which may also be one with decimals."""
 NUMBERLIKE = re.compile(r"[-+]?\d[\d.,]*")
 PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*[.,]?\d+)"
 SPELLED = re.compile(
@@ -46,9 +48,22 @@ def spelled_number(cells: Array) -> str:
     return "" if len(units) > 1 else str(cells[[each is not None for each in found].index(True)])
 
 
+def with_thousands(cells: Array) -> str:
+    """Return the first of some cells that is a number with marks of thousands, where all are numbers; else nothing.
+
+    >>> with_thousands(np.array(["500", "1,000", "2,000"]))
+    '1,000'
+    """
+    words = [str(cell) for cell in cells if not is_number(cell)]
+    marked = [found for found in map(THOUSANDS.fullmatch, words) if found]
+    # Where "1,000" stands beside "0,05", commas stand before decimals.
+    points = list(filter(COMMA.fullmatch, words)) if marked and marked[0][1] != "," else []
+    return marked[0][0] if marked and all(THOUSANDS.fullmatch(word) or word in points for word in words) else ""
+
+
 def looks_like_days(numbers: Array) -> bool:
     """Whether numbers are days such as 20240131, of more than two dates."""
-    there = numbers[~np.isnan(numbers)]
+    there = numbers[np.isfinite(numbers)]
     if len(np.unique(there)) < 3 or not ((there >= 19000101) & (there <= 20991231) & (there % 1 == 0)).all():
         return False
     month, day = there // 100 % 100, there % 100
@@ -72,6 +87,7 @@ def numbers_rows(table: Table, name: str) -> bool:
     numbers = table.numbers(name)
     if numbers is None:
         numbers_like = any(map(NUMBERLIKE.fullmatch, column)) or any(map(SIGNED.fullmatch, column))
+        numbers_like = numbers_like or bool(with_thousands(np.unique(column[column != ""])))
         numbers_like = numbers_like or table.date(name) is not None or bool(spelled_number(column))
         long = len(column) > FEW_ROWS and not numbers_like
         return bool(NUMBERED.fullmatch(name) or INDEX.fullmatch(name)) or long
@@ -89,4 +105,4 @@ def counts_rows(table: Table, name: str) -> bool:
     numbers = table.numbers(name)
     if numbers is None or len(numbers) <= FEW_ROWS:
         return False
-    return bool(numbers[0] in (0, 1) and (np.diff(numbers) == 1).all())
+    return bool(numbers[0] in (0, 1) and (numbers == numbers[0] + np.arange(len(numbers))).all())

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from bilevel.core.options import check_sizes
 from bilevel.core.status import BilevelWarning
 from bilevel.data.columns import Encoder, listed
 from bilevel.data.roles import target_names
@@ -143,6 +144,7 @@ def filled(raw: Raw) -> Raw:
     rows = {part: X[:, 0] for part, (X, _) in raw.parts.items()}
     encoder = Encoder.fit(columns.table, columns.features, rows["train"])
     X, notes = encoder.transform(columns.table)
+    check_sizes(X, repr(raw.source), encoder.owners)
     constant = [name for name, column in zip(encoder.features, X[rows["train"]].T, strict=True) if np.ptp(column) == 0]
     if constant:
         notes.append(f"{listed(constant)} {'is' if len(constant) == 1 else 'are'} constant: no influence")
@@ -169,7 +171,11 @@ def in_words(task: str, labels: Array | None) -> str:
     """Return the targets in words: classes with the strings that they stand for."""
     if labels is None:
         return "y as it came" if task == "raw" else task
-    shown = f" ({', '.join(map(str, labels))})" if labels.dtype.kind == "U" and len(labels) <= 5 else ""
+    shown = (
+        f" ({', '.join(' '.join(label.split()) for label in labels)})"
+        if labels.dtype.kind == "U" and len(labels) <= 5
+        else ""
+    )
     return f"{len(labels)} classes{shown}"
 
 

@@ -13,7 +13,16 @@ from torch import Tensor
 from bilevel.core.options import is_int, is_not_negative, optional, require_value
 from bilevel.data.encodings import is_encoding
 from bilevel.data.roles import sort_columns
-from bilevel.data.sources import Raw, check_part, of_columns, read_bundled, read_mnist, read_npz, read_svmlight
+from bilevel.data.sources import (
+    Raw,
+    check_numbers,
+    check_part,
+    of_columns,
+    read_bundled,
+    read_mnist,
+    read_npz,
+    read_svmlight,
+)
 from bilevel.data.table import SEPARATORS, SVMLIGHT, TABLES, Table, ending, from_frame, is_frame, read_table
 
 BUNDLED = {
@@ -138,8 +147,7 @@ def read(
     """Return the data that a name, a path or a data frame stands for, looked at."""
     raw = _read(name, options, seed, rows or 200, features or 20, 0.5 if noise is None else noise)
     for part, (X, _) in raw.parts.items():
-        if not hasattr(X, "tocsr"):
-            check_part(raw, part)
+        (check_numbers if hasattr(X, "tocsr") else check_part)(raw, part)
     return raw
 
 

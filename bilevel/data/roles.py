@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bilevel.data.columns import SHOWN, first_word, listed
+from bilevel.core.options import LARGEST
+from bilevel.data.columns import SHOWN, columns_named, first_word, listed
 from bilevel.data.looks import (
     FEW_VALUES,
     SIGNED,
@@ -18,8 +19,9 @@ from bilevel.data.looks import (
     lose_digits,
     numbers_rows,
     spelled_number,
+    with_thousands,
 )
-from bilevel.data.table import Array, Table, is_number
+from bilevel.data.table import COMMA, Array, Table, is_number
 
 OTHER = "name another column as the `target`"
 DAY = re.compile(r"(\d{4}([-/.])\d\d(?:\2\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?)?)((?<=:\d\d:\d\d)\.\d+)?(Z|[-+]\d\d:?\d\d)?")
@@ -101,12 +103,13 @@ def sort_columns(
     numbering = [name for name in features if index == "leave_out" and numbers_rows(table, name)]
     if numbering:
         features = [name for name in features if name not in numbering]
-        notes.append(f"the column {listed(numbering)} is left out, as it numbers the rows")
+        are, number = ("are", "they number") if len(numbering) > 1 else ("is", "it numbers")
+        notes.append(f"{columns_named(numbering)} {are} left out, as {number} the rows")
     elif index == "leave_out" and (counting := [name for name in features if counts_rows(table, name)]):
-        notes.append(
-            f"the column {listed(counting)} counts the rows, and is kept as a feature: leave it out with `drop` if it "
-            "is none"
-        )
+        notes += [
+            f"{columns_named([name])} counts the rows, and is kept as a feature: leave it out with `drop` if it is none"
+            for name in counting
+        ]
     if not features:
         besides = " and the index of its rows" if numbering else ""
         raise ValueError(f"{table.source!r} holds no features besides the target {listed(targets)}{besides}.")
@@ -219,12 +222,18 @@ def _refuse_dates(table: Table, name: str, otherwise: str) -> None:
 
 
 def _refuse_signed(table: Table, name: str, cells: Array) -> None:
-    """Refuse words that are all numbers with a currency or as percentages."""
+    """Refuse words that are all numbers with a currency, as percentages or with marks of thousands."""
     signed = [str(cell) for cell in cells if SIGNED.fullmatch(cell)]
     if signed and all(SIGNED.fullmatch(cell) or is_number(cell) for cell in cells):
         raise ValueError(
             f"the column {name!r} of {table.source!r} holds numbers with signs, such as {signed[0]!r}: write plain "
             "numbers, without %, $ and the like."
+        )
+    if marked := with_thousands(cells):
+        decimals = ", or say `decimal: ','` if the comma stands before decimals" if COMMA.fullmatch(marked) else ""
+        raise ValueError(
+            f"the column {name!r} of {table.source!r} holds numbers with marks of thousands, such as {marked!r}: write "
+            f"them without{decimals}."
         )
 
 
@@ -234,11 +243,6 @@ def _refuse_mixed(table: Table, name: str) -> None:
     cells = cells[cells != ""]
     words = [str(cell) for cell in cells if not is_number(cell)]
     _refuse_signed(table, name, cells)
-    if table.decimal == "," and words and all(re.fullmatch(r"[-+]?\d{1,3}(\.\d{3})+(,\d+)?", word) for word in words):
-        raise ValueError(
-            f"the column {name!r} of {table.source!r} holds numbers with marks of thousands, such as {words[0]!r}: "
-            "write them without."
-        )
     if len(cells) > FEW_VALUES and all(re.fullmatch(r"[-+]?\d[\d.]*(,\d+)+", word) for word in words):
         raise ValueError(
             f"the column {name!r} of {table.source!r} holds numbers with commas, such as {words[0]!r}: say "
@@ -263,14 +267,14 @@ def _refuse_spelled(table: Table, name: str, cells: Array, otherwise: str) -> No
 
 def _weights(table: Table, name: str) -> Array:
     weights = table.numbers(name)
-    if weights is None or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+    if weights is None or not ((weights <= LARGEST) & (weights >= 0)).all() or not weights.any():
         row, cell = first_word(table, name)
         if weights is not None:
-            row = int((np.isfinite(weights) & (weights >= 0)).argmin()) + 1
+            row = int(((weights <= LARGEST) & (weights >= 0)).argmin()) + 1
             cell = str(table.words(name)[row - 1])
         raise ValueError(
-            f"the weights in the column {name!r} of {table.source!r} must be numbers from 0 on, not all 0: row {row} "
-            f"{f'holds {cell!r}' if cell else 'is empty'}."
+            f"the weights in the column {name!r} of {table.source!r} must be numbers from 0 to {LARGEST:g}, not all 0: "
+            f"row {row} {f'holds {cell!r}' if cell else 'is empty'}."
         )
     return weights
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.core.options import check_sizes
 from bilevel.data.columns import Encoder
 from bilevel.data.looks import INDEX as INDEX
-from bilevel.data.roles import Columns, target_values
+from bilevel.data.looks import MOST_EXACT
+from bilevel.data.roles import Columns, target_names, target_values
 from bilevel.data.table import Array as Array
 
 
@@ -111,7 +113,7 @@ def read_svmlight(source: str, path: Path) -> Raw:
         ValueError: if it is no such file.
     """
     X, y, zero_based = load_svmlight(source, path)
-    y = y.astype(np.int64) if (y == np.round(y)).all() else y
+    y = y.astype(np.int64) if ((y == np.round(y)) & (np.abs(y) <= MOST_EXACT)).all() else y
     names = tuple(f"x{index + (not zero_based)}" for index in range(X.shape[1]))
     return Raw(source, {"": (X, y)}, names, is_file=True, zero_based=zero_based)
 
@@ -187,3 +189,12 @@ def check_part(raw: Raw, part: str) -> None:
                 f"{name} {where} holds NaN or infinite values ({bad.sum()} of {values.size}), the first in row "
                 f"{row + 1}{at}: drop or fill them first."
             )
+    check_numbers(raw, part)
+
+
+def check_numbers(raw: Raw, part: str) -> None:
+    """Refuse columns of numbers whose squares are not finite, or vanish; X may be sparse."""
+    for values, names in zip(raw.parts[part], (raw.feature_names, target_names(raw.target)), strict=True):
+        if values.dtype.kind == "f":
+            most = abs(values).max(axis=0).toarray() if hasattr(values, "tocsr") else values
+            check_sizes(most, repr(raw.source), names)

@@ -166,7 +166,7 @@ def read_table(
         separator = separator or _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         lines = [[cell.strip() for cell in line] for line in reader if line]
-    except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (csv.Error, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{source!r} cannot be read as a .csv file: {error}.") from error
     header, body = _rectangle(source, lines, separator, notes)
     columns = {}

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from bilevel.core.files import read_json, write_whole
-from bilevel.data.columns import Encoder, listed
+from bilevel.data.columns import Encoder, columns_named, listed
 from bilevel.data.roles import target_names
 from bilevel.data.sources import load_svmlight
 from bilevel.data.table import SVMLIGHT, TABLES, Array, Table, ending, from_frame, is_frame, read_table
@@ -208,7 +208,10 @@ class TableModel:
         X, notes = self.encoder.transform(table)
         known = {*(rule.name for rule in self.encoder.rules), *target_names(self.target), *self.ignored}
         if extra := [name for name in table.columns if name not in known]:
-            notes.append(f"the model does not know the column {listed(extra)}: left out")
+            notes.append(f"the model does not know {columns_named(extra)}: left out")
+        of_numbers = [rule.name for rule in self.encoder.rules if rule.categories is None]
+        if commas := [name for name in of_numbers if table.has_decimal_commas(name)]:
+            notes.append(f"decimal commas are read in {listed(commas)}")
         z = ((X - self.mean) / self.scale) @ self.weights.T + self.intercept
         return Predictions(self.of_scores(z), (*table.notes, *notes))
 

@@ -120,6 +120,29 @@ def test_tables_as_people_have_them_are_tuned_and_predicted(
     assert len(predicted) == ROWS
 
 
+def test_new_rows_are_read_as_the_notes_say_and_a_place_that_is_not_there_is_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {'"b\nlong"' if name == "x0" else name: column for name, column in NUMBERS.items()}
+    write("t.csv", text({"colour": [f'"{word}\nish"' for word in COLOUR]} | long | PRICE))
+    assert main(["tune", config("t.csv", folds=3), "--out", "model"]) == 0
+    out = capsys.readouterr().out
+    assert "\nb long  " in out
+    assert "\ncolour=red ish  " in out
+    write("new.csv", text({"colour": ["red"] * ROWS, "left": COLOUR, "more": COLOUR} | long, ";").replace(".", ","))
+    assert main(["predict", "model", "new.csv"]) == 0
+    err = capsys.readouterr().err
+    assert "new.csv: the model does not know the columns 'left', 'more': left out." in err
+    assert "new.csv: decimal commas are read in 'b\\nlong', 'x1', 'x2', 'x3'." in err
+    Path("folder").mkdir()
+    for place, why in (("none/p.csv", "No such file or directory"), ("folder", "Is a directory")):
+        assert main(["predict", "model", "t.csv", "--output", place]) == 2
+        said = f"--output {place}: it cannot be written ({why}); make its folder, or write the predictions elsewhere."
+        assert capsys.readouterr().err == f"bilevel: {said}\n"
+    assert main(["predict", "model", "absent.csv", "--output", "t.csv"]) == 2
+    assert capsys.readouterr().err == "bilevel: the data file 'absent.csv' does not exist.\n"
+
+
 def test_dates_alone_are_refused_by_name_and_remedy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write("t.csv", text({"signed": [f"2024-01-{1 + row % 28:02d}" for row in range(ROWS)]} | NUMBERS | PRICE))
     assert main(["tune", config("t.csv")]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -476,12 +477,70 @@ def test_a_line_of_excel_bars_and_cells_behind_the_last_column(tmp_path: Path) -
     assert load_rows(str(path), TableOptions()).encoder.features == ("size", "colour=green", "old", "same")
 
 
-def test_marks_of_thousands_are_named_where_commas_stand_before_decimals(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.csv", {"a": [f"{1 + row}.000,5" for row in range(ROWS)], "y": [*range(ROWS)]}, ";")
-    with pytest.raises(ValueError, match=r"holds numbers with commas, such as .*: say `decimal: ','` if"):
-        load(path)
-    with pytest.raises(ValueError, match=r"holds numbers with marks of thousands, such as '1\.000,5': write"):
-        load(path, decimal=",")
+@pytest.mark.parametrize("mark", ["1,000", "1.000,5", "1,000,000", "1'000", "1 000", "1\u00a0000.5", "1\u202f000"])
+@pytest.mark.parametrize("several", [3, ROWS])
+@pytest.mark.parametrize("target", ["y", "a"])
+def test_marks_of_thousands_are_named(tmp_path: Path, mark: str, several: int, target: str) -> None:
+    cells = [str(1 + row % several) + mark[1:] for row in range(ROWS)]
+    path = write(tmp_path / "t.csv", {"a": [f'"{cell}"' for cell in cells], "y": [500, *range(ROWS - 1)]})
+    first = re.escape(repr(min(cells)))
+    said = f"the column 'a' of .* holds numbers with marks of thousands, such as {first}: write them without"
+    with pytest.raises(ValueError, match=said) as error:
+        load(path, target=target)
+    assert ("say `decimal: ','` if the comma" in str(error.value)) == (mark == "1,000")
+    if mark == "1,000":
+        assert load(path, decimal=",", target=target).X_train.shape[1] == 1
+    if mark == "1.000,5":
+        with pytest.raises(ValueError, match=r"such as '.*\.000,5': write them without\."):
+            load(path, decimal=",", target=target)
+
+
+def test_words_of_three_digits_are_no_thousands(tmp_path: Path) -> None:
+    for cells in (["030 555", "040 555"], ["1,2", "1,3"], ["1 000 x", "2 000 x"]):
+        path = write(tmp_path / "t.csv", {"a": [f'"{cells[row % 2]}"' for row in range(ROWS)], "y": COLUMNS["y"]})
+        assert load(path).X_train.shape[1] == 2
+
+
+@pytest.mark.parametrize("size", [1e300, -1e80, 1e-200])
+@pytest.mark.filterwarnings("error")
+def test_numbers_whose_squares_are_none_are_refused_by_their_column(tmp_path: Path, size: float) -> None:
+    numbers = [size * (1 + row % 7) for row in range(ROWS)]
+    plain = {"a": [*range(ROWS)], "h": COLUMNS["y"], "y": COLUMNS["y"]}
+    said = (
+        r"the column '{}' of .* holds numbers up to \d.*, whose squares leave the range of .*: write it in another unit"
+    )
+    for name in ("h", "y"):
+        for table in (write(tmp_path / "t.csv", plain | {name: numbers}), Frame(plain | {name: np.array(numbers)})):
+            with pytest.raises(ValueError, match=said.format(name)):
+                load_rows(table, TableOptions(index="keep"))
+    np.savez(tmp_path / "t.npz", X=np.stack([COLUMNS["y"], numbers], axis=1), y=COLUMNS["y"])
+    (tmp_path / "t.svmlight").write_text("".join(f"{row}.5 0:1 1:{cell!r}\n" for row, cell in enumerate(numbers)))
+    for name in ("t.npz", "t.svmlight"):
+        with pytest.raises(ValueError, match=said.format("x1")):
+            load_rows(str(tmp_path / name), TableOptions())
+    (tmp_path / "t.svmlight").write_text("".join(f"{cell!r} 0:1 1:{row}\n" for row, cell in enumerate(numbers)))
+    with pytest.raises(ValueError, match=said.format("y")):
+        load_rows(str(tmp_path / "t.svmlight"), TableOptions())
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_cells_are_refused_without_a_warning(tmp_path: Path) -> None:
+    for cells in (
+        ["inf", *range(1, ROWS)],
+        [0, "inf", "inf", *range(3, ROWS)],
+        ["-inf", *[20240101 + r % 9 for r in range(1, ROWS)]],
+    ):
+        path = write(tmp_path / "t.csv", {"h": cells, "y": COLUMNS["y"]})
+        with pytest.raises(
+            ValueError, match=f"the column 'h' of .* is infinite in row {1 + (cells[0] == 0)}: correct it"
+        ):
+            load(path)
+
+
+def test_several_columns_are_named_as_several(tmp_path: Path) -> None:
+    columns = {"id": range(7, 7 + ROWS), "index": range(9, 9 + ROWS), "a": range(ROWS), "b": range(1, 1 + ROWS)}
+    notes = load_rows(write(tmp_path / "t.csv", columns | {"y": COLUMNS["y"]}), TableOptions(index="leave_out")).notes
+    assert "the columns 'id', 'index' are left out, as they number the rows" in notes
 
 
 def test_an_index_is_no_target_and_columns_without_name_and_cells_are_left_out(tmp_path: Path) -> None:
