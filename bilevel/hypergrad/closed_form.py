@@ -84,13 +84,14 @@ class ClosedForm(HypergradEstimator):
         Raises:
             ValueError: without a spectrum; if `hparams` is no stack, or the inner loss is not convex at one of them.
         """
-        basis = problem.spectrum()
-        if basis is None:
+        exact = problem.spectrum()
+        if exact is None:
             raise ValueError(
                 "ClosedForm.sweep needs a problem with a `spectrum` (a ridge problem with penalty='scalar'), which "
                 f"this {type(problem).__name__} does not have: use hypergradient(..., batch=...)."
             )
         _, hparams = stacked(problem, hparams, None)
+        basis = exact.to(hparams.dtype)
         diagonal = basis.bind(hparams)
         smallest, largest = float(diagonal.values.amin()), float(diagonal.values.amax())
         if not smallest > torch.finfo(diagonal.values.dtype).eps * largest:
@@ -187,6 +188,7 @@ def _solved(run: Run, once: bool) -> _Solved | Verdict:
     small = flat.size <= FACTORED
     basis = None if once and small else run.problem.spectrum()
     if basis is not None:
+        basis = basis.to(flat.ravel(run.params).dtype)
         diagonal = basis.bind(inner.hparams)
         values, eps = diagonal.values, torch.finfo(diagonal.values.dtype).eps
         smallest, largest = to_floats([values[0], values[-1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from bilevel.core.status import Verdict
 from bilevel.core.tree import Tree
+from bilevel.oracles.precision import DoublePrecision
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_trees
 
@@ -53,6 +55,7 @@ def stacked(problem: BilevelProblem, hparams: Tensor, params: Tree) -> tuple[Ten
 
 
 def outer_at(problem: BilevelProblem, params: Tensor, hparams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the outer losses and their partial gradients at every row."""
-    values, by_params, by_hparams = torch.func.vmap(problem.outer_value_and_grads)(params, hparams)
+    """Return the outer losses and their partial gradients at every row, in the dtype of params."""
+    with DoublePrecision() if params.dtype != hparams.dtype else nullcontext():
+        values, by_params, by_hparams = torch.func.vmap(problem.outer_value_and_grads)(params, hparams.to(params))
     return values, by_params, by_hparams

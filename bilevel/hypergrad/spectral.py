@@ -29,6 +29,7 @@ from bilevel.hypergrad.tail import check_length, is_tail, length_of
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles.exact import Exact
+from bilevel.oracles.precision import DoublePrecision
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -41,7 +42,7 @@ class Spectral(HypergradEstimator):
     Nesterov, asymptotic Sobolev), and by a few operations on d numbers a step for the others. It needs a problem with a
     `spectrum`: ridge regression with one penalty for all weights, or a `QuadraticProblem` whose H_j are multiples of
     the identity. The eigenproblem is solved once for each problem; neither it nor a step on the spectrum is counted.
-    Rounding is not judged: take float64 where H is near singular and steps are many; float32 may have no digit right.
+    All of that is arithmetic in float64, the outer gradient included: float32 is the dtype of data and results alone.
 
     Args:
         tail: number of last steps that are differentiated (an int), their fraction (a float in (0, 1]), or None: all.
@@ -84,14 +85,20 @@ class Spectral(HypergradEstimator):
         diagonal = basis.bind(inner.hparams)
         vectors = torch.stack([basis.turn(vector) for vector in (first.params, *first.memory)])
         moving = unroll(multistep, [first], diagonal, vectors, tail)
-        last, *memory = [basis.back(vector) for vector in moving.vectors]
+        reached = [basis.back(vector) for vector in moving.vectors]
+        last, *memory = [vector.to(first.params) for vector in reached]
         state = InnerState(last, tuple(memory), first.steps + steps, first.measured)
         end = conclude(inner, multistep, first, state, steps)
         by_value, by_linear = moving.by_value[0], moving.by_linear[0]
 
         def pullback(cotangent: Tree) -> Pullback:
-            weights = basis.turn(cotangent)
-            return Pullback(diagonal.pull(weights * by_value, weights * by_linear), steps=tail)
+            right = cotangent
+            if run.of_outer and right.dtype != reached[0].dtype:
+                # At the params before they are rounded, which the factors of a near-singular H enlarge.
+                with DoublePrecision():
+                    _, right, _ = run.problem.outer_value_and_grads(reached[0], inner.hparams)
+            weights = basis.turn(right)
+            return Pullback(diagonal.pull(weights * by_value, weights * by_linear).to(cotangent), steps=tail)
 
         return replace(end.solution(last, pullback), form="eigenbasis")
 
@@ -123,7 +130,8 @@ class Spectral(HypergradEstimator):
         values, by_params, by_hparams = outer_at(problem, solved, hparams)
         weights = basis.turn(by_params)
         pulled = diagonal.pull(weights * moving.by_value[0], weights * moving.by_linear[0])
-        return Sweep(values, by_hparams + pulled, solved, residuals)
+        values, gradients, solved, residuals = (x.to(starts) for x in (values, by_hparams + pulled, solved, residuals))
+        return Sweep(values, gradients, solved, residuals)
 
     def _parts(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree

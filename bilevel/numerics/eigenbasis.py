@@ -3,7 +3,8 @@
     inner gradient   g(x, u) = (A + s(u) I) x + b_0 + sum_j u_j b_j,      A = Q diag(a) Q'
 
 In the coordinates ``z = Q' x`` there are d problems of one number each, ``(a_i + s(u)) z_i + b_i(u)``, whatever u is:
-A is diagonalised once, and every inner step, its derivative and the solution itself cost d numbers for each u.
+A is diagonalised once, and every inner step, its derivative and the solution itself cost d numbers for each u. This is
+arithmetic in float64, whatever the dtype of the data: near-singular directions keep no digit of float32.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ TERMS = 8
 class Eigenbasis:
     """What `BilevelProblem.spectrum` returns; leading dimensions of hparams and vectors are batches.
 
+    Results have the dtype of `values`, whatever that of hparams and vectors.
+
     Args:
         values: eigenvalues a of A in ascending order, of shape (d,).
         vectors: eigenvectors Q, in columns, of shape (d, d).
@@ -49,6 +52,7 @@ class Eigenbasis:
 
     def turn(self, x: Tensor) -> Tensor:
         """Return ``Q' x`` for x of shape (..., d)."""
+        x = x.to(self.vectors)
         return torch.mv(self.vectors.t(), x) if x.dim() == 1 else x @ self.vectors
 
     def back(self, z: Tensor) -> Tensor:
@@ -57,9 +61,15 @@ class Eigenbasis:
 
     def bind(self, hparams: Tensor) -> DiagonalProblem:
         """Return the d problems of one number at fixed hyperparameters of shape (..., *event)."""
-        shift, slope = self.shift(hparams)
-        linear = self.linear if self.directions is None else self.linear + hparams @ self.directions
+        shift, slope = (each.to(self.values) for each in self.shift(hparams))
+        linear = self.linear if self.directions is None else self.linear + hparams.to(self.values) @ self.directions
         return DiagonalProblem(self.values + shift[..., None], linear, slope, self.directions)
+
+    def to(self, dtype: torch.dtype) -> Eigenbasis:
+        """Return the eigenbasis rounded to a dtype."""
+        values, vectors, linear = (each.to(dtype) for each in (self.values, self.vectors, self.linear))
+        directions = None if self.directions is None else self.directions.to(dtype)
+        return Eigenbasis(values, vectors, linear, self.shift, directions)
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,10 @@ def diagonalise(
 ) -> Eigenbasis:
     """Return the `Eigenbasis` of a problem stated by A, b_0, the shift and the b_j, in rows of shape (p, d).
 
-    Its cost is one symmetric eigenproblem.
+    Its cost is one symmetric eigenproblem, in float64.
     """
+    matrix, linear = matrix.double(), linear.double()
+    directions = None if directions is None else directions.double()
     values, vectors = torch.linalg.eigh(matrix)
     turned = None if directions is None else directions @ vectors
     return Eigenbasis(values, vectors, linear @ vectors, shift, turned)

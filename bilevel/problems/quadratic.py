@@ -205,8 +205,8 @@ class QuadraticProblem(BilevelProblem):
         return diagonalise(self.hessian, self.linear, self._shift, self.linear_directions)
 
     def _shift(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
-        rates = self.hessian_directions[:, 0, 0]
-        return hparams @ rates, rates.expand_as(hparams)
+        rates = self.hessian_directions[:, 0, 0].double()
+        return hparams.double() @ rates, rates.expand_as(hparams)
 
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """``1/2 x' H(u) x + b(u)' x``."""

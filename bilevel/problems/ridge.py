@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -249,12 +250,19 @@ class RidgeProblem(LinearModelProblem):
 
     @cached_property
     def _eigenbasis(self) -> Eigenbasis:
-        return diagonalise(self.gram, -self.moment, self._shift)
+        X, y = self.train.X, self.train.y
+        exact = self if X.dtype is torch.float64 else copy.copy(self)
+        if exact is not self:  # the Gram matrix of exact numbers, not its rounding
+            exact.train = copy.copy(self.train)
+            exact.train.X, exact.train.y = X.double(), y.double()
+            for name in ("gram", "moment"):
+                vars(exact).pop(name, None)
+        return diagonalise(exact.gram, -exact.moment, self._shift)
 
     def _shift(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
         if self.parametrization == "direct":
             return hparams, torch.ones_like(hparams)
-        penalty = hparams.exp()
+        penalty = hparams.double().exp()
         return penalty, penalty
 
     def solve(self, hparams: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-"""Does ClosedForm say OK only where the hypergradient is right, though H is near singular? Truth beside status.
+"""Do ClosedForm and Spectral say OK only where they are right, though H is near singular? Truth beside status.
 
 Ridge problems with copied and nearly copied columns, one pair of them or half, fewer rows than features, columns of
 very different units, Hankel spectra and low rank, and quadratics with a small eigenvalue; penalties from none to
 large, both dtypes; from the data, penalty after penalty, by tensors, and all at once. The truth has 60 digits, and
 takes the data as exact numbers.
+With ``--spectral``: 3 to 100,000 steps of gradient descent, heavy ball or Nesterov's method, differentiated.
 
 A hypergradient is right where it is off by at most `LIMIT` of its norm, or of half of its digits in the parts
 ``|dH/du| |w| |a|`` that cancel in it. Nothing that is OK should be wrong, and little that is INACCURATE right.
 
     python scripts/studies/near_singular.py
     python scripts/studies/near_singular.py --seeds 1000 1400
+    python scripts/studies/near_singular.py --spectral
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mpmath
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 
 import bilevel as bl
+from bilevel.base import InnerState
 from bilevel.problems import RidgeProblem
 
 KINDS = ("copies", "near copies", "wide", "units", "hankel", "low rank", "close fit", "pair", "quadratic")
@@ -48,13 +51,15 @@ class Draw:
     scalar: bool
     truth: Any
     parts: float
+    solver: Any = field(default_factory=bl.Newton)
+    estimator: Any = field(default_factory=bl.ClosedForm)
 
 
-def draw(seed: int) -> Draw:
+def draw(seed: int, spectral: bool = False) -> Draw:
     """Draw everything from one seed."""
     rng = np.random.default_rng(seed)
     kind, dtype = KINDS[seed % len(KINDS)], (np.float64, np.float32)[seed // len(KINDS) % 2]
-    scalar, d = bool(seed // (2 * len(KINDS)) % 2), int(rng.integers(3, 9))
+    scalar, d = spectral or bool(seed // (2 * len(KINDS)) % 2), int(rng.integers(3, 9))
     n, m = {"wide": int(rng.integers(2, d)), "pair": d - 1}.get(kind, 3 * d), int(rng.integers(3, 20))
     X, X_val = rng.standard_normal((n, d)), rng.standard_normal((m, d))
     half, mixed = d // 2, rng.standard_normal((d // 2, d))
@@ -80,21 +85,56 @@ def draw(seed: int) -> Draw:
     arrays = [np.asarray(each, dtype) for each in (X, y, X_val, y_val, u)]
     tensors = [torch.from_numpy(each.copy()) for each in arrays]
     if kind == "quadratic":
-        return _quadratic(rng, d, dtype, scalar)
+        return _quadratic(rng, d, dtype, scalar, spectral)
     X, y, X_val, y_val, u = (_exact(each) for each in arrays)
     penalty = [mpmath.exp(u if scalar else u[i]) for i in range(d)]
-    H = X.T * X / X.rows + mpmath.diag(penalty)
-    w = mpmath.lu_solve(H, X.T * y / X.rows)
-    a = mpmath.lu_solve(H, X_val.T * (X_val * w - y_val) / X_val.rows)
-    terms = np.array([-penalty[i] * a[i] * w[i] for i in range(d)])
-    truth = terms.sum(keepdims=True) if scalar else terms
+    H, moment = X.T * X / X.rows + mpmath.diag(penalty), X.T * y / X.rows
     ridge: dict[str, Any] = {"arrays": RidgeProblem, "tensors": ByTensors}
     name = "scalar" if scalar else "per_feature"
     make = lambda way: ridge.get(way, RidgeProblem)(*tensors[:4], name)  # noqa: E731
+    outer = lambda w: X_val.T * (X_val * w - y_val) / X_val.rows  # noqa: E731
+    if spectral:
+        solver, terms = _unrolled(rng, H, -moment, penalty[0], outer)
+        how = _norm(terms), solver, bl.Spectral()
+        return Draw(make, tensors[4], kind, scalar, [sum(terms)], *how)
+    w = mpmath.lu_solve(H, moment)
+    a = mpmath.lu_solve(H, outer(w))
+    terms = np.array([-penalty[i] * a[i] * w[i] for i in range(d)])
+    truth = terms.sum(keepdims=True) if scalar else terms
     return Draw(make, tensors[4], kind, scalar, truth, _norm(abs(terms)))
 
 
-def _quadratic(rng: Any, d: int, dtype: Any, scalar: bool) -> Draw:
+def _unrolled(rng: Any, H: Any, b: Any, slope: Any, outer: Any) -> tuple[Any, list[Any]]:
+    """Draw a solver, and return it with what the eigenvalues of H add to its unrolled derivative by a shift of H."""
+    values, Q = mpmath.eigsy(H)
+    linear, steps = Q.T * b, int(10.0 ** rng.uniform(0.5, 5))
+    h = float(rng.uniform(0.3, 1.0) / values[len(values) - 1])
+    solver = (
+        bl.GradientDescent(h, steps=steps),
+        bl.HeavyBall(h, float(rng.uniform(0.1, 0.95)), steps=steps),
+        bl.Nesterov(h, float(rng.uniform(0.1, 0.95)), steps=steps),
+    )[rng.integers(3)]
+    numbers = solver.coefficients(InnerState(None, (), 1))
+    read, write, mix = (_exact(np.array(each)) for each in (numbers.read, numbers.write, numbers.mix))
+    p = len(read)
+    z, by_value = mpmath.zeros(len(values), 1), []
+    for i, value in enumerate(values):
+        dual = mpmath.zeros(2 * p + 2)  # of (d state, 0, state, 1)
+        for first in (0, p + 1):
+            for j in range(p):
+                dual[first + j, first + p] = write[j] * linear[i]
+                for k in range(p):
+                    dual[first + j, first + k] = mix[j, k] + value * write[j] * read[k]
+                    dual[j, p + 1 + k] = write[j] * read[k]
+            dual[first + p, first + p] = 1
+        power = dual**steps
+        z[i] = power[p + 1, 2 * p + 1]
+        by_value.append(power[0, 2 * p + 1])
+    weights = Q.T * outer(Q * z)
+    return solver, [slope * weights[i] * each for i, each in enumerate(by_value)]
+
+
+def _quadratic(rng: Any, d: int, dtype: Any, scalar: bool, spectral: bool) -> Draw:
     """Draw a `QuadraticProblem` of one hyperparameter whose H has a small eigenvalue."""
     basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
     values = 10.0 ** np.append(rng.uniform(-2, 2, d - 1), -rng.uniform(2, 18))
@@ -106,11 +146,15 @@ def _quadratic(rng: Any, d: int, dtype: Any, scalar: bool) -> Draw:
     u = np.asarray(u, dtype)
     H, b, slope, target = (_exact(each) for each in (arrays[0], arrays[1], arrays[2][0], arrays[4]))
     H = H + slope * mpmath.mpf(float(u[0]))
+    make = lambda way: bl.QuadraticProblem(*tensors)  # noqa: E731
+    if spectral:
+        solver, terms = _unrolled(rng, H, b, mpmath.mpf(1), lambda w: w - target)
+        how = _norm(terms), solver, bl.Spectral()
+        return Draw(make, torch.from_numpy(u.copy()), "quadratic", scalar, [sum(terms)], *how)
     w = -mpmath.lu_solve(H, b)
     a = mpmath.lu_solve(H, w - target)
     turned = slope * w
     terms = np.array([-a[i] * turned[i] for i in range(d)])
-    make = lambda way: bl.QuadraticProblem(*tensors)  # noqa: E731
     return Draw(make, torch.from_numpy(u.copy()), "quadratic", scalar, terms.sum(keepdims=True), _norm(abs(terms)))
 
 
@@ -131,14 +175,15 @@ def answers(case: Draw, way: str) -> list[tuple[str, Any]]:
         if problem.spectrum() is None:
             return []
         try:
-            swept = bl.ClosedForm().sweep(problem, torch.stack([case.u, case.u]))
+            how = (problem,) if isinstance(case.estimator, bl.ClosedForm) else (problem, case.solver)
+            swept = case.estimator.sweep(*how, torch.stack([case.u, case.u]))
         except ValueError:
             return [("failed", None)]
-        verdicts = getattr(swept, "verdicts", [bl.Verdict()])
+        verdicts = swept.verdicts or [bl.Verdict()]
         return [(verdicts[0].status.name, swept.hypergradients[0])]
     found = []
     for _ in range(2):  # from the data, and again
-        made = bl.hypergradient(problem, bl.Newton(), bl.ClosedForm(), case.u, on_failure="return")
+        made = bl.hypergradient(problem, case.solver, case.estimator, case.u, on_failure="return")
         found.append((made.status.name if made.status.usable else "failed", made.hypergradient))
     return found
 
@@ -160,6 +205,7 @@ def main() -> int:
     """Print how many are OK, in doubt, right and wrong, by the kind of problem and the dtype."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 400))
+    parser.add_argument("--spectral", action="store_true", help="steps on the spectrum, and no closed form")
     parser.add_argument("--show", action="store_true", help="name the cases that are OK and wrong")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -167,7 +213,7 @@ def main() -> int:
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     worst: dict[tuple[str, str], float] = defaultdict(float)
     for seed in range(*options.seeds):
-        case = draw(seed)
+        case = draw(seed, options.spectral)
         key = case.kind, str(case.u.dtype)[6:]
         for way in WAYS if case.kind != "quadratic" else WAYS[1:]:
             for status, off in judged(case, way):

@@ -30,6 +30,18 @@ def test_what_is_ok_near_singularity_is_right_to_sixty_digits() -> None:
     assert found.count(("INACCURATE", False)) > 10
 
 
+def test_steps_on_the_spectrum_are_right_in_float32_to_its_rounding() -> None:
+    near_singular = study("near_singular")
+    with mpmath.workdps(60):
+        for seed in (*range(909, 918), *range(927, 936)):
+            case = near_singular.draw(seed, spectral=True)
+            assert case.u.dtype is torch.float32
+            for way in ("tensors", "sweep"):
+                for status, off in near_singular.judged(case, way):
+                    assert status == "OK"
+                    assert off < 1e-6, (seed, way)
+
+
 def test_a_sweep_judges_each_vector_and_warns() -> None:
     X, y, X_val, y_val = regression_data()
     problem = RidgeProblem(torch.cat([X, X], 1), y, torch.cat([X_val, X_val], 1), y_val)
