@@ -23,7 +23,7 @@ from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
 from bilevel.numerics.dense import FACTORED, check_factored
-from bilevel.numerics.inverse import UNITS, ByFactor, InBasis, is_right, rounding
+from bilevel.numerics.inverse import FAR, PROBES, UNITS, ByFactor, InBasis, is_right, rounding
 from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -173,9 +173,11 @@ class _Solved:
         def pull(y: Tensor, b: Tensor) -> Tensor:
             return -along.ravel(quiet.linearize(flat.unravel(y)).cross(flat.unravel(b)))
 
-        verdict = _judged(torch.stack(rounding(self.inverse, scale, self.x, a, outer, pull)))
-        if verdict.status.ok:
-            return verdict
+        for probes, factor in ((1, FAR), (PROBES, 1.0)):
+            error, size, parts = rounding(self.inverse, scale, self.x, a, outer, pull, probes)
+            verdict = _judged(torch.stack((factor * error, size, parts)))
+            if verdict.status.ok:
+                return verdict
         # Whether H is singular does not depend on the units of params.
         values = matrix if matrix.dim() == 1 else torch.linalg.eigvalsh(matrix / torch.outer(scale, scale))
         smallest, largest = to_floats([values[0], values[-1]])

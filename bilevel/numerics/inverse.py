@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bilevel.numerics.small import lapack
 
-PROBES = 3
+PROBES, FAR = 3, 1e3
+"""Solutions for random right-hand sides; one is enough where it is smaller than need be by this factor."""
 UNITS = 4.0
 """Rounding units of an entry of H."""
 RIGHT = 1e-2
@@ -78,6 +79,7 @@ def rounding(
     a: Any,
     outer: Callable[[Any], tuple[Any, Any]],
     pull: Callable[[Any, Any], Any],
+    probes: int = PROBES,
 ) -> tuple[Any, Any, Any]:
     """Return by how much rounding moves a hypergradient, its norm, and that of its parts, which may cancel in it.
 
@@ -88,9 +90,12 @@ def rounding(
         a: the adjoint vector.
         outer: x -> f(x), and the part of the hypergradient that depends on x alone.
         pull: (x, a) -> the other part.
+        probes: how many solutions for random right-hand sides; one alone is too small by a factor w in about one of
+            w cases.
     """
     xp: Any = torch if isinstance(x, Tensor) else np
-    first, second = _probes(len(x), x.dtype, x.device) if isinstance(x, Tensor) else _probes(len(x))
+    drawn = _probes(len(x), x.dtype, x.device) if isinstance(x, Tensor) else _probes(len(x))
+    first, second = drawn[:, :probes]
     unit, by = UNITS * xp.finfo(x.dtype).eps, scale[:, None]
     dx = unit * (inverse(by * first.T * norm(scale * x)) + x[:, None] * first.T)
     f, direct = outer(x)
@@ -100,7 +105,7 @@ def rounding(
     total = direct + pull(x, a)
     moves = [there + pull(x + p, a + q) - total for (_, there), p, q in zip(ends, dx.T, da.T, strict=True)]
     parts = [pull(x, a * each) for each in first]
-    return norm(xp.stack(moves)) / PROBES**0.5, norm(total), norm(xp.stack(parts)) / PROBES**0.5
+    return norm(xp.stack(moves)) / probes**0.5, norm(total), norm(xp.stack(parts)) / probes**0.5
 
 
 def is_right(error: float, size: float, parts: float, eps: float) -> bool:

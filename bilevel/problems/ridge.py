@@ -58,12 +58,16 @@ class RidgeInner(LinearModelInner):
             return None
         return torch.addcmul(problem.gram, self.penalty, problem.identity)
 
+    def _few(self) -> Tensor | None:
+        """Return H of few features; of many it costs as much as several products, of which no more may be asked."""
+        return self.hessian if self.problem.params.shape[-1] <= EIGENVALUES else None
+
     def product(self, v: Tensor) -> Tensor:
         """Return ``H v``, not counted."""
-        if self.hessian is not None:
-            return torch.mv(self.hessian, v)
+        if (hessian := self._few()) is not None:
+            return torch.mv(hessian, v)
         problem = self.problem
-        if problem.batch is None:
+        if problem.batch is None and not problem.on_gram:
             return self._collect(torch.mv(problem.train.X.t(), v), v)
         if problem.on_gram:
             return torch.addcmul(problem.gram_product(v), self.penalty, v)
@@ -87,12 +91,14 @@ class RidgeInner(LinearModelInner):
 
     def _grad(self, params: Tensor) -> Tensor:
         problem = self.problem
-        if self.hessian is not None:
-            return torch.addmv(problem.moment, self.hessian, params, beta=-1.0)
-        if problem.batch is None:
+        if (hessian := self._few()) is not None:
+            return torch.addmv(problem.moment, hessian, params, beta=-1.0)
+        if problem.batch is None and not problem.on_gram:
             return self._collect(torch.addmv(problem.train.y, problem.train.X.t(), params, beta=-1.0), params)
         if not problem.on_gram:
             return self._collect_rows(problem.predict(problem.train.X, params) - problem.train.y, params)
+        if problem.batch is None:
+            return self.product(params) - problem.moment
         if problem.gram.dim() == 2:
             data = torch.addmm(problem.moment, params, problem.gram, beta=-1.0)
         else:
