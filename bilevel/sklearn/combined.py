@@ -85,7 +85,7 @@ class CombinedModel(TunedLinearModel):
         criterion = self._criterion(data, loss, penalties, replace(folds, given=dependent))
         remarks = [AS_THEY_ARE] if self.standardize == "auto" and not scaled else []
         pairs = folds.outer(bool(criterion.folds), weights)
-        if len(pairs) < 2 and dependent:
+        if len(pairs) < 2:
             pairs, candidates = folds.pairs, candidates & {"elastic_net"}
             remarks.append("folds are too few for those of a criterion within them, so there is only the elastic net.")
         scorer = self._scorer_name(pairs) if score is not None else ""

@@ -15,6 +15,7 @@ from sklearn.utils import check_scalar
 from sklearn.utils._param_validation import InvalidParameterError
 from sklearn.utils.validation import validate_data
 
+from bilevel.core.options import LARGEST, check_sizes
 from bilevel.numerics.csr import csr
 
 TYPES: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float32], "ensure_min_samples": 2}
@@ -28,12 +29,33 @@ def validated(estimator: Any, X: Any, y: Any) -> tuple[Any, Any]:
     Plain arrays of finite floats pass as they are.
     """
     plain = type(X) is type(y) is np.ndarray and X.dtype in FLOATS and y.dtype in FLOATS and X.ndim == 2
-    if plain and y.ndim in (1, 2) and len(X) == len(y) > 1 and X.shape[1] and np.isfinite(X.sum() + y.sum()):
+    if plain and y.ndim in (1, 2) and len(X) == len(y) > 1 and X.shape[1] and _are_usual(X) and _are_usual(y):
         vars(estimator).pop("feature_names_in_", None)
         estimator.n_features_in_ = X.shape[1]
         return X, y
     found = validate_data(estimator, X, y, multi_output=True, y_numeric=True, **TYPES)
+    check_range(estimator, *found)
     return found[0], found[1]
+
+
+def _are_usual(values: NDArray[Any]) -> bool:
+    """Whether the sum of squares of some numbers says that all are finite, none too large, and not all too small."""
+    flat = values.ravel("K")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(LARGEST**-2 < float(flat.dot(flat)) < LARGEST**2)
+
+
+def check_range(estimator: Any, X: Any, y: Any = None) -> None:
+    """Refuse columns of validated X, and of y where it holds numbers, whose squares are not finite, or vanish.
+
+    Raises:
+        ValueError: in one sentence, with the column.
+    """
+    names = getattr(estimator, "feature_names_in_", range(X.shape[1]))
+    if not _are_usual(X.data if sparse.issparse(X) else X):
+        check_sizes(abs(X).max(axis=0).toarray() if sparse.issparse(X) else X, "X", names)
+    if y is not None and y.dtype.kind == "f" and not _are_usual(y):
+        check_sizes(y, "y", range(y.shape[1]) if y.ndim == 2 else ())
 
 
 SIMPLE = (bool, int, float, str, type(None))

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from bilevel.criteria import Criterion, Fit
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection import Selected
-from bilevel.sklearn.inputs import TYPES, nearest, places_of
+from bilevel.sklearn.inputs import TYPES, check_range, nearest, places_of
 from bilevel.sklearn.logistic_nets import NetClassifier
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
@@ -176,6 +176,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         """
         l1_ratios = self._net_ratios()
         X, y = validate_data(self, X, y, **TYPES)
+        check_range(self, X)
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         weights = self._weights(sample_weight, X)

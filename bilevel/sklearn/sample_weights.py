@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_para
 from bilevel.criteria import LinearData
 from bilevel.problems.losses import Logistic, Softmax, Squared
 from bilevel.selection import learn_row_weights, make_folds
-from bilevel.sklearn.inputs import TYPES
+from bilevel.sklearn.inputs import TYPES, check_range
 from bilevel.sklearn.logistic import LogisticRegressionCV
 from bilevel.sklearn.weight_report import WeightReport, report_of, row_losses
 
@@ -119,6 +119,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
         _check_estimator(model)
         classifies = is_classifier(model)
         X, y = validate_data(self, X, y, y_numeric=not classifies, **TYPES)
+        check_range(self, X, y)
         y = column_or_1d(y, warn=True)
         if (X_val is None) != (y_val is None):
             raise ValueError("give X_val and y_val together, or neither.")
@@ -126,6 +127,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
             if trusted is not None:
                 raise ValueError("give trusted rows of X, or X_val and y_val, but not both.")
             X_val, y_val = validate_data(self, X_val, y_val, reset=False, **TYPES | {"ensure_min_samples": 1})
+            check_range(self, X_val, y_val)
         if classifies:
             _check_classes(y, default=self.estimator is None)
             self.classes_ = np.unique(y)

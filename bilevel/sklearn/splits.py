@@ -60,13 +60,13 @@ class Folds:
         yield from self.pairs
 
     def outer(self, inner: bool, weights: NDArray[np.float64]) -> list[Pair]:
-        """Return the folds of an outer loop; of those that nobody gave, the ones that hold out rows with a weight.
+        """Return the folds of an outer loop that train on two rows; if nobody gave them, those whose held rows weigh.
 
         Args:
             inner: whether the criterion takes, in every outer fold, what is left of all the others.
             weights: of shape (rows,).
         """
-        pairs = self._outer(inner)
+        pairs = [pair for pair in self._outer(inner) if len(pair[0]) > 1]  # standardised, one row is no feature
         return pairs if self.given else [(train, held) for train, held in pairs if weights[held].any()]
 
     def _outer(self, inner: bool) -> list[Pair]:

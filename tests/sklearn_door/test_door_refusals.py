@@ -1,7 +1,12 @@
 """What the estimators refuse or warn of: one sentence each, which names the parameter."""
 
+from functools import partial
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit
 
@@ -264,3 +269,36 @@ def test_parameters_that_were_valid_once_are_checked_anew_where_they_differ() ->
     for name, bad in (("tol", -1.0), ("max_iter", 0), ("fit_intercept", 1), ("alphas", [-1.0])):
         with pytest.raises(ValueError, match=name):
             RidgeCV(penalty_structure="scalar", tol=1.0).set_params(**{name: bad}).fit(X, y)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+@pytest.mark.parametrize(
+    "form", [np.asarray, sparse.csr_array, partial(pd.DataFrame, columns=["x0", "x1", "x2", "x3"])]
+)
+def test_numbers_whose_squares_are_none_are_refused_by_their_column(size: float, form: Any) -> None:
+    odd = np.concatenate([X[:, :3], size * X[:, 3:]], axis=1) if size > 1 else size * X
+    named = repr("x3" if size > 1 else "x0") if form not in (np.asarray, sparse.csr_array) else r"\d"
+    for model in (RidgeCV(), ElasticNetCV(), LogisticRegressionCV(), SampleWeights(RidgeCV())):
+        targets = LABELS if isinstance(model, LogisticRegressionCV) else y
+        with pytest.raises(
+            ValueError, match=rf"the column {named} of X holds numbers up to .*: write it in another unit"
+        ):
+            model.fit(form(odd), targets)
+        if targets is y:
+            with pytest.raises(
+                ValueError, match=r"^y holds numbers up to .*e[+-]\d*, whose squares leave the range of"
+            ):
+                model.fit(form(X), size * y)
+
+
+@pytest.mark.parametrize("model", [RidgeCV(), RidgeCV(criterion="kfold"), ElasticNetCV(), LassoCV()])
+def test_two_rows_have_one_penalty(model: Any) -> None:
+    for features in (X, X[:, :2]):
+        assert np.isfinite(model.fit(features[:2], y[:2]).predict(features)).all()
+
+
+def test_a_tiny_column_among_others_and_zeros_are_fitted() -> None:
+    odd = np.concatenate([X[:, :3], 1e-200 * X[:, 3:]], axis=1)
+    assert np.isfinite(RidgeCV(guard="off").fit(odd, y).coef_).all()
+    assert not RidgeCV(guard="off").fit(0 * X, y).coef_.any()
