@@ -21,7 +21,7 @@ from bilevel.core.device import to_floats
 from bilevel.core.status import GOOD, Status, Verdict, report
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
-from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
+from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, precision, stacked
 from bilevel.numerics.dense import FACTORED, check_factored
 from bilevel.numerics.inverse import FAR, PROBES, UNITS, ByFactor, InBasis, is_right, rounding
 from bilevel.oracles.exact import Exact
@@ -84,14 +84,13 @@ class ClosedForm(HypergradEstimator):
         Raises:
             ValueError: without a spectrum; if `hparams` is no stack, or the inner loss is not convex at one of them.
         """
-        exact = problem.spectrum()
-        if exact is None:
+        basis = problem.spectrum()
+        if basis is None:
             raise ValueError(
                 "ClosedForm.sweep needs a problem with a `spectrum` (a ridge problem with penalty='scalar'), which "
                 f"this {type(problem).__name__} does not have: use hypergradient(..., batch=...)."
             )
         _, hparams = stacked(problem, hparams, None)
-        basis = exact.to(hparams.dtype)
         diagonal = basis.bind(hparams)
         smallest, largest = float(diagonal.values.amin()), float(diagonal.values.amax())
         if not smallest > torch.finfo(diagonal.values.dtype).eps * largest:
@@ -114,9 +113,11 @@ class ClosedForm(HypergradEstimator):
             inverse, scale = (lambda columns: columns / diagonal.values[:, None]), _mean_root(diagonal.values)
             return rounding(inverse, scale, z, turned, outer, lambda z, t: diagonal.pull(-t * z, -t))
 
-        figures = torch.stack(torch.func.vmap(evidence)(hparams, z, turned), 1)
+        with precision(z, hparams):
+            figures = torch.stack(torch.func.vmap(evidence)(hparams, z, turned), 1)
         verdicts = tuple(_judged(each) for each in figures)
         report(verdict_of(verdicts), "warn")
+        values, gradients, params, residuals = (x.to(hparams) for x in (values, gradients, params, residuals))
         return Sweep(values, gradients, params, residuals, verdicts)
 
 

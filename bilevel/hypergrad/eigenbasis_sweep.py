@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,13 @@ def stacked(problem: BilevelProblem, hparams: Tensor, params: Tree) -> tuple[Ten
     return starts, hparams.detach()
 
 
+def precision(params: Tensor, hparams: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which a problem in float32 is evaluated at params in float64."""
+    return DoublePrecision() if params.dtype != hparams.dtype else nullcontext()
+
+
 def outer_at(problem: BilevelProblem, params: Tensor, hparams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the outer losses and their partial gradients at every row, in the dtype of params."""
-    with DoublePrecision() if params.dtype != hparams.dtype else nullcontext():
+    with precision(params, hparams):
         values, by_params, by_hparams = torch.func.vmap(problem.outer_value_and_grads)(params, hparams.to(params))
     return values, by_params, by_hparams
