@@ -206,10 +206,12 @@ def split_spec(spec: Any, kind: Kind, path: str) -> tuple[type, dict[str, Any]]:
 
 
 def located(error: Exception, path: str, owner: Any = None) -> str:
-    """Return the library's own sentence behind the path of the option that it is about."""
+    """Return the library's own sentence behind the path of the option that it is about, where it has none itself."""
     own = told(error)
     sentence = isinstance(error, ValueError | ImportError | NotImplementedError) and own == first_line(error)
     text = " ".join(str(error).split()) if sentence else own
+    if text.startswith(f"`{path}."):
+        return text
     named = re.match(r"`(\w+)\.(\w+)`", text)
     if named and owner is not None and named[1] == owner.__name__:
         path = f"{path}.{named[2]}"

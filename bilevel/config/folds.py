@@ -126,9 +126,10 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
     if owner is not None and "task" in source:
         raise ConfigError(f"`{path}.data.task` is not given here, but by the problem class: leave one of both out.")
     loss = _loss(owner, given, path)
+    if penalty not in PENALTIES:
+        meant = suggest(str(penalty), (*PENALTIES, *ALIASES))
+        raise ConfigError(f"`{path}.penalty` must be {' or '.join(map(repr, PENALTIES))}, got {shown(penalty)}{meant}")
     try:
-        words = " or ".join(map(repr, PENALTIES))
-        require_value(f"{path}.penalty", penalty, words, penalty in PENALTIES)
         _check_mappings(path, groups, class_weight)
         hints = get_type_hints(data.load)
         skip = frozenset(hints) - OPTIONS - {"task"}
