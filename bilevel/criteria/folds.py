@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.core.status import BilevelWarning
 from bilevel.criteria import newton_cg, newton_dense
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
@@ -20,10 +22,17 @@ from bilevel.problems.losses import GLMLoss
 
 DIRECT = 400
 """Coefficients, or rows, up to which Hessians of one output are factored."""
+FINE = 1e-3
+"""The part of the tolerance that conjugate gradients go to: gradients are then right to a part in 200,000. Newton
+steps with factored Hessians leave its square anyway."""
 FEW = 8
 """Penalties up to which the Jacobian is exact where systems are solved by conjugate gradients."""
 ROUGH = 1e-4
 """The tolerance of a first look: held-out losses are off by a part in a thousand, at the weakest penalties in 200."""
+UNSOLVED = (
+    "models at a log penalty of {:.4g} were not found, so that the criterion counts as infinite there: give a stronger "
+    "penalty, or leave out columns that depend on each other."
+)
 
 
 @dataclass(eq=False)
@@ -37,6 +46,7 @@ class _Solved:
     kept: newton_cg.Preconditioner | None = None
     columns: list[Tensor] | None = None  # dw/du_j, of few penalties
     adjoint: Tensor | None = None
+    right: bool = True  # whether all systems were solved
 
 
 class KFold(Criterion):
@@ -52,7 +62,9 @@ class KFold(Criterion):
     conjugate gradients, which only multiply by X.
 
     The Gauss-Newton matrix is that of the exact Jacobian, but for more than 8 penalties of several outputs, of many
-    columns or of sparse inputs, where the Hessian is that of the preconditioner.
+    columns or of sparse inputs, where the Hessian is that of the preconditioner. Where models or responses are not
+    found, such as at penalties that are lost in rounding, a `BilevelWarning` says so and the value is infinite, so that
+    searches leave such penalties.
 
     Args:
         data: the rows.
@@ -135,6 +147,9 @@ class KFold(Criterion):
             gauss_newton = (flat.T @ turned.reshape(flat.shape) / count).double().cpu().numpy()
         curvatures = weight * curvatures if self.penalties.outputs is None else curvatures
         value = float(losses.mean())
+        if not (solved.right and np.isfinite(value)):
+            value = np.inf
+            warnings.warn(UNSOLVED.format(float(u.min())), BilevelWarning, stacklevel=2)
         shaped = (z, slopes, curvatures, jacobian if second else None)
         return Evaluation(value, gradient.double().cpu().numpy(), gauss_newton, losses, *shaped, solved)
 
@@ -145,7 +160,10 @@ class KFold(Criterion):
         every = torch.arange(self.data.rows)
         whole.folds = [(every, every[:0])]
         start = None if warm is None else replace(warm, w=warm.w.mean(0, keepdim=True), columns=None)
-        return self._fit(whole._solve(u, start).w[0])
+        solved = whole._solve(u, start)
+        if not solved.right:
+            warnings.warn(UNSOLVED.format(float(u.min())), BilevelWarning, stacklevel=2)
+        return self._fit(solved.w[0])
 
     def fits(self, evaluation: Evaluation) -> list[tuple[Fit, Tensor]]:
         return [(self._fit(w), held) for w, (_, held) in zip(evaluation.warm.w, self.folds, strict=True)]
@@ -190,17 +208,34 @@ class KFold(Criterion):
             for column, by in zip(warm.columns, np.clip(u - warm.u, -1.0, 1.0), strict=True):
                 start = start + float(by) * column
         if self._direct or self._few:
-            w, z = newton_dense.solve(self._system, a, start, self.tol)
-            return _Solved(np.array(u), w, z, a)
-        found = newton_cg.solve(self._system, a, start, None if warm is None else warm.kept, self.tol)
-        return _Solved(np.array(u), found.w, found.z, a, found.preconditioner)
+            w, z, right = newton_dense.solve(self._system, a, start, self.tol)
+            return _Solved(np.array(u), w, z, a, right=right)
+        found = newton_cg.solve(self._system, a, start, None if warm is None else warm.kept, self._fine)
+        if not found.left <= self._fine and found.preconditioner.dense:
+            w, z, right = newton_dense.solve(self._system, a, start, self.tol)
+            return _Solved(np.array(u), w, z, a, right=right)
+        right = found.left <= max(self._fine, newton_cg.STALLED)  # written so that NaN is not
+        return _Solved(np.array(u), found.w, found.z, a, found.preconditioner, right=right)
+
+    @property
+    def _fine(self) -> float:
+        """The tolerance of conjugate gradients."""
+        return self.tol if self.tol >= ROUGH else FINE * self.tol
 
     def _inverses(self, solved: _Solved) -> Callable[[Tensor, Tensor | None], Tensor]:
         """Return the function from right-hand sides (K, [outputs,] p1), and a guess, to solutions."""
         kept = solved.kept
         if kept is not None:
-            tol = (0.1 if self.tol < ROUGH else 1.0) * self.tol**0.5
-            return lambda r, guess: newton_cg.inverse_product(self._system, solved.z, solved.a, kept, r, tol, guess)
+            tol, at = self._fine**0.5, (self._system, solved.z, solved.a)
+
+            def inverse(r: Tensor, guess: Tensor | None) -> Tensor:
+                x, left = newton_cg.inverse_product(*at, kept, r, tol, guess)
+                if not left <= tol and kept.dense:
+                    return newton_dense.inverses(*at)(r)
+                solved.right &= left <= max(tol, newton_cg.STALLED**0.5)
+                return x
+
+            return inverse
         invert = newton_dense.inverses(self._system, solved.z, solved.a)
         return lambda r, guess: invert(r)
 

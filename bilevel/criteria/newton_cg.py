@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from bilevel.criteria.data import LinearData
-from bilevel.numerics.small import block_grams, paired, weighted_gram
+from bilevel.numerics.small import block_grams, factor, paired, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
 Product = Callable[[Tensor], Tensor]
@@ -33,7 +34,11 @@ REFINEMENTS = 8
 """Refinements of a solution in full precision at most."""
 NEAR = 0.2
 """The relative change of all penalties up to which a preconditioner stays as it is."""
-STALE = 12
+ROUNDED = 1e-6
+"""What is added to the diagonal of a matrix in float32, as a part of its mean: less than that is rounding."""
+STALLED = 1e-9
+"""What the tolerance of `solve` is at least where rounding ends it; larger, the models count as not found."""
+STALE = 24
 """Steps of conjugate gradients in one Newton step after which the preconditioner is made anew."""
 
 
@@ -144,6 +149,7 @@ class Preconditioner:
         self.hessian = self._matrix(system.low, blocks) if self.dense else self._diagonal(system.low, blocks)
         self.inverse = self.hessian
         self.bound: Tensor | None = None
+        self.lost = False  # whether penalties are lost in rounding
 
     def bind(self, a: Tensor) -> None:
         """Take the penalties of the models, (K, [outputs,] p1): their mean."""
@@ -160,8 +166,10 @@ class Preconditioner:
             width = mean.shape[-1]
             last = slice(width - 1, None, width)
             hessian[last, last] += diagonal[last].mean()
-        diagonal += mean.reshape(-1) + 1e-6 * diagonal.mean()
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian)[0])
+        more = ROUNDED * diagonal.mean()
+        penalised = mean.reshape(-1)[mean.reshape(-1) > 0]
+        self.lost = not bool(more < penalised.min()) if len(penalised) else False
+        self.inverse = torch.cholesky_inverse(factor(hessian, mean.reshape(-1) + more))
 
     def at(self, hessian: Tensor) -> Self:
         """Return one with another H0, of one weighting, as a matrix."""
@@ -211,6 +219,8 @@ def conjugate_gradients(
 ) -> tuple[Tensor, int]:
     """Return ``H^-1 r`` of K systems, and the steps.
 
+    A direction without curvature, or numbers that are not finite, end it where it is: these steps count as all.
+
     Args:
         product: with the matrices.
         inverse: the preconditioner.
@@ -227,8 +237,12 @@ def conjugate_gradients(
         if bool(done.all()):
             return x, step
         q = product(p)
+        curved = dots(p, q)
+        # Written so that NaN counts as no curvature.
+        if not bool(((curved > 0) | done).all()):
+            return x, most
         # Those that are done wait for the others.
-        alpha = spread((rz / dots(p, q)).masked_fill(done, 0.0), r)
+        alpha = spread((rz / curved).masked_fill(done, 0.0), r)
         x, r = x + alpha * p, r - alpha * q
         z = inverse(r)
         new = dots(r, z)
@@ -239,8 +253,10 @@ def conjugate_gradients(
 
 def inverse_product(
     system: System, z: Tensor, a: Tensor, inverse: Preconditioner, r: Tensor, tol: float, guess: Tensor | None = None
-) -> Tensor:
-    """Return ``H^-1 r`` with the Hessians at predictions z: conjugate gradients in float32, refined in full precision.
+) -> tuple[Tensor, float]:
+    """Return ``H^-1 r`` with the Hessians at predictions z, and the largest of what tol is of.
+
+    Conjugate gradients in float32 are refined in full precision.
 
     Args:
         system: the models.
@@ -254,15 +270,16 @@ def inverse_product(
     product, quick = system.hessian(z, a), system.low.hessian(z.float(), a.float())
     first = dots(r, inverse(r))
     x, left = (torch.zeros_like(r), r) if guess is None else (guess, r - product(guess))
+    rest = dots(left, inverse(left))
     for _ in range(REFINEMENTS):
-        rest = dots(left, inverse(left))
         if bool((rest <= tol**2 * first).all()):
             break
         size = spread(left.flatten(1).norm(dim=1).clamp_min(torch.finfo(r.dtype).tiny), r)
         needed = (tol**2 * first / rest.clamp_min(torch.finfo(r.dtype).tiny)).sqrt().clamp(LOW, 1.0)
         x = x + conjugate_gradients(quick, inverse, (left / size).float(), needed.float())[0].to(r.dtype) * size
         left = r - product(x)
-    return inverse.settle(x)
+        rest = dots(left, inverse(left))
+    return inverse.settle(x), float((rest / first.clamp_min(torch.finfo(r.dtype).tiny)).max()) ** 0.5
 
 
 @dataclass
@@ -275,6 +292,7 @@ class Solved:
         preconditioner: bound to the penalties.
         slope: the gradient of the losses at w, without that of the penalties.
         work: products with the Hessians that were made.
+        left: the largest of what the tolerance is of; infinite where penalties are lost in rounding.
     """
 
     w: Tensor
@@ -282,6 +300,7 @@ class Solved:
     preconditioner: Preconditioner
     slope: Tensor
     work: int
+    left: float
 
 
 def solve(
@@ -304,17 +323,20 @@ def solve(
     """
     w, low = start, a.float()
     z, slope = (system.product(start), None) if known is None else known
-    fresh = kept is None
+    fresh = kept is None  # whether the preconditioner is of these predictions
     inverse = Preconditioner(system, z) if kept is None else copy.copy(kept)
     inverse.bind(a)
     value, work = system.objective(w, z, a), 0
     before = last = torch.full_like(value, torch.inf)
+    more = torch.ones_like(value)  # by how much the preconditioned norm was too small, by the last step's decrease
     for _ in range(STEPS):
         slope = system.slope(z) if slope is None else slope
         gradient = slope + a * w
-        relative = dots(gradient, inverse(gradient)) / (value + 1e-12 * z.shape[-1])
+        squared = dots(gradient, inverse(gradient))
+        relative = more * squared / (value + 1e-12 * z.shape[-1])
         # Near rounding errors the objective says nothing any more, and at last neither does the gradient.
-        if bool(((relative <= tol) | ((value >= before) & (relative > 0.5 * last))).all()):
+        stalled = (value >= before) & (relative > 0.5 * last)
+        if inverse.lost or bool(((relative <= tol) | stalled).all()):
             break
         # As far as a Newton step is worth it, but not beyond what is asked for.
         eta = torch.maximum(relative, 0.1 * tol / relative).sqrt().clamp(LOW, 0.3)
@@ -323,13 +345,17 @@ def solve(
         step, steps = conjugate_gradients(product, inverse, (gradient / size).float(), eta.float(), most)
         step = inverse.settle(step.to(w.dtype) * size)
         work, before, last = work + steps, value, relative
-        w, z, new = searched(system, a, w, z, value.tolist(), step, dots(gradient, step).tolist())
+        decrease = dots(gradient, step)
+        more = (decrease / squared).clamp_min(1.0)
+        w, z, new = searched(system, a, w, z, value.tolist(), step, decrease.tolist())
         value = value.new_tensor(new)
         slope = None
-        if steps >= STALE and not fresh:
-            inverse, fresh = Preconditioner(system, z), True
+        fresh = steps >= STALE and not fresh
+        if fresh:
+            inverse = Preconditioner(system, z)
             inverse.bind(a)
-    return Solved(w, z, inverse, system.slope(z) if slope is None else slope, work)
+    left = math.inf if inverse.lost else float(relative.max())
+    return Solved(w, z, inverse, system.slope(z) if slope is None else slope, work, left)
 
 
 def searched(
@@ -347,7 +373,12 @@ def searched(
             for now, old, length, by in zip(new, value, lengths, decrease, strict=True)
         ]
         if all(ok or length <= SHORTEST for ok, length in zip(fell, lengths, strict=True)):
-            return there, predicted, new
+            break
         lengths = [length if ok else 0.5 * length for ok, length in zip(fell, lengths, strict=True)]
         length = torch.tensor(lengths).to(w)
         there, predicted = w - spread(length, w) * step, z - spread(length, z) * dz
+    if not all(map(math.isfinite, new)):  # these stay where they are
+        fine = spread(torch.tensor([math.isfinite(now) for now in new], device=w.device), w)
+        there, predicted = torch.where(fine, there, w), torch.where(fine, predicted, z)
+        new = [now if math.isfinite(now) else old for now, old in zip(new, value, strict=True)]
+    return there, predicted, new

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.criteria.newton_cg import System, dots, searched
+from bilevel.criteria.newton_cg import STALLED, System, dots, searched
 from bilevel.numerics.factored import factored
 from bilevel.numerics.small import factor, weighted_gram
 
@@ -49,8 +49,8 @@ def inverses(system: System, z: Tensor, a: Tensor) -> Callable[[Tensor], Tensor]
     return lambda r: torch.cholesky_solve(r.flatten(1)[..., None], whole).reshape(r.shape)
 
 
-def solve(system: System, a: Tensor, start: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the models at penalties a, shaped as the start, and their predictions of all rows.
+def solve(system: System, a: Tensor, start: Tensor, tol: float) -> tuple[Tensor, Tensor, bool]:
+    """Return the models at penalties a, shaped as the start, their predictions of all rows, and whether it converged.
 
     A step whose expected decrease is below tol times the objective is taken and ends the iteration: what is left is of
     the order of its square.
@@ -67,4 +67,5 @@ def solve(system: System, a: Tensor, start: Tensor, tol: float) -> tuple[Tensor,
         if all(ends):
             break
         value = new
-    return w, z
+    right = all(by <= max(tol, STALLED) * (old + floor) for by, old in zip(decrease, value, strict=True))
+    return w, z, right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from criteria_cases import Array, coarse_differences, differences, penalty_cases, refit, standardised
 from sklearn.model_selection import KFold as Splitter
 
+from bilevel.core.status import BilevelWarning
 from bilevel.criteria import KFold, LinearData, Penalties, RidgeFolds, newton_dense
 from bilevel.criteria import folds as module
 from bilevel.problems import GLMLoss, Logistic, Poisson, Softmax, Squared
@@ -224,3 +226,42 @@ def test_a_fold_that_trains_on_one_class_is_refused() -> None:
 def test_folds_that_are_none_are_refused_in_a_sentence(splits: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         RidgeFolds(LinearData.of(X, X[:, 0]), Penalties.scalar(FEATURES), splits)
+
+
+def test_weak_penalties_of_wide_softmax_are_those_of_factored_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    wide = rng.standard_normal((60, 80))
+    y, splits = (wide[:, :3] + 0.5 * rng.standard_normal((60, 3))).argmax(1), list(Splitter(3).split(wide))
+    for scale, standardize, levels in ((1.0, True, (-9.0, -14.0, -20.0)), (1e25, False, (0.0,))):
+        data = LinearData.of(wide * scale, y, loss=Softmax(), standardize=standardize)
+        criterion = KFold(data, Softmax(), Penalties.scalar(80, 3), splits)
+        for level in levels:
+            u = np.array([level + 2.0 * np.log(scale)])
+            found = criterion.evaluate(u)
+            with monkeypatch.context() as patch:
+                patch.setattr(newton_dense, "MOST", 1000)
+                right = KFold(data, Softmax(), Penalties.scalar(80, 3), splits).evaluate(u)
+            assert found.value == pytest.approx(right.value, rel=1e-6)
+            np.testing.assert_allclose(found.gradient, right.gradient, rtol=1e-5)
+
+
+def test_models_that_are_not_found_have_no_finite_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.newton_cg, "STEPS", 1)
+    monkeypatch.setattr(module, "DIRECT", 0)
+    sparse = scipy.sparse.csr_matrix(X)
+    data = LinearData.of(sparse, labels(Logistic()), loss=Logistic())
+    criterion = KFold(data, Logistic(), Penalties.scalar(FEATURES), SPLITS)
+    monkeypatch.setattr(module.newton_dense, "ENTRIES", 0)
+    with pytest.warns(BilevelWarning, match="models at a log penalty of -3 were not found.*give a stronger penalty"):
+        found = criterion.evaluate(np.array([-3.0]))
+    assert found.value == np.inf
+    assert np.isfinite(found.gradient).all()
+
+
+def test_conjugate_gradients_end_where_there_is_no_curvature() -> None:
+    r = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    for curvatures in ([2.0, -3.0], [torch.nan, 1.0]):
+        product = partial(torch.mul, r.new_tensor(curvatures))
+        x, steps = module.newton_cg.conjugate_gradients(product, lambda v: v, r, r.new_tensor(1e-8))
+        assert bool(torch.isfinite(x).all())
+        assert steps == module.newton_cg.CG_STEPS
