@@ -14,6 +14,7 @@ from bilevel.criteria import newton_cg, newton_one
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
+from bilevel.criteria.system import System
 from bilevel.numerics.factored import SKETCH, Factored, Sketched
 from bilevel.numerics.small import array, eigh, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
@@ -198,8 +199,8 @@ class ApproximateLeaveOneOut(Criterion):
         return rows >= 20 * features and rows * features**2 >= LARGE
 
     @shared
-    def _system(self) -> newton_cg.System:
-        return newton_cg.System(self.data, self.loss, self.data.weights[None])
+    def _system(self) -> System:
+        return System(self.data, self.loss, self.data.weights[None])
 
     @property
     def _low(self) -> Tensor:

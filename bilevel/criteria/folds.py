@@ -18,6 +18,7 @@ from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import checked_folds, restricted
+from bilevel.criteria.system import System
 from bilevel.problems.losses import GLMLoss
 
 DIRECT = 400
@@ -104,8 +105,8 @@ class KFold(Criterion):
         return scale.masked_fill(scale == 0, 1.0).square() if self.data.standardize else torch.ones_like(scale)
 
     @shared
-    def _system(self) -> newton_cg.System:
-        system = newton_cg.System(self.data, self.loss, self._weights)
+    def _system(self) -> System:
+        system = System(self.data, self.loss, self._weights)
         if self._direct or self._few:
             vars(system)["X1"] = self.data.with_ones()  # of few entries, sparse ones, too
         return system

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.criteria.newton_cg import STALLED, System, dots, searched
+from bilevel.criteria.newton_cg import STALLED, searched
+from bilevel.criteria.system import System, dots
 from bilevel.numerics.factored import factored
 from bilevel.numerics.small import factor, weighted_gram
 

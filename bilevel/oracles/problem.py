@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from bilevel.core import tree
 from bilevel.core.options import require_arguments
-from bilevel.core.overrides import given_after
 from bilevel.core.tree import Tree
 from bilevel.numerics.eigenbasis import Eigenbasis
 from bilevel.oracles import batching as batches
@@ -31,17 +30,15 @@ from bilevel.oracles.old_forwards import OldForwards
 from bilevel.oracles.proximal_inner import ProximalInner
 from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
-from bilevel.oracles.separate import Separate
+from bilevel.oracles.separate import Separable
 from bilevel.oracles.structure import QuadraticForm, Structure, declared
 from bilevel.oracles.tracing import TracedInner, Traces
 from bilevel.oracles.validation import Reads, check_losses, check_tensors
 
 Solver = TypeVar("Solver")
-TOGETHER = ("inner_loss", "outer_loss", "outer_value_and_grads", "gradient_graph", "inner_problem", "bind", "start")
-"""What `separate` speaks of: a class that gives one of these anew may mix the tasks."""
 
 
-class BilevelProblem(AtOnce, OldForwards, Losses):
+class BilevelProblem(AtOnce, Separable, OldForwards, Losses):
     """An inner and an outer loss over trees of tensors.
 
     Both losses are called as ``loss(params, hparams)`` and return a scalar Tensor; data are captured by the functions.
@@ -89,8 +86,6 @@ class BilevelProblem(AtOnce, OldForwards, Losses):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.structure = declared(cls, cls.structure)
-        if given_after(cls, TOGETHER, "separate"):
-            cls.separate = BilevelProblem.separate  # type: ignore[method-assign]
 
     sampler: Sampler | None = None
     """Where every inner step sees a batch of its own: the batches."""
@@ -217,10 +212,6 @@ class BilevelProblem(AtOnce, OldForwards, Losses):
         if sampling.outer_sampler is not None:
             self.outer_loss = batches.with_last(sampling.outer_loss, sampling.outer_sampler(outer_step))
 
-    def separate(self) -> Separate | None:
-        """Return the tasks that it is made of, where these share nothing but the hyperparameters; None by default."""
-        return None
-
     def exact_hypergradient(self, hparams: Tree) -> Tree | None:
         """Return the exact hypergradient where a closed form exists, else None."""
         return None if self.batch is None else batches.exact_hypergradient(self, hparams)
@@ -246,10 +237,7 @@ class BilevelProblem(AtOnce, OldForwards, Losses):
         return None
 
     def spectrum(self) -> Eigenbasis | None:
-        """Return the eigenbasis of a quadratic inner loss whose Hessian is ``A + s(u) I``, else None (the default).
-
-        Compute it once (``functools.cached_property``): `Spectral` and `ClosedForm` then take d numbers of work each.
-        """
+        """Return the eigenbasis, made once, of a quadratic inner loss with the Hessian ``A + s(u) I``, else None."""
         return None
 
     @property
@@ -285,13 +273,6 @@ class BilevelProblem(AtOnce, OldForwards, Losses):
             raise ValueError("no start for the inner variable: give `params=` to the problem or to this call.")
         check_tensors("params", params)
         return tree.detach(params) if self.batch is None else batches.start(self.batch, self.params, params)
-
-    def moving_start(self, hparams: Tree) -> Tree | None:
-        """Return a start that moves with the hyperparameters, with its graph; None by default: starts are constants.
-
-        ``FullUnroll`` by autograd's graph alone knows of it.
-        """
-        return None
 
     def check(self, params: Tree, hparams: Tree, reads: Reads | None = None) -> None:
         """Look at everything that can be known before the work starts.

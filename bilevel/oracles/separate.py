@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 
+from bilevel.core.overrides import given_after
+from bilevel.core.tree import Tree
+
 MOST = 3_000_000
 """Bytes that a step of the tasks that are solved at once may hold on a CPU: about what one core keeps at hand."""
 FEWEST = 4
 """Below so many at once, one after the other is quicker there."""
+TOGETHER = ("inner_loss", "outer_loss", "outer_value_and_grads", "gradient_graph", "inner_problem", "bind", "start")
+"""What `separate` speaks of: a class that gives one of these anew may mix the tasks."""
 SHARE = 4
 """On a GPU the steps of the tasks that are solved at once may hold one part in so many of its free memory."""
 
@@ -61,3 +66,23 @@ def in_words(count: int, at_once: int) -> str:
     """
     how = "side by side" if at_once >= count else "one after the other" if at_once == 1 else f"{at_once} at a time"
     return f"{count}, {how}" if count > 1 else "1"
+
+
+class Separable:
+    """What a problem may say of tasks that it is made of; by default, nothing."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if given_after(cls, TOGETHER, "separate"):
+            cls.separate = Separable.separate  # type: ignore[method-assign]
+
+    def separate(self) -> Separate | None:
+        """Return the tasks that it is made of, where these share nothing but the hyperparameters; None by default."""
+        return None
+
+    def moving_start(self, hparams: Tree) -> Tree | None:
+        """Return a start that moves with the hyperparameters, with its graph; None by default: starts are constants.
+
+        ``FullUnroll`` by autograd's graph alone knows of it.
+        """
+        return None
