@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -285,7 +286,7 @@ def _arguments(point: Point) -> dict[str, Tensor]:
 
 
 def _same_leaf(one: Any, other: Any) -> bool:
-    return same(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else bool(one == other)
+    return same(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else np.array_equal(one, other)
 
 
 def _unchanged(before: Any, now: Any) -> bool:

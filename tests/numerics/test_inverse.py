@@ -42,6 +42,31 @@ def test_steps_on_the_spectrum_are_right_in_float32_to_its_rounding() -> None:
                     assert off < 1e-6, (seed, way)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_no_pair_of_nearly_equal_columns_is_out_of_sight(sign: float) -> None:
+    size, generator = 5, torch.Generator().manual_seed(1)
+    for i in range(size):
+        for j in range(i):
+            X, X_val = (torch.randn(4, size, generator=generator, dtype=F64) for _ in range(2))
+            X[:, i] = sign * X[:, j] + 1e-7 * X[:, i]
+            y, y_val = X[:, j] + 0.3, X_val.sum(1)
+            made = bl.hypergradient(
+                RidgeProblem(X, y, X_val, y_val),
+                bl.Newton(),
+                bl.ClosedForm(),
+                torch.tensor(-25.0, dtype=F64),
+                on_failure="return",
+            )
+            with mpmath.workdps(60):
+                A, V, t, t_val = (mpmath.matrix(each.tolist()) for each in (X, X_val, y, y_val))
+                penalty = mpmath.exp(-25)
+                H = A.T * A / 4 + penalty * mpmath.eye(size)
+                w = mpmath.lu_solve(H, A.T * t / 4)
+                a = mpmath.lu_solve(H, V.T * (V * w - t_val) / 4)
+                truth = float(-penalty * sum(p * q for p, q in zip(a, w, strict=True)))
+            assert not made.status.ok or float(made.hypergradient) == pytest.approx(truth, rel=1e-2), (i, j)
+
+
 def test_a_sweep_judges_each_vector_and_warns() -> None:
     X, y, X_val, y_val = regression_data()
     problem = RidgeProblem(torch.cat([X, X], 1), y, torch.cat([X_val, X_val], 1), y_val)

@@ -304,13 +304,33 @@ def test_batches_of_places_run_step_by_step(at: Any, kind: str) -> None:
         return batch_loss(w, u, (X[rows].reshape(-1, 5), Y[rows].reshape(-1)))
 
     problem, u = bl.BilevelProblem(loss, outer, normal(8, 5), sampler=Places()), normal(9, 5) - 2.0
-    ours = bl.hypergradient(problem, DESCENT, bl.FullUnroll(), u, check=False)
+    ours = bl.hypergradient(problem, DESCENT, bl.FullUnroll(), u)
     why = f"got a `{kind}`: take a tensor" if kind else "its batches differ"
     assert ours.certificate.form.startswith("step by step, as the loss is not recorded: ")
     assert why in ours.certificate.form
     agree(ours, by_steps(problem, DESCENT, bl.FullUnroll(), u, check=False))
     with pytest.raises((TypeError, ValueError), match=kind or "batches of a sampler differ"):
         bl.SingleLoop(problem, bl.SOBA(inner_step=0.05, every=20), u).run(20)
+
+
+def test_recorded_runs_over_batches_are_confirmed_on_the_last() -> None:
+    held = {"scale": 1.0}
+
+    class Replacing:
+        def __call__(self, index: int) -> Any:
+            held["scale"] = 1.0 + index % 2
+            return X, Y
+
+        def full(self) -> Any:
+            return X, Y
+
+    def loss(w: Tensor, u: Tensor, batch: Any) -> Tensor:
+        return held["scale"] * batch_loss(w, u, batch)
+
+    problem, u = bl.BilevelProblem(loss, outer, normal(8, 5), sampler=Replacing()), normal(9, 5) - 2.0
+    ours = bl.hypergradient(problem, DESCENT, bl.FullUnroll(), u, check=False)
+    assert ours.certificate.form.endswith("its recording gives other numbers at the end")
+    agree(ours, by_steps(problem, DESCENT, bl.FullUnroll(), u, check=False))
 
 
 def test_data_that_are_replaced_or_changed_between_runs_are_seen() -> None:
