@@ -15,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from bilevel.core import rows, tree
 from bilevel.core.status import GOOD, Status, Verdict
 from bilevel.core.tree import Tree
+from bilevel.outer.adam import Adam
 from bilevel.outer.checks import check_made, check_makers, check_rowwise, check_scheduler
 from bilevel.outer.constraints import ConstraintTransform
 from bilevel.outer.state import restore_optimizer
@@ -68,7 +69,7 @@ class Mover:
         self.size, self._transform = size, ConstraintTransform(hparams, constraints)
         self._free = self._transform.inverse(hparams)
         self._leaves = tree.leaves(self._free)
-        make = optimizer or (lambda tensors: torch.optim.Adam(tensors, lr=0.1))
+        make = optimizer or (lambda tensors: Adam(tensors, lr=0.1))
         self.optimizer = make(list(self._leaves))
         check_made(self.optimizer, self._leaves)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)

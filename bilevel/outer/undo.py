@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core import rows
+from bilevel.outer.adam import Adam
 from bilevel.outer.state import restore_optimizer
 
 PLAIN = frozenset({int, float, bool, complex, str, type(None)})
@@ -26,7 +27,8 @@ class Undo:
 
     def __init__(self, free: Sequence[Tensor], optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         self._leaves, self._optimizer, self._scheduler = free, optimizer, scheduler
-        self._free = [leaf.detach().clone() for leaf in free]
+        self._live = [leaf.detach() for leaf in free]
+        self._free = [leaf.clone() for leaf in self._live]
         self._look()
 
     def take(self) -> None:
@@ -34,9 +36,8 @@ class Undo:
         self._schedule = None if self._scheduler is None else copied(self._scheduler.state_dict())
         if not self._is_known():
             self._look()
-        live = [leaf.detach() for leaf in self._leaves]
-        copies, values = [*self._free, *self._copies], [*live, *self._tensors]
-        if len({value.device for value in values}) == 1:
+        copies, values = [*self._free, *self._copies], [*self._live, *self._tensors]
+        if self._on_one_device:
             torch._foreach_copy_(copies, values)
             return
         for kept, value in zip(copies, values, strict=True):  # torch counts steps on the host
@@ -63,6 +64,7 @@ class Undo:
                     self._copies.append(value.clone())
                 else:
                     self._others.append((entry, name, copied(value)))
+        self._on_one_device = len({tensor.device for tensor in (*self._live, *self._tensors)}) == 1
         self._dicts = dicts
 
     def _is_known(self) -> bool:
@@ -130,8 +132,7 @@ def _is_usual(optimizer: Any) -> bool:
     """Whether all that an optimizer saves is its options and a dict for each tensor."""
     usual, cls = torch.optim.Optimizer, type(optimizer)
     return (
-        cls.state_dict is usual.state_dict
-        and cls.load_state_dict is usual.load_state_dict
+        (cls is Adam or (cls.state_dict is usual.state_dict and cls.load_state_dict is usual.load_state_dict))
         and not optimizer._optimizer_state_dict_pre_hooks
         and not optimizer._optimizer_state_dict_post_hooks
         and not optimizer._optimizer_load_state_dict_pre_hooks
