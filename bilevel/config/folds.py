@@ -16,8 +16,8 @@ from bilevel.config.imports import importing
 from bilevel.config.load import choose_device
 from bilevel.config.schema import Named, sentence, tunes_by_folds
 from bilevel.core.options import is_number, require_value
-from bilevel.data.read import TableOptions
 from bilevel.data.rows import Rows, load_rows
+from bilevel.data.table import TableOptions
 from bilevel.problems import (
     HuberProblem,
     LogisticProblem,

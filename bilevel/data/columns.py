@@ -16,12 +16,9 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Rule:
-    """How a column becomes features.
+    """How a column becomes features: `categories` are sorted words, a feature each, and None for a column of numbers.
 
-    Attributes:
-        name: of the column.
-        fill: what stands for a missing value: the median, or the most frequent word.
-        categories: sorted words, a feature each; None for a column of numbers.
+    The median, or the most frequent word, stands for a missing value (`fill`).
     """
 
     name: str
@@ -36,22 +33,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The rules of all columns, learnt from training rows.
-
-    Attributes:
-        rules: one for each column that becomes features, in the order of the features.
-    """
+    """The rules of the columns that become features, in their order, learnt from training rows."""
 
     rules: tuple[Rule, ...]
 
     @classmethod
     def fit(cls, table: Table, names: Sequence[str], rows: Array) -> Self:
-        """Return the encoder with fill values and categories of some of the rows.
-
-        Args:
-            table: of all rows.
-            names: of the columns that become features.
-            rows: indices of the training rows.
+        """Return the encoder of some columns, with fill values and categories of the training rows alone.
 
         >>> table = Table("demo", {"size": np.array([1.0, np.nan, 3.0]), "colour": np.array(["red", "", "red"])})
         >>> encoder = Encoder.fit(table, ["size", "colour"], np.arange(3))
@@ -87,11 +75,7 @@ class Encoder:
         return tuple(rule.name for rule in self.rules for _ in rule.features)
 
     def transform(self, table: Table) -> tuple[Array, list[str]]:
-        """Return features of shape (rows, features), and what was done to values that training has not seen, in words.
-
-        Raises:
-            ValueError: in one sentence, for columns that are missing, and for words in a column of numbers.
-        """
+        """Return features of shape (rows, features), and in words what was done to values not seen in training."""
         missing = [rule.name for rule in self.rules if rule.name not in table.columns]
         if missing:
             raise ValueError(
@@ -120,13 +104,10 @@ def _numbers(table: Table, rule: Rule) -> tuple[Array, str]:
     column = table.numbers(rule.name)
     if column is None:
         row, word = first_word(table, rule.name)
-        raise ValueError(
-            f"the column {rule.name!r} of {table.source!r} holds {word!r} in row {row}, but numbers where the model "
-            "was made: correct it, or leave the cell empty."
-        )
+        made = f"holds {word!r} in row {row}, but numbers where the model was made"
+        raise table.error(rule.name, f"{made}: correct it, or leave the cell empty")
     if np.isinf(column).any():
-        row = int(np.isinf(column).argmax()) + 1
-        raise ValueError(f"the column {rule.name!r} of {table.source!r} is infinite in row {row}: correct it.")
+        raise table.error(rule.name, f"is infinite in row {int(np.isinf(column).argmax()) + 1}: correct it")
     # New rows of small numbers alone may be of a column that has larger ones.
     check_sizes(np.fmax(np.abs(column), 1.0), repr(table.source), [rule.name])
     return np.where(np.isnan(column), rule.fill, column)[:, None], ""

@@ -26,11 +26,7 @@ def is_encoding(name: str) -> bool:
 def decoded(source: str, content: bytes, encoding: str | None, sure: bool = True) -> tuple[str, list[str]]:
     """Return the text of a file, and in words what is remarkable about its encoding.
 
-    Args:
-        source: the path as it was given.
-        content: of the file.
-        encoding: that is used where there is no byte-order mark; None for UTF-8.
-        sure: whether it is that of this file; False: UTF-8, if its bytes can be that.
+    A byte-order mark decides, then `encoding`, UTF-8 by default; where that is not `sure`, UTF-8 if the bytes can be.
 
     Raises:
         ValueError: in one sentence, where it is in another one.

@@ -27,9 +27,9 @@ from torch import Tensor
 from bilevel.core.options import is_int, is_number, require_value
 from bilevel.data.prepare import TASKS, corrupt, encode, filled, how_split, in_words, standardized, without_rare
 from bilevel.data.prepare import split as split_rows
-from bilevel.data.read import TableOptions, check_synthetic, dense, one_target, read
-from bilevel.data.read import available as available
-from bilevel.data.sources import Array, Raw
+from bilevel.data.sources import Array, Raw, dense, read
+from bilevel.data.sources import available as available
+from bilevel.data.table import TableOptions
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,11 @@ def load(
     'iris: 74 train, 38 val, 38 test rows (stratified with seed 1), 4 features, 3 classes'
     """
     require_value("dtype", dtype, "a floating dtype", dtype.is_floating_point)
-    synthetic: dict[str, Any] = {"rows": rows, "features": features, "noise": noise}
     columns = (target, drop, strings, missing, index, rare)
     options = TableOptions(*columns, *(separator, decimal, encoding, split, groups, weights))
-    options.check(name)
-    _check_options(name, seed, validation, test, corrupted, synthetic)
+    _check_options(seed, validation, test, corrupted)
     require_value("task", task, f"{', '.join(map(repr, TASKS))} or None", task is None or task in TASKS)
-    raw = one_target(dense(read(name, options, seed, **synthetic)))
+    raw = dense(read(name, options, seed, rows, features, noise))
     raw, labels, task = encode(raw, task, doubt="ignore" if corrupted else "warn")
     if labels is not None and rare == "leave_out":
         raw, labels = without_rare(raw, labels, 3 if test else 2)
@@ -198,23 +196,16 @@ def _dataset(
     tensors: dict[str, Any] = {"X_test": None, "y_test": None}
     for part, (X, y) in raw.parts.items():
         tensors[f"X_{part}"], tensors[f"y_{part}"] = tensor(X), tensor(y, dtype if y.dtype.kind == "f" else torch.int64)
-    truth = None if raw.truth is None else tensor(raw.truth)
-    corrupted = None if wrong is None else tensor(wrong, torch.bool)
-    weights = None if raw.weights is None else tensor(raw.weights)
-    extra: dict[str, Any] = {"truth": truth, "corrupted": corrupted, "weights": weights}
-    return Dataset(name, task, **tensors, feature_names=raw.feature_names, note=note, **extra)
+    more = {"truth": (raw.truth, dtype), "corrupted": (wrong, torch.bool), "weights": (raw.weights, dtype)}
+    tensors |= {name: None if values is None else tensor(values, kind) for name, (values, kind) in more.items()}
+    return Dataset(name, task, **tensors, feature_names=raw.feature_names, note=note)
 
 
-def _check_options(
-    name: Any, seed: int, validation: float, test: float, corrupted: float, synthetic: dict[str, Any]
-) -> None:
-    """Refuse options out of range, and those that would have no effect on this data set."""
-    check_synthetic(name, **synthetic)
+def _check_options(seed: int, validation: float, test: float, corrupted: float) -> None:
     require_value("seed", seed, "an int from 0 to 2**32 - 1", is_int(seed, at_least=0) and seed < 2**32)
-    require_value(
-        "validation", validation, "a fraction above 0 and below 1", is_number(validation) and 0 < validation < 1
-    )
-    require_value("test", test, "a fraction from 0 to below 1", is_number(test) and 0 <= test < 1)
+    inside = is_number(validation) and 0 < validation < 1
+    require_value("validation", validation, "a fraction above 0 and below 1", inside)
+    for name, share in (("test", test), ("corrupted", corrupted)):
+        require_value(name, share, "a fraction from 0 to below 1", is_number(share) and 0 <= share < 1)
     if validation + test >= 1:
         raise ValueError(f"`validation` + `test` must be below 1 to leave training rows, got {validation + test:g}.")
-    require_value("corrupted", corrupted, "a fraction from 0 to below 1", is_number(corrupted) and 0 <= corrupted < 1)

@@ -32,9 +32,6 @@ FEW_ROWS, FEW_VALUES = 20, 20
 def spelled_number(cells: Array) -> str:
     """Return the first of many different cells that are numbers, but not written as such; empty for other cells.
 
-    Args:
-        cells: different words.
-
     >>> spelled_number(np.array([f"{size / 8} kg" for size in range(30)]))
     '0.0 kg'
     """

@@ -31,10 +31,8 @@ def encode(raw: Raw, task: str | None, doubt: str = "warn") -> tuple[Raw, Array 
     """
     targets = np.concatenate([y for _, y in raw.parts.values()])
     if targets.ndim == 2 and task == "classification":
-        raise ValueError(
-            f"{raw.source!r} has {targets.shape[1]} targets, which are a regression of numbers: name one target of "
-            "classes."
-        )
+        several = f"{raw.source!r} has {targets.shape[1]} targets, which are a regression of numbers"
+        raise ValueError(f"{several}: name one target of classes.")
     labels, kind = np.unique(targets), targets.dtype.kind
     words = kind == "U"
     parts = raw.parts
@@ -93,24 +91,17 @@ def _doubted(raw: Raw, count: int, doubt: str) -> Raw:
 
 
 def _of_numbers(raw: Raw, targets: Array) -> list[str]:
-    """Return a note on different integers of a regression target that become equal numbers.
-
-    Raises:
-        ValueError: for a target that is constant.
-    """
+    """Return a note on different integers of a regression target that become equal numbers; refuse a constant one."""
     notes = []
     for name, column in zip(target_names(raw.target), targets.reshape(len(targets), -1).T, strict=True):
         values = np.unique(column)
         called = "the target" if targets.ndim == 1 else f"the target {name!r}"
         if len(values) == 1 and len(targets) > 1:
-            raise ValueError(
-                f"{called} of {raw.source!r} is {float(values[0]):g} in every row: nothing to learn, name another "
-                "column."
-            )
+            constant = f"{called} of {raw.source!r} is {float(values[0]):g} in every row"
+            raise ValueError(f"{constant}: nothing to learn, name another column.")
         if len(np.unique(values.astype(np.float64))) < len(values):
-            notes.append(
-                f"different integers of {called} become equal, as they need more than 53 bits: take differences"
-            )
+            equal = f"different integers of {called} become equal, as they need more than 53 bits"
+            notes.append(f"{equal}: take differences")
     return notes
 
 
@@ -171,12 +162,8 @@ def in_words(task: str, labels: Array | None) -> str:
     """Return the targets in words: classes with the strings that they stand for."""
     if labels is None:
         return "y as it came" if task == "raw" else task
-    shown = (
-        f" ({', '.join(' '.join(label.split()) for label in labels)})"
-        if labels.dtype.kind == "U" and len(labels) <= 5
-        else ""
-    )
-    return f"{len(labels)} classes{shown}"
+    named = labels.dtype.kind == "U" and len(labels) <= 5
+    return f"{len(labels)} classes" + (f" ({', '.join(' '.join(label.split()) for label in labels)})" if named else "")
 
 
 def split(
@@ -235,11 +222,7 @@ def split(
 def _blocks(
     raw: Raw, labels: Array | None, sizes: dict[str, int], rng: np.random.Generator | None
 ) -> dict[str, tuple[Array, Array]]:
-    """Return parts of whole groups in a random order, or without a generator of rows as they stand.
-
-    Raises:
-        ValueError: if a part would lack rows, or training a class.
-    """
+    """Return parts of whole groups in a random order, or without a generator of rows as they stand."""
     X, y = raw.parts[""]
     groups = raw.groups
     names, owner = np.unique(np.arange(len(y)) if rng is None or groups is None else groups, return_inverse=True)
@@ -290,9 +273,8 @@ def corrupt(raw: Raw, labels: Array | None, share: float, seed: int) -> tuple[Ra
     (2, True)
     """
     if labels is None:
-        raise ValueError(
-            f"`corrupted` replaces labels by other classes, but {raw.source!r} has a regression target: leave it out."
-        )
+        numbers = f"{raw.source!r} has a regression target"
+        raise ValueError(f"`corrupted` replaces labels by other classes, but {numbers}: leave it out.")
     X, y = raw.parts["train"]
     # A stream of its own: the split is drawn from the seed as well.
     random = np.random.default_rng((seed, 1))

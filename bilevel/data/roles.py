@@ -21,7 +21,7 @@ from bilevel.data.looks import (
     spelled_number,
     with_thousands,
 )
-from bilevel.data.table import COMMA, Array, Table, is_number
+from bilevel.data.table import COMMA, Array, Table, TableOptions, is_number
 
 OTHER = "name another column as the `target`"
 DAY = re.compile(r"(\d{4}([-/.])\d\d(?:\2\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?)?)((?<=:\d\d:\d\d)\.\d+)?(Z|[-+]\d\d:?\d\d)?")
@@ -30,16 +30,9 @@ DAY = re.compile(r"(\d{4}([-/.])\d\d(?:\2\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?)?)((?<
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """The columns of a table by what they are for.
+    """The columns of a table by what they are for, weights and groups of all its rows, and indices of those in use.
 
-    Attributes:
-        table: with all columns.
-        features: names of those that become features.
-        target: the name of the target, or those of several.
-        weights: weights of the rows, (rows,), or None.
-        groups: the group of every row, (rows,), or None.
-        rows: indices of the rows that are used, in their order.
-        notes: what was done, in words.
+    The target is a name, or those of several; notes say what was done.
     """
 
     table: Table
@@ -56,44 +49,20 @@ class Columns:
         return tuple(name for name in self.table.columns if name not in {*self.features, *target_names(self.target)})
 
 
-def sort_columns(
-    table: Table,
-    *,
-    target: str | Sequence[str] | None,
-    weights: str | None,
-    groups: str | None,
-    time: str | None,
-    drop: Sequence[str],
-    index: str,
-    strings: str,
-    missing: str,
-) -> Columns:
-    """Return what every column is for; dates are refused by their name.
-
-    Args:
-        table: all columns.
-        target: a column, or a list of several; None for the last.
-        weights: a column, or None.
-        groups: a column, or None.
-        time: a column that the rows are in the order of, or None.
-        drop: columns that are left out.
-        index: "leave_out" or "keep" columns that number or name the rows.
-        strings: "one_hot", or "refuse" columns of words.
-        missing: "fill", or "refuse" missing values; a row without a target is left out, or refused.
-
-    Raises:
-        ValueError: in one sentence that names the column and what to do.
-    """
-    names = list(table.columns)
+def sort_columns(table: Table, options: TableOptions) -> Columns:
+    """Return what every column is for; dates and numbers that are not written as such are refused by their column."""
+    names, index = list(table.columns), options.index
+    roles = {"weights": options.weights, "groups": options.by_groups, "time": options.time}
+    others = {*roles.values(), *options.drop}
     if not names:
         raise ValueError(f"{table.source!r} has no columns: it needs features and a target.")
-    if target is None:
-        free = [name for name in reversed(names) if name not in {weights, groups, time, *drop}]
+    if (target := options.target) is None:
+        free = [name for name in reversed(names) if name not in others]
         named = [name for name in free if index == "keep" or not is_called_index(table, name)]
         target = next(iter((*named, *free)), names[-1])
     targets = target_names(target)
-    _check_named(table, targets, {"weights": weights, "groups": groups, "time": time}, drop)
-    features = [name for name in names if name not in {*targets, weights, groups, time, *drop}]
+    _check_named(table, targets, roles, options.drop)
+    features = [name for name in names if name not in {*targets, *others}]
     notes = list(table.notes)
     if len(names) == 1:
         raise ValueError(
@@ -115,16 +84,16 @@ def sort_columns(
         raise ValueError(f"{table.source!r} holds no features besides the target {listed(targets)}{besides}.")
     if commas := [name for name in (*features, *targets) if table.has_decimal_commas(name)]:
         notes.append(f"decimal commas are read in {listed(commas)}")
-    notes += _check_features(table, features, strings, missing)
-    aimed = np.arange(table.rows) if missing == "refuse" else _rows_with(table, targets)
+    notes += _check_features(table, features, options)
+    aimed = np.arange(table.rows) if options.missing == "refuse" else _rows_with(table, targets)
     if len(aimed) < table.rows:
         left = table.rows - len(aimed)
         notes.append(f"{left} row{'s' if left > 1 else ''} without a target {'are' if left > 1 else 'is'} left out")
     return Columns(
         *(table, tuple(features), targets if len(targets) > 1 else targets[0]),
-        weights=None if weights is None else _weights(table, weights),
-        groups=None if groups is None else table.words(groups),
-        rows=aimed if time is None else aimed[np.argsort(_order(table, time)[aimed], kind="stable")],
+        weights=None if options.weights is None else _weights(table, options.weights),
+        groups=None if options.by_groups is None else table.words(options.by_groups),
+        rows=aimed if options.time is None else aimed[np.argsort(_order(table, options.time)[aimed], kind="stable")],
         notes=tuple(notes),
     )
 
@@ -146,11 +115,7 @@ def _check_named(table: Table, targets: Sequence[str], roles: dict[str, str | No
 
 
 def _rows_with(table: Table, targets: Sequence[str]) -> Array:
-    """Return the indices of the rows that have a value in every target.
-
-    Raises:
-        ValueError: where none has.
-    """
+    """Return the indices of the rows that have a value in every target; refuse a table where none has."""
     there = np.ones(table.rows, dtype=bool)
     for name in targets:
         column = table.columns[name]
@@ -161,7 +126,7 @@ def _rows_with(table: Table, targets: Sequence[str]) -> Array:
     return np.flatnonzero(there)
 
 
-def _check_features(table: Table, features: list[str], strings: str, missing: str) -> list[str]:
+def _check_features(table: Table, features: list[str], options: TableOptions) -> list[str]:
     """Return in words what becomes of the features."""
     words, holes, equal, days = [], [], [], []
     for name in features:
@@ -169,7 +134,7 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
         _refuse_dates(table, name, f"leave it out with `drop: [{name}]`")
         if numbers is None:
             _refuse_mixed(table, name)
-            if strings == "refuse":
+            if options.strings == "refuse":
                 row, word = first_word(table, name)
                 raise ValueError(
                     f"the feature column {name!r} of {table.source!r} is not numeric: row {row} holds {word!r} (encode "
@@ -183,7 +148,7 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
         empty = np.isnan(numbers) if numbers is not None else table.words(name) == ""
         if empty.any():
             holes.append(f"{name!r} ({int(empty.sum())})")
-            if missing == "refuse":
+            if options.missing == "refuse":
                 raise ValueError(
                     f"X of {table.source!r} holds NaN or missing values, the first in row {int(empty.argmax()) + 1}, "
                     f"column {name!r}: drop or fill them first, or take `missing: fill`."
@@ -213,28 +178,21 @@ def _check_features(table: Table, features: list[str], strings: str, missing: st
 
 
 def _refuse_dates(table: Table, name: str, otherwise: str) -> None:
-    found = table.date(name)
-    if found:
-        raise ValueError(
-            f"the column {name!r} of {table.source!r} holds dates ({found[1]!r} in row {found[0]}): turn it into "
-            f"numbers (a year, or days since a start), or {otherwise}."
-        )
+    if found := table.date(name):
+        remedy = f"turn it into numbers (a year, or days since a start), or {otherwise}"
+        raise table.error(name, f"holds dates ({found[1]!r} in row {found[0]}): {remedy}")
 
 
 def _refuse_signed(table: Table, name: str, cells: Array) -> None:
     """Refuse words that are all numbers with a currency, as percentages or with marks of thousands."""
     signed = [str(cell) for cell in cells if SIGNED.fullmatch(cell)]
     if signed and all(SIGNED.fullmatch(cell) or is_number(cell) for cell in cells):
-        raise ValueError(
-            f"the column {name!r} of {table.source!r} holds numbers with signs, such as {signed[0]!r}: write plain "
-            "numbers, without %, $ and the like."
-        )
+        remedy = "write plain numbers, without %, $ and the like"
+        raise table.error(name, f"holds numbers with signs, such as {signed[0]!r}: {remedy}")
     if marked := with_thousands(cells):
         decimals = ", or say `decimal: ','` if the comma stands before decimals" if COMMA.fullmatch(marked) else ""
-        raise ValueError(
-            f"the column {name!r} of {table.source!r} holds numbers with marks of thousands, such as {marked!r}: write "
-            f"them without{decimals}."
-        )
+        holds = f"holds numbers with marks of thousands, such as {marked!r}"
+        raise table.error(name, f"{holds}: write them without{decimals}")
 
 
 def _refuse_mixed(table: Table, name: str) -> None:
@@ -244,25 +202,19 @@ def _refuse_mixed(table: Table, name: str) -> None:
     words = [str(cell) for cell in cells if not is_number(cell)]
     _refuse_signed(table, name, cells)
     if len(cells) > FEW_VALUES and all(re.fullmatch(r"[-+]?\d[\d.]*(,\d+)+", word) for word in words):
-        raise ValueError(
-            f"the column {name!r} of {table.source!r} holds numbers with commas, such as {words[0]!r}: say "
-            "`decimal: ','` if they stand before decimals, else write numbers without them."
-        )
+        remedy = "say `decimal: ','` if they stand before decimals, else write numbers without them"
+        raise table.error(name, f"holds numbers with commas, such as {words[0]!r}: {remedy}")
     if len(cells) - len(words) > max(FEW_VALUES, 9 * len(words)):
         row = int((table.words(name) == words[0]).argmax()) + 1
-        raise ValueError(
-            f"the column {name!r} of {table.source!r} holds numbers, but {words[0]!r} in row {row}: correct it, leave "
-            f"the cell empty, or leave the column out with `drop: [{name}]`."
-        )
+        remedy = f"correct it, leave the cell empty, or leave the column out with `drop: [{name}]`"
+        raise table.error(name, f"holds numbers, but {words[0]!r} in row {row}: {remedy}")
     _refuse_spelled(table, name, cells, f"leave it out with `drop: [{name}]`")
 
 
 def _refuse_spelled(table: Table, name: str, cells: Array, otherwise: str) -> None:
     if spelled := spelled_number(cells):
-        raise ValueError(
-            f"the column {name!r} of {table.source!r} holds numbers that are not written as such, as {spelled!r}: "
-            f"write one plain number in each cell, or {otherwise}."
-        )
+        remedy = f"write one plain number in each cell, or {otherwise}"
+        raise table.error(name, f"holds numbers that are not written as such, as {spelled!r}: {remedy}")
 
 
 def _weights(table: Table, name: str) -> Array:
@@ -280,11 +232,7 @@ def _weights(table: Table, name: str) -> Array:
 
 
 def _order(table: Table, name: str) -> Array:
-    """Return what sorts the rows by time: numbers, or dates from the year on.
-
-    Raises:
-        ValueError: for words and for dates whose text has another order.
-    """
+    """Return what sorts the rows by time: numbers, or dates from the year on; refuse what has another order."""
     numbers = table.numbers(name)
     if numbers is not None and not np.isnan(numbers).any():
         return numbers
@@ -292,18 +240,12 @@ def _order(table: Table, name: str) -> Array:
     # The text of dates has the order of time only where all have one form and one zone.
     if len(days) == table.rows and len({(re.sub(r"\d", "0", day[1]), day[4]) for day in days}) == 1:
         return np.array([day[1] + (day[3] or "") for day in days])
-    raise ValueError(
-        f"the column {name!r} of {table.source!r} cannot order the rows: it needs numbers or dates such as 2024-01-31 "
-        "in every row, all written alike."
-    )
+    needs = "it needs numbers or dates such as 2024-01-31 in every row, all written alike"
+    raise table.error(name, f"cannot order the rows: {needs}")
 
 
 def target_values(table: Table, target: str | Sequence[str], rows: Array) -> Array:
-    """Return a target column, at some rows, as integers, else as numbers, else as words; several as numbers.
-
-    Raises:
-        ValueError: in one sentence, for missing labels, for dates, and for words in one of several targets.
-    """
+    """Return a target column, at some rows, as integers, else as numbers, else as words; several as numbers."""
     if isinstance(target, str):
         return _one_target(table, target, rows)
     columns = [_one_target(table, name, rows) for name in target]

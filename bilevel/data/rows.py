@@ -10,8 +10,8 @@ import numpy as np
 from bilevel.core.options import is_number, require_value
 from bilevel.data.columns import Encoder
 from bilevel.data.prepare import encode, filled, how_split, in_words, split, without_rare
-from bilevel.data.read import TableOptions, check_synthetic, read
-from bilevel.data.sources import Array, Raw
+from bilevel.data.sources import Array, Raw, read
+from bilevel.data.table import TableOptions
 
 LEAST = 3
 """Rows of a class with which every fold of a fold trains on it."""
@@ -19,28 +19,12 @@ LEAST = 3
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a data set.
+    """Rows of a data set, "regression" or "classification", to tune on; without a test part X_test and y_test are None.
 
-    Attributes:
-        name: the name or path they were loaded by.
-        task: "regression" or "classification".
-        X: of shape (rows, features): an array, or sparse CSR.
-        y: numbers, (rows,) or of several targets (rows, targets), or labels from 0 on.
-        classes: what the labels stand for; None for a regression.
-        X_test: rows of the test part; None where there is none.
-        y_test: its targets.
-        weights: of the rows, or None.
-        weights_test: of the rows of the test part, or None.
-        groups: of the rows, or None.
-        ordered: whether the rows are in an order of time.
-        encoder: how columns became features; of data without named columns, as numbers each.
-        target: the name of the target, or those of several.
-        ignored: other columns that are no features.
-        separator: of cells, where it was said.
-        decimal: what stands before decimals, where it was said.
-        encoding: of the file, where it was said.
-        notes: what was done, a line each.
-        zero_based: of an svmlight file: whether the first column is number 0, not 1.
+    X has the shape (rows, features), an array or sparse CSR; y are numbers, (rows,) or of several targets (rows,
+    targets), or labels from 0 on, which stand for `classes`. The encoder says how columns became features, of data
+    without named columns as numbers each; `ignored` are columns that are neither features nor `target`. Notes say what
+    was done, and `zero_based`, of an svmlight file, whether the first column is number 0, not 1.
     """
 
     name: str
@@ -53,13 +37,10 @@ class Rows:
     weights: Array | None
     weights_test: Array | None
     groups: Array | None
-    ordered: bool
     encoder: Encoder
     target: str | tuple[str, ...]
     ignored: tuple[str, ...]
-    separator: str | None
-    decimal: str | None
-    encoding: str | None
+    options: TableOptions
     notes: tuple[str, ...]
     zero_based: bool | None = None
 
@@ -75,27 +56,15 @@ def load_rows(
     features: int | None = None,
     noise: float | None = None,
 ) -> Rows:
-    """Return the rows of a data set to tune by folds.
+    """Return the rows of a data set to tune by folds, the share `test` of them set aside; other options are `load`'s.
 
     Fill values and categories are those of the rows that are returned; folds share them, but scale columns by their own
     training rows. A category that a fold does not train on has no influence there.
 
-    Args:
-        name: as of `load`.
-        options: what is done with columns.
-        task: "regression" or "classification"; None: by the targets.
-        test: fraction of the rows that is set aside.
-        seed: of that split, and of a synthetic set.
-        rows: of a synthetic set: see `load`.
-        features: of a synthetic set.
-        noise: of a synthetic set.
-
     Raises:
         ValueError: in one sentence, for data that cannot be used.
     """
-    options.check(name)
     require_value("test", test, "a fraction from 0 to below 1", is_number(test) and 0 <= test < 1)
-    check_synthetic(name, rows, features, noise)
     raw = read(name, options, seed, rows, features, noise)
     joined = [part for part in ("train", "val") if part in raw.parts]
     if joined:
@@ -125,13 +94,10 @@ def load_rows(
         weights=raw.weights,
         weights_test=weights_test,
         groups=groups,
-        ordered=options.ordered,
         encoder=raw.encoder or Encoder.of_numbers(raw.feature_names),
         target=raw.target,
         ignored=() if raw.columns is None else raw.columns.ignored,
-        separator=options.separator,
-        decimal=options.decimal,
-        encoding=options.encoding,
+        options=options,
         notes=(size, *raw.notes, *alike),
         zero_based=raw.zero_based,
     )

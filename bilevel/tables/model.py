@@ -24,6 +24,12 @@ from bilevel.data.table import SVMLIGHT, TABLES, Array, Table, ending, from_fram
 
 FORMAT = 1
 ARRAYS = ("weights", "intercept", "mean", "scale")
+RECORDED = (
+    *("name", "task", "loss", "target", "classes", "features", "columns", "ignored", "separator", "decimal"),
+    *("zero_based", "encoding", "formula", "link", "summary", "versions"),
+)
+"""What model.json holds, in its order; MADE is no attribute, and LATER is missing in older files."""
+MADE, LATER = ("features", "columns", "formula", "link"), ("separator", "zero_based", "encoding")
 FORMULA = "z = ((X - mean) / scale) @ weights.T + intercept"
 LINKS = {
     "Squared": "prediction = z",
@@ -103,28 +109,13 @@ class TableModel:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = io.BytesIO()
         np.savez(arrays, weights=self.weights, intercept=self.intercept, mean=self.mean, scale=self.scale)
-        record = {
-            "format": FORMAT,
-            "name": self.name,
-            "task": self.task,
-            "loss": self.loss,
-            "target": self.target if isinstance(self.target, str) else list(self.target),
-            "classes": None if self.classes is None else list(self.classes),
-            "features": list(self.encoder.features),
-            "columns": self.encoder.to_list(),
-            "ignored": list(self.ignored),
-            "separator": self.separator,
-            "decimal": self.decimal,
-            "zero_based": self.zero_based,
-            "encoding": self.encoding,
-            "formula": FORMULA,
-            "link": LINKS[self.loss],
-            "summary": self.summary,
-            "versions": dict(self.versions),
-        }
+        made: dict[str, Any] = {"features": self.encoder.features, "columns": self.encoder.to_list()}
+        made |= {"formula": FORMULA, "link": LINKS[self.loss], "versions": dict(self.versions)}
+        record = {key: made[key] if key in made else getattr(self, key) for key in RECORDED}
         files = [folder / "model.npz", folder / "model.json"]
         write_whole(files[0], arrays.getvalue())
-        write_whole(files[1], json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        text = json.dumps({"format": FORMAT} | record, indent=2, allow_nan=False, ensure_ascii=False)
+        write_whole(files[1], f"{text}\n")
         return files
 
     @classmethod
@@ -135,8 +126,7 @@ class TableModel:
         if not path.is_dir() and path.name not in ("model.npz", "model.json"):
             raise ValueError(f"{path} is no model: name the folder with model.npz and model.json, or one of both.")
         record = read_json(folder / "model.json")
-        good = isinstance(record, dict) and record.get("loss") in LINKS
-        if not good:
+        if not isinstance(record, dict) or record.get("loss") not in LINKS:
             inside = sorted(str(file.parent) for file in folder.glob("*/model.json"))
             hint = f": it has {', '.join(inside)}" if inside else ": `bilevel tune` writes one"
             raise ValueError(f"{folder} holds no model.json that bilevel wrote{hint}.")
@@ -145,20 +135,12 @@ class TableModel:
         try:
             with np.load(folder / "model.npz", allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in ARRAYS}
-            encoder, classes = Encoder.from_list(record["columns"]), record["classes"]
-            fields = {key: record[key] for key in ("name", "loss", "task", "decimal", "summary", "versions")}
-            target = record["target"]
-            model = cls(
-                **fields,
-                **arrays,
-                target=tuple(target) if isinstance(target, list) else target,
-                encoder=encoder,
-                classes=None if classes is None else tuple(classes),
-                ignored=tuple(record["ignored"]),
-                separator=record.get("separator"),
-                zero_based=record.get("zero_based"),
-                encoding=record.get("encoding"),
-            )
+            encoder = Encoder.from_list(record["columns"])
+            held: dict[str, Any] = {
+                key: record.get(key) if key in LATER else record[key] for key in RECORDED if key not in MADE
+            }
+            held = {key: tuple(value) if isinstance(value, list) else value for key, value in held.items()}
+            model = cls(**held, **arrays, encoder=encoder)
         except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"the model in {folder} cannot be read ({type(error).__name__}): tune again.") from error
         outputs = () if isinstance(model.target, str) else (len(model.target),)
@@ -194,10 +176,8 @@ class TableModel:
         notes: tuple[str, ...] = ()
         X, _, zero_based = load_svmlight(source, path, self.zero_based)
         if X.shape[1] > features:
-            raise ValueError(
-                f"{source!r} does not fit the {features} features of the model: it has {X.shape[1]}, the first of "
-                f"which is column {0 if zero_based else 1}."
-            )
+            has = f"it has {X.shape[1]}, the first of which is column {0 if zero_based else 1}"
+            raise ValueError(f"{source!r} does not fit the {features} features of the model: {has}.")
         if self.zero_based is None and not zero_based and X.shape[1] < features:
             notes = ("no row has a column 0: 1 is taken for the first, as the model was not made of such a file",)
         X.resize(X.shape[0], features)

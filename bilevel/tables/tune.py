@@ -118,7 +118,7 @@ def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None 
     data = LinearData.of(X, rows.y, rows.weights, loss=loss, standardize=scaled)
     penalties = _penalties(options, rows, len(data.y) if several else loss.outputs(data.y))
     folds = _folds(rows, options)
-    dependent = "ordered in time" if rows.ordered else "grouped" if rows.groups is not None else None
+    dependent = "ordered in time" if rows.options.ordered else "grouped" if rows.groups is not None else None
     # The rows of a hold-out lie in several of the outer folds, each of which keeps some of them.
     other = replace(options, folds=options.folds + 1, seed=options.seed + 1)
     pairs = _folds(rows, other)[1:2] if options.criterion == "holdout" else folds
@@ -175,17 +175,17 @@ def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
     most = len(rows.y) if rows.groups is None else len(np.unique(rows.groups))
     if most < 2:
         raise ValueError(f"tuning by folds needs at least 2 {'rows' if rows.groups is None else 'groups'}, got {most}.")
-    labels = rows.y if rows.classes is not None and rows.groups is None and not rows.ordered else None
+    labels = rows.y if rows.classes is not None and rows.groups is None and not rows.options.ordered else None
     folds = make_folds(
         *(len(rows.y), min(options.folds, most)),
         labels=labels,
-        groups=None if rows.ordered else rows.groups,
-        ordered=rows.ordered,
+        groups=None if rows.options.ordered else rows.groups,
+        ordered=rows.options.ordered,
         seed=options.seed,
     )
     for number, (train, _) in enumerate(folds, 1):
         if rows.classes is not None and len(lacking := np.setdiff1d(rows.y, rows.y[train])):
-            why = "folds are blocks of rows in time" if rows.ordered else "folds are whole groups"
+            why = "folds are blocks of rows in time" if rows.options.ordered else "folds are whole groups"
             remedy = "name other groups, split at random, or take fewer folds"
             if labels is not None:
                 why = f"it has {np.count_nonzero(rows.y == lacking[0])} in all"
@@ -209,21 +209,10 @@ def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected, unit
     coef, intercept = (part.double().cpu().numpy() for part in (selected.coef, selected.intercept))
     if rows.y.ndim == 2:
         coef, intercept = unit[:, None] * coef, unit * intercept
-    return TableModel(
-        name=name,
-        loss=type(criterion.loss).__name__,
-        task="regression" if rows.classes is None else rows.task,
-        weights=coef * scale,
-        intercept=intercept + coef @ mean,
-        mean=mean,
-        scale=scale,
-        encoder=rows.encoder,
-        classes=None if rows.classes is None else tuple(map(plain, rows.classes)),
-        target=rows.target,
-        ignored=rows.ignored,
-        separator=rows.separator,
-        decimal=rows.decimal,
-        encoding=rows.encoding,
-        zero_based=rows.zero_based,
-        summary=selected.summary,
-    )
+    task = "regression" if rows.classes is None else rows.task
+    classes = None if rows.classes is None else tuple(map(plain, rows.classes))
+    same: dict[str, Any] = {key: getattr(rows, key) for key in ("encoder", "target", "ignored", "zero_based")}
+    same |= {key: getattr(rows.options, key) for key in ("separator", "decimal", "encoding")}
+    arrays = {"weights": coef * scale, "intercept": intercept + coef @ mean, "mean": mean, "scale": scale}
+    loss = type(criterion.loss).__name__
+    return TableModel(name, loss, task, **arrays, classes=classes, summary=selected.summary, **same)

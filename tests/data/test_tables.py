@@ -15,9 +15,8 @@ from helpers import Frame
 
 from bilevel.data import Dataset, load
 from bilevel.data.columns import Encoder
-from bilevel.data.read import TableOptions
 from bilevel.data.rows import load_rows
-from bilevel.data.table import Table
+from bilevel.data.table import Table, TableOptions
 
 ROWS = 40
 SIZE = [None if row == 3 else row * 0.5 for row in range(ROWS)]
@@ -347,7 +346,7 @@ def test_parquet_is_read_or_its_package_named(tmp_path: Path) -> None:
 def test_rows_to_fold_keep_their_order_and_their_test_part(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", COLUMNS | {"site": [f"s{row % 5}" for row in range(ROWS)]})
     rows = load_rows(path, TableOptions(target="y", groups="site"), test=0.2)
-    assert (len(rows.y), rows.target, rows.ordered) == (32, "y", False)
+    assert (len(rows.y), rows.target, rows.options.ordered) == (32, "y", False)
     assert rows.groups is not None
     assert set(rows.groups) == {f"s{int(4 * y) % 5}" for y in rows.y}
     assert len(set(rows.groups)) == 4
