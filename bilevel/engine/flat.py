@@ -80,7 +80,8 @@ def flat_run(
     kernels, size, recording = inner.kernels() if solver.follows_coefficients else None, inner.problem.batch, None
     limit, tol = solver.limits(tree.leaves(first.params)[0].dtype)
     if kernels is None and solver.follows_coefficients and not directions and not (tol and inner.problem.variation):
-        kernels = recording = recorded(inner, first.params, first.index, limit)
+        tail = min(length(limit), limit)
+        kernels = recording = recorded(inner, first.params, first.index, limit, tail if kept else math.isqrt(tail) + 1)
     if kernels is None or (directions and size is not None):
         return None
     counts = inner.counts.copy()

@@ -27,7 +27,7 @@ from bilevel.oracles.recording import NotRecordedError, Part, between, record
 from bilevel.oracles.tracing import signature
 
 HELD = 2**24
-"""Bytes that gradients may leave behind for products over a whole run; beyond that products make them again."""
+"""Bytes that gradients may leave behind for products that are still to come; beyond that products make them again."""
 STACK = 2**17
 """Numbers in the largest stack that sums of ``C' v`` make."""
 FEW = 16
@@ -103,6 +103,8 @@ class Cut:
         after = [node for node in between(module, {*bound, v, *given}, [product]) if takes[node] & V]
         inputs = dict.fromkeys(each for node in after for each in node.all_input_nodes)
         left = [each for each in inputs if moves(each) and not takes[each] & V and each.op == "call_function"]
+        held = {node.meta["val"].untyped_storage()._cdata: node.meta["val"].untyped_storage() for node in left}
+        self.left = sum(each.nbytes() for each in held.values())
         self.gradient = Part(module, bound, given, [gradient], into=True)
         self.leaving = Part(module, bound, given, [gradient, *left], into=True)
         self.product = Part(module, bound, [v, *given], [product], into=True)
@@ -115,7 +117,6 @@ class Cut:
         """Whether products with C' are the same whatever the batch."""
         values = [node.meta["val"] for node in self.cross.nodes if depends[node] & (X | V) and "val" in node.meta]
         self.stack = max(1, STACK // max([self.raveler.size, *(value.numel() for value in values)]))
-        self.left = sum(node.meta["val"].nbytes for node in left)
         for node in module.graph.nodes:
             node.meta.clear()  # or they would hold the numbers of the recording
 
@@ -179,11 +180,12 @@ class CutKernels(Kernels):
         inner: the bound problem.
         steps: of the run.
         first: the index of its first step, whose batch it sees where steps have batches of their own.
+        held: of how many steps at once products are still to come.
     """
 
     form = "recorded"
 
-    def __init__(self, cut: Cut, inner: Any, steps: int, first: int) -> None:
+    def __init__(self, cut: Cut, inner: Any, steps: int, first: int, held: int) -> None:
         self.cut, self.inner, self._first, self._next, self._last = cut, inner, first, first, first + steps - 1
         problem, leaves = inner.problem, tree.leaves(inner.hparams)
         bound = [*cut.once.function()(*leaves), *leaves]
@@ -191,7 +193,7 @@ class CutKernels(Kernels):
         self._batch, self._sampled = tensors(view.minibatch), view is not problem
         self._kind = signature(view.minibatch)
         left = cut.left + (sum(each.nbytes for each in self._batch) if self._sampled else 0)
-        self._leaves = steps * left <= HELD
+        self._leaves = held * left <= HELD
         self._gradient = (cut.leaving if self._leaves else cut.gradient).function(*bound)
         self._product = (cut.after if self._leaves else cut.product).function(*bound)
         self._cross = cut.cross.function(*bound)
@@ -285,7 +287,7 @@ def _largest(values: Tensor) -> float:
     return float(values.nan_to_num(0.0, 0.0, 0.0).abs().max()) if values.numel() else 0.0
 
 
-def recorded(inner: Any, params: Tree, first: int, steps: int) -> CutKernels | None:
+def recorded(inner: Any, params: Tree, first: int, steps: int, held: int) -> CutKernels | None:
     """Return the kernels of a loss as it is written; None for losses with kernels of their own, and where none pay.
 
     Where the loss cannot be recorded, ``inner.refused`` says why.
@@ -295,6 +297,7 @@ def recorded(inner: Any, params: Tree, first: int, steps: int) -> CutKernels | N
         params: where the run begins.
         first: the index of its first step.
         steps: how many it takes.
+        held: of how many steps at once products are still to come.
     """
     problem, traces, leaves = inner.problem, inner.problem.traces, tree.leaves(params)
     alike = len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1 and leaves[0].is_floating_point()
@@ -311,7 +314,7 @@ def recorded(inner: Any, params: Tree, first: int, steps: int) -> CutKernels | N
         try:
             if problem.traced_inner is None:
                 return None
-            kernels = _agreeing(key, inner, view, params, first, steps)
+            kernels = _agreeing(key, inner, view, params, first, steps, held)
         except Exception as error:
             traces.refused[key] = str(error).splitlines()[0]
         else:
@@ -320,11 +323,11 @@ def recorded(inner: Any, params: Tree, first: int, steps: int) -> CutKernels | N
     return None
 
 
-def _agreeing(key: Any, inner: Any, view: Any, params: Tree, first: int, steps: int) -> CutKernels:
+def _agreeing(key: Any, inner: Any, view: Any, params: Tree, first: int, steps: int, held: int) -> CutKernels:
     cuts, x = inner.problem.traces.cuts, tree.Raveler(params).ravel(params)
     for known in dict.fromkeys((cuts.get(key), None)):  # what the loss holds may have been replaced since
         cuts[key] = cut = known or Cut(view, params, inner.hparams)
-        kernels = CutKernels(cut, inner, steps, first)
+        kernels = CutKernels(cut, inner, steps, first, held)
         if kernels.agrees(x):
             return kernels
     raise NotRecordedError("its numbers depend on more than its arguments")

@@ -55,7 +55,7 @@ class Folding:
                 one = self._make(aten.ones.default, [], dtype=value.dtype, device=value.device)
                 return self._times(args[0], self._make(target, one, *args[1:]))
         if node.kwargs or len(args) != 2:
-            return node
+            return self._total(node) if target is aten.sum.default and not node.kwargs else node
         a, b = args
         if target in TIMES:
             return self._times(a, b)
@@ -115,6 +115,29 @@ class Folding:
                 if again is b:  # both of its uses become one
                     return self._make(aten.add.Tensor, rest, b, alpha=2)
         return node
+
+    def _total(self, node: fx.Node) -> fx.Node:
+        """Return the sum of a product of two tensors with numbers: the numbers times their dot product."""
+        whole: Any = node.args[0].meta["val"]  # type: ignore[union-attr]
+        vectors, scale, parts = [], 1.0, [node.args[0]]
+
+        def fits(part: Any) -> bool:
+            value = part.meta["val"] if isinstance(part, fx.Node) else None
+            return value is None or value.dim() == 0 or _kind(value) == _kind(whole)
+
+        while parts:
+            part: Any = parts.pop()
+            if isinstance(part, fx.Node) and part.target in TIMES and all(map(fits, part.args)):
+                parts += part.args
+            elif isinstance(part, fx.Node) and part.meta["val"].dim() > 0:
+                vectors.append(part)
+            else:
+                scale = part if scale == 1.0 else self._times(scale, part)
+        if len(vectors) != 2 or not all(map(fits, vectors)) or not all(v.meta["val"].is_contiguous() for v in vectors):
+            return node
+        flat = [v if whole.dim() == 1 else self._make(aten.view.default, v, [-1]) for v in vectors]
+        total = self._make(aten.dot.default, *flat)
+        return total if scale == 1.0 else self._times(total, scale)
 
     def _factors(self, node: Any) -> tuple[Any, Any] | None:
         """Return the factors of a product, the one of the higher level first; None where both are of one."""

@@ -87,10 +87,10 @@ def check_scalar(what: str, loss: Callable[..., Tensor], params: Tree, hparams: 
     return value
 
 
-def partial_gradients(what: str, loss: Tensor, roots: Tree) -> list[Tensor | None]:
-    """Return the gradient of a loss by each leaf, None for a leaf that is not in its graph."""
+def partial_gradients(what: str, loss: Tensor, roots: Tree, graph: bool = False) -> list[Tensor | None]:
+    """Return the gradient of a loss by each leaf, None for a leaf not in its graph; with its own `graph` on demand."""
     with explained(f"`{what}`"):
-        return list(torch.autograd.grad(loss, tree.leaves(roots), allow_unused=True))
+        return list(torch.autograd.grad(loss, tree.leaves(roots), allow_unused=True, create_graph=graph))
 
 
 def check_use(by_inner: list[Tensor | None], by_outer: list[Tensor | None], params: Tree) -> None:
@@ -169,8 +169,11 @@ def _check_losses(problem: Losses, params: Tree, hparams: Tree, reads: Reads | N
         x = problem.trainable(params)
         by_outer, cut = partial_gradients("outer_loss", outer, (x, hparams)), len(tree.leaves(x))
         if problem.optimality is None:
-            check_use(partial_gradients("inner_loss", inner, x), by_outer[:cut], x)
-        gradient = problem.gradient_graph(x, hparams)
+            by_inner = partial_gradients("inner_loss", inner, x, graph=True)
+            check_use(by_inner, by_outer[:cut], x)
+            gradient = [part for part in by_inner if part is not None]
+        else:
+            gradient = problem.gradient_graph(x, hparams)
         if problem.nonsmooth is not None:
             problem.nonsmooth.check(params, hparams)
             gradient = [*tree.leaves(gradient), check_scalar("nonsmooth.value", problem.nonsmooth.value, x, hparams)]

@@ -33,6 +33,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
     "used elsewhere": (lambda x, v, u: (v * x).exp() + (v * x) * u, ["mul", "exp", "addcmul"]),
     "of one level": (lambda x, v, u: v * v.sin() - v.cos(), ["sin", "mul", "cos", "sub"]),
     "whole numbers": (lambda x, v, u: v * (torch.arange(4) * 2 + 1), ["mul"]),
+    "dot": (lambda x, v, u: (v * (2.0 * x)).sum() * u, ["dot", "mul"]),
+    "dot of matrices": (lambda x, v, u: (v.view(2, 2) * x.view(2, 2)).sum() * u, ["view", "view", "dot", "mul"]),
     "other shapes": (lambda x, v, u: (v.sum() * u) * x[:, None] + C, ["sum", "addcmul"]),
 }
 
