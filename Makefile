@@ -13,8 +13,8 @@ demo: .venv/.demo  ## two models with three hypergradient estimators, compared; 
 	$(BIN)/bilevel compare configs/quickstart.yaml
 	$(BIN)/bilevel tune configs/tune.yaml
 
-test: .venv/.dev  ## the whole test suite, a process for each core
-	$(BIN)/python -m pytest -n auto --dist worksteal
+test: .venv/.dev  ## the test suite, a process for each core; ARGS=--whole: every row of its tables
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 coverage: .venv/.dev  ## the whole test suite with the lines of bilevel/ that it runs: fails below 95 %
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov=bilevel --cov-report=term:skip-covered --cov-fail-under=95

@@ -155,6 +155,7 @@ class IdentityHessian(bl.HypergradEstimator):
         return end.solution(solved, pullback)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("params", ["tensor", "0-d", "dict"])
 @pytest.mark.parametrize(
     "estimator", [bl.FullUnroll(), bl.FullUnroll(memory="graph"), bl.FullUnroll(mode="forward")], ids=repr

@@ -72,6 +72,7 @@ def random_pair(truth: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_proved_holds_for_random_problems_and_pairs(family: str, seed: int) -> None:
@@ -300,6 +301,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", ["ridge", "logistic", "softmax"])

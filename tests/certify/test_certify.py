@@ -43,6 +43,7 @@ def estimated(problem: Any, solver: Any, estimator: Any, hparams: Any, params: A
     return estimate, found
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_estimate_is_within_a_tenth_and_a_hundred_times_the_true_error(

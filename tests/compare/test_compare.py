@@ -805,6 +805,7 @@ SOLVERS_OF_A_BATCH = [
 ]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("solver", SOLVERS_OF_A_BATCH, ids=describe)
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.NAdam, torch.optim.ASGD], ids=lambda o: o.__name__)
 def test_the_states_of_members_are_those_of_single_runs_and_make_the_batch_again(solver: Any, optimizer: Any) -> None:

@@ -33,6 +33,7 @@ def made(loss: GLMLoss, rows: int, features: int, **options: Any) -> LinearData:
     return LinearData.of(X, y, weights, loss=loss, **options)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize(("rows", "features"), [(40, 5), (18, 26)])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)

@@ -25,6 +25,7 @@ def same(one: bl.Estimate, other: bl.Estimate) -> None:
     assert one.outer_loss == other.outer_loss
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("cls", UNROLLED, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("steps", [1, 2, 4, 19])
 def test_checkpoints_give_the_numbers_of_stored_iterates_bit_for_bit(cls: type, steps: int) -> None:

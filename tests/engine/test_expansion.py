@@ -76,6 +76,7 @@ def quadratic(curvatures: list[float]) -> bl.BilevelProblem:
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize(
     ("curvatures", "solver"),

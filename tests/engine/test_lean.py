@@ -94,6 +94,7 @@ def some(cases: Iterable[Any], of: int, name: str, method: str) -> list[Any]:
     return [case for index, case in enumerate(cases) if (index + shift) % of == 0]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_on_flat_vectors_is_the_run_of_its_steps(name: str, method: str) -> None:
@@ -132,6 +133,7 @@ def stepwise(*arguments: Any, **options: Any) -> bl.Estimate:
         return bl.hypergradient(*arguments, **options)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_to_a_tolerance_ends_where_its_steps_end(name: str, method: str) -> None:
@@ -174,6 +176,7 @@ BATCHES: dict[str, bl.BilevelProblem] = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_on_flat_vectors_are_those_of_their_steps(name: str, method: str) -> None:

@@ -130,6 +130,7 @@ def test_balanced_run_is_ten_times_better_and_knows_its_error(case: Case) -> Non
     assert 0.7 < effectivity < 20
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("budget", [30, 57, 100, 1001])
 @pytest.mark.parametrize("solver", [bl.GradientDescent(), bl.Nesterov(momentum="auto"), bl.Adam(0.1)], ids=repr)
 def test_no_budget_is_exceeded(solver: bl.InnerSolver, budget: float) -> None:

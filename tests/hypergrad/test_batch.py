@@ -43,6 +43,7 @@ ESTIMATORS = [
 ]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_a_batch_equals_a_loop_over_its_members(kind: str, estimator: Any) -> None:
@@ -68,6 +69,7 @@ SOLVERS = [
 ]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("estimator", [*ESTIMATORS[:3], bl.OneStep(), bl.Implicit()], ids=repr)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_every_memberwise_solver_runs_batches_with_steps_and_intervals_of_each_member(

@@ -99,6 +99,7 @@ def test_every_exported_estimator_and_problem_has_a_row_of_gold_options() -> Non
     assert set(PROBLEMS) == problems
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("steps", [1, 2, 9])
@@ -121,6 +122,7 @@ def test_every_full_unroll_equals_the_product_formula(case: Callable[[], Case], 
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("steps", "tail", "length"), [(12, 7, 7), (20, 0.35, 7), (10, 0.01, 1), (9, 8, 8)])
@@ -153,6 +155,7 @@ def test_a_fraction_is_the_smallest_number_of_steps_that_covers_it(steps: int) -
         assert bl.TruncatedUnroll(tail=percent / 100).length(steps) == expected
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("solver", LINEAR_SOLVERS.values(), ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_implicit_with_every_linear_solver_equals_the_dense_implicit_function_theorem(
@@ -171,6 +174,7 @@ def test_implicit_equals_the_exact_jacobian_of_the_quadratic() -> None:
     torch.testing.assert_close(expected, case.hypergradient(), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda estimator: type(estimator).__name__)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
 def test_every_estimator_agrees_with_dense_algebra_at_convergence(estimator: Any, problem: type) -> None:
@@ -195,6 +199,7 @@ def test_damping_adds_to_the_diagonal_of_the_adjoint_system_alone(damping: float
         close(at(case, bl.Newton(tol=1e-12), bl.Implicit(solver, damping=damping)), expected, 1e-10)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("linear_solver", [None, bl.CG(tol=1e-13), bl.Direct()], ids=repr)
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 @pytest.mark.parametrize("steps", [1, 2, 3])

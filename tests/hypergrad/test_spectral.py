@@ -72,6 +72,7 @@ def agree(fast: bl.Estimate, slow: bl.Estimate, tol: float = 1e-10) -> None:
         close(a, b, tol)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 40])
@@ -81,6 +82,7 @@ def test_spectral_gives_params_derivative_and_warm_start_of_the_full_unroll(prob
     agree(*(bl.hypergradient(made, run, each, u, normal(17, 5)) for each in (bl.Spectral(), bl.FullUnroll())))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("tail", [1, 7, 0.35])
@@ -188,6 +190,7 @@ def test_a_diverging_run_is_judged_as_its_steps_would_be() -> None:
         assert "try step_size=" in found[0].verdict.detail
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_sweep_of_64_hyperparameter_vectors_equals_64_calls(problem, solver) -> None:

@@ -30,6 +30,7 @@ def true_error(case: Case, found: bl.Estimate) -> float:
     return float((found.hypergradient.reshape(-1) - exact).norm() / exact.norm())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("target", [0.3, 1e-3, 1e-7])
 @pytest.mark.parametrize("name", CASES)
 def test_the_error_is_below_the_target_and_the_certificate_says_so(name: str, target: float) -> None:

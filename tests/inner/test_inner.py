@@ -75,6 +75,7 @@ def test_every_exported_inner_solver_has_a_row_of_gold_options() -> None:
     assert set(SOLVERS) == set(exported(bl, bl.InnerSolver))
 
 
+@pytest.mark.crossed
 @every_unrolled
 @every_tree
 def test_one_step_equals_the_published_formula(cls: type, tree: str) -> None:
@@ -86,6 +87,7 @@ def test_one_step_equals_the_published_formula(cls: type, tree: str) -> None:
     assert after.steps == state.steps + 1
 
 
+@pytest.mark.crossed
 @every_unrolled
 @every_tree
 @pytest.mark.parametrize("hparams", HPARAMS)
@@ -104,6 +106,7 @@ def test_step_vjp_equals_autograd_of_the_published_formula(cls: type, tree: str,
         torch.testing.assert_close(flat(got), want, rtol=0, atol=1e-11)
 
 
+@pytest.mark.crossed
 @every_unrolled
 @every_tree
 def test_step_jvp_is_the_transpose_of_step_vjp_and_equals_autograd_of_the_formula(cls: type, tree: str) -> None:
@@ -172,11 +175,9 @@ def test_momentum_methods_equal_torch_sgd_under_the_usual_change_of_variables(ne
         torch.testing.assert_close(ours, p.detach(), rtol=0, atol=1e-12)
 
 
-HALF = [(cls, problem) for i, cls in enumerate(SOLVERS) for j, problem in enumerate(PROBLEMS) if (i + j) % 2]
-"""Every solver with half of the problems, every problem with half of the solvers."""
-
-
-@pytest.mark.parametrize(("cls", "problem"), HALF, ids=lambda cls: cls.__name__)
+@pytest.mark.crossed
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
+@every_solver
 def test_it_converges_to_the_minimum_found_by_dense_newton(cls: type, problem: type) -> None:
     case, row = PROBLEMS[problem](), SOLVERS[cls]
     tol = max(row.reaches, 1e-7)
@@ -229,6 +230,7 @@ def test_warm_start_continues_from_the_iterate_with_what_the_method_remembers(cl
         assert not torch.equal(flat(warm.memory), flat(warm.params))
 
 
+@pytest.mark.crossed
 @every_solver
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_without_tolerance_exactly_the_number_of_steps_is_taken(cls: type, steps: int) -> None:
@@ -281,6 +283,7 @@ AUTOMATIC = [
 ]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("solver", AUTOMATIC, ids=repr)
 @pytest.mark.parametrize("make", [quadratic_case, ridge_case, logistic_case, tree_case])
 def test_automatic_options_are_stable_and_shown_in_the_certificate(solver: Any, make: Callable[[], Case]) -> None:

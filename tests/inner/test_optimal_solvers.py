@@ -81,6 +81,7 @@ def test_the_run_is_its_residual_polynomial_of_the_hessian(name: str, steps: int
     torch.testing.assert_close(run(problem, solver, u), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.crossed
 @every_method
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 30])
 @pytest.mark.parametrize(

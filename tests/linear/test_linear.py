@@ -50,6 +50,7 @@ def test_it_solves_positive_definite_systems_of_any_size(solver: bl.LinearSolver
     assert solution.residual == pytest.approx(float((b - matrix @ solution.x).norm() / b.norm()), rel=1e-6, abs=1e-18)
 
 
+@pytest.mark.crossed
 @every_solver
 @pytest.mark.parametrize("tree", PARAMS)
 def test_it_solves_systems_on_trees_and_returns_their_shape(solver: bl.LinearSolver, tree: str) -> None:

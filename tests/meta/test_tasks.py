@@ -95,6 +95,7 @@ def test_what_a_step_of_a_task_holds_is_its_params_and_what_autograd_keeps() -> 
     assert problem_of(adapt=["3.*"]).separate().nbytes == 8 * (5 + 5 * 4 + 5)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(("number", "recorded"), [(1, False), (2, False), (2, True), (5, True)])
 @pytest.mark.parametrize(
     ("solver", "estimator", "options"),

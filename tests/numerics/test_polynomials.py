@@ -191,6 +191,7 @@ def least_squares(
     return basis(lam)[0] @ coefficients, 1 / (u @ u)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 12, 40])
 @pytest.mark.parametrize(("alpha", "eta"), [(1.0, 1.0), (0.5, 0.1), (0.0, 1.0), (2.0, 10.0), (-0.3, 1.0), (0.0, 10.0)])
 def test_the_sobolev_polynomial_is_the_dense_minimiser(degree: int, alpha: float, eta: float) -> None:

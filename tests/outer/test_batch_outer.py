@@ -39,6 +39,7 @@ def same(result: Any, alone: list[Any], rtol: float = 1e-10) -> None:
             assert a.hypergradient_norm == pytest.approx(b.hypergradient_norm, rel=1e-7)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("optimizer", [ADAM, MOMENTUM], ids=["Adam", "SGD"])
 @pytest.mark.parametrize("estimator", [bl.Implicit(), bl.TruncatedUnroll(tail=10)], ids=repr)
 @pytest.mark.parametrize("kind", ["ridge-per_feature", "quadratic"])

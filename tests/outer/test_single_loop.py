@@ -109,6 +109,7 @@ def reached(loop: bl.SingleLoop) -> Any:
     return torch.cat([loop.params, loop.adjoint, loop.hparams]).numpy()  # type: ignore[list-item]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("scaling", ["adagrad", "none"])
 @pytest.mark.parametrize("size", [30, 32])  # 32 leaves a last batch with fewer rows
 @pytest.mark.parametrize("method", [bl.SOBA, bl.SABA])

@@ -131,6 +131,7 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("spoil", [interrupt, to_nan])
 @pytest.mark.parametrize("kind", KINDS)

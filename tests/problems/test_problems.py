@@ -119,6 +119,7 @@ def test_rebind_takes_no_second_data_pass_for_the_curvature(problem, monkeypatch
     point.rebind(problem.bind(at.u + 1.0)).hvp(at.v)
 
 
+@pytest.mark.crossed
 @over(PROBLEMS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_curvature_contains_the_spectrum(factory, seed):

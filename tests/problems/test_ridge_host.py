@@ -33,6 +33,7 @@ def at(problem: bl.BilevelProblem, u: Tensor, estimator: bl.HypergradEstimator |
     return bl.hypergradient(problem, bl.HeavyBall(), estimator or bl.ClosedForm(), u, **options)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("penalty", ["scalar", "per_feature"])
 @pytest.mark.parametrize("options", [{}, {"parametrization": "direct"}, {"loss": "sum"}])
 @pytest.mark.parametrize("shape", [(60, 7, 40), (60, 7, 4), (9, 14, 20), (50, 40, 45)])

@@ -21,6 +21,7 @@ def shapes(value):
     return {label: np.shape(each) for label, each in value.items()} if isinstance(value, dict) else np.shape(value)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("y", [TWO, THREE], ids=["two", "three"])
 @pytest.mark.parametrize("l1_ratios", [None, (0,)])
