@@ -14,7 +14,7 @@ from bilevel.base import InnerSolver, describe
 from bilevel.check import check_problem
 from bilevel.cli.threads import chosen_threads
 from bilevel.config import ConfigError, load_plan
-from bilevel.core.options import first_line
+from bilevel.core.options import first_line, suggest
 from bilevel.core.threads import short_operations
 from bilevel.core.tracebacks import told
 from bilevel.core.tree import Tree
@@ -60,7 +60,8 @@ def _of_config(path: str, name: str, allow_import: bool) -> list[Named]:
     """Return the problems of a config, on the split of its first seed, or the one that is named."""
     plan = load_plan(path, allow_import=allow_import)
     if name and name not in plan.problems:
-        raise ConfigError(f"{path} has no problem {name!r}, only {', '.join(plan.problems)}.")
+        hint = suggest(name, plan.problems)
+        raise ConfigError(f"{path} has no problem {name!r}, only {', '.join(plan.problems)}{hint}")
     made = {each: plan.problems[each](plan.seeds[0]) for each in plan.problems if not name or each == name}
     return [Named(f"{path}:{each}", setup.problem, setup.hparams, plan.solver) for each, setup in made.items()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from argparse import Namespace
@@ -12,9 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bilevel.cli.threads import chosen_threads
-from bilevel.compare import RunFolderError, describe_environment, locked
-from bilevel.compare.folder import ELSEWHERE, check_names, expanded
-from bilevel.compare.ownership import earlier_names
+from bilevel.compare import describe_environment, locked
+from bilevel.compare.folder import check_names, expanded, held_mark
 from bilevel.config.curse import load_experiment
 from bilevel.config.document import ConfigError
 from bilevel.core.files import read_mark, remove_unfinished, write_mark, write_whole
@@ -46,11 +44,7 @@ def run_curse(arguments: Namespace) -> int:
 def _checked(folder: Path, names: Sequence[str]) -> Path:
     """Return a folder that is new, or holds outcomes of earlier experiments and nothing that these would write over."""
     folder = expanded(folder)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise RunFolderError(f"{folder} is a file: {ELSEWHERE}.")
-    mark = read_mark(folder)
-    if (mark is not None and mark["kind"] != "curse") or (mark is None and earlier_names(folder)):
-        raise RunFolderError(f"{folder} holds a run of `bilevel compare` or `bilevel tune`: {ELSEWHERE}.")
+    mark = held_mark(folder, "curse")
     owned = owned_names(folder) if mark is None else mark["writes"]
     check_names(folder, written_names(names), owned, "`bilevel curse`")
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import textwrap
 from argparse import Namespace
@@ -19,11 +18,11 @@ import yaml
 from tabulate import tabulate
 
 from bilevel.cli.threads import chosen_threads
-from bilevel.compare import RunFolderError, describe_environment, locked
-from bilevel.compare.environment import versions
-from bilevel.compare.folder import ELSEWHERE, check_names, expanded
+from bilevel.compare import describe_environment, locked
+from bilevel.compare.folder import check_names, expanded, held_mark
 from bilevel.config.document import ConfigError
 from bilevel.config.folds import FoldsPlan, TableSetup
+from bilevel.core.environment import versions
 from bilevel.core.files import read_json, read_mark, remove_unfinished, write_mark, write_whole
 from bilevel.core.threads import short_operations
 from bilevel.data.columns import listed
@@ -130,12 +129,7 @@ def run_predict(arguments: Namespace) -> int:
 def _checked(folder: Path, names: list[str]) -> Path:
     """Return a folder that is new, or holds what an earlier run of this command wrote."""
     folder = expanded(folder)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise RunFolderError(f"{folder} is a file: {ELSEWHERE}.")
-    mark = read_mark(folder)
-    if mark is not None and mark["kind"] != "tune":
-        what = {"run": "of a config with a solver"}.get(mark["kind"], f"of `bilevel {mark['kind']}`")
-        raise RunFolderError(f"{folder} holds the results {what}: {ELSEWHERE}.")
+    mark = held_mark(folder, "tune")
     check_names(folder, names, [] if mark is None else mark["writes"], "this command")
     return folder
 

@@ -1,6 +1,5 @@
 """The comparison: estimators x problems x seeds inside one outer loop, resumable, with tables and figures."""
 
-from bilevel.compare.environment import describe_environment as describe_environment
 from bilevel.compare.figures import draw_figures as draw_figures
 from bilevel.compare.folder import RunFolder as RunFolder
 from bilevel.compare.folder import RunFolderError as RunFolderError
@@ -14,4 +13,5 @@ from bilevel.compare.summary import summarize as summarize
 from bilevel.compare.summary import tables as tables
 from bilevel.compare.tuning import tune_beside as tune_beside
 from bilevel.compare.tuning import tuning_table as tuning_table
+from bilevel.core.environment import describe_environment as describe_environment
 from bilevel.outer import OuterOptions as OuterOptions

@@ -21,7 +21,6 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from bilevel.compare.environment import versions
 from bilevel.compare.ownership import (
     CHANGED,
     EARLY,
@@ -34,6 +33,7 @@ from bilevel.compare.ownership import (
     of_numbers,
 )
 from bilevel.compare.plan import Cell, Plan
+from bilevel.core.environment import versions
 from bilevel.core.files import misplaced, read_json, read_mark, remove_files, remove_unfinished, write_mark, write_whole
 
 ELSEWHERE = "give another place with --out DIR"
@@ -63,9 +63,8 @@ def locked(path: Path) -> Iterator[None]:
         lock = FileLock(path / LOCK, is_singleton=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise RunFolderError(
-            f"another process is writing to {path}: wait until it has ended, or {ELSEWHERE}."
-        ) from None
+        busy = f"another process is writing to {path}"
+        raise RunFolderError(f"{busy}: wait until it has ended, or {ELSEWHERE}.") from None
     except OSError as error:
         raise RunFolderError(_unusable(path, error)) from error
     try:
@@ -84,6 +83,18 @@ def check_names(folder: Path, names: Sequence[str], owned: Sequence[str], writer
         raise RunFolderError(f"{folder} holds {foreign[0]}, but nothing says that {writer} wrote it: {ELSEWHERE}.")
     if hindrance := misplaced(folder, names):
         raise RunFolderError(f"{hindrance}, where this command writes: move it away, or {ELSEWHERE}.")
+
+
+def held_mark(folder: Path, kind: str) -> dict[str, Any] | None:
+    """Return the mark of an output folder, None where it has none; refuse what is no folder, and other results."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise RunFolderError(f"{folder} is {'a file' if folder.exists() else 'a link to nothing'}: {ELSEWHERE}.")
+    mark = read_mark(folder)
+    held = mark["kind"] if mark is not None else "run" if earlier_names(folder) else kind
+    if held != kind:
+        whose = "`bilevel compare`, or of `bilevel tune` with a solver" if held == "run" else f"`bilevel {held}`"
+        raise RunFolderError(f"{folder} holds the results of {whose}: {ELSEWHERE}.")
+    return mark
 
 
 def unwritten(error: OSError) -> str:
@@ -174,20 +185,12 @@ class RunFolder:
         Raises:
             RunFolderError: for files that no run of this program wrote, and results of another config, data or classes.
         """
-        if not os.path.lexists(self.path):
-            return
-        if not self.path.is_dir():
-            what = "a file" if self.path.exists() else "a link to nothing"
-            raise RunFolderError(f"{self.path} is {what}: {ELSEWHERE}.")
-        mark, earlier = read_mark(self.path), earlier_names(self.path)
-        if mark is not None and mark["kind"] != "run":
-            raise RunFolderError(f"{self.path} holds the results of `bilevel {mark['kind']}`: {ELSEWHERE}.")
+        mark, earlier = held_mark(self.path, "run"), earlier_names(self.path)
         theirs = [name for name in names(self.cells) if os.path.lexists(self.path / name)]
         if theirs and not earlier:
             unproven = f"holds {theirs[0]}, but nothing says that a run of this program wrote it"
             raise RunFolderError(f"{self.path} {unproven}: {ELSEWHERE}.")
-        hindrance = misplaced(self.path, {*names(self.cells), *earlier})
-        if hindrance:
+        if hindrance := misplaced(self.path, {*names(self.cells), *earlier}):
             raise RunFolderError(f"{hindrance}, where this run writes: move it away, or {ELSEWHERE}.")
         if earlier:
             self._check_earlier(fresh, mark or {})
@@ -209,8 +212,7 @@ class RunFolder:
             return
         if not isinstance(held, dict):
             raise RunFolderError(f"{self.path}/config.yaml cannot be read: {remedy}")
-        difference = first_difference(held, dict(self.config))
-        if difference:
+        if difference := first_difference(held, dict(self.config)):
             raise RunFolderError(f"{self.path} holds the results of another configuration, {difference}: {remedy}")
         identity = mark.get("identity")
         for kind, words in CHANGED.items():

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from bilevel.compare.batched import groups, run_group
 from bilevel.compare.cells import CellRun, Row, load_cell
-from bilevel.compare.environment import describe_environment
 from bilevel.compare.folder import RunFolder, RunFolderError, RunStopped
 from bilevel.compare.plan import Cell, Plan
 from bilevel.compare.summary import summarize
 from bilevel.core import threads
+from bilevel.core.environment import describe_environment
 from bilevel.core.files import read_json
 from bilevel.core.tracebacks import outside, told
 

@@ -20,9 +20,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from bilevel import data, hypergrad, inner, linear, meta, outer, problems
 from bilevel.base import InnerSolver, LinearSolver
-from bilevel.config.document import ConfigError, listed, shown, suggest
+from bilevel.config.document import ConfigError, listed, shown
 from bilevel.config.imports import imported
-from bilevel.core.options import first_line
+from bilevel.core.options import first_line, meant, suggest
 from bilevel.core.tracebacks import told
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.problem import BilevelProblem
@@ -176,7 +176,8 @@ def check_value(value: Any, hint: Any, path: str) -> Any:
         # As JSON, because strict validation of JSON takes a list for a tuple, as YAML users must, but no "5" for a 5.
         return adapter.validate_json(json.dumps(value, default=str))
     except ValidationError:
-        raise ConfigError(f"`{path}` must be {allowed_words(hint)}, got {shown(value)}.") from None
+        allowed = allowed_words(hint)
+        raise ConfigError(f"`{path}` must be {allowed}, got {shown(value)}{meant(value, allowed)}") from None
 
 
 def make(spec: Any, kind: Kind, path: str) -> Any:

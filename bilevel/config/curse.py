@@ -11,7 +11,8 @@ from typing import Any
 
 from bilevel import curse
 from bilevel.config.build import check_value
-from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
+from bilevel.config.document import ConfigError, inside, listed, read_document, shown
+from bilevel.core.options import suggest
 from bilevel.curse import Experiment
 
 RESERVED = ("environment", "claims")
@@ -34,18 +35,14 @@ def experiments() -> dict[str, type]:
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, Experiment]:
     """Return the name of an experiment's files, by default that of its config, and the experiment."""
     path = Path(path)
-    document = read_document(path)
+    document = read_document(path, overrides)
     if "experiment" not in document and {"problems", "estimators"} & set(document):
         raise ConfigError(
             f"{path}: it has `problems` and `estimators`, but no `experiment`, so it is a config of `bilevel compare` "
             f"and `bilevel tune`: run `bilevel compare {path}`."
         )
-    try:
-        for assignment in overrides:
-            override(document, assignment)
+    with inside(f"{path}: "):
         return _made(document, path.stem)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def _made(document: dict[str, Any], stem: str) -> tuple[str, Experiment]:

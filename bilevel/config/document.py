@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bilevel.core.files import DEEP, MOST_LEVELS, GuardedLoader
-from bilevel.core.options import first_line
+from bilevel.core.options import first_line, suggest
 
 
 class ConfigError(ValueError):
@@ -136,8 +136,17 @@ def _text_of(path: Path) -> str:
     return content.decode("utf-8-sig")
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; refuse one that cannot be read or holds something else."""
+@contextmanager
+def inside(where: str) -> Iterator[None]:
+    """Let an error about a config begin with where it is; the cause, the user's own code, is raised by --debug."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from error.__cause__
+
+
+def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the mapping in a YAML file, overridden in parts; refuse one that cannot be read or is something else."""
     try:
         document = parse_yaml(_text_of(path))
     except FileNotFoundError:
@@ -154,6 +163,9 @@ def read_document(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: the file is empty: the folder configs/ has examples.")
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: the file must hold a mapping (`key: value` lines), got {shown(document)}.")
+    with inside(f"{path}: "):
+        for assignment in overrides:
+            override(document, assignment)
     return document
 
 
@@ -213,16 +225,6 @@ def shortened(sentence: str) -> str:
 
 
 MOST_OF_A_SENTENCE = 290
-
-
-def suggest(word: str, allowed: Iterable[Any]) -> str:
-    """Return the end of a sentence: a question where a word is close to an allowed one, else a full stop.
-
-    >>> suggest("stesp", ["steps", "tol"])
-    ': did you mean `steps`?'
-    """
-    close = difflib.get_close_matches(word, [str(each) for each in allowed], n=1, cutoff=0.6)
-    return f": did you mean `{close[0]}`?" if close else "."
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bilevel import data
 from bilevel.config.build import PROBLEM, check_data, located, split_spec
-from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
+from bilevel.config.document import ConfigError, inside, listed, read_document, shown
 from bilevel.config.imports import importing
 from bilevel.config.load import choose_device
-from bilevel.config.schema import Named, sentence, tunes_by_folds
-from bilevel.core.options import is_number, require_value
+from bilevel.config.schema import Named, check_form, tunes_by_folds
+from bilevel.core.options import is_number, require_value, suggest
 from bilevel.data.rows import Rows, load_rows
 from bilevel.data.table import TableOptions
 from bilevel.problems import (
@@ -87,24 +87,15 @@ def load_folds(
 ) -> FoldsPlan | None:
     """Return the plan of a config without a solver, with its data read; None for another config."""
     path = Path(path)
-    document = read_document(path)
-    document.setdefault("name", path.stem)
-    try:
-        for assignment in overrides:
-            override(document, assignment)
-        if not tunes_by_folds(document):
-            return None
-        try:
-            form = FoldsForm.model_validate(document)
-        except ValidationError as error:
-            raise ConfigError(sentence(error, document, FoldsForm)) from None
+    document = {"name": path.stem} | read_document(path, overrides)
+    if not tunes_by_folds(document):
+        return None
+    with inside(f"{path}: "), importing(allow_import, path.parent):
+        form = check_form(document, FoldsForm)
         form.device = choose_device(device or form.device)
         form.seeds = form.seeds if seed is None else [seed]
-        with importing(allow_import, path.parent):
-            problems = {name: _problem(spec, f"problems.{name}", form, jobs) for name, spec in form.problems.items()}
+        problems = {name: _problem(spec, f"problems.{name}", form, jobs) for name, spec in form.problems.items()}
         return FoldsPlan(form.name, problems, form.model_dump())
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error.__cause__
 
 
 def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
@@ -127,8 +118,8 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
         raise ConfigError(f"`{path}.data.task` is not given here, but by the problem class: leave one of both out.")
     loss = _loss(owner, given, path)
     if penalty not in PENALTIES:
-        meant = suggest(str(penalty), (*PENALTIES, *ALIASES))
-        raise ConfigError(f"`{path}.penalty` must be {' or '.join(map(repr, PENALTIES))}, got {shown(penalty)}{meant}")
+        hint = suggest(str(penalty), (*PENALTIES, *ALIASES))
+        raise ConfigError(f"`{path}.penalty` must be {' or '.join(map(repr, PENALTIES))}, got {shown(penalty)}{hint}")
     try:
         _check_mappings(path, groups, class_weight)
         hints = get_type_hints(data.load)
@@ -198,10 +189,10 @@ def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss 
     width = given.pop("width", None)
     if given:
         key = next(iter(given))
-        meant = suggest(key, KEYS)
-        if meant == ".":
-            meant = ": the search needs no start; other options need a `solver` and `estimators`."
-        raise ConfigError(f"`{path}.{key}` is not an option where folds are tuned ({listed(KEYS)}){meant}")
+        hint = suggest(key, KEYS)
+        if hint == ".":
+            hint = ": the search needs no start; other options need a `solver` and `estimators`."
+        raise ConfigError(f"`{path}.{key}` is not an option where folds are tuned ({listed(KEYS)}){hint}")
     try:
         loss = Huber(**({} if width is None else {"width": width})) if owner is HuberProblem else owner.glm
     except (ValueError, TypeError) as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch.distributions import constraints as dist_constraints
 
 from bilevel import data
 from bilevel.compare import Plan
-from bilevel.compare.environment import package_version
 from bilevel.config.build import (
     ESTIMATOR,
     OPTIMIZER,
@@ -30,10 +28,12 @@ from bilevel.config.build import (
     options_of,
     split_spec,
 )
-from bilevel.config.document import ConfigError, listed, override, read_document, shown, suggest
+from bilevel.config.document import ConfigError, inside, listed, read_document, shown
 from bilevel.config.imports import importing
 from bilevel.config.schema import ConfigForm, OuterForm, TuningForm, check_form, tunes_by_folds
 from bilevel.config.setups import DataSetup, ProblemSetup, digest_of
+from bilevel.core.environment import package_version
+from bilevel.core.options import suggest
 from bilevel.engine.checks import read_by_steps
 from bilevel.oracles.autograd_errors import DerivativeError
 from bilevel.outer import OuterOptions, ToleranceSchedule, WarmStart
@@ -41,17 +41,16 @@ from bilevel.outer.search import OuterSearch
 from bilevel.problems import DataProblem
 
 NOT_IN_DATA = frozenset({"seed", "device", "dtype", "task"})
-"""Options of `data.load` that a config states elsewhere."""
-
-
 ELSEWHERE = frozenset({"seed", "device"})
-"""Options by which a problem makes its own data; a config states them elsewhere."""
+"""Options of `data.load`, and those by which a problem makes its own data, that a config states elsewhere."""
+TUNING = "in `tuning`: "
+"""How an error about the tuning table begins."""
 
 
 def choose_device(name: str) -> str:
     """Return the device that "auto" (CUDA where there is one), "cpu" or "cuda" stands for; refuse one not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"the device must be auto, cpu or cuda, got {name!r}.")
+    if name not in (known := ("auto", "cpu", "cuda")):
+        raise ConfigError(f"the device must be auto, cpu or cuda, got {name!r}{suggest(name, known)}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("the device cuda was asked for, but torch sees no CUDA device: use --device cpu.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -76,32 +75,25 @@ def load_plan(
         ConfigError: about the first mistake, in one sentence that names the file and the place in it.
     """
     path = Path(path)
-    document = read_document(path)
+    document = {"name": path.stem} | read_document(path, overrides)
     if "experiment" in document and not {"problems", "estimators"} & set(document):
         what = "it names an `experiment`, so it is a config of `bilevel curse`"
         raise ConfigError(f"{path}: {what}: run `bilevel curse {path}`.")
-    document.setdefault("name", path.stem)
-    try:
-        for assignment in overrides:
-            override(document, assignment)
-        if tunes_by_folds(document):
-            what = "it names no `solver` and `estimators`, so it is a config of `bilevel tune`"
-            raise ConfigError(f"{what}: run `bilevel tune {path}`.")
-        form = check_form(document)
+    if tunes_by_folds(document):
+        what = "it names no `solver` and `estimators`, so it is a config of `bilevel tune`"
+        raise ConfigError(f"{path}: {what}: run `bilevel tune {path}`.")
+    with inside(f"{path}: "), importing(allow_import, path.parent) as sources:
+        form = check_form(document, ConfigForm)
         form.device = choose_device(device or form.device)
         if seed is not None:
             form.seeds = [seed + offset for offset in range(len(form.seeds))]
-        with importing(allow_import, path.parent) as sources:
-            plan = _plan(form)
-            _check_fit(plan)
-            if plan.tuning is not None:
-                with _in_tuning():
-                    _check_fit(plan.tuning)
-            plan = _reduced(form, only, tune) if tune or only else plan
-            return replace(plan, identity={"data": _data(plan), "classes": sources})
-    except ConfigError as error:
-        # The cause, where it is the user's own code, is raised by --debug.
-        raise ConfigError(f"{path}: {error}") from error.__cause__
+        plan = _plan(form)
+        _check_fit(plan)
+        if plan.tuning is not None:
+            with inside(TUNING):
+                _check_fit(plan.tuning)
+        plan = _reduced(form, only, tune) if tune or only else plan
+        return replace(plan, identity={"data": _data(plan), "classes": sources})
 
 
 def _data(plan: Plan) -> dict[str, str]:
@@ -144,17 +136,8 @@ def _plan(form: ConfigForm) -> Plan:
 def _tuning(form: ConfigForm, part: TuningForm) -> Plan:
     """Return the plan of the tuning table."""
     changes = {"solver": part.solver, "estimators": {"tuning": part.estimator}, "outer": part.outer}
-    with _in_tuning():
+    with inside(TUNING):
         return _plan(form.model_copy(update=changes | {"seeds": form.seeds[:1], "tuning": None}))
-
-
-@contextmanager
-def _in_tuning() -> Iterator[None]:
-    """Let an error say that it is about ``tuning``."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"in `tuning`: {error}") from error.__cause__
 
 
 def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from bilevel.config.document import ConfigError, listed, shown, suggest
+from bilevel.config.document import ConfigError, listed, shown
+from bilevel.core.options import meant, suggest
 from bilevel.outer import OuterOptions
 
 Spec = dict[str, Any] | str
@@ -30,6 +31,9 @@ PLAIN = {
     "string_type": "a string",
 }
 """Types of pydantic's errors, in the words of a config."""
+
+
+Form = TypeVar("Form", bound=BaseModel)
 
 
 def _unique(seeds: list[int]) -> list[int]:
@@ -97,15 +101,15 @@ def tunes_by_folds(document: Mapping[str, Any]) -> bool:
     return "problems" in document and not UNROLLED & set(document)
 
 
-def check_form(document: dict[str, Any]) -> ConfigForm:
+def check_form(document: dict[str, Any], form: type[Form]) -> Form:
     """Return the config in its form; the first thing that does not fit is refused, without the file's name."""
     try:
-        return ConfigForm.model_validate(document)
+        return form.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(sentence(error, document, ConfigForm)) from None
+        raise ConfigError(_sentence(error, document, form)) from None
 
 
-def sentence(error: ValidationError, document: dict[str, Any], whole: type[BaseModel]) -> str:
+def _sentence(error: ValidationError, document: dict[str, Any], whole: type[BaseModel]) -> str:
     """Return the first error of pydantic about a document as one sentence; `whole`: the form of the document."""
     # An unknown key says more than a missing one: it is usually the missing one, misspelt.
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
@@ -136,7 +140,7 @@ def sentence(error: ValidationError, document: dict[str, Any], whole: type[BaseM
     reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")
     for theirs, ours in (("valid ", ""), ("greater than or equal to", "at least"), ("dictionary", "mapping")):
         reason = reason.replace(theirs, ours)
-    return f"`{path}` {reason[0].lower()}{reason[1:]}, got {given}."
+    return f"`{path}` {reason[0].lower()}{reason[1:]}, got {given}{meant(first['input'], reason)}"
 
 
 def _path_in(document: Any, location: Sequence[Any]) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -26,7 +28,28 @@ def require(owner: object, name: str, allowed: str, ok: bool) -> None:
 def require_value(name: str, value: Any, allowed: str, ok: bool) -> None:
     """Raise the one sentence about a value that is no option of an object, such as an argument, unless `ok`."""
     if not ok:
-        raise ValueError(f"`{name}` must be {allowed}, got {shown_value(value)}.")
+        raise ValueError(f"`{name}` must be {allowed}, got {shown_value(value)}{meant(value, allowed)}")
+
+
+def suggest(word: str, allowed: Iterable[Any]) -> str:
+    """Return the end of a sentence: a question where a word is close to an allowed one, else a full stop.
+
+    >>> suggest("stesp", ["steps", "tol"])
+    ': did you mean `steps`?'
+    """
+    close = difflib.get_close_matches(word, [str(each) for each in allowed], n=1, cutoff=0.6)
+    return f": did you mean `{close[0]}`?" if close else "."
+
+
+def meant(value: Any, allowed: str) -> str:
+    """Return what `suggest` says of a value, or of the first odd one in a list, and the words quoted in `allowed`.
+
+    >>> meant("scalr", "'scalar' or 'per_feature'")
+    ': did you mean `scalar`?'
+    """
+    words = re.findall(r"'([^']+)'", allowed)
+    odd = [each for each in (value if isinstance(value, list | tuple) else [value]) if each not in words]
+    return suggest(odd[0], words) if odd and isinstance(odd[0], str) else "."
 
 
 def option(default: Any, allowed: str, fits: Callable[[Any], bool]) -> Any:

@@ -11,6 +11,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from bilevel.core.options import require_value
+
 OnFailure: TypeAlias = Literal["raise", "warn", "return"]
 
 
@@ -122,8 +124,7 @@ class StepFailure(Exception):
 
 def check_on_failure(on_failure: Any) -> None:
     """Refuse another word than the three."""
-    if on_failure not in ("raise", "warn", "return"):
-        raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}.")
+    require_value("on_failure", on_failure, "'raise', 'warn' or 'return'", on_failure in ("raise", "warn", "return"))
 
 
 def report(verdict: Verdict, on_failure: OnFailure, estimate: Any = None) -> None:

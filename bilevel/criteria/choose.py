@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from bilevel.core.options import require_value
 from bilevel.criteria.approximate import ApproximateLeaveOneOut
 from bilevel.criteria.criterion import Criterion
 from bilevel.criteria.data import DENSE, LinearData
@@ -50,8 +51,7 @@ def choose_criterion(
     >>> type(choose_criterion("auto", data, Squared(), Penalties.scalar(1))).__name__
     'RidgeLeaveOneOut'
     """
-    if kind not in KINDS:
-        raise ValueError(f"`criterion` must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
+    require_value("criterion", kind, f"one of {', '.join(map(repr, KINDS))}", kind in KINDS)
     squared = isinstance(loss, Squared)  # these have closed forms
     if kind == "auto":
         kind = _fitting(data, squared, penalties, dependent)

@@ -102,7 +102,7 @@ def count(default: int) -> Any:
 
 def some_of(known: Collection[str], *default: str) -> Any:
     """Return an option that lists some of the known names."""
-    allowed = f"a list of some of {', '.join(known)}"
+    allowed = f"a list of some of {', '.join(map(repr, known))}"
     return option(default, allowed, lambda names: is_list(names) and all(name in known for name in names))
 
 

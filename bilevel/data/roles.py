@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bilevel.core.options import LARGEST
+from bilevel.core.options import LARGEST, suggest
 from bilevel.data.columns import SHOWN, columns_named, first_word, listed
 from bilevel.data.looks import (
     FEW_VALUES,
@@ -109,9 +109,11 @@ def _check_named(table: Table, targets: Sequence[str], roles: dict[str, str | No
         raise ValueError(f"`target` must name one column, or several that differ, got {list(targets)}.")
     for role, name in (*(("target", each) for each in targets), *roles.items()):
         if name is not None and name not in table.columns:
-            raise ValueError(f"{table.source!r} has no {role} column {name!r}: its columns are {names}.")
+            hint = suggest(name, table.columns)
+            raise ValueError(f"{table.source!r} has no {role} column {name!r}: its columns are {names}{hint}")
     if unknown := [name for name in drop if name not in table.columns]:
-        raise ValueError(f"`drop` names {unknown[0]!r}, but the columns of {table.source!r} are {names}.")
+        hint = suggest(str(unknown[0]), table.columns)
+        raise ValueError(f"`drop` names {unknown[0]!r}, but the columns of {table.source!r} are {names}{hint}")
 
 
 def _rows_with(table: Table, targets: Sequence[str]) -> Array:

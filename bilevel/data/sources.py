@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.core.options import check_sizes, is_int, is_not_negative, optional, require_value
+from bilevel.core.options import check_sizes, is_int, is_not_negative, optional, require_value, suggest
 from bilevel.data.columns import Encoder
 from bilevel.data.looks import INDEX as INDEX
 from bilevel.data.looks import MOST_EXACT
@@ -263,10 +263,8 @@ def _read(name: Any, options: TableOptions, seed: int, rows: int, features: int,
         return read_bundled(name, **({"scaled": False} if name == "diabetes" else {}))
     path, kind = Path(name).expanduser(), ending(name)
     if kind not in (".npz", *TABLES, *SVMLIGHT):
-        raise ValueError(
-            f"unknown data set {name!r}: choose one of {', '.join(available())}, or give a path ending in "
-            f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}."
-        )
+        paths = f"a path ending in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}{suggest(name, available())}"
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(available())}, or give {paths}")
     if not path.is_file():
         raise FileNotFoundError(f"the data file {name!r} does not exist.")
     if kind in TABLES:

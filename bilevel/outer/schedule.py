@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.core.options import is_number, require, shown_value
+from bilevel.core.options import is_number, require, require_value
 
 DECREASES = ("quadratic", "cubic", "exponential")
 DEPRECATED = (
@@ -64,7 +64,7 @@ def as_schedule(given: Any, target_error: Any, stacklevel: int = 3) -> Tolerance
         given = ToleranceSchedule(given) if target_error is None else ToleranceSchedule(given, least=target_error)
     elif not isinstance(given, ToleranceSchedule):
         allowed = f"{', '.join(map(repr, DECREASES))} or a ToleranceSchedule"
-        raise ValueError(f"`schedule` must be {allowed}, got {shown_value(given)}.")
+        require_value("schedule", given, allowed, False)
     elif target_error is not None:
         raise ValueError("give `target_error` or the `least` of the ToleranceSchedule, not both.")
     warnings.warn(DEPRECATED, DeprecationWarning, stacklevel=stacklevel)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bilevel.core import rows
-from bilevel.core.options import require_value
+from bilevel.core.options import require, require_value
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import lanczos
 from bilevel.oracles import batching as batches
@@ -125,12 +125,10 @@ class LinearModelProblem(DataProblem):
         self.class_curvature_at_zero = None if self.outputs is None else self.glm.curvature_at_zero(self.outputs)
         self.structure = replace(self.structure, quadratic=self.glm.quadratic)
         axes = self.penalty_axes()
-        if not isinstance(penalty, str) or penalty not in axes:
-            remedy = "" if isinstance(penalty, str) else " (values of penalties are hyperparameters)"
-            raise ValueError(
-                f"`{type(self).__name__}.penalty` must be one of {', '.join(map(repr, axes))}{remedy}, got {penalty!r}."
-            )
+        remedy = "" if isinstance(penalty, str) else " (values of penalties are hyperparameters)"
+        known = isinstance(penalty, str) and penalty in axes
         self.penalty = penalty
+        require(self, "penalty", f"one of {', '.join(map(repr, axes))}{remedy}", known)
         shape = self.params_shape()
         self._hparams_shape = tuple(shape[axis] for axis in axes[penalty])
         self._group_shape = tuple(size if axis in axes[penalty] else 1 for axis, size in enumerate(shape))

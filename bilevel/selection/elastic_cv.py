@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from bilevel.core.options import require_value
 from bilevel.core.status import BilevelWarning
 from bilevel.criteria.criterion import Array, Criterion, Fit
 from bilevel.criteria.penalties import Penalties
@@ -251,8 +252,7 @@ def _checked(criterion: Criterion, candidates: Sequence[Kind], positive: bool, g
     """
     if unknown := set(candidates) - set(KINDS):
         raise ValueError(f"`candidates` must be of {', '.join(map(repr, KINDS))}, got {sorted(unknown)}.")
-    if guard not in ("auto", "off"):
-        raise ValueError(f"`guard` must be 'auto' or 'off', got {guard!r}.")
+    require_value("guard", guard, "'auto' or 'off'", guard in ("auto", "off"))
     if "elastic_net" not in candidates:
         raise ValueError("`candidates` must hold 'elastic_net': without it, use penalty_cv.")
     if positive and not {"ridge", "path"}.isdisjoint(candidates):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast, get_args
 
+from bilevel.core.options import require_value
 from bilevel.core.status import BilevelWarning
 from bilevel.core.threads import one_blas_thread, short_operations
 from bilevel.criteria.criterion import Array, Criterion
@@ -165,8 +166,7 @@ def _check(criterion: Criterion, guard: str, honest: str) -> None:
         ValueError: in one sentence.
     """
     for name, value, kind in (("guard", guard, Guard), ("honest", honest, Honest)):
-        if value not in get_args(kind):
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}.")
+        require_value(name, value, f"one of {', '.join(map(repr, get_args(kind)))}", value in get_args(kind))
     size, rows = criterion.penalties.size, criterion.data.counted
     asked = honest == "alo" and guard != "off"
     if asked and size > 1 and not criterion.leaves_one_out:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from scipy.special import expit, softmax
 
+from bilevel.core.environment import versions
 from bilevel.core.files import read_json, write_whole
 from bilevel.data.columns import Encoder, columns_named, listed
 from bilevel.data.roles import target_names
@@ -39,12 +38,6 @@ LINKS = {
     "SquaredHinge": "prediction = classes[1] where z > 0, else classes[0]",
     "Softmax": "probabilities = exp(z) / sum(exp(z)); prediction = the likeliest class",
 }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what made a model."""
-    packages = ("bilevel", "torch", "numpy", "scikit-learn")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +91,7 @@ class TableModel:
     ignored: tuple[str, ...] = ()
     decimal: str | None = None
     summary: str = ""
-    versions: Mapping[str, str] = field(default_factory=versions)
+    versions: Mapping[str, str | None] = field(default_factory=versions)
     separator: str | None = None
     zero_based: bool | None = None
     encoding: str | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.core.options import suggest
 from bilevel.data.columns import listed
 from bilevel.data.roles import target_names
 from bilevel.data.rows import Rows
@@ -30,7 +31,8 @@ def weighted_by_class(rows: Rows, given: Mapping[Any, float] | str | None) -> Ro
         of_class = np.ones(len(sums))
         for label, weight in given.items():
             if str(label) not in known:
-                raise ValueError(f"`class_weight` names {label!r}, but the classes are {', '.join(map(repr, known))}.")
+                classes = f"{', '.join(map(repr, known))}{suggest(str(label), known)}"
+                raise ValueError(f"`class_weight` names {label!r}, but the classes are {classes}")
             of_class[known[str(label)]] = weight
     tested = rows.weights_test
     if rows.y_test is not None:

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bilevel.core.options import require_value
+
 
 def demand(function: str, name: str, allowed: str, value: Any, ok: Any) -> None:
     """Raise a sentence such as "`budget.omega` must be a positive number, got -1." unless all of `ok` holds."""
     if not every(ok):
-        raise ValueError(f"`{function}.{name}` must be {allowed}, got {value!r}.")
+        require_value(f"{function}.{name}", value, allowed, False)
 
 
 def every(ok: Any) -> bool:

@@ -8,8 +8,8 @@ Shapes: B problems, d inner variables, p hyperparameters, T starts of the deriva
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,43 +55,7 @@ def recurrence(
         yield numbers
 
 
-class Oracle(ABC):
-    """The gradient of B losses at points (B, d), linearised, in coordinates of its own."""
-
-    start: Tensor
-    solution: Tensor
-    jacobian: Tensor
-
-    @abstractmethod
-    def gradient(self, points: Tensor) -> Tensor:
-        """Return the gradients (B, d)."""
-
-    @abstractmethod
-    def excess(self, points: Tensor) -> Tensor:
-        """Return the losses above their minima, (B,)."""
-
-    @abstractmethod
-    def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the Hessians in the oracle's own form, and the cross derivatives (B, p, d)."""
-
-    @abstractmethod
-    def identity(self) -> Tensor:
-        """Return the cotangent I of B problems."""
-
-    @abstractmethod
-    def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
-        """Return ``H X`` for tangents (T, B, p, d)."""
-
-    @abstractmethod
-    def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
-        """Return ``W H``."""
-
-    @abstractmethod
-    def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
-        """Return ``W C``, of shape (B, p, d)."""
-
-
-class QuadraticOracle(Oracle):
+class QuadraticOracle:
     """B quadratics in their eigenbases: Hessians and cotangents are diagonals (B, d)."""
 
     def __init__(self, batch: QuadraticBatch) -> None:
@@ -101,31 +65,35 @@ class QuadraticOracle(Oracle):
         self.solution, self.jacobian = batch.turned_solution
 
     def gradient(self, points: Tensor) -> Tensor:
-        """``lam y + b``."""
+        """Return the gradients (B, d) at points (B, d): ``lam y + b``."""
         return torch.addcmul(self.linear, self.values, points)
 
     def excess(self, points: Tensor) -> Tensor:
-        """``1/2 sum lam (y - x*)^2``: exact where the difference of two losses is rounding."""
+        """Return the losses above their minima, (B,): exact where the difference of two losses is rounding."""
         return 0.5 * (self.values * (points - self.solution).square()).sum(-1)
 
     def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Lam and ``dH y + db``."""
+        """Return the Hessians in the oracle's own form, and the cross derivatives ``dH y + db``, (B, p, d)."""
         return self.values, self.batch.cross(points)
 
     def identity(self) -> Tensor:
+        """Return the cotangent I of B problems."""
         return torch.ones_like(self.values)
 
     def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
+        """Return ``H X`` for tangents (T, B, p, d)."""
         return hessian[:, None] * tangents
 
     def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
+        """Return ``W H``."""
         return cotangent * hessian
 
     def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
+        """Return ``W C``, of shape (B, p, d)."""
         return cotangent[:, None] * cross
 
 
-class VmapOracle(Oracle):
+class VmapOracle:
     """One loss at B pairs of start and hyperparameters, by ``torch.func.vmap``; Hessians are dense (B, d, d)."""
 
     def __init__(self, problem: BilevelProblem, hparams: Sequence[Tree], starts: Sequence[Tree]) -> None:
@@ -144,9 +112,11 @@ class VmapOracle(Oracle):
         self.jacobian = torch.stack([derivative for _, derivative in known])
 
     def gradient(self, points: Tensor) -> Tensor:
+        """Return the gradients (B, d)."""
         return self._gradient(points, self.hparams)
 
     def excess(self, points: Tensor) -> Tensor:
+        """Return the losses above their minima, (B,)."""
         return self._loss(points, self.hparams) - self._loss(self.solution, self.hparams)
 
     def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,17 +125,24 @@ class VmapOracle(Oracle):
         return hessian, cross.mT
 
     def identity(self) -> Tensor:
+        """Return the cotangent I of B problems."""
         count, size = self.start.shape
         return torch.eye(size, dtype=self.start.dtype, device=self.start.device).expand(count, size, size)
 
     def hessian_times(self, hessian: Tensor, tangents: Tensor) -> Tensor:
+        """Return ``H X`` for tangents (T, B, p, d)."""
         return tangents @ hessian
 
     def times_hessian(self, cotangent: Tensor, hessian: Tensor) -> Tensor:
+        """Return ``W H``."""
         return cotangent @ hessian
 
     def times_cross(self, cotangent: Tensor, cross: Tensor) -> Tensor:
+        """Return ``W C``, of shape (B, p, d)."""
         return cross @ cotangent.mT
+
+
+Oracle: TypeAlias = QuadraticOracle | VmapOracle
 
 
 def batched_errors(oracle: Oracle, numbers: Sequence[Coefficients], vectors: int, begins: Sequence[int]) -> Errors:

@@ -398,7 +398,7 @@ def test_curse_and_compare_leave_each_others_folders_and_foreign_files_alone(
     assert main([*one, "compared"]) == 0
     capsys.readouterr()
     assert main(["curse", "small.yaml", "--out", "compared"]) == 2
-    assert "compared holds a run of `bilevel compare` or `bilevel tune`: give" in capsys.readouterr().err
+    assert "compared holds the results of `bilevel compare`, or of `bilevel tune`" in capsys.readouterr().err
     Path("small.yaml").write_text(CURSE + "name: environment\n")
     assert main(["curse", "small.yaml", "--out", "cursed"]) == 2
     assert "`name` must not be environment, claims" in capsys.readouterr().err

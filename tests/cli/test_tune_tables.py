@@ -501,6 +501,8 @@ def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
         ({"class": "SampleWeightProblem", "data": "iris"}, {}, "is SampleWeightProblem, which no folds tune ("),
         ({"class": "RidgeProblem", "data": "iris", "width": 1.0}, {}, "`problems.t.width` is not an option of Ridge"),
         ({"data": "iris", "penalty": "each"}, {}, "job.yaml: `problems.t.penalty` must be 'scalar' or 'per_feature'"),
+        ({"data": "iris"}, {"criterion": "kfld"}, "or 'holdout', got 'kfld': did you mean `kfold`?"),
+        ({"data": {"name": "t.csv", "target": "onee"}}, {}, "one, late, y: did you mean `one`?"),
         ({"data": "iris", "penalty": "per_featur"}, {}, "got 'per_featur': did you mean `per_feature`?"),
         (
             {"data": {"name": "iris", "standardize": 2}},

@@ -48,7 +48,6 @@ from bilevel.compare import (
     Setup,
     compare,
     draw_figures,
-    environment,
     ownership,
     tables,
 )
@@ -59,6 +58,7 @@ from bilevel.compare.batched import run_group
 from bilevel.compare.cells import CellRun, best_row, end_row, run_cell
 from bilevel.compare.summary import summarize
 from bilevel.config import load_plan
+from bilevel.core import environment
 from bilevel.outer import OuterOptimizer, joined, separated
 from bilevel.problems import LogisticProblem, RidgeProblem
 

@@ -272,7 +272,7 @@ SENTENCES = {
     "outer.constraints=positve": "got 'positve': did you mean `positive`?",
     "outer.constraints=positive": "`outer`: `hparams` does not satisfy its constraint",
     "outer.scheduler=StepLR": "`outer.scheduler` lacks `step_size`, which StepLR needs: an int.",
-    "problems.iris.data=irsi": "`problems.iris`: unknown data set 'irsi'",
+    "problems.iris.data=irsi": "or .svmlight: did you mean `iris`?",
     "problems.iris.data=diabetes": "`problems.iris`: 'diabetes' has too few rows (442, "
     "split 222/110/110 into train/val/test): each part needs a row of every class, 214 in all (or is",
     "problems.iris.data=nofile.csv": "`problems.iris`: the data file 'nofile.csv' does not exist.",
@@ -295,6 +295,15 @@ SENTENCES = {
     "problems.ridge.penalty=per_class": (
         "`problems.ridge.penalty`: `RidgeProblem.penalty` must be one of 'scalar', 'per_feature', got 'per_class'."
     ),
+    "problems.ridge.penalty=per_featur": "'scalar', 'per_feature', got 'per_featur': did you mean `per_feature`?",
+    "problems.iris.loss=men": "`SoftmaxProblem.loss` must be 'mean' or 'sum', got 'men': did you mean `mean`?",
+    "problems.iris.data={name: iris, rare: refus}": "'leave_out' or 'refuse', got 'refus': did you mean `refuse`?",
+    "problems.iris.data={name: iris, split: tme}": "got 'tme': did you mean `time`?",
+    "solver.step_size=aut": "or 'auto', got 'aut': did you mean `auto`?",
+    "batch=aut": "got 'aut': did you mean `auto`?",
+    "device=cud": "the device must be auto, cpu or cuda, got 'cud': did you mean `cuda`?",
+    "outer={schedule: quadratc}": "got 'quadratc': did you mean `quadratic`?",
+    "outer={optimizer: HyperNewton, start: gven}": "got 'gven': did you mean `given`?",
     "problems.ridge.class=QuadraticProblem": "`problems.ridge.class` is QuadraticProblem, which is not made",
     "problems.ridge.class=LinearModelProblem": "`problems.ridge.class` must be a problem (ElasticNetProblem, ",
     "seeds=[0, 0]": "`seeds` must not repeat a seed, got [0, 0].",
@@ -315,7 +324,7 @@ SENTENCES = {
     "device=3": "`device` must be a string, got 3.",
     "budget=-1": "`budget` must be greater than 0, got -1.",
     "name=a/b": "`name` must be a string of letters, digits and . _ -, as it names a folder, got 'a/b'.",
-    "device=tpu": "the device must be auto, cpu or cuda, got 'tpu'.",
+    "device=tpu": "the device must be auto, cpu or cuda, got 'tpu': did you mean `cpu`?",
     "sovler=5": "`sovler` is not a key of the config (name, problems, solver,",
     "sovler.steps=5": "--set sovler: the config has no key 'sovler'",
     "estimators.implict.damping=1": "`estimators` has no key 'implict' (short tail, implicit): did",
