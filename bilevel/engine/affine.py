@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -53,10 +54,10 @@ class Powers:
             for each in ([getattr(one, name) for one in numbers] for name in ("read", "mix", "write"))
         )
         identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-        kept = torch.einsum("...ij,ab->...iajb", mix, identity)
-        moved = torch.einsum("...ij,...ab->...iajb", write[..., :, None] * read[..., None, :], H)
+        blocks = mix[..., :, None, :, None] * identity[:, None, :]
+        blocks = blocks + (write[..., :, None] * read[..., None, :])[..., :, None, :, None] * H[..., None, :, None, :]
         size = mix.shape[-1] * H.shape[-1]
-        self.matrices = [(kept + moved).reshape(*H.shape[:-2], size, size)]
+        self.matrices = [blocks.reshape(*H.shape[:-2], size, size)]
         self.constants = [(write[..., :, None] * b[..., None, :]).reshape(*H.shape[:-2], 1, size)]
         self.mm: Callable[..., Tensor] = torch.mm if H.dim() == 2 else torch.bmm
         self.add: Callable[..., Tensor] = torch.addmm if H.dim() == 2 else torch.baddbmm
@@ -219,8 +220,12 @@ def _joined(groups: list[Tensor]) -> Tensor:
 
 def _combined(weights: Sequence[Sequence[float]], vectors: Tensor) -> Tensor:
     """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape ([rows,] K, p, m), by the weights of each row."""
-    factors = torch.tensor(weights if len(weights) > 1 else weights[0], dtype=vectors.dtype).to(vectors.device)
-    return torch.einsum("...i,...kim->...km", factors, vectors)
+    terms = []
+    for index, column in enumerate(zip(*weights, strict=True)):
+        if any(column):
+            factor = column[0] if len(column) == 1 else vectors.new_tensor(column)[:, None, None]
+            terms.append(vectors.select(-2, index) if column == (1.0,) else vectors.select(-2, index) * factor)
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(vectors.select(-2, 0))
 
 
 def block(count: int, size: int) -> int:
@@ -246,17 +251,19 @@ def doubles(
         count: steps.
         least: returns the smallest eigenvalue of H; asked for where no curvature at all is not enough.
     """
-    p = len(numbers[0].write)
-    if count < SHORTEST or block(count, p * size) < SHORTEST:
+    if count < SHORTEST or block(count, len(numbers[0].write) * size) < SHORTEST:
         return False
+    most = ROUNDING / (float(np.finfo(np.float64).eps) * norm) if norm > 0 else math.inf
+    return _reach(tuple(numbers), count, 0.0) <= most or _reach(tuple(numbers), count, least()) <= most
+
+
+@lru_cache(maxsize=256)
+def _reach(numbers: tuple[Coefficients, ...], count: int, curvature: float) -> float:
+    """Return R of so many steps; of rows, the largest."""
+    p = len(numbers[0].write)
     read, write, mix = (np.array([getattr(one, name) for one in numbers]) for name in ("read", "write", "mix"))
     constant = np.zeros((len(numbers), p + 1, p + 1))
+    constant[:, :p, :p] = mix + curvature * write[:, :, None] * read[:, None, :]
     constant[:, :p, p], constant[:, p, p] = write, 1.0
-
-    def exact(curvature: float) -> bool:
-        constant[:, :p, :p] = mix + curvature * write[:, :, None] * read[:, None, :]
-        with np.errstate(over="ignore", invalid="ignore"):
-            reach = float(np.abs(np.linalg.matrix_power(constant, count)[:, 0, p]).max())
-        return float(np.finfo(np.float64).eps) * reach * norm <= ROUNDING
-
-    return exact(0.0) or exact(least())
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.abs(np.linalg.matrix_power(constant, count)[:, 0, p]).max())

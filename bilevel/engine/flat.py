@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,9 +154,9 @@ def _to_tolerance(
             while len(swept) > 1 and held - swept[0][0].count - stretch.count >= most:
                 held -= swept.pop(0)[0].count
             after = range(every - taken % every, stretch.count + (taken + stretch.count < limit), every)
-            for count, residual in zip(after, stretch.residuals(after).cpu().tolist() if after else (), strict=True):
-                if looks.cannot_end(residual, taken + count):
-                    continue
+            residuals = stretch.residuals(after).cpu().numpy() if after else np.empty(0)
+            for index in looks.that_may_end(residuals, taken + np.array(after)):
+                count, residual = after[index], float(residuals[index])
                 if not math.isfinite(residual):
                     return None
                 states = [plan.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]

@@ -149,7 +149,8 @@ def ends_at_kink(
     is asked for. `start` are the params of a cold start.
     """
     residual, steps = solved.residual, solved.steps
-    if (steps < SHORT and not doubtful) or not steps:
+    quadratic = problem.tested and problem.structure.quadratic and problem.nonsmooth is None
+    if (steps < SHORT and not doubtful) or not steps or quadratic:
         return GOOD
     state = solved.state
     _, tol = solver.limits(tree.leaves(state.params)[0].dtype)

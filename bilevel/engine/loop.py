@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bilevel.base import Carry, InnerSolver, InnerState
@@ -63,16 +65,22 @@ class Looks:
         self.start = _norm(inner, solver, first)
         self.doubling, self.before_doubling = STALLED, math.inf
 
-    def cannot_end(self, residual: float, taken: int) -> bool:
-        """Whether the look after so many steps cannot end the run; it is then done, without an iterate."""
-        if taken >= self.doubling or not math.isfinite(residual):
-            return False
-        if taken < self.at_least:
-            return True
-        above = taken % WINDOW != 0 and self.goal.tol is not None and residual > self.goal.tol
-        if above:
-            self.goal.note_best(residual, taken)
-        return bool(above)
+    def that_may_end(self, residuals: NDArray[np.float64], taken: NDArray[np.int64]) -> Iterator[int]:
+        """Yield which of some looks, after so many steps each, may end the run; those before it are then done."""
+        low = 0
+        while low < len(taken):
+            asked = taken[low:] >= self.at_least
+            seen = np.where(asked, residuals[low:], math.inf)
+            waits = (taken[low:] % WINDOW != 0) | (seen < np.minimum.accumulate(np.append(self.goal.best, seen))[:-1])
+            above = False if self.goal.tol is None else residuals[low:] > self.goal.tol
+            may_end = asked & ~(above & waits) | (taken[low:] >= self.doubling) | ~np.isfinite(residuals[low:])
+            count = int(may_end.argmax()) if may_end.any() else len(seen)
+            if count:
+                index = int(seen[:count].argmin())
+                self.goal.note_best(float(seen[index]), int(taken[low + index]))
+            low += count + 1
+            if low <= len(taken):
+                yield low - 1
 
     def end_at(self, residual: float, taken: int, before: InnerState, state: InnerState) -> InnerRun | None:
         """Return how the run ends at a state, one step after `before`, with a finite residual; None: it does not."""

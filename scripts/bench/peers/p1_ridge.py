@@ -13,6 +13,8 @@ from shared import BEFORE, breast_cancer, earlier, warm_torch
 LOG_PENALTY = -3.0
 MOMENTUM, TAIL, LONG = 0.9, 50, 100
 """The last `TAIL` of `LONG` times as many steps are differentiated where the unroll is truncated."""
+TOLERANCE, LARGE_PENALTY = 1e-9, 1.5
+"""The gradient's norm that ends a run, and the log penalty with which it does so after a few dozen steps."""
 
 
 def data(steps: int, seed: int) -> SimpleNamespace:
@@ -36,6 +38,8 @@ def _with_steps(X: Any, y: Any, X_val: Any, y_val: Any, steps: int) -> SimpleNam
     largest = np.linalg.norm(X, 2) ** 2 / len(X) + np.exp(LOG_PENALTY)
     runs = {
         "unroll": Steps(steps),
+        "tolerance": Steps(LONG * steps, tol=TOLERANCE),
+        "short": Steps(LONG * steps, tol=TOLERANCE, log_penalty=LARGE_PENALTY),
         "heavyball": Steps(steps, momentum=MOMENTUM),
         "nesterov": Steps(steps, momentum=MOMENTUM, ahead=MOMENTUM),
         "truncated": Steps(LONG * steps, tail=TAIL),
@@ -53,12 +57,16 @@ class Steps:
         momentum: of the step.
         ahead: of the point at which the gradient is taken.
         tail: the last steps that are differentiated; None: all.
+        tol: the norm of the gradient that ends the run before.
+        log_penalty: of the problem.
     """
 
     count: int
     momentum: float = 0.0
     ahead: float = 0.0
     tail: int | None = None
+    tol: float = 0.0
+    log_penalty: float = LOG_PENALTY
 
 
 def exact_unroll(d: SimpleNamespace, log_penalties: Any, run: Steps) -> Any:
@@ -76,18 +84,21 @@ def exact_unroll(d: SimpleNamespace, log_penalties: Any, run: Steps) -> Any:
     w, w_before, dw, dw_before = np.zeros((4, len(penalty), X.shape[1]), dtype=wide)
     for step in range(run.count):
         at, moved = w + ahead * (w - w_before), w - w_before
+        gradient = product(at) - moment + penalty * at
+        if run.tol and float((gradient * gradient).sum()) <= run.tol**2:
+            break
         if run.tail is None or step >= run.count - run.tail:
             dat, dmoved = dw + ahead * (dw - dw_before), dw - dw_before
             change = product(dat) + penalty * (dat + at)
             dw, dw_before = dw + momentum * dmoved - h * change, dw
-        w, w_before = w + momentum * moved - h * (product(at) - moment + penalty * at), w
+        w, w_before = w + momentum * moved - h * gradient, w
     slope = (w @ X_val.T - y_val) @ X_val / len(X_val)
     return (slope * dw).sum(1)
 
 
 def reference(d: SimpleNamespace) -> dict[str, Any]:
     """Return the exact derivative of the last iterate of every run."""
-    return {task: exact_unroll(d, [LOG_PENALTY], run)[0] for task, run in d.runs.items()}
+    return {task: exact_unroll(d, [run.log_penalty], run)[0] for task, run in d.runs.items()}
 
 
 # This library ---------------------------------------------------------------------------------------------------------
@@ -113,10 +124,12 @@ def ours(d: SimpleNamespace, kind: str) -> dict[str, Any]:
         )
     else:
         problem = ridge(X, y, X_val, y_val)
-    u = torch.tensor(LOG_PENALTY, dtype=torch.float64)
 
     def call(run: Steps) -> Any:
+        u = torch.tensor(run.log_penalty, dtype=torch.float64)
         solver = bl.GradientDescent(step_size=d.step_size, steps=run.count)
+        if run.tol:
+            solver = bl.GradientDescent(step_size=d.step_size, tol=run.tol)
         if run.momentum:
             momentum = bl.Nesterov if run.ahead else bl.HeavyBall
             solver = momentum(step_size=d.step_size, momentum=run.momentum, steps=run.count)
@@ -271,7 +284,7 @@ def jax_scan(d: SimpleNamespace, on_gram: bool = False) -> dict[str, Any]:
         gradient = jax.jit(jax.grad(jax_unroll(d, run, on_gram)))
         return lambda: gradient(LOG_PENALTY).block_until_ready()
 
-    return {task: call(run) for task, run in d.runs.items()}
+    return {task: call(run) for task, run in d.runs.items() if not run.tol}
 
 
 def _jaxopt(d: SimpleNamespace) -> dict[str, Any]:
@@ -318,6 +331,8 @@ PROBLEMS = [
             "unroll": Task("one hypergradient", tolerance=1e-9),
             "heavyball": Task("heavy ball", tolerance=1e-9),
             "nesterov": Task("Nesterov", tolerance=1e-9),
+            "tolerance": Task("all steps to a gradient of norm 1e-9, some 3,700", tolerance=1e-9),
+            "short": Task(f"the same with a log penalty of {LARGE_PENALTY}, some 60 steps", tolerance=1e-9),
             "truncated": Task(f"the last {TAIL} of 100,000 steps (quick: 20,000)", tolerance=1e-9),
         },
         contestants=[
@@ -337,6 +352,8 @@ PROBLEMS = [
             *on_gram("unroll"),
             *on_gram("heavyball"),
             *on_gram("nesterov"),
+            Asked("tolerance", [GRAM], [BEFORE], 4.5),
+            Asked("short", [GRAM], [BEFORE], 4.5),
             Asked("truncated", [GRAM], [BEFORE], 300.0),
             Asked("truncated", [GRAM], [JAX_ON_GRAM]),
             Asked("unroll", [ON_X], [JAX], 0.3),
