@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.criteria import newton_cg, newton_one
+from bilevel.criteria import newton_cg
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.system import System
-from bilevel.numerics.factored import SKETCH, Factored, Sketched
+from bilevel.numerics.dense_newton import Rows as DenseRows
+from bilevel.numerics.dense_newton import minimise
+from bilevel.numerics.factored import SKETCH, Factored, Sketched, factored
 from bilevel.numerics.small import array, eigh, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
 
@@ -23,6 +26,10 @@ LEAST = 1e-10
 """One minus a leverage is at least this."""
 ROUNDED = 1e-8
 """The least singular value of X, as a part of the largest, that is more than rounding."""
+FLOOR, TINY = 1e-12, sys.float_info.min
+"""What losses count as at least, for each row, and a decrease that is taken for none."""
+SAFE = 0.1
+"""Share of the root of a decrease that may be left, as losses of held-out rows move with that root."""
 COARSE = 1e-6
 """The tolerance of the models in folds of an outer loop: losses of held-out rows are off by a part in a million."""
 LARGE = 1_000_000_000
@@ -101,14 +108,15 @@ class ApproximateLeaveOneOut(Criterion):
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         a, rows, loss = self._penalties(u), self._rows, self.loss
-        (w, z, g, d, H), kept = self._solved(a, warm)
+        (w, z, g, H), kept = self._solved(a, warm)
         third = rows.of(loss.third, z)
         h = H.leverages()
-        q = (1.0 - h * d).clip(LEAST)
+        q = (1.0 - h * H.d).clip(LEAST)
         shift = h * g / q
         t, by_h = z + shift, g / (q * q)
         point = _Point(w, a, H, 1.0 / q + h * shift * third / q, by_h, third)
-        slopes, curvatures = rows.derivatives(t)
+        response, slopes = rows.slopes(t)
+        curvatures = rows.curvatures(response)
         losses = to_numpy(rows.of(loss.value, t))
         if isinstance(H, Sketched):
             kept = kept._replace(error=H.error(slopes * by_h) / self.data.rows)
@@ -122,7 +130,7 @@ class ApproximateLeaveOneOut(Criterion):
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         same = warm is not None and np.array_equal(warm[0], u)
-        w = tensor(warm[1] if same else self._turned_back(self._solved(self._penalties(u), warm)[0].w))
+        w = tensor(warm[1] if same else self._turned_back(self._solved(self._penalties(u), warm)[0][0]))
         intercept = w[-1] if self.data.intercept else w.new_zeros(())
         return self.given(w[: self.data.features], intercept)
 
@@ -149,17 +157,17 @@ class ApproximateLeaveOneOut(Criterion):
         return self.data.with_ones() if dense is None else dense
 
     @property
-    def _rows(self) -> newton_one.Rows:
+    def _rows(self) -> DenseRows:
         return self._tensors if self._large else self._turned[0] if self._turns else self._arrays
 
     @shared
-    def _tensors(self) -> newton_one.Rows:
-        return newton_one.Rows(self._X1, self.data.weights, self.data.y, self.loss, self.data.intercept)
+    def _tensors(self) -> DenseRows:
+        return DenseRows(self._X1, self.data.weights, self.data.y, self.loss, self.data.intercept)
 
     @shared
-    def _arrays(self) -> newton_one.Rows:
+    def _arrays(self) -> DenseRows:
         data = self.data
-        return newton_one.Rows(array(self._X1), array(data.weights), data.y, self.loss, data.intercept)
+        return DenseRows(array(self._X1), array(data.weights), data.y, self.loss, data.intercept)
 
     @property
     def _turns(self) -> bool:
@@ -167,7 +175,7 @@ class ApproximateLeaveOneOut(Criterion):
         return self.penalties.size == 1 and self.data.features > self.data.rows
 
     @shared
-    def _turned(self) -> tuple[newton_one.Rows, Any]:
+    def _turned(self) -> tuple[DenseRows, Any]:
         """The rows in the eigenbasis of XX', and that basis Q, (features, r): coefficients are ``w = Q c``."""
         data = self.data
         values, U = eigh(data.row_gram())
@@ -175,7 +183,7 @@ class ApproximateLeaveOneOut(Criterion):
         some = size >= ROUNDED * size[-1]
         size, U = size[some].clamp_min(torch.finfo(size.dtype).tiny), U[:, some]
         X1 = torch.cat([U * size, torch.ones_like(U[:, :1])], 1) if data.intercept else U * size
-        rows = newton_one.Rows(array(X1), array(data.weights), data.y, self.loss, data.intercept)
+        rows = DenseRows(array(X1), array(data.weights), data.y, self.loss, data.intercept)
         return rows, array(data.collect((U / size).T).T)
 
     def _turned_back(self, w: Any) -> Any:
@@ -207,25 +215,44 @@ class ApproximateLeaveOneOut(Criterion):
         low = self._system.low.X1
         return self._X1.float() if low is None else low
 
-    def _solved(self, a: Any, warm: Any) -> tuple[newton_one.Model, Any]:
-        """Return the model of all rows, and what to keep for the next."""
+    def _solved(self, a: Any, warm: Any) -> tuple[tuple[Any, Any, Any, Factored], Any]:
+        """Return coefficients, predictions, weighted slopes and the Hessian of all rows, and what the next begins with.
+
+        Newton's steps end where the next one would lower the objective by less than a part of ``tol^2``.
+        """
         _, start, kept = (None, a * 0.0, None) if warm is None else warm
         rows = self._rows
         if self._turns and warm is not None:
             Q = self._turned[1]
             start = array(torch.cat([tensor(start[: len(Q)] @ Q), tensor(start[len(Q) :])]))
         if not self._large:
-            model = newton_one.solve(rows, a, start, kept, self.tol)
-            return model, model.H
+            H = kept
+            if kept is not None:  # that of other coordinates has its curvatures to give
+                same = kept.X1 is rows.X1
+                H = kept.under(a) if same else factored(rows.X1, kept.d, a, rows.intercept)
+
+            seen: dict[int, tuple[float, Any]] = {}  # points are kept, so that their names stay theirs
+
+            def objective(w: Any, point: Any) -> float:
+                if id(point) not in seen:
+                    seen[id(point)] = rows.value(point.z) + 0.5 * float((a * w) @ w), point
+                return seen[id(point)][0]
+
+            def share(w: Any, point: Any, H: Factored, gradient: Any, residual: float) -> float:
+                size = abs(objective(w, point)) + FLOOR * len(point.z)
+                return SAFE * self.tol * (size / max(float(gradient @ H.solve(gradient)), TINY)) ** 0.5
+
+            model = minimise(rows, a, start, (H, None), share, objective=objective)
+            return (model.w, model.point.z, model.point.g, model.H), model.H
         pair = (None, None) if kept is None else (kept.preconditioner, kept.known)
         found = newton_cg.solve(self._system, a[None], start[None], pair[0], self.tol, pair[1])
         z, near = found.z[0], None if kept is None else kept.H.near
         if kept is None and found.preconditioner.dense:  # it is of the start
             near = rows.of(self.loss.curvature, self._X1 @ start), found.preconditioner.hessian
-        g, d = rows.derivatives(z)
-        H = Sketched(self._X1, self._low, d, a, near)
+        response, g = rows.slopes(z)
+        H = Sketched(self._X1, self._low, rows.curvatures(response), a, near)
         kept = _Kept(H, found.preconditioner.at(H.gram), (found.z, found.slope))
-        return newton_one.Model(found.w[0], z, g, d, H), kept
+        return (found.w[0], z, g, H), kept
 
     def _gradient(self, at: _Point, slopes: Any, jacobian: Tensor | None) -> Array:
         if self.penalties.size == 1:

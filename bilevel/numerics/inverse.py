@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.numerics.small import lapack
+from bilevel.numerics.small import lapack, norm
 
 PROBES, FAR = 3, 1e3
 """Solutions for random right-hand sides; one is enough where it is smaller than need be by this factor."""
@@ -111,8 +111,3 @@ def rounding(
 def is_right(error: float, size: float, parts: float, eps: float) -> bool:
     """Whether a hypergradient is right to `RIGHT` of its norm, or to half of the digits of its parts."""
     return math.isfinite(error) and error <= max(RIGHT * size, eps**0.5 * parts)
-
-
-def norm(x: Any) -> Any:
-    """Return the root of the sum of squares."""
-    return (x * x).sum() ** 0.5

@@ -89,6 +89,14 @@ def finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
+def norm(x: Any) -> Any:
+    """Return the root of the sum of squares: of an array a number, of a tensor one."""
+    if isinstance(x, Tensor):
+        return torch.linalg.vector_norm(x)
+    flat = x.reshape(-1)
+    return math.sqrt(flat.dot(flat))
+
+
 def row_dots(A: Any, B: Any) -> Any:
     """Return the inner products of the rows of two matrices."""
     return (A * B).sum(1) if isinstance(A, Tensor) else np.einsum("ij,ij->i", A, B)

@@ -40,11 +40,8 @@ def penalties_on_host(problem: Any, hparams: Tensor) -> Any:
         u = hparams.item()
         penalty = least = most = (math.exp(u) if abs(u) < LARGEST else math.inf) if log else u
     else:
-        penalty = problem.penalties(hparams).expand(problem.params_shape()).numpy()
+        penalty = problem.spread(hparams).numpy()
+        with np.errstate(over="ignore"):
+            penalty = np.exp(penalty) if log else penalty
         least, most = penalty.min(), penalty.max()
     return penalty if (least > 0 if log else least >= 0) and most < math.inf else None
-
-
-def norm(x: Array) -> float:
-    """Return the Euclidean norm of a vector."""
-    return math.sqrt(x.dot(x))

@@ -17,8 +17,9 @@ from torch import Tensor
 from bilevel.numerics.dense import EIGENVALUES
 from bilevel.numerics.eigenbasis import Eigenbasis, geometric
 from bilevel.numerics.inverse import RIGHT, UNITS, ByFactor, InBasis, is_right, rounding
+from bilevel.numerics.small import norm
 from bilevel.oracles.exact import Exact
-from bilevel.problems.host import EPS, Array, norm, on_host, penalties_on_host
+from bilevel.problems.host import EPS, Array, on_host, penalties_on_host
 
 REDUCED = 1e8
 """Rows times squared features up to which validation rows become a triangle, which the loss cannot tell from them."""
