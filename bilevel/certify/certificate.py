@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -192,7 +193,7 @@ def certify_error(
     if (result := _interval(hparams, given, *best, work=work)) is not None:
         return result
     estimate = refine(problem, hparams, params, hypergradient, adjoint, counts)
-    return ErrorEstimate(estimate.value, estimate.kind, f"{_UNBOUNDED}; {estimate.note}")
+    return replace(estimate, note=f"{_UNBOUNDED}; {estimate.note}")
 
 
 def _narrowed(

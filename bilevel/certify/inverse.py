@@ -38,17 +38,21 @@ NEAR = 2.0
 
 @dataclass(frozen=True)
 class Solved:
-    """A solution x of ``H x = b``: what is left, its relative error (an estimate), or why there is none to speak of."""
+    """A solution x of ``H x = b``: what is left, its relative error (an estimate), or why there is none to speak of.
+
+    `doubtful`: that reason speaks against the point, not against the work that the solve would take.
+    """
 
     x: Tensor
     left: Tensor
     error: float = 0.0
     reason: str = ""
+    doubtful: bool = False
 
     @classmethod
-    def failed(cls, b: Tensor, reason: str) -> Solved:
+    def failed(cls, b: Tensor, reason: str, doubtful: bool = True) -> Solved:
         """Return that there is no solution."""
-        return cls(torch.zeros_like(b), b, math.inf, reason)
+        return cls(torch.zeros_like(b), b, math.inf, reason, doubtful)
 
 
 class Inverse:
@@ -126,7 +130,7 @@ class Inverse:
         """Solve with the Jacobian of an optimality map as a matrix, made anew at every point."""
         if size > REFINED:
             reason = f"errors of an optimality map are estimated up to {REFINED} unknowns, and here are {size:,}"
-            return Solved.failed(b, reason)
+            return Solved.failed(b, reason, doubtful=False)
         if self._jacobian is None or self._jacobian[0] is not point:
             self._jacobian = point, point.dense_hessian()
         matrix = self._jacobian[1].mT if transposed else self._jacobian[1]
@@ -148,7 +152,7 @@ class Inverse:
         smallest = self._smallest
         if math.isnan(smallest):
             reason = f"the smallest curvature of the inner Hessian was not found in {MAX_STEPS} products"
-            return Solved.failed(b, reason)
+            return Solved.failed(b, reason, doubtful=False)
         if not smallest > 0:
             return Solved.failed(b, _not_definite(smallest, math.inf, b.dtype))
         floor = (10 * torch.finfo(b.dtype).eps) ** 2 * float(torch.dot(b, b))

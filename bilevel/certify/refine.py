@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bilevel.base import ErrorKind
 from bilevel.certify.floor import rounding_floor
-from bilevel.certify.inverse import Inverse, flat_product
+from bilevel.certify.inverse import Inverse, Solved, flat_product
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.oracles.inner_problem import InnerProblem
@@ -53,6 +53,8 @@ class ErrorEstimate:
         signs: the signs of the exact hypergradient's components where they are certain, 0 elsewhere.
         adjoint_part: for a bound: the part of `value` that shrinks with the adjoint residual; the rest shrinks with the
             inner gradient.
+        doubtful: there is no value because of what was seen at the point: a Hessian that is not positive definite, or
+            params that are far from where the inner gradient is linear.
     """
 
     value: float | None
@@ -64,6 +66,7 @@ class ErrorEstimate:
     corrected_error: float | None = None
     signs: Tree = None
     adjoint_part: float | None = None
+    doubtful: bool = False
 
 
 def refine(
@@ -101,8 +104,8 @@ class Refinement:
         reason, before = "", None
         for turn in range(1, ROUNDS + 1):
             step = _correct_solution(inner, ravel_x, x, self.inverse)
-            if step.reason:
-                return ErrorEstimate(None, "none", step.reason)
+            if step.failed is not None:
+                return ErrorEstimate(None, "none", step.failed.reason, doubtful=step.failed.doubtful)
             x = step.vector
             point = inner.linearize(ravel_x.unravel(x))
             self.counts["outer"] += 1
@@ -112,7 +115,7 @@ class Refinement:
                 right = flat_product(point, ravel_x)(w) + right
             correction = self.inverse.solve(point, ravel_x, right, transposed=True)
             if correction.reason:
-                return ErrorEstimate(None, "none", correction.reason)
+                return ErrorEstimate(None, "none", correction.reason, doubtful=correction.doubtful)
             w = w - correction.x
             better = ravel_u.ravel(by_hparams) - ravel_u.ravel(point.cross(ravel_x.unravel(w)))
             error = float(torch.linalg.vector_norm(given - better))
@@ -145,7 +148,8 @@ class Refinement:
                     floor = rounding_floor(self.problem, self.hparams, point.params, ravel_x.unravel(w), self.inverse)
                     error, note = error + floor, f"{note}, and the measured rounding floor of {floor:.1e}"
                 return ErrorEstimate(error, "estimate", note)
-        return ErrorEstimate(None, "none", f"no reliable figure after {ROUNDS} rounds: {reason}")
+        note = f"no reliable figure after {ROUNDS} rounds: {reason}"
+        return ErrorEstimate(None, "none", note, doubtful=unsolved <= UNSOLVED and step.nonlinearity > NONLINEAR)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class _Correction:
     vector: Tensor
     unsolved: float = 0.0
     nonlinearity: float = 0.0
-    reason: str = ""
+    failed: Solved | None = None
 
 
 def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor, inverse: Inverse) -> _Correction:
@@ -165,7 +169,7 @@ def _correct_solution(inner: InnerProblem, raveler: tree.Raveler, x: Tensor, inv
     point = inner.linearize(raveler.unravel(x))
     step, product = inverse.solve(point, raveler, here), flat_product(point, raveler)
     if step.reason:
-        return _Correction(x, reason=step.reason)
+        return _Correction(x, failed=step)
     t = 1.0
     while True:
         moved = x - t * step.x

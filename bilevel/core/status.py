@@ -30,7 +30,8 @@ class Status(enum.Enum):
     )
     TARGET_NOT_REACHED = "the certificate does not show the `target_error`: ask for less, raise `steps`, or use float64"
     INACCURATE = (
-        "the number can be wrong by as much as itself: run more inner steps, lower the tolerances, or use float64"
+        "the number can be wrong by more than half of itself: run more inner steps, differentiate more of them, "
+        "lower the tolerances, or use float64"
     )
     DIVERGED = (
         "the inner solver diverges: use a smaller step size, an interval that holds the spectrum, or 'auto', "

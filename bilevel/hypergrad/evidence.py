@@ -7,6 +7,7 @@ from dataclasses import replace
 from bilevel.base import Certificate, InnerSolver, Pullback, Solution
 from bilevel.certify import ErrorEstimate, certify_error
 from bilevel.core import rows
+from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, error_verdict
 from bilevel.engine.derivatives import check_derivatives
@@ -32,7 +33,7 @@ def confirmed(estimator: HypergradEstimator, run: Run, solver: InnerSolver, resu
 def judged(
     problem: BilevelProblem, solver: InnerSolver, hparams: Tree, result: Attempt, certify: bool
 ) -> tuple[Attempt, ErrorEstimate]:
-    """Return the attempt, in doubt where its error may be as large as itself, and what can be said of the error."""
+    """Return the attempt, in doubt where its error is large or cannot be told, and what can be said of the error."""
     pulled, status = result.pulled, result.verdict.status
     params, adjoint = result.solved.params, pulled.adjoint
     if certify and status.usable:
@@ -44,6 +45,8 @@ def judged(
     if error.value is not None and status.ok:
         doubt = error_verdict(problem, hparams, params, result.gradient, adjoint, error.value)
         result = replace(result, verdict=result.verdict.worse(doubt))
+    elif error.doubtful and status.ok:
+        result = replace(result, verdict=Verdict(Status.INACCURATE, f"nothing is known of its error: {error.note}"))
     return result, error
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from bilevel.base import Carry, Certificate, Estimate, describe
+from bilevel.base import Carry, Certificate, Estimate
 from bilevel.core import tree
 from bilevel.core.cost import Cost
 from bilevel.core.status import Status, Verdict
+from bilevel.engine.attempt import error_verdict
 from bilevel.hypergrad.hypergradient import hypergradient
 from bilevel.hypergrad.implicit import Implicit
 from bilevel.inner import QuasiNewton
@@ -51,7 +52,7 @@ def evaluated(loop: Any, verdict: Verdict, steps: int, began: float) -> tuple[Es
         if exact.status.usable:
             best, note = exact.outer_loss, "the distance to the hypergradient at the inner solution"
             error = float(tree.norm(tree.add(slope, exact.hypergradient, -1.0)))
-            verdict = verdict.worse(exact.verdict).worse(_lag(loop, error, float(tree.norm(exact.hypergradient))))
+            verdict = verdict.worse(exact.verdict).worse(error_verdict(loop.all_data, u, w, slope, v, error))
     certificate = Certificate(
         inner_residual=residual,
         adjoint_residual=float(tree.norm(tree.add(product, of_w))) / size if size > 0 else 0.0,
@@ -68,14 +69,6 @@ def evaluated(loop: Any, verdict: Verdict, steps: int, began: float) -> tuple[Es
         slope = tree.tree_map(lambda leaf: torch.full_like(leaf, math.nan), slope)
     cost = Cost(counts, time.perf_counter() - began)
     return Estimate(value, slope, w, certificate, cost, verdict, Carry()), best
-
-
-def _lag(loop: Any, error: float, size: float) -> Verdict:
-    """Return what is to be said where params and adjoint are behind the hyperparameters."""
-    if error <= size:
-        return Verdict()
-    far = f"the hypergradient is {error:.1e} from that at the inner solution, of norm {size:.1e}"
-    return Verdict(Status.INACCURATE, f"{describe(loop.method)} at step {loop.steps_taken}: {far}")
 
 
 def _spent(loop: Any, steps: int) -> Counter[str]:

@@ -274,8 +274,8 @@ ESTIMATORS = (
     Break(
         "error-above-the-size",
         "bilevel/engine/attempt.py",
-        "    if not error > size:\n",
-        "    if not error > 1e9 * size:\n",
-        "test_on_failure.py::test_every_status_is_met_with_a_number_or_with_nan_and_names_its_remedy",
+        "WRONG / (1.0 + WRONG) * size:",
+        "1.0 * size:",
+        "test_units.py::test_a_certified_estimate_that_is_off_by_more_than_half_is_in_doubt",
     ),
 )

@@ -177,11 +177,13 @@ def saddle(curvature: float) -> bl.BilevelProblem:
 
 
 def test_negative_curvature_is_refused_with_its_reason() -> None:
-    found = bl.hypergradient(
-        saddle(-0.5), bl.GradientDescent(0.1, steps=2), bl.FullUnroll(), torch.tensor(0.1, dtype=F64), certify=True
-    ).certificate
+    arguments = saddle(-0.5), bl.GradientDescent(0.1, steps=2), bl.FullUnroll(), torch.tensor(0.1, dtype=F64)
+    estimate = bl.hypergradient(*arguments, certify=True, on_failure="return")
+    found = estimate.certificate
     assert (found.error, found.error_kind) == (None, "none")
     assert "the inner Hessian has the curvature -0." in found.error_note
+    assert estimate.status is bl.Status.INACCURATE
+    assert found.error_note in estimate.verdict.detail
 
 
 def nonsymmetric_map() -> tuple[Any, Any, Any]:

@@ -283,6 +283,20 @@ def test_a_hypergradient_of_an_outer_loss_that_is_fitted_is_ok_at_rounding_alone
         assert verdict.status is status
 
 
+@pytest.mark.parametrize("size", [0.2, 0.6, 0.8, 1.4, 1.6])
+def test_a_certified_estimate_that_is_off_by_more_than_half_is_in_doubt(size: float) -> None:
+    # A step of 1 - q leaves the share q of the error: the last step alone gives the share 1 - q of the derivative.
+    problem = bl.BilevelProblem(
+        lambda x, u: (0.5 * x * x - u * x).sum(), lambda x, u: x.sum(), torch.zeros(2, dtype=F64)
+    )
+    u, solver = torch.ones(2, dtype=F64), bl.GradientDescent(step_size=size, steps=400)
+    for batch, hparams in ((None, u), (2, torch.stack([u, u]))):
+        found = bl.hypergradient(problem, solver, bl.OneStep(), hparams, batch=batch, certify=True, on_failure="return")
+        for each in [found] if batch is None else found:
+            torch.testing.assert_close(each.certificate.error, 2**0.5 * abs(size - 1.0), rtol=1e-6, atol=0.0)
+            assert each.status.ok is (abs(size - 1.0) <= size / 3)
+
+
 @pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated")  # torch's own, of its tracer
 @pytest.mark.parametrize("seed", [1098, 1136])
 def test_a_run_that_ends_with_a_wrong_hypergradient_is_in_doubt(seed: int) -> None:

@@ -223,7 +223,7 @@ def test_the_bound_of_a_biased_hypergradient_holds_from_both_sides(estimator: bl
     solver = bl.GradientDescent(steps=60)
     found = bl.hypergradient(case.problem, solver, estimator, case.hparams, certify=True, on_failure="return")
     distance = float((found.hypergradient.reshape(-1) - case.hypergradient()).norm())
-    assert found.status.ok == (found.certificate.error <= float(found.hypergradient.norm()))
+    assert found.status.ok == (found.certificate.error <= float(found.hypergradient.norm()) / 3)
     assert found.certificate.error_kind == "bound"
     assert distance > 1e-3 * float(case.hypergradient().norm())
     assert found.certificate.error_lower <= distance <= found.certificate.error
