@@ -35,8 +35,7 @@ class Carry:
 
     def copied(self) -> Carry:
         """Return the warm start with copies of the tensors that a loss is given."""
-        state = self.state
-        if state is not None:
+        if (state := self.state) is not None:
             state = replace(state, params=tree.copied(state.params), memory=tree.copied(state.memory))
         return replace(self, state=state, adjoint=tree.copied(self.adjoint))
 
@@ -296,8 +295,7 @@ class BatchEstimate(Sequence[Estimate]):
 def verdict_of(verdicts: Sequence[Verdict]) -> Verdict:
     """Return one verdict about members of a batch: "3 of 64 members failed: member 5: GradientDescent diverges ..."."""
     failed = [index for index, verdict in enumerate(verdicts) if not verdict.status.usable]
-    chosen = failed or [index for index, verdict in enumerate(verdicts) if not verdict.status.ok]
-    if not chosen:
+    if not (chosen := failed or [index for index, verdict in enumerate(verdicts) if not verdict.status.ok]):
         return GOOD
     what = "failed" if failed else "are in doubt"
     named = [f"member {index}: {verdicts[index].detail}" for index in chosen[:3]] + ["..."] * (len(chosen) > 3)

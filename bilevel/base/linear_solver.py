@@ -159,8 +159,7 @@ class LinearSolver(ABC):
             return raveler.ravel(matvec(raveler.unravel(v)))
 
         start = None if x0 is None else raveler.ravel(x0)
-        scaled = rows or unit != 1.0
-        if scaled:
+        if scaled := rows or unit != 1.0:
             flat, start = flat / unit, None if start is None else start / unit
         tol = tol or self.tol or default_tolerance(flat.dtype)
         solution = self.solve_flat(LinearSystem(product, flat, start, tol, dense, precondition, damping, definite))

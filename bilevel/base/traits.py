@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bilevel.core.deprecated import with_old_names
-from bilevel.core.overrides import given_after
+from bilevel.core.declared import given_after, with_old_names
 
 
 @dataclass(frozen=True)

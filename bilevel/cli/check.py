@@ -69,8 +69,7 @@ def _of_config(path: str, name: str, allow_import: bool) -> list[Named]:
 def _of_file(path: str, name: str, hparams_name: str | None) -> Named:
     """Run a user's file and return the problem that it defines under a name."""
     module = _imported(Path(path))
-    result = getattr(module, name, None)
-    if result is None:
+    if (result := getattr(module, name, None)) is None:
         problems = [key for key, value in vars(module).items() if isinstance(value, BilevelProblem)]
         hint = f"it has {', '.join(problems)}: bilevel check {path}:{problems[0]}" if problems else "define one there"
         raise ConfigError(f"{path} defines no {name!r}; {hint}.")

@@ -146,8 +146,7 @@ def _said(error: Exception) -> tuple[str, int]:
         return f"{error} --debug raises it." if raw else short, 2
     if isinstance(error, OSError) and error.filename is not None:
         return unwritten(error), 2
-    why = outside(error)
-    if why:
+    if why := outside(error):
         return f"{why} What was computed before is kept: run the same command again.", 1
     return f"{told(error)} --debug shows the whole traceback.", 1
 

@@ -103,8 +103,7 @@ def run_cell(plan: Plan, cell: Cell, folder: RunFolder, on_row: OnRow | None = N
     except Exception as error:
         if plan.debug:
             raise
-        why = outside(error)
-        if why:
+        if why := outside(error):
             # No result: the cell is where its checkpoint is, and the others still run.
             return replace(load_cell(folder, cell)[0], kept_from=why)
         message = told(error)

@@ -25,8 +25,7 @@ def draw_figures(runs: Sequence[CellRun], folder: Path) -> list[Path]:
         import matplotlib
     except ImportError:
         return []
-    good = [run for run in runs if run.rows and not run.failed]
-    if not good:
+    if not (good := [run for run in runs if run.rows and not run.failed]):
         return []
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -113,8 +112,7 @@ def _memory(runs: Sequence[CellRun]) -> Any:
     for problem, panel in places.items():
         peaks = {}
         for estimator, group in _groups(runs, problem).items():
-            highest = [max(known) for rows in group if (known := _known(rows, "memory_peak_bytes"))]
-            if highest:
+            if highest := [max(known) for rows in group if (known := _known(rows, "memory_peak_bytes"))]:
                 peaks[estimator] = max(median(highest), 1.0)
         # From zero: a bar shows a ratio by its length.
         panel.set_xlabel("peak memory of a hypergradient")

@@ -206,8 +206,7 @@ class RunFolder:
             return
         if held is None:
             # A run killed before it wrote its configuration leaves nothing else.
-            result = [name for name in names(self.cells) if (self.path / name).exists() and name not in EARLY]
-            if result:
+            if result := [name for name in names(self.cells) if (self.path / name).exists() and name not in EARLY]:
                 raise RunFolderError(f"{self.path} holds {result[0]} without a config.yaml: {remedy}")
             return
         if not isinstance(held, dict):

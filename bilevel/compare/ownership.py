@@ -44,8 +44,7 @@ def earlier_names(folder: Path) -> list[str]:
 
     Versions without a mark have left a configuration beside the environment that they wrote.
     """
-    mark = read_mark(folder)
-    if mark is not None:
+    if (mark := read_mark(folder)) is not None:
         return mark["writes"] if mark["kind"] == "run" else []
     environment, config = read_json(folder / "environment.json"), held_config(folder)
     versions = environment.get("versions") if isinstance(environment, dict) else None
@@ -90,8 +89,7 @@ def first_difference(held: Any, wanted: Any, path: str = "") -> str:
             if key not in held or key not in wanted:
                 where = ("only in this one", "only there")[key in held]
                 return f"where `{inside}` is {where}"
-            result = first_difference(held[key], wanted[key], inside)
-            if result:
+            if result := first_difference(held[key], wanted[key], inside):
                 return result
         # The order of problems and estimators is the order of the results.
         return f"where `{path}` has another order" if list(held) != list(wanted) and path in ORDERED else ""

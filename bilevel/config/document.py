@@ -30,8 +30,7 @@ class _Loader(GuardedLoader):
 
     def get_single_node(self) -> Any:
         """Return the document, whose size is known before anything is made of it."""
-        node = super().get_single_node()
-        if node is not None:
+        if (node := super().get_single_node()) is not None:
             _check_size(node, {})
         return node
 

@@ -16,7 +16,7 @@ from bilevel.config.imports import importing
 from bilevel.config.load import choose_device
 from bilevel.config.schema import Named, check_form, tunes_by_folds
 from bilevel.core.options import is_number, require_value, suggest
-from bilevel.data.rows import Rows, load_rows
+from bilevel.data.load import Rows, load_rows
 from bilevel.data.table import TableOptions
 from bilevel.problems import (
     HuberProblem,

@@ -79,8 +79,7 @@ def _mallinfo() -> Any:
 
 def allocated_bytes() -> int | None:
     """Return the bytes that live allocations of this process hold on the CPU (glibc), or None elsewhere."""
-    function = _mallinfo()
-    if function is None:
+    if (function := _mallinfo()) is None:
         return None
     info = function()
     return int(info.uordblks + info.hblkhd)

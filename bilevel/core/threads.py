@@ -90,15 +90,13 @@ def workers() -> int:
     """
     if getattr(_local, "is_worker", False):
         return 1
-    chosen = _in_force.get()
-    if chosen is not None:
+    if (chosen := _in_force.get()) is not None:
         return chosen.workers
     return _asked_workers() or min(usable_cores(), torch.get_num_threads())
 
 
 def _asked_workers() -> int | None:
-    text = os.environ.get(WORKERS, "").strip()
-    if not text:
+    if not (text := os.environ.get(WORKERS, "").strip()):
         return None
     require_value(f"{WORKERS}", text, "a positive int", text.isdecimal() and int(text) > 0)
     return int(text)

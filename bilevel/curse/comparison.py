@@ -15,7 +15,7 @@ from bilevel.curse.outcome import Claim, Experiment, Line, Outcome, Panel, count
 from bilevel.curse.problems import NAMES, DataMissingError, load, logistic, ridge
 from bilevel.problems import LogisticProblem, RidgeProblem
 from bilevel.theory import ErrorCurves, chebyshev_rate, error_curves, gd_rate
-from bilevel.theory.one_at_a_time import reference
+from bilevel.theory.sweeps import reference
 
 MODELS = ("ridge", "ridge per feature", "logistic")
 BURNS = 1.05

@@ -168,8 +168,7 @@ def _summary(rows: Sequence[Row]) -> dict[str, str]:
 def _effectivities(rows: Sequence[Row]) -> Table:
     table = []
     for family in dict.fromkeys(row["family"] for row in rows):
-        result = [row["effectivity"] for row in rows if row["family"] == family and "effectivity" in row]
-        if result:
+        if result := [row["effectivity"] for row in rows if row["family"] == family and "effectivity" in row]:
             values = _quantiles(torch.tensor(result, dtype=torch.float64), 0.0, 0.5, 0.9, 1.0)
             names = ("min", "median", "p90", "max")
             cells = {name: f"{float(value):.3g}" for name, value in zip(names, values, strict=True)}

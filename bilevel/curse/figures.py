@@ -26,8 +26,7 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
         import matplotlib
     except ImportError:
         return False
-    rows = [row for row in outcome.rows if any(panel.lines for panel in row)]
-    if not rows:
+    if not (rows := [row for row in outcome.rows if any(panel.lines for panel in row)]):
         return False
     columns = max(map(len, rows))
     with matplotlib.rc_context(STYLE | SMALL):
@@ -40,8 +39,7 @@ def draw(outcome: Outcome, target: Path, dpi: int = 170) -> bool:
             for place in line_of_axes[len(row) :]:
                 place.set_visible(False)
         figure.suptitle(outcome.title, fontsize=11)
-        handles = [drawn[label] for label in look if label in drawn]
-        if handles:
+        if handles := [drawn[label] for label in look if label in drawn]:
             most = max(2 + columns, int(outcome.panel_width * columns / 1.2))
             legend_below(figure, handles, [handle.get_label() for handle in handles], most)
         thin_labels(figure)

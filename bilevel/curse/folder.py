@@ -110,8 +110,7 @@ def claims(folder: Path) -> str:
     """Return claims.md over every outcome that a folder holds."""
     parts = [f"{HEAD}\n"]
     for file in sorted(folder.glob("*.json")):
-        record = _record(file)
-        if record is None:
+        if (record := _record(file)) is None:
             continue
         parts.append(f"## {file.stem}: {record['title']}\n")
         parts += [f"{note}\n" for note in record["notes"]]

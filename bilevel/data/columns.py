@@ -48,8 +48,7 @@ class Encoder:
         """
         rules = []
         for name in names:
-            numbers = table.numbers(name)
-            if numbers is not None:
+            if (numbers := table.numbers(name)) is not None:
                 there = numbers[rows][~np.isnan(numbers[rows])]
                 rules.append(Rule(name, float(np.median(there)) if len(there) else 0.0))
                 continue
@@ -76,8 +75,7 @@ class Encoder:
 
     def transform(self, table: Table) -> tuple[Array, list[str]]:
         """Return features of shape (rows, features), and in words what was done to values not seen in training."""
-        missing = [rule.name for rule in self.rules if rule.name not in table.columns]
-        if missing:
+        if missing := [rule.name for rule in self.rules if rule.name not in table.columns]:
             raise ValueError(
                 f"{table.source!r} lacks {columns_named(missing)} that the model was made with: add "
                 f"{'it' if len(missing) == 1 else 'them'} (empty cells are filled as in training)."
@@ -101,8 +99,7 @@ class Encoder:
 
 
 def _numbers(table: Table, rule: Rule) -> tuple[Array, str]:
-    column = table.numbers(rule.name)
-    if column is None:
+    if (column := table.numbers(rule.name)) is None:
         row, word = first_word(table, rule.name)
         made = f"holds {word!r} in row {row}, but numbers where the model was made"
         raise table.error(rule.name, f"{made}: correct it, or leave the cell empty")

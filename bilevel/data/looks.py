@@ -81,8 +81,7 @@ def numbers_rows(table: Table, name: str) -> bool:
     column = table.columns[name]
     if len(np.unique(column)) < len(column):
         return False
-    numbers = table.numbers(name)
-    if numbers is None:
+    if (numbers := table.numbers(name)) is None:
         numbers_like = any(map(NUMBERLIKE.fullmatch, column)) or any(map(SIGNED.fullmatch, column))
         numbers_like = numbers_like or bool(with_thousands(np.unique(column[column != ""])))
         numbers_like = numbers_like or table.date(name) is not None or bool(spelled_number(column))

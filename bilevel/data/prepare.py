@@ -129,8 +129,7 @@ def without_rare(raw: Raw, labels: Array, least: int) -> tuple[Raw, Array]:
 
 def filled(raw: Raw) -> Raw:
     """Return the data of a table with its features, fitted on the training part, in place of the rows' numbers."""
-    columns = raw.columns
-    if columns is None:
+    if (columns := raw.columns) is None:
         return raw
     rows = {part: X[:, 0] for part, (X, _) in raw.parts.items()}
     encoder = Encoder.fit(columns.table, columns.features, rows["train"])

@@ -69,8 +69,7 @@ def sort_columns(table: Table, options: TableOptions) -> Columns:
             f"{table.source!r} has the one column {names[0]!r}: it needs features and a target, with commas, "
             "semicolons, tabs or bars between them."
         )
-    numbering = [name for name in features if index == "leave_out" and numbers_rows(table, name)]
-    if numbering:
+    if numbering := [name for name in features if index == "leave_out" and numbers_rows(table, name)]:
         features = [name for name in features if name not in numbering]
         are, number = ("are", "they number") if len(numbering) > 1 else ("is", "it numbers")
         notes.append(f"{columns_named(numbering)} {are} left out, as {number} the rows")
@@ -267,8 +266,7 @@ def _one_target(table: Table, name: str, rows: Array) -> Array:
     table = replace(table, columns={name: column})
     if column.dtype.kind == "U" and len(column) and np.isin(np.char.lower(column), ("true", "false")).all():
         return column
-    numbers = table.numbers(name)
-    if numbers is not None:
+    if (numbers := table.numbers(name)) is not None:
         try:
             return column.astype(np.int64) if column.dtype.kind == "U" else numbers
         except (ValueError, OverflowError):

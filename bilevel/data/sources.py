@@ -96,8 +96,7 @@ def read_npz(source: str, path: Path) -> Raw:
     given = bool({"X_train", "y_train"} & set(arrays))
     names = ["train", "val"] + (["test"] if {"X_test", "y_test"} & set(arrays) else []) if given else [""]
     needed = [(f"X_{part}", f"y_{part}") if part else ("X", "y") for part in names]
-    missing = [key for pair in needed for key in pair if key not in arrays]
-    if missing:
+    if missing := [key for pair in needed for key in pair if key not in arrays]:
         raise ValueError(
             f"{source!r} must hold the arrays X and y, or X_train, y_train, X_val, y_val (and X_test, y_test), "
             f"but lacks {', '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}."

@@ -256,8 +256,7 @@ def _rectangle(
         notes.append("empty cells behind the last column are left out")
     above = f"delete what stands above the header if {separator.join(header)[:SHOWN]!r} is none"
     if len(set(header)) < len(header):
-        twice = next(column for column in header if header.count(column) > 1)
-        if not twice:
+        if not (twice := next(column for column in header if header.count(column) > 1)):
             raise ValueError(f"{source!r} has {header.count('')} columns without a name: name them, or {above}.")
         raise ValueError(f"{source!r} has two columns of the name {twice!r}: rename one of them.")
     for number, line in enumerate(body, 1):

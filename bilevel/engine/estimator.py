@@ -15,8 +15,8 @@ import torch
 from bilevel.base import Carry, InnerSolver, InnerState, Solution, describe
 from bilevel.base.requirements import check_requirements
 from bilevel.core.cost import Meter
+from bilevel.core.declared import given_after
 from bilevel.core.options import check_fields
-from bilevel.core.overrides import given_after
 from bilevel.core.tree import Tree
 from bilevel.engine.flat import flat_run
 from bilevel.engine.judge import InnerRun

@@ -19,7 +19,7 @@ from torch import Tensor
 from bilevel.base import Carry, InnerSolver, LinearSolver, Pullback, Solution
 from bilevel.base.requirements import check_requirements
 from bilevel.core import rows, tree
-from bilevel.core.deprecated import deprecated_options
+from bilevel.core.declared import deprecated_options
 from bilevel.core.options import is_not_negative, option, require
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree

@@ -22,7 +22,7 @@ from torch import Tensor
 from bilevel.base import InnerSolver, InnerState, Pullback, Solution, Variables
 from bilevel.core import rows, tree
 from bilevel.core.autograd import edges, vector_jacobian
-from bilevel.core.deprecated import deprecated_options
+from bilevel.core.declared import deprecated_options
 from bilevel.core.options import option, require
 from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.core.options import is_int, require
-from bilevel.meta.networks import mlp
 from bilevel.meta.problem import MetaProblem
-from bilevel.meta.tasks import SPLITS, SplitTasks, Task
+from bilevel.meta.tasks import SPLITS, SplitTasks, Task, mlp
 from bilevel.oracles.samplers import keyed_generator
 
 SIDE = 28

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from bilevel.base import InnerSolver
 from bilevel.core import rows, tree
+from bilevel.core.declared import given_after
 from bilevel.core.options import is_int, is_number, require, require_arguments
-from bilevel.core.overrides import given_after
 from bilevel.core.tree import Tree
 from bilevel.meta.evaluation import evaluate
 from bilevel.meta.tasks import Tasks, draw

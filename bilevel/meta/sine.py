@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from bilevel.core.options import is_int, require
-from bilevel.meta.networks import mlp
 from bilevel.meta.problem import MetaProblem
-from bilevel.meta.tasks import SplitTasks, Task
+from bilevel.meta.tasks import SplitTasks, Task, mlp
 
 
 class SineTasks(SplitTasks):

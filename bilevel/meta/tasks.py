@@ -1,14 +1,17 @@
-"""Tasks: pure functions ``index -> (support, query)``, so that a run that resumes sees the same tasks again."""
+"""Tasks, pure functions ``index -> (support, query)``, so that a run that resumes sees the same; and their network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import nn
 
 from bilevel.core import rows, tree
-from bilevel.core.options import is_int, require
+from bilevel.core.options import is_int, require, require_value
+from bilevel.core.threads import PROCESS_STATE
 from bilevel.core.tree import Tree
 from bilevel.oracles.samplers import keyed_generator
 
@@ -63,3 +66,14 @@ class SplitTasks:
     def generator(self, index: int) -> torch.Generator:
         """Return the generator of a task."""
         return keyed_generator(self.seed, SPLITS.index(self.split), index)
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, seed: int) -> nn.Sequential:
+    """Return a network of linear layers with ReLU between them; its weights follow from the seed."""
+    require_value("hidden", hidden, "a list of positive ints", all(is_int(units) for units in hidden))
+    layers: list[nn.Module] = [nn.Flatten()]
+    with PROCESS_STATE, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for before, after in pairwise((inputs, *hidden, outputs)):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

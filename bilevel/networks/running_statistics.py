@@ -49,8 +49,7 @@ class RunningStatistics:
     def completed(self, params: Tree) -> Tree:
         """Return params with the module's own statistics where they hold none; ValueError where a parameter lacks."""
         start = self._functional.params | self._functional.statistics
-        missing = [name for name in self._functional.params if name not in params]
-        if missing:
+        if missing := [name for name in self._functional.params if name not in params]:
             raise ValueError(f"`params` lacks the parameter {missing[0]!r} of the module.")
         return {name: params.get(name, value) for name, value in start.items()}
 

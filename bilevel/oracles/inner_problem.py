@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from bilevel.core import rows, tree
 from bilevel.core.autograd import edges, pushforward, vector_jacobian
-from bilevel.core.overrides import given_after
+from bilevel.core.declared import given_after
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum, lanczos
 from bilevel.oracles.kernels import Kernels

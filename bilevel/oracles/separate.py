@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bilevel.core.overrides import given_after
+from bilevel.core.declared import given_after
 from bilevel.core.tree import Tree
 
 MOST = 3_000_000

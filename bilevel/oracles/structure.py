@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bilevel.core.deprecated import with_old_names
-from bilevel.core.overrides import given_after
+from bilevel.core.declared import given_after, with_old_names
 from bilevel.oracles.inner_problem import InnerProblem
 
 

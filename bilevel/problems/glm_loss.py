@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.core.overrides import given_after
+from bilevel.core.declared import given_after
 from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.splits import Split
 

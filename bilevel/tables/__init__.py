@@ -1,7 +1,7 @@
 """A front door for tables: penalties tuned by folds with a guard, models in files, predictions of new rows."""
 
-from bilevel.data.rows import Rows as Rows
-from bilevel.data.rows import load_rows as load_rows
+from bilevel.data.load import Rows as Rows
+from bilevel.data.load import load_rows as load_rows
 from bilevel.data.table import TableOptions as TableOptions
 from bilevel.tables.model import Predictions as Predictions
 from bilevel.tables.model import TableModel as TableModel

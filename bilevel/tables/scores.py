@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +14,13 @@ from torch import Tensor
 
 from bilevel.criteria import Criterion, Fit, Penalties
 from bilevel.criteria.criterion import Evaluation
+from bilevel.data.load import Rows
 from bilevel.data.roles import target_names
-from bilevel.data.rows import Rows
 from bilevel.data.table import Array
+from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared
 from bilevel.problems.splits import Split
 from bilevel.selection import Selected
 from bilevel.selection.honest import Fold, predictions
-from bilevel.tables.beside import scikit_learn
 
 CONSTANT = 30.0
 """A log penalty this far above log n leaves the intercept alone."""
@@ -159,3 +161,47 @@ def shown(selected: Selected) -> list[tuple[int, str]]:
         return [(0, "one penalty (the model)")]
     best = 1 + int(np.argmin([node.loss for node in selected.nodes[1:]]))
     return [(0, "one penalty (the model)"), (best, f"{count} tuned penalties, not kept")]
+
+
+ESTIMATORS: dict[type[GLMLoss], str] = {
+    Squared: "RidgeCV",
+    Logistic: "LogisticRegressionCV",
+    Softmax: "LogisticRegressionCV",
+}
+
+
+def scikit_learn(rows: Rows, loss: GLMLoss) -> tuple[str, Callable[[Any], Fit]]:
+    """Return the name of scikit-learn's estimator for a loss, and what makes its model of some of the rows.
+
+    Columns are standardised by these rows. Ridge regression has 100 penalties from 1e-3 to 1e5, by leave-one-out;
+    classes have scikit-learn's 10 from 1e-4 to 1e4, by the log loss of 5 folds. Its own defaults are 3 penalties, and
+    accuracy.
+
+    Raises:
+        ValueError: for other losses than squared, logistic and softmax.
+    """
+    from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+    from sklearn.preprocessing import StandardScaler
+
+    if (estimator := ESTIMATORS.get(type(loss))) is None:
+        raise ValueError(f"`beside: scikit-learn` has no cross-validation of {type(loss).__name__}: leave it out.")
+
+    def fit(index: Any) -> Fit:
+        index = np.asarray(index)
+        X, y = rows.X[index], rows.y[index]
+        weights = None if rows.weights is None else rows.weights[index]
+        scaler = StandardScaler(with_mean=not hasattr(X, "tocsr")).fit(X, sample_weight=weights)
+        model: Any
+        if estimator == "RidgeCV":
+            model = RidgeCV(np.logspace(-3, 5, 100)).fit(scaler.transform(X), y, sample_weight=weights)
+        else:
+            model = LogisticRegressionCV(Cs=10, scoring="neg_log_loss", max_iter=1000)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of defaults that will change
+                model = model.fit(scaler.transform(X), y, sample_weight=weights)
+        coef = torch.as_tensor(np.atleast_2d(model.coef_) / scaler.scale_)
+        mean = scaler.mean_ if scaler.with_mean else np.zeros(X.shape[1])
+        intercept = torch.as_tensor(np.atleast_1d(model.intercept_)) - coef @ torch.as_tensor(mean)
+        return Fit(coef, intercept) if len(coef) > 1 else Fit(coef[0], intercept[0])
+
+    return f"scikit-learn's {estimator}", fit

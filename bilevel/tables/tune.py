@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from bilevel.core.options import suggest
 from bilevel.core.status import BilevelWarning
 from bilevel.criteria import Criterion, LinearData, Penalties
 from bilevel.criteria.choose import choose_criterion, standardizes
-from bilevel.data.rows import Rows
+from bilevel.data.columns import listed
+from bilevel.data.load import Rows
+from bilevel.data.roles import target_names
 from bilevel.data.table import Array
 from bilevel.problems.losses import GLMLoss, Logistic, Softmax, Squared
 from bilevel.selection import Selected, make_folds, penalty_cv
 from bilevel.selection.honest import Fold
 from bilevel.tables.model import TableModel
 from bilevel.tables.scores import Judge, Score
-from bilevel.tables.shares import groups_of, plain, weighted_by_class
 
 PENALTIES = ("scalar", "per_feature", "per_column", "group", "per_class", "per_target", "per_weight")
 ALIASES = {
@@ -216,3 +218,48 @@ def _model(name: str, rows: Rows, criterion: Criterion, selected: Selected, unit
     arrays = {"weights": coef * scale, "intercept": intercept + coef @ mean, "mean": mean, "scale": scale}
     loss = type(criterion.loss).__name__
     return TableModel(name, loss, task, **arrays, classes=classes, summary=selected.summary, **same)
+
+
+def weighted_by_class(rows: Rows, given: Mapping[Any, float] | str | None) -> Rows:
+    """Return rows whose weights are multiplied by those of their classes; refuse a regression, and unknown labels."""
+    if given is None:
+        return rows
+    if rows.classes is None:
+        raise ValueError(
+            f"`class_weight` is for classes, and {listed(target_names(rows.target))} holds numbers: leave it out."
+        )
+    weights = np.ones(len(rows.y)) if rows.weights is None else rows.weights
+    sums = np.bincount(rows.y, weights, minlength=len(rows.classes))
+    if isinstance(given, str):
+        of_class = sums.sum() / (len(sums) * sums)
+    else:
+        known = {str(plain(label)): index for index, label in enumerate(rows.classes)}
+        of_class = np.ones(len(sums))
+        for label, weight in given.items():
+            if str(label) not in known:
+                classes = f"{', '.join(map(repr, known))}{suggest(str(label), known)}"
+                raise ValueError(f"`class_weight` names {label!r}, but the classes are {classes}")
+            of_class[known[str(label)]] = weight
+    tested = rows.weights_test
+    if rows.y_test is not None:
+        tested = (np.ones(len(rows.y_test)) if tested is None else tested) * of_class[rows.y_test]
+    return replace(rows, weights=weights * of_class[rows.y], weights_test=tested)
+
+
+def groups_of(groups: Mapping[str, Sequence[str]], columns: Sequence[str]) -> list[str]:
+    """Return the group of every feature, given its column; refuse columns in no group, in several, and unknown."""
+    of_column: dict[str, str] = {}
+    for group, members in groups.items():
+        for column in members:
+            if column in of_column or column not in columns:
+                why = f"is in {of_column[column]!r}, too" if column in of_column else "is none that becomes a feature"
+                raise ValueError(f"`groups.{group}` names the column {column!r}, which {why}.")
+            of_column[column] = group
+    if missing := [column for column in dict.fromkeys(columns) if column not in of_column]:
+        raise ValueError(f"`groups` must name every column once, but no group has {listed(missing)}.")
+    return [of_column[column] for column in columns]
+
+
+def plain(label: Any) -> Any:
+    """Return a label as a file holds it: whole numbers without a decimal point."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label

@@ -73,8 +73,7 @@ def contraction_constants(
     >>> constants.rho, constants.C
     (0.5, 0.5)
     """
-    form = problem.quadratic_form(hparams.detach())
-    if form is None:
+    if (form := problem.quadratic_form(hparams.detach())) is None:
         raise ValueError(
             "`contraction_constants.problem` must be a QuadraticProblem or RidgeProblem, got "
             f"{type(problem).__name__}: use `estimate_constants` for others."

@@ -16,9 +16,8 @@ from bilevel.inner import Coefficients
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.problems import QuadraticProblem
-from bilevel.theory.one_at_a_time import Errors, single_errors
 from bilevel.theory.quadratic_batch import QuadraticBatch
-from bilevel.theory.sweeps import Oracle, QuadraticOracle, VmapOracle, batched_errors, recurrence
+from bilevel.theory.sweeps import Errors, Oracle, QuadraticOracle, VmapOracle, batched_errors, recurrence, single_errors
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from maml_reference import PlainMAML
 
 import bilevel as bl
 from bilevel.meta import GlyphProblem, GlyphTasks, MetaProblem, SineProblem, SineTasks, evaluate
-from bilevel.meta.networks import mlp
+from bilevel.meta.tasks import mlp
 from bilevel.oracles.separate import Separate
 
 SEEDS = (0, 1, 2)

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bilevel.cli import main
-from bilevel.data.rows import load_rows
+from bilevel.data.load import load_rows
 from bilevel.data.table import TableOptions
 from bilevel.selection import make_folds
 from bilevel.tables import TableModel, tune_rows

@@ -54,8 +54,8 @@ from bilevel.compare import (
 from bilevel.compare import cells as cells_module
 from bilevel.compare import folder as folder_module
 from bilevel.compare import run as run_module
-from bilevel.compare.batched import run_group
 from bilevel.compare.cells import CellRun, best_row, end_row, run_cell
+from bilevel.compare.run import run_group
 from bilevel.compare.summary import summarize
 from bilevel.config import load_plan
 from bilevel.core import environment

@@ -15,7 +15,7 @@ from helpers import Frame
 
 from bilevel.data import Dataset, load
 from bilevel.data.columns import Encoder
-from bilevel.data.rows import load_rows
+from bilevel.data.load import load_rows
 from bilevel.data.table import Table, TableOptions
 
 ROWS = 40

@@ -15,7 +15,7 @@ import bilevel as bl
 from bilevel.cli import main
 from bilevel.core import tree
 from bilevel.meta import GlyphTasks, MetaProblem, SineProblem, SineTasks, evaluate, glyphs, squared_norm
-from bilevel.meta.networks import mlp
+from bilevel.meta.tasks import mlp
 
 mse = nn.functional.mse_loss
 F64 = torch.float64

@@ -1,9 +1,9 @@
-"""Attributes and options by the names that they had before, taken for one release with a DeprecationWarning."""
+"""What a class declares, whether what it inherits still speaks of it, and names that were used before."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -29,3 +29,16 @@ def deprecated_options(old: Any, new: Any) -> None:
     given = [f"{each.name}={value!r}" for each in fields(new) if (value := getattr(new, each.name)) != each.default]
     what = f"{type(new).__name__}({', '.join(given)})"
     warnings.warn(f"{type(old).__name__} with these options is now {what}.", DeprecationWarning, stacklevel=4)
+
+
+def given_after(cls: type[Any], names: Iterable[str], than: str) -> bool:
+    """Return whether a class gives one of some attributes, itself or by a mix-in, later than it is given another.
+
+    What it inherits under the name `than` then knows nothing of what it does under those names. False where `than` is
+    given by the same class, or by one that is made of it.
+    """
+
+    def depth(name: str) -> int:
+        return next((index for index, each in enumerate(cls.__mro__) if name in vars(each)), len(cls.__mro__))
+
+    return min(map(depth, names)) < depth(than)
