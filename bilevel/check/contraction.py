@@ -82,6 +82,8 @@ def _rate(subject: Subject, solved: Solved, offset: Tree, blur: float) -> float 
             for _ in range(ROUNDS):
                 state = solver.step(inner.on_step(state.index), state)
                 distances.append(float(tree.norm(tree.add(solver.params(state), solution, -1.0))))
+                if not distances[-1] > blur:
+                    break
     except (StepFailure, ValueError):
         return None
     kept = [scale * float(tree.norm(offset)), *distances]

@@ -87,7 +87,7 @@ def value(problem: bl.BilevelProblem, u: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_eight_threads_find_the_numbers_of_one(name: str) -> None:
-    problem, us = PROBLEMS[name](), [-3.0 + 0.2 * i for i in range(12)]
+    problem, us = PROBLEMS[name](), [-3.0 + 0.2 * i for i in range(8)]
     alone = [value(problem, u) for u in us]
     problem = PROBLEMS[name]()
     with ThreadPoolExecutor(8) as pool:

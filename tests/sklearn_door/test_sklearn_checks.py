@@ -11,8 +11,8 @@ from bilevel.sklearn import ElasticNetCV, LassoCV, LogisticRegressionCV, RidgeCV
 @parametrize_with_checks([
     RidgeCV(),
     LogisticRegressionCV(penalty_structure="scalar"),
-    ElasticNetCV(alphas=5),
-    LassoCV(alphas=5),
+    ElasticNetCV(alphas=3),
+    LassoCV(alphas=3),
 ])
 def test_the_estimator_is_one_of_scikit_learns(estimator, check):
     check(estimator)
