@@ -30,8 +30,8 @@ from bilevel.engine.loop import Looks, conclude
 from bilevel.engine.recurrence import ReadsIterateError
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.cut import recorded
+from bilevel.oracles.graph import NotRecordedError
 from bilevel.oracles.inner_problem import InnerProblem
-from bilevel.oracles.recording import NotRecordedError
 
 CHUNK, FEWEST, FIRST, LONGEST = 16_384, 32, 256, 512
 """A run to a tolerance makes at first so many numbers at once, but so many steps at least, and at most; later."""
@@ -101,8 +101,10 @@ def flat_run(
             pass
     if recording is not None and found is not None:
         end = found.end.state.params
-        if not recording.confirms(plan.raveler.ravel(end), plan.raveler.ravel(inner.grad(end))):
-            found, inner.refused = None, "its recording gives other numbers at the end"
+        try:
+            recording.confirm(plan.raveler.ravel(end), plan.raveler.ravel(inner.grad(end)))
+        except NotRecordedError as reason:
+            found, inner.refused = None, str(reason)
     if found is None:  # its steps count it again
         inner.counts.clear()
         inner.counts.update(counts)

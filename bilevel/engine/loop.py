@@ -182,6 +182,7 @@ def _ended(
     ])
     if not math.isfinite(residual):
         return not_finite(inner, solver, *checkpoint, taken)
+    inner.confirm(solver.params(state))
     if goal is not None and goal.reached(residual, solver.params(state)):
         return InnerRun(state, residual, taken, goal.verdict(residual, taken))
     verdict = judge(inner, solver, first, state, begun, residual, taken, goal.tol if goal else None, floor)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -23,10 +24,13 @@ from bilevel.core.tree import Tree
 from bilevel.engine.attempt import Attempt, attempt
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.hypergrad.evidence import certificate, confirmed, judged
-from bilevel.oracles.cut import same_numbers
+from bilevel.oracles.graph import NotRecordedError
 from bilevel.oracles.inner_problem import InnerProblem
-from bilevel.oracles.paired import WORTH, paired
 from bilevel.oracles.separate import Separate, in_words
+from bilevel.oracles.tracing import replaying
+
+WORTH = 20
+"""Steps of all runs from which the gain of a recording is larger than the time that it takes."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def _estimate(runs: TaskRuns, solver: InnerSolver) -> Estimate | None:
     loss = square = 0.0
     for run, share in runs:
         if runs.recorded:
-            problem, why = paired(run.problem, run.hparams)
+            problem, why = replaying(run.problem, run.hparams)
             run = replace(run, problem=problem)
         result = attempt(runs.rule, run, kept=total is None or runs.at_once > 1)
         if result.solved.state.measured:
@@ -175,18 +179,17 @@ def named(runs: TaskRuns | None, result: Attempt) -> Attempt:
 
 def _confirms(runs: TaskRuns, run: Run, result: Attempt) -> bool:
     # What the losses hold may have been replaced since they were recorded: one task says it of all.
-    inner = run.inner()
+    inner: Any = run.inner()
     if inner.form == InnerProblem.form or not result.verdict.status.usable:
         return True
     end, one = run.solver.params(result.solved.state), runs.tasks.some(0, 1).bind(run.hparams)
-    begun, expected = (tree.leaves(one.grad(_rows(x, 0, 1))) for x in (run.params, end))
-    # At a solution the gradient is what is left of larger numbers.
-    scale = max(float(leaf.abs().max()) for leaf in begun)
-    pairs = zip(tree.leaves(_rows(inner.grad(end), 0, 1)), expected, strict=True)
-    agreed = all(same_numbers(*pair, scale) for pair in pairs)
-    if not agreed:
-        run.problem.traces.cuts.clear()
-    return agreed
+    x, got = (_rows(each, 0, 1) for each in (end, inner.grad(end)))
+    try:
+        inner.halves.confirm(x, got, one.grad(x))
+    except NotRecordedError:
+        run.problem.traces.made.clear()
+        return False
+    return True
 
 
 def _form(run: Run, form: str, why: str) -> str:

@@ -35,9 +35,9 @@ from bilevel.networks.functional import FunctionalModule
 from bilevel.oracles.batching import NotSideBySide, vectorised
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.random_layers import random_layer
+from bilevel.oracles.recording import signature
 from bilevel.oracles.separate import Separate
 from bilevel.oracles.structure import Structure
-from bilevel.oracles.tracing import signature
 
 
 class MetaProblem(BilevelProblem):

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from bilevel.core import tree
-from bilevel.core.autograd import vector_jacobian
 from bilevel.core.tree import Tree
 from bilevel.oracles.folding import fold
+from bilevel.oracles.graph import Part, between, dependence, outputs_of
 from bilevel.oracles.kernels import Kernels
-from bilevel.oracles.recording import NotRecordedError, Part, between, record
-from bilevel.oracles.tracing import signature
+from bilevel.oracles.recording import Recording, derivatives, flat, same_numbers, tensors, why
 
+SHORTEST = 50
+"""Steps of a run from which its gain is larger than the time of a look at whether a recording still holds."""
+WORTH = 200
+"""Steps of all runs from which the gain is larger than the time of the recording."""
 HELD = 2**24
 """Bytes that gradients may leave behind for products that are still to come; beyond that products make them again."""
 STACK = 2**17
@@ -50,48 +53,25 @@ PRODUCTS = {"mul", "div", "mv", "mm", "bmm", "dot", "addmv", "addmm", "baddbmm",
 X, V, U, BATCH = 1, 2, 4, 8
 
 
-class Cut:
-    """The parts of the recording of one loss, for trees of some shapes.
+class Cut(Recording):
+    """The parts of the recording of ``g, H' v, C' v`` for x and v that are vectors."""
 
-    Raises:
-        ValueError: for a loss whose operations are not the same at every call, or write in place.
-    """
+    def given(self, params: Tree, hparams: Tree) -> tuple[Tree, Tree]:
+        return self.ravelers[0].ravel(params), hparams
 
-    def __init__(self, problem: Any, params: Tree, hparams: Tree) -> None:
-        self.raveler, self.leaves = tree.Raveler(params), len(tree.leaves(hparams))
-        minibatch = problem.minibatch
+    def oracle(self, problem: Any, x: Tree, v: Tree, u: Tree, *batches: Tree) -> list[Tensor]:
+        unravel = self.ravelers[0].unravel
+        gradient, product, cross = derivatives(problem.on_batch(*batches), unravel(x), unravel(v), u)
+        return [flat(gradient), flat(product), *cross]
 
-        def all_three(x: Tensor, v: Tensor, *rest: Tensor) -> list[Tensor]:
-            feed = iter(rest[self.leaves :])
-            given = tree.tree_map(lambda leaf: next(feed) if isinstance(leaf, Tensor) else leaf, minibatch)
-            return derivatives(problem.on_batch(given), self.raveler, tree.rebuild(hparams, rest[: self.leaves]), x, v)
-
-        # At other numbers than those of a run, and no two arguments one tensor.
-        generator = torch.Generator().manual_seed(0)
-
-        def near(leaf: Tensor, scale: float) -> Tensor:
-            return leaf + scale * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
-
-        x = self.raveler.ravel(tree.copied(params))
-        arguments = [near(x, 1.0), near(torch.zeros_like(x), 1.0), *(near(leaf, 0.1) for leaf in tree.leaves(hparams))]
-        self.module = record(all_three, [*arguments, *(leaf.clone() for leaf in tensors(minibatch))])
-        for node in self.module.graph.nodes:
-            if node.op == "call_function" and node.is_impure():
-                raise NotRecordedError(f"{node.target} writes in place or draws random numbers")
-        self._split()
-
-    def _split(self) -> None:
-        module = self.module
-        x, v, *rest = (node for node in module.graph.nodes if node.op == "placeholder")
-        u, batch = rest[: self.leaves], rest[self.leaves :]
+    def split(self, module: fx.GraphModule, inputs: list[list[fx.Node]], outputs: list[fx.Node]) -> None:
+        (x,), (v,), u, batch = inputs
         known = {x: X, v: V} | dict.fromkeys(u, U) | dict.fromkeys(batch, BATCH)
         depends = dependence(module, known, SHAPES)
-        ((gradient, *_),) = next(node for node in module.graph.nodes if node.op == "output").args
-        affine = _affine(between(module, {*rest, x}, [gradient]), depends, x)
+        affine = _affine(between(module, {*u, *batch, x}, outputs[:1]), depends, x)
         fold(module.graph, {node: (2 if which & V else 1 if which & ~U else 0) for node, which in depends.items()})
         depends, takes = dependence(module, known, SHAPES), dependence(module, known)
-        (outputs,) = next(node for node in module.graph.nodes if node.op == "output").args
-        gradient, product, *cross = outputs
+        gradient, product, *cross = outputs_of(module)
 
         def moves(node: fx.Node) -> bool:
             return bool(depends[node] & (X | BATCH))
@@ -101,8 +81,8 @@ class Cut:
         self.once = Part(module, [], u, once)
         bound, given = [*once, *u], [x, *batch]
         after = [node for node in between(module, {*bound, v, *given}, [product]) if takes[node] & V]
-        inputs = dict.fromkeys(each for node in after for each in node.all_input_nodes)
-        left = [each for each in inputs if moves(each) and not takes[each] & V and each.op == "call_function"]
+        needed = dict.fromkeys(each for node in after for each in node.all_input_nodes)
+        left = [each for each in needed if moves(each) and not takes[each] & V and each.op == "call_function"]
         held = {node.meta["val"].untyped_storage()._cdata: node.meta["val"].untyped_storage() for node in left}
         self.left = sum(each.nbytes() for each in held.values())
         self.gradient = Part(module, bound, given, [gradient], into=True)
@@ -116,39 +96,22 @@ class Cut:
         self.shared = not any(depends[node] & BATCH for node in cross)
         """Whether products with C' are the same whatever the batch."""
         values = [node.meta["val"] for node in self.cross.nodes if depends[node] & (X | V) and "val" in node.meta]
-        self.stack = max(1, STACK // max([self.raveler.size, *(value.numel() for value in values)]))
-        for node in module.graph.nodes:
-            node.meta.clear()  # or they would hold the numbers of the recording
+        self.stack = max(1, STACK // max([self.ravelers[0].size, *(value.numel() for value in values)]))
 
+    def bound(self, hparams: Sequence[Tensor]) -> list[Tensor]:
+        """Return the values of what depends on hyperparameters alone."""
+        return [*self.once.function()(*hparams), *hparams]
 
-def tensors(minibatch: Tree) -> list[Tensor]:
-    """Return what is a tensor of the leaves of a batch."""
-    return [leaf for leaf in tree.leaves(minibatch) if isinstance(leaf, Tensor)]
-
-
-def derivatives(problem: Any, raveler: tree.Raveler, hparams: Tree, x: Tensor, v: Tensor) -> list[Tensor]:
-    """Return ``g(x, u), H' v``, two vectors, and the leaves of ``C' v``, by autograd."""
-    at, u = (tree.attach(each) for each in (raveler.unravel(x), hparams))
-    with torch.enable_grad():
-        gradient = tree.leaves(problem.gradient_graph(at, u))
-        both = vector_jacobian(gradient, tree.leaves(at) + tree.leaves(u), tree.leaves(raveler.unravel(v)))
-    return [_flat(gradient).detach(), _flat(both[: len(gradient)]), *both[len(gradient) :]]
-
-
-def _flat(leaves: Sequence[Tensor]) -> Tensor:
-    flat = [leaf.reshape(-1) for leaf in leaves]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def dependence(module: fx.GraphModule, known: dict[fx.Node, int], free: Set[Any] = frozenset()) -> dict[fx.Node, int]:
-    """Return for each node which inputs its values depend on; what a `free` operation makes depends on none."""
-    known = dict(known)
-    for node in module.graph.nodes:
-        if node not in known:
-            known[node] = 0
-            for each in node.all_input_nodes if node.target not in free else ():
-                known[node] |= known[each]
-    return known
+    def replay(self, x: list[Tensor], v: list[Tensor], u: list[Tensor], *batches: list[Tensor]) -> Sequence[Tensor]:
+        bound, given = self.bound(u), (*x, *batches[0])
+        gradient, product, *again = (torch.empty_like(x[0]) for _ in range(4))
+        left = self.leaving.function(*bound)(*given, gradient)
+        self.after.function(*bound)(*v, *given, *left, product)
+        self.gradient.function(*bound)(*given, again[0])
+        self.product.function(*bound)(*v, *given, again[1])
+        # Runs take either pair: a mean shows what is wrong in one of them.
+        both = (gradient.add_(again[0]).mul_(0.5), product.add_(again[1]).mul_(0.5))
+        return *both, *self.cross.function(*bound)(*x, *v, *batches[0])
 
 
 def _affine(nodes: Sequence[fx.Node], depends: dict[fx.Node, int], x: fx.Node) -> bool:
@@ -187,25 +150,19 @@ class CutKernels(Kernels):
 
     def __init__(self, cut: Cut, inner: Any, steps: int, first: int, held: int) -> None:
         self.cut, self.inner, self._first, self._next, self._last = cut, inner, first, first, first + steps - 1
-        problem, leaves = inner.problem, tree.leaves(inner.hparams)
-        bound = [*cut.once.function()(*leaves), *leaves]
+        problem, leaves = inner.problem, tensors(inner.hparams)
+        bound = cut.bound(leaves)
         view = problem.on_step(first)
-        self._batch, self._sampled = tensors(view.minibatch), view is not problem
-        self._kind = signature(view.minibatch)
+        self._batch, self._sampled = cut.tensors(view.minibatch), view is not problem
         left = cut.left + (sum(each.nbytes for each in self._batch) if self._sampled else 0)
         self._leaves = held * left <= HELD
         self._gradient = (cut.leaving if self._leaves else cut.gradient).function(*bound)
         self._product = (cut.after if self._leaves else cut.product).function(*bound)
         self._cross = cut.cross.function(*bound)
-        if (
-            cut.constant is not None
-            and problem.symmetric
-            and not self._sampled
-            and cut.raveler.size <= min(steps, DENSE)
-        ):
-            like = leaves[0]
-            hessian = torch.func.vmap(cut.constant.function(*bound))(torch.eye(cut.raveler.size).to(like))[0]
-            linear = like.new_zeros(cut.raveler.size)
+        size, like = cut.ravelers[0].size, leaves[0]
+        if cut.constant is not None and problem.symmetric and not self._sampled and size <= min(steps, DENSE):
+            hessian = torch.func.vmap(cut.constant.function(*bound))(torch.eye(size).to(like))[0]
+            linear = like.new_zeros(size)
             self.gradient(torch.zeros_like(linear), [], linear)
             # The products are those of autograd, which leaves out what is detached.
             at = torch.randn(linear.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(like)
@@ -236,10 +193,7 @@ class CutKernels(Kernels):
             self._product(v, at[0], *(self._drawn(at[1]) if self._sampled else self._batch), out)
 
     def _drawn(self, index: int) -> list[Tensor]:
-        batch = self.inner.problem.on_step(index).minibatch
-        if signature(batch) != self._kind:
-            raise NotRecordedError("its batches differ in their shapes, or in what is no tensor")
-        return tensors(batch)
+        return self.cut.tensors(self.inner.problem.on_step(index).minibatch)
 
     def cross(self, points: Tensor, vectors: Tensor) -> Tree:
         own = self._sampled and not self.cut.shared
@@ -252,39 +206,13 @@ class CutKernels(Kernels):
             parts = [[part.sum(0) for part in batched(*chunk)] for chunk in zip(*chunks, strict=True)]
         return tree.rebuild(self.inner.hparams, [sum(each[1:], each[0]) for each in zip(*parts, strict=True)])
 
-    def agrees(self, x: Tensor) -> bool:
-        """Return whether gradient and products at the first point of a run are those of autograd."""
-        v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
-        view = self.inner.problem.on_step(self._first)
-        expected = derivatives(view, self.cut.raveler, self.inner.hparams, x, v)
-        (place,), gradient, product = self.places(1), torch.empty_like(x), torch.empty_like(x)
-        self.gradient(x, place, gradient)
-        self.product(place, v, product)
-        self.steepness = _largest(expected[1])
-        got = [product, *tree.leaves(self.cross(x[None], v[None]))]
-        return self._is_gradient(x, gradient, expected[0]) and all(map(same_numbers, got, expected[1:]))
-
-    def confirms(self, x: Tensor, gradient: Tensor) -> bool:
-        """Return whether the gradient at the end of a run is that of autograd; of batches, on that of the last step."""
+    def confirm(self, x: Tensor, gradient: Tensor) -> None:
+        """Refuse a gradient at the end of a run that is not that of autograd; of batches, on that of the last step."""
         if self._sampled:
             self._next, view = self._last, self.inner.problem.on_step(self._last)
-            gradient = derivatives(view, self.cut.raveler, self.inner.hparams, x, torch.zeros_like(x))[0]
+            gradient = self.cut.oracle(view, x, torch.zeros_like(x), self.inner.hparams, view.minibatch)[0]
         self.gradient(x, [], again := torch.empty_like(x))
-        return self._is_gradient(x, again, gradient)
-
-    def _is_gradient(self, x: Tensor, got: Tensor, expected: Tensor) -> bool:
-        """Return whether a gradient is what is expected, up to rounding of what cancels in it near a solution."""
-        return same_numbers(got, expected, self.steepness * _largest(x))
-
-
-def same_numbers(got: Tensor, expected: Tensor, scale: float = 0.0) -> bool:
-    """Return whether a recording gives what autograd gives, but for rounding of numbers up to `scale`."""
-    rtol = torch.finfo(expected.dtype).eps ** 0.6
-    return torch.allclose(got, expected, rtol=rtol, atol=rtol * max(scale, _largest(expected)), equal_nan=True)
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.nan_to_num(0.0, 0.0, 0.0).abs().max()) if values.numel() else 0.0
+        self.cut.confirm(x, again, gradient)
 
 
 def recorded(inner: Any, params: Tree, first: int, steps: int, held: int) -> CutKernels | None:
@@ -302,32 +230,15 @@ def recorded(inner: Any, params: Tree, first: int, steps: int, held: int) -> Cut
     problem, traces, leaves = inner.problem, inner.problem.traces, tree.leaves(params)
     alike = len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1 and leaves[0].is_floating_point()
     special = problem.batch is not None or problem.nonsmooth is not None or inner.augmented
-    if special or not alike or traces is None or not traces.worth(steps):
+    if special or not alike or traces is None:
+        return None
+    if traces.with_run_of(steps) < WORTH or steps < SHORTEST:
         return None
     view = problem.on_step(first)
     try:
-        key = signature((params, inner.hparams, view.minibatch))
-    except TypeError as error:
-        inner.refused = str(error)
+        if problem.traced_inner is None:
+            return None
+        return CutKernels(traces.begin(Cut, view, params, inner.hparams, view.minibatch), inner, steps, first, held)
+    except Exception as error:
+        inner.refused = why(error)
         return None
-    if key not in traces.refused:
-        try:
-            if problem.traced_inner is None:
-                return None
-            kernels = _agreeing(key, inner, view, params, first, steps, held)
-        except Exception as error:
-            traces.refused[key] = str(error).splitlines()[0]
-        else:
-            return kernels
-    inner.refused = traces.refused[key]
-    return None
-
-
-def _agreeing(key: Any, inner: Any, view: Any, params: Tree, first: int, steps: int, held: int) -> CutKernels:
-    cuts, x = inner.problem.traces.cuts, tree.Raveler(params).ravel(params)
-    for known in dict.fromkeys((cuts.get(key), None)):  # what the loss holds may have been replaced since
-        cuts[key] = cut = known or Cut(view, params, inner.hparams)
-        kernels = CutKernels(cut, inner, steps, first, held)
-        if kernels.agrees(x):
-            return kernels
-    raise NotRecordedError("its numbers depend on more than its arguments")

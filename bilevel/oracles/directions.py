@@ -13,19 +13,18 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
-from bilevel.oracles.cut import dependence, derivatives, tensors
 from bilevel.oracles.folding import fold
-from bilevel.oracles.recording import NotRecordedError, Part, record
-from bilevel.oracles.tracing import signature
+from bilevel.oracles.graph import NotRecordedError, Part, dependence, outputs_of
+from bilevel.oracles.recording import Recording, derivatives, flat, tensors, why
 
 Array = Any
 """A NumPy array or a tensor; only operators and methods that both have are used on it."""
@@ -83,6 +82,14 @@ class Directions(ABC):
     def curvature(self, z: Array, u: Array) -> Spectrum:
         """Return how large the curvature is that explicit steps on a batch meet, and about how small."""
 
+    def begin(self, z: Array, u: Array) -> Self:
+        """Return the directions of steps from here, with what they take on trust looked at again."""
+        return self
+
+    def held(self, i: int, j: int, z: Array, u: Array) -> bool:
+        """Whether what was taken on trust has held over steps whose last batches were i and j."""
+        return True
+
     def least(self, penalty: Array, measured: float) -> Array | None:
         """Return about the smallest curvature of the inner loss, as it was measured by default; None where unknown."""
         return measured or None
@@ -138,93 +145,67 @@ class LossDirections(Directions):
         self._batches = [partitioned(each, mode) for each, mode in zip(samplers, (fresh, "outer step"), strict=True)]
         self.parts = tuple(len(each) if isinstance(each, list) else None for each in self._batches)  # type: ignore[assignment]
         first = [tensors(self._batch(level, 0)) for level in (0, 1)]
-        self._kinds = [signature(self._batch(level, 0)) for level in (0, 1)]
         pairs = zip(samplers, first, strict=True)
         self.shares = tuple(1.0 if s is None else _rows(b) / _rows(tensors(s.full())) for s, b in pairs)  # type: ignore[assignment]
-        z, u = (of.ravel(tree.copied(part)) for of, part in zip(self._ravelers, (params, hparams), strict=True))
-        self._made: list[dict[int, list[Tensor]]] = [{}, {}]
-        self._derived: list[Callable[..., Any]] = [lambda *leaves: ()] * 2
-        self._call = plain = self._plainly(*(self._batch(level, 0) for level in (0, 1)))
-        self.form = "recorded"
+        self._graph: LossGraph | None = None
+        self._record(params, hparams)
+
+    def _record(self, params: Tree, hparams: Tree) -> None:
         try:
-            self._record(torch.cat([z, torch.zeros_like(z)]), u, first)
+            batches = (self._batch(level, 0) for level in (0, 1))
+            graph = self.problem.traces.begin(LossGraph, self.problem, params, hparams, *batches)
         except Exception as error:
-            self._call, self._derived = plain, [lambda *leaves: ()] * 2
-            self._made = [{}, {}]
-            self.form = f"by autograd, as the losses are not recorded: {str(error).splitlines()[0]}"
+            self._refuse(error)
+            return
+        if self._graph is None or graph.call is not self._graph.call:
+            self._made: list[dict[int, list[Tensor]]] = [{}, {}]
+        self._graph, self.form = graph, "recorded"
+
+    def _refuse(self, reason: Exception) -> None:
+        self._graph, self.form = None, f"by autograd, as the losses are not recorded: {why(reason)}"
 
     def _batch(self, level: int, index: int) -> Tree:
         each = self._batches[level]
         return each[index] if isinstance(each, list) else each(index)  # type: ignore[operator]
 
-    def _given(self, level: int, index: int) -> list[Tensor]:
+    def _given(self, graph: LossGraph, level: int, index: int) -> list[Tensor]:
         """Return the tensors of a batch, and what is made of them alone."""
         known = self._made[level].get(index)
         if known is None:
-            batch = self._batch(level, index)
-            if signature(batch) != self._kinds[level]:
-                raise ValueError(
-                    "the batches of a sampler differ in their shapes, or in what is no tensor: "
-                    "SingleLoop takes batches that differ in the numbers of their tensors alone."
-                )
-            leaves = tensors(batch)
-            known = [*leaves, *self._derived[level](*leaves)]
+            leaves = graph.tensors(self._batch(level, index), level)
+            known = [*leaves, *graph.derived[level](*leaves)]
             if self.parts[level] is not None and (self.parts[level] or 0) * sum(each.nbytes for each in known) <= HELD:
                 self._made[level][index] = known
         return known
 
-    def _plainly(self, *like: Tree) -> Callable[..., Any]:
-        """Return (z, u, inner tensors and outer tensors) -> both directions, by autograd."""
-
-        def both(z: Tensor, u: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
-            feed = iter(leaves)
-            given = [tree.tree_map(lambda x: next(feed) if isinstance(x, Tensor) else x, each) for each in like]
-            view, (of_params, of_hparams) = on_batches(self.problem, *given), self._ravelers
-            hparams = of_hparams.unravel(u)
-            inner = derivatives(view, of_params, hparams, z[: self.size], z[self.size :])
-            _, *outer = view.outer_value_and_grads(of_params.unravel(z[: self.size]), hparams)
-            flat = [leaf.reshape(-1) for part in outer for leaf in tree.leaves(part)]
-            return torch.cat([each.reshape(-1) for each in inner]), torch.cat(flat)
-
-        return both
-
-    def _record(self, z: Tensor, u: Tensor, leaves: Sequence[list[Tensor]]) -> None:
-        """Replace autograd by a recording, if its numbers are those of autograd at another point."""
-        generator = torch.Generator().manual_seed(0)
-        noise = [torch.randn(each.shape, generator=generator, dtype=torch.float64).to(each) for each in (z, u)]
-        # At other numbers than those of a run, and no two arguments one tensor.
-        given = [leaf.clone() for each in leaves for leaf in each]
-        module, plain = record(self._call, [z + noise[0], u + 0.1 * noise[1], *given]), self._call
-        nodes = list(module.graph.nodes)
-        if impure := [node for node in nodes if node.op == "call_function" and node.is_impure()]:
-            raise NotRecordedError(f"{impure[0].target} writes in place or draws random numbers")
-        at, rest = nodes[:2], [node for node in nodes if node.op == "placeholder"][2:]
-        levels = rest[: len(leaves[0])], rest[len(leaves[0]) :]
-        known = dict.fromkeys(at, POINT) | dict.fromkeys(levels[0], INNER) | dict.fromkeys(levels[1], OUTER)
-        levels_of = dependence(module, known)
-        fold(module.graph, {node: 2 if on & POINT else 1 if on else 0 for node, on in levels_of.items()})
-        depends, nodes = dependence(module, known), list(module.graph.nodes)
-        (outputs,) = next(node for node in nodes if node.op == "output").args
-        calls = [node for node in nodes if node.op == "call_function"]
-        constant, *own = (
-            [node for node in calls if depends[node] == kind and any(depends[user] != kind for user in node.users)]
-            for kind in (0, INNER, OUTER)
-        )
-        values = Part(module, [], [], constant).function()()
-        inputs = [*at, *levels[0], *own[0], *levels[1], *own[1]]
-        self._call = Part(module, constant, inputs, outputs).function(*values)
-        pairs = zip(levels, own, strict=True)
-        self._derived = [Part(module, constant, level, mine).function(*values) for level, mine in pairs]
-        point = z + 0.5 * noise[0], u
-        expected = plain(*point, *leaves[0], *leaves[1])
-        for got, wanted in zip(self._call(*point, *self._given(0, 0), *self._given(1, 0)), expected, strict=True):
-            rtol = torch.finfo(wanted.dtype).eps ** 0.6
-            if not torch.allclose(got, wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()), equal_nan=True):
-                raise NotRecordedError("their numbers depend on more than their arguments")
-
     def sampled(self, i: int, j: int, z: Array, u: Array) -> tuple[Array, Array]:
-        q, f = self._call(z, u, *self._given(0, i), *self._given(1, j))
-        return q, f
+        if (graph := self._graph) is not None:
+            try:
+                made = graph.call(
+                    z[: self.size], z[self.size :], u, *self._given(graph, 0, i), *self._given(graph, 1, j)
+                )
+                return torch.cat(made[:3]), torch.cat(made[3:])
+            except NotRecordedError as reason:  # of the batch
+                self._refuse(reason)
+        batches = self._batch(0, i), self._batch(1, j)
+        made = both_losses(self.problem, self._ravelers, z[: self.size], z[self.size :], u, *batches)
+        return torch.cat(made[:3]), torch.cat(made[3:])
+
+    def begin(self, z: Array, u: Array) -> Self:
+        if self._graph is not None:
+            self._record(self._ravelers[0].unravel(z[: self.size]), self._ravelers[1].unravel(u))
+        return self
+
+    def held(self, i: int, j: int, z: Array, u: Array) -> bool:
+        if self._graph is None:
+            return True
+        x, batches = z[: self.size], (self._batch(0, i), self._batch(1, j))
+        expected = both_losses(self.problem, self._ravelers, x, torch.zeros_like(x), u, *batches)
+        try:
+            self._graph.confirm(x, self.sampled(i, j, z, u)[0][: self.size], expected[0])
+        except NotRecordedError:
+            return False
+        return True
 
     def complete(self, direction: Array, z: Array, u: Array) -> tuple[Array, Array, Array]:
         return direction[: 2 * self.size], direction[2 * self.size :], None
@@ -242,3 +223,46 @@ class LossDirections(Directions):
 
 def _rows(leaves: list[Tensor]) -> int:
     return leaves[0].shape[0] if leaves and leaves[0].dim() else 1
+
+
+def both_losses(problem: Any, ravelers: Any, x: Tensor, v: Tensor, u: Tensor, *batches: Tree) -> list[Tensor]:
+    """Return ``g, H v, C' v`` of the inner loss on one batch, and ``f_w, f_u`` of the outer on another, as vectors."""
+    view, (of_params, of_hparams) = on_batches(problem, *batches), ravelers
+    params, hparams = of_params.unravel(x), of_hparams.unravel(u)
+    inner = derivatives(view, params, of_params.unravel(v), hparams)
+    _, *outer = view.outer_value_and_grads(params, hparams)
+    return [*map(flat, inner), *(flat(tree.leaves(part)) for part in outer)]
+
+
+class LossGraph(Recording):
+    """The recording of both losses, each of which sees a batch of its own; params and hyperparameters are vectors."""
+
+    def given(self, params: Tree, hparams: Tree) -> tuple[Tree, Tree]:
+        of_params, of_hparams = self.ravelers
+        return of_params.ravel(params), of_hparams.ravel(hparams)
+
+    def oracle(self, problem: Any, x: Tree, v: Tree, u: Tree, *batches: Tree) -> list[Tensor]:
+        return both_losses(problem, self.ravelers, x, v, u, *batches)
+
+    def split(self, module: fx.GraphModule, inputs: list[list[fx.Node]], outputs: list[fx.Node]) -> None:
+        *at, inner, outer = inputs
+        known = {node: POINT for each in at for node in each}
+        known |= dict.fromkeys(inner, INNER) | dict.fromkeys(outer, OUTER)
+        levels_of = dependence(module, known)
+        fold(module.graph, {node: 2 if on & POINT else 1 if on else 0 for node, on in levels_of.items()})
+        depends = dependence(module, known)
+        calls = [node for node in module.graph.nodes if node.op == "call_function"]
+        constant, *own = (
+            [node for node in calls if depends[node] == kind and any(depends[user] != kind for user in node.users)]
+            for kind in (0, INNER, OUTER)
+        )
+        values = Part(module, [], [], constant).function()()
+        given = [*(node for each in at for node in each), *inner, *own[0], *outer, *own[1]]
+        self.call = Part(module, constant, given, outputs_of(module)).function(*values)
+        pairs = zip((inner, outer), own, strict=True)
+        self.derived = [Part(module, constant, level, mine).function(*values) for level, mine in pairs]
+
+    def replay(self, x: list[Tensor], v: list[Tensor], u: list[Tensor], *batches: list[Tensor]) -> Sequence[Tensor]:
+        given = [each for level, make in zip(batches, self.derived, strict=True) for each in (*level, *make(*level))]
+        made: Sequence[Tensor] = self.call(*x, *v, *u, *given)
+        return made

@@ -264,6 +264,9 @@ class InnerProblem:
         """Return the gradient at `params` for its norm alone: nothing is differentiated through it."""
         return self.grad(params)
 
+    def confirm(self, params: Tree) -> None:
+        """Look again at what oracles have taken on trust, where a run ends: nothing, by default."""
+
     def linearize(self, params: Tree) -> Linearization:
         """Return the gradient linearised at `params`."""
         return self.linearization(self, params)

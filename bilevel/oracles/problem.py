@@ -28,11 +28,12 @@ from bilevel.oracles.losses import Loss, Losses, Purity
 from bilevel.oracles.nonsmooth import Nonsmooth, require_term
 from bilevel.oracles.old_forwards import OldForwards
 from bilevel.oracles.proximal_inner import ProximalInner
+from bilevel.oracles.recording import Recordings
 from bilevel.oracles.samplers import Sampler
 from bilevel.oracles.sampling import FreshBatch, Sampling, sampling
 from bilevel.oracles.separate import Separable
 from bilevel.oracles.structure import QuadraticForm, Structure, declared
-from bilevel.oracles.tracing import TracedInner, Traces
+from bilevel.oracles.tracing import TracedInner
 from bilevel.oracles.validation import Reads, check_losses, check_tensors
 
 Solver = TypeVar("Solver")
@@ -122,7 +123,7 @@ class BilevelProblem(AtOnce, Separable, OldForwards, Losses):
                 require_arguments(what, function, "params", "hparams", *more)
         if params is not None:
             check_tensors("params", params)
-        self.derivatives_seen, self.traces = {}, Traces()
+        self.derivatives_seen, self.traces = {}, Recordings()
         # Structured problems define the losses as methods and pass none.
         self.functions = (inner_loss, outer_loss, optimality)
         self.data = data

@@ -1,316 +1,242 @@
-"""What a function of tensors does, recorded as a graph of operations of torch; and functions that do parts of it.
+"""`Recording`: derivatives of losses as a recorded graph of operations, and when it is trusted.
 
-Nothing is compiled: a part is written as Python that calls torch's operations one after the other, each by its shortest
-way. An operation of torch takes about a microsecond by its own name, and three by its overload.
+Whatever replays a loss goes through here: it says which derivatives it wants as a kind of `Recording`, and
+`Recordings.begin` hands it one. What the numbers of a recording may depend on, and what is done about it:
+
+    structure, shapes, dtypes, devices; numbers, words, None    `signature`: each has a recording of its own
+    arguments that are one tensor, or lie in another order      recorded on copies, replayed on contiguous tensors
+    values that Python reads, or that decide on shapes          refused, as it is recorded
+    random numbers, writes into tensors                         refused, as it is recorded
+    batches that differ in more than numbers of tensors         refused, as they come: `tensors`
+    all else: closures, modules that train, counters, steps     compared with autograd where a run begins, and where it
+                                                                ends: `begin`, `confirm`
+
+What refuses is a `NotRecordedError`, whose message goes on after "the loss is not recorded:".
 """
 
 from __future__ import annotations
 
-import builtins
-import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
-from types import CodeType, FunctionType
-from typing import Any
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-WRITES = {torch.add, torch.sub, torch.mul, torch.div, torch.mv, torch.mm, torch.cat, torch.neg}
-WRITES |= {torch.addcmul, torch.addmv, torch.addmm}
-"""What can write its result into a tensor that is there."""
-aten = torch.ops.aten
-_SAME = (aten.detach.default, aten.alias.default)
-_SHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
-_MOVES = (aten.expand.default, aten.view.default, aten.t.default)
-_NEUTRAL = {aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1, aten.add.Tensor: 0}
+from bilevel.core import tree
+from bilevel.core.autograd import vector_jacobian
+from bilevel.core.tree import Tree
+from bilevel.oracles.graph import NotRecordedError, outputs_of, record
 
-
-class NotRecordedError(ValueError):
-    """Operations that depend on more than shapes; the message says on what."""
+DIGITS = 0.6
+"""A recording has to give this part of the digits of autograd: operations may be in another order."""
+PLAIN = bool, int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device
+"""What a batch may hold besides tensors: what never changes, so that it can be compared."""
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes operations into a graph; tensors that are no inputs and come from no operation are constants of it."""
-
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.graph, self.constants = fx.Graph(), torch.nn.Module()
-        self._nodes: dict[int, fx.Node] = {}
-        self._sharing: Counter[int] = Counter()
-        self._held: list[Tensor] = []  # an id is that of one tensor for as long as it lives
-        self._moving: set[fx.Node] = set()
-        for index, tensor in enumerate(inputs):
-            node = self.graph.placeholder(f"input_{index}")
-            self._moving.add(node)
-            self._know(tensor, node)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or the first operation would import torch.compile, which takes seconds
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(each, torch.Generator) for each in (*args, *(kwargs or {}).values())):
-            raise NotRecordedError("it draws random numbers from a torch.Generator")
-        result = func(*args, **(kwargs or {}))
-        target = self._without_writing(func, args[0]) if func._schema.is_mutable and args else func
-        node = self.graph.call_function(target, *fx.node.map_aggregate((args, kwargs or {}), self.node))
-        moving = bool(self._moving.intersection(node.all_input_nodes))
-        if moving and isinstance(result, bool | int | float):
-            raise NotRecordedError(f"{func} reads the values of tensors")
-        self._moving.update({node} if moving else ())
-        if isinstance(result, Tensor):
-            self._know(result, node)
-        elif isinstance(result, list | tuple):
-            for index, part in enumerate(result):
-                if isinstance(part, Tensor):
-                    only = self.graph.call_function(operator.getitem, (node, index))
-                    self._moving.update({only} if moving else ())
-                    self._know(part, only)
-        return result
-
-    def moves(self, value: Any) -> bool:
-        """Return whether a value is a tensor that depends on the inputs."""
-        return isinstance(value, Tensor) and self._nodes.get(id(value)) in self._moving
-
-    def node(self, value: Any) -> Any:
-        """Return the node of a tensor; what is no tensor is returned as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self._nodes:
-            setattr(self.constants, name := f"constant_{len(self._held)}", value.detach())
-            self._know(value, self.graph.get_attr(name))
-        return self._nodes[id(value)]
-
-    def _without_writing(self, func: Any, into: Any) -> Any:
-        """Return what gives the result of writing into a result whose numbers no other tensor shares."""
-        node = self._nodes.get(id(into))
-        if node is None or node.op != "call_function" or self._sharing[into.untyped_storage()._cdata] > 1:
-            return func
-        packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
-        return getattr(packet, func._overloadname, func)
-
-    def _know(self, tensor: Tensor, node: fx.Node) -> None:
-        if id(tensor) not in self._nodes:
-            self._held.append(tensor)
-            self._sharing[tensor.untyped_storage()._cdata] += 1
-        node.meta["val"] = tensor
-        self._nodes[id(tensor)] = node
-
-
-class NoArrays(TorchFunctionMode):
-    """Refuses arrays and lists of the numbers of tensors that depend on the inputs: no operation of torch makes them.
-
-    Args:
-        recorder: knows which tensors these are.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("numpy", "tolist", "__array__") and self._recorder.moves(args[0]):
-            raise NotRecordedError(f"{name}() reads the values of tensors")
-        return func(*args, **(kwargs or {}))
-
-
-def record(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Any]) -> fx.GraphModule:
-    """Return the graph of a function, without operations that do nothing; arguments that are no tensors are constants.
+def signature(value: Tree) -> Any:
+    """Return what a recording depends on: structure, shapes, dtypes and devices, and what is no tensor.
 
     Raises:
-        NotRecordedError: where the operations depend on the values of tensors.
+        NotRecordedError: for what is no tensor and cannot be compared.
     """
-    recorder = Recorder([each for each in arguments if isinstance(each, Tensor)])
-    try:
-        with recorder, NoArrays(recorder):
-            results = function(*arguments)
-            recorder.graph.output(tuple(recorder.node(each) for each in results))
-    except Exception as error:
-        function(*arguments)  # an error of the function itself is raised as it is
-        raise NotRecordedError(str(error).splitlines()[0]) from error
-    module = fx.GraphModule(recorder.constants, recorder.graph)
-    _check_shapes(module)
-    clean(module)
-    return module
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((key, signature(part)) for key, part in value.items())
+    if isinstance(value, tuple | list):
+        return type(value), *map(signature, value)
+    if not isinstance(value, PLAIN):
+        kind = type(value).__name__
+        raise NotRecordedError(f"a recorded batch is of tensors, numbers and words, got a `{kind}`: take a tensor")
+    return type(value), repr(value)  # by which 0.0 and -0.0 are two, and NaN is itself
 
 
-def shortest(target: Any) -> Any:
-    """Return what does the same as an overload of an operation in less time."""
-    if not isinstance(target, torch._ops.OpOverload) or "dtype" in target._overloadname:
-        return target
-    name = target._schema.name.removeprefix("aten::")
-    return getattr(torch._C._VariableFunctions, name, None) or getattr(torch._C.TensorBase, name, None) or target._op
+def derivatives(problem: Any, x: Tree, v: Tree, u: Tree) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the leaves of the inner gradient ``g(x, u)``, of ``H' v`` and of ``C' v``, by autograd."""
+    at, hparams = tree.attach(x), tree.attach(u)
+    with torch.enable_grad():
+        gradient = tree.leaves(problem.gradient_graph(at, hparams))
+        both = vector_jacobian(gradient, tree.leaves(at) + tree.leaves(hparams), tree.leaves(v))
+    return [each.detach() for each in gradient], list(both[: len(gradient)]), list(both[len(gradient) :])
 
 
-class Part:
-    """The operations of a graph between some of its nodes, as a function.
+def flat(leaves: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one vector."""
+    parts = [leaf.reshape(-1) for leaf in leaves]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Recording(ABC):
+    """Derivatives of the losses of a problem, recorded for trees of some shapes: a subclass says which.
 
     Args:
-        module: the graph with its constants.
-        bound: nodes whose values are known when the function is made.
-        inputs: nodes whose values are its arguments.
-        outputs: nodes whose values it returns, as a tuple.
-        into: whether its last argument is a tensor that the first output is written into; it returns the others.
+        problem: the problem.
+        params: inner variable; only its form and about which numbers it holds.
+        hparams: likewise.
+        batches: those that the losses see.
+
+    Raises:
+        NotRecordedError: for losses whose operations are not the same at every call.
     """
 
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        bound: Sequence[fx.Node],
-        inputs: Sequence[fx.Node],
-        outputs: Sequence[fx.Node],
-        into: bool = False,
-    ) -> None:
-        self.nodes = between(module, {*bound, *inputs}, outputs)
-        self._constants: dict[str, Any] = {}
-        self._names = {node: f"a{index}" for index, node in enumerate(inputs)}
-        self._names |= {node: f"b{index}" for index, node in enumerate(bound)}
-        last = {each: node for node in self.nodes for each in node.all_input_nodes}
-        lines = []
-        for node in self.nodes:
-            if node.op == "get_attr":
-                self._names[node] = self._constant(getattr(module, str(node.target)))
-                continue
-            self._names[node] = f"v{len(self._names)}"
-            # What others read must not change with the tensor that it is written into.
-            apart = node not in last and node not in outputs[1:]
-            lines.append(self._call(node, into and node is outputs[0] and apart))
-            gone = [self._names[each] for each in last if last[each] is node and each not in outputs]
-            lines += [f"{name} = None" for name in gone if name[0] == "v"]  # memory must not wait for the end
-        given, first = [f"a{index}" for index in range(len(inputs))], outputs[0] if into else None
-        if first is not None:
-            given, outputs = [*given, "out"], outputs[1:]
-            written = any(line.endswith(", out=out)") for line in lines)
-            lines.append("" if written else f"out.copy_({self._names[first]})")
-        lines.append(f"return ({''.join(f'{self._names[node]}, ' for node in outputs)})")
-        made: dict[str, Any] = {}
-        exec("\n    ".join([f"def replay({', '.join(given)}):", *lines]), made)
-        self._code: CodeType = made["replay"].__code__
+    def __init__(self, problem: Any, params: Tree, hparams: Tree, *batches: Tree) -> None:
+        self._batches = [signature(each) for each in batches]
+        self._steepness: list[float] = []
+        self.ravelers = tree.Raveler(tree.copied(params)), tree.Raveler(tree.copied(hparams))
+        x, u = self.given(params, hparams)
+        trees = x, x, u, *batches
+        generator = torch.Generator().manual_seed(0)
+        # At other numbers than those of a run, and no two arguments one tensor.
+        arguments = [_moved(leaf, generator) for leaf in tree.leaves(trees[:3])]
+        arguments += map(_apart, tree.leaves(batches))
+        module = record(lambda *leaves: self.oracle(problem, *tree.rebuild(trees, leaves)), arguments)
+        nodes = (node for node in module.graph.nodes if node.op == "placeholder")
+        self.split(module, [[next(nodes) for _ in tensors(each)] for each in trees], outputs_of(module))
+        for node in module.graph.nodes:
+            node.meta.clear()  # or they would hold the numbers of the recording
 
-    def function(self, *values: Any) -> Callable[..., Any]:
-        """Return the function at values of the bound nodes."""
-        # Some operations of torch import a module when they are first called, which takes the builtins.
-        names = {
-            "__builtins__": builtins,
-            **self._constants,
-            **{f"b{index}": each for index, each in enumerate(values)},
-        }
-        return FunctionType(self._code, names)
+    def given(self, params: Tree, hparams: Tree) -> tuple[Tree, Tree]:
+        """Return params and hyperparameters as the function takes them."""
+        return params, hparams
 
-    def _call(self, node: fx.Node, into: bool) -> str:
-        target = shortest(node.target)
-        arguments = [*map(self._shown, node.args), *(f"{key}={self._shown(each)}" for key, each in node.kwargs.items())]
-        arguments += ["out=out"] if into and target in WRITES else []
-        return f"{self._names[node]} = {self._constant(target)}({', '.join(arguments)})"
+    @abstractmethod
+    def oracle(self, problem: Any, x: Tree, v: Tree, u: Tree, *batches: Tree) -> list[Tensor]:
+        """Return by autograd what is recorded: the leaves of g, those of ``H' v`` for v shaped as x, and others."""
 
-    def _constant(self, value: Any) -> str:
-        self._constants[name := f"c{len(self._constants)}"] = value
-        return name
+    @abstractmethod
+    def split(self, module: fx.GraphModule, inputs: list[list[fx.Node]], outputs: list[fx.Node]) -> None:
+        """Make the parts that are replayed; `inputs` are those of x, v, u and each batch."""
 
-    def _shown(self, value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return self._names[value]
-        if isinstance(value, list | tuple):
-            return "[" + ", ".join(map(self._shown, value)) + "]"
-        return repr(value) if value is None or isinstance(value, bool | int) else self._constant(value)
+    @abstractmethod
+    def replay(self, x: list[Tensor], v: list[Tensor], u: list[Tensor], *batches: list[Tensor]) -> Sequence[Tensor]:
+        """Return what `oracle` returns, by the parts."""
 
+    def tensors(self, batch: Tree, which: int = 0) -> list[Tensor]:
+        """Return the tensors of a batch as parts take them.
 
-def between(module: fx.GraphModule, given: Set[fx.Node], outputs: Iterable[fx.Node]) -> list[fx.Node]:
-    """Return the nodes that outputs need besides given ones, in their order, with all that write in place."""
-    need: set[fx.Node] = set()
-    stack = [*outputs, *(node for node in module.graph.nodes if node.op == "call_function" and node.is_impure())]
-    while stack:
-        node = stack.pop()
-        if node not in need and node not in given:
-            need.add(node)
-            stack += node.all_input_nodes
-    return [node for node in module.graph.nodes if node in need]
+        Raises:
+            NotRecordedError: for one that differs from the recorded one in more than the numbers of its tensors.
+        """
+        if signature(batch) != self._batches[which]:
+            raise NotRecordedError("its batches differ in their shapes, or in what is no tensor")
+        return tensors(batch)
 
+    def compare(self, problem: Any, params: Tree, hparams: Tree, *batches: Tree) -> None:
+        """Refuse a recording that gives other numbers here than autograd.
 
-def _check_shapes(module: fx.GraphModule) -> None:
-    """Refuse a recording in which the number of entries of a result depends on the values of the arguments."""
-    follow: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        if node.op == "placeholder" or follow.intersection(node.all_input_nodes):
-            follow.add(node)
-        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-            continue
-        sources = node.all_input_nodes
-        if node.target is aten.index.Tensor:
-            # The entries that a mask selects; positions are as many as there are.
-            sources = [each for each in node.args[1] if each is not None and each.meta["val"].dtype is torch.bool]
-        if follow.intersection(sources):
-            raise NotRecordedError(f"the number of entries that {node.target} gives depends on the values of tensors")
+        Raises:
+            NotRecordedError: where it does.
+        """
+        x, u = self.given(params, hparams)
+        generator = torch.Generator().manual_seed(1)
+        v = tree.tree_map(lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf), x)
+        expected, count = self.oracle(problem, x, v, u, *batches), len(tensors(x))
+        try:
+            got = self.replay(*map(tensors, (x, v, u, *batches)))
+        except RuntimeError as error:  # what the losses hold is of other shapes by now
+            raise NotRecordedError("it cannot be replayed") from error
+        self._steepness = [_largest(each) for each in expected[count : 2 * count]]
+        if not self._is_gradient(tensors(x), got, expected) or not all(
+            map(same_numbers, got[count:], expected[count:])
+        ):
+            raise NotRecordedError("its numbers depend on more than its arguments")
+
+    def confirm(self, params: Tree, got: Tree, expected: Tree) -> None:
+        """Refuse a recorded gradient, at the end of a run, that is not that of autograd.
+
+        Raises:
+            NotRecordedError: where it is not.
+        """
+        if not self._is_gradient(*map(tree.leaves, (params, got, expected))):
+            raise NotRecordedError("its recording gives other numbers at the end")
+
+    def _is_gradient(self, x: Sequence[Tensor], got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+        """Return whether a gradient is what is expected, up to rounding of what cancels in it near a solution."""
+        size = max(map(_largest, x))
+        pairs = zip(got, expected, self._steepness, strict=False)
+        return all(same_numbers(one, other, steep * size) for one, other, steep in pairs)
 
 
-def clean(module: fx.GraphModule) -> None:
-    """Remove operations without effect: references to references, ``x * 1``, ``x + 0``, repetitions, unused results.
-
-    Only identities that change no digit are used, so results stay those of autograd.
-    """
-    graph = module.graph
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    if any(node.is_impure() for node in calls):
-        return  # the loss writes in place, so the order of its operations carries meaning
-    filled: dict[fx.Node, float] = {}
-    seen: dict[Any, fx.Node] = {}
-    for node in calls:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            continue
-        same = _operand(node, filled) or seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-            continue
-        value = _fill(node, filled)
-        if value is not None:
-            filled[node] = value
-        if node.target is aten.ones_like.default and node.meta["val"].dim() == 0:
-            # The seed of a backward pass needs no value of the loss, which is then not computed.
-            seed = node.meta["val"]
-            node.target, node.args = aten.ones.default, ([],)
-            node.kwargs = {"dtype": seed.dtype, "device": seed.device}
-    graph.eliminate_dead_code()
-    module.recompile()
+def same_numbers(got: Tensor, expected: Tensor, scale: float = 0.0) -> bool:
+    """Return whether a recording gives what autograd gives, but for rounding of numbers up to `scale`."""
+    rtol = torch.finfo(expected.dtype).eps ** DIGITS
+    return torch.allclose(got, expected, rtol=rtol, atol=rtol * max(scale, _largest(expected)), equal_nan=True)
 
 
-def _alike(one: fx.Node, other: fx.Node) -> bool:
-    a, b = one.meta.get("val"), other.meta.get("val")
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+Kind = TypeVar("Kind", bound=Recording)
 
 
-def _fill(node: fx.Node, filled: dict[fx.Node, float]) -> float | None:
-    """Return the number that all entries of a result are known to have, if there is one."""
-    if node.target is aten.ones_like.default:
-        return 1.0
-    if node.target is aten.zeros_like.default:
-        return 0.0
-    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 0:
-        return 1.0
-    if node.target in _MOVES:
-        moved: Any = node.args[0]
-        return filled.get(moved)
-    return None
+class Recordings:
+    """The recordings of a problem and of its views, made when they are first needed."""
+
+    def __init__(self) -> None:
+        self.made: dict[Any, Recording] = {}
+        self.refused: dict[Any, NotRecordedError] = {}
+        """Why there is none."""
+        self._steps = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recordings, ()  # a copy in another process records anew
+
+    def with_run_of(self, steps: int) -> int:
+        """Return the steps of all runs with one of so many more."""
+        self._steps += steps
+        return self._steps
+
+    def begin(
+        self, kind: type[Kind], problem: Any, params: Tree, hparams: Tree, *batches: Tree, again: bool = True
+    ) -> Kind:
+        """Return a recording for one run, compared with autograd where it begins; the run ends with `confirm`.
+
+        Without `again`, one that was compared before is not, for runs so short that it would be half of their work.
+
+        Raises:
+            NotRecordedError: where there is none.
+        """
+        key = kind, signature((params, hparams, *batches))
+        if key in self.refused:
+            raise self.refused[key]
+        arguments = problem, params, hparams, *batches
+        made: Any = self.made.pop(key, None)
+        try:
+            if made is not None and again:
+                made = copy.copy(made)
+                made.compare(*arguments)
+        except NotRecordedError:  # what the losses hold has been replaced since
+            made = None
+        try:
+            if made is None:
+                made = kind(*arguments)
+                made.compare(*arguments)
+        except NotRecordedError as reason:
+            self.refused[key] = reason.with_traceback(None)
+            raise
+        self.made[key] = made
+        return copy.copy(made)
 
 
-def _operand(node: fx.Node, filled: dict[fx.Node, float]) -> fx.Node | None:
-    """Return the operand that a result is equal to, if there is one."""
-    first: Any = node.args[0] if node.args else None
-    if node.target in _SAME or (node.target in _SHAPES and _alike(first, node)):
-        return first
-    if node.target is aten.t.default and first.target is aten.t.default:
-        return first.args[0]
-    if node.target is aten.view.default and _alike(first, node):
-        return first
-    if node.target not in _NEUTRAL or node.kwargs:
-        return None
-    second: Any = node.args[1]
-    for keep, drop in ((first, second), (second, first)):
-        value: Any = filled.get(drop) if isinstance(drop, fx.Node) else drop
-        if value == _NEUTRAL[node.target] and isinstance(keep, fx.Node) and _alike(keep, node):
-            return keep
-    return None
+def tensors(value: Tree) -> list[Tensor]:
+    """Return what is a tensor of the leaves of a tree; operations are recorded for contiguous ones."""
+    return [leaf.contiguous() for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
+
+
+def why(error: Exception) -> str:
+    """Return the reason that an error gives, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _apart(leaf: Any) -> Any:
+    return leaf.detach().contiguous().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _moved(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """Return numbers moved by a few per cent, away from zero: a domain such as the positive numbers is kept."""
+    part = 0.02 + 0.02 * torch.rand(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+    return torch.where(leaf == 0, part, leaf.detach() * (1 + part)).contiguous()
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.nan_to_num(0.0, 0.0, 0.0).abs().max()) if values.numel() else 0.0

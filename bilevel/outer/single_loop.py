@@ -245,6 +245,8 @@ class SingleLoop:
         """Take so many steps and make a record of where they end."""
         began, last = time.perf_counter(), self.history[-1].step if self.history else 0
         verdict = GOOD
+        # A callback may have replaced what losses refer to.
+        directions = self.directions = self.directions.begin(self.state.z, self.state.u)
         while count > 0 and verdict.status.usable:
             block = min(count, LOOK)
             state, verdict = self._block(self.state, block), GOOD
@@ -252,6 +254,13 @@ class SingleLoop:
                 state, verdict = self._named(self.state, block)
             self.state, count = state, count - block
         state = self.state
+        if verdict.status.ok:
+            ((i, j),) = zip(*drawn(self.method.seed, state.step - 1, 1, directions.parts), strict=True)
+            if not directions.held(i, j, state.z, state.u):
+                raise ValueError(
+                    "the losses give other numbers than where these steps began, as what they refer to has changed in "
+                    "between: make them functions of their arguments alone."
+                )
         if state.step % self.method.every == 0 and verdict.status.ok:
             rate, least = self._rate(state.z, state.u)
             self.state = replace(state, rate=rate, least=least)

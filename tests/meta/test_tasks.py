@@ -13,8 +13,8 @@ from bilevel.core import tree
 from bilevel.core.status import HypergradientError
 from bilevel.hypergrad import tasks
 from bilevel.meta import MetaProblem, SineTasks
-from bilevel.oracles import paired
-from bilevel.oracles.recording import NotRecordedError
+from bilevel.oracles import tracing
+from bilevel.oracles.graph import NotRecordedError
 from bilevel.oracles.separate import Separate, in_words
 
 TASKS = SineTasks(shots=5, queries=7)
@@ -201,9 +201,9 @@ def test_recorded_steps_whose_products_make_again_what_they_need_are_the_same(
     problem = problem_of(proximity=0.4)
     hparams = hparams_of(problem)
     found = []
-    for room in (paired.HELD, 0):
+    for room in (tracing.HELD, 0):
         at_once(5, recorded=True)
-        monkeypatch.setattr(paired, "HELD", room)
+        monkeypatch.setattr(tracing, "HELD", room)
         found.append(bl.hypergradient(problem, bl.Nesterov(0.03, 0.5, steps=3), bl.FullUnroll(), hparams))
     assert [each.certificate.form for each in found] == ["recorded", "recorded"]
     close(found[1].hypergradient, found[0].hypergradient)
@@ -229,6 +229,6 @@ def test_a_loss_that_is_not_recorded_says_why(at_once: Any, monkeypatch: pytest.
 
     problem = problem_of()
     at_once(5, recorded=True)
-    monkeypatch.setattr(paired, "Pair", refuse)
+    monkeypatch.setattr(tracing, "Halves", refuse)
     found = bl.hypergradient(problem, STEP, bl.FullUnroll(), hparams_of(problem))
     assert found.certificate.form == "step by step, as the loss is not recorded: it is a test"

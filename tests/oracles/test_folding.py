@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bilevel.oracles.folding import fold
-from bilevel.oracles.recording import record
+from bilevel.oracles.graph import record
 
 X, S, C = normal(1, 6, 4), normal(2, 6).sign(), normal(3, 4)
 M = 2.0 * torch.eye(4, dtype=F64)

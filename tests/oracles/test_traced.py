@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel.core import tree
-from bilevel.oracles.recording import Part, Recorder, record
+from bilevel.oracles.graph import Part, Recorder, record
 
 X, Y, LABELS = normal(1, 30, 5), normal(2, 30), normal(3, 30, 3).argmax(1)
 
