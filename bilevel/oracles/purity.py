@@ -129,8 +129,8 @@ class _Look:
                     f"a loss refers to `{module}`, a {wrapper}, which averages gradients over ranks in .backward(): "
                     "use the module inside it (wrapper.module), with the same data on every rank."
                 )
+        before = self._before
         for what in _losses(self.problem):
-            before = self._generators.states()
             roots = tree.attach(tree.copied(self.start))
             storages = self._contents.storages() | {pointer(leaf): name for name, leaf in _arguments(roots).items()}
             watch = Watch(storages, self._before_communication)
@@ -145,11 +145,13 @@ class _Look:
             self._no_writes(what, roots, self.start, watch.written)
             if made:
                 raise ValueError(f"the module of `{what}` {made[0]}.")
+            after = self._generators.states()
             self._drawn[what] = {
                 name: state
-                for name, state in self._generators.states().items()
+                for name, state in after.items()
                 if not same_state(state, before[name]) and (watch.draws or "torch" not in name)
             }
+            before = after
 
     def compare(self) -> None:
         """Call the losses again, beside the start and at it, and compare everything."""

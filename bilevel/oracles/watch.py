@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,14 +34,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._before_communication()
         if torch.Tag.nondeterministic_seeded in func.tags and not draws.are_seeded():
             self.draws = True
-        for index, argument in enumerate(func._schema.arguments):
-            if self.written is None and argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else kwargs.get(argument.name)
-                for each in value if isinstance(value, list | tuple) else (value,):
-                    name = self._storages.get(pointer(each)) if isinstance(each, Tensor) else None
-                    if name is not None:
-                        self.written = name, func._schema.name.rpartition("::")[2]
+        for index, key in _written(func) if self.written is None else ():
+            value = args[index] if index < len(args) else kwargs.get(key)
+            for each in value if isinstance(value, list | tuple) else (value,):
+                name = self._storages.get(pointer(each)) if isinstance(each, Tensor) else None
+                if name is not None:
+                    self.written = name, func._schema.name.rpartition("::")[2]
         return func(*args, **kwargs)
+
+
+@cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Return which arguments an operation writes into: asking its schema takes longer than the operation."""
+    arguments = enumerate(func._schema.arguments)
+    return [(index, each.name) for index, each in arguments if each.alias_info is not None and each.alias_info.is_write]
 
 
 changes: ContextVar[list[str] | None] = ContextVar("moved", default=None)
