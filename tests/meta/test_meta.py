@@ -317,7 +317,7 @@ def test_evaluation_counts_hits_where_targets_are_ints():
 @pytest.mark.parametrize("name", ["maml_sine", "imaml_glyphs"])
 def test_the_configs_run_and_show_scores_on_held_out_tasks(name, tmp_path, capsys):
     (problem,) = {"maml_sine": ["sine"], "imaml_glyphs": ["glyphs"]}[name]
-    small = ["outer.steps=2", f"problems.{problem}.evaluated_tasks=4"]
+    small = ["outer.steps=2", *(f"problems.{problem}.{each}" for each in ("batch_size=2", "evaluated_tasks=4"))]
     options = [part for each in small for part in ("--set", each)]
     assert main(["compare", str(CONFIGS / f"{name}.yaml"), "--out", str(tmp_path), *options]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -345,9 +345,9 @@ def test_a_tail_longer_than_the_run_is_refused() -> None:
     bl.hypergradient(problem(), GD, bl.TruncatedUnroll(tail=5), U)
 
 
-@pytest.mark.parametrize("on_failure", ["ignore", None, "Raise"])
-def test_an_unknown_on_failure_is_refused(on_failure: Any) -> None:
-    text = f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}."
+@pytest.mark.parametrize(("on_failure", "end"), [("ignore", "."), (None, "."), ("Raise", ": did you mean `raise`?")])
+def test_an_unknown_on_failure_is_refused(on_failure: Any, end: str) -> None:
+    text = f"`on_failure` must be 'raise', 'warn' or 'return', got {on_failure!r}{end}"
     refused(text, problem(), GD, bl.Implicit(), U, on_failure=on_failure)
     with pytest.raises(ValueError, match=re.escape(text)):
         bl.OuterOptimizer(problem(), GD, bl.Implicit(), U, on_failure=on_failure)

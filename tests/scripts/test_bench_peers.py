@@ -32,7 +32,7 @@ def toy(modules, tmp_path_factory):
     # The children find the toy beside the tests.
     patch.setenv("PYTHONPATH", str(TESTS))
     (problem,) = modules["toy"].PROBLEMS
-    limits = modules["conduct"].Limits(size="quick", rounds=3, seconds=1.0, timeout=4.0, logs=folder / "logs")
+    limits = modules["conduct"].Limits(size="quick", rounds=3, seconds=1.0, timeout=2.0, logs=folder / "logs")
     rows = modules["conduct"].conduct("toy_contest", problem, limits, folder, say=lambda line: None)
     patch.undo()
     results = modules["report"].load(folder / "none.json")
@@ -54,7 +54,7 @@ def test_a_right_answer_is_ok_and_a_wrong_one_is_wrong(toy):
     [
         ("broken peer", "ImportError: no module named 'peer'"),
         ("dead peer", "the process ended with exit status 3 in `first`"),
-        ("hanging peer", "no answer to `first` within 4 s"),
+        ("hanging peer", "no answer to `first` within 2 s"),
     ],
 )
 def test_who_fails_becomes_a_row_with_the_reason(toy, name, reason):
@@ -127,7 +127,7 @@ def test_results_survive_a_file_and_the_page_shows_every_row(modules, toy):
     page = (folder / "benchmarks.md").read_text()
     for name, _ in rows:
         assert name in page
-    assert "does not run: no answer to `first` within 4 s" in page
+    assert "does not run: no answer to `first` within 2 s" in page
     assert "**wrong**" in page
     assert "**Quick size**, for which nothing is asked: toy, 1 thread." in page
     assert "Not here: shy peer: does not add." in page
