@@ -43,16 +43,7 @@ def run_compare(arguments: Namespace) -> int:
 
 def run_tune(arguments: Namespace) -> int:
     """Run ``bilevel tune``: by folds where the config names no solver, else by hypergradients of a hold-out."""
-    if arguments.device:
-        choose_device(arguments.device)
-    plan = load_folds(
-        arguments.config,
-        arguments.set,
-        device=arguments.device,
-        seed=arguments.seed,
-        jobs=arguments.jobs,
-        allow_import=arguments.allow_import,
-    )
+    plan = load_folds(arguments.config, arguments.set, jobs=arguments.jobs, **_shared(arguments))
     return _run_command(arguments, tune=True) if plan is None else run_folds(plan, arguments)
 
 
@@ -75,19 +66,17 @@ def _run_command(arguments: Namespace, tune: bool) -> int:
         return _report_failures(result, folder)
 
 
-def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
-    """Return the checked plan and its folder, to which nothing has been written yet."""
+def _shared(arguments: Namespace) -> dict[str, Any]:
+    """Return the options that all configs are loaded with; a device that is not there is refused first."""
     if arguments.device:
         choose_device(arguments.device)
-    plan = load_plan(
-        arguments.config,
-        arguments.set,
-        device=arguments.device,
-        seed=arguments.seed,
-        only=arguments.estimator if tune else None,
-        tune=tune,
-        allow_import=arguments.allow_import,
-    )
+    return {name: getattr(arguments, name) for name in ("device", "seed", "allow_import")}
+
+
+def _prepare(arguments: Namespace, tune: bool) -> tuple[Plan, RunFolder]:
+    """Return the checked plan and its folder, to which nothing has been written yet."""
+    only = arguments.estimator if tune else None
+    plan = load_plan(arguments.config, arguments.set, only=only, tune=tune, **_shared(arguments))
     default = Path("runs") / (f"{plan.name}-tune" if tune else plan.name)
     folder = RunFolder(arguments.out or default, plan.config).of(plan)
     folder.check(arguments.fresh)

@@ -6,13 +6,12 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import describe_environment, locked
-from bilevel.compare.folder import check_names, expanded, held_mark
+from bilevel.compare.folder import claimed
 from bilevel.config.curse import load_experiment
 from bilevel.config.document import ConfigError
 from bilevel.core.files import read_mark, remove_unfinished, write_mark, write_whole
@@ -26,10 +25,10 @@ def run_curse(arguments: Namespace) -> int:
     """Run ``bilevel curse``; a config that cannot be used, or two of one name, are refused before anything runs."""
     plans = [load_experiment(config, arguments.set) for config in arguments.configs]
     names = [name for name, _ in plans]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two configs have the name {repeated[0]!r}, so one would write over the other.")
-    folder = _checked(Path(arguments.out or Path("runs") / "curse"), names)
+    place = arguments.out or Path("runs") / "curse"
+    folder = claimed(place, "curse", written_names(names), "`bilevel curse`", owned_names)
     with short_operations(chosen_threads(arguments)), locked(folder):
         remove_unfinished(folder)
         held = read_mark(folder) or {"writes": owned_names(folder)}
@@ -39,15 +38,6 @@ def run_curse(arguments: Namespace) -> int:
             _run(name, plan, folder)
     print(f"written to {folder}; claims.md holds every claim with its number.")
     return 0
-
-
-def _checked(folder: Path, names: Sequence[str]) -> Path:
-    """Return a folder that is new, or holds outcomes of earlier experiments and nothing that these would write over."""
-    folder = expanded(folder)
-    mark = held_mark(folder, "curse")
-    owned = owned_names(folder) if mark is None else mark["writes"]
-    check_names(folder, written_names(names), owned, "`bilevel curse`")
-    return folder
 
 
 def _run(name: str, plan: Experiment, folder: Path) -> None:

@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import describe_environment, locked
-from bilevel.compare.folder import check_names, expanded, held_mark
+from bilevel.compare.folder import claimed
 from bilevel.config.document import ConfigError
 from bilevel.config.folds import FoldsPlan, TableSetup
 from bilevel.core.environment import versions
@@ -44,7 +44,8 @@ def run_folds(plan: FoldsPlan, arguments: Namespace) -> int:
     several = len(plan.problems) > 1
     places = {name: Path(name) if several else Path() for name in plan.problems}
     names = [*FILES, *(str(place / file) for place in places.values() for file in MODEL)]
-    folder = _checked(Path(arguments.out or Path("runs") / f"{plan.name}-tune"), names)
+    place = arguments.out or Path("runs") / f"{plan.name}-tune"
+    folder = claimed(place, "tune", names, "this command", lambda _: ())
     with short_operations(chosen_threads(arguments)), locked(folder):
         remove_unfinished(folder)
         owned = {*(read_mark(folder) or {"writes": []})["writes"], *names}
@@ -124,14 +125,6 @@ def run_predict(arguments: Namespace) -> int:
     rows = len(next(iter(found.columns.values())))
     print(f"{rows} predictions of {listed(target_names(model.target))} written to {output}.")
     return 0
-
-
-def _checked(folder: Path, names: list[str]) -> Path:
-    """Return a folder that is new, or holds what an earlier run of this command wrote."""
-    folder = expanded(folder)
-    mark = held_mark(folder, "tune")
-    check_names(folder, names, [] if mark is None else mark["writes"], "this command")
-    return folder
 
 
 def _text(found: TunedTable, setup: TableSetup) -> str:

@@ -54,15 +54,8 @@ class CellRun:
 
     def state(self, outer: dict[str, Any] | None) -> dict[str, Any]:
         """Return the checkpoint, in plain containers and tensors; `outer` is the state of the outer loop."""
-        return {
-            "format": FORMAT,
-            "rows": self.rows,
-            "done": self.done,
-            "stopped": self.stopped,
-            "best": self.best,
-            "choice": self.choice,
-            "outer": None if self.done else outer,
-        }
+        kept = {name: getattr(self, name) for name in ("rows", "done", "stopped", "best", "choice")}
+        return {"format": FORMAT} | kept | {"outer": None if self.done else outer}
 
 
 LoadedCell = tuple[CellRun, dict[str, Any] | None]

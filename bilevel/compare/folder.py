@@ -12,7 +12,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,18 @@ def _unusable(path: Path, error: OSError) -> str:
     return f"cannot write to the output folder {path} ({error.strerror}): {ELSEWHERE}."
 
 
-def check_names(folder: Path, names: Sequence[str], owned: Sequence[str], writer: str) -> None:
-    """Refuse a folder with files of these names that nothing proves to be the writer's, or with what stands there."""
-    if foreign := [name for name in names if name not in owned and os.path.lexists(folder / name)]:
+def claimed(
+    path: str | Path, kind: str, names: Sequence[str], writer: str, owned: Callable[[Path], Sequence[str]]
+) -> Path:
+    """Return an output folder where nothing is in the way of these names, and without a mark nothing but `owned`."""
+    folder = expanded(path)
+    mark = held_mark(folder, kind)
+    ours = owned(folder) if mark is None else mark["writes"]
+    if foreign := [name for name in names if name not in ours and os.path.lexists(folder / name)]:
         raise RunFolderError(f"{folder} holds {foreign[0]}, but nothing says that {writer} wrote it: {ELSEWHERE}.")
     if hindrance := misplaced(folder, names):
         raise RunFolderError(f"{hindrance}, where this command writes: move it away, or {ELSEWHERE}.")
+    return folder
 
 
 def held_mark(folder: Path, kind: str) -> dict[str, Any] | None:

@@ -137,10 +137,8 @@ def check_options(
     allowed = options_of(owner, exclude)
     for option, (hint, default) in allowed.items():
         if default is REQUIRED and _is_function(hint):
-            raise ConfigError(
-                f"`{path}.class` is {name}, whose `{option}` is a Python function, which a config cannot hold: "
-                "use it from Python."
-            )
+            wrong = f"`{path}.class` is {name}, whose `{option}` is a Python function, which a config cannot hold"
+            raise ConfigError(f"{wrong}: use it from Python.")
     for option in given:
         if option not in allowed:
             known = [*others, *allowed]
@@ -150,6 +148,15 @@ def check_options(
         if default is REQUIRED and option not in given:
             raise ConfigError(f"`{path}` lacks `{option}`, which {name} needs: {allowed_words(hint)}.")
     return {option: check_value(value, allowed[option][0], f"{path}.{option}") for option, value in given.items()}
+
+
+def data_source(source: Any, path: str) -> dict[str, Any]:
+    """Return the options of data that a name alone, or a mapping with it, stands for."""
+    source = {"name": source} if isinstance(source, str) else source
+    if not isinstance(source, dict) or not isinstance(source.get("name"), str):
+        allowed = f"a data set ({listed(data.available())}), a path ending in .npz, .csv, .tsv, .parquet or .svmlight"
+        raise ConfigError(f"`{path}` must be {allowed}, or {{name: ..., option: value}}, got {shown(source)}.")
+    return source
 
 
 def check_data(

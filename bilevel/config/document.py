@@ -199,10 +199,8 @@ def _index(place: Any, keys: Sequence[str], *, missing_ok: bool) -> Any:
             return int(key)
         raise ConfigError(f"--set {path}: `{parent}` is a list with the indices 0 to {len(place) - 1}, got {key!r}.")
     if not isinstance(place, dict):
-        raise ConfigError(
-            f"--set {path}: `{parent}` is {shown(place)}, which has no parts: give the whole value, "
-            f"such as --set '{parent}={{name: value}}'."
-        )
+        what = f"--set {path}: `{parent}` is {shown(place)}, which has no parts"
+        raise ConfigError(f"{what}: give the whole value, such as --set '{parent}={{name: value}}'.")
     if key in place or missing_ok:
         return key
     owner = f"`{parent}`" if parent else "the config"

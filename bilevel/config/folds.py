@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from bilevel import data
-from bilevel.config.build import PROBLEM, check_data, located, split_spec
+from bilevel.config.build import PROBLEM, check_data, data_source, located, split_spec
 from bilevel.config.document import ConfigError, inside, listed, read_document, shown
 from bilevel.config.imports import importing
 from bilevel.config.load import choose_device
-from bilevel.config.schema import Named, check_form, tunes_by_folds
+from bilevel.config.schema import NamedForm, check_form, tunes_by_folds
 from bilevel.core.options import is_number, require_value, suggest
 from bilevel.data.load import Rows, load_rows
 from bilevel.data.table import TableOptions
@@ -38,13 +38,9 @@ SYNTHETIC = ("rows", "features", "noise")
 OPTIONS = frozenset({"name", "test", *SYNTHETIC, *TableOptions.__dataclass_fields__})
 
 
-class FoldsForm(BaseModel):
+class FoldsForm(NamedForm):
     """The form of a config without a solver."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-    problems: Named
     criterion: Literal["auto", "loo", "alo", "kfold", "holdout"] = "auto"
     # YAML reads a bare off as false.
     guard: Annotated[
@@ -54,7 +50,7 @@ class FoldsForm(BaseModel):
     folds: Annotated[int, Field(ge=2)] = 5
     kappa: Annotated[float, Field(gt=0)] | None = None
     beside: Literal["scikit-learn"] | None = None
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1)] = Field([0])
     device: str = "cpu"
 
 
@@ -104,16 +100,9 @@ def _problem(spec: Any, path: str, form: FoldsForm, jobs: int) -> TableSetup:
     owner: Any = None
     if "class" in given:
         owner, given = split_spec(given, PROBLEM, path)
-    source, penalty = given.pop("data", None), given.pop("penalty", FoldOptions.penalty)
+    source, penalty = data_source(given.pop("data", None), f"{path}.data"), given.pop("penalty", FoldOptions.penalty)
     groups, class_weight = given.pop("groups", None), given.pop("class_weight", None)
     penalty = ALIASES.get(penalty, penalty) if isinstance(penalty, str) else penalty
-    if isinstance(source, str):
-        source = {"name": source}
-    if not isinstance(source, dict) or not isinstance(source.get("name"), str):
-        raise ConfigError(
-            f"`{path}.data` must be a data set ({listed(data.available())}), a path ending in .npz, .csv, .tsv, "
-            f".parquet or .svmlight, or {{name: ..., option: value}}, got {shown(source)}."
-        )
     if owner is not None and "task" in source:
         raise ConfigError(f"`{path}.data.task` is not given here, but by the problem class: leave one of both out.")
     loss = _loss(owner, given, path)
@@ -182,10 +171,8 @@ def _loss(owner: type[Any] | None, given: dict[str, Any], path: str) -> GLMLoss 
             )
         return None
     if owner not in TUNED:
-        raise ConfigError(
-            f"`{path}.class` is {owner.__name__}, which no folds tune ({listed(each.__name__ for each in TUNED)}): "
-            "name a `solver` and `estimators`, which do it by hypergradients."
-        )
+        what = f"`{path}.class` is {owner.__name__}, which no folds tune ({listed(each.__name__ for each in TUNED)})"
+        raise ConfigError(f"{what}: name a `solver` and `estimators`, which do it by hypergradients.")
     width = given.pop("width", None)
     if given:
         key = next(iter(given))

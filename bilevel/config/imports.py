@@ -42,10 +42,8 @@ def importing(allowed: bool, folder: Path) -> Iterator[dict[str, str]]:
 def imported(name: str, base: type | tuple[type, ...], what: str, path: str) -> type:
     """Return the class that ``module:Class`` names at a path of the config: a subclass of `base`, in words `what`."""
     if not _allowed.get():
-        raise ConfigError(
-            f"`{path}` names code outside the package, {name!r}: pass --allow-import if you trust this config and what "
-            "it imports."
-        )
+        wrong = f"`{path}` names code outside the package, {name!r}"
+        raise ConfigError(f"{wrong}: pass --allow-import if you trust this config and what it imports.")
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)

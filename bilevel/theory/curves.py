@@ -134,7 +134,7 @@ def error_curves(
     elif linear and not single and len(set(map(id, problems))) == 1 and problems[0].optimality is None:
         oracle = VmapOracle(problems[0], us, starts)
         numbers, vectors = _numbers(solvers, inners, starts, steps, oracle)
-        curves = _assemble(batched_errors(oracle, numbers, vectors, begins), oracle, steps, tails)
+        curves = _curves(*batched_errors(oracle, numbers, vectors, begins), steps, tails)
     else:
         curves = _one_at_a_time(list(zip(problems, solvers, us, starts, strict=True)), steps, tails, begins)
     return _first(curves) if single else curves
@@ -209,7 +209,7 @@ def _quadratic(
 ) -> ErrorCurves:
     oracle = QuadraticOracle(batch)
     numbers, vectors = _numbers(solvers, inners, list(batch.start), steps, oracle)
-    curves = _assemble(batched_errors(oracle, numbers, vectors, begins), oracle, steps, tails)
+    curves = _curves(*batched_errors(oracle, numbers, vectors, begins), steps, tails)
     # One stored vector and one set of numbers: x <- x - h g, the only method whose map contracts in the 2-norm.
     if vectors > 1 or len(set(map(id, numbers))) > 1:
         return curves
@@ -248,11 +248,6 @@ def _bounded(curves: ErrorCurves, batch: QuadraticBatch, h: Tensor, begins: Sequ
         reverse_bound=unrolled(n, torch.full_like(n, curves.steps - 1), start),
         late_bound=torch.stack(late, 1) if late else curves.late.clone(),
     )
-
-
-def _assemble(errors: Errors, oracle: Oracle, steps: int, tails: tuple[int, ...]) -> ErrorCurves:
-    norm = torch.linalg.vector_norm
-    return _curves(errors, norm(oracle.solution, dim=-1), norm(oracle.jacobian, dim=(-2, -1)), steps, tails)
 
 
 def _curves(errors: Errors, solution: Tensor, jacobian: Tensor, steps: int, tails: tuple[int, ...]) -> ErrorCurves:

@@ -146,8 +146,10 @@ class VmapOracle:
 Oracle: TypeAlias = QuadraticOracle | VmapOracle
 
 
-def batched_errors(oracle: Oracle, numbers: Sequence[Coefficients], vectors: int, begins: Sequence[int]) -> Errors:
-    """Return the errors of B problems; a solver stores `vectors`, all x_0 first: derivatives start at `begins`."""
+def batched_errors(
+    oracle: Oracle, numbers: Sequence[Coefficients], vectors: int, begins: Sequence[int]
+) -> tuple[Errors, Tensor, Tensor]:
+    """Return errors of B problems, |x*| and |dx*|; solvers store `vectors`, x_0 each; derivatives start at `begins`."""
     stored = [oracle.start] * vectors
     first = oracle.jacobian.new_zeros(len(begins), *oracle.jacobian.shape)
     tangents = [first] * vectors
@@ -173,7 +175,9 @@ def batched_errors(oracle: Oracle, numbers: Sequence[Coefficients], vectors: int
         look()
     backwards = _reverse(oracle, numbers, vectors, points)
     forwards = torch.stack(derivative_errors, -1).movedim(0, 1)
-    return torch.stack(excess, -1), torch.stack(errors, -1), forwards, backwards
+    curves = torch.stack(excess, -1), torch.stack(errors, -1), forwards, backwards
+    norm = torch.linalg.vector_norm
+    return curves, norm(oracle.solution, dim=-1), norm(oracle.jacobian, dim=(-2, -1))
 
 
 def _reverse(
@@ -230,12 +234,8 @@ def single_errors(
         states.append(state)
         look()
     sweep = _single_reverse(inner, solver, states[:-1], jacobian, flat)
-    curves = (
-        torch.stack(excess)[None],
-        torch.stack(errors)[None],
-        torch.stack(derivative_errors, -1)[None],
-        sweep[None],
-    )
+    derivatives = torch.stack(derivative_errors, -1)[None]
+    curves = torch.stack(excess)[None], torch.stack(errors)[None], derivatives, sweep[None]
     return curves, torch.linalg.vector_norm(solution)[None], torch.linalg.vector_norm(jacobian)[None]
 
 
@@ -263,10 +263,8 @@ def reference(problem: BilevelProblem, hparams: Tree, start: Tree) -> tuple[Tens
     first = max(float(tree.norm(inner.grad(start))), eps := torch.finfo(tree.leaves(start)[0].dtype).eps)
     params, residual = newton_to_rounding(inner, start)
     if not residual <= eps**0.5 * first:
-        raise ValueError(
-            f"the inner solution was not found: Newton's method stopped at a residual of {residual:.2e}; "
-            "error curves need a start from which it converges."
-        )
+        what = f"the inner solution was not found: Newton's method stopped at a residual of {residual:.2e}"
+        raise ValueError(f"{what}; error curves need a start from which it converges.")
     point, x = inner.linearize(params), flat.ravel(params)
     cross = torch.stack([outside.ravel(point.cross(unit)) for unit in flat.units()])
     return x, -torch.linalg.solve(point.dense_hessian(), cross).mT
