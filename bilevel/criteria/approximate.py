@@ -22,8 +22,6 @@ from bilevel.numerics.factored import SKETCH, Factored, Sketched, factored
 from bilevel.numerics.small import array, eigh, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
 
-LEAST = 1e-10
-"""One minus a leverage is at least this."""
 ROUNDED = 1e-8
 """The least singular value of X, as a part of the largest, that is more than rounding."""
 FLOOR, TINY = 1e-12, sys.float_info.min
@@ -95,6 +93,7 @@ class ApproximateLeaveOneOut(Criterion):
 
     name = "approximate leave-one-out"
     leaves_one_out = True
+    least = 1e-10
 
     def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties, *, tol: float = 1e-8) -> None:
         if data.y.dim() > 1 or loss.outputs(data.y) is not None:
@@ -106,12 +105,12 @@ class ApproximateLeaveOneOut(Criterion):
         loss.third(data.y.new_zeros(1, dtype=data.weights.dtype), data.y[:1])
         self.tol = tol
 
-    def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         a, rows, loss = self._penalties(u), self._rows, self.loss
         (w, z, g, H), kept = self._solved(a, warm)
         third = rows.of(loss.third, z)
         h = H.leverages()
-        q = (1.0 - h * H.d).clip(LEAST)
+        q = H.free(h, self.least)
         shift = h * g / q
         t, by_h = z + shift, g / (q * q)
         point = _Point(w, a, H, 1.0 / q + h * shift * third / q, by_h, third)
@@ -216,10 +215,7 @@ class ApproximateLeaveOneOut(Criterion):
         return self._X1.float() if low is None else low
 
     def _solved(self, a: Any, warm: Any) -> tuple[tuple[Any, Any, Any, Factored], Any]:
-        """Return coefficients, predictions, weighted slopes and the Hessian of all rows, and what the next begins with.
-
-        Newton's steps end where the next one would lower the objective by less than a part of ``tol^2``.
-        """
+        """Return coefficients, predictions, weighted slopes and the Hessian of all rows, and what the next begins with."""
         _, start, kept = (None, a * 0.0, None) if warm is None else warm
         rows = self._rows
         if self._turns and warm is not None:
@@ -230,22 +226,12 @@ class ApproximateLeaveOneOut(Criterion):
             if kept is not None:  # that of other coordinates has its curvatures to give
                 same = kept.X1 is rows.X1
                 H = kept.under(a) if same else factored(rows.X1, kept.d, a, rows.intercept)
-
-            seen: dict[int, tuple[float, Any]] = {}  # points are kept, so that their names stay theirs
-
-            def objective(w: Any, point: Any) -> float:
-                if id(point) not in seen:
-                    seen[id(point)] = rows.value(point.z) + 0.5 * float((a * w) @ w), point
-                return seen[id(point)][0]
-
-            def share(w: Any, point: Any, H: Factored, gradient: Any, residual: float) -> float:
-                size = abs(objective(w, point)) + FLOOR * len(point.z)
-                return SAFE * self.tol * (size / max(float(gradient @ H.solve(gradient)), TINY)) ** 0.5
-
-            model = minimise(rows, a, start, (H, None), share, objective=objective)
-            return (model.w, model.point.z, model.point.g, model.H), model.H
+            model = self._minimised(a, start, H)
+            return model, model[3]
         pair = (None, None) if kept is None else (kept.preconditioner, kept.known)
         found = newton_cg.solve(self._system, a[None], start[None], pair[0], self.tol, pair[1])
+        if not found.left <= self.tol:  # written so that NaN is not; penalties are lost in float32
+            return self._minimised(a, found.w[0], None), None
         z, near = found.z[0], None if kept is None else kept.H.near
         if kept is None and found.preconditioner.dense:  # it is of the start
             near = rows.of(self.loss.curvature, self._X1 @ start), found.preconditioner.hessian
@@ -253,6 +239,25 @@ class ApproximateLeaveOneOut(Criterion):
         H = Sketched(self._X1, self._low, rows.curvatures(response), a, near)
         kept = _Kept(H, found.preconditioner.at(H.gram), (found.z, found.slope))
         return (found.w[0], z, g, H), kept
+
+    def _minimised(self, a: Any, start: Any, H: Factored | None) -> tuple[Any, Any, Any, Factored]:
+        """Return what `_solved` does, of Newton's steps in full precision.
+
+        They end where the next one would lower the objective by less than a part of ``tol^2``.
+        """
+        rows, seen = self._rows, dict[int, tuple[float, Any]]()  # points are kept, so that their names stay theirs
+
+        def objective(w: Any, point: Any) -> float:
+            if id(point) not in seen:
+                seen[id(point)] = rows.value(point.z) + 0.5 * float((a * w) @ w), point
+            return seen[id(point)][0]
+
+        def share(w: Any, point: Any, H: Factored, gradient: Any, residual: float) -> float:
+            size = abs(objective(w, point)) + FLOOR * len(point.z)
+            return SAFE * self.tol * (size / max(float(gradient @ H.solve(gradient)), TINY)) ** 0.5
+
+        model = minimise(rows, a, start, (H, None), share, objective=objective)
+        return model.w, model.point.z, model.point.g, model.H
 
     def _gradient(self, at: _Point, slopes: Any, jacobian: Tensor | None) -> Array:
         if self.penalties.size == 1:

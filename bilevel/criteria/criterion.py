@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
@@ -14,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bilevel.core.status import BilevelWarning
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
+from bilevel.numerics.csr import csr
 from bilevel.numerics.small import array, to_numpy, weighted_gram
 from bilevel.problems.losses import GLMLoss
 
@@ -28,6 +31,14 @@ NOISELESS = 1e-4
 """Of the loss of a constant prediction, what a hyperprior is measured in at least."""
 HALF = 0.5
 """A row with more than this part of the loss is named."""
+WEAK = 15.0
+"""Log penalties this far below `LinearData.level` are judged: what rounding moves there counts as not found."""
+MOVED = 2e-3
+"""Share of a value, or of a gradient, that the rounding of X may move; see `scripts/studies/weak_penalties.py`."""
+UNSOLVED = (
+    "models at a log penalty of {:.4g} were not found, so that the criterion counts as infinite there: give a stronger "
+    "penalty, or leave out columns that depend on each other."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +130,8 @@ class Criterion(ABC):
 
     with standardised columns, an intercept b that is not penalised, and weights s of mean 1. A criterion has no hidden
     state: two evaluations at one u are equal, whatever happened between them, up to the tolerance of the inner solve.
+    Where models or their derivatives are not found, such as at penalties that are lost in rounding, a `BilevelWarning`
+    says so and the value is infinite, so that searches leave such penalties.
 
     Args:
         data: the rows.
@@ -137,6 +150,10 @@ class Criterion(ABC):
     folds: Folds = ()
     leaves_one_out: ClassVar[bool] = False
     """Whether it leaves out every row singly: losses, slopes and the Jacobian are of all rows, in their order."""
+    least: float = 0.0
+    """One minus a leverage is at least this: a row that decides its prediction alone has no leave-one-out error."""
+    tol: float = 0.0
+    """Relative decrease of the training objective that models may be away from their minima."""
 
     def __init__(self, data: LinearData, loss: GLMLoss, penalties: Penalties) -> None:
         _check(data, loss, penalties)
@@ -170,7 +187,6 @@ class Criterion(ABC):
         spread = float((self.loss.value(constant.expand(y.shape), y) * share).sum(-1).mean())
         return max(single, NOISELESS * spread) or 1.0
 
-    @abstractmethod
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         """Return value and gradient at log penalties, and the Gauss-Newton model.
 
@@ -180,6 +196,40 @@ class Criterion(ABC):
             second: whether the Gauss-Newton matrix and the Jacobian are needed.
             full: whether the Jacobian has to be exact, where a model leaves terms out.
         """
+        return self._judged(u, self._evaluate(u, warm, second=second, full=full))
+
+    @abstractmethod
+    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+        """Return what `evaluate` does, whatever rounding does to it."""
+
+    def _judged(self, u: Array, found: Evaluation) -> Evaluation:
+        """Return an evaluation, infinite with a warning where it was not found, or where rounding moves it."""
+        right = np.isfinite(found.value)
+        if right and np.min(u) < self.data.level - WEAK:
+            others = [each.with_penalties(self.penalties) for each in self._shaken]
+            right = all(self._agree(found, each._evaluate(u, second=False)) for each in others)
+        if not right:
+            warnings.warn(UNSOLVED.format(np.min(u)), BilevelWarning, stacklevel=3)
+        return found if right else replace(found, value=np.inf)
+
+    @shared
+    def _shaken(self) -> list[Self]:
+        """The same criterion of X with other rounding errors and limits."""
+        made = []
+        for seed in range(2):
+            other = copy.copy(self)
+            other.known, other.data = {}, _shaken(self.data, seed)
+            other.least, other.tol = (2.0 + seed) * self.least, 0.01 * self.tol
+            made.append(other)
+        return made
+
+    @staticmethod
+    def _agree(one: Evaluation, two: Evaluation) -> bool:
+        """Whether two evaluations are the same but for `MOVED`, gradients but for half of the digits of the value."""
+        off, size = np.linalg.norm(one.gradient - two.gradient), np.linalg.norm(one.gradient)
+        few = np.finfo(np.float64).eps ** 0.5 * abs(one.value)
+        # Written so that NaN is not.
+        return bool(abs(one.value - two.value) <= MOVED * abs(one.value) and off <= max(MOVED * size, few))
 
     def rough(self) -> Self:
         """Return the same criterion, evaluated as roughly as a first look allows: itself, where that saves nothing."""
@@ -249,6 +299,16 @@ def given(data: LinearData, w: Tensor, intercept: Tensor | float) -> Fit:
     """Return the models of standardised coefficients, (..., features), in the units of the X that was given."""
     coef = w / data.scale
     return Fit(coef, intercept - coef @ data.offset)
+
+
+def _shaken(data: LinearData, seed: int) -> LinearData:
+    """Return data with other rounding errors: some units of the last place of X, drawn from a seed."""
+    X, generator = data.X, torch.Generator().manual_seed(seed)
+    values = X.values() if data.sparse else X
+    unit = 4.0 * torch.finfo(values.dtype).eps
+    values = values * (1.0 + unit * torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values))
+    shape = data.rows, data.features
+    return replace(data, X=csr(X.crow_indices(), X.col_indices(), values, shape) if data.sparse else values)
 
 
 def _check(data: LinearData, loss: GLMLoss, penalties: Penalties) -> None:

@@ -14,6 +14,9 @@ from bilevel.criteria.penalties import Penalties
 from bilevel.numerics.small import factor
 from bilevel.problems.losses import Squared
 
+SINGULAR = 1e-13
+"""The least pivot of a matrix, as a part of its largest entry, that is more than what keeps its factor from failing."""
+
 
 class Evidence(Criterion):
     """Minus the logarithm of the evidence of ridge regression for each row, up to a constant.
@@ -65,13 +68,15 @@ class Evidence(Criterion):
         L = factor(gram.clone(), a)
         return a, L, torch.cholesky_solve(cross[:, None], L)[:, 0]
 
-    def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         data, (_, cross, total, mean) = self.data, self._moments
         a, L, w = self._solve(u)
         count = data.counted - int(data.intercept)
         rest = max(total - float(cross @ w), torch.finfo(w.dtype).tiny)
         complexity = float(2.0 * L.diagonal().log().sum() - a.log().sum())
         value = 0.5 * float(np.log(rest / count)) + complexity / (2 * count)
+        if not L.diagonal().square().min() > SINGULAR * self._moments[0].diagonal().max():
+            value = np.inf
         inverse = torch.cholesky_inverse(L)
         gradient = a * w.square() / (2.0 * rest) + (a * inverse.diagonal() - 1.0) / (2 * count)
         gauss_newton = None

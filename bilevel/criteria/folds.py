@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bilevel.core.status import BilevelWarning
 from bilevel.criteria import newton_cg, newton_dense
-from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
-from bilevel.criteria.data import LinearData, Rows
+from bilevel.criteria.criterion import UNSOLVED, Array, Criterion, Evaluation, Fit, shared
+from bilevel.criteria.data import DENSE, LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import checked_folds, restricted
 from bilevel.criteria.system import System
@@ -30,10 +30,6 @@ FEW = 8
 """Penalties up to which the Jacobian is exact where systems are solved by conjugate gradients."""
 ROUGH = 1e-4
 """The tolerance of a first look: held-out losses are off by a part in a thousand, at the weakest penalties in 200."""
-UNSOLVED = (
-    "models at a log penalty of {:.4g} were not found, so that the criterion counts as infinite there: give a stronger "
-    "penalty, or leave out columns that depend on each other."
-)
 
 
 @dataclass(eq=False)
@@ -63,9 +59,7 @@ class KFold(Criterion):
     conjugate gradients, which only multiply by X.
 
     The Gauss-Newton matrix is that of the exact Jacobian, but for more than 8 penalties of several outputs, of many
-    columns or of sparse inputs, where the Hessian is that of the preconditioner. Where models or responses are not
-    found, such as at penalties that are lost in rounding, a `BilevelWarning` says so and the value is infinite, so that
-    searches leave such penalties.
+    columns or of sparse inputs, where the Hessian is that of the preconditioner.
 
     Args:
         data: the rows.
@@ -124,7 +118,7 @@ class KFold(Criterion):
         few = 0 < outputs * (data.features + 1) <= newton_dense.MOST
         return few and data.rows * data.features <= newton_dense.ENTRIES
 
-    def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         solved, data = self._solve(u, warm), self.data
         z, y = self._held(solved.z), data.y[self.held_out]
         count, weight = len(self.held_out), self.share if z.dim() == 1 else self.share[None]
@@ -147,10 +141,7 @@ class KFold(Criterion):
             turned = self.share[:, None] * self._turned(curvatures, jacobian)
             gauss_newton = (flat.T @ turned.reshape(flat.shape) / count).double().cpu().numpy()
         curvatures = weight * curvatures if self.penalties.outputs is None else curvatures
-        value = float(losses.mean())
-        if not (solved.right and np.isfinite(value)):
-            value = np.inf
-            warnings.warn(UNSOLVED.format(float(u.min())), BilevelWarning, stacklevel=2)
+        value = float(losses.mean()) if solved.right else np.inf
         shaped = (z, slopes, curvatures, jacobian if second else None)
         return Evaluation(value, gradient.double().cpu().numpy(), gauss_newton, losses, *shaped, solved)
 
@@ -250,6 +241,8 @@ class KFold(Criterion):
             rough: a rough inverse in its place; None for no such.
             warm: models near by.
         """
+        if rough is not None and (found := self._by_entries(moved, rough)) is not None:
+            return found
         size, owner, columns = self.penalties.size, self.penalties.owner.to(moved.device), []
         guesses = [None] * size if warm is None or warm.columns is None else warm.columns
         if len(guesses) != size:
@@ -264,6 +257,28 @@ class KFold(Criterion):
             columns.append(column)
         solved.columns = columns if size <= FEW else None
         return torch.stack(predictions, -1)
+
+    def _by_entries(self, moved: Tensor, rough: newton_cg.Preconditioner) -> Tensor | None:
+        """Return `_jacobian` by what every coefficient adds to it; None where a product for each penalty takes less."""
+        data, owner, parts = self.data, self.penalties.owner.to(moved.device), []
+        w, shape = -moved[..., : data.features], moved.shape[1:]
+        if rough.dense:
+            if self.penalties.size * len(moved) < owner.numel():
+                return None
+            columns = rough.inverse.reshape(-1, shape[-1], *shape)[:, : data.features].flatten(0, 1)
+            z = self._system.product(columns.to(moved))  # of every coefficient: (coefficients, [outputs,] rows)
+            for wk, (_, held) in zip(w, self.folds, strict=True):
+                by = wk.flatten() * z[..., held].movedim(0, -1)
+                parts.append(self.penalties.gather(by.unflatten(-1, owner.shape)))
+            return torch.cat(parts, -2)
+        if data.rows * data.features > DENSE:
+            return None
+        X, w = data.dense(), w * rough.inverse[..., : data.features]  # an output's coefficients change that alone
+        for wk, (_, held) in zip(w, self.folds, strict=True):
+            by = wk[..., None, :] * X[held]
+            index = owner[..., None, :].expand(by.shape)
+            parts.append(by.new_zeros(*by.shape[:-1], self.penalties.size).scatter_add_(-1, index, by))
+        return torch.cat(parts, -2)
 
     def _turned(self, curvatures: Tensor, jacobian: Tensor) -> Tensor:
         """Return the products of the second derivatives with the Jacobian."""

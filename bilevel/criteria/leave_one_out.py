@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
+from bilevel.numerics.factored import FactoredRows
 from bilevel.numerics.small import array, cholesky, eigh, half_solve, inverse, row_dots, solve, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss, Squared
 
@@ -18,8 +19,6 @@ EVEN = 0.1
 """The least root of a weight, as a part of the largest, that eigenvectors are divided by."""
 TALL = 3
 """Rows for each feature from which a Gram matrix is inverted."""
-LEAST = 1e-12
-"""One minus a leverage is at least this: a row that decides its prediction alone has no leave-one-out error."""
 
 
 class _Rows(NamedTuple):
@@ -47,6 +46,8 @@ class _Basis(NamedTuple):
         values: g, eigenvalues, (r,).
         c: ``B'S y``, (r, targets).
         vectors: what turns ``c / (g + a)`` into standardised coefficients: see `RidgeLeaveOneOut._from_basis`.
+        whole: whether B is that of all that the rows can be, but for the intercept: residuals are then
+            ``B (a c / (g + a))``, and what is not leverage ``a squared / (g + a)``, without a difference.
     """
 
     B: Any
@@ -54,6 +55,18 @@ class _Basis(NamedTuple):
     values: Any
     c: Any
     vectors: Tensor
+    whole: bool = False
+
+    def at(self, a: Any, rows: _Rows) -> tuple[Any, Any, Any, Any]:
+        """Return f, t, e and m, by which ``1 - h = f - t squared / (g + a)`` and residuals are ``e - B m / (g + a)``.
+
+        Args:
+            a: penalties, (..., 1).
+            rows: the rows.
+        """
+        if self.whole:
+            return 0.0, -a, 0.0, -a * self.c.T
+        return rows.free, rows.s, rows.y, self.c.T
 
 
 class RidgeLeaveOneOut(Criterion):
@@ -80,6 +93,7 @@ class RidgeLeaveOneOut(Criterion):
     name = "exact leave-one-out"
     leaves_one_out = True
     loss: GLMLoss
+    least = 1e-12
 
     def __init__(self, data: LinearData, penalties: Penalties) -> None:
         super().__init__(data, Squared(), penalties)
@@ -87,7 +101,7 @@ class RidgeLeaveOneOut(Criterion):
         mean = array(self.y) @ array(data.weights) / data.rows
         self.mean = tensor(mean if data.intercept else 0.0 * mean)[:, None]  # (targets, 1)
 
-    def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         if not self._even:
             return self._uneven_evaluation(u, self.penalties.spread(u), second)
         log_a = self.penalties.spread_outputs(u)
@@ -98,7 +112,8 @@ class RidgeLeaveOneOut(Criterion):
     def scan(self, u: Array) -> list[Evaluation]:
         if not self._even:
             return super().scan(u)
-        return self._even_evaluations(self.penalties.spread_outputs(u), second=False)
+        found = self._even_evaluations(self.penalties.spread_outputs(u), second=False)
+        return [self._judged(at, each) for at, each in zip(u, found, strict=True)]
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         if warm is not None and np.array_equal(warm[0], u):
@@ -115,6 +130,11 @@ class RidgeLeaveOneOut(Criterion):
     def take(self, rows: Rows) -> Self:
         return type(self)(self.data.take(rows), self.penalties)
 
+    @property
+    def _tall(self) -> bool:
+        """Whether columns leave something of every row's target unexplained."""
+        return self.data.features < self.data.rows - self.data.intercept
+
     @shared
     def _rows(self) -> _Rows:
         s, y = array(self.data.weights), array(self.y)
@@ -130,7 +150,7 @@ class RidgeLeaveOneOut(Criterion):
     def _basis(self) -> _Basis:
         """The eigenbasis of X'SX or, with more columns than rows, of XX'."""
         data, s, y = self.data, self.data.weights, self.y - self.mean
-        if data.features <= data.rows:
+        if self._tall:
             if not data.sparse:
                 gram, moment = self._gram
                 values, Q = eigh(tensor(gram))
@@ -139,48 +159,57 @@ class RidgeLeaveOneOut(Criterion):
             values, Q = eigh(data.gram(s))
             B = array(data.product(Q.T).T.contiguous())
             return _Basis(B, B * B, array(values).clip(0.0), B.T @ array((y * s).T), Q)
-        root, kernel = array(s.sqrt()), array(data.row_gram())
-        values, Q = (array(each) for each in eigh(tensor(kernel * root[:, None] * root)))
-        least = int((values <= 1e-16 * values[-1].clip(0.0)).sum())  # they increase
-        values, Q = values[least:], Q[:, least:]
-        size, weighted = values**0.5, root[:, None] * Q
+        root, kernel = array(s.sqrt()), array(data.row_gram()) * 1.0
+        kernel *= root[:, None] * root
+        if data.intercept:  # the direction of the intercept is the last, and left out
+            kernel += (1.0 + 2.0 * kernel.trace()) / data.rows * root[:, None] * root
+        values, Q = (array(each)[..., : data.rows - data.intercept] for each in eigh(tensor(kernel)))
+        values, weighted = values.clip(0.0), root[:, None] * Q
+        if bool(root.min() > EVEN * root.max()):
+            B = Q / root[:, None]
+            return _Basis(B, Q * Q, values, weighted.T @ array(y).T, tensor(weighted), whole=True)
+        # Without a division by weights, which may be zero.
+        size = values.clip(1e-16 * values[-1]) ** 0.5
         turned = weighted / size
-        # B = K S^(1/2) Q / size needs no division by weights, which may be zero.
-        B = Q * size / root[:, None] if bool(root.min() > EVEN * root.max()) else kernel @ turned
-        c = size[:, None] * (weighted.T @ array(y).T)
-        return _Basis(B, B * B, values, c, tensor(turned))
+        B = array(data.row_gram()) @ turned
+        return _Basis(B, B * B, values, size[:, None] * (weighted.T @ array(y).T), tensor(turned))
 
     def _from_basis(self, shrunk: Any) -> Tensor:
         """Return the standardised coefficients, (targets, features), of ``c / (g + a)``, (r, targets)."""
         data, turned = self.data, tensor(array(self._basis.vectors) @ shrunk)
-        return turned.T if data.features <= data.rows else data.collect(turned.T)
+        return turned.T if self._tall else data.collect(turned.T)
 
     def _evaluation(self, a: float, second: bool) -> Evaluation:
         """Return what `_even_evaluations` does, of one target and one penalty: in half as many calls."""
-        (B, squared, values, c, _), (s, free, y, _) = self._basis, self._rows
-        shrink = 1.0 / (values + a)
+        basis, s = self._basis, self._rows.s
+        B, squared = basis.B, basis.squared
+        free, by_leverage, y, c = basis.at(a, self._rows)
+        shrink = 1.0 / (basis.values + a)
         slope = -a * shrink * shrink  # by u
-        q = (free - s * (squared @ shrink)).clip(LEAST)
-        error = (y[0] - B @ (c[:, 0] * shrink)) / q
+        q = (free - by_leverage * (squared @ shrink)).clip(1e-300 if basis.whole else self.least)
+        error = (y if basis.whole else y[0]) - B @ (c[0] * shrink)
+        error /= q
         slopes = -s * error
-        moved = (B @ (c[:, 0] * slope) + slopes * (squared @ slope)) / q  # of the predictions: - de/du
+        moved = (B @ (c[0] * slope) - by_leverage * error * (squared @ slope)) / q  # of the predictions: - de/du
         gradient = np.array([float(slopes @ moved) / self.data.rows])
         return self._of_one(error, slopes, gradient, tensor(moved)[:, None] if second else None)
 
     def _even_evaluations(self, log_a: Tensor, second: bool) -> list[Evaluation]:
         """Return the evaluations of several log penalties, (m, 1) or (m, targets)."""
-        (B, squared, values, c, _), (s, free, y, _) = self._basis, self._rows
-        count, targets = len(log_a), len(y)
-        a = array(log_a.exp().to(self.y).expand(count, targets))
-        shrink = 1.0 / (a[..., None] + values)  # (m, targets, r)
-        slope = -a[..., None] * shrink * shrink  # by u
+        basis, s = self._basis, self._rows.s
+        B, squared, values = basis.B, basis.squared, basis.values
+        count, targets = len(log_a), len(self.y)
+        a = array(log_a.exp().to(self.y).expand(count, targets))[..., None]
+        free, by_leverage, y, c = basis.at(a, self._rows)
+        shrink = 1.0 / (a + values)  # (m, targets, r)
+        slope = -a * shrink * shrink  # by u
 
         def product(left: Any, right: Any) -> Any:
             return (left.reshape(-1, len(values)) @ right.T).reshape(count, targets, -1)  # (m, targets, rows)
 
-        q = (free - s * product(shrink, squared)).clip(LEAST)
-        error = (y - product(c.T * shrink, B)) / q
-        moved = (product(c.T * slope, B) - s * error * product(slope, squared)) / q  # of the predictions: - de/du
+        q = (free - by_leverage * product(shrink, squared)).clip(1e-300 if basis.whole else self.least)
+        error = (y - product(c * shrink, B)) / q
+        moved = (product(c * slope, B) - by_leverage * error * product(slope, squared)) / q  # of predictions: - de/du
         slopes = (-1.0 / targets) * s * error
         gather = self.penalties.gather_outputs
         gradients = to_numpy(gather(tensor((slopes * moved).sum(2))) / self.data.rows)
@@ -225,55 +254,46 @@ class RidgeLeaveOneOut(Criterion):
         return array(self.data.dense())
 
     @shared
-    def _scaled(self) -> Any:
-        """X with rows times the roots of their weights, which may be zero."""
-        return self._X * self._roots[:, None]
-
-    @shared
-    def _roots(self) -> Any:
-        return array(self.data.weights).clip(1e-300) ** 0.5
-
-    @shared
     def _gram(self) -> tuple[Any, Any]:
         """X'SX and its products with the targets, (targets, features)."""
-        scaled, (s, _, y, _) = self._scaled, self._rows
+        s, _, y, _ = self._rows
+        scaled = self._X * s[:, None] ** 0.5
         return scaled.T @ scaled, (s * y) @ self._X
 
     def _coefficients(self, a: Any, target: int) -> Any:
         """Return the coefficients of a target, (features,), at the penalties of all columns."""
-        if len(a) > self.data.rows:
+        if not self._tall:
             return self._solve(a)[1][target]
         gram, moment = self._gram
         return solve(cholesky(gram, a), moment[target])
 
-    def _solve(self, a: Any) -> tuple[Any, Any]:
-        """Return V, (rows, features), and the coefficients (targets, features), at the penalties of all columns."""
-        (s, _, y, _), roots = self._rows, self._roots
-        if len(a) <= len(s):
-            gram, moment = self._gram
-            L = cholesky(gram, a)
-            if len(s) > TALL * len(a):  # a product takes less than two systems
-                V = self._X @ inverse(L)
-            else:
-                V = half_solve(L, half_solve(L, self._X.T), transposed=True).T
-            return V, [solve(L, each) for each in moment]
-        a = a**0.5
-        scaled = self._scaled / a
-        L = cholesky(scaled @ scaled.T, 1.0)
-        V = (inverse(L) @ scaled) / (roots[:, None] * a)
-        return V, (s * y) @ V
+    def _solve(self, a: Any) -> tuple[Any, Any, Any, Any]:
+        """Return V, (rows, features), with coefficients (targets, features), what is not leverage, and residuals.
+
+        Args:
+            a: penalties of all columns.
+        """
+        (s, free, y, _), X = self._rows, self._X
+        if not self._tall:
+            X1, zero = array(self.data.with_ones()), [0.0] * self.data.intercept
+            H = FactoredRows(X1, s, array(torch.cat([tensor(a), tensor(a).new_tensor(zero)])), self.data.intercept)
+            V = H.V[:, : len(a)]
+            return V, (s * y) @ V, H.free(None, 0.0), ((y * H.roots) @ H.rest) / H.roots
+        gram, moment = self._gram
+        L = cholesky(gram, a)
+        product = len(s) > TALL * len(a)  # it takes less than two systems
+        V = X @ inverse(L) if product else half_solve(L, half_solve(L, X.T), transposed=True).T
+        w = _stacked([solve(L, each) for each in moment])
+        return V, w, (free - s * row_dots(V, X)).clip(self.least), y - w @ X.T
 
     def _uneven_evaluation(self, u: Array, log_a: Tensor, second: bool) -> Evaluation:
-        (s, free, y, _), X = self._rows, self._X
-        a, outputs = array(log_a.exp().to(self.y)), len(self.y)
+        s, outputs, a = self._rows.s, len(self.y), array(log_a.exp().to(self.y))
         shared = self._solve(a) if a.ndim == 1 else None
         errors, slopes, weights, gradients, jacobians = [], [], [], [], []
         for t in range(outputs):
             at = a if a.ndim == 1 else a[t]
-            V, coefficients = shared or self._solve(at)
-            w = coefficients[t]
-            q = (free - s * row_dots(V, X)).clip(LEAST)
-            error = (y[t] - X @ w) / q
+            V, coefficients, q, residuals = shared or self._solve(at)
+            w, error = coefficients[t], residuals[t] / q
             slope = (-1.0 / outputs) * s * error
             if second:
                 J = V * (s * error)[:, None]

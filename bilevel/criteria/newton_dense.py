@@ -32,7 +32,7 @@ def inverses(system: System, z: Tensor, a: Tensor) -> Callable[[Tensor], Tensor]
     assert X1 is not None
     if a.dim() == 2:
         d = system.weights * curvature
-        if X1.shape[1] > X1.shape[0] + 1:
+        if X1.shape[1] > X1.shape[0] + 1 - 2 * intercept:
             each = [factored(X1, dk, ak, intercept) for dk, ak in zip(d, a, strict=True)]
             return lambda r: torch.stack([one.solve(rk) for one, rk in zip(each, r, strict=True)])
         L = factor(weighted_gram(X1, d), a)

@@ -67,6 +67,10 @@ class Factored:
         """Return the diagonal of ``X1 H^-1 X1'``."""
         return row_dots(self.half, self.half)
 
+    def free(self, leverages: Any, least: float) -> Any:
+        """Return one minus the leverages times the curvatures, at least the least that is not rounding."""
+        return (1.0 - leverages * self.d).clip(least)
+
     def predicted(self, v: Any) -> Any:
         """Return ``V v``."""
         return self.X1 @ self.solve(v)
@@ -174,10 +178,11 @@ class Sketched(Factored):
 
 
 class FactoredRows(Factored):
-    """H with more columns than rows.
+    """H with no fewer columns than rows.
 
-    It is solved by ``M = (I + diag(r) K diag(r))^-1`` with ``K = X A^-1 X'`` and ``r = sqrt(d)``; an intercept adds a
-    term of rank one. The arguments are those of `Factored`; `intercept` says what X1 ends with, and `gram` is K.
+    It is solved by ``M = (I + diag(r) K diag(r))^-1`` with ``K = X A^-1 X'`` and ``r = sqrt(d)``. An intercept adds
+    ``t r r'`` to K, where t is of the size of K: weak penalties would lose the direction that centred columns leave.
+    The arguments are those of `Factored`; `intercept` says what X1 ends with, and `gram` is K.
     """
 
     def __init__(self, X1: Any, d: Any, a: Any, intercept: bool, gram: Any = None) -> None:
@@ -188,7 +193,11 @@ class FactoredRows(Factored):
             gram = scaled @ scaled.T
         self.gram = gram
         self.roots = d.clip(1e-300) ** 0.5
-        self.L = cholesky(gram * self.roots[:, None] * self.roots, 1.0)
+        turned = gram * self.roots[:, None] * self.roots
+        if intercept:
+            self.shift = (1.0 + turned.diagonal().sum()) / (self.roots @ self.roots).clip(1e-300)
+            turned += self.shift * self.roots[:, None] * self.roots
+        self.L = cholesky(turned, 1.0)
         if intercept:
             self.ones = solve(self.L, self.roots)  # M r
             self.total = (self.roots @ self.ones).clip(1e-300)
@@ -208,6 +217,7 @@ class FactoredRows(Factored):
         moved = solve(self.L, self.roots * (self.X @ w))
         result[-1] = (r[-1] - self.roots @ moved) / self.total
         moved = self.roots * (moved + result[-1] * self.ones)
+        result[-1] -= self.shift * r[-1]
         result[:-1] = w - (moved @ self.X) / self.penalties
         return result
 
@@ -215,12 +225,17 @@ class FactoredRows(Factored):
         return (self.d * (self.X1 @ v)) @ self.X1 + self.a * v
 
     @cached_property
-    def V(self) -> Any:
-        """``X1 H^-1``, of shape (rows, p1)."""
+    def rest(self) -> Any:
+        """What is left of targets times r: M, without what the intercept takes, of shape (rows, rows)."""
         M = inverse(self.L)
         if self.intercept:
             M -= self.ones[:, None] * (self.ones / self.total)
-        part = (M * (self.roots / self.roots[:, None])) @ (self.X / self.penalties)
+        return M
+
+    @cached_property
+    def V(self) -> Any:
+        """``X1 H^-1``, of shape (rows, p1)."""
+        part = (self.rest * (self.roots / self.roots[:, None])) @ (self.X / self.penalties)
         if not self.intercept:
             return part
         last = self.ones / (self.roots * self.total)
@@ -228,6 +243,15 @@ class FactoredRows(Factored):
 
     def leverages(self) -> Any:
         return row_dots(self.V, self.X1)
+
+    def free(self, leverages: Any, least: float) -> Any:
+        return self.rest.diagonal().clip(1e-300)
+
+    def predicted(self, v: Any) -> Any:
+        return self.V @ v
+
+    def collected(self, r: Any) -> Any:
+        return r @ self.V
 
     def squares(self, b: Any) -> Any:
         S = self.kernel()
@@ -247,4 +271,4 @@ def _same(near: tuple[Tensor, Tensor] | None, d: Tensor) -> tuple[Tensor, Tensor
 
 def factored(X1: Any, d: Any, a: Any, intercept: bool) -> Factored:
     """Return the cheaper factor of the two."""
-    return FactoredRows(X1, d, a, intercept) if X1.shape[1] > X1.shape[0] + 1 else Factored(X1, d, a)
+    return FactoredRows(X1, d, a, intercept) if X1.shape[1] > X1.shape[0] + 1 - 2 * intercept else Factored(X1, d, a)

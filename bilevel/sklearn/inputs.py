@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.metrics import get_scorer_names
 from sklearn.utils import check_scalar
+from sklearn.utils._missing import is_pandas_na
 from sklearn.utils._param_validation import InvalidParameterError
 from sklearn.utils.validation import validate_data
 
@@ -20,7 +21,54 @@ from bilevel.numerics.csr import csr
 
 TYPES: dict[str, Any] = {"accept_sparse": "csr", "dtype": [np.float64, np.float32], "ensure_min_samples": 2}
 """What `validate_data` lets through, of every estimator."""
+TIMES = ("m", "M")
+"""Kinds of dtypes of durations and of dates."""
 FLOATS = (np.dtype(np.float64), np.dtype(np.float32))
+
+
+def read(estimator: Any, *given: Any, **options: Any) -> Any:
+    """Return X, or X and y, as scikit-learn's `validate_data` does.
+
+    Raises:
+        TypeError: as `validate_data` does.
+        ValueError: likewise, and in one sentence for a column of a frame, and a target, that holds no numbers.
+    """
+    numeric = given[: 2 if options.get("y_numeric") else 1]  # labels may be words
+    for name, values in zip("Xy", numeric, strict=False):
+        dtypes = values.dtypes if _is_frame(values) else [getattr(values, "dtype", None)]
+        if any(getattr(dtype, "kind", "") in TIMES for dtype in dtypes):
+            _refuse_words(name, values)
+    try:
+        return validate_data(estimator, *given, **TYPES | options)
+    except (TypeError, ValueError):
+        for name, values in zip("Xy", numeric, strict=False):
+            _refuse_words(name, values)
+        raise
+
+
+def _refuse_words(name: str, given: Any) -> None:
+    """Refuse times and words in the columns of a frame, and in a target; scikit-learn says so of other arrays."""
+    columns = [(name, given)]
+    if _is_frame(given):
+        columns = [(f"the column {label!r} of {name}", given.iloc[:, j]) for j, label in enumerate(given.columns)]
+    for label, column in columns:
+        if getattr(getattr(column, "dtype", None), "kind", "") in TIMES:
+            raise ValueError(f"{label} holds times: turn them into numbers, such as days, or leave them out.")
+        if column is given and name == "X":
+            return
+        for row, each in enumerate(np.asarray(column, dtype=object).ravel()):
+            try:
+                float(0.0 if each is None or is_pandas_na(each) else each)
+            except (TypeError, ValueError):
+                remedy = "use LogisticRegressionCV for classes" if column is given else "leave it out"
+                raise ValueError(
+                    f"{label} holds {each!r} in row {row} (counted from 0), which is no number: turn it into numbers, "
+                    f"or {remedy}."
+                ) from None
+
+
+def _is_frame(given: Any) -> bool:
+    return hasattr(given, "iloc") and given.ndim == 2
 
 
 def validated(estimator: Any, X: Any, y: Any) -> tuple[Any, Any]:
@@ -33,7 +81,7 @@ def validated(estimator: Any, X: Any, y: Any) -> tuple[Any, Any]:
         vars(estimator).pop("feature_names_in_", None)
         estimator.n_features_in_ = X.shape[1]
         return X, y
-    found = validate_data(estimator, X, y, multi_output=True, y_numeric=True, **TYPES)
+    found = read(estimator, X, y, multi_output=True, y_numeric=True)
     check_range(estimator, *found)
     return found[0], found[1]
 

@@ -13,12 +13,12 @@ from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.extmath import softmax
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from bilevel.criteria import Criterion, Fit
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection import Selected
-from bilevel.sklearn.inputs import TYPES, check_range, nearest, places_of
+from bilevel.sklearn.inputs import check_range, nearest, places_of, read
 from bilevel.sklearn.logistic_nets import NetClassifier
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
@@ -175,7 +175,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
             ValueError: in one sentence, for data and parameters that do not fit.
         """
         l1_ratios = self._net_ratios()
-        X, y = validate_data(self, X, y, **TYPES)
+        X, y = read(self, X, y)
         check_range(self, X)
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)

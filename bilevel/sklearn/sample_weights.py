@@ -15,12 +15,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_parameter, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_parameter
 
 from bilevel.criteria import LinearData
 from bilevel.problems.losses import Logistic, Softmax, Squared
 from bilevel.selection import learn_row_weights, make_folds
-from bilevel.sklearn.inputs import TYPES, check_range
+from bilevel.sklearn.inputs import check_range, read
 from bilevel.sklearn.logistic import LogisticRegressionCV
 from bilevel.sklearn.weight_report import WeightReport, report_of, row_losses
 
@@ -118,7 +118,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
         model = self._estimator()
         _check_estimator(model)
         classifies = is_classifier(model)
-        X, y = validate_data(self, X, y, y_numeric=not classifies, **TYPES)
+        X, y = read(self, X, y, y_numeric=not classifies)
         check_range(self, X, y)
         y = column_or_1d(y, warn=True)
         if (X_val is None) != (y_val is None):
@@ -126,7 +126,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
         if X_val is not None:
             if trusted is not None:
                 raise ValueError("give trusted rows of X, or X_val and y_val, but not both.")
-            X_val, y_val = validate_data(self, X_val, y_val, reset=False, **TYPES | {"ensure_min_samples": 1})
+            X_val, y_val = read(self, X_val, y_val, reset=False, ensure_min_samples=1)
             check_range(self, X_val, y_val)
         if classifies:
             _check_classes(y, default=self.estimator is None)
@@ -210,7 +210,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
 
     def _delegated(self, method: str, X: Any, *args: Any, **kwargs: Any) -> Any:
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, accept_sparse="csr", dtype=[np.float64, np.float32])
+        X = read(self, X, reset=False, ensure_min_samples=1)
         return getattr(self.estimator_, method)(X, *args, **kwargs)
 
     def _estimator(self) -> Any:

@@ -125,6 +125,45 @@ def test_data_are_refused_as_by_scikit_learn():
         model.predict(X[:, :3])
 
 
+DAYS = pd.date_range("2020-01-01", periods=40)
+NO_NUMBERS = [
+    (DAYS, "holds times: turn them into numbers, such as days, or leave them out"),
+    (DAYS.tz_localize("UTC"), "holds times"),
+    (DAYS - DAYS[0], "holds times"),
+    (DAYS.to_period("D"), r"holds Period\('2020-01-01', 'D'\) in row 0 \(counted from 0\), which is no number"),
+    ([each.date() for each in DAYS], r"holds datetime.date\(2020, 1, 1\) in row 0"),
+    (pd.Categorical(["x", "y"] * 20), "holds 'x' in row 0"),
+    (
+        [1, "x"] * 20,
+        r"holds 'x' in row 1 \(counted from 0\), which is no number: turn it into numbers, or leave it out",
+    ),
+    (pd.array([None, "y"] * 20, dtype="string"), "holds 'y' in row 1"),
+    ([[1, 2]] * 40, r"holds \[1, 2\] in row 0"),
+]
+
+
+@pytest.mark.parametrize("model", [RidgeCV(), LogisticRegressionCV(), ElasticNetCV(), SampleWeights(RidgeCV())])
+def test_columns_of_frames_without_numbers_are_named_in_one_sentence(model):
+    target = LABELS if isinstance(model, LogisticRegressionCV) else y
+    for column, said in NO_NUMBERS:
+        with pytest.raises(ValueError, match=f"^the column 'bad' of X {said}"):
+            model.fit(pd.DataFrame({"good": y, "bad": column}), target)
+        if target is y:
+            wanted = said.replace("leave it out", "use LogisticRegressionCV for classes")
+            with pytest.raises(ValueError, match=f"^y {wanted}"):
+                model.fit(X, pd.Series(column))
+
+
+def test_nullable_numbers_are_numbers_and_what_is_missing_is_named():
+    for column in (pd.array([1, 2] * 20, dtype="Int64"), pd.array([True, False] * 20, dtype="boolean")):
+        frame = pd.DataFrame({"good": y, "other": column})
+        plain = RidgeCV().fit(frame.astype(float), y).coef_
+        assert RidgeCV().fit(frame, y).coef_.tolist() == plain.tolist()
+        frame.loc[3, "other"] = pd.NA
+        with pytest.raises(ValueError, match="Input X contains NaN"):
+            RidgeCV().fit(frame, y)
+
+
 def test_sentences_name_no_parameter_that_was_not_given():
     for model, target in ((RidgeCV(), y), (LogisticRegressionCV(), LABELS), (ElasticNetCV(), y)):
         with pytest.raises(

@@ -1,0 +1,64 @@
+"""Penalties below what floating point carries: criteria are right, or say that they are not, by 80 digits."""
+
+import numpy as np
+import pytest
+import torch
+from criteria_cases import penalty_cases
+from paths import study
+
+from bilevel.core.status import BilevelWarning
+from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut, newton_cg
+from bilevel.criteria import approximate as module
+from bilevel.problems import Logistic
+
+
+def test_criteria_are_right_where_they_say_nothing() -> None:
+    weak = study("weak_penalties")
+    for seed in (12, 180, 288, 86, 98, 100, 144):  # leave-one-out of wide rows was wrong
+        case = weak.draw(seed)
+        status, off = weak.judged(case, weak.Truth(case).both)
+        assert (status, off <= 1e-6) == ("silent", True), seed
+    for seed in (37, 57, 99, 107, 119, 269, 298):
+        assert weak.answer(weak.draw(seed))[0] == "doubt", seed
+
+
+@pytest.mark.parametrize("outputs", [None, 2])
+def test_leave_one_out_of_wide_rows_has_the_limit_of_no_penalty(outputs: int | None) -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((9, 20)), rng.standard_normal((9, outputs) if outputs else 9)
+    for weights in (None, np.r_[0.0, np.ones(8)], rng.uniform(0.5, 2.0, 9)):
+        data = LinearData.of(X, y, weights)
+        for penalties in penalty_cases(20, outputs)[int(weights is not None and weights.min() == 0) : 2]:
+            criterion, size = RidgeLeaveOneOut(data, penalties), penalties.size
+            weak, weaker = (criterion.evaluate(np.full(size, u)).losses for u in (-18.0, -40.0))
+            np.testing.assert_allclose(weaker, weak, rtol=1e-6, atol=1e-12)
+
+
+def test_one_infinite_value_of_a_scan_says_so_and_leaves_the_others() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((8, 3)) @ rng.standard_normal((3, 20))
+    criterion = RidgeLeaveOneOut(LinearData.of(X, rng.standard_normal(8)), Penalties.scalar(20))
+    with pytest.warns(BilevelWarning, match=r"models at a log penalty of -40 were not found, so that the criterion"):
+        found = criterion.scan(np.array([[0.0], [-40.0]]))
+    assert np.isfinite(found[0].value)
+    assert np.isinf(found[1].value)
+    with pytest.warns(BilevelWarning, match="were not found"):  # what was judged does not mix with other penalties
+        criterion.with_penalties(Penalties.feature(20)).evaluate(np.full(20, -30.0))
+
+
+def test_approximate_leave_one_out_of_many_rows_is_right_where_float32_loses_penalties(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((400, 3))
+    y = np.where(X[:, 0] + rng.standard_normal(400) > 0, 1.0, -1.0)
+    data, u = LinearData.of(X, y, loss=Logistic()), np.array([-12.0])
+    exact = ApproximateLeaveOneOut(data, Logistic(), Penalties.scalar(3)).evaluate(u)
+    monkeypatch.setattr(module, "LARGE", 1)
+    found = ApproximateLeaveOneOut(data, Logistic(), Penalties.scalar(3)).evaluate(u)
+    assert newton_cg.solve(*_system(data), None, 1e-8).left == np.inf
+    assert found.value == pytest.approx(exact.value, rel=1e-9)
+    np.testing.assert_allclose(found.gradient, exact.gradient, rtol=1e-5)
+
+
+def _system(data: LinearData) -> tuple[newton_cg.System, torch.Tensor, torch.Tensor]:
+    a = torch.tensor([[np.exp(-12.0)] * 3 + [0.0]], dtype=torch.float64)
+    return newton_cg.System(data, Logistic(), data.weights[None]), a, torch.zeros_like(a)
