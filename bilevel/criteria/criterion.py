@@ -207,7 +207,8 @@ class Criterion(ABC):
         right = np.isfinite(found.value)
         if right and np.min(u) < self.data.level - WEAK:
             others = [each.with_penalties(self.penalties) for each in self._shaken]
-            right = all(self._agree(found, each._evaluate(u, second=False)) for each in others)
+            with np.errstate(all="ignore"):
+                right = all(self._agree(found, each._evaluate(u, second=False)) for each in others)
         if not right:
             warnings.warn(UNSOLVED.format(np.min(u)), BilevelWarning, stacklevel=3)
         return found if right else replace(found, value=np.inf)

@@ -130,24 +130,36 @@ class Selected(Fitted):
     @property
     def summary(self) -> str:
         """Whether tuning generalised, in one sentence."""
-        count = self.node.u.size
+        return self.summary_by("")
+
+    def summary_by(self, scorer: str) -> str:
+        """Return the same where losses are the scores of a scorer times minus one, without percentages.
+
+        Args:
+            scorer: its name; empty for losses.
+        """
+        count, scalar = self.node.u.size, self.scalar
         if count == 1:
             return f"One penalty, {float(self.node.penalties.flatten()[0]):.4g}, with criterion {self.node.value:.5g}."
         if self.choice is None:
             return f"{count} penalties were tuned without an outer loop: whether that generalises is not known."
-        best = self.nodes[self.choice.best]
+        best, proof = self.nodes[self.choice.best], self.choice.proof
+        name, better, least = (
+            (f"{scorer} ", f"better {scorer}", "best") if scorer else ("", "smaller loss", "least loss")
+        )
+        node, reached, one = (f"{-each.loss if scorer else each.loss:.5g}" for each in (self.node, best, scalar))
+        if scorer and not np.isfinite(scalar.loss):
+            return f"One penalty is kept: {scorer} is not finite on all held-out folds."
         if self.choice.best == 0:
-            return f"One penalty is kept: no tuned ones have a smaller loss on held-out rows ({self.scalar.loss:.5g})."
-        proof = self.choice.proof
-        figures = f"{best.loss:.5g} against {self.scalar.loss:.5g} on held-out rows: {proof}"
+            return f"One penalty is kept: no tuned ones have a {better} on held-out rows ({one})."
+        figures = f"{name}{reached} against {one} on held-out rows: {proof}"
         if self.open and self.node is not best:
-            figures = (
-                f"{self.node.loss:.5g} against {self.scalar.loss:.5g} on held-out rows; the least loss, "
-                f"{best.loss:.5g}, is {proof}"
-            )
+            figures = f"{name}{node} against {one} on held-out rows; the {least}, {reached}, is {proof}"
         if not self.open:
             return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
-        gain = self.node.gain / abs(self.scalar.loss) if self.scalar.loss else 0.0
+        if scorer:
+            return f"{count} tuned penalties generalise ({figures})."
+        gain = self.node.gain / abs(scalar.loss) if scalar.loss else 0.0
         said = verdict(f"{count} tuned penalties", gain, self.node.gate or math.inf, several=True)
         return f"{said} one penalty's ({figures})."
 

@@ -17,7 +17,7 @@ from bilevel.problems.losses import GLMLoss
 from bilevel.selection import Combined, elastic_cv
 from bilevel.selection.elastic_cv import KINDS, Kind
 from bilevel.sklearn.inputs import AS_THEY_ARE, on_device
-from bilevel.sklearn.report import TuningReport, losses_of, shown
+from bilevel.sklearn.report import losses_of, shown
 from bilevel.sklearn.splits import Folds
 from bilevel.sklearn.tuned import TunedLinearModel
 
@@ -131,22 +131,6 @@ class CombinedModel(TunedLinearModel):
             "chosen": np.arange(len(candidates)) == combined.chosen,
         }
         self.penalties_ = self.cv_results_["penalties"][combined.chosen]
-        self.tuning_report_ = TuningReport(
-            estimator=type(self).__name__,
-            loss_name=f"minus {scorer}" if scorer else self._loss_name,
-            criterion=criterion.name,
-            criterion_name=self._unit_of(criterion)[1],
-            honest="nested",
-            n_penalties=self.penalties_.shape[-1],
-            **losses_of(candidates, scored=bool(scorer)),
-            kappa=combined.choice.kappa,
-            survived=combined.open,
-            n_evaluations=combined.evaluations,
-            seconds=combined.seconds,
-            summary=combined.summary_by(scorer),
-            remarks=combined.remarks,
-            nodes=self.cv_results_,
-            n_candidates=len(candidates),
-            n_folds=len(combined.folds),
-            n_nets=combined.solved,
-        )
+        more = {"honest": "nested", "n_penalties": self.penalties_.shape[-1], "summary": combined.summary_by(scorer)}
+        more |= {"n_candidates": len(candidates), "n_folds": len(combined.folds), "n_nets": combined.solved}
+        self._set_report(combined, criterion, scorer, losses_of(candidates, scored=bool(scorer)) | more)

@@ -83,13 +83,7 @@ class TuningPathDisplay:
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None, **kwargs: Any) -> Self:
-        """Return the drawn display of a fitted estimator.
-
-        Args:
-            estimator: fitted, of `bilevel.sklearn`, or a pipeline or a search that ends in one.
-            ax: matplotlib's axes; None for new ones.
-            kwargs: of matplotlib's errorbar.
-        """
+        """Return the drawn display of a fitted estimator, or of a pipeline or a search that ends in one."""
         estimator = _fitted(estimator)
         results = estimator.tuning_report_.nodes
         display = cls(
@@ -104,12 +98,7 @@ class TuningPathDisplay:
         return display.plot(ax=ax, **kwargs)
 
     def plot(self, ax: Any = None, **kwargs: Any) -> Self:
-        """Return self, drawn.
-
-        Args:
-            ax: matplotlib's axes; None for new ones.
-            kwargs: of matplotlib's errorbar.
-        """
+        """Return self, drawn into matplotlib's axes or new ones, with options of its errorbar."""
         ax = _axes(ax)
         at = np.arange(len(self.labels))
         style = {"color": COLOURS[0], "marker": "o", "capsize": 3, "label": "held-out rows"} | kwargs
@@ -157,13 +146,7 @@ class PenaltiesDisplay:
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None, **kwargs: Any) -> Self:
-        """Return the drawn display of a fitted estimator.
-
-        Args:
-            estimator: fitted, of `bilevel.sklearn`, or a pipeline or a search that ends in one.
-            ax: matplotlib's axes; None for new ones.
-            kwargs: of matplotlib's plot.
-        """
+        """Return the drawn display of a fitted estimator, or of a pipeline or a search that ends in one."""
         estimator = _fitted(estimator)
         names, results = getattr(estimator, "feature_names_in_", None), estimator.tuning_report_.nodes
         model = str(results["candidate"][results["chosen"]][0]) if "candidate" in results else ""
@@ -178,12 +161,7 @@ class PenaltiesDisplay:
         return display.plot(ax=ax, **kwargs)
 
     def plot(self, ax: Any = None, **kwargs: Any) -> Self:
-        """Return self, drawn: the weakest penalties on top; of many features, those with the weakest.
-
-        Args:
-            ax: matplotlib's axes; None for new ones.
-            kwargs: of matplotlib's plot.
-        """
+        """Return self, drawn with options of matplotlib's plot: the weakest penalties on top, of many only these."""
         ax = _axes(ax)
         penalties = np.atleast_2d(self.penalties)
         order = np.argsort(np.log(penalties).mean(0), kind="stable")[:MOST]

@@ -17,7 +17,7 @@ from sklearn.utils.validation import column_or_1d
 from bilevel.problems.losses import Squared
 from bilevel.selection.elastic_cv import ALPHAS, L1_RATIOS, Kind
 from bilevel.sklearn.combined import CombinedModel
-from bilevel.sklearn.inputs import numbers, validated
+from bilevel.sklearn.inputs import numbers, set_parameters, validated
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import TunedLinearModel
 
@@ -55,17 +55,7 @@ class _TunedNet(CombinedModel):
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
-        """Return self, fitted to all rows.
-
-        Args:
-            X: array or sparse matrix of shape (n_samples, n_features).
-            y: of shape (n_samples,).
-            sample_weight: of shape (n_samples,): a row of weight 2 is fitted as two rows; None for equal ones.
-            params: for the splitter and the scorer, such as ``groups`` of rows.
-
-        Raises:
-            ValueError: in one sentence, for data and parameters that do not fit.
-        """
+        """Return self, fitted to all rows; a row of weight 2 is fitted as two rows."""
         l1_ratios, alphas = self._l1_ratios(), self._alphas()
         point = not isinstance(alphas, int) and len(alphas) == len(l1_ratios) == 1
         candidates = self._candidate_kinds(point, {"ridge", "path"} if self.positive else set())
@@ -141,16 +131,16 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
             elastic net alone: the adaptive lasso, whose columns are scaled, has a grid of its own, and ridge penalties
             are free.
         n_alphas: how many, the name of older versions.
-        fit_intercept: whether there is an intercept, which is not penalised.
+        fit_intercept: see `RidgeCV`.
         precompute: accepted, without effect.
         max_iter: rounds of the solver at most, for each penalty, and steps of the descent of the one ridge penalty.
         tol: relative gain at which the descent of the one ridge penalty ends; elastic nets are solved exactly.
         cv: folds of the outer loop: None (five), a number, a splitter, or pairs.
         copy_X: accepted, without effect: X is never written to.
-        verbose: whether a line shows the outer loop.
-        n_jobs: of joblib, over folds.
+        verbose: see `RidgeCV`.
+        n_jobs: likewise.
         positive: whether no coefficient is negative; "ridge" and "path" are no candidates then.
-        random_state: of the folds, for a number or None as cv; None is a fixed seed.
+        random_state: see `RidgeCV`.
         selection: accepted, without effect.
         candidates: of "ridge", "path", "elastic_net" (always) and "adaptive_lasso"; None for all, but with one alpha
             and one l1_ratio for that elastic net alone.
@@ -159,8 +149,7 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
             have the least loss whatever it is.
         guard: "auto" keeps the first candidate unless the gain of the best is proved; "off" does not.
         criterion: what ridge regression is tuned by: see `RidgeCV`.
-        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for
-            the columns of dense X alone.
+        standardize: likewise.
 
     >>> import numpy as np
     >>> X = np.random.default_rng(0).standard_normal((80, 3))
@@ -199,27 +188,7 @@ class ElasticNetCV(_TunedNet, linear_model.ElasticNetCV):
         criterion: str = "auto",
         standardize: bool | str = "auto",
     ) -> None:
-        self.l1_ratio = l1_ratio
-        self.eps = eps
-        self.alphas = alphas
-        self.n_alphas = n_alphas
-        self.fit_intercept = fit_intercept
-        self.precompute = precompute
-        self.max_iter = max_iter
-        self.tol = tol
-        self.cv = cv
-        self.copy_X = copy_X
-        self.verbose = verbose
-        self.n_jobs = n_jobs
-        self.positive = positive
-        self.random_state = random_state
-        self.selection = selection
-        self.candidates = candidates
-        self.stacking = stacking
-        self.scoring = scoring
-        self.guard = guard
-        self.criterion = criterion
-        self.standardize = standardize
+        set_parameters(locals())
 
     def _l1_ratios(self) -> tuple[float, ...]:
         return tuple(numbers("l1_ratio", np.atleast_1d(self.l1_ratio).tolist(), min_val=0.0, max_val=1.0).tolist())
@@ -237,26 +206,9 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
     in scikit-learn, whichever is taken. docs/sklearn.md has the fitted attributes in full.
 
     Args:
-        eps: see `ElasticNetCV`, also for those that follow.
-        alphas: see there.
-        n_alphas: see there.
-        fit_intercept: see there.
-        precompute: see there.
-        max_iter: see there.
-        tol: see there.
-        copy_X: see there.
-        cv: see there.
-        verbose: see there.
-        n_jobs: see there.
-        positive: whether no coefficient is negative.
-        random_state: see there.
-        selection: see there.
         candidates: of "lasso" (always) and "adaptive_lasso"; None for both, with one alpha for the lasso.
         stacking: whether they are combined where the gate is open; else, and with `scoring`, the best is taken.
-        scoring: see there.
-        guard: see there.
-        criterion: see there.
-        standardize: see there.
+        **others: see `ElasticNetCV`.
 
     >>> import numpy as np
     >>> X = np.random.default_rng(0).standard_normal((80, 3))
@@ -291,26 +243,7 @@ class LassoCV(_TunedNet, linear_model.LassoCV):
         criterion: str = "auto",
         standardize: bool | str = "auto",
     ) -> None:
-        self.eps = eps
-        self.alphas = alphas
-        self.n_alphas = n_alphas
-        self.fit_intercept = fit_intercept
-        self.precompute = precompute
-        self.max_iter = max_iter
-        self.tol = tol
-        self.copy_X = copy_X
-        self.cv = cv
-        self.verbose = verbose
-        self.n_jobs = n_jobs
-        self.positive = positive
-        self.random_state = random_state
-        self.selection = selection
-        self.candidates = candidates
-        self.stacking = stacking
-        self.scoring = scoring
-        self.guard = guard
-        self.criterion = criterion
-        self.standardize = standardize
+        set_parameters(locals())
 
     def _l1_ratios(self) -> tuple[float, ...]:
         return (1.0,)

@@ -26,6 +26,11 @@ TIMES = ("m", "M")
 FLOATS = (np.dtype(np.float64), np.dtype(np.float32))
 
 
+def set_parameters(given: dict[str, Any]) -> None:
+    """Set the parameters of an estimator: ``locals()`` of its ``__init__``."""
+    vars(given.pop("self")).update(given)
+
+
 def read(estimator: Any, *given: Any, **options: Any) -> Any:
     """Return X, or X and y, as scikit-learn's `validate_data` does.
 
@@ -54,8 +59,8 @@ def _refuse_words(name: str, given: Any) -> None:
     for label, column in columns:
         if getattr(getattr(column, "dtype", None), "kind", "") in TIMES:
             raise ValueError(f"{label} holds times: turn them into numbers, such as days, or leave them out.")
-        if column is given and name == "X":
-            return
+        if (column is given and name == "X") or getattr(getattr(column, "dtype", None), "kind", "") == "c":
+            continue
         for row, each in enumerate(np.asarray(column, dtype=object).ravel()):
             try:
                 float(0.0 if each is None or is_pandas_na(each) else each)

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from bilevel.criteria import Criterion, Fit
 from bilevel.problems.losses import Logistic, Softmax
 from bilevel.selection import Selected
-from bilevel.sklearn.inputs import check_range, nearest, places_of, read
+from bilevel.sklearn.inputs import check_range, nearest, places_of, read, set_parameters
 from bilevel.sklearn.logistic_nets import NetClassifier
 from bilevel.sklearn.splits import folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
@@ -41,37 +41,23 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
             criterion gives at each: minus the log loss, and coefficients.
         l1_ratios: None or zeros for squares. With others, the elastic net and the adaptive lasso are
             candidates, too, and are combined where that is proved to predict better: see `ElasticNetCV`.
-        fit_intercept: whether there is an intercept, which is not penalised.
         cv: folds, for the criterion and the outer loop: None (approximate leave-one-out for two classes, and five), a
             number, a splitter, or pairs.
-        dual: accepted, without effect.
+        dual, solver, intercept_scaling: accepted, without effect.
         penalty: "l1" for l1_ratios of 1; else l1_ratios decide.
         scoring: what the outer loop chooses by, and `score` returns: a scorer of scikit-learn; None for the log loss,
             and for accuracy.
-        solver: accepted, without effect.
-        tol: relative gain at which a descent ends.
         max_iter: the most steps of a descent on all rows; with l1_ratios also an eighth of the most rounds of the
             solver of an elastic net.
         class_weight: by label, or "balanced".
-        n_jobs: of joblib, over folds.
-        verbose: whether a line shows the outer loop.
         refit: True.
-        intercept_scaling: accepted, without effect.
-        random_state: of the folds, for a number or None as cv; None is a fixed seed.
         use_legacy_attributes: whether `scores_`, `coefs_paths_`, `C_` and `l1_ratio_` are dicts and arrays by class.
         penalty_structure: what shares a penalty: "scalar", "group", "feature", "class" or "class_feature".
-        groups: the group of every feature, for "group".
-        criterion: "auto", "alo", "kfold" or "holdout", which takes a cv of one pair, such as ShuffleSplit(1): see
-            `bilevel.criteria.choose_criterion`.
-        guard: what an outer loop lets through: see `bilevel.selection.penalty_cv`; "off" for no outer loop.
-        honest: how the losses of the outer loop are taken: see there.
-        standardize: whether penalties are those of columns with deviation 1, not of the columns as they are; "auto" for
-            the columns of dense X alone.
-        device: of torch, for the arithmetic; None for the CPU.
-        warm_start: whether a further fit begins the search of the one penalty where the last one ended; with l1_ratios
-            without effect.
+        criterion: "auto", "alo", "kfold" or "holdout".
+        warm_start: see `RidgeCV`; with l1_ratios without effect.
         candidates: with l1_ratios, as of `ElasticNetCV`; with penalty_structure="scalar" None leaves out "path" and
             "adaptive_lasso".
+        **others: see `RidgeCV`.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -134,46 +120,11 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         warm_start: bool = False,
         candidates: Any = None,
     ) -> None:
-        self.Cs = Cs
-        self.l1_ratios = l1_ratios
-        self.fit_intercept = fit_intercept
-        self.cv = cv
-        self.dual = dual
-        self.penalty = penalty
-        self.scoring = scoring
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.class_weight = class_weight
-        self.n_jobs = n_jobs
-        self.verbose = verbose
-        self.refit = refit
-        self.intercept_scaling = intercept_scaling
-        self.random_state = random_state
-        self.use_legacy_attributes = use_legacy_attributes
-        self.penalty_structure = penalty_structure
-        self.groups = groups
-        self.criterion = criterion
-        self.guard = guard
-        self.honest = honest
-        self.standardize = standardize
-        self.device = device
-        self.warm_start = warm_start
-        self.candidates = candidates
+        set_parameters(locals())
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
-        """Return self, fitted to all rows with tuned penalties.
-
-        Args:
-            X: array or sparse matrix of shape (n_samples, n_features).
-            y: labels of any type, of shape (n_samples,).
-            sample_weight: of shape (n_samples,): a row of weight 2 is fitted as two rows; None for equal ones.
-            params: for the splitter and the scorer, such as ``groups`` of rows.
-
-        Raises:
-            ValueError: in one sentence, for data and parameters that do not fit.
-        """
+        """Return self, fitted to all rows with tuned penalties; a row of weight 2 is fitted as two rows."""
         l1_ratios = self._net_ratios()
         X, y = read(self, X, y)
         check_range(self, X)
@@ -205,11 +156,7 @@ class LogisticRegressionCV(NetClassifier, linear_model.LogisticRegressionCV):
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.floating[Any]]:
-        """Return the probabilities of the classes, in the order of `classes_`.
-
-        Args:
-            X: of shape (n_samples, n_features).
-        """
+        """Return the probabilities of the classes, in the order of `classes_`."""
         check_is_fitted(self)
         z = self.decision_function(X)
         return softmax(np.column_stack([np.zeros_like(z), z]) if z.ndim == 1 else z, copy=False)

@@ -112,28 +112,11 @@ def summary_of(selected: Selected, scorer: str, penalty: str = "alpha", mean_wei
         penalty: how one penalty is called: "alpha", or "C" for its inverse.
         mean_weight: of the rows.
     """
-    choice, count = selected.choice, selected.node.u.size
-    if count == 1:
-        alpha = float(np.exp(selected.node.u[0])) * mean_weight
-        shown = alpha if penalty == "alpha" else 1.0 / alpha
-        return f"One penalty, {penalty} = {shown:.4g}, with criterion {selected.node.value:.5g}."
-    if not scorer or choice is None:
-        return selected.summary
-    best, scalar = selected.nodes[choice.best], selected.scalar
-    if not np.isfinite(scalar.loss):
-        return f"One penalty is kept: {scorer} is not finite on all held-out folds."
-    if choice.best == 0:
-        return f"One penalty is kept: no tuned ones have a better {scorer} on held-out rows ({-scalar.loss:.5g})."
-    proof = choice.proof
-    figures = f"{scorer} {-best.loss:.5g} against {-scalar.loss:.5g} on held-out rows: {proof}"
-    if choice.open and selected.node is not best:
-        figures = (
-            f"{scorer} {-selected.node.loss:.5g} against {-scalar.loss:.5g} on held-out rows; the best, "
-            f"{-best.loss:.5g}, is {proof}"
-        )
-    if not choice.open:
-        return f"One penalty is kept: the gain of {count} tuned ones is not proved ({figures})."
-    return f"{count} tuned penalties generalise ({figures})."
+    if selected.node.u.size > 1:
+        return selected.summary_by(scorer)
+    alpha = float(np.exp(selected.node.u[0])) * mean_weight
+    shown = alpha if penalty == "alpha" else 1.0 / alpha
+    return f"One penalty, {penalty} = {shown:.4g}, with criterion {selected.node.value:.5g}."
 
 
 def labels_of(nodes: dict[str, Any]) -> list[str]:

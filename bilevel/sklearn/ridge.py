@@ -17,7 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from bilevel.criteria import Criterion, RidgeLeaveOneOut
 from bilevel.problems.losses import Squared
 from bilevel.selection import Selected, certify_range
-from bilevel.sklearn.inputs import nearest, places_of, positive, validated
+from bilevel.sklearn.inputs import nearest, places_of, positive, set_parameters, validated
 from bilevel.sklearn.splits import Folds, folds_of
 from bilevel.sklearn.tuned import STRUCTURES, TunedLinearModel
 
@@ -105,41 +105,11 @@ class RidgeCV(TunedLinearModel, linear_model.RidgeCV):
         verbose: Any = 0,
         warm_start: bool = False,
     ) -> None:
-        self.alphas = alphas
-        self.fit_intercept = fit_intercept
-        self.scoring = scoring
-        self.cv = cv
-        self.gcv_mode = gcv_mode
-        self.store_cv_results = store_cv_results
-        self.alpha_per_target = alpha_per_target
-        self.penalty_structure = penalty_structure
-        self.groups = groups
-        self.criterion = criterion
-        self.guard = guard
-        self.honest = honest
-        self.standardize = standardize
-        self.certify = certify
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_jobs = n_jobs
-        self.device = device
-        self.verbose = verbose
-        self.warm_start = warm_start
+        set_parameters(locals())
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
-        """Return self, fitted to all rows with tuned penalties.
-
-        Args:
-            X: array or sparse matrix of shape (n_samples, n_features).
-            y: of shape (n_samples,) or (n_samples, n_targets).
-            sample_weight: of shape (n_samples,): a row of weight 2 is fitted as two rows; None for equal ones.
-            params: for the splitter and the scorer, such as ``groups`` of rows.
-
-        Raises:
-            ValueError: in one sentence, for data and parameters that do not fit.
-        """
+        """Return self, fitted to all rows with tuned penalties; a row of weight 2 is fitted as two rows."""
         X, y = validated(self, X, y)
         if self.store_cv_results and (self.alphas is None or self.scoring is not None):
             raise ValueError(

@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_para
 from bilevel.criteria import LinearData
 from bilevel.problems.losses import Logistic, Softmax, Squared
 from bilevel.selection import learn_row_weights, make_folds
-from bilevel.sklearn.inputs import check_range, read
+from bilevel.sklearn.inputs import check_range, read, set_parameters
 from bilevel.sklearn.logistic import LogisticRegressionCV
 from bilevel.sklearn.weight_report import WeightReport, report_of, row_losses
 
@@ -94,12 +94,7 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
         random_state: Any = None,
         verbose: Any = 0,
     ) -> None:
-        self.estimator = estimator
-        self.validation = validation
-        self.guard = guard
-        self.folds = folds
-        self.random_state = random_state
-        self.verbose = verbose
+        set_parameters(locals())
 
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: Any, y: Any, trusted: Any = None, X_val: Any = None, y_val: Any = None) -> Self:
@@ -164,48 +159,26 @@ class SampleWeights(MetaEstimatorMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> Any:
-        """Return the predictions of the fitted model.
-
-        Args:
-            X: of shape (n_samples, n_features).
-        """
+        """Return the predictions of the fitted model."""
         return self._delegated("predict", X)
 
     @available_if(_has("predict_proba"))
     def predict_proba(self, X: Any) -> Any:
-        """Return the probabilities of the classes, in the order of `classes_`.
-
-        Args:
-            X: of shape (n_samples, n_features).
-        """
+        """Return the probabilities of the classes, in the order of `classes_`."""
         return self._delegated("predict_proba", X)
 
     @available_if(_has("predict_log_proba"))
     def predict_log_proba(self, X: Any) -> Any:
-        """Return the logarithms of the probabilities of the classes.
-
-        Args:
-            X: of shape (n_samples, n_features).
-        """
+        """Return the logarithms of the probabilities of the classes."""
         return self._delegated("predict_log_proba", X)
 
     @available_if(_has("decision_function"))
     def decision_function(self, X: Any) -> Any:
-        """Return the decision function of the fitted model.
-
-        Args:
-            X: of shape (n_samples, n_features).
-        """
+        """Return the decision function of the fitted model."""
         return self._delegated("decision_function", X)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the score of the fitted model.
-
-        Args:
-            X: of shape (n_samples, n_features).
-            y: of shape (n_samples,).
-            sample_weight: of shape (n_samples,); None for equal ones.
-        """
+        """Return the score of the fitted model."""
         return float(self._delegated("score", X, y, sample_weight=sample_weight))
 
     def _delegated(self, method: str, X: Any, *args: Any, **kwargs: Any) -> Any:

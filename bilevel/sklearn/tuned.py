@@ -285,8 +285,7 @@ class TunedLinearModel:
             criterion: what was descended.
             scorer: the name of what the outer loop has chosen by; empty for the loss.
         """
-        factor, named = self._unit_of(criterion)
-        nodes = shown(selected.nodes, factor, 1.0 if scorer else self._loss_factor)
+        nodes = shown(selected.nodes, self._unit_of(criterion)[0], 1.0 if scorer else self._loss_factor)
         selected = replace(selected, nodes=nodes)
         node = selected.node
 
@@ -307,21 +306,24 @@ class TunedLinearModel:
             "chosen": np.arange(len(nodes)) == selected.chosen,
         }
         self.best_score_ = -float(node.value if selected.choice is None else node.loss)
+        summary = summary_of(selected, scorer, self._penalty_name, mean_weight)
+        more = {"honest": selected.honest, "n_penalties": node.u.size, "summary": summary}
+        self._set_report(selected, criterion, scorer, losses_of(nodes, scored=bool(scorer)) | more)
+
+    def _set_report(self, found: Selected | Combined, criterion: Criterion, scorer: str, more: dict[str, Any]) -> None:
+        """Set `tuning_report_`, by what it has of any model and by more."""
         self.tuning_report_ = TuningReport(
             estimator=type(self).__name__,
             loss_name=f"minus {scorer}" if scorer else self._loss_name,
             criterion=criterion.name,
-            criterion_name=named,
-            honest=selected.honest,
-            n_penalties=node.u.size,
-            **losses_of(nodes, scored=bool(scorer)),
-            kappa=float("nan") if selected.choice is None else selected.choice.kappa,
-            survived=selected.open,
-            n_evaluations=selected.evaluations,
-            seconds=selected.seconds,
-            summary=summary_of(selected, scorer, self._penalty_name, mean_weight),
-            remarks=selected.remarks,
+            criterion_name=self._unit_of(criterion)[1],
+            kappa=float("nan") if found.choice is None else found.choice.kappa,
+            survived=found.open,
+            n_evaluations=found.evaluations,
+            seconds=found.seconds,
+            remarks=found.remarks,
             nodes=self.cv_results_,
+            **more,
         )
 
     def _set_model(self, fit: Fit, dtype: Any, leading: tuple[int, ...]) -> None:
