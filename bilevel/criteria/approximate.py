@@ -215,7 +215,7 @@ class ApproximateLeaveOneOut(Criterion):
         return self._X1.float() if low is None else low
 
     def _solved(self, a: Any, warm: Any) -> tuple[tuple[Any, Any, Any, Factored], Any]:
-        """Return coefficients, predictions, weighted slopes and the Hessian of all rows, and what the next begins with."""
+        """Return coefficients, predictions, weighted slopes and the Hessian of all rows, and where to go on."""
         _, start, kept = (None, a * 0.0, None) if warm is None else warm
         rows = self._rows
         if self._turns and warm is not None:

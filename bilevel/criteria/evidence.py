@@ -11,11 +11,8 @@ from torch import Tensor
 from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
-from bilevel.numerics.small import factor
+from bilevel.numerics.small import factor, is_regular
 from bilevel.problems.losses import Squared
-
-SINGULAR = 1e-13
-"""The least pivot of a matrix, as a part of its largest entry, that is more than what keeps its factor from failing."""
 
 
 class Evidence(Criterion):
@@ -75,8 +72,7 @@ class Evidence(Criterion):
         rest = max(total - float(cross @ w), torch.finfo(w.dtype).tiny)
         complexity = float(2.0 * L.diagonal().log().sum() - a.log().sum())
         value = 0.5 * float(np.log(rest / count)) + complexity / (2 * count)
-        if not L.diagonal().square().min() > SINGULAR * self._moments[0].diagonal().max():
-            value = np.inf
+        value = value if is_regular(L, self._moments[0].diagonal().max()) else np.inf
         inverse = torch.cholesky_inverse(L)
         gradient = a * w.square() / (2.0 * rest) + (a * inverse.diagonal() - 1.0) / (2 * count)
         gauss_newton = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -13,7 +14,7 @@ from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import checked_folds, restricted
-from bilevel.numerics.small import factor
+from bilevel.numerics.small import factor, is_regular
 from bilevel.problems.losses import Squared
 
 
@@ -78,7 +79,9 @@ class RidgeFolds(Criterion):
                 gauss_newton += model.double().cpu().numpy() / outputs
         total = gradients.sum(0) if penalties.outputs is None else gradients
         gradient = penalties.gather(total).double().cpu().numpy() / outputs
-        return self._answer(w, gradient, gauss_newton if second else None)
+        found = self._answer(w, gradient, gauss_newton if second else None)
+        largest = grams.train.diagonal(dim1=1, dim2=2).max()
+        return found if all(is_regular(each, largest) for each in factors) else replace(found, value=np.inf)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         data, mean = self.data, self._centre

@@ -12,7 +12,18 @@ from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.numerics.factored import FactoredRows
-from bilevel.numerics.small import array, cholesky, eigh, half_solve, inverse, row_dots, solve, tensor, to_numpy
+from bilevel.numerics.small import (
+    array,
+    cholesky,
+    eigh,
+    half_solve,
+    inverse,
+    is_regular,
+    row_dots,
+    solve,
+    tensor,
+    to_numpy,
+)
 from bilevel.problems.losses import GLMLoss, Squared
 
 EVEN = 0.1
@@ -284,6 +295,7 @@ class RidgeLeaveOneOut(Criterion):
         product = len(s) > TALL * len(a)  # it takes less than two systems
         V = X @ inverse(L) if product else half_solve(L, half_solve(L, X.T), transposed=True).T
         w = _stacked([solve(L, each) for each in moment])
+        w = w if is_regular(L, gram.diagonal().max()) else w * np.nan
         return V, w, (free - s * row_dots(V, X)).clip(self.least), y - w @ X.T
 
     def _uneven_evaluation(self, u: Array, log_a: Tensor, second: bool) -> Evaluation:

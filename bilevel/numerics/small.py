@@ -19,6 +19,8 @@ from torch import Tensor
 LARGE = 200_000_000
 """Rows times squared columns from which one triangle of a Gram matrix of tensors is computed: by NumPy, or blocks."""
 BLOCKS = 4
+SINGULAR = 1e-13
+"""The least pivot of a matrix, as a part of its largest entry, that is more than rounding."""
 PAIRS = 25_000_000
 """Rows times squared columns up to which the products of pairs of columns are kept: half as many numbers."""
 
@@ -116,6 +118,17 @@ def factor(gram: Tensor, a: Tensor) -> Tensor:
         L, info = torch.linalg.cholesky_ex(gram)
         more *= 10.0
     return L
+
+
+def is_regular(L: Any, largest: Any) -> bool:
+    """Return whether a factor has pivots above what `factor` and `cholesky` add where rounding leaves none.
+
+    Args:
+        L: the factor.
+        largest: entry of the matrix.
+    """
+    least = L.diagonal(dim1=-2, dim2=-1).min() if isinstance(L, Tensor) else L.diagonal().min()
+    return bool(least**2 > SINGULAR * largest)
 
 
 def cholesky(gram: Any, a: Any) -> Any:
