@@ -72,7 +72,7 @@ class Evidence(Criterion):
         rest = max(total - float(cross @ w), torch.finfo(w.dtype).tiny)
         complexity = float(2.0 * L.diagonal().log().sum() - a.log().sum())
         value = 0.5 * float(np.log(rest / count)) + complexity / (2 * count)
-        value = value if is_regular(L, self._moments[0].diagonal().max()) else np.inf
+        value = value if is_regular(L, self._moments[0]) else np.inf
         inverse = torch.cholesky_inverse(L)
         gradient = a * w.square() / (2.0 * rest) + (a * inverse.diagonal() - 1.0) / (2 * count)
         gauss_newton = None

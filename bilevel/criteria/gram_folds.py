@@ -80,8 +80,7 @@ class RidgeFolds(Criterion):
         total = gradients.sum(0) if penalties.outputs is None else gradients
         gradient = penalties.gather(total).double().cpu().numpy() / outputs
         found = self._answer(w, gradient, gauss_newton if second else None)
-        largest = grams.train.diagonal(dim1=1, dim2=2).max()
-        return found if all(is_regular(each, largest) for each in factors) else replace(found, value=np.inf)
+        return found if all(is_regular(each, grams.train) for each in factors) else replace(found, value=np.inf)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
         data, mean = self.data, self._centre

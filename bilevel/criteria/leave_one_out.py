@@ -295,7 +295,7 @@ class RidgeLeaveOneOut(Criterion):
         product = len(s) > TALL * len(a)  # it takes less than two systems
         V = X @ inverse(L) if product else half_solve(L, half_solve(L, X.T), transposed=True).T
         w = _stacked([solve(L, each) for each in moment])
-        w = w if is_regular(L, gram.diagonal().max()) else w * np.nan
+        w = w if is_regular(L, gram) else w * np.nan
         return V, w, (free - s * row_dots(V, X)).clip(self.least), y - w @ X.T
 
     def _uneven_evaluation(self, u: Array, log_a: Tensor, second: bool) -> Evaluation:

@@ -20,7 +20,7 @@ LARGE = 200_000_000
 """Rows times squared columns from which one triangle of a Gram matrix of tensors is computed: by NumPy, or blocks."""
 BLOCKS = 4
 SINGULAR = 1e-13
-"""The least pivot of a matrix, as a part of its largest entry, that is more than rounding."""
+"""The least square of a pivot, as a part of the entry of the matrix in its place, that is more than rounding."""
 PAIRS = 25_000_000
 """Rows times squared columns up to which the products of pairs of columns are kept: half as many numbers."""
 
@@ -120,15 +120,13 @@ def factor(gram: Tensor, a: Tensor) -> Tensor:
     return L
 
 
-def is_regular(L: Any, largest: Any) -> bool:
-    """Return whether a factor has pivots above what `factor` and `cholesky` add where rounding leaves none.
-
-    Args:
-        L: the factor.
-        largest: entry of the matrix.
-    """
-    least = L.diagonal(dim1=-2, dim2=-1).min() if isinstance(L, Tensor) else L.diagonal().min()
-    return bool(least**2 > SINGULAR * largest)
+def is_regular(L: Any, gram: Any) -> bool:
+    """Return whether the pivots of a factor are more than rounding of the matrix that penalties were added to."""
+    if isinstance(L, Tensor):
+        L, gram = (each.diagonal(dim1=-2, dim2=-1) for each in (L, gram))
+    else:
+        L, gram = L.diagonal(), gram.diagonal()
+    return bool((SINGULAR * gram < L**2).all())
 
 
 def cholesky(gram: Any, a: Any) -> Any:
