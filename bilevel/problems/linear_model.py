@@ -123,7 +123,8 @@ class LinearModelProblem(DataProblem):
             self.splits[name].y = y
         self.outputs = self.glm.outputs(self.train.y)
         self.class_curvature_at_zero = None if self.outputs is None else self.glm.curvature_at_zero(self.outputs)
-        self.structure = replace(self.structure, quadratic=self.glm.quadratic)
+        if self.structure.quadratic != self.glm.quadratic:
+            self.structure = replace(self.structure, quadratic=self.glm.quadratic)
         axes = self.penalty_axes()
         remedy = "" if isinstance(penalty, str) else " (values of penalties are hyperparameters)"
         known = isinstance(penalty, str) and penalty in axes

@@ -173,7 +173,7 @@ class LinearModelPoint(PenalisedPoint):
         )
 
     def dense_hessian(self) -> Tensor:
-        return self.data_hessian() + torch.diag_embed(self.inner.flat_penalty)
+        return torch.diag_embed(self.inner.flat_penalty).add_(self.data_hessian())
 
     def preconditioner(self, cache: Tree = None, lasting: bool = False) -> Preconditioner:
         """Return the inverse of ``c X' D X + diag(pen)``, for up to 2,000 weights, in float32; else the identity.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,11 +30,17 @@ class _Nothing(GLMLoss):
     slope = curvature = value
 
 
+@cache
+def _hooks(cls: type[Any]) -> list[str]:
+    return [name for name in HOOKS if hasattr(cls, name)]
+
+
 def with_hooks(problem: Any, loss: GLMLoss | None) -> GLMLoss | None:
     """Return the loss of a problem whose class defines some `HOOKS`, for one prediction a row; without any, `loss`."""
-    given = {name: getattr(problem, name) for name in HOOKS if hasattr(problem, name)}
-    if not given:
+    names = _hooks(type(problem))
+    if not names:
         return loss
+    given = {name: getattr(problem, name) for name in names}
     warnings.warn(
         f"{type(problem).__name__} defines {', '.join(given)}: state its loss by a bilevel.problems.GLMLoss, named in "
         "the class as `glm`.",

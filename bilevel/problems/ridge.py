@@ -180,7 +180,7 @@ class RidgeProblem(LinearModelProblem):
     def gram(self) -> Tensor:
         """``c X'X``, of shape (features, features), or (batch, features, features) for stacked data."""
         X = self.train.X
-        return self.scale * (symmetric_product(X, X) if X.dim() == 2 else X @ X.mT)
+        return (symmetric_product(X, X) if X.dim() == 2 else X @ X.mT).mul_(self.scale)
 
     @cached_property
     def row_space(self) -> tuple[Tensor, Tensor]:

@@ -37,10 +37,10 @@ class HostRidge:
 
     def __init__(self, problem: Any) -> None:
         self.gram, self.moment = problem.gram.numpy(), problem.moment.numpy()
-        scale = problem.val.rows**-0.5
-        self.rows, self.targets = scale * problem.val.X.t().numpy(), scale * problem.val.y.numpy()
-        self.diagonal, self.trace = self.gram.diagonal(), float(self.gram.trace())
-        self.curvature = float(np.vdot(self.rows, self.rows))
+        columns, targets = (problem.val.rows**-0.5 * each.numpy() for each in (problem.val.X, problem.val.y))
+        self.rows, self.targets, self.curvature = columns.T, targets, norm(columns) ** 2
+        self.diagonal = self.gram.diagonal()
+        self.trace = float(self.diagonal.sum())
         self._basis: tuple[Array, ...] | None = None
 
     @staticmethod
