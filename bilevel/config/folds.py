@@ -26,8 +26,7 @@ from bilevel.problems import (
     SoftmaxProblem,
     SquaredHingeProblem,
 )
-from bilevel.problems.huber import Huber
-from bilevel.problems.losses import GLMLoss
+from bilevel.problems.losses import GLMLoss, Huber
 from bilevel.tables import ALIASES, PENALTIES, FoldOptions
 
 TUNED = (RidgeProblem, LogisticProblem, SoftmaxProblem, PoissonProblem, HuberProblem, SquaredHingeProblem)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -125,3 +126,21 @@ class DataProblem(BilevelProblem):
     @abstractmethod
     def initial_hparams(self, value: float = 0.0) -> Tree:
         """Return hyperparameters that all have one value."""
+
+
+Problem = TypeVar("Problem", bound=type[DataProblem])
+
+
+def with_options_of(base: type[DataProblem]) -> Callable[[Problem], Problem]:
+    """State the signature of a problem whose constructor hands on its arguments to a base, and adds options."""
+
+    def stated(cls: Problem) -> Problem:
+        made: Any = cls.__init__
+        own, others = (inspect.signature(each).parameters.values() for each in (made, base.__init__))
+        first = [each for each in others if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        new = [each for each in own if each.kind is inspect.Parameter.KEYWORD_ONLY]
+        made.__signature__ = inspect.Signature([*first, *new, *(each for each in others if each not in first)])
+        made.__annotations__ |= base.__init__.__annotations__  # in which configs look up the types of options
+        return cls
+
+    return stated

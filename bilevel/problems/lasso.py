@@ -15,9 +15,11 @@ from bilevel.numerics.elastic_net import minimise_quadratic
 from bilevel.oracles import batching as batches
 from bilevel.oracles.error_model import Certifiable
 from bilevel.oracles.nonsmooth import L1
+from bilevel.problems.data_problem import with_options_of
 from bilevel.problems.ridge import RidgeProblem
 
 
+@with_options_of(RidgeProblem)
 class LassoProblem(RidgeProblem):
     """Lasso with tuned penalties, or an elastic net of a fixed mixture (Tibshirani 1996; Zou & Hastie 2005).
 
@@ -28,18 +30,10 @@ class LassoProblem(RidgeProblem):
     penalty, ``exp(u)`` and r are `alpha` and `l1_ratio` of scikit-learn's. Inner solvers are `ProximalGradient`,
     `FISTA` and `CoordinateDescent`. There is no intercept: centre X and y.
 
+    Other options are those of `LinearModelProblem`.
+
     Args:
-        X_train: training inputs of shape (rows, features), floating.
-        y_train: training targets of shape (rows,).
-        X_val: validation inputs, for the outer loss.
-        y_val: validation targets.
-        penalty: "scalar" or "per_feature".
         l1_ratio: r, in (0, 1].
-        X_test: test inputs, for `metrics` alone.
-        y_test: test targets.
-        loss: "mean" or "sum" over the training rows.
-        parametrization: "log".
-        unknown: nothing: an option of another name is refused.
 
     >>> X = torch.eye(3, dtype=torch.float64)
     >>> y = torch.tensor([0.5, 2.0, -3.0], dtype=torch.float64)
@@ -49,32 +43,11 @@ class LassoProblem(RidgeProblem):
 
     parametrizations = ("log",)
 
-    def __init__(
-        self,
-        X_train: Any,
-        y_train: Any,
-        X_val: Any,
-        y_val: Any,
-        penalty: str = "scalar",
-        *,
-        l1_ratio: float = 1.0,
-        X_test: Any = None,
-        y_test: Any = None,
-        loss: str = "mean",
-        parametrization: str = "log",
-        **unknown: Any,
-    ) -> None:
+    def __init__(self, *data: Any, l1_ratio: float = 1.0, **options: Any) -> None:
         fits = is_number(l1_ratio) and 0 < l1_ratio <= 1
         require_value(f"{type(self).__name__}.l1_ratio", l1_ratio, "a number in (0, 1]", fits)
         self.l1_ratio = float(l1_ratio)
-        super().__init__(
-            *(X_train, y_train, X_val, y_val, penalty),
-            X_test=X_test,
-            y_test=y_test,
-            loss=loss,
-            parametrization=parametrization,
-            **unknown,
-        )
+        super().__init__(*data, **options)
         shape = self._group_shape
         self.nonsmooth = L1(lambda hparams: self.l1_penalty(hparams).reshape(shape))
 
@@ -123,6 +96,7 @@ class LassoProblem(RidgeProblem):
         return -point.cross(torch.linalg.solve(point.dense_hessian(), cotangent))
 
 
+@with_options_of(RidgeProblem)
 class ElasticNetProblem(LassoProblem):
     """Elastic net whose two penalties are both tuned.
 
@@ -137,28 +111,9 @@ class ElasticNetProblem(LassoProblem):
     tensor([0., 1.], dtype=torch.float64)
     """
 
-    def __init__(
-        self,
-        X_train: Any,
-        y_train: Any,
-        X_val: Any,
-        y_val: Any,
-        penalty: str = "scalar",
-        *,
-        X_test: Any = None,
-        y_test: Any = None,
-        loss: str = "mean",
-        parametrization: str = "log",
-        **unknown: Any,
-    ) -> None:
-        self.refuse_options(unknown)
-        super().__init__(
-            *(X_train, y_train, X_val, y_val, penalty),
-            X_test=X_test,
-            y_test=y_test,
-            loss=loss,
-            parametrization=parametrization,
-        )
+    def __init__(self, *data: Any, **options: Any) -> None:
+        self.refuse_options({name: value for name, value in options.items() if name == "l1_ratio"})
+        super().__init__(*data, **options)
         self._hparams_shape = (2, *self._hparams_shape)
 
     def l1_penalty(self, hparams: Tensor) -> Tensor:

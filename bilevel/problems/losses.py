@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from bilevel.core.options import check_fields, is_positive, option
 from bilevel.oracles.error_model import LossConstants
 from bilevel.problems.glm_loss import GLMLoss as GLMLoss
 from bilevel.problems.glm_loss import Response
@@ -233,6 +236,38 @@ class SquaredHinge(GLMLoss):
 
     def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
         return {"accuracy": mean_of(z * y > 0, weights)}
+
+
+@dataclass(frozen=True)
+class Huber(GLMLoss):
+    """``1/2 r^2`` of residuals ``r = z - y`` up to a width, and ``width |r| - width^2 / 2`` beyond (Huber 1964).
+
+    The curvature jumps from one to zero at the width: no bound of errors is proved, they are estimated.
+
+    >>> Huber(1.0).value(torch.tensor([0.5, 3.0]), torch.zeros(2))
+    tensor([0.1250, 2.5000])
+    """
+
+    width: float = option(1.0, "a positive number", is_positive)
+
+    max_curvature: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """``s (r - s / 2)`` with s the slope."""
+        s = self.slope(z, y)
+        return s * (z - y - 0.5 * s)
+
+    def slope(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).clamp(-self.width, self.width)
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor:
+        return ((z - y).abs() <= self.width).to(z.dtype)
+
+    def scores(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        return {"r2": r_squared(z, y, weights)}
 
 
 def _index(z: Tensor, y: Tensor) -> Tensor:

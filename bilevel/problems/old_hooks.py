@@ -31,13 +31,14 @@ class _Nothing(GLMLoss):
 
 
 @cache
-def _hooks(cls: type[Any]) -> list[str]:
+def _hooks(cls: Any) -> list[str]:
     return [name for name in HOOKS if hasattr(cls, name)]
 
 
 def with_hooks(problem: Any, loss: GLMLoss | None) -> GLMLoss | None:
     """Return the loss of a problem whose class defines some `HOOKS`, for one prediction a row; without any, `loss`."""
-    names = _hooks(type(problem))
+    cls: Any = type(problem)
+    names = _hooks(cls)
     if not names:
         return loss
     given = {name: getattr(problem, name) for name in names}

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from bilevel.criteria.criterion import Array
 from bilevel.criteria.data import LinearData
-from bilevel.problems.huber import Huber
-from bilevel.problems.losses import GLMLoss, Squared
+from bilevel.problems.losses import GLMLoss, Huber, Squared
 
 FEW_NATS = 50.0
 """Below this sum of a loss that vanishes on separated rows, few rows carry it, and its standard error is too small."""
