@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,25 @@ from bilevel.core.tree import Tree
 from bilevel.inner.coefficients import Coefficients, CoefficientStep, RowwiseMultistep
 from bilevel.numerics.lanczos import CURVATURE_MARGIN, Spectrum
 from bilevel.oracles.inner_problem import InnerProblem
+
+Measured = TypeVar("Measured")
+
+
+def of_each_row(
+    inner: InnerProblem, params: Tree, measure: Callable[[InnerProblem, Tree], Measured]
+) -> list[Measured | None]:
+    """Measure each member of a batch alone; None for one that gives no numbers, which fails without the others."""
+    results: list[Measured | None] = []
+    failures: list[Exception] = []
+    for index in range(inner.problem.batch):
+        try:
+            results.append(measure(inner.member(index), rows.row(params, index)))
+        except (ValueError, RuntimeError) as error:
+            results.append(None)
+            failures.append(error)
+    if len(failures) == len(results):
+        raise failures[0]
+    return results
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,9 @@ class LinearMultistep(CoefficientStep):
         if not self.automatic:
             return {}
         if inner.problem.batch is not None:
-            return self._measure_members(inner, params)
+            each = of_each_row(inner, params, self._measure)
+            names = next(one for one in each if one is not None)
+            return {name: tuple(math.nan if one is None else one[name] for one in each) for name in names}
         spectrum = inner.curvature(params)
         self._check_curvature(spectrum.largest, torch.finfo(tree.leaves(params)[0].dtype).max)
         return {"largest_curvature": spectrum.largest} | self.tune(spectrum)
@@ -90,22 +112,6 @@ class LinearMultistep(CoefficientStep):
                 f"{type(self).__name__} takes its 'auto' options from the largest curvature, which is {largest:g} "
                 "here: give numbers, or use QuasiNewton() or Newton(), which need no bound, or scale the inner loss."
             )
-
-    def _measure_members(self, inner: InnerProblem, params: Tree) -> dict[str, tuple[float, ...]]:
-        """Measure each member alone; one that gives no numbers gets NaN, and fails without the others."""
-        measured: list[dict[str, float] | None] = []
-        failure: Exception | None = None
-        for index in range(inner.problem.batch):
-            try:
-                measured.append(self._measure(inner.member(index), rows.row(params, index)))
-            except (ValueError, RuntimeError) as error:
-                measured.append(None)
-                failure = failure or error
-        names = next((each for each in measured if each is not None), None)
-        if names is None:
-            assert failure is not None
-            raise failure
-        return {name: tuple(float("nan") if each is None else each[name] for each in measured) for name in names}
 
     def for_rows(self, state: InnerState) -> InnerSolver:
         if not state.measured:

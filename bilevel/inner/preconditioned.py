@@ -9,6 +9,7 @@ from bilevel.base import InnerSolver, InnerState, Traits
 from bilevel.core import rows, tree
 from bilevel.core.options import is_positive, option, or_auto
 from bilevel.core.tree import Tree
+from bilevel.inner.multistep import of_each_row
 from bilevel.oracles.inner_problem import InnerProblem
 
 
@@ -57,18 +58,9 @@ class PreconditionedGradientDescent(InnerSolver):
         """Return D^-1, shaped as params; of a batch, that of each row, NaN where it has none."""
         if inner.problem.batch is None:
             return self._of_one(inner, params)
-        each: list[Tree] = []
-        failure: Exception | None = None
-        for index in range(inner.problem.batch):
-            own = rows.row(params, index)
-            try:
-                each.append(self._of_one(inner.member(index), own))
-            except (ValueError, RuntimeError) as error:
-                each.append(tree.scale(math.nan, own))
-                failure = failure or error
-        if failure is not None and all(not tree.is_finite(one) for one in each):
-            raise failure
-        return rows.stack(each)
+        each = of_each_row(inner, params, self._of_one)
+        nothing = tree.scale(math.nan, params)
+        return rows.stack([rows.row(nothing, index) if one is None else one for index, one in enumerate(each)])
 
     def _of_one(self, inner: InnerProblem, params: Tree) -> Tree:
         largest = inner.majorizer(params, None if self.step_size == "auto" else 1.0 / float(self.step_size))

@@ -38,14 +38,14 @@ class ProximalGradient(InnerSolver):
     traits = Traits(rowwise=True, proximal=True)
 
     def init(self, inner: InnerProblem, params: Tree) -> InnerState:
-        return InnerState(params, (self._size(inner, params),))
+        return InnerState(params, self._memory(inner, params, self._size(inner, params)))
 
     def cold_state(self, inner: InnerProblem, params: Tree) -> InnerState:
-        return InnerState(params, (self._constant(inner, params, 0.0),))
+        return InnerState(params, self._memory(inner, params, self._constant(inner, params, 0.0)))
 
     def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Go on from the iterate, with the step size at the present hyperparameters."""
-        return replace(state, memory=(self._size(inner, state.params),))
+        """Go on from the iterate, at rest, with the step size at the present hyperparameters."""
+        return replace(state, memory=self._memory(inner, state.params, self._size(inner, state.params)))
 
     def max_step_size(self, state: InnerState, curvature: float) -> float:
         return 2.0 / curvature
@@ -53,6 +53,9 @@ class ProximalGradient(InnerSolver):
     def step(self, inner: InnerProblem, state: InnerState) -> InnerState:
         (size,) = state.memory
         return state.moved(proximal_step(inner, state.params, size.detach()), state.memory)
+
+    def _memory(self, inner: InnerProblem, params: Tree, size: Tensor) -> Tree:
+        return (size,)
 
     def _size(self, inner: InnerProblem, params: Tree) -> Tensor:
         """Return the step size, 0-d or of shape (rows,)."""
@@ -83,16 +86,6 @@ class FISTA(ProximalGradient):
     """
 
     traits = Traits(rowwise=True, proximal=True, oscillates=True, check_every=8)
-
-    def init(self, inner: InnerProblem, params: Tree) -> InnerState:
-        return InnerState(params, self._memory(inner, params, self._size(inner, params)))
-
-    def cold_state(self, inner: InnerProblem, params: Tree) -> InnerState:
-        return InnerState(params, self._memory(inner, params, self._constant(inner, params, 0.0)))
-
-    def warm_start(self, inner: InnerProblem, state: InnerState) -> InnerState:
-        """Go on from the iterate, at rest, with the step size at the present hyperparameters."""
-        return replace(state, memory=self._memory(inner, state.params, self._size(inner, state.params)))
 
     def max_step_size(self, state: InnerState, curvature: float) -> float:
         return 1.0 / curvature

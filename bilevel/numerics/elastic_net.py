@@ -154,19 +154,6 @@ class Solution(NamedTuple):
     converged: bool
 
 
-def solve_gram(
-    gram: Array | GramColumns, moment: Array, l1: Array, l2: Array, w: Array, positive: bool = False
-) -> Array:
-    """Return the minimiser from a start w, such as that of a stronger penalty.
-
-    G is positive semidefinite, (p, p); c, l1 (of ``|w|``) and l2 (of ``w^2 / 2``) are of shape (p,).
-
-    >>> solve_gram(np.eye(2), np.array([3.0, 0.5]), np.ones(2), np.zeros(2), np.zeros(2))
-    array([2., 0.])
-    """
-    return solution(gram, moment, l1, l2, w, positive).w
-
-
 def solution(
     gram: Array | GramColumns,
     moment: Array,
@@ -176,7 +163,13 @@ def solution(
     positive: bool = False,
     rounds: int = ROUNDS,
 ) -> Solution:
-    """Return `solve_gram` with what it took, after at most so many rounds."""
+    """Return the minimiser from a start w, such as that of a stronger penalty, after at most so many rounds.
+
+    G is positive semidefinite, (p, p); c, l1 (of ``|w|``) and l2 (of ``w^2 / 2``) are of shape (p,).
+
+    >>> solution(np.eye(2), np.array([3.0, 0.5]), np.ones(2), np.zeros(2), np.zeros(2)).w
+    array([2., 0.])
+    """
     w = np.maximum(w, 0.0) if positive else w.copy()
     diagonal = gram.diagonal() + l2
     tolerance = SLACK * float(np.abs(moment).max(initial=0.0))
@@ -248,6 +241,6 @@ def _on_support(
 def minimise_quadratic(
     hessian: Tensor, moment: Tensor, l1: Tensor, l2: Tensor, start: Tensor, positive: bool = False
 ) -> Tensor:
-    """Return `solve_gram` of tensors of shapes (p, p) and (p,), with the dtype and on the device of `start`."""
+    """Return the minimiser for tensors of shapes (p, p) and (p,), with the dtype and on the device of `start`."""
     gram, c, first, second, w = [each.detach().double().cpu().numpy() for each in (hessian, moment, l1, l2, start)]
-    return torch.from_numpy(solve_gram(gram, c, first, second, w, positive)).to(start)
+    return torch.from_numpy(solution(gram, c, first, second, w, positive).w).to(start)

@@ -67,11 +67,9 @@ class RidgeInner(LinearModelInner):
         if (hessian := self._few()) is not None:
             return torch.mv(hessian, v)
         problem = self.problem
-        if problem.batch is None and not problem.on_gram:
-            return self._collect(torch.mv(problem.train.X.t(), v), v)
         if problem.on_gram:
             return torch.addcmul(problem.gram_product(v), self.penalty, v)
-        return self._collect_rows(problem.predict(problem.train.X, v), v)
+        return self._collect(problem.predict(problem.train.X, v), v)
 
     def kernels(self) -> Kernels | None:
         problem = self.problem
@@ -93,26 +91,15 @@ class RidgeInner(LinearModelInner):
         problem = self.problem
         if (hessian := self._few()) is not None:
             return torch.addmv(problem.moment, hessian, params, beta=-1.0)
-        if problem.batch is None and not problem.on_gram:
-            return self._collect(torch.addmv(problem.train.y, problem.train.X.t(), params, beta=-1.0), params)
-        if not problem.on_gram:
-            return self._collect_rows(problem.predict(problem.train.X, params) - problem.train.y, params)
-        if problem.batch is None:
+        if problem.on_gram:
             return self.product(params) - problem.moment
-        if problem.gram.dim() == 2:
-            data = torch.addmm(problem.moment, params, problem.gram, beta=-1.0)
-        else:
-            data = problem.gram_product(params) - problem.moment
-        return torch.addcmul(data, self.penalty, params)
+        return self._collect(problem.predict(problem.train.X, params) - problem.train.y, params)
 
     def _collect(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Return ``c X' rows + pen weights``."""
-        return torch.addmv(self.penalty * weights, self.problem.train.X, rows, alpha=self.problem.scale)
-
-    def _collect_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Return it for problems side by side."""
-        problem = self.problem
-        return torch.add(self.penalty * weights, problem.collect(problem.train.X, rows), alpha=problem.scale)
+        return torch.add(
+            self.penalty * weights, self.problem.collect(self.problem.train.X, rows), alpha=self.problem.scale
+        )
 
     def curvature(self, params: Tensor) -> Spectrum:
         """Return the ends of the spectrum: exact up to 300 features, else the upper by Lanczos and a lower bound."""

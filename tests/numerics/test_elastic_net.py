@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import enet_path
 
-from bilevel.numerics.elastic_net import GramColumns, solution, solve_gram
+from bilevel.numerics.elastic_net import GramColumns, solution
 
 
 @pytest.mark.parametrize("l1_ratio", [0.5, 1.0])
@@ -27,8 +27,8 @@ def test_solutions_along_a_path_are_those_of_scikit_learn(shape: tuple[int, int]
     w, columns = np.zeros(shape[1]), GramColumns(gram.diagonal(), form)
     for alpha, reference in zip(alphas, expected.T, strict=True):
         l1, l2 = np.full(shape[1], l1_ratio * alpha), np.full(shape[1], (1.0 - l1_ratio) * alpha)
-        np.testing.assert_allclose(solve_gram(columns, moment, l1, l2, w), reference, rtol=0, atol=1e-8)
-        w = solve_gram(gram, moment, l1, l2, w)
+        np.testing.assert_allclose(solution(columns, moment, l1, l2, w).w, reference, rtol=0, atol=1e-8)
+        w = solution(gram, moment, l1, l2, w).w
         np.testing.assert_allclose(w, reference, rtol=0, atol=1e-8)
     assert len(formed) == len(set(formed)), "every column is formed once"
 
@@ -41,7 +41,7 @@ def test_repeated_and_constant_columns_leave_the_conditions_met(positive: bool) 
     y = X[:, 0] - X[:, 1] + rng.standard_normal(40)
     gram, moment = X.T @ X / 40, X.T @ y / 40
     l1 = np.full(6, 0.05)
-    w = solve_gram(gram, moment, l1, np.zeros(6), np.zeros(6), positive)
+    w = solution(gram, moment, l1, np.zeros(6), np.zeros(6), positive).w
     correlation = moment - gram @ w
     assert ((correlation if positive else abs(correlation)) <= l1 + 1e-9).all()
     np.testing.assert_allclose(correlation[w != 0], (l1 * np.sign(w))[w != 0], rtol=0, atol=1e-9)
