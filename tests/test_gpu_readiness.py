@@ -262,6 +262,26 @@ def test_steps_on_flat_vectors_launch_few_kernels_and_wait_once_a_stretch(name: 
     assert waits <= (1 / LOOK if solver.tol else 0)
 
 
+STOCHASTIC = {"SOBA": (bl.SOBA(batch_size=8), 30), "SABA": (bl.SABA(batch_size=8), 38)}
+"""Methods of a single loop, and the kernels that one step launches; 17 would do, with a constant rate of u."""
+
+
+@each(STOCHASTIC)
+def test_a_step_of_a_single_loop_launches_few_kernels_and_never_waits(name: str) -> None:
+    method, most = STOCHASTIC[name]
+    with accelerator() as log:
+        placed = PROBLEMS["logistic"].make(DEVICE)
+        loop = bl.SingleLoop(placed.problem, method, placed.hparams, certify=False)
+        counts = []
+        for steps in (64, 128):  # the batches of 1,000 steps are drawn at the first
+            before = log.launches, log.syncs
+            loop._block(loop.state, steps)
+            counts.append((log.launches - before[0], log.syncs - before[1]))
+    kernels, waits = ((twice - once) / 64 for once, twice in zip(*counts, strict=True))
+    assert kernels <= most
+    assert waits == 0
+
+
 @each(ESTIMATORS)
 def test_a_hypergradient_waits_a_fixed_number_of_times(name: str) -> None:
     row = ESTIMATORS[name]

@@ -78,6 +78,17 @@ class Directions(ABC):
         """Return z after an implicit step on the penalty, ``z / (1 + rate penalty)``; z itself without one."""
         return z
 
+    def preconditioner(self, u: Array) -> tuple[Array, float] | None:
+        """Return P, about the inverse of the largest Hessian, and the largest curvature on a batch in its metric.
+
+        None where it would take more than steps do. The matrix is (d, d), for w and v alike.
+        """
+        return None
+
+    def turned(self, direction: Array, z: Array, penalty: Array, P: Array) -> Array:
+        """Return P times the direction of z, its penalty included."""
+        raise NotImplementedError
+
     @abstractmethod
     def curvature(self, z: Array, u: Array) -> Spectrum:
         """Return how large the curvature is that explicit steps on a batch meet, and about how small."""

@@ -40,6 +40,13 @@ def check_makers(optimizer: Any, scheduler: Any) -> None:
         raise ValueError(f"{SCHEDULER}, got {shown_value(scheduler)}: try {STEP_LR}.")
 
 
+def start_of(problem: BilevelProblem) -> Tree:
+    """Return the problem's own hyperparameters to start from; ValueError where there are none."""
+    if not hasattr(problem, "initial_hparams"):
+        raise ValueError(f"{type(problem).__name__} has no hyperparameters to start from: give `hparams`.")
+    return problem.initial_hparams()
+
+
 def check_start(hparams: Tree) -> None:
     """Refuse hyperparameters that are no tensors, or not of floating numbers."""
     check_tensors("hparams", hparams)

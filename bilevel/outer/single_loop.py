@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from bilevel.base import Estimate, describe
@@ -20,19 +19,19 @@ from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failu
 from bilevel.core.tree import Tree
 from bilevel.oracles.directions import Array, Directions, LossDirections, on_all_data
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.outer.checks import check_callbacks, check_start, check_steps, check_switches
+from bilevel.outer.checks import check_callbacks, check_start, check_steps, check_switches, start_of
 from bilevel.outer.constraints import bounds
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record
 from bilevel.outer.single_loop_evidence import evaluated
 from bilevel.outer.single_loop_state import State, load, saved
-from bilevel.outer.stochastic import CAP, SAFE, SETTLED, StochasticMethod, drawn
+from bilevel.outer.stochastic import APART, CAP, LEAST, RENEWED, SAFE, SETTLED, StochasticMethod, drawn
 from bilevel.outer.stopping import StoppingRules, columns, failure, with_remark
 
 Callback: TypeAlias = "Callable[[SingleLoop, Estimate], bool | None]"
 LOOK = 64
 """Steps between two looks at whether all numbers are finite."""
 GROWN = 1e6
-"""A norm of (w, v), of its size before or of 1, beyond which a run has diverged."""
+"""A norm of (w, v) beyond which a run has diverged."""
 BATCH = 64
 
 
@@ -43,9 +42,9 @@ class SingleLoop:
     hypergradient ``f_u + C' v`` at the present (w, v, u), the residuals of w and v, and with `certify` the distance to
     the hypergradient at the inner solution, which a solve from w finds.
 
-    Linear models take steps by closed forms, in which the penalty is exact and its step implicit. All other problems
-    take those of their losses, recorded as one graph; their batches are those of ``sampler=MiniBatches(...)`` and
-    ``outer_sampler=``, or all data where they have none.
+    Linear models take steps by closed forms, in which the penalty is exact; its step is implicit or, where features are
+    few, preconditioned. All other problems take steps of their losses, recorded as one graph; their batches are those
+    of ``sampler=MiniBatches(...)`` and ``outer_sampler=``, or all data where they have none.
 
     Args:
         problem: the problem.
@@ -90,8 +89,7 @@ class SingleLoop:
         require_value("method", method, "a method such as SABA()", isinstance(method, StochasticMethod))
         check_on_failure(on_failure)
         check_switches(certify, True)
-        if hparams is None and hasattr(problem, "initial_hparams"):
-            hparams = problem.initial_hparams()
+        hparams = start_of(problem) if hparams is None else hparams
         check_start(hparams)
         _check_problem(problem)
         self.problem, self.method, self.certify, self.on_failure = problem, method, certify, on_failure
@@ -108,12 +106,16 @@ class SingleLoop:
         flat = self._of_params.ravel(tree.copied(w))
         z = self.directions.array(torch.cat([flat, torch.zeros_like(flat)]))
         u = self.directions.array(self._of_hparams.ravel(tree.copied(hparams)))
-        rate, least = self._rate(z, u)
+        made = self._preconditioner(u)
+        rate, least = self._rate(z, u) if made is None else (SAFE / made[1], 0.0)
         tiny = torch.full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny).to(leaves[0])
         memories = method.memories(self.directions, z, u)
-        self.state = State(0, z, u, self.directions.array(tiny), memories, rate, least)
-        given = method.freeze
-        self.freeze = math.ceil(SETTLED / SAFE) if given == "auto" else int(given)
+        metric = None if made is None else made[0]
+        self.state = State(0, z, u, self.directions.array(tiny), memories, rate, least, metric, u, 1)
+        settled = math.ceil(SETTLED / (SAFE if made is None else rate))
+        self.freeze = settled if method.freeze == "auto" else int(method.freeze)
+        usual = 0.3 if made is None else 1.0
+        self.length = usual if method.outer_step == "auto" else float(method.outer_step)
         self.histories: list[list[Record]] = [[]]
         self.best: tuple[float, Tree] = (math.inf, self.hparams)
 
@@ -146,6 +148,19 @@ class SingleLoop:
             raise ValueError(f"`{name}.inner_step` is 'auto', but the curvature is {curvature:g}: give a number.")
         return SAFE / curvature, max(ends.smallest, 0.0)
 
+    def _preconditioner(self, u: Array) -> tuple[Array, float] | None:
+        if self.method.preconditioner == "none" or self.method.inner_step != "auto":
+            return None
+        return self.directions.preconditioner(u)
+
+    def _renewed(self, u: Array, anchor: Array, metric: Array, rate: float) -> tuple[Array, Array, float, int]:
+        """Return hyperparameters and the preconditioner there, its rate, and in how many steps to look again."""
+        far = float(abs(u - anchor).max())
+        if far > RENEWED and (made := self._preconditioner(u)) is not None:
+            metric, rate, anchor, far = made[0], SAFE / made[1], u, 0.0
+        most = CAP * LEAST * rate if self.method.scaling == "adagrad" else math.inf
+        return anchor, metric, rate, max(1, int((APART - far) / most))
+
     def __repr__(self) -> str:
         parts = f"{type(self.problem).__name__}, {describe(self.method)}, {self.directions.form}"
         return f"SingleLoop({parts}: {self.steps_taken} steps taken)"
@@ -161,15 +176,12 @@ class SingleLoop:
     @property
     def params(self) -> Tree:
         """The present params."""
-        return self._of_params.unravel(self._half(0))
+        return self._of_params.unravel(self.directions.tensor(self.state.z)[: self.directions.size].clone())
 
     @property
     def adjoint(self) -> Tree:
         """The present v, shaped as params; approximates ``-H^-1 f_w``."""
-        return self._of_params.unravel(self._half(1))
-
-    def _half(self, index: int) -> Tensor:
-        return self.directions.tensor(self.state.z).view(2, -1)[index].clone()
+        return self._of_params.unravel(self.directions.tensor(self.state.z)[self.directions.size :].clone())
 
     @property
     def history(self) -> list[Record]:
@@ -209,14 +221,7 @@ class SingleLoop:
     ) -> OuterResult:
         """Take up to `steps` more steps; the rules are looked at where records are made, the last of them at the end.
 
-        Args:
-            steps: most steps.
-            budget: stop once the cost of the whole history, in gradient-equivalents, has reached this; batches count by
-                their share of the rows.
-            tol: stop once the norm of the hypergradient of a record is at most this.
-            patience: stop after this many records without a lower outer loss.
-            min_progress: by how much the outer loss has to fall to count as progress.
-            progress: show a progress line.
+        Arguments are those of `OuterOptimizer.run`; batches cost their share of the rows.
 
         Returns:
             The result; a second call continues. With `certify` the best loss is that at the inner solution.
@@ -261,7 +266,7 @@ class SingleLoop:
                     "the losses give other numbers than where these steps began, as what they refer to has changed in "
                     "between: make them functions of their arguments alone."
                 )
-        if state.step % self.method.every == 0 and verdict.status.ok:
+        if state.step % self.method.every == 0 and verdict.status.ok and state.metric is None:
             rate, least = self._rate(state.z, state.u)
             self.state = replace(state, rate=rate, least=least)
         estimate, value = evaluated(self, verdict, state.step - last, began)
@@ -278,7 +283,8 @@ class SingleLoop:
         sampled, complete, shrunk = directions.sampled, directions.complete, directions.shrunk
         z, u, squares, first, d = state.z, state.u, state.squares, state.step, directions.size
         inner, outer = (each.copied() for each in state.memories)
-        factors, rates = self._factors(state, count)
+        factors = self._factors(first, count)
+        rate, metric, anchor, until = state.rate, state.metric, state.anchor, state.until
         free, capped = self.freeze - first, method.scaling != "none"
         batches = zip(*drawn(method.seed, first, count, directions.parts), strict=True)
         for k, (i, j) in enumerate(batches):
@@ -286,21 +292,26 @@ class SingleLoop:
             direction, f = inner(i, q), outer(j, f)
             direction[d : d + f.shape[0]] += f
             of_z, of_u, penalty = complete(direction, z, u)
-            z = shrunk(z - rates[k] * of_z, rates[k], penalty)
+            at = rate * factors[k]
+            if metric is None:
+                z = shrunk(z - at * of_z, at, penalty)
+            else:
+                z = z - at * directions.turned(of_z, z, penalty, metric)
             if k >= free:
-                least = directions.least(penalty, state.least) if capped else None
-                cap = None if least is None else CAP * rates[k] * least
-                u, squares = method.moved(u, of_u, squares, factors[k], cap)
+                least = None if not capped else LEAST if metric is not None else directions.least(penalty, state.least)
+                cap = None if least is None else CAP * at * least
+                u, squares = method.moved(u, of_u, squares, self.length, factors[k], cap)
                 if bound is not None:
                     u = u.clip(*bound)
-        return State(first + count, z, u, squares, [inner, outer], state.rate, state.least)
+                if metric is not None and (until := until - 1) <= 0:
+                    anchor, metric, rate, until = self._renewed(u, anchor, metric, rate)
+        return State(first + count, z, u, squares, [inner, outer], rate, state.least, metric, anchor, until)
 
-    def _factors(self, state: State, count: int) -> tuple[list[float], list[float]]:
-        """Return by what the rates of some steps are multiplied, and the rates of z."""
+    def _factors(self, first: int, count: int) -> list[float]:
+        """Return by what the rates of some steps are multiplied."""
         method, parts = self.method, self.directions.parts
         after = method.decay_after or parts[0] or 1.0 / self.directions.shares[0]
-        factors = [(1.0 + k / after) ** -method.decay for k in range(state.step, state.step + count)]
-        return factors, [state.rate * factor for factor in factors]
+        return [(1.0 + k / after) ** -method.decay for k in range(first, first + count)]
 
     def _is_finite(self, state: State) -> bool:
         tensors = map(self.directions.tensor, (state.z, state.u))
@@ -308,15 +319,13 @@ class SingleLoop:
 
     def _named(self, state: State, count: int) -> tuple[State, Verdict]:
         """Return the last finite state of a block that ends otherwise, and what is to be said of the next step."""
-        size = float(self.directions.tensor(state.z).norm())
         for _ in range(count):
             after = self._block(state, 1)
             if not self._is_finite(after):
                 break
             state = after
-        grown = float(self.directions.tensor(state.z).norm()) > GROWN * max(size, 1.0)
         name = type(self.method).__name__
-        if grown or float(self.directions.tensor(state.z).norm()) > GROWN:
+        if float(self.directions.tensor(state.z).norm()) > GROWN:
             what = f"{name} diverges: at step {state.step + 1} its numbers are infinite"
             return state, Verdict(Status.DIVERGED, f"{what}; take a smaller inner_step than {state.rate:.3g}")
         return state, Verdict(Status.NOT_FINITE, f"{name} at step {state.step + 1} made its numbers NaN or infinite")

@@ -13,8 +13,9 @@ from bilevel.oracles.directions import Array
 from bilevel.outer.records import Record
 from bilevel.outer.stochastic import Memory
 
-FORMAT = 1
+FORMAT = 2
 """The format of a state that this version writes and reads."""
+ARRAYS = ("z", "u", "squares", "anchor")
 WANTED = "`state` must be what `SingleLoop.state_dict` returned"
 
 
@@ -30,6 +31,9 @@ class State:
         memories: what the method knows of the inner and of the outer part.
         rate: of z.
         least: about the smallest curvature; 0 where it was not measured.
+        metric: the preconditioner P of w and v, (d, d); None without one.
+        anchor: the hyperparameters at which it was made, (k,).
+        until: steps after which it is looked at again.
     """
 
     step: int
@@ -39,6 +43,9 @@ class State:
     memories: list[Memory]
     rate: float
     least: float
+    metric: Array | None
+    anchor: Array
+    until: int
 
 
 def origin(loop: Any) -> dict[str, Any]:
@@ -58,7 +65,9 @@ def saved(loop: Any) -> dict[str, Any]:
         "format": FORMAT,
         "of": origin(loop),
         "step": state.step,
-        **{name: made.tensor(getattr(state, name)).clone() for name in ("z", "u", "squares")},
+        **{name: made.tensor(getattr(state, name)).clone() for name in ARRAYS},
+        "metric": None if state.metric is None else made.tensor(state.metric),
+        "until": state.until,
         "memories": [each.saved(made) for each in state.memories],
         "rate": state.rate,
         "least": state.least,
@@ -73,14 +82,21 @@ def load(loop: Any, state: Mapping[str, Any]) -> None:
     """Let a run go on from a state, or leave it as it is; see `SingleLoop.load_state_dict`."""
     if not isinstance(state, Mapping) or "memories" not in state:
         raise ValueError(f"{WANTED}, got {shown_value(state)[:60]}.")
-    if state["format"] != FORMAT:
-        raise ValueError(f"this state has the format {state['format']!r}, this version reads {FORMAT}.")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"this state has the format {state.get('format')!r}, this version reads {FORMAT}.")
+    if lacking := set(saved(loop)) - set(state):
+        raise ValueError(f"{WANTED}, but it lacks {', '.join(sorted(lacking))}.")
     for what, ours in origin(loop).items():
         if (theirs := state["of"].get(what)) != ours:
             raise ValueError(f"this state is of a run with the {what} {theirs}, this run has {ours}.")
-    z, u, squares = (loop.directions.array(state[name]) for name in ("z", "u", "squares"))
+    for name in ARRAYS:
+        if state[name].shape != (size := len(getattr(loop.state, name)),):
+            raise ValueError(f"{WANTED}, but its {name!r} has the shape {tuple(state[name].shape)}, here ({size},).")
+    arrays = {name: loop.directions.array(state[name]) for name in ARRAYS}
+    metric = None if state["metric"] is None else loop.directions.array(state["metric"])
     memories = loop.method.restored(loop.directions, state["memories"])
     history = [Record(**record) for record in state["history"]]
     best = tree.rebuild(loop.hparams, [leaf.clone() for leaf in state["best_hparams"]])
     loop.histories, loop.best, loop.freeze = [history], (state["best_loss"], best), state["freeze"]
-    loop.state = State(state["step"], z, u, squares, memories, state["rate"], state["least"])
+    numbers = {name: state[name] for name in ("step", "rate", "least", "until")}
+    loop.state = State(memories=memories, metric=metric, **arrays, **numbers)

@@ -23,7 +23,7 @@ from bilevel.hypergrad.implicit import Implicit
 from bilevel.inner import FISTA, QuasiNewton
 from bilevel.linear import GMRES
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.outer.checks import check_start
+from bilevel.outer.checks import check_start, start_of
 from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.records import OuterResult, Record
 from bilevel.outer.search import OuterSearch
@@ -148,7 +148,7 @@ def tune(
     check_roles(problem, used, Implicit() if estimator is None else as_estimator(estimator))
     if problem.batch is not None:
         raise ValueError("`tune` takes one problem at a time, but this is a batch: use OuterOptimizer for its rows.")
-    hparams = _start(problem) if hparams is None else hparams
+    hparams = start_of(problem) if hparams is None else hparams
     check_start(hparams)
     rule, reason = chosen_estimator(problem, used, hparams) if estimator is None else (as_estimator(estimator), "given")
     search, why = optimizer, "given"
@@ -194,13 +194,6 @@ def _choices(first: str, solver: InnerSolver, estimator: Any, second: str, searc
         f"estimator {describe(estimator)}: {second}",
         f"outer search {named}: {third}",
     )
-
-
-def _start(problem: BilevelProblem) -> Tree:
-    """Return the problem's own hyperparameters to start from."""
-    if not hasattr(problem, "initial_hparams"):
-        raise ValueError(f"{type(problem).__name__} has no hyperparameters to start from: give `hparams`.")
-    return problem.initial_hparams()
 
 
 def _jittered(outer: OuterOptimizer, result: OuterResult, seed: int) -> Tree:

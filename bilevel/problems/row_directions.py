@@ -151,6 +151,29 @@ class RowDirections(Directions):
             return z / (1.0 + rate * penalty)
         return (z.reshape(2, *self._shape) / (1.0 + rate * penalty)).reshape(-1)
 
+    def preconditioner(self, u: Array) -> tuple[Array, float] | None:
+        scale = self.problem.scale * self.glm.max_curvature * self.problem.train.rows
+        X, gram = self._sample
+        if not self.host or self.problem.outputs is not None or gram is None or not 0.0 < scale < math.inf:
+            return None
+        penalty = np.broadcast_to(self._penalty(u), self._features)
+        P = np.linalg.inv(scale / len(X) * gram + np.diag(penalty))
+        alone = scale * float(((X @ P) * X).sum(-1).max())
+        size = self.inner.X[0].shape[0]
+        return P, 1.0 if self.inner.count == 1 else 1.0 - 1.0 / size + alone / size
+
+    def turned(self, direction: Array, z: Array, penalty: Array, P: Array) -> Array:
+        turned: Array = (direction.reshape(2, -1) + penalty * z.reshape(2, -1)) @ P
+        return turned.reshape(-1)
+
+    @cached_property
+    def _sample(self) -> tuple[Array, Array | None]:
+        """Some of the rows in their shuffled order, and the products of their columns where those are few."""
+        rows, size = min(ROWS, self.problem.train.rows), self.inner.X[0].shape[0]
+        X = torch.cat(self.inner.X[: math.ceil(rows / size)])[:rows]
+        gram = X.t() @ X if self._features <= min(DENSE, rows) else None
+        return (X.numpy(), None if gram is None else gram.numpy()) if self.host else (X, gram)
+
     def _penalty(self, u: Array) -> Array:
         penalty = u.reshape(self._group)
         if not self._logarithm:
@@ -172,11 +195,11 @@ class RowDirections(Directions):
     @cached_property
     def _smallest(self) -> float:
         """The smallest curvature of the data where all predictions are zero, from some of the rows."""
-        X, rows = self.problem.train.X[:, :ROWS], self.problem.train.rows
-        if self._features > min(DENSE, X.shape[1]):
+        X, gram = self._sample
+        if gram is None:
             return 0.0
         at_zero = self.glm.typical_curvature(self.problem.train.y, self.problem.outputs)
-        smallest = float(torch.linalg.eigvalsh(X @ X.t())[0]) * rows / X.shape[1]
+        smallest = float(torch.linalg.eigvalsh(torch.as_tensor(gram))[0]) * self.problem.train.rows / len(X)
         return max(0.0, self.problem.scale * at_zero * smallest)
 
 

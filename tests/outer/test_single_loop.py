@@ -106,7 +106,7 @@ def by_hand(
 
 
 def reached(loop: bl.SingleLoop) -> Any:
-    return torch.cat([loop.params, loop.adjoint, loop.hparams]).numpy()  # type: ignore[list-item]
+    return torch.cat([each.reshape(-1) for each in (loop.params, loop.adjoint, loop.hparams)]).numpy()  # type: ignore[union-attr]
 
 
 @pytest.mark.crossed
@@ -356,3 +356,55 @@ def test_losses_that_cannot_be_recorded_take_autograd_and_say_so() -> None:
     # The solution w = 1 / (1 + 2 exp(u)) is 0.5 there.
     assert float(loop.run(300, progress=False).hparams) == pytest.approx(math.log(0.5), abs=0.05)  # type: ignore[arg-type]
     assert "not recorded" in str(loop)
+
+
+@pytest.mark.parametrize("penalty", ["per_feature", "scalar"])
+def test_preconditioned_steps_are_the_formulas_and_the_preconditioner_is_never_far(penalty: str) -> None:
+    count = 1 if penalty == "scalar" else 4
+    start = torch.full(() if count == 1 else (4,), -1.0, dtype=torch.float64)
+    loop = bl.SingleLoop(logistic(penalty), bl.SOBA(batch_size=30, decay=0.0), start)
+    seeds = [keyed_generator(seed, ORDER).initial_seed() for seed in (0, 1)]
+    inner, outer = (batches_of(*rows(*each), 30, seed) for each, seed in zip([(150, 0), (90, 1)], seeds, strict=True))
+    X = np.concatenate([A for A, _ in inner])
+    w, v, u, squares = np.zeros(4), np.zeros(4), np.full(count, -1.0), np.full(count, np.finfo(float).tiny)
+
+    def made(u: Any) -> tuple[Any, float]:
+        P = np.linalg.inv(X.T @ X / (4 * 150) + np.exp(u) * np.eye(4))
+        return P, 0.5 / (29 / 30 + np.einsum("ij,jk,ik->i", X, P, X).max() / (4 * 30))
+
+    (P, rate), anchor, until, renewed = made(u), u, 1, 0
+    assert loop.freeze == math.ceil(16 / rate)
+    for k, (i, j) in zip(range(900), draws(900, [5, 3]), strict=False):
+        (A, a), (B, b), pen = inner[i], outer[j], np.exp(u)
+        s, t = 1.0 / (1.0 + np.exp(a * (A @ w))), 1.0 / (1.0 + np.exp(b * (B @ w)))
+        f, of_u = -(b * t) @ B / 30, pen * w * v
+        D_w = -(a * s) @ A / 30 + pen * w
+        D_v = (s * (1.0 - s) * (A @ v)) @ A / 30 + f + pen * v
+        w, v = w - rate * P @ D_w, v - rate * P @ D_v
+        if k < loop.freeze:
+            continue
+        of_u = of_u if count == 4 else of_u.sum(keepdims=True)
+        squares = squares + of_u**2
+        u = u - np.clip(of_u / np.sqrt(squares), -rate / 4, rate / 4)
+        assert np.abs(u - anchor).max() <= 0.5
+        until -= 1
+        if until <= 0:
+            if np.abs(u - anchor).max() > 0.2:
+                (P, rate), anchor, renewed = made(u), u, renewed + 1
+            until = max(1, int((0.5 - np.abs(u - anchor).max()) / (rate / 4)))
+    assert renewed > 3
+    loop.run(900, progress=False)
+    np.testing.assert_allclose(reached(loop), np.concatenate([w, v, u]), rtol=1e-9, atol=1e-11)
+
+
+def test_a_state_of_another_kind_is_refused_and_nothing_is_loaded() -> None:
+    loop = bl.SingleLoop(logistic(), bl.SABA(every=50), torch.full((4,), -1.0).double(), certify=False)
+    loop.run(50, progress=False)
+    before, state = reached(loop), loop.state_dict()
+    wrong = [{}, state | {"format": 1}, {k: v for k, v in state.items() if k != "u"}, state | {"z": state["z"][:3]}]
+    for each, sentence in zip(wrong, ("got {}", "has the format 1", "it lacks u", "has the shape"), strict=True):
+        with pytest.raises(ValueError, match=sentence):
+            loop.load_state_dict(each)
+        assert (reached(loop) == before).all()
+    with pytest.raises(ValueError, match="give `hparams`"):
+        bl.SingleLoop(squares(), bl.SABA())
