@@ -61,9 +61,10 @@ def hypergradient(
     with accelerator():
         placed, solver = make(DEVICE), bl.GradientDescent(step_size, steps=steps)
         for _ in range(2):
-            bl.hypergradient(placed.problem, solver, estimator, placed.hparams)
+            bl.hypergradient(placed.problem, solver, estimator, placed.hparams, on_failure="return")
     with accelerator() as log:
-        estimate = bl.hypergradient(placed.problem, solver, estimator, placed.hparams, check=False)
+        options = {"check": False, "on_failure": "return"}
+        estimate = bl.hypergradient(placed.problem, solver, estimator, placed.hparams, **options)
     return log, estimate
 
 

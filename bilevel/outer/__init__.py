@@ -12,6 +12,7 @@ from bilevel.outer.records import OuterResult as OuterResult
 from bilevel.outer.records import Record as Record
 from bilevel.outer.schedule import ToleranceSchedule as ToleranceSchedule
 from bilevel.outer.single_loop import SingleLoop as SingleLoop
+from bilevel.outer.state import WarmStart as WarmStart
 from bilevel.outer.state import joined as joined
 from bilevel.outer.state import separated as separated
 from bilevel.outer.stochastic import SABA as SABA
@@ -23,4 +24,3 @@ from bilevel.outer.stopping import not_converged as not_converged
 from bilevel.outer.stopping import with_remark as with_remark
 from bilevel.outer.tuning import Tuned as Tuned
 from bilevel.outer.tuning import tune as tune
-from bilevel.outer.warm_start import WarmStart as WarmStart

@@ -19,7 +19,7 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.validation import check_tensors
 from bilevel.outer.hyper_newton import HyperNewton
 from bilevel.outer.search import OuterSearch
-from bilevel.outer.warm_start import WarmStart
+from bilevel.outer.state import WarmStart
 
 OPTIMIZER = "`optimizer` must make a torch.optim.Optimizer from a list of tensors"
 SEARCHES = ("HyperNewton", "HyperLBFGS")
@@ -182,3 +182,16 @@ def check_search(
                 f"HyperNewton factors the inner Hessian of up to {MAX_PARAMS:,} variables, but here are {size:,}: "
                 "use HyperLBFGS."
             )
+
+
+def check_stochastic(problem: BilevelProblem) -> None:
+    """Refuse problems that have no steps of a stochastic single loop."""
+    for wrong, what in (
+        (problem.batch is not None, "one problem at a time, but this is a batch"),
+        (problem.optimality is not None, "an inner loss, but this problem is stated by a map"),
+        (problem.nonsmooth is not None, "a smooth inner loss, but this one has a nonsmooth term"),
+        (problem.structure.resampled, "one inner problem, but this one is another in each outer step"),
+        (getattr(problem, "dropout_rng", None) is not None, "losses without random layers"),
+    ):
+        if wrong:
+            raise ValueError(f"SingleLoop takes {what}: use OuterOptimizer.")

@@ -32,9 +32,8 @@ from bilevel.outer.records import OuterResult, Record, described, record_of, sho
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.searches import certify_ends, searches_of, take
-from bilevel.outer.state import load, saved
+from bilevel.outer.state import WarmStart, load, saved
 from bilevel.outer.stopping import StoppingRules, columns, failure, lower, no_descent, with_remark
-from bilevel.outer.warm_start import WarmStart
 
 Callback: TypeAlias = "Callable[[OuterOptimizer, Any], bool | None]"
 

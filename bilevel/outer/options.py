@@ -15,9 +15,9 @@ from bilevel.outer.moves import MakeOptimizer, MakeScheduler
 from bilevel.outer.schedule import ToleranceSchedule, as_schedule
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.single_loop import SingleLoop
+from bilevel.outer.state import WarmStart
 from bilevel.outer.stochastic import StochasticMethod
 from bilevel.outer.stopping import StoppingRules
-from bilevel.outer.warm_start import WarmStart
 
 
 @dataclass(frozen=True)

@@ -38,21 +38,8 @@ RETRIES = 3
 """Evaluations of one trial, each with a smaller inner residual, before it is rejected."""
 VALUE = 0.3
 """The share of its correction by which a corrected outer loss may still be off."""
-SAVED = {
-    each.__name__: each
-    for each in (
-        Coordinates,
-        Shrinkage,
-        Softplus,
-        NewtonState,
-        NewtonTrial,
-        LBFGSState,
-        SearchTrial,
-        Accepted,
-        Answer,
-        Trial,
-    )
-}
+VALUES = Coordinates, Shrinkage, Softplus, NewtonState, NewtonTrial, LBFGSState, SearchTrial, Accepted, Answer, Trial
+SAVED = {each.__name__: each for each in VALUES}
 
 
 class OutsideLimits(ValueError):
@@ -71,8 +58,8 @@ class Searcher:
         search: OuterSearch[Any],
         problem: BilevelProblem,
         hparams: Tree,
-        constraints: Any,
         params: Tree,
+        constraints: Any,
         chooses: bool = False,
     ) -> None:
         self.accuracy = Accuracy(search) if chooses else None

@@ -23,7 +23,7 @@ from bilevel.outer.moves import where
 from bilevel.outer.records import record_of
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.searcher import MATRIX, OutsideLimits, Searcher
-from bilevel.outer.warm_start import WarmStart
+from bilevel.outer.state import WarmStart
 
 
 def auto_search(
@@ -116,13 +116,10 @@ class Searches:
         chooses: bool = False,
     ) -> None:
         self.optimizer, self.size, begun = search, problem.batch, problem.start(params)
-        if self.size is None:
-            self.each = [Searcher(search, problem, hparams, constraints, begun, chooses)]
-            return
-        self.each = [
-            Searcher(search, problem.member(i), rows.row(hparams, i), constraints, rows.row(begun, i))
-            for i in range(self.size)
-        ]
+        members = [(problem, hparams, begun)]
+        if self.size is not None:
+            members = [(problem.member(i), rows.row(hparams, i), rows.row(begun, i)) for i in range(self.size)]
+        self.each = [Searcher(search, *member, constraints, chooses) for member in members]
 
     def _together(self, trees: Sequence[Tree]) -> Tree:
         return trees[0] if self.size is None else rows.stack(trees)

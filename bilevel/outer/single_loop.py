@@ -19,7 +19,7 @@ from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failu
 from bilevel.core.tree import Tree
 from bilevel.oracles.directions import Array, Directions, LossDirections, on_all_data
 from bilevel.oracles.problem import BilevelProblem
-from bilevel.outer.checks import check_callbacks, check_start, check_steps, check_switches, start_of
+from bilevel.outer.checks import check_callbacks, check_start, check_steps, check_stochastic, check_switches, start_of
 from bilevel.outer.constraints import bounds
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record
 from bilevel.outer.single_loop_evidence import evaluated
@@ -91,7 +91,7 @@ class SingleLoop:
         check_switches(certify, True)
         hparams = start_of(problem) if hparams is None else hparams
         check_start(hparams)
-        _check_problem(problem)
+        check_stochastic(problem)
         self.problem, self.method, self.certify, self.on_failure = problem, method, certify, on_failure
         self.callbacks, self.all_data = check_callbacks(callbacks), on_all_data(problem)
         w = problem.start(params)
@@ -108,7 +108,7 @@ class SingleLoop:
         u = self.directions.array(self._of_hparams.ravel(tree.copied(hparams)))
         made = self._preconditioner(u)
         rate, least = self._rate(z, u) if made is None else (SAFE / made[1], 0.0)
-        tiny = torch.full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny).to(leaves[0])
+        tiny = leaves[0].new_full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny)
         memories = method.memories(self.directions, z, u)
         metric = None if made is None else made[0]
         self.state = State(0, z, u, self.directions.array(tiny), memories, rate, least, metric, u, 1)
@@ -149,9 +149,8 @@ class SingleLoop:
         return SAFE / curvature, max(ends.smallest, 0.0)
 
     def _preconditioner(self, u: Array) -> tuple[Array, float] | None:
-        if self.method.preconditioner == "none" or self.method.inner_step != "auto":
-            return None
-        return self.directions.preconditioner(u)
+        asked = self.method.preconditioner == "auto" == self.method.inner_step
+        return self.directions.preconditioner(u) if asked else None
 
     def _renewed(self, u: Array, anchor: Array, metric: Array, rate: float) -> tuple[Array, Array, float, int]:
         """Return hyperparameters and the preconditioner there, its rate, and in how many steps to look again."""
@@ -159,7 +158,8 @@ class SingleLoop:
         if far > RENEWED and (made := self._preconditioner(u)) is not None:
             metric, rate, anchor, far = made[0], SAFE / made[1], u, 0.0
         most = CAP * LEAST * rate if self.method.scaling == "adagrad" else math.inf
-        return anchor, metric, rate, max(1, int((APART - far) / most))
+        steps = (APART - far) / most
+        return anchor, metric, rate, int(steps) if steps > 1.0 else 1
 
     def __repr__(self) -> str:
         parts = f"{type(self.problem).__name__}, {describe(self.method)}, {self.directions.form}"
@@ -344,16 +344,3 @@ class SingleLoop:
             ValueError: for something else; nothing is loaded then.
         """
         load(self, state)
-
-
-def _check_problem(problem: BilevelProblem) -> None:
-    """Refuse problems that have no such steps."""
-    for wrong, what in (
-        (problem.batch is not None, "one problem at a time, but this is a batch"),
-        (problem.optimality is not None, "an inner loss, but this problem is stated by a map"),
-        (problem.nonsmooth is not None, "a smooth inner loss, but this one has a nonsmooth term"),
-        (problem.structure.resampled, "one inner problem, but this one is another in each outer step"),
-        (getattr(problem, "dropout_rng", None) is not None, "losses without random layers"),
-    ):
-        if wrong:
-            raise ValueError(f"SingleLoop takes {what}: use OuterOptimizer.")

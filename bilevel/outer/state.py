@@ -1,10 +1,10 @@
-"""What a saved outer run holds besides its own tensors, and what a run looks at before it loads a state."""
+"""What an outer step hands to the next, what a saved run holds, and what a run looks at before it loads a state."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel.base import Carry, InnerState
 from bilevel.core import rows, tree
-from bilevel.core.options import first_line, shown_value
+from bilevel.core.options import first_line, require, shown_value
 from bilevel.core.status import Status
 from bilevel.core.tree import Tree
 from bilevel.engine.checks import check_origin, shapes
@@ -28,6 +28,27 @@ KEYS = frozenset({
 })
 """What a state holds in every version."""
 WANTED = "`state` must be what `OuterOptimizer.state_dict` returned"
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Which parts one outer step hands to the next.
+
+    Args:
+        state: the inner state (iterate, momentum, moments).
+        adjoint: the adjoint vector, the start of the linear solver.
+    """
+
+    state: bool = True
+    adjoint: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("state", "adjoint"):
+            require(self, name, "True or False", isinstance(getattr(self, name), bool))
+
+    def part_of(self, carry: Carry) -> Carry:
+        """Return what the next step gets of what one has left."""
+        return Carry(carry.state if self.state else None, carry.adjoint if self.adjoint else None, carry.solver)
 
 
 def origin(outer: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from bilevel.outer.loop import OuterOptimizer
 from bilevel.outer.records import OuterResult, Record
 from bilevel.outer.search import OuterSearch
 from bilevel.outer.searches import auto_search
-from bilevel.outer.warm_start import WarmStart
+from bilevel.outer.state import WarmStart
 
 MOST = 200
 """Evaluations of the outer loss, unless `tune` is told otherwise."""

@@ -156,11 +156,13 @@ class RowDirections(Directions):
         X, gram = self._sample
         if not self.host or self.problem.outputs is not None or gram is None or not 0.0 < scale < math.inf:
             return None
-        penalty = np.broadcast_to(self._penalty(u), self._features)
+        # Where features are the same, or zero, and nothing is penalised, P would raise rounding to steps.
+        least = float(gram.trace()) * scale / len(X) / self._features * np.finfo(u.dtype).eps ** 0.5
+        penalty = np.broadcast_to(np.maximum(self._penalty(u), least or 1.0), self._features)
         P = np.linalg.inv(scale / len(X) * gram + np.diag(penalty))
         alone = scale * float(((X @ P) * X).sum(-1).max())
         size = self.inner.X[0].shape[0]
-        return P, 1.0 if self.inner.count == 1 else 1.0 - 1.0 / size + alone / size
+        return P.astype(u.dtype), 1.0 if self.inner.count == 1 else 1.0 - 1.0 / size + alone / size
 
     def turned(self, direction: Array, z: Array, penalty: Array, P: Array) -> Array:
         turned: Array = (direction.reshape(2, -1) + penalty * z.reshape(2, -1)) @ P
@@ -168,9 +170,9 @@ class RowDirections(Directions):
 
     @cached_property
     def _sample(self) -> tuple[Array, Array | None]:
-        """Some of the rows in their shuffled order, and the products of their columns where those are few."""
+        """Some rows in their shuffled order, in float64, and the products of their columns where these are few."""
         rows, size = min(ROWS, self.problem.train.rows), self.inner.X[0].shape[0]
-        X = torch.cat(self.inner.X[: math.ceil(rows / size)])[:rows]
+        X = torch.cat(self.inner.X[: math.ceil(rows / size)])[:rows].double()
         gram = X.t() @ X if self._features <= min(DENSE, rows) else None
         return (X.numpy(), None if gram is None else gram.numpy()) if self.host else (X, gram)
 

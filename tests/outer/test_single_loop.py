@@ -408,3 +408,18 @@ def test_a_state_of_another_kind_is_refused_and_nothing_is_loaded() -> None:
         assert (reached(loop) == before).all()
     with pytest.raises(ValueError, match="give `hparams`"):
         bl.SingleLoop(squares(), bl.SABA())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("parametrization", ["log", "direct"])
+def test_features_that_are_zero_or_the_same_are_no_obstacle(parametrization: Any, dtype: torch.dtype) -> None:
+    (X, y), (Z, t) = (rows(150, seed) for seed in (0, 1))
+    A, B = (torch.cat([each, each[:, :1], 0.0 * each[:, :1]], 1).to(dtype) for each in (X, Z))
+    problem = bl.problems.LogisticProblem(A, y, B, t, penalty="per_feature", parametrization=parametrization)
+    positive = torch.distributions.constraints.greater_than_eq(0.0) if parametrization == "direct" else None
+    for preconditioner in ("auto", "none"):
+        method = bl.SABA(batch_size=30, every=300, preconditioner=preconditioner)
+        start = torch.zeros(6, dtype=dtype)
+        loop = bl.SingleLoop(problem, method, start, certify=False, constraints=positive)
+        assert loop.run(300, progress=False).history[-1].status == "OK"
+        assert torch.isfinite(loop.hparams).all()  # type: ignore[arg-type]
