@@ -143,7 +143,7 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: Any) -> None:
     if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
         raise ValueError(f"{wanted}, which moves other tensors than this one.")
     # An optimizer of the user's own may keep tensors of any shape.
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    if not type(optimizer).__module__.startswith(("torch.optim", "bilevel.outer")):
         return
     leaves = dict(_leaves(theirs, optimizer))
     for index, moments in saved["state"].items():
