@@ -80,7 +80,9 @@ def _group(runs: Sequence[CellRun]) -> dict[str, Any]:
             max((row["memory_peak_bytes"] for row in run.rows if row["memory_peak_bytes"] is not None), default=None)
             for run in good
         ),
-        "memory_kind": next((row["memory_kind"] for row in spent), None),
+        "memory_kind": next(
+            (row["memory_kind"] for run in good for row in run.rows if row["memory_peak_bytes"] is not None), None
+        ),
     }
 
 

@@ -37,7 +37,7 @@ class Cost:
     Attributes:
         counts: oracle calls by kind; the kinds are the keys of `WEIGHTS`.
         seconds: wall-clock time.
-        peak_memory: bytes above the level at the start, or None where the system does not tell.
+        peak_memory: bytes above the level at the start, or None where the system does not tell, or takes long to.
         memory_kind: where the figure comes from.
 
     >>> Cost({"gradient": 10, "hvp": 5}).gradient_equivalents
@@ -85,12 +85,39 @@ def allocated_bytes() -> int | None:
     return int(info.uordblks + info.hblkhd)
 
 
+class _Looks:
+    """Looks at the allocations of the process, which take at most a share of its time.
+
+    glibc walks all free pieces of the heap: 10 us in a young process, 10 ms where many small pieces lie about.
+    """
+
+    SHARE = 0.02
+    CHEAP = 1e-4  # seconds; such looks are always taken
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._last = self._spent = 0.0
+
+    def take(self, due: bool = False) -> int | None:
+        """Return `allocated_bytes`, or None where looks take too long by now; one that is `due` is always taken."""
+        now = time.perf_counter()
+        if not due and self._last > self.CHEAP and self._spent > self.SHARE * (now - self._since):
+            return None
+        found = allocated_bytes()
+        self._last = time.perf_counter() - now
+        self._spent += self._last
+        return found
+
+
+_LOOKS = _Looks()
+
+
 class Meter:
     """Measures seconds and peak memory on a device between its creation and `read`.
 
     On CUDA the allocator's own peak counter is read. On the CPU the live allocations of the process are sampled where
-    `sample` is called: estimators do so where they hold most. Such a look takes up to 0.2 ms, as glibc walks its free
-    lists: `memory=False` leaves it out.
+    `sample` is called: estimators do so where they hold most. Where such looks would take more than a fiftieth of the
+    process's time, a meter goes without (`Cost.peak_memory` is None); `memory=False` always leaves them out.
     """
 
     def __init__(self, device: torch.device, memory: bool = True) -> None:
@@ -103,7 +130,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
             self._base = torch.cuda.memory_allocated(device)
         elif memory and device.type == "cpu":
-            self._base = allocated_bytes()
+            self._base = _LOOKS.take()
         self._peak = self._base
         self._sampled = False
         self._start = time.perf_counter()
@@ -111,8 +138,8 @@ class Meter:
     def sample(self) -> None:
         """Look at the memory now."""
         if self._device.type == "cpu" and self._peak is not None:
+            self._peak = max(self._peak, _LOOKS.take(due=not self._sampled) or 0)
             self._sampled = True
-            self._peak = max(self._peak, allocated_bytes() or 0)
 
     def read(self) -> Cost:
         """Return the cost so far."""

@@ -88,9 +88,10 @@ def _assembled(
         note = {"rows": f"one after the other, as {problem.why}"}
         certificates = [replace(each, measured=dict(each.measured) | note) for each in certificates]
     costs = [each.cost for each in estimates]
-    peaks = [cost.peak_memory for cost in costs if cost.peak_memory is not None]
+    told = [(cost.peak_memory, cost.memory_kind) for cost in costs if cost.peak_memory is not None]
+    peak, kind = max(told, default=(None, "none"))
     counts = sum((Counter(cost.counts) for cost in costs), start=Counter())
-    cost = Cost(dict(counts), sum(each.seconds for each in costs), max(peaks, default=None), costs[0].memory_kind)
+    cost = Cost(dict(counts), sum(each.seconds for each in costs), peak, kind)
     return BatchEstimate(
         torch.tensor([each.outer_loss for each in estimates], dtype=like.dtype, device=like.device),
         rows.stack([each.hypergradient for each in estimates]),

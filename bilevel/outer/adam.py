@@ -35,7 +35,9 @@ class Adam(torch.optim.Adam):
 
     def step(self, closure: Any = None) -> Any:
         if closure is not None or not all(map(_is_plain, self.param_groups)):
-            return super().step(closure)
+            theirs = torch.optim.Adam.step
+            # torch runs the hooks of a step around this one; an Adam made before has had them put around its own too.
+            return (theirs.__wrapped__ if hasattr(theirs, "hooked") else theirs)(self, closure)  # type: ignore[attr-defined]
         with torch.no_grad():
             for group in self.param_groups:
                 leaves = [leaf for leaf in group["params"] if leaf.grad is not None]

@@ -76,3 +76,16 @@ def test_the_default_adam_imports_no_compiler(monkeypatch: pytest.MonkeyPatch) -
     ours.step()
     ours.load_state_dict(ours.state_dict())
     ours.step()
+
+
+def test_hooks_of_a_step_run_once_where_torchs_step_is_taken() -> None:
+    torch.optim.Adam([torch.zeros(2)])  # torch puts the hooks around a class's step when it is first made
+    leaf = torch.zeros(2, requires_grad=True)
+    optimizer = Adam([leaf], lr=0.1)
+    calls: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    for _ in range(3):
+        leaf.grad = torch.ones(2)
+        optimizer.step()
+    assert len(calls) == 3
