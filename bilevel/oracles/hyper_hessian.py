@@ -49,7 +49,7 @@ def hyper_hessians(problem: Losses, hparams: Tree, params: Tree, adjoint: Tree) 
         J = _tangents(g, w, u)
         if J is None:
             return None
-        slope = _gradient(outer, w)
+        (slope,) = torch.autograd.grad(outer, w, create_graph=True, materialize_grads=True)
         (outer_columns,) = _columns(slope, (w,), J.T) if slope.requires_grad else (torch.zeros_like(J.T),)
         lagrangian = outer - a @ g
         slopes = torch.cat(torch.autograd.grad(lagrangian, (w, u), create_graph=True, materialize_grads=True))
@@ -91,11 +91,6 @@ def solved(product: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor | Non
 
 def _enough(goal: float, run: Krylov) -> bool:
     return run.residual <= goal
-
-
-def _gradient(value: Tensor, w: Tensor) -> Tensor:
-    (slope,) = torch.autograd.grad(value, w, create_graph=True, materialize_grads=True)
-    return slope
 
 
 def _columns(vector: Tensor, of: tuple[Tensor, ...], weights: Tensor) -> tuple[Tensor, ...]:

@@ -136,14 +136,7 @@ class Linearization:
             return tree.rebuild(self.params, pushforward(gradient, params + hparams)(tangents))
         # H dx + C du is the params-gradient of the directional derivative of the loss: one backward pass.
         by_params, by_hparams, params, _ = self._loss_gradients()
-        gradients = by_params + by_hparams
-        used = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g.requires_grad]
-        if not used:
-            return tree.zeros_like(self.params)
-        products = torch.autograd.grad(
-            [g for g, _ in used], params, [t for _, t in used], retain_graph=True, materialize_grads=True
-        )
-        return tree.rebuild(self.params, products)
+        return tree.rebuild(self.params, vector_jacobian(by_params + by_hparams, params, tangents))
 
     def _cross_jvp(self, hparams_tangent: Tree) -> Tree:
         """Return ``C du``; override it in a structured problem to give forward mode."""
@@ -159,11 +152,7 @@ class Linearization:
         with torch.enable_grad():
             gradient = tree.leaves(self.inner.problem.gradient_graph(params, hparams))
             product = vector_jacobian(gradient, tree.leaves(params), tree.leaves(v), create_graph=True)
-            roots = tree.leaves(params) + tree.leaves(hparams)
-            moving = [(p, c) for p, c in zip(product, tree.leaves(w), strict=True) if p.requires_grad]
-            if not moving:
-                return tree.zeros_like(params), tree.zeros_like(hparams)
-            both = vector_jacobian([p for p, _ in moving], roots, [c for _, c in moving])
+            both = vector_jacobian(product, tree.leaves(params) + tree.leaves(hparams), tree.leaves(w))
         cut = len(tree.leaves(params))
         return tree.rebuild(params, both[:cut]), tree.rebuild(hparams, both[cut:])
 

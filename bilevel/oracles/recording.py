@@ -115,21 +115,13 @@ class Recording(ABC):
         """Return what `oracle` returns, by the parts."""
 
     def tensors(self, batch: Tree, which: int = 0) -> list[Tensor]:
-        """Return the tensors of a batch as parts take them.
-
-        Raises:
-            NotRecordedError: for one that differs from the recorded one in more than the numbers of its tensors.
-        """
+        """Return the tensors of a batch as parts take them; refuse what differs in more than their numbers."""
         if signature(batch) != self._batches[which]:
             raise NotRecordedError("its batches differ in their shapes, or in what is no tensor")
         return tensors(batch)
 
     def compare(self, problem: Any, params: Tree, hparams: Tree, *batches: Tree) -> None:
-        """Refuse a recording that gives other numbers here than autograd.
-
-        Raises:
-            NotRecordedError: where it does.
-        """
+        """Refuse a recording that gives other numbers here than autograd."""
         x, u = self.given(params, hparams)
         generator = torch.Generator().manual_seed(1)
         v = tree.tree_map(lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf), x)
@@ -145,11 +137,7 @@ class Recording(ABC):
             raise NotRecordedError("its numbers depend on more than its arguments")
 
     def confirm(self, params: Tree, got: Tree, expected: Tree) -> None:
-        """Refuse a recorded gradient, at the end of a run, that is not that of autograd.
-
-        Raises:
-            NotRecordedError: where it is not.
-        """
+        """Refuse a recorded gradient, at the end of a run, that is not that of autograd."""
         if not self._is_gradient(*map(tree.leaves, (params, got, expected))):
             raise NotRecordedError("its recording gives other numbers at the end")
 
