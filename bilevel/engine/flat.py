@@ -29,9 +29,9 @@ from bilevel.engine.lean import Plan
 from bilevel.engine.loop import Looks, conclude
 from bilevel.engine.recurrence import ReadsIterateError
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.oracles.cut import recorded
 from bilevel.oracles.graph import NotRecordedError
 from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.recorded_kernels import recorded
 
 CHUNK, FEWEST, FIRST, LONGEST = 16_384, 32, 256, 512
 """A run to a tolerance makes at first so many numbers at once, but so many steps at least, and at most; later."""
@@ -80,9 +80,10 @@ def flat_run(
     """
     kernels, size, recording = inner.kernels() if solver.follows_coefficients else None, inner.problem.batch, None
     limit, tol = solver.limits(tree.leaves(first.params)[0].dtype)
-    if kernels is None and solver.follows_coefficients and not directions and not (tol and inner.problem.variation):
-        tail = min(length(limit), limit)
-        kernels = recording = recorded(inner, first.params, first.index, limit, tail if kept else math.isqrt(tail) + 1)
+    if kernels is None and solver.follows_coefficients and not (tol and inner.problem.variation):
+        held = min(length(limit), limit)
+        held = held if kept else math.isqrt(held) + 1
+        kernels = recording = recorded(inner, first.params, first.index, limit, held, forward=directions > 0)
     if kernels is None or (directions and size is not None):
         return None
     counts = inner.counts.copy()

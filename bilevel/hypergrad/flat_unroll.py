@@ -59,7 +59,8 @@ def pushed(run: Run) -> Solution | None:
 
     @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
-        cotangent = cotangent.reshape(-1) if flat.basis is None else cotangent @ flat.basis
-        return Pullback(raveler.unravel(torch.mv(tangents, cotangent)), steps=steps)
+        along = tree.Raveler(cotangent).ravel(cotangent)
+        along = along if flat.basis is None else along @ flat.basis
+        return Pullback(raveler.unravel(torch.mv(tangents, along)), steps=steps)
 
     return flat.end.solution(params, pullback)

@@ -22,8 +22,8 @@ from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum, lanczos
 from bilevel.oracles import batching as batches
-from bilevel.oracles.folding import fold
 from bilevel.oracles.graph import NotRecordedError, Part, dependence, outputs_of
+from bilevel.oracles.graph_folding import fold
 from bilevel.oracles.recording import Recording, derivatives, flat, tensors, why
 
 Array = Any

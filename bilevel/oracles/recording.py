@@ -87,7 +87,7 @@ class Recording(ABC):
         self._steepness: list[float] = []
         self.ravelers = tree.Raveler(tree.copied(params)), tree.Raveler(tree.copied(hparams))
         x, u = self.given(params, hparams)
-        trees = x, x, u, *batches
+        trees = x, self.along(x), u, *batches
         generator = torch.Generator().manual_seed(0)
         # At other numbers than those of a run, and no two arguments one tensor.
         arguments = [_moved(leaf, generator) for leaf in tree.leaves(trees[:3])]
@@ -102,9 +102,13 @@ class Recording(ABC):
         """Return params and hyperparameters as the function takes them."""
         return params, hparams
 
+    def along(self, x: Tree) -> Tree:
+        """Return the form of v."""
+        return x
+
     @abstractmethod
     def oracle(self, problem: Any, x: Tree, v: Tree, u: Tree, *batches: Tree) -> list[Tensor]:
-        """Return by autograd what is recorded: the leaves of g, those of ``H' v`` for v shaped as x, and others."""
+        """Return by autograd what is recorded: the leaves of g, those of ``H' v``, and others."""
 
     @abstractmethod
     def split(self, module: fx.GraphModule, inputs: list[list[fx.Node]], outputs: list[fx.Node]) -> None:
@@ -124,7 +128,11 @@ class Recording(ABC):
         """Refuse a recording that gives other numbers here than autograd."""
         x, u = self.given(params, hparams)
         generator = torch.Generator().manual_seed(1)
-        v = tree.tree_map(lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf), x)
+
+        def drawn(leaf: Tensor) -> Tensor:
+            return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+        v = tree.tree_map(drawn, self.along(x))
         expected, count = self.oracle(problem, x, v, u, *batches), len(tensors(x))
         try:
             got = self.replay(*map(tensors, (x, v, u, *batches)))

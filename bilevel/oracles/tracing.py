@@ -9,7 +9,7 @@ is cut in two by what depends on v: a step makes the first half, and its derivat
 left behind or makes again.
 
 Repeated products at one point (`hvp`, `cross`: linear solves) and `jvp` stay with autograd, whose graph they share.
-`bilevel.oracles.cut` makes long runs on flat vectors of the same recording.
+`bilevel.oracles.recorded_kernels` makes long runs on flat vectors of the same recording.
 """
 
 from __future__ import annotations

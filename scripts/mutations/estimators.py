@@ -14,17 +14,17 @@ ESTIMATORS = (
     ),
     Break(
         "quadratic-by-its-products",
-        "bilevel/oracles/cut.py",
+        "bilevel/oracles/recorded_kernels.py",
         "return all(map(fits, nodes))",
         "return True",
-        "test_cut.py::test_losses_of_quadratic_pieces_are_no_quadratics",
+        "test_recorded_kernels.py::test_losses_of_quadratic_pieces_are_no_quadratics",
     ),
     Break(
         "quadratic-that-rounds",
-        "bilevel/oracles/cut.py",
+        "bilevel/oracles/recorded_kernels.py",
         "return False  # it rounds",
         "pass",
-        "test_cut.py::test_losses_of_quadratic_pieces_are_no_quadratics",
+        "test_recorded_kernels.py::test_losses_of_quadratic_pieces_are_no_quadratics",
     ),
     Break(
         "tasks-that-all-count-alike",
@@ -56,17 +56,17 @@ ESTIMATORS = (
     ),
     Break(
         "quadratic-without-a-number",
-        "bilevel/oracles/cut.py",
+        "bilevel/oracles/recorded_kernels.py",
         "if same_numbers(torch.addmv(linear, hessian, at), moved):",
         "if True:",
-        "test_cut.py::test_losses_of_quadratic_pieces_are_no_quadratics",
+        "test_recorded_kernels.py::test_losses_of_quadratic_pieces_are_no_quadratics",
     ),
     Break(
         "gradients-that-are-written-over",
         "bilevel/oracles/graph.py",
         "apart = node not in last and node not in outputs[1:]",
         "apart = True",
-        "test_cut.py::test_gradients_that_products_read_stay_as_they_are",
+        "test_recorded_kernels.py::test_gradients_that_products_read_stay_as_they_are",
     ),
     Break(
         "doubling-without-a-rule",

@@ -17,7 +17,7 @@ import bilevel as bl
 from bilevel.core import tree
 from bilevel.engine import lean
 from bilevel.inner.multistep import LinearMultistep
-from bilevel.oracles import cut
+from bilevel.oracles import recorded_kernels
 
 STEPS = 50
 X, Y, LABELS = normal(1, 30, 5), normal(2, 30), normal(3, 30, 3).argmax(1)
@@ -27,7 +27,7 @@ HALF = torch.tensor(0.5, dtype=F64)
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the first run be recorded."""
-    monkeypatch.setattr(cut, "WORTH", 0)
+    monkeypatch.setattr(recorded_kernels, "WORTH", 0)
 
 
 def logistic(w: Tensor, u: Tensor) -> Tensor:
@@ -110,6 +110,17 @@ def test_a_recorded_run_is_the_run_of_its_steps(name: str, method: str) -> None:
         agree(*(run(problem, solver, bl.TruncatedUnroll(9), moved, carry=ours.carry, check=False) for run in runs))
 
 
+@pytest.mark.parametrize("name", ["logistic", "network", "quadratic"])
+@pytest.mark.parametrize("method", METHODS)
+def test_recorded_derivatives_are_carried_along(name: str, method: str) -> None:
+    (problem, u), (solver, _) = PROBLEMS[name], METHODS[method]
+    run = problem, solver, bl.FullUnroll(mode="forward"), u
+    ours = bl.hypergradient(*run, check=False, on_failure="return")
+    assert ours.certificate.form == "recorded"
+    agree(ours, by_steps(*run, "return", check=False))
+    assert ours.cost.counts == by_steps(*run, "return", check=False).cost.counts
+
+
 def test_a_run_that_ends_where_its_gradient_is_rounding_is_recorded() -> None:
     problem, u = PROBLEMS["logistic"]
     solver = bl.GradientDescent(0.2, steps=3_000)
@@ -169,7 +180,7 @@ def test_losses_of_quadratic_pieces_are_no_quadratics(piece: str) -> None:
 def test_products_that_make_again_what_they_need_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (problem, u), (solver, _) = PROBLEMS[name], METHODS["nesterov"]
     expected = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False)
-    monkeypatch.setattr(cut, "HELD", 0)
+    monkeypatch.setattr(recorded_kernels, "HELD", 0)
     monkeypatch.setattr(lean, "WIDE", 1)
     ours = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False)
     torch.testing.assert_close(flat(ours.hypergradient), flat(expected.hypergradient), rtol=1e-13, atol=1e-15)
@@ -341,7 +352,7 @@ def test_params_and_hyperparameters_may_be_one_tensor_and_single_precision_is_ke
 
 
 def test_short_runs_are_recorded_once_their_sum_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "WORTH", 150)
+    monkeypatch.setattr(recorded_kernels, "WORTH", 150)
     problem, u = bl.BilevelProblem(logistic, outer, normal(8, 5)), normal(9, 5) - 2.0
     said = [bl.hypergradient(problem, DESCENT, bl.FullUnroll(), u, check=False).certificate.form for _ in range(3)]
     assert said == ["step by step", "step by step", "recorded"]

@@ -12,8 +12,8 @@ from helpers import F64, normal
 from torch import Tensor
 from torch.nn import functional
 
-from bilevel.oracles.folding import fold
 from bilevel.oracles.graph import record
+from bilevel.oracles.graph_folding import fold
 
 X, S, C = normal(1, 6, 4), normal(2, 6).sign(), normal(3, 4)
 M = 2.0 * torch.eye(4, dtype=F64)
@@ -59,7 +59,7 @@ def test_folded_operations_give_the_same_numbers(name: str) -> None:
 
 
 def test_matrices_that_are_large_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bilevel.oracles.folding.LARGEST", 10)
+    monkeypatch.setattr("bilevel.oracles.graph_folding.LARGEST", 10)
     module = record(lambda v: [functional.softplus(S * (X @ v))], [normal(4, 4)])
     levels = {node: 0 if node.op == "get_attr" else 2 for node in module.graph.nodes}
     fold(module.graph, levels)

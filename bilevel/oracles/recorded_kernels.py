@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from bilevel.core import tree
+from bilevel.core.autograd import vector_jacobian
 from bilevel.core.tree import Tree
-from bilevel.oracles.folding import fold
 from bilevel.oracles.graph import Part, between, dependence, outputs_of
+from bilevel.oracles.graph_folding import fold
 from bilevel.oracles.kernels import Kernels
 from bilevel.oracles.recording import Recording, derivatives, flat, same_numbers, tensors, why
 
@@ -35,6 +36,8 @@ STACK = 2**17
 """Numbers in the largest stack that sums of ``C' v`` make."""
 FEW = 16
 """Points of a stack below which one after the other is quicker."""
+MOST = 2**18
+"""Numbers that derivatives by all hyperparameters may have; beyond that forward mode takes them one by one."""
 DENSE = 300
 """Numbers in params up to which the Hessian of a quadratic loss is made."""
 aten = torch.ops.aten
@@ -135,6 +138,51 @@ def _affine(nodes: Sequence[fx.Node], depends: dict[fx.Node, int], x: fx.Node) -
     return all(map(fits, nodes))
 
 
+class Tangents(Recording):
+    """The recording of g and, with a row t of v for each hyperparameter and its unit e, ``H t + C e``, H symmetric."""
+
+    def given(self, params: Tree, hparams: Tree) -> tuple[Tree, Tree]:
+        return self.ravelers[0].ravel(params), hparams
+
+    def along(self, x: Tree) -> Tree:
+        return x.expand(self.ravelers[1].size, -1)
+
+    def oracle(self, problem: Any, x: Tree, v: Tree, u: Tree, *batches: Tree) -> list[Tensor]:
+        at, hparams = tree.attach(self.ravelers[0].unravel(x)), tree.attach(u)
+        stacked = tree.Raveler(tree.tree_map(lambda leaf: leaf.expand(len(v), *leaf.shape), at), batched=True)
+        with torch.enable_grad():
+            gradient = tree.leaves(problem.on_batch(*batches).gradient_graph(at, hparams))
+            # C' y is linear in y: its derivative by y is C.
+            y = [torch.zeros_like(each).requires_grad_() for each in gradient]
+            cross = flat(vector_jacobian(gradient, tree.leaves(hparams), y, create_graph=True))
+            moves = _by_rows([cross], y, [torch.eye(len(cross)).to(cross)])
+            products = _by_rows(gradient, tree.leaves(at), tree.leaves(stacked.unravel(v)))
+        rows = [(a + b).reshape(len(cross), -1) for a, b in zip(products, moves, strict=True)]
+        return [flat(gradient).detach(), torch.cat(rows, 1)]
+
+    def split(self, module: fx.GraphModule, inputs: list[list[fx.Node]], outputs: list[fx.Node]) -> None:
+        x, v, u, batch = inputs
+        takes = dependence(module, dict.fromkeys(u, U) | dict.fromkeys([*x, *v, *batch], X))
+        calls = [node for node in module.graph.nodes if node.op == "call_function"]
+        once = [node for node in calls if not takes[node] & ~U and any(takes[user] & ~U for user in node.users)]
+        self._once = Part(module, [], u, once)
+        self._push = Part(module, [*once, *u], [*x, *v, *batch], outputs)
+
+    def function(self, hparams: list[Tensor]) -> Callable[..., Any]:
+        """Return (x, v, *batch) -> what is recorded."""
+        return self._push.function(*self._once.function()(*hparams), *hparams)
+
+    def replay(self, x: list[Tensor], v: list[Tensor], u: list[Tensor], *batches: list[Tensor]) -> Sequence[Tensor]:
+        made: Sequence[Tensor] = self.function(u)(*x, *v, *batches[0])
+        return made
+
+
+def _by_rows(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor]:
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, is_grads_batched=True, retain_graph=True, materialize_grads=True
+    )
+
+
 class CutKernels(Kernels):
     """The kernels of a bound problem by the parts of its recording.
 
@@ -144,11 +192,15 @@ class CutKernels(Kernels):
         steps: of the run.
         first: the index of its first step, whose batch it sees where steps have batches of their own.
         held: of how many steps at once products are still to come.
+        tangents: the recording for forward mode.
     """
 
     form = "recorded"
 
-    def __init__(self, cut: Cut, inner: Any, steps: int, first: int, held: int) -> None:
+    def __init__(
+        self, cut: Cut, inner: Any, steps: int, first: int, held: int, tangents: Tangents | None = None
+    ) -> None:
+        self._moved = None if tangents is None else tangents.function(tensors(inner.hparams))
         self.cut, self.inner, self._first, self._next, self._last = cut, inner, first, first, first + steps - 1
         problem, leaves = inner.problem, tensors(inner.hparams)
         bound = cut.bound(leaves)
@@ -192,6 +244,10 @@ class CutKernels(Kernels):
         else:
             self._product(v, at[0], *(self._drawn(at[1]) if self._sampled else self._batch), out)
 
+    def push(self, x: Tensor, out: Tensor) -> None:
+        assert self._moved is not None
+        out[0], out[1:] = self._moved(x[0], x[1:], *self._batch)
+
     def _drawn(self, index: int) -> list[Tensor]:
         return self.cut.tensors(self.inner.problem.on_step(index).minibatch)
 
@@ -215,7 +271,7 @@ class CutKernels(Kernels):
         self.cut.confirm(x, again, gradient)
 
 
-def recorded(inner: Any, params: Tree, first: int, steps: int, held: int) -> CutKernels | None:
+def recorded(inner: Any, params: Tree, first: int, steps: int, held: int, forward: bool = False) -> CutKernels | None:
     """Return the kernels of a loss as it is written; None for losses with kernels of their own, and where none pay.
 
     Where the loss cannot be recorded, ``inner.refused`` says why.
@@ -226,6 +282,7 @@ def recorded(inner: Any, params: Tree, first: int, steps: int, held: int) -> Cut
         first: the index of its first step.
         steps: how many it takes.
         held: of how many steps at once products are still to come.
+        forward: whether derivatives by all hyperparameters are carried along.
     """
     problem, traces, leaves = inner.problem, inner.problem.traces, tree.leaves(params)
     alike = len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1 and leaves[0].is_floating_point()
@@ -238,7 +295,12 @@ def recorded(inner: Any, params: Tree, first: int, steps: int, held: int) -> Cut
     try:
         if problem.traced_inner is None:
             return None
-        return CutKernels(traces.begin(Cut, view, params, inner.hparams, view.minibatch), inner, steps, first, held)
+        arguments, tangents = (view, params, inner.hparams, view.minibatch), None
+        if forward:
+            if view is not problem or not problem.symmetric or tree.size(params) * tree.size(inner.hparams) > MOST:
+                return None
+            tangents = traces.begin(Tangents, *arguments)
+        return CutKernels(traces.begin(Cut, *arguments), inner, steps, first, held, tangents)
     except Exception as error:
         inner.refused = why(error)
         return None
