@@ -167,4 +167,25 @@ LOOPS = (
         "return stopped",
         "test_outer.py::test_a_run_says_where_a_constant_predicts_better_and_where_one_row_makes_the_loss",
     ),
+    Break(
+        "preconditioner-not-renewed",
+        "bilevel/outer/single_loop.py",
+        "if far > RENEWED and",
+        "if far > 1e9 and",
+        "test_single_loop.py::test_preconditioned_steps_are_the_formulas_and_the_preconditioner_is_never_far",
+    ),
+    Break(
+        "first-squares-of-a-single-loop-zero",
+        "bilevel/outer/single_loop.py",
+        "tiny = leaves[0].new_full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny)",
+        "tiny = leaves[0].new_zeros(u.shape[0])",
+        "test_single_loop.py::test_features_that_are_zero_or_the_same_are_no_obstacle",
+    ),
+    Break(
+        "default-adam-without-bias-correction",
+        "bilevel/outer/adam.py",
+        "(1.0 - second**count) ** 0.5",
+        "1.0",
+        "test_adam.py::test_the_default_adam_is_that_of_torch_to_the_bit",
+    ),
 )
