@@ -65,6 +65,23 @@ def test_every_row_is_predicted_by_one_newton_step_without_it(
     assert evaluation.value == pytest.approx(losses.mean(), rel=1e-8)
 
 
+@pytest.mark.parametrize(("loss", "rows", "features"), [(Huber(1.0), 40, 60), (SquaredHinge(), 400, 40)])
+def test_models_of_losses_with_kinks_are_found_at_weak_penalties(loss: GLMLoss, rows: int, features: int) -> None:
+    rng = np.random.default_rng(1)
+    X = rng.standard_normal((rows, features))
+    z = 6.0 * X @ rng.standard_normal(features) / features**0.5 + 0.3 * rng.standard_normal(rows)
+    data = LinearData.of(X, np.where(z > 0, 1, 0) if isinstance(loss, SquaredHinge) else z, loss=loss)
+    criterion, warm = ApproximateLeaveOneOut(data, loss, Penalties.feature(features)), None
+    for value in (3.0, 0.0, -3.0, -8.0, -2.0):
+        u = value + 0.3 * np.sin(np.arange(features))
+        warm = criterion.evaluate(u, warm).warm
+        fit = criterion.refit(u, warm)
+        slopes = data.weights * loss.slope(fit.predict(torch.from_numpy(X)), data.y)
+        # With the columns in the units that penalties are in.
+        parts = torch.from_numpy(X / data.scale.numpy()).T @ slopes, torch.from_numpy(np.exp(u)) * fit.coef * data.scale
+        assert float((parts[0] + parts[1]).norm()) < 1e-6 * float(slopes.abs().sum()) + 1e-9
+
+
 @pytest.mark.parametrize(("rows", "features"), [(40, 5), (18, 26)])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 def test_derivatives_are_those_of_central_differences(loss: GLMLoss, rows: int, features: int) -> None:
