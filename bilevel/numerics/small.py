@@ -95,7 +95,7 @@ def norm(x: Any) -> Any:
     """Return the root of the sum of squares: of an array a number, of a tensor one."""
     if isinstance(x, Tensor):
         return torch.linalg.vector_norm(x)
-    flat = x.reshape(-1)
+    flat = x if x.ndim == 1 else x.reshape(-1)
     return math.sqrt(flat.dot(flat))
 
 
