@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bilevel.curse.draws import Draw
 from bilevel.engine.estimator import HypergradEstimator, Run
-from bilevel.engine.extrapolation import OMEGA as WEIGHT
 from bilevel.hypergrad import AdaptiveUnroll, BalancedImplicit, Implicit, hypergradient
+from bilevel.hypergrad.extrapolation import OMEGA as WEIGHT
 from bilevel.linear import CG
 from bilevel.theory import optimal_truncation
 

@@ -27,7 +27,7 @@ from bilevel.engine.affine import Stretch
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.lean import Plan
 from bilevel.engine.loop import Looks, conclude
-from bilevel.engine.recurrence import ReadsIterateError
+from bilevel.inner.coefficients import ReadsIterateError
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.graph import NotRecordedError
 from bilevel.oracles.inner_problem import InnerProblem
@@ -37,21 +37,45 @@ CHUNK, FEWEST, FIRST, LONGEST = 16_384, 32, 256, 512
 """A run to a tolerance makes at first so many numbers at once, but so many steps at least, and at most; later."""
 
 
+class Tail:
+    """The last steps of a run, by stretches, each with the vectors that it begins from."""
+
+    def __init__(self) -> None:
+        self.stretches: list[tuple[Stretch, Tensor]] = []
+
+    @property
+    def count(self) -> int:
+        """The steps."""
+        return sum(stretch.count for stretch, _ in self.stretches)
+
+    def forget_before(self, count: int) -> None:
+        """Drop the stretches before the last `count` steps."""
+        spare = self.count - count
+        while self.stretches and spare >= self.stretches[0][0].count:
+            spare -= self.stretches.pop(0)[0].count
+
+    def cut(self, count: int) -> None:
+        """Leave the last `count` steps alone."""
+        self.forget_before(count)
+        if (spare := self.count - count) > 0:
+            first, _ = self.stretches[0]
+            first.cut(spare, first.count)
+
+
 @dataclass
 class Flat:
-    """A run on flat vectors: how it has ended, and its last steps, each stretch with what it begins from."""
+    """A run on flat vectors: how it has ended, and the steps that are differentiated."""
 
     end: InnerRun
-    swept: list[tuple[Stretch, Tensor]]
+    tail: Tail
     last: Tensor
     """The stored vectors at the end, ([rows,] p, m), and what is carried along with them."""
     basis: Tensor | None
     """That of the kernels."""
 
-    @property
-    def tail(self) -> int:
-        """The steps that are differentiated."""
-        return sum(stretch.count for stretch, _ in self.swept)
+
+class _NotFiniteError(Exception):
+    """Steps that overflow: one after the other they say which of them does."""
 
 
 @torch.no_grad()
@@ -98,7 +122,7 @@ def flat_run(
             found = taken(inner, plan, limit, length, at_least, kept)
         except NotRecordedError as reason:
             inner.refused = str(reason)
-        except ReadsIterateError:  # not at the first step
+        except (_NotFiniteError, ReadsIterateError):  # numbers that are not known in advance at a later step
             pass
     if recording is not None and found is not None:
         end = found.end.state.params
@@ -116,13 +140,12 @@ def flat_run(
 
 def _by_count(
     inner: InnerProblem, plan: Plan, steps: int, length: Callable[[int], int], at_least: int, kept: bool
-) -> Flat | None:
-    tail, s = min(length(steps), steps), plan.begin
-    swept: list[tuple[Stretch, Tensor]] = []
-    for stretch in plan.between(0, steps - tail):
+) -> Flat:
+    idle, s, tail = steps - min(length(steps), steps), plan.begin, Tail()
+    for stretch in plan.between(0, idle):
         s = stretch.forward(s, False)
-    for stretch in plan.between(steps - tail, steps, short=not kept):
-        swept.append((stretch, s))
+    for stretch in plan.between(idle, steps, short=not kept):
+        tail.stretches.append((stretch, s))
         s = stretch.forward(s, True)
         if not kept:
             stretch.forget()
@@ -130,64 +153,62 @@ def _by_count(
     for powers in chain.from_iterable(plan.powers.values()):
         sound = sound & powers.finite
     if not bool(sound):
-        return None
+        raise _NotFiniteError
     inner.counts["gradient"] += steps
-    state = plan.state(s, steps)
-    return Flat(conclude(inner, plan.solver, plan.first, state, steps), swept, s, plan.basis)
+    end = conclude(inner, plan.solver, plan.first, plan.state(s, steps), steps)
+    return Flat(end, tail, s, plan.basis)
 
 
 def _to_tolerance(
     inner: InnerProblem, plan: Plan, limit: int, length: Callable[[int], int], at_least: int, kept: bool
-) -> Flat | None:
+) -> Flat:
     """Make steps by chunks, and look at all residuals of a stretch at once: at those that steps would look at."""
-    solver, first, s = plan.solver, plan.first, plan.begin
+    solver, first, s, tail = plan.solver, plan.first, plan.begin, Tail()
     _, tol = solver.limits(s.dtype)
     assert tol is not None
     every = max(solver.traits.check_every, check_interval(s.device))
-    looks, most = Looks(inner, solver, first, tol, at_least), length(limit)
-    swept: list[tuple[Stretch, Tensor]] = []
-    end, taken, held = looks.end_at(float(looks.start), 0, first, first), 0, 0
+    looks = Looks(inner, solver, first, tol, at_least)
+    end, taken, at_iterates = looks.end_at(float(looks.start), 0, first, first), 0, True
     equal = plan.kernels.affine is not None and solver.traits.stationary_from is not None
     chunk = min(FIRST, max(2 * FEWEST, CHUNK // s.numel())) if equal else FEWEST
     while end is None and taken < limit:
         for stretch in plan.between(taken, min(limit, taken + chunk)):
-            swept.append((stretch, s))
+            tail.stretches.append((stretch, s))
             s = stretch.forward(s, True)
-            held += stretch.count
-            while len(swept) > 1 and held - swept[0][0].count - stretch.count >= most:
-                held -= swept.pop(0)[0].count
+            # Not after the last of all steps, whose end is looked at anyway.
             after = range(every - taken % every, stretch.count + (taken + stretch.count < limit), every)
-            residuals = stretch.residuals(after).cpu().numpy() if after else np.empty(0)
-            for index in looks.that_may_end(residuals, taken + np.array(after)):
-                count, residual = after[index], float(residuals[index])
-                if not math.isfinite(residual):
-                    return None
-                states = [plan.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]
-                if (end := looks.end_at(residual, taken + count, *states)) is not None:
-                    stretch.cut(0, count)
-                    s = stretch.vectors(count).to(s.dtype)
-                    break
-            taken += stretch.count
+            end = _first_end(looks, plan, stretch, taken, after)
+            s = s if end is None else stretch.vectors(stretch.count).to(s.dtype)
+            taken, at_iterates = taken + stretch.count, at_iterates and stretch.at_iterates
+            tail.forget_before(length(limit))
             if not kept:
                 stretch.forget()
             if end is not None:
                 break
         chunk = min(2 * chunk, LONGEST)
     # A look takes a gradient of its own, unless the step from there takes the same one.
-    own = 0 if all(stretch.at_iterates for stretch, _ in swept) else len(range(every, taken, every))
+    own = 0 if at_iterates else len(range(every, taken, every))
     # The first look has counted the gradient of the first step, where that is taken at the very params.
     known = taken > 0 and plan.point is first.params
     inner.counts["gradient"] += taken + own - known
     if end is None:
         end = looks.conclude(plan.state(s, taken), taken)
         if not math.isfinite(end.residual):
-            return None
+            raise _NotFiniteError
     inner.grad(end.state.params)
-    tail = min(length(max(taken, 1)), taken)
-    spare = sum(stretch.count for stretch, _ in swept) - tail
-    last = s.clone()  # a view would hold all steps
-    while swept and spare >= swept[0][0].count:
-        spare -= swept.pop(0)[0].count
-    if spare:
-        swept[0][0].cut(spare, swept[0][0].count)
-    return Flat(end, swept, last, plan.basis)
+    tail.cut(min(length(max(taken, 1)), taken))
+    return Flat(end, tail, s.clone(), plan.basis)  # a view would hold all steps
+
+
+def _first_end(looks: Looks, plan: Plan, stretch: Stretch, taken: int, after: range) -> InnerRun | None:
+    """Return how the run ends in a stretch, which is then cut there; None where it goes on."""
+    residuals = stretch.residuals(after).cpu().numpy() if after else np.empty(0)
+    for index in looks.that_may_end(residuals, taken + np.array(after)):
+        count, residual = after[index], float(residuals[index])
+        if not math.isfinite(residual):
+            raise _NotFiniteError
+        states = [plan.state(stretch.vectors(k), taken + k) for k in (count - 1, count)]
+        if (end := looks.end_at(residual, taken + count, *states)) is not None:
+            stretch.cut(0, count)
+            return end
+    return None

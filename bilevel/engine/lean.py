@@ -29,8 +29,7 @@ from bilevel.base import InnerState
 from bilevel.core import tree
 from bilevel.core.tree import Tree
 from bilevel.engine.affine import AT_ONCE, Doubled, Powers, Stretch, block, doubles
-from bilevel.engine.recurrence import Numbers, ReadsIterateError, schedule
-from bilevel.inner.coefficients import Coefficients
+from bilevel.inner.coefficients import Coefficients, Numbers, ReadsIterateError, schedule
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.kernels import Affine, Kernels, Pushed, Stepped
 
@@ -43,19 +42,19 @@ SHORTEST = 128
 class Steps(Stretch):
     """Steps one after the other."""
 
-    def __init__(self, kernels: Stepped, numbers: list[Coefficients], whole: bool = True) -> None:
-        self.kernels, self.count, self.whole = kernels, len(numbers), whole
-        """`whole`: whether all vectors stay, or only the points of gradients, which a sweep needs."""
+    def __init__(self, kernels: Stepped, numbers: list[Coefficients], keeps_all: bool = True) -> None:
+        self.kernels, self.count, self.keeps_all = kernels, len(numbers), keeps_all
+        """`keeps_all`: whether all vectors stay, or only the points of gradients, which a sweep needs."""
         distinct = numbers[:1] if all(one is numbers[0] for one in numbers) else numbers
         self.read, self.write, self.mix = (
             np.array([getattr(each, name) for each in distinct]).repeat(self.count // len(distinct), axis=0)
             for name in ("read", "write", "mix")
         )
-        self.looked, self.written = _alone(self.read), _alone(self.write)
-        """The stored vector that the gradient is taken at, and the one that it goes to; None: several."""
-        if self.looked is not None and not bool((self.read[:, self.looked] == 1.0).all()):
-            self.looked = None
-        self.at_iterates = self.looked == 0
+        self.read_at, self.written_to = _alone(self.read), _alone(self.write)
+        """The stored vector at which all gradients are taken, and the one that they go to; None: a sum of several."""
+        if self.read_at is not None and not bool((self.read[:, self.read_at] == 1.0).all()):
+            self.read_at = None
+        self.at_iterates = self.read_at == 0
         self.held: tuple[Any, Any] | None = None
         self.blocks: Tensor | None = None
         self.points: Tensor | None = None
@@ -63,38 +62,39 @@ class Steps(Stretch):
 
     def forward(self, s: Tensor, keep: bool) -> Tensor:
         p, m = s.shape
-        own = int(self.looked is None)
-        whole = keep and self.whole
+        own = int(self.read_at is None)
+        whole = keep and self.keeps_all
+        # All blocks, or two of which each step reads one and writes the other.
         blocks = s.new_empty(self.count + 1 if whole else 2, 1 + own + p, m)
-        apart = s.new_empty(self.count if keep and not whole else 0, m)
         blocks[0, 1 + own :] = s
-        places = self.kernels.places(self.count if keep else 1)
-        slots = _each(places)
-        wholes, gradients, points = blocks.unbind(0), self._shaped(blocks[:, 0]), self._shaped(self._points(blocks))
-        vectors, looks = blocks[:, 1 + own :].unbind(0), blocks[:, 1:2].unbind(0) if own else ()
+        turns = 1 if whole else self.count
+        wholes, vectors, looks = ([*part.unbind(0)] * turns for part in (blocks, blocks[:, 1 + own :], blocks[:, 1:2]))
+        gradients, points = ([*self._shaped(part)] * turns for part in (blocks[:, 0], self._points(blocks)))
+        apart = s.new_empty(self.count if keep and not whole else 0, m)
+        copies, places = self._shaped(apart), self.kernels.places(self.count if keep else 1)
+        slots = [*_each(places)] * (1 if keep else self.count)
         matrices, reads = self.held[0] if self.held else self._there(s)
-        gradient, mm, last, copies = self.kernels.gradient, torch.mm, 0, self._shaped(apart)
+        gradient, mm = self.kernels.gradient, torch.mm
         for k in range(self.count):
-            here, last = (k, k + 1) if whole else (k & 1, 1 - (k & 1))
             if own:
-                mm(reads[k], vectors[here], out=looks[here])
-            point = copies[k].copy_(points[here]) if copies else points[here]
-            gradient(point, slots[k] if keep else slots[0], gradients[here])
-            mm(matrices[k], wholes[here], out=vectors[last])
+                mm(reads[k], vectors[k], out=looks[k])
+            point = copies[k].copy_(points[k]) if copies else points[k]
+            gradient(point, slots[k], gradients[k])
+            mm(matrices[k], wholes[k], out=vectors[k + 1])
         if keep:
             self.blocks, self.places = blocks, places
             self.points = self._points(blocks)[:-1] if whole else apart
-        return vectors[last].clone()
+        return vectors[self.count].clone()
 
     def backward(self, a: Tensor) -> tuple[Tensor, Tree]:
         assert self.points is not None
         p, m = a.shape
-        kernels, own = cast(Kernels, self.kernels), int(self.written is None)
+        kernels, own = cast(Kernels, self.kernels), int(self.written_to is None)
         at = _each(kernels.at(self.places))
         # The block of step k is at k + 1, so that the first step has one to write into.
         back = a.new_empty(self.count + 1, 1 + own + p, m)
         back[-1, 1 + own :] = a
-        sums = back[:, 1 + (self.written or 0)]
+        sums = back[:, 1 + (self.written_to or 0)]
         wholes, into, cotangents = back.unbind(0), self._shaped(back[:, 0]), self._shaped(sums)
         vectors, gathered = back[:, 1 + own :].unbind(0), back[:, 1:2].unbind(0) if own else ()
         matrices, writes, factors = self.held[1] if self.held else self._back(a)
@@ -112,15 +112,15 @@ class Steps(Stretch):
 
     def _there(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return the matrices of the steps, and the weights of the points where they are asked for."""
-        own = int(self.looked is None)
+        own = int(self.read_at is None)
         rows = np.insert(self.mix, [0] * own, 0.0, axis=2)
         matrices = _unbound(np.concatenate([self.write[:, :, None], rows], axis=2), like)
         return matrices, _unbound(self.read[:, None, :], like) if own else []
 
     def _back(self, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
         """Return the same of the steps back, and the factors of the gradients' cotangents."""
-        own = int(self.written is None)
-        factors = np.ones(self.count) if self.written is None else self.write[:, self.written]
+        own = int(self.written_to is None)
+        factors = np.ones(self.count) if self.written_to is None else self.write[:, self.written_to]
         columns = np.insert(self.mix.transpose(0, 2, 1), [0] * own, 0.0, axis=2)
         matrices = _unbound(np.concatenate([factors[:, None, None] * self.read[:, :, None], columns], axis=2), like)
         return matrices, _unbound(self.write[:, None, :], like) if own else [], _factors(factors, like)
@@ -152,7 +152,7 @@ class Steps(Stretch):
 
     def _points(self, blocks: Tensor) -> Tensor:
         """Return where the gradients of blocks are taken."""
-        return blocks[:, 1 + (self.looked or 0)]
+        return blocks[:, 1 + (self.read_at or 0)]
 
     def _shaped(self, rows: Tensor) -> Sequence[Tensor]:
         """Return rows one by one, as the kernels take them."""
@@ -189,10 +189,10 @@ class Descents(Steps):
         return cast(list[float], (-self.write[:, 0]).tolist())
 
 
-def steps(kernels: Stepped, numbers: list[Coefficients], whole: bool = True, looked: bool = False) -> Steps:
-    """Return the steps of some numbers; `looked` says whether the residuals of their iterates are asked for."""
-    descents = not looked and all(one.read == (1.0,) and one.mix == ((1.0,),) for one in numbers)
-    return (Descents if descents else Steps)(kernels, numbers, whole)
+def steps(kernels: Stepped, numbers: list[Coefficients], keeps_all: bool = True, with_residuals: bool = False) -> Steps:
+    """Return the steps of some numbers; `with_residuals`: whether those of their iterates are asked for."""
+    descents = not with_residuals and all(one.read == (1.0,) and one.mix == ((1.0,),) for one in numbers)
+    return (Descents if descents else Steps)(kernels, numbers, keeps_all)
 
 
 def _alone(weights: NDArray[np.float64]) -> int | None:
@@ -232,8 +232,8 @@ class Plan:
         self.basis = kernels.basis
         s = s if self.basis is None else s @ self.basis
         self.size = s.shape[-1]
-        self.looked = solver.limits(s.dtype)[1] is not None
-        self.whole = self.size < WIDE or self.looked
+        self.with_residuals = solver.limits(s.dtype)[1] is not None
+        self.keeps_all = self.size < WIDE or self.with_residuals
         self.kernels: Stepped = Pushed(kernels, self.size) if directions else kernels
         self.begin = torch.cat([s, s.new_zeros(s.shape[0], directions * self.size)], dim=1) if directions else s
         """The stored vectors at the start, ([rows,] p, m), and beside them their derivatives in so many directions."""
@@ -292,7 +292,7 @@ class Plan:
                 continue
             every = (numbers[0] for numbers, count in group for _ in range(count))
             while some := list(islice(every, longest)):
-                yield steps(self.kernels.from_step(low), some, self.whole, self.looked)
+                yield steps(self.kernels.from_step(low), some, self.keeps_all, self.with_residuals)
                 low += len(some)
 
     def _doubles(self, numbers: Numbers, count: int) -> bool:

@@ -17,7 +17,6 @@ from bilevel.core import tree
 from bilevel.core.device import check_interval, to_floats
 from bilevel.core.status import StepFailure
 from bilevel.core.tree import Tree
-from bilevel.engine.expansion import watched
 from bilevel.engine.judge import LOOK, InnerRun, failed_step, judge, not_finite
 from bilevel.engine.kinks import FALLEN, STALLED, kinked
 from bilevel.engine.rows_loop import conclude_rows, run_rows
@@ -186,7 +185,7 @@ def _ended(
     if goal is not None and goal.reached(residual, solver.params(state)):
         return InnerRun(state, residual, taken, goal.verdict(residual, taken))
     verdict = judge(inner, solver, first, state, begun, residual, taken, goal.tol if goal else None, floor)
-    return InnerRun(state, residual, taken, watched(verdict, inner, solver, state, (begun, residual), taken))
+    return InnerRun(state, residual, taken, verdict)
 
 
 def _norm(inner: InnerProblem, solver: InnerSolver, state: InnerState) -> Tensor:

@@ -23,7 +23,7 @@ from bilevel.base import InnerSolver, InnerState, Pullback, Variables
 from bilevel.core import tree
 from bilevel.core.status import GOOD, StepFailure, Verdict
 from bilevel.core.tree import Tree
-from bilevel.engine.extrapolation import ADJOINT_ORDERS, OMEGA, best, counted, reduced_rank
+from bilevel.hypergrad.extrapolation import ADJOINT_ORDERS, OMEGA, best, counted, reduced_rank
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.inner_problem import InnerProblem
 

@@ -10,7 +10,10 @@ from bilevel.core import tree
 from bilevel.core.options import is_bool, is_positive, option, optional, or_auto, require
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
-from bilevel.engine.extrapolation import (
+from bilevel.engine.judge import InnerRun
+from bilevel.engine.loop import run_inner
+from bilevel.hypergrad.adaptive_sweep import SAFEGUARDS, Point, TailPullback
+from bilevel.hypergrad.extrapolation import (
     OMEGA,
     SWEEP_ORDERS,
     Budget,
@@ -21,9 +24,6 @@ from bilevel.engine.extrapolation import (
     reduced_rank,
     with_steps,
 )
-from bilevel.engine.judge import InnerRun
-from bilevel.engine.loop import run_inner
-from bilevel.hypergrad.adaptive_sweep import SAFEGUARDS, Point, TailPullback
 from bilevel.hypergrad.tail import check_length, is_tail, length_of, refuse_fixed
 from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.problem import BilevelProblem
@@ -41,7 +41,7 @@ class AdaptiveUnroll(HypergradEstimator):
     tail buys more steps: with ``K = floor(T / (1 + omega))`` the steps of a full unroll and N of them not
     differentiated, ``K(N) = K + floor(omega N)`` (Mehmood et al. 2026, section 4.3). It takes the place of
     ``solver.steps``; a tolerance still ends the run early. ``tail="auto"`` steps forward until two computable terms of
-    the error cross (`bilevel.engine.extrapolation.Crossing`) and sweeps with the rest. Without a budget, it
+    the error cross (`bilevel.hypergrad.extrapolation.Crossing`) and sweeps with the rest. Without a budget, it
     differentiates the whole run, of which all states are kept, and returns the tail that is closest to the extrapolated
     derivative; with a tolerance, at least 50 steps are taken.
 

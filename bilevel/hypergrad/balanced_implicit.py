@@ -14,11 +14,11 @@ from bilevel.core.options import is_int, is_not_negative, is_positive, option, o
 from bilevel.core.status import Status, Verdict
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
-from bilevel.engine.extrapolation import OMEGA, Budget, Record, discount_doubt, with_steps
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
 from bilevel.hypergrad.adaptive_sweep import TailPullback
 from bilevel.hypergrad.balanced_run import FINISH, FLOOR, LEAST, PAUSE, Balance
+from bilevel.hypergrad.extrapolation import OMEGA, Budget, Record, discount_doubt, with_steps
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
 
 TRUST = 0.5

@@ -22,7 +22,7 @@ from bilevel.core import tree
 from bilevel.core.cost import WEIGHTS
 from bilevel.core.device import to_floats
 from bilevel.core.tree import Tree
-from bilevel.engine.extrapolation import ITERATE_ORDERS, Budget, Record, reduced_rank
+from bilevel.hypergrad.extrapolation import ITERATE_ORDERS, Budget, Record, reduced_rank
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
 from bilevel.oracles.problem import BilevelProblem

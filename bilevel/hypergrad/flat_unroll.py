@@ -21,7 +21,7 @@ def unrolled(run: Run, length: Callable[[int], int], at_least: int = 1, kept: bo
     if flat is None:
         return None
     run.meter.sample()
-    state, tail, size = flat.end.state, flat.tail, inner.problem.batch
+    state, tail, size = flat.end.state, flat.tail.count, inner.problem.batch
 
     @torch.no_grad()
     def pullback(cotangent: Tree) -> Pullback:
@@ -29,7 +29,7 @@ def unrolled(run: Run, length: Callable[[int], int], at_least: int = 1, kept: bo
         along = tree.Raveler(cotangent, batched=size is not None).ravel(cotangent)
         a.select(-2, 0).copy_(along if flat.basis is None else along @ flat.basis)
         total: Tree = None
-        for stretch, begin in reversed(flat.swept):
+        for stretch, begin in reversed(flat.tail.stretches):
             if not kept:
                 stretch.forward(begin, True)
             a, part = stretch.backward(a)

@@ -6,7 +6,7 @@ coordinate by coordinate in the eigenbasis of A, and so does their derivative:
     x_K = Q z_K(lam, b),   lam = a + s(u):      u' = (ds/du)' sum_i w_i dz_i/dlam_i + ...,   w = Q' cotangent
 
 Gradient descent has ``z_K = r^K z_0 - h b (1 - r^K) / (1 - r)``, r = 1 - h lam, in closed form; the other methods run
-their own recurrence on the spectrum (`bilevel.engine.recurrence`). The residual polynomials are those of
+their own recurrence on the spectrum (`bilevel.hypergrad.recurrence`). The residual polynomials are those of
 Scieur et al. 2022, section 2.
 """
 
@@ -23,8 +23,8 @@ from bilevel.core.options import option, optional
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.loop import conclude
-from bilevel.engine.recurrence import unroll
 from bilevel.hypergrad.eigenbasis_sweep import Sweep, outer_at, stacked
+from bilevel.hypergrad.recurrence import unroll
 from bilevel.hypergrad.tail import check_length, is_tail, length_of
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import Eigenbasis

@@ -30,7 +30,7 @@ from bilevel.engine.checkpointing import CheckpointedStates
 from bilevel.engine.estimator import HypergradEstimator, Run
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.loop import run_inner
-from bilevel.engine.rows_sweep import RowStates, swept_rows
+from bilevel.engine.rows_loop import RowStates, swept_rows
 from bilevel.hypergrad.adaptive_unroll import AdaptiveUnroll
 from bilevel.hypergrad.flat_unroll import pushed, unrolled
 from bilevel.hypergrad.tail import check_length, is_tail, length_of, refuse_fixed

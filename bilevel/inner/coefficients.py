@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -156,3 +156,41 @@ class RowwiseMultistep(CoefficientStep):
             # A member without numbers of its own must not go on with another's: its first step makes it NaN.
             tables.append(table if ok else [replace(one, write=(math.nan,) * len(one.write)) for one in table])
         self.numbers.extend(Coefficients.of_rows(each, like) for each in zip(*tables, strict=True))
+
+
+Numbers: TypeAlias = tuple[Coefficients, ...]
+"""The numbers of one step: of all elements of a batch alike, or one for each."""
+Part: TypeAlias = tuple[Numbers, int]
+"""Steps that share their numbers, and how many they are."""
+
+
+class ReadsIterateError(ValueError):
+    """Coefficients that depend on the iterate: those of no linear method."""
+
+
+def schedule(solver: CoefficientStep, states: Sequence[InnerState], first: int, last: int) -> Iterator[Part]:
+    """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count.
+
+    They are asked for without an iterate; ReadsIterateError says that they depend on it.
+    """
+
+    def numbers(index: int) -> Numbers:
+        at = [InnerState(None, (), state.steps + index, state.measured) for state in states]
+        try:
+            return tuple(map(solver.coefficients, at))
+        except (AttributeError, TypeError) as error:
+            raise ReadsIterateError(
+                f"{type(solver).__name__}.coefficients fails without an iterate ({error}), and with one they are those "
+                "of no linear method: use FullUnroll()."
+            ) from error
+
+    def settled(index: int) -> bool:
+        return solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from
+
+    index, here = first, numbers(first)
+    while index < last:
+        end, following = last if settled(index) else index + 1, here
+        while end < last and (following := numbers(end)) == here:
+            end = last if settled(end) else end + 1
+        yield here, end - index
+        index, here = end, following

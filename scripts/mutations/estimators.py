@@ -83,6 +83,13 @@ ESTIMATORS = (
         "test_lean.py",
     ),
     Break(
+        "tail-of-the-last-stretch",
+        "bilevel/engine/flat.py",
+        "            tail.forget_before(length(limit))\n",
+        "            tail.forget_before(1)\n",
+        "test_lean.py::test_a_tail_begins_before_the_stretch_in_which_its_run_ends",
+    ),
+    Break(
         "stretch-begins-without-momentum",
         "bilevel/engine/lean.py",
         "back[-1, 1 + own :] = a\n",
@@ -147,14 +154,14 @@ ESTIMATORS = (
     ),
     Break(
         "adaptive-record-tail",
-        "bilevel/engine/extrapolation.py",
+        "bilevel/hypergrad/extrapolation.py",
         "self._states[max(0, stop - count) : stop]",
         "self._states[max(0, stop - count - 1) : stop]",
         "test_adaptive.py",
     ),
     Break(
         "extrapolation-weights",
-        "bilevel/engine/extrapolation.py",
+        "bilevel/hypergrad/extrapolation.py",
         "return weights / weights.sum(), trace",
         "return weights, trace",
         "test_adaptive.py",

@@ -167,6 +167,17 @@ def test_a_run_to_a_tolerance_ends_where_its_steps_end(name: str, method: str) -
         agree(one.hypergradient, other.hypergradient)
 
 
+@pytest.mark.parametrize("tail", [10, 300])
+def test_a_tail_begins_before_the_stretch_in_which_its_run_ends(tail: int) -> None:
+    problem, u = PROBLEMS["ridge"], hparams(PROBLEMS["ridge"])
+    for tol in (1e-1, 1e-4):
+        solver = bl.GradientDescent(0.01, tol=tol)
+        one, other = (call(problem, solver, bl.TruncatedUnroll(tail), u) for call in (bl.hypergradient, stepwise))
+        assert one.certificate.inner_steps == other.certificate.inner_steps
+        assert one.cost.counts == other.cost.counts
+        agree(one.hypergradient, other.hypergradient)
+
+
 ROWS = 11
 ESTIMATORS = (bl.FullUnroll(), bl.TruncatedUnroll(17), bl.FullUnroll(mode="forward"), bl.Implicit())
 BATCHES: dict[str, bl.BilevelProblem] = {

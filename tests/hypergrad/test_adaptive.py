@@ -11,7 +11,7 @@ from helpers import quadratic_case
 
 import bilevel as bl
 from bilevel.core.options import describe
-from bilevel.engine.extrapolation import OMEGA, reduced_rank
+from bilevel.hypergrad.extrapolation import OMEGA, reduced_rank
 from bilevel.numerics.conjugate_gradients import conjugate_gradients
 from bilevel.problems import RidgeProblem
 

@@ -11,7 +11,7 @@ from batch_cases import F64, SIZE, case, close, general, inner_of_data, outer_of
 from helpers import normal, spd
 
 import bilevel as bl
-from bilevel.engine.rows_sweep import RowStates
+from bilevel.engine.rows_loop import RowStates
 from bilevel.problems import RidgeProblem
 
 

@@ -14,23 +14,17 @@ Everything broadcasts over leading dimensions of lam (hyperparameter vectors, se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel.base import InnerState
 from bilevel.core.rows import Weight
-from bilevel.inner.coefficients import Coefficients
+from bilevel.inner.coefficients import Coefficients, Numbers, Part, schedule
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.numerics.eigenbasis import DiagonalProblem, geometric
-
-Numbers: TypeAlias = tuple[Coefficients, ...]
-"""The numbers of one step: of all elements of a batch alike, or one for each."""
-Part: TypeAlias = tuple[Numbers, int]
-"""Steps that share their numbers, and how many they are."""
 
 POWER_FROM = 8
 """Steps with the same numbers from which the matrix power is cheaper than the steps."""
@@ -69,38 +63,6 @@ def unroll(
         head = advance(now, problem, list(schedule(solver, states, 0, steps - tail)))
         now = Moving.standing(head.vectors)
     return advance(now, problem, list(schedule(solver, states, steps - tail, steps)))
-
-
-class ReadsIterateError(ValueError):
-    """Coefficients that depend on the iterate: those of no linear method."""
-
-
-def schedule(solver: LinearMultistep, states: Sequence[InnerState], first: int, last: int) -> Iterator[Part]:
-    """Yield the numbers of the steps first, ..., last - 1, equal neighbours as one with their count.
-
-    They are asked for without an iterate; ReadsIterateError says that they depend on it.
-    """
-
-    def numbers(index: int) -> Numbers:
-        at = [InnerState(None, (), state.steps + index, state.measured) for state in states]
-        try:
-            return tuple(map(solver.coefficients, at))
-        except (AttributeError, TypeError) as error:
-            raise ReadsIterateError(
-                f"{type(solver).__name__}.coefficients fails without an iterate ({error}), and with one they are those "
-                "of no linear method: use FullUnroll()."
-            ) from error
-
-    def settled(index: int) -> bool:
-        return solver.traits.stationary_from is not None and states[0].steps + index >= solver.traits.stationary_from
-
-    index, here = first, numbers(first)
-    while index < last:
-        end, following = last if settled(index) else index + 1, here
-        while end < last and (following := numbers(end)) == here:
-            end = last if settled(end) else end + 1
-        yield here, end - index
-        index, here = end, following
 
 
 def _geometric(now: Moving, problem: DiagonalProblem, parts: list[Part]) -> Moving:
