@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -72,26 +72,16 @@ class Powers:
 
     def forward(self, rows: Tensor, longest: int) -> None:
         """Fill the rows of a trajectory, of shape (K + 1, p m), of which the first is known, by blocks of `longest`."""
-        have, index, count = 1, 0, rows.shape[-2]
-        while have < count:
-            t = 1 << index
+        for index, have, new in _blocks(rows.shape[-2], longest):
             Z, c = self.at(index)
-            new = min(t, count - have)
-            self.add(c, rows.narrow(-2, have - t, new), Z.mT, out=rows.narrow(-2, have, new))
-            have += new
-            index += have >= 2 * t and 2 * t <= longest
+            self.add(c, rows.narrow(-2, have - (1 << index), new), Z.mT, out=rows.narrow(-2, have, new))
 
     def backward(self, rows: Tensor, longest: int) -> None:
         """Fill the rows of cotangents, of shape (K + 1, p m), of which the last is known."""
-        count = rows.shape[-2]
-        first, index = count - 1, 0
-        while first > 0:
-            t = 1 << index
+        for index, have, new in _blocks(rows.shape[-2], longest):
+            first = rows.shape[-2] - have - new
             Z, _ = self.at(index)
-            new = min(t, first)
-            self.mm(rows.narrow(-2, first + t - new, new), Z, out=rows.narrow(-2, first - new, new))
-            first -= new
-            index += count - first >= 2 * t and 2 * t <= longest
+            self.mm(rows.narrow(-2, first + (1 << index), new), Z, out=rows.narrow(-2, first, new))
 
     def jump(self, s: Tensor, count: int, longest: int) -> Tensor:
         """Return where `count` steps lead, with nothing kept between."""
@@ -110,6 +100,16 @@ class Powers:
     def finite(self) -> Tensor:
         """Whether the highest power is finite, and with it all others, of shape ()."""
         return torch.isfinite(self.matrices[-1].sum())
+
+
+def _blocks(count: int, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Yield how the rows after the first are made: (i of ``Z^(2^i)``, how many rows there are, how many it makes)."""
+    have, index = 1, 0
+    while have < count:
+        new = min(1 << index, count - have)
+        yield index, have, new
+        have += new
+        index += have >= 2 << index and 2 << index <= longest
 
 
 class Stretch(ABC):

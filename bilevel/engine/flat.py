@@ -1,11 +1,7 @@
 """A run on flat vectors: of a number of steps, or to a tolerance, where it ends as with a look at every step.
 
-`Run.solve` and the unrolls ask `flat_run` first. It takes the kernels of the bound problem (or those of the recorded
-loss) and a `Plan` of the steps, whose coefficients are asked for in advance. Equal steps on a quadratic are doubled
-(`Doubled` in `bilevel.engine.affine`: products of matrices in place of steps); all others are made one after the other
-(`Steps` in `bilevel.engine.lean`: one gradient and one small product each). Both are a `Stretch`, which goes forward
-and back; `bilevel.hypergrad.flat_unroll` goes back. Where a solver takes its steps itself, the problem has no kernels,
-or anything is to be said of the run, there is no result, and `run_inner` (`bilevel.engine.loop`) goes step by step.
+`Run.solve` and the unrolls ask `flat_run` first; `bilevel.hypergrad.flat_unroll` goes back over its `Tail`. Which form
+the steps take, and where it is refused, is drawn in `bilevel.engine`.
 """
 
 from __future__ import annotations

@@ -112,18 +112,14 @@ class Steps(Stretch):
 
     def _there(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return the matrices of the steps, and the weights of the points where they are asked for."""
-        own = int(self.read_at is None)
-        rows = np.insert(self.mix, [0] * own, 0.0, axis=2)
-        matrices = _unbound(np.concatenate([self.write[:, :, None], rows], axis=2), like)
-        return matrices, _unbound(self.read[:, None, :], like) if own else []
+        return _matrices(self.write, self.mix, self.read, self.read_at, like)
 
     def _back(self, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
         """Return the same of the steps back, and the factors of the gradients' cotangents."""
-        own = int(self.written_to is None)
         factors = np.ones(self.count) if self.written_to is None else self.write[:, self.written_to]
-        columns = np.insert(self.mix.transpose(0, 2, 1), [0] * own, 0.0, axis=2)
-        matrices = _unbound(np.concatenate([factors[:, None, None] * self.read[:, :, None], columns], axis=2), like)
-        return matrices, _unbound(self.write[:, None, :], like) if own else [], _factors(factors, like)
+        read = factors[:, None] * self.read
+        matrices, writes = _matrices(read, self.mix.transpose(0, 2, 1), self.write, self.written_to, like)
+        return matrices, writes, _factors(factors, like)
 
     def vectors(self, after: int) -> Tensor:
         assert self.blocks is not None
@@ -206,6 +202,15 @@ def _each(places: Any) -> Sequence[Any]:
     if isinstance(places, list):
         return places
     return places.unbind(0) if places.numel() else [places] * len(places)
+
+
+def _matrices(
+    first: NDArray[np.float64], mix: NDArray[np.float64], row: NDArray[np.float64], alone: int | None, like: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ``[first, mix]`` of each step, and `row` where its sum has a place in the block, between the two."""
+    between = np.zeros((*first.shape, int(alone is None)))
+    matrices = _unbound(np.concatenate([first[:, :, None], between, mix], axis=2), like)
+    return matrices, _unbound(row[:, None, :], like) if alone is None else []
 
 
 def _unbound(matrices: NDArray[np.float64], like: Tensor) -> list[Tensor]:
