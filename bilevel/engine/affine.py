@@ -181,9 +181,12 @@ class Doubled(Stretch):
             back.select(-2, -1).copy_(end)
             powers.backward(back, self.longest)
             shape = (*rows.shape[:-2], self.count, *a.shape[-2:])
-            points = _combined([one.read for one in powers.numbers], rows.narrow(-2, 0, self.count).view(shape))
-            vectors = _combined([one.write for one in powers.numbers], back.narrow(-2, 1, self.count).view(shape))
+            read, points = _combined([one.read for one in powers.numbers], rows.narrow(-2, 0, self.count).view(shape))
+            write, vectors = _combined(
+                [one.write for one in powers.numbers], back.narrow(-2, 1, self.count).view(shape)
+            )
             part = cast(Kernels, powers.kernels).cross(points.to(a.dtype), vectors.to(a.dtype))
+            part = tree.scale(read * write, part)
             total = part if total is None else tree.add(total, part)
             starts.append(back.select(-2, 0))
         return _joined(starts).view_as(a).to(a.dtype), total
@@ -218,14 +221,16 @@ def _joined(groups: list[Tensor]) -> Tensor:
     return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 
-def _combined(weights: Sequence[Sequence[float]], vectors: Tensor) -> Tensor:
-    """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape ([rows,] K, p, m), by the weights of each row."""
-    terms = []
-    for index, column in enumerate(zip(*weights, strict=True)):
-        if any(column):
-            factor = column[0] if len(column) == 1 else vectors.new_tensor(column)[:, None, None]
-            terms.append(vectors.select(-2, index) if column == (1.0,) else vectors.select(-2, index) * factor)
-    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(vectors.select(-2, 0))
+def _combined(weights: Sequence[Sequence[float]], vectors: Tensor) -> tuple[float, Tensor]:
+    """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape ([rows,] K, p, m), by the weights of each row.
+
+    It is a number times a tensor: of one vector alone no product is made.
+    """
+    used = [index for index, column in enumerate(zip(*weights, strict=True)) if any(column)]
+    if len(weights) == len(used) == 1:
+        return weights[0][used[0]], vectors.select(-2, used[0])
+    factors = vectors.new_tensor(weights if len(weights) > 1 else weights[0])[..., None, :, None]
+    return 1.0, (vectors * factors).sum(-2)
 
 
 def block(count: int, size: int) -> int:

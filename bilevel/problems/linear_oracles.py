@@ -46,7 +46,9 @@ class PenalisedInner(InnerProblem):
     slope: Tensor
 
     def _cross_sum(self, points: Tensor, vectors: Tensor) -> Tensor:
-        return self.problem.gather(self.slope * (points * vectors).sum(0))
+        one = self.slope.numel() == 1  # penalty of all weights
+        total = torch.dot(points.reshape(-1), vectors.reshape(-1)) if one else (points * vectors).sum(0)
+        return self.problem.gather(self.slope * total)
 
 
 class LinearModelPoint(PenalisedPoint):

@@ -83,8 +83,12 @@ class RidgeInner(LinearModelInner):
 
     def _rows_sum(self, points: Tensor, vectors: Tensor, rows: slice) -> Tensor:
         """Return the hyperparameters' derivatives of some rows, beside zeros."""
-        total = torch.zeros_like(self.problem.params)
-        total[rows] = (points * vectors).sum(-2)
+        one = self.slope.shape[-1] == 1  # penalty for each row
+        total = torch.zeros_like(self.slope if one else self.problem.params)
+        if one:
+            torch.bmm(points.flatten(1)[:, None], vectors.flatten(1)[:, :, None], out=total[rows][..., None])
+        else:
+            total[rows] = (points * vectors).sum(-2)
         return self.problem.gather(self.slope * total)
 
     def _grad(self, params: Tensor) -> Tensor:
