@@ -98,34 +98,28 @@ def flat_run(
         kept: whether their iterates are kept, or made again on the way back, stretch by stretch, to the same bits.
         directions: hyperparameters whose derivatives are carried along: forward mode; of rows, none.
     """
-    kernels, size, recording = inner.kernels() if solver.follows_coefficients else None, inner.problem.batch, None
-    limit, tol = solver.limits(tree.leaves(first.params)[0].dtype)
-    if kernels is None and solver.follows_coefficients and not (tol and inner.problem.variation):
-        held = min(length(limit), limit)
-        held = held if kept else math.isqrt(held) + 1
-        kernels = recording = recorded(inner, first.params, first.index, limit, held, forward=directions > 0)
-    if kernels is None or (directions and size is not None):
+    if not solver.follows_coefficients:
         return None
-    counts = inner.counts.copy()
-    plan = Plan(kernels, cast(LinearMultistep, solver), first, size, directions)
-    found, possible = None, plan.point is not None
-    if possible and size is not None:
-        tail, possible = min(length(limit), limit), tol is None and plan.numbered
-        possible = possible and plan.doubled(0, limit - tail) and plan.doubled(limit - tail, limit)
-    if possible:
-        taken = _by_count if tol is None else _to_tolerance
-        try:
+    limit, tol = solver.limits(tree.leaves(first.params)[0].dtype)
+    kernels, recording, tail = inner.kernels(), None, min(length(limit), limit)
+    if kernels is None and not (tol and inner.problem.variation):
+        held = tail if kept else math.isqrt(tail) + 1
+        kernels = recording = recorded(inner, first.params, first.index, limit, held, forward=directions > 0)
+    if kernels is None or (directions and inner.problem.batch is not None):
+        return None
+    counts, found = inner.counts.copy(), None
+    plan = Plan(kernels, cast(LinearMultistep, solver), first, inner.problem.batch, directions)
+    try:
+        if plan.fits(limit, tail):
+            taken = _by_count if tol is None else _to_tolerance
             found = taken(inner, plan, limit, length, at_least, kept)
-        except NotRecordedError as reason:
-            inner.refused = str(reason)
-        except (_NotFiniteError, ReadsIterateError):  # numbers that are not known in advance at a later step
-            pass
-    if recording is not None and found is not None:
-        end = found.end.state.params
-        try:
-            recording.confirm(plan.raveler.ravel(end), plan.raveler.ravel(inner.grad(end)))
-        except NotRecordedError as reason:
-            found, inner.refused = None, str(reason)
+            if recording is not None:
+                end = found.end.state.params
+                recording.confirm(plan.raveler.ravel(end), plan.raveler.ravel(inner.grad(end)))
+    except NotRecordedError as reason:
+        found, inner.refused = None, str(reason)
+    except (_NotFiniteError, ReadsIterateError):  # numbers that are not known in advance at a later step
+        pass
     if found is None:  # its steps count it again
         inner.counts.clear()
         inner.counts.update(counts)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any, cast
 
 import numpy as np
@@ -40,7 +40,7 @@ SHORTEST = 128
 
 
 class Steps(Stretch):
-    """Steps one after the other."""
+    """Steps one after the other, on the blocks that are drawn at the top of this file."""
 
     def __init__(self, kernels: Stepped, numbers: list[Coefficients], keeps_all: bool = True) -> None:
         self.kernels, self.count, self.keeps_all = kernels, len(numbers), keeps_all
@@ -64,11 +64,11 @@ class Steps(Stretch):
         p, m = s.shape
         own = int(self.read_at is None)
         whole = keep and self.keeps_all
-        # All blocks, or two of which each step reads one and writes the other.
+        # A block for each step, or two in turn; of step k the block, its vectors, and where y is, where it has a row.
         blocks = s.new_empty(self.count + 1 if whole else 2, 1 + own + p, m)
         blocks[0, 1 + own :] = s
         turns = 1 if whole else self.count
-        wholes, vectors, looks = ([*part.unbind(0)] * turns for part in (blocks, blocks[:, 1 + own :], blocks[:, 1:2]))
+        wholes, vectors, sums = ([*part.unbind(0)] * turns for part in (blocks, blocks[:, 1 + own :], blocks[:, 1:2]))
         gradients, points = ([*self._shaped(part)] * turns for part in (blocks[:, 0], self._points(blocks)))
         apart = s.new_empty(self.count if keep and not whole else 0, m)
         copies, places = self._shaped(apart), self.kernels.places(self.count if keep else 1)
@@ -77,7 +77,7 @@ class Steps(Stretch):
         gradient, mm = self.kernels.gradient, torch.mm
         for k in range(self.count):
             if own:
-                mm(reads[k], vectors[k], out=looks[k])
+                mm(reads[k], vectors[k], out=sums[k])
             point = copies[k].copy_(points[k]) if copies else points[k]
             gradient(point, slots[k], gradients[k])
             mm(matrices[k], wholes[k], out=vectors[k + 1])
@@ -261,15 +261,14 @@ class Plan:
         point: Tensor = tree.weighted_sum(numbers.reads, (self.first.params, *self.first.memory))
         return point
 
-    @property
-    def numbered(self) -> bool:
-        """Whether every row has numbers, and all are at the same step."""
+    def fits(self, limit: int, tail: int) -> bool:
+        """Whether all steps can be made so, `tail` of them last: rows where each has numbers and all steps double."""
+        if self.rows is None or self.point is None:
+            return self.point is not None
         values = [value for start in self.starts for value in start.measured.values()]
-        return isinstance(self.first.steps, int) and all(map(math.isfinite, values))
-
-    def doubled(self, low: int, high: int) -> bool:
-        """Whether the steps low, ..., high - 1 are doubled, all of them."""
-        return all(self._doubles(*part) for part in schedule(self.solver, self.starts, low, high))
+        known = isinstance(self.first.steps, int) and all(map(math.isfinite, values)) and not self.with_residuals
+        parts = (schedule(self.solver, self.starts, *span) for span in ((0, limit - tail), (limit - tail, limit)))
+        return known and all(self._doubles(*part) for part in chain.from_iterable(parts))
 
     def state(self, s: Tensor, taken: int) -> InnerState:
         """Return the state after so many steps, whose vectors are s, ([rows,] p, m)."""
