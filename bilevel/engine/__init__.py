@@ -7,7 +7,7 @@ further left:
       attempt.attempt                        solve, outer loss, pullback, the sum of both gradients; failures: verdicts
         FullUnroll.solve(run)
           flat.flat_run                      the run on flat vectors, or None: then `loop.run_inner`
-            inner.kernels()                  the problem's own, or else `oracles.cut.recorded`: its recorded loss
+            inner.kernels()                  the problem's own, or those of its loss, `recorded_kernels.recorded`
             lean.Plan.between                the steps as stretches, each of one form
             Doubled.forward, Steps.forward   K steps; what the way back needs stays
             loop.conclude                    residuals at both ends; `judge`: the verdict

@@ -21,7 +21,7 @@ from bilevel.core import tree
 from bilevel.core.device import check_interval
 from bilevel.engine.affine import Stretch
 from bilevel.engine.judge import InnerRun
-from bilevel.engine.lean import Plan
+from bilevel.engine.lean import Plan, longest
 from bilevel.engine.loop import Looks, conclude
 from bilevel.inner.coefficients import ReadsIterateError
 from bilevel.inner.multistep import LinearMultistep
@@ -103,7 +103,7 @@ def flat_run(
     limit, tol = solver.limits(tree.leaves(first.params)[0].dtype)
     kernels, recording, tail = inner.kernels(), None, min(length(limit), limit)
     if kernels is None and not (tol and inner.problem.variation):
-        held = tail if kept else math.isqrt(tail) + 1
+        held = tail if kept else longest(tail, tree.size(first.params))
         kernels = recording = recorded(inner, first.params, first.index, limit, held, forward=directions > 0)
     if kernels is None or (directions and inner.problem.batch is not None):
         return None
@@ -111,8 +111,8 @@ def flat_run(
     plan = Plan(kernels, cast(LinearMultistep, solver), first, inner.problem.batch, directions)
     try:
         if plan.fits(limit, tail):
-            taken = _by_count if tol is None else _to_tolerance
-            found = taken(inner, plan, limit, length, at_least, kept)
+            run = _by_count if tol is None else _to_tolerance
+            found = run(inner, plan, limit, length, at_least, kept)
             if recording is not None:
                 end = found.end.state.params
                 recording.confirm(plan.raveler.ravel(end), plan.raveler.ravel(inner.grad(end)))

@@ -191,6 +191,11 @@ def steps(kernels: Stepped, numbers: list[Coefficients], keeps_all: bool = True,
     return (Descents if descents else Steps)(kernels, numbers, keeps_all)
 
 
+def longest(count: int, size: int) -> int:
+    """Return into stretches of how many so many steps on vectors of `size` numbers are cut."""
+    return max(SHORTEST if size < WIDE else 1, math.isqrt(count))
+
+
 def _alone(weights: NDArray[np.float64]) -> int | None:
     """Return the only index, the same in all steps, of a weight that is not zero; None where there are several."""
     used = np.flatnonzero((weights != 0).any(axis=0))
@@ -285,7 +290,7 @@ class Plan:
         Those of other steps, and where `short` is asked for all, are no longer than about the root of their number, so
         that a sweep can make one after the other again; none is made before it is asked for.
         """
-        longest = max(SHORTEST if self.size < WIDE else 1, math.isqrt(high - low))
+        most = longest(high - low, self.size)
         parts = schedule(self.solver, self.starts, low, high)
         for doubled, group in groupby(parts, lambda part: self._doubles(*part)):
             self.forms["doubled" if doubled else self.kernels.form] = None
@@ -295,7 +300,7 @@ class Plan:
                     low += count
                 continue
             every = (numbers[0] for numbers, count in group for _ in range(count))
-            while some := list(islice(every, longest)):
+            while some := list(islice(every, most)):
                 yield steps(self.kernels.from_step(low), some, self.keeps_all, self.with_residuals)
                 low += len(some)
 
