@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -181,12 +181,14 @@ class Doubled(Stretch):
             back.select(-2, -1).copy_(end)
             powers.backward(back, self.longest)
             shape = (*rows.shape[:-2], self.count, *a.shape[-2:])
-            read, points = _combined([one.read for one in powers.numbers], rows.narrow(-2, 0, self.count).view(shape))
-            write, vectors = _combined(
-                [one.write for one in powers.numbers], back.narrow(-2, 1, self.count).view(shape)
-            )
+            points = _combined([one.read for one in powers.numbers], rows.narrow(-2, 0, self.count).view(shape))
+            vectors = back.narrow(-2, 1, self.count).view(shape)
+            used, writes = _used(one.write for one in powers.numbers)
+            # C(x)'v is linear in v alone: a number that all vectors are multiplied by multiplies the sum instead.
+            alone = len(writes) == len(used) == 1
+            vectors = vectors.select(-2, used[0]) if alone else _combined(writes, vectors)
             part = cast(Kernels, powers.kernels).cross(points.to(a.dtype), vectors.to(a.dtype))
-            part = tree.scale(read * write, part)
+            part = tree.scale(writes[0][used[0]], part) if alone else part
             total = part if total is None else tree.add(total, part)
             starts.append(back.select(-2, 0))
         return _joined(starts).view_as(a).to(a.dtype), total
@@ -221,16 +223,19 @@ def _joined(groups: list[Tensor]) -> Tensor:
     return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 
-def _combined(weights: Sequence[Sequence[float]], vectors: Tensor) -> tuple[float, Tensor]:
-    """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape ([rows,] K, p, m), by the weights of each row.
+def _used(weights: Iterable[Sequence[float]]) -> tuple[list[int], list[Sequence[float]]]:
+    """Return which columns of weights are not all zero, and the weights."""
+    rows = list(weights)
+    return [index for index, column in enumerate(zip(*rows, strict=True)) if any(column)], rows
 
-    It is a number times a tensor: of one vector alone no product is made.
-    """
-    used = [index for index, column in enumerate(zip(*weights, strict=True)) if any(column)]
-    if len(weights) == len(used) == 1:
-        return weights[0][used[0]], vectors.select(-2, used[0])
+
+def _combined(weights: Sequence[Sequence[float]], vectors: Tensor) -> Tensor:
+    """Return ``sum_i weights_i vectors[:, i]`` of vectors of shape ([rows,] K, p, m), by the weights of each row."""
+    used, _ = _used(weights)
+    if len(weights) == len(used) == 1 and weights[0][used[0]] == 1.0:
+        return vectors.select(-2, used[0])
     factors = vectors.new_tensor(weights if len(weights) > 1 else weights[0])[..., None, :, None]
-    return 1.0, (vectors * factors).sum(-2)
+    return (vectors * factors).sum(-2)
 
 
 def block(count: int, size: int) -> int:

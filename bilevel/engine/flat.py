@@ -103,7 +103,10 @@ def flat_run(
     limit, tol = solver.limits(tree.leaves(first.params)[0].dtype)
     kernels, recording, tail = inner.kernels(), None, min(length(limit), limit)
     if kernels is None and not (tol and inner.problem.variation):
-        held = tail if kept else longest(tail, tree.size(first.params))
+        size = tree.size(first.params)
+        held = tail if kept else longest(tail, size)
+        if tol and held:  # whole stretches, of which the end is not known
+            held = min(limit, held + longest(LONGEST, size))
         kernels = recording = recorded(inner, first.params, first.index, limit, held, forward=directions > 0)
     if kernels is None or (directions and inner.problem.batch is not None):
         return None

@@ -207,7 +207,7 @@ class CutKernels(Kernels):
         view = problem.on_step(first)
         self._batch, self._sampled = cut.tensors(view.minibatch), view is not problem
         left = cut.left + (sum(each.nbytes for each in self._batch) if self._sampled else 0)
-        self._leaves = held * left <= HELD
+        self._leaves = 0 < held * left <= HELD
         self._gradient = (cut.leaving if self._leaves else cut.gradient).function(*bound)
         self._product = (cut.after if self._leaves else cut.product).function(*bound)
         self._cross = cut.cross.function(*bound)

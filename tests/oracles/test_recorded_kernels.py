@@ -12,9 +12,10 @@ import pytest
 import torch
 from helpers import F64, flat, normal
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel as bl
-from bilevel.core import tree
+from bilevel.core import cost, tree
 from bilevel.engine import lean
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles import recorded_kernels
@@ -192,6 +193,29 @@ def test_a_run_to_a_tolerance_is_that_of_its_steps() -> None:
     ours = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False)
     assert ours.certificate.form == "recorded"
     agree(ours, by_steps(problem, solver, bl.FullUnroll(), u, check=False))
+
+
+@pytest.mark.parametrize("estimator", [bl.Implicit(), bl.TruncatedUnroll(1), bl.FullUnroll()], ids=repr)
+def test_a_run_to_a_tolerance_holds_what_is_asked_for_and_not_what_its_chunks_leave(estimator: Any) -> None:
+    """Each gradient leaves about half a megabyte, and a chunk has up to 128 steps."""
+    A, y = normal(1, 1000, 5), normal(2, 1000)
+    problem = bl.BilevelProblem(
+        lambda w, u: ((torch.tanh(A @ w.view(5, 30)).sum(1) - y) ** 2).mean() + (u.exp() * w * w).sum(),
+        lambda w, u: (w * w).sum(),
+        0.1 * normal(3, 150),
+    )
+    most = [cost.allocated_bytes() or 0]
+
+    class Peak(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            most.append(cost.allocated_bytes() or 0)
+            return function(*args, **kwargs or {})
+
+    solver = bl.GradientDescent(0.01, steps=250, tol=1e-12)
+    with Peak():
+        found = bl.hypergradient(problem, solver, estimator, torch.zeros(150, dtype=F64) - 2.0, on_failure="return")
+    assert found.certificate.form == "recorded"
+    assert max(most) - most[0] < 2 * recorded_kernels.HELD
 
 
 CALLS = [0]
