@@ -114,7 +114,26 @@ class Cut(Recording):
         self.product.function(*bound)(*v, *given, again[1])
         # Runs take either pair: a mean shows what is wrong in one of them.
         both = (gradient.add_(again[0]).mul_(0.5), product.add_(again[1]).mul_(0.5))
-        return *both, *self.cross.function(*bound)(*x, *v, *batches[0])
+        cross = self.cross.function(*bound)
+        alone = cross(*x, *v, *batches[0])
+        if self.stack < FEW:
+            return *both, *alone
+        rows = torch.stack([*x, *v] * 2).view(2, 2, -1)  # apart in memory, as those of runs are
+        try:
+            stacked = stacks(cross, batches[0])(rows[:, 0], rows[:, 1])
+        except Exception:  # operations that have no rule for stacks
+            self.stack = 1
+            return *both, *alone
+        return *both, *((a + b.mean(0)) / 2 for a, b in zip(alone, stacked, strict=True))
+
+
+def stacks(cross: Callable[..., Any], batch: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Return (points, vectors) -> ``C' v`` of each pair."""
+
+    def one(x: Tensor, v: Tensor) -> Any:
+        return cross(x, v, *batch)
+
+    return torch.func.vmap(one)
 
 
 def _affine(nodes: Sequence[fx.Node], depends: dict[fx.Node, int], x: fx.Node) -> bool:
@@ -257,7 +276,7 @@ class CutKernels(Kernels):
             pairs = enumerate(zip(points.unbind(0), vectors.unbind(0), strict=True))
             parts = [self._cross(x, v, *(self._drawn(self._first + k) if own else self._batch)) for k, (x, v) in pairs]
         else:
-            batched = torch.func.vmap(lambda x, v: self._cross(x, v, *self._batch))
+            batched = stacks(self._cross, self._batch)
             chunks = [torch.split(each, self.cut.stack) for each in (points, vectors)]
             parts = [[part.sum(0) for part in batched(*chunk)] for chunk in zip(*chunks, strict=True)]
         return tree.rebuild(self.inner.hparams, [sum(each[1:], each[0]) for each in zip(*parts, strict=True)])

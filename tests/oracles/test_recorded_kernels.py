@@ -177,6 +177,22 @@ def test_losses_of_quadratic_pieces_are_no_quadratics(piece: str) -> None:
         agree(ours, by_steps(problem, solver, estimator, u, check=False, on_failure="return"))
 
 
+@pytest.mark.parametrize(
+    "piece",
+    [
+        lambda w, u: nn.functional.embedding(torch.arange(2), (w * u)[:4].view(2, 2)).square().sum(),
+        lambda w, u: (torch.complex(w, u) * torch.complex(w, u).conj()).real.sum(),
+    ],
+    ids=["embedding", "complex"],
+)
+def test_losses_of_operations_without_rules_for_stacks_are_pulled_back_one_by_one(piece: Any) -> None:
+    problem = bl.BilevelProblem(lambda w, u: logistic(w, u) + 0.1 * piece(w, u), outer, normal(8, 5))
+    u, solver = normal(10, 5) - 2.0, bl.GradientDescent(0.05, steps=60)
+    ours = bl.hypergradient(problem, solver, bl.FullUnroll(), u, check=False)
+    assert ours.certificate.form == "recorded"
+    agree(ours, by_steps(problem, solver, bl.FullUnroll(), u, check=False))
+
+
 @pytest.mark.parametrize("name", ["batches"])
 def test_products_that_make_again_what_they_need_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (problem, u), (solver, _) = PROBLEMS[name], METHODS["nesterov"]
