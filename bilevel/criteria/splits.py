@@ -23,7 +23,7 @@ def checked_folds(given: Iterable[Any], data: LinearData, loss: GLMLoss) -> Fold
         loss: says what a training part needs.
 
     Raises:
-        ValueError: in one sentence, for folds that overlap or leave a part without rows, weight or a class.
+        ValueError: in one sentence, for folds that overlap or leave a part without rows, weight, a class or a model.
     """
     folds = [(_index(train, data.rows), _index(held, data.rows)) for train, held in given]
     if not folds:
@@ -40,6 +40,13 @@ def checked_folds(given: Iterable[Any], data: LinearData, loss: GLMLoss) -> Fold
                 raise ValueError(
                     f"fold {number} trains on no row of the class {missing[0]:g}: use fewer folds, or stratified ones."
                 )
+            continue
+        constant = loss.constant_prediction(data.y[..., train]) if data.intercept else None
+        if constant is not None and not bool(constant.isfinite()):
+            raise ValueError(
+                f"fold {number} has no model: all targets of its training rows are {data.y[train[0]]:g}, so that the "
+                f"best constant prediction is {constant:g}: use fewer folds, or put other rows in them."
+            )
     return folds
 
 

@@ -1,5 +1,7 @@
 """Penalties below what floating point carries: criteria are right, or say that they are not, by 80 digits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,9 @@ from criteria_cases import penalty_cases
 from paths import study
 
 from bilevel.core.status import BilevelWarning
-from bilevel.criteria import ApproximateLeaveOneOut, LinearData, Penalties, RidgeLeaveOneOut, newton_cg
+from bilevel.criteria import ApproximateLeaveOneOut, KFold, LinearData, Penalties, RidgeLeaveOneOut, newton_cg
 from bilevel.criteria import approximate as module
-from bilevel.problems import Logistic
+from bilevel.problems import Logistic, Poisson
 
 
 def test_criteria_are_right_where_they_say_nothing() -> None:
@@ -20,6 +22,16 @@ def test_criteria_are_right_where_they_say_nothing() -> None:
         assert (status, off <= 1e-6) == ("silent", True), seed
     for seed in (37, 57, 99, 107, 119, 269, 298):
         assert weak.answer(weak.draw(seed))[0] == "doubt", seed
+    assert weak.answer(weak.draw(2058))[0] == "refused"  # a fold of zero counts
+
+
+def test_a_fold_that_trains_on_zero_counts_alone_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    data = LinearData.of(rng.standard_normal((8, 2)), np.r_[1.0:5.0, np.zeros(4)], loss=Poisson())
+    folds = [(range(3, 8), range(3)), (range(4, 8), range(4))]
+    with pytest.raises(ValueError, match="fold 2 has no model: all targets of its training rows are 0, so that"):
+        KFold(data, Poisson(), Penalties.scalar(2), folds)
+    assert KFold(replace(data, intercept=False), Poisson(), Penalties.scalar(2), folds).folds
 
 
 @pytest.mark.parametrize("outputs", [None, 2])
