@@ -1,7 +1,8 @@
 """One torch thread: the tests' operations are short, and on a busy machine two threads spend them waiting.
 
-A table marked `crossed` combines independent arguments: ``pytest --whole`` runs all of its rows, and otherwise a
-covering of them runs and the rest is reported as deselected.
+A table marked `crossed` combines arguments that act alone; where a pair decides what runs, a table has no mark.
+``pytest --whole`` runs all rows of such a table, and otherwise a covering of them runs and the rest is reported as
+deselected.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class ApproximateLeaveOneOut(Criterion):
 
     The Jacobian of the Gauss-Newton model leaves out what h changes by d: ``-a_j V_ij (c1_i w_j + c2_i V_ij)``; that of
     one penalty, and with `full`, is exact. Of many rows (20,000 of 250 columns and more), leverages and their
-    derivatives are estimated by a random sketch, `leverage.Sketched`; `accuracy` says how well.
+    derivatives are estimated by a random sketch, `bilevel.numerics.factored.Sketched`; `accuracy` says how well.
 
     Args:
         data: the rows.

@@ -43,7 +43,6 @@ ESTIMATORS = [
 ]
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_a_batch_equals_a_loop_over_its_members(kind: str, estimator: Any) -> None:

@@ -155,7 +155,6 @@ def test_a_fraction_is_the_smallest_number_of_steps_that_covers_it(steps: int) -
         assert bl.TruncatedUnroll(tail=percent / 100).length(steps) == expected
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("solver", LINEAR_SOLVERS.values(), ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_implicit_with_every_linear_solver_equals_the_dense_implicit_function_theorem(
@@ -174,7 +173,6 @@ def test_implicit_equals_the_exact_jacobian_of_the_quadratic() -> None:
     torch.testing.assert_close(expected, case.hypergradient(), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda estimator: type(estimator).__name__)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
 def test_every_estimator_agrees_with_dense_algebra_at_convergence(estimator: Any, problem: type) -> None:

@@ -175,7 +175,6 @@ def test_momentum_methods_equal_torch_sgd_under_the_usual_change_of_variables(ne
         torch.testing.assert_close(ours, p.detach(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda cls: cls.__name__)
 @every_solver
 def test_it_converges_to_the_minimum_found_by_dense_newton(cls: type, problem: type) -> None:
