@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.criteria import newton_cg
-from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared, warn_unsolved
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.system import System
@@ -105,9 +105,9 @@ class ApproximateLeaveOneOut(Criterion):
         loss.third(data.y.new_zeros(1, dtype=data.weights.dtype), data.y[:1])
         self.tol = tol
 
-    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def compute(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         a, rows, loss = self._penalties(u), self._rows, self.loss
-        (w, z, g, H), kept = self._solved(a, warm)
+        (w, z, g, H), kept, right = self._solved(a, warm)
         third = rows.of(loss.third, z)
         h = H.leverages()
         q = H.free(h, self.least)
@@ -125,11 +125,16 @@ class ApproximateLeaveOneOut(Criterion):
         gradient = partial(self._gradient, point, slopes, jacobian)
         warm = (np.array(u), self._turned_back(w), kept)
         parts = (tensor(t), tensor(slopes), tensor(curvatures), jacobian, warm)
-        return Evaluation(float(losses.mean()), gradient, None, losses, *parts)
+        return Evaluation(float(losses.mean()) if right else np.inf, gradient, None, losses, *parts)
 
     def refit(self, u: Array, warm: Any = None) -> Fit:
-        same = warm is not None and np.array_equal(warm[0], u)
-        w = tensor(warm[1] if same else self._turned_back(self._solved(self._penalties(u), warm)[0][0]))
+        if warm is not None and np.array_equal(warm[0], u):
+            w = tensor(warm[1])
+        else:
+            model, _, right = self._solved(self._penalties(u), warm)
+            w = tensor(self._turned_back(model[0]))
+            if not right:
+                warn_unsolved(u)
         intercept = w[-1] if self.data.intercept else w.new_zeros(())
         return self.given(w[: self.data.features], intercept)
 
@@ -214,8 +219,8 @@ class ApproximateLeaveOneOut(Criterion):
         low = self._system.low.X1
         return self._X1.float() if low is None else low
 
-    def _solved(self, a: Any, warm: Any) -> tuple[tuple[Any, Any, Any, Factored], Any]:
-        """Return coefficients, predictions, weighted slopes and the Hessian of all rows, and where to go on."""
+    def _solved(self, a: Any, warm: Any) -> tuple[tuple[Any, Any, Any, Factored], Any, bool]:
+        """Return coefficients, predictions, weighted slopes and the Hessian of the rows, where to go on, if right."""
         _, start, kept = (None, a * 0.0, None) if warm is None else warm
         rows = self._rows
         if self._turns and warm is not None:
@@ -226,24 +231,25 @@ class ApproximateLeaveOneOut(Criterion):
             if kept is not None:  # that of other coordinates has its curvatures to give
                 same = kept.X1 is rows.X1
                 H = kept.under(a) if same else factored(rows.X1, kept.d, a, rows.intercept)
-            model = self._minimised(a, start, H)
-            return model, model[3]
+            model, right = self._minimised(a, start, H)
+            return model, model[3], right
         pair = (None, None) if kept is None else (kept.preconditioner, kept.known)
         found = newton_cg.solve(self._system, a[None], start[None], pair[0], self.tol, pair[1])
         if not found.left <= self.tol:  # written so that NaN is not; penalties are lost in float32
-            return self._minimised(a, found.w[0], None), None
+            model, right = self._minimised(a, found.w[0], None)
+            return model, None, right
         z, near = found.z[0], None if kept is None else kept.H.near
         if kept is None and found.preconditioner.dense:  # it is of the start
             near = rows.of(self.loss.curvature, self._X1 @ start), found.preconditioner.hessian
         response, g = rows.slopes(z)
         H = Sketched(self._X1, self._low, rows.curvatures(response), a, near)
         kept = _Kept(H, found.preconditioner.at(H.gram), (found.z, found.slope))
-        return (found.w[0], z, g, H), kept
+        return (found.w[0], z, g, H), kept, True
 
-    def _minimised(self, a: Any, start: Any, H: Factored | None) -> tuple[Any, Any, Any, Factored]:
-        """Return what `_solved` does, of Newton's steps in full precision.
+    def _minimised(self, a: Any, start: Any, H: Factored | None) -> tuple[tuple[Any, Any, Any, Factored], bool]:
+        """Return the model of `_solved`, of Newton's steps in full precision, and whether it is right.
 
-        They end where the next one would lower the objective by less than a part of ``tol^2``.
+        They end where the next one would lower the objective by less than a part of ``tol^2``, or where rounding does.
         """
         rows, seen = self._rows, dict[int, tuple[float, Any]]()  # points are kept, so that their names stay theirs
 
@@ -252,12 +258,16 @@ class ApproximateLeaveOneOut(Criterion):
                 seen[id(point)] = rows.value(point.z) + 0.5 * float((a * w) @ w), point
             return seen[id(point)][0]
 
-        def share(w: Any, point: Any, H: Factored, gradient: Any, residual: float) -> float:
+        def share(w: Any, point: Any, H: Factored, gradient: Any, residual: float, goal: float = 0.0) -> float:
             size = abs(objective(w, point)) + FLOOR * len(point.z)
-            return SAFE * self.tol * (size / max(float(gradient @ H.solve(gradient)), TINY)) ** 0.5
+            # An inverse that is lost in rounding may be indefinite: a decrease below zero is not a small one.
+            decrease = max(abs(float(gradient @ H.solve(gradient))), TINY)
+            return (goal or SAFE * self.tol) * (size / decrease) ** 0.5
 
         model = minimise(rows, a, start, (H, None), share, objective=objective)
-        return model.w, model.point.z, model.point.g, model.H
+        left = model.w, model.point, model.H, model.gradient, model.residual
+        right = model.converged or share(*left, newton_cg.STALLED**0.5) >= 1.0  # not where it is NaN
+        return (model.w, model.point.z, model.point.g, model.H), right
 
     def _gradient(self, at: _Point, slopes: Any, jacobian: Tensor | None) -> Array:
         if self.penalties.size == 1:

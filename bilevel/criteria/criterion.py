@@ -188,7 +188,9 @@ class Criterion(ABC):
         return max(single, NOISELESS * spread) or 1.0
 
     def evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
-        """Return value and gradient at log penalties, and the Gauss-Newton model.
+        """Return value and gradient at log penalties, and the Gauss-Newton model: those of `compute`, judged.
+
+        A subclass gives `compute`; one that gives this method in its place is taken at its word.
 
         Args:
             u: log penalties, of shape (k,).
@@ -196,11 +198,11 @@ class Criterion(ABC):
             second: whether the Gauss-Newton matrix and the Jacobian are needed.
             full: whether the Jacobian has to be exact, where a model leaves terms out.
         """
-        return self._judged(u, self._evaluate(u, warm, second=second, full=full))
+        return self._judged(u, self.compute(u, warm, second=second, full=full))
 
-    @abstractmethod
-    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
-        """Return what `evaluate` does, whatever rounding does to it."""
+    def compute(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+        """Return what `evaluate` does, whatever rounding does to it; a value that was not found is not finite."""
+        raise NotImplementedError(f"{type(self).__name__} has to define compute(u, warm, *, second, full).")
 
     def _judged(self, u: Array, found: Evaluation) -> Evaluation:
         """Return an evaluation, infinite with a warning where it was not found, or where rounding moves it."""
@@ -208,9 +210,9 @@ class Criterion(ABC):
         if right and np.min(u) < self.data.level - WEAK:
             others = [each.with_penalties(self.penalties) for each in self._shaken]
             with np.errstate(all="ignore"):
-                right = all(self._agree(found, each._evaluate(u, second=False)) for each in others)
+                right = all(self._agree(found, each.compute(u, second=False)) for each in others)
         if not right:
-            warnings.warn(UNSOLVED.format(np.min(u)), BilevelWarning, stacklevel=3)
+            warn_unsolved(u, 4)
         return found if right else replace(found, value=np.inf)
 
     @shared
@@ -294,6 +296,11 @@ class Criterion(ABC):
     def given(self, w: Tensor, intercept: Tensor) -> Fit:
         """Return the model of standardised coefficients in the units of the X that was given."""
         return given(self.data, w, intercept)
+
+
+def warn_unsolved(u: Array, stacklevel: int = 3) -> None:
+    """Warn that models at some log penalties were not found."""
+    warnings.warn(UNSOLVED.format(np.min(u)), BilevelWarning, stacklevel=stacklevel)
 
 
 def given(data: LinearData, w: Tensor, intercept: Tensor | float) -> Fit:

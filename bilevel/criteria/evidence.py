@@ -65,7 +65,7 @@ class Evidence(Criterion):
         L = factor(gram.clone(), a)
         return a, L, torch.cholesky_solve(cross[:, None], L)[:, 0]
 
-    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def compute(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         data, (_, cross, total, mean) = self.data, self._moments
         a, L, w = self._solve(u)
         count = data.counted - int(data.intercept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -12,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.core.status import BilevelWarning
 from bilevel.criteria import newton_cg, newton_dense
-from bilevel.criteria.criterion import UNSOLVED, Array, Criterion, Evaluation, Fit, shared
+from bilevel.criteria.criterion import Array, Criterion, Evaluation, Fit, shared, warn_unsolved
 from bilevel.criteria.data import DENSE, LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.splits import checked_folds, restricted
@@ -118,7 +116,7 @@ class KFold(Criterion):
         few = 0 < outputs * (data.features + 1) <= newton_dense.MOST
         return few and data.rows * data.features <= newton_dense.ENTRIES
 
-    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def compute(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         solved, data = self._solve(u, warm), self.data
         z, y = self._held(solved.z), data.y[self.held_out]
         count, weight = len(self.held_out), self.share if z.dim() == 1 else self.share[None]
@@ -154,7 +152,7 @@ class KFold(Criterion):
         start = None if warm is None else replace(warm, w=warm.w.mean(0, keepdim=True), columns=None)
         solved = whole._solve(u, start)
         if not solved.right:
-            warnings.warn(UNSOLVED.format(float(u.min())), BilevelWarning, stacklevel=2)
+            warn_unsolved(u)
         return self._fit(solved.w[0])
 
     def fits(self, evaluation: Evaluation) -> list[tuple[Fit, Tensor]]:

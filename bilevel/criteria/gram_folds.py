@@ -59,7 +59,7 @@ class RidgeFolds(Criterion):
         self.folds = checked_folds(folds, data, self.loss)
         self.y = data.y.reshape(-1, data.rows)
 
-    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def compute(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         grams, penalties, outputs = self._grams, self.penalties, len(self.y)
         a = penalties.spread(u).exp().to(self.y).expand(outputs, -1)
         shared = penalties.outputs is None or bool((a == a[:1]).all())

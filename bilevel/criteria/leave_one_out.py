@@ -112,7 +112,7 @@ class RidgeLeaveOneOut(Criterion):
         mean = array(self.y) @ array(data.weights) / data.rows
         self.mean = tensor(mean if data.intercept else 0.0 * mean)[:, None]  # (targets, 1)
 
-    def _evaluate(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
+    def compute(self, u: Array, warm: Any = None, *, second: bool = True, full: bool = False) -> Evaluation:
         if not self._even:
             return self._uneven_evaluation(u, self.penalties.spread(u), second)
         log_a = self.penalties.spread_outputs(u)

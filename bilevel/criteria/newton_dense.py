@@ -61,7 +61,8 @@ def solve(system: System, a: Tensor, start: Tensor, tol: float) -> tuple[Tensor,
     for _ in range(STEPS):
         gradient = system.gradient(w, z, a)
         step = inverses(system, z, a)(gradient)
-        decrease = dots(gradient, step).tolist()
+        # An inverse that is lost in rounding may be indefinite: a decrease below zero is not a small one.
+        decrease = dots(gradient, step).abs().tolist()
         w, z, new = searched(system, a, w, z, value, step, decrease)
         # A step that rounding leaves without a decrease ends it, too.
         ends = [by <= tol * (old + floor) or now >= old for by, old, now in zip(decrease, value, new, strict=True)]

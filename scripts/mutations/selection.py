@@ -15,7 +15,7 @@ SELECTION = (
     Break(
         "criteria-never-judged-at-weak-penalties",
         "bilevel/criteria/criterion.py",
-        "right = all(self._agree(found, each._evaluate(u, second=False)) for each in others)",
+        "right = all(self._agree(found, each.compute(u, second=False)) for each in others)",
         "right = True",
         "test_weak_penalties.py::test_criteria_are_right_where_they_say_nothing",
     ),

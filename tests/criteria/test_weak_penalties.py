@@ -1,6 +1,7 @@
 """Penalties below what floating point carries: criteria are right, or say that they are not, by 80 digits."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,18 @@ from criteria_cases import penalty_cases
 from paths import study
 
 from bilevel.core.status import BilevelWarning
-from bilevel.criteria import ApproximateLeaveOneOut, KFold, LinearData, Penalties, RidgeLeaveOneOut, newton_cg
+from bilevel.criteria import (
+    ApproximateLeaveOneOut,
+    Criterion,
+    KFold,
+    LinearData,
+    Penalties,
+    RidgeLeaveOneOut,
+    newton_cg,
+)
 from bilevel.criteria import approximate as module
-from bilevel.problems import Logistic, Poisson
+from bilevel.problems import Logistic, Poisson, Squared
+from bilevel.selection.descend import tune
 
 
 def test_criteria_are_right_where_they_say_nothing() -> None:
@@ -74,3 +84,56 @@ def test_approximate_leave_one_out_of_many_rows_is_right_where_float32_loses_pen
 def _system(data: LinearData) -> tuple[newton_cg.System, torch.Tensor, torch.Tensor]:
     a = torch.tensor([[np.exp(-12.0)] * 3 + [0.0]], dtype=torch.float64)
     return newton_cg.System(data, Logistic(), data.weights[None]), a, torch.zeros_like(a)
+
+
+@pytest.mark.parametrize("u", [-34.0, -38.0, -42.0])
+@pytest.mark.parametrize("shared", [True, False])
+def test_models_whose_inverse_is_lost_in_rounding_are_not_found(u: float, shared: bool) -> None:
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        X = rng.standard_normal((20, 60))
+        penalties = Penalties.scalar(60) if shared else Penalties.feature(60)
+        at, rows = np.full(penalties.size, u), np.arange(20)
+        data = LinearData.of(X, X[:, 0] + rng.standard_normal(20))
+        folds = KFold(data, Squared(), penalties, [(rows[::2], rows[1::2]), (rows[1::2], rows[::2])])
+        for criterion in (ApproximateLeaveOneOut(data, Squared(), penalties), folds):
+            # Two that are lost in the same way agree, so that it is their own word that counts.
+            assert np.isinf(criterion.compute(at, second=False).value)
+            for act in (criterion.evaluate, criterion.refit):
+                with pytest.warns(BilevelWarning, match="were not found"):
+                    act(at)
+
+
+class Own(Criterion):
+    """The least that a criterion of one's own gives, but for its numbers."""
+
+    def refit(self, u: Any, warm: Any = None) -> Any:
+        return RidgeLeaveOneOut(self.data, self.penalties).refit(u)
+
+    def take(self, rows: Any) -> Any:
+        return type(self)(self.data.take(rows), self.loss, self.penalties)
+
+
+class Computed(Own):
+    def compute(self, u: Any, warm: Any = None, *, second: bool = True, full: bool = False) -> Any:
+        return RidgeLeaveOneOut(self.data, self.penalties).compute(u, second=second)
+
+
+class Evaluated(Own):
+    def evaluate(self, u: Any, warm: Any = None, *, second: bool = True, full: bool = False) -> Any:
+        return RidgeLeaveOneOut(self.data, self.penalties).compute(u, second=second)
+
+
+def test_a_criterion_of_ones_own_computes_what_is_judged_or_evaluates_itself() -> None:
+    rng = np.random.default_rng(0)
+    data = LinearData.of(rng.standard_normal((8, 3)) @ rng.standard_normal((3, 20)), rng.standard_normal(8))
+    parts, weak = (data, Squared(), Penalties.scalar(20)), np.array([-40.0])
+    expected = RidgeLeaveOneOut(data, parts[2]).evaluate(np.zeros(1)).value
+    for kind in (Computed, Evaluated):
+        assert kind(*parts).evaluate(np.zeros(1)).value == expected
+        assert tune(kind(*parts), np.zeros(1)).evaluation.value < expected
+    with pytest.warns(BilevelWarning, match="were not found"):
+        assert np.isinf(Computed(*parts).evaluate(weak).value)
+    assert np.isfinite(Evaluated(*parts).evaluate(weak).value)
+    with pytest.raises(NotImplementedError, match=r"Own has to define compute\(u, warm, \*, second, full\)"):
+        Own(*parts).evaluate(weak)
