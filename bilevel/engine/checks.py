@@ -23,6 +23,11 @@ def check_roles(problem: Any, solver: Any, estimator: Any) -> None:
     """Refuse arguments in the wrong order, and a class in the place of its instance, by a ValueError."""
     for value, kind in ((problem, BilevelProblem), (solver, InnerSolver), (estimator, HypergradEstimator)):
         if not isinstance(value, kind):
+            if hasattr(value, "memories"):  # a StochasticMethod, which stands above
+                name = type(value).__name__
+                raise ValueError(
+                    f"{name} is a method of single loops: SingleLoop(problem, {name}(), hparams).run(steps)."
+                )
             got = shown_value(value) if isinstance(value, type) else type(value).__name__
             place, _, remedy = got.partition(": ")
             raise ValueError(

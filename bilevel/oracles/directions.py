@@ -13,7 +13,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, fx
@@ -39,6 +39,18 @@ HELD = 2**28
 POINT, INNER, OUTER = 1, 2, 4
 
 
+class Rule(NamedTuple):
+    """How a block of steps moves z and u: the rate of z, how far u moves, how far at most for a unit of curvature while
+    z relaxes (None: steps by the direction itself), the steps that leave u alone, and its bounds.
+    """  # noqa: D205
+
+    rate: float
+    length: float
+    cap: float | None
+    free: int
+    bounds: Sequence[Array] | None
+
+
 class Directions(ABC):
     """The parts of a step's direction. With params of d numbers and k hyperparameters, z is (w, v), of 2 d numbers.
 
@@ -47,12 +59,20 @@ class Directions(ABC):
         size: d.
         parts: how many batches the inner and the outer loss have; None where each step has batches of its own.
         shares: of the rows that one batch holds.
+        static: whether `block` takes steps, on tensors that stay where they are.
     """
 
     form: str
     size: int
     parts: tuple[int | None, int | None]
     shares: tuple[float, float]
+    static = False
+
+    def block(
+        self, state: Any, tables: Sequence[Any], draws: Sequence[Any], factors: Sequence[float], rule: Rule
+    ) -> Any:
+        """Take a block of steps at once, where `static` says so."""
+        raise NotImplementedError
 
     def array(self, flat: Tensor) -> Array:
         """Return a vector as what steps work on; a copy."""

@@ -17,14 +17,14 @@ from bilevel.core import tree
 from bilevel.core.options import require_value
 from bilevel.core.status import GOOD, OnFailure, Status, Verdict, check_on_failure, report
 from bilevel.core.tree import Tree
-from bilevel.oracles.directions import Array, Directions, LossDirections, on_all_data
+from bilevel.oracles.directions import Array, Directions, LossDirections, Rule, on_all_data
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.outer.checks import check_callbacks, check_start, check_steps, check_stochastic, check_switches, start_of
 from bilevel.outer.constraints import bounds
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record
 from bilevel.outer.single_loop_evidence import evaluated
 from bilevel.outer.single_loop_state import State, load, saved
-from bilevel.outer.stochastic import APART, CAP, LEAST, RENEWED, SAFE, SETTLED, StochasticMethod, drawn
+from bilevel.outer.stochastic import APART, CAP, LEAST, RENEWED, SAFE, SETTLED, Averages, StochasticMethod, drawn
 from bilevel.outer.stopping import StoppingRules, columns, failure, with_remark
 
 Callback: TypeAlias = "Callable[[SingleLoop, Estimate], bool | None]"
@@ -108,14 +108,13 @@ class SingleLoop:
         u = self.directions.array(self._of_hparams.ravel(tree.copied(hparams)))
         made = self._preconditioner(u)
         rate, least = self._rate(z, u) if made is None else (SAFE / made[1], 0.0)
-        tiny = leaves[0].new_full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny)
+        tiny = leaves[0].new_full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny ** 0.5)
         memories = method.memories(self.directions, z, u)
-        metric = None if made is None else made[0]
-        self.state = State(0, z, u, self.directions.array(tiny), memories, rate, least, metric, u, 1)
+        self.state = State(0, z, u, self.directions.array(tiny), memories, rate, least, made and made[0], u, 1)
         settled = math.ceil(SETTLED / (SAFE if made is None else rate))
         self.freeze = settled if method.freeze == "auto" else int(method.freeze)
         usual = 0.3 if made is None else 1.0
-        self.length = usual if method.outer_step == "auto" else float(method.outer_step)
+        self.length = usual if isinstance(method.outer_step, str) else float(method.outer_step)
         self.histories: list[list[Record]] = [[]]
         self.best: tuple[float, Tree] = (math.inf, self.hparams)
 
@@ -141,12 +140,10 @@ class SingleLoop:
         """Return the rate of z, as given or from the curvature, and the smallest curvature where it was measured."""
         if not isinstance(self.method.inner_step, str):
             return float(self.method.inner_step), 0.0
-        ends = self.directions.curvature(z, u)
-        curvature = ends.largest
-        if not 0.0 < curvature < math.inf:
-            name = type(self.method).__name__
-            raise ValueError(f"`{name}.inner_step` is 'auto', but the curvature is {curvature:g}: give a number.")
-        return SAFE / curvature, max(ends.smallest, 0.0)
+        ends, name = self.directions.curvature(z, u), type(self.method).__name__
+        if not 0.0 < ends.largest < math.inf:
+            raise ValueError(f"`{name}.inner_step` is 'auto', but the curvature is {ends.largest:g}: give a number.")
+        return SAFE / ends.largest, max(ends.smallest, 0.0)
 
     def _preconditioner(self, u: Array) -> tuple[Array, float] | None:
         asked = self.method.preconditioner == "auto" == self.method.inner_step
@@ -280,14 +277,21 @@ class SingleLoop:
     def _block(self, state: State, count: int) -> State:
         """Return the state after so many steps."""
         method, directions, bound = self.method, self.directions, self._bounds
+        draws = list(zip(*drawn(method.seed, state.step, count, directions.parts), strict=True))
+        factors = self._factors(state.step, count)
+        if directions.static:
+            cap, free = CAP if method.scaling != "none" else None, self.freeze - state.step
+            rule = Rule(state.rate, self.length, cap, free, bound)
+            tables = [(each.table, each.mean) for each in state.memories if isinstance(each, Averages)]
+            (z, u, root), made = directions.block(state, tables, draws, factors, rule)
+            memories = [each if not made else Averages(*made.pop(0)) for each in state.memories]
+            return replace(state, step=state.step + count, z=z, u=u, root=root, memories=memories)
         sampled, complete, shrunk = directions.sampled, directions.complete, directions.shrunk
-        z, u, squares, first, d = state.z, state.u, state.squares, state.step, directions.size
+        z, u, root, first, d = state.z, state.u, state.root, state.step, directions.size
         inner, outer = (each.copied() for each in state.memories)
-        factors = self._factors(first, count)
         rate, metric, anchor, until = state.rate, state.metric, state.anchor, state.until
         free, capped = self.freeze - first, method.scaling != "none"
-        batches = zip(*drawn(method.seed, first, count, directions.parts), strict=True)
-        for k, (i, j) in enumerate(batches):
+        for k, (i, j) in enumerate(draws):
             q, f = sampled(i, j, z, u)
             direction, f = inner(i, q), outer(j, f)
             direction[d : d + f.shape[0]] += f
@@ -300,12 +304,12 @@ class SingleLoop:
             if k >= free:
                 least = None if not capped else LEAST if metric is not None else directions.least(penalty, state.least)
                 cap = None if least is None else CAP * at * least
-                u, squares = method.moved(u, of_u, squares, self.length, factors[k], cap)
+                u, root = method.moved(u, of_u, root, self.length, factors[k], cap)
                 if bound is not None:
                     u = u.clip(*bound)
                 if metric is not None and (until := until - 1) <= 0:
                     anchor, metric, rate, until = self._renewed(u, anchor, metric, rate)
-        return State(first + count, z, u, squares, [inner, outer], rate, state.least, metric, anchor, until)
+        return State(first + count, z, u, root, [inner, outer], rate, state.least, metric, anchor, until)
 
     def _factors(self, first: int, count: int) -> list[float]:
         """Return by what the rates of some steps are multiplied."""
@@ -314,8 +318,8 @@ class SingleLoop:
         return [(1.0 + k / after) ** -method.decay for k in range(first, first + count)]
 
     def _is_finite(self, state: State) -> bool:
-        tensors = map(self.directions.tensor, (state.z, state.u))
-        return bool(torch.isfinite(torch.stack([each.sum() for each in tensors])).all())
+        z, u = map(self.directions.tensor, (state.z, state.u))
+        return bool(torch.isfinite(z.sum() + u.sum()))
 
     def _named(self, state: State, count: int) -> tuple[State, Verdict]:
         """Return the last finite state of a block that ends otherwise, and what is to be said of the next step."""

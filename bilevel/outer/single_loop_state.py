@@ -13,9 +13,9 @@ from bilevel.oracles.directions import Array
 from bilevel.outer.records import Record
 from bilevel.outer.stochastic import Memory
 
-FORMAT = 2
+FORMAT = 3
 """The format of a state that this version writes and reads."""
-ARRAYS = ("z", "u", "squares", "anchor")
+ARRAYS = ("z", "u", "root", "anchor")
 WANTED = "`state` must be what `SingleLoop.state_dict` returned"
 
 
@@ -27,7 +27,7 @@ class State:
         step: steps taken.
         z: params and adjoint, flat, (2 d,).
         u: hyperparameters, flat, (k,).
-        squares: sums of the squares of the directions of u, (k,).
+        root: of the sums of the squares of the directions of u, (k,).
         memories: what the method knows of the inner and of the outer part.
         rate: of z.
         least: about the smallest curvature; 0 where it was not measured.
@@ -39,7 +39,7 @@ class State:
     step: int
     z: Array
     u: Array
-    squares: Array
+    root: Array
     memories: list[Memory]
     rate: float
     least: float
@@ -82,6 +82,8 @@ def load(loop: Any, state: Mapping[str, Any]) -> None:
     """Let a run go on from a state, or leave it as it is; see `SingleLoop.load_state_dict`."""
     if not isinstance(state, Mapping) or "memories" not in state:
         raise ValueError(f"{WANTED}, got {shown_value(state)[:60]}.")
+    if state.get("format") == 2 and "squares" in state:  # of versions that kept the sums of squares themselves
+        state = {**state, "format": FORMAT, "root": state["squares"].sqrt()}
     if state.get("format") != FORMAT:
         raise ValueError(f"this state has the format {state.get('format')!r}, this version reads {FORMAT}.")
     if lacking := set(saved(loop)) - set(state):

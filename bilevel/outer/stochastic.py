@@ -146,15 +146,15 @@ class StochasticMethod(ABC):
         return [Memory(), Memory()]
 
     def moved(
-        self, u: Array, direction: Array, squares: Array, length: float, factor: float, cap: Any
+        self, u: Array, direction: Array, root: Array, length: float, factor: float, cap: Any
     ) -> tuple[Array, Array]:
-        """Return hyperparameters after a step, and the sum of the squares of their directions."""
+        """Return hyperparameters after a step, and the root of the sum of the squares of their directions."""
         step = length * direction
         if self.scaling == "none":
-            return u - factor * step, squares
-        squares = squares + direction * direction
-        step = step / squares**0.5
-        return u - (step if cap is None else step.clip(-cap, cap)), squares
+            return u - factor * step, root
+        root = torch.hypot(root, direction) if isinstance(root, torch.Tensor) else np.hypot(root, direction)
+        step = step / root
+        return u - (step if cap is None else step.clip(-cap, cap)), root
 
     def check(self, problem: Any, solver: Any, hparams: Any) -> None:
         """Refuse nothing: the loop looks at what it is made of."""

@@ -44,7 +44,7 @@ from bilevel.problems.hyper_hessian import linear_hyper_hessians
 from bilevel.problems.linear_oracles import LinearModelInner
 from bilevel.problems.losses import GLMLoss
 from bilevel.problems.old_hooks import with_hooks
-from bilevel.problems.row_directions import row_directions
+from bilevel.problems.row_steps import row_directions
 from bilevel.problems.splits import Split, check_equal, stacked_splits
 
 

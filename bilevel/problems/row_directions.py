@@ -10,6 +10,7 @@ The penalty needs no rows: its steps are implicit, ``z / (1 + rate pen)``, and `
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,8 +24,6 @@ from bilevel.oracles.samplers import ORDER, keyed_generator
 from bilevel.problems.glm_loss import GLMLoss
 from bilevel.problems.splits import Split
 
-ON_HOST = 10_000
-"""Numbers in a batch up to which arrays on the host are quicker than tensors."""
 DENSE, ROWS = 500, 4096
 """The most features, and the rows, of which the smallest curvature is measured."""
 
@@ -55,14 +54,13 @@ class Batches:
         self.curvature = None if response is None else response.curvature
         if response is not None and response.sign is not None:
             X = X * response.sign[:, None].to(X)
-        target = None if response is None else response.target
+        target = y if response is None else response.target if response.target is None else response.target.to(X)
         self.X = [each.contiguous() for each in torch.split(X, size)]
-        self.y = list(torch.split(y, size))
-        self.target = None if target is None else list(torch.split(target.to(X), size, -1))
+        self.targets = [None] * self.count if target is None else list(torch.split(target, size, -1))
 
 
 class RowDirections(Directions):
-    """The directions of a `LinearModelProblem`, by arrays on the host where batches are small.
+    """The directions of a `LinearModelProblem`, by arrays on the host; `RowSteps` has those of large batches.
 
     Args:
         problem: the problem, no batch, whose oracles are those of its class.
@@ -70,68 +68,74 @@ class RowDirections(Directions):
         seed: of the order of the rows.
     """
 
+    host, form = True, "closed form on the host"
+
     def __init__(self, problem: Any, size: int, seed: int) -> None:
-        self.problem, self.glm, X = problem, problem.glm, problem.train.X
+        self.problem, self.glm = problem, problem.glm
         self._shape, self._group = tuple(problem.params.shape), problem._group_shape
         self.size, self._features = problem.params.numel(), self._shape[-1]
         size = min(size, max(problem.train.rows, problem.val.rows))
         self.inner = Batches(problem.train, self.glm, problem.outputs, size, seed, problem.scale)
         self.outer = Batches(problem.val, self.glm, problem.outputs, size, seed + 1, 1.0 / problem.val.rows)
         self.parts, self.shares = (self.inner.count, self.outer.count), (self.inner.share, self.outer.share)
-        self.host = X.is_cpu and size * self.size <= ON_HOST
-        self.form = "closed form on the host" if self.host else "closed form"
-        # Predictions on the outer batch, those on the inner one, and products with v there.
-        places = X.new_empty(3, *self._shape[:-1], size)
-        self._z, (self._z_out, self._z_in, self._turned) = places[:2], places.unbind(0)
-        flat = [each.view(-1, size) for each in (places[0], places[1:])]
-        self._flat = [each.numpy() for each in flat] if self.host else flat
-        self._multiply: Any = np.dot if self.host else torch.mm
-        self._data = [
-            [(each.numpy() if self.host else each, each.numpy().T if self.host else each.t()) for each in side.X]
-            for side in (self.inner, self.outer)
-        ]
         self._logarithm = problem.parametrization == "log"
         pairs = enumerate(zip(self._group, self._shape, strict=True))
         self._shared = tuple(axis for axis, (group, full) in pairs if group < full)
         self._alone = problem.penalty == "scalar"
         self._plain = type(self.glm).hessian_product is GLMLoss.hessian_product
 
+        self._lay_out(size)
+
+    def _lay_out(self, size: int) -> None:
+        """Make room for predictions on the outer batch, those on the inner one, and products with v there."""
+        places = self.problem.train.X.new_empty(3, *self._shape[:-1], size)
+        self._slopes, self._others = places[:2], places.unbind(0)
+        self._flat = [each.view(-1, size).numpy() for each in (places[0], places[1:])]
+        self._data = [[(each.numpy(), each.numpy().T) for each in side.X] for side in (self.inner, self.outer)]
+
     def array(self, flat: Tensor) -> Array:
-        return flat.detach().clone().numpy() if self.host else flat.detach().clone()
+        return flat.detach().clone().numpy()
 
     def tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.array(array)) if self.host else array
+        return torch.from_numpy(np.array(array))
 
     def sampled(self, i: int, j: int, z: Array, u: Array) -> tuple[Array, Array]:
         (A, columns), (B, others) = self._data[0][i], self._data[1][j]
         outside, inside = self._flat
-        self._multiply(z.reshape(-1, self._features), columns, out=inside)
-        self._multiply(z[: self.size].reshape(-1, self._features), others, out=outside)
-        self._respond(i, j)
-        q = self._multiply(inside, A).reshape(-1)
-        f = self._multiply(outside, B).reshape(-1)
+        np.dot(z.reshape(-1, self._features), columns, out=inside)
+        np.dot(z[: self.size].reshape(-1, self._features), others, out=outside)
+        self._respond(self._slopes, self._others, (self.inner.targets[i], self.outer.targets[j]))
+        q = np.dot(inside, A).reshape(-1)
+        f = np.dot(outside, B).reshape(-1)
         q *= self.inner.scale
         f *= self.outer.scale
         return q, f
 
-    def _respond(self, i: int, j: int) -> None:
-        """Turn predictions into slopes, and products with v into those with the curvature besides."""
-        inner, outer, product = self.inner, self.outer, self.glm.hessian_product
+    def _respond(self, both: Tensor, parts: Any, targets: Sequence[Any]) -> None:
+        """Turn predictions into slopes, and products with v into those of the curvature.
+
+        Args:
+            both: all predictions, a view.
+            parts: those on the outer batch, those on the inner one, and products with v there.
+            targets: of the inner and of the outer batch.
+        """
+        (outside, inside, turned), (target, outer_target) = parts, targets
+        glm, inner = self.glm, self.inner
         if inner.apply is None or inner.curvature is None:
-            slope = self.glm.slope(self._z_in, inner.y[i])
-            self._turned.copy_(product(self.glm.curvature(self._z_in, inner.y[i]), self._turned))
-            self._z_in.copy_(slope)
-            self._z_out.copy_(self.glm.slope(self._z_out, outer.y[j]))
+            slope = glm.slope(inside, target)
+            turned.copy_(glm.hessian_product(glm.curvature(inside, target), turned))
+            inside.copy_(slope)
+            outside.copy_(glm.slope(outside, outer_target))
             return
-        inner.apply(self._z)
-        curvature = inner.curvature(self._z_in)
+        inner.apply(both)
+        curvature = inner.curvature(inside)
         if self._plain:
-            self._turned.mul_(curvature)
+            turned.mul_(curvature)
         else:
-            self._turned.copy_(product(curvature, self._turned))
-        if inner.target is not None and outer.target is not None:
-            self._z_in.sub_(inner.target[i])
-            self._z_out.sub_(outer.target[j])
+            turned.copy_(glm.hessian_product(curvature, turned))
+        if target is not None:
+            inside.sub_(target)
+            outside.sub_(outer_target)
 
     def complete(self, direction: Array, z: Array, u: Array) -> tuple[Array, Array, Array]:
         penalty = self._penalty(u)
@@ -177,10 +181,7 @@ class RowDirections(Directions):
         return (X.numpy(), None if gram is None else gram.numpy()) if self.host else (X, gram)
 
     def _penalty(self, u: Array) -> Array:
-        penalty = u.reshape(self._group)
-        if not self._logarithm:
-            return penalty
-        return np.exp(penalty) if self.host else penalty.exp()
+        return np.exp(u.reshape(self._group)) if self._logarithm else u.reshape(self._group)
 
     def curvature(self, z: Array, u: Array) -> Spectrum:
         problem, size = self.problem, self.inner.X[0].shape[0]
@@ -203,9 +204,3 @@ class RowDirections(Directions):
         at_zero = self.glm.typical_curvature(self.problem.train.y, self.problem.outputs)
         smallest = float(torch.linalg.eigvalsh(torch.as_tensor(gram))[0]) * self.problem.train.rows / len(X)
         return max(0.0, self.problem.scale * at_zero * smallest)
-
-
-def row_directions(problem: Any, size: int, seed: int) -> RowDirections | None:
-    """Return the directions of a linear model; None for one whose oracles are not those of this package."""
-    usual = problem.solved_on_host and problem.predicts_linearly and problem.parametrization in ("log", "direct")
-    return RowDirections(problem, size, seed) if usual else None

@@ -17,7 +17,7 @@ from bilevel.compare import Setup
 from bilevel.compare.referee import error_against_referee
 from bilevel.oracles.directions import LossDirections
 from bilevel.oracles.samplers import ORDER, keyed_generator, seed_of
-from bilevel.problems import row_directions
+from bilevel.problems import row_steps
 
 softplus = torch.nn.functional.softplus
 Start = dict[str, Any]
@@ -168,15 +168,11 @@ MODELS: dict[str, Callable[[], bl.BilevelProblem]] = {
 }
 
 
-@pytest.mark.parametrize("host", [True, False])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_the_mean_over_all_batches_is_the_direction_on_all_rows(
-    name: str, host: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(row_directions, "ON_HOST", 10_000 if host else 0)
+def test_the_mean_over_all_batches_is_the_direction_on_all_rows(name: str) -> None:
     problem = MODELS[name]()
     made = problem.directions(16, 5)
-    assert made.host is host
+    assert made.host
     generator, d = torch.Generator().manual_seed(1), made.size
     u = 0.3 * torch.rand(problem.initial_hparams().numel(), generator=generator, dtype=torch.float64) + 0.1  # type: ignore[attr-defined]
     z = 0.5 * torch.randn(2 * d, generator=generator, dtype=torch.float64)
@@ -192,6 +188,29 @@ def test_the_mean_over_all_batches_is_the_direction_on_all_rows(
     torch.testing.assert_close(explicit, q[: 2 * d], rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(made.tensor(of_u), q[2 * d :], rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(made.tensor(outer), f[:d], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [bl.SOBA, bl.SABA])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_steps_on_tensors_are_those_on_the_host(name: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Any] = []
+    options: dict[str, Any] = {"batch_size": 16, "preconditioner": "none", "freeze": 20}
+    options["inner_step"] = 0.05 if name == "Poisson" else "auto"
+    bounded = torch.distributions.constraints.greater_than_eq(0.0) if name == "direct" else None
+    for places, scaling in ((10_000, "adagrad"), (0, "adagrad"), (10_000, "none"), (0, "none")):
+        monkeypatch.setattr(row_steps, "ON_HOST", places)
+        options["scaling"], options["outer_step"] = scaling, 0.3 if scaling == "adagrad" else 1e-3
+        loop = bl.SingleLoop(MODELS[name](), method(**options), certify=False, constraints=bounded)
+        assert loop.directions.static is (places == 0)
+        loop.run(150, progress=False)
+        second = bl.SingleLoop(MODELS[name](), loop.method, certify=False, constraints=bounded)
+        second.load_state_dict(loop.state_dict())
+        assert (reached(second) == reached(loop)).all()
+        loop.run(150, progress=False), second.run(150, progress=False)
+        assert (reached(second) == reached(loop)).all()
+        ends.append(reached(loop))
+    for host, tensors in (ends[:2], ends[2:]):
+        np.testing.assert_allclose(tensors, host, rtol=1e-12, atol=1e-12 * abs(host).max())
 
 
 def exact_hypergradient(w: Any, v: Any, u: Any) -> tuple[Any, Any, float]:
@@ -337,6 +356,11 @@ def test_hyperparameters_stay_within_their_bounds() -> None:
         (lambda: bl.SingleLoop(as_written(40), bl.SABA(), torch.zeros(4).double()), "a batch_size that divides"),
         (lambda: bl.SingleLoop(MODELS["Poisson"](), bl.SABA()), "inner_step` is 'auto', but the curvature is inf"),
         (lambda: bl.SingleLoop(logistic().batched(2), bl.SABA(), torch.zeros(2, 4).double()), "this is a batch"),
+        (
+            lambda: bl.hypergradient(logistic(), bl.SGD(), bl.SABA(), torch.zeros(4)),
+            "is a method of single loops: SingleLoop",
+        ),  # type: ignore[arg-type]
+        (lambda: bl.tune(logistic(), estimator=bl.SOBA()), "is a method of single loops: SingleLoop"),
         (lambda: bl.SABA(every=0), "`SABA.every` must be a positive int, got 0"),
         (lambda: bl.SOBA(scaling="adam"), "`SOBA.scaling` must be 'adagrad' or 'none', got 'adam'"),
     ],
@@ -406,6 +430,8 @@ def test_a_state_of_another_kind_is_refused_and_nothing_is_loaded() -> None:
         with pytest.raises(ValueError, match=sentence):
             loop.load_state_dict(each)
         assert (reached(loop) == before).all()
+    loop.load_state_dict({k: v for k, v in state.items() if k != "root"} | {"format": 2, "squares": state["root"] ** 2})
+    torch.testing.assert_close(loop.state_dict()["root"], state["root"])
     with pytest.raises(ValueError, match="give `hparams`"):
         bl.SingleLoop(squares(), bl.SABA())
 
