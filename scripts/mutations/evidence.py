@@ -58,6 +58,13 @@ EVIDENCE = (
         "test_certify.py",
     ),
     Break(
+        "refine-far-from-a-solution",
+        "bilevel/certify/refine.py",
+        "doubtful=unsolved <= UNSOLVED and step.nonlinearity > NONLINEAR",
+        "doubtful=False",
+        "test_certify.py",
+    ),
+    Break(
         "theory-unroll-bound",
         "bilevel/theory/bounds.py",
         "rho**steps * d0 + C * steps * rho ** _previous(steps) * e0",

@@ -186,6 +186,22 @@ def test_negative_curvature_is_refused_with_its_reason() -> None:
     assert found.error_note in estimate.verdict.detail
 
 
+@pytest.mark.parametrize("start", [8.0, 20.0])
+def test_params_that_refinement_does_not_bring_near_a_solution_are_in_doubt(start: float) -> None:
+    # A Newton step from x >> 0 goes back by about 1: `ROUNDS` of them stay where the gradient is as curved.
+    problem = bl.BilevelProblem(
+        lambda x, u: (x.exp() - u.exp() * x).sum(),
+        lambda x, u: (x - 1.0).square().sum(),
+        torch.full((2,), start, dtype=F64),
+    )
+    arguments = problem, bl.GradientDescent(1e-9, steps=2), bl.FullUnroll(), torch.tensor(0.1, dtype=F64)
+    estimate = bl.hypergradient(*arguments, certify=True, on_failure="return")
+    assert estimate.certificate.error is None
+    assert "outside the quadratic regime" in estimate.certificate.error_note
+    assert estimate.status is bl.Status.INACCURATE
+    assert estimate.certificate.error_note in estimate.verdict.detail
+
+
 def nonsymmetric_map() -> tuple[Any, Any, Any]:
     """A contraction whose Jacobian is not symmetric, its problem, and the exact hypergradient by dense algebra."""
     matrix, target, u = 0.3 * normal(91, 6, 6), normal(92, 6), torch.tensor([0.9, 0.7], dtype=F64)

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, normal
@@ -17,6 +18,7 @@ import bilevel as bl
 from bilevel.core import tree
 from bilevel.engine.affine import block, doubles
 from bilevel.engine.estimator import Run
+from bilevel.engine.loop import Looks
 from bilevel.hypergrad.flat_unroll import pushed, unrolled
 from bilevel.inner.coefficients import Coefficients
 
@@ -184,6 +186,15 @@ def test_a_tail_begins_before_the_stretch_in_which_its_run_ends(tail: int) -> No
         assert one.certificate.inner_steps == other.certificate.inner_steps
         assert one.cost.counts == other.cost.counts
         agree(one.hypergradient, other.hypergradient)
+
+
+def test_looks_before_the_steps_that_are_asked_for_note_no_best_residual() -> None:
+    solver = bl.HeavyBall(0.05, 0.6, tol=1e-9)
+    run = Run(RIDGE, solver, hparams(RIDGE), RIDGE.start())
+    looks, taken = Looks(run.inner(), solver, run.begin(), 1e-9, at_least=100), np.arange(1, 121)
+    assert [int(taken[k]) for k in looks.that_may_end(np.where(taken == 50, 0.5, 1.0), taken)] == []
+    # As of single steps, or a run at its floor would have waited since then.
+    assert (looks.goal.best, looks.goal.best_at) == (1.0, 100)
 
 
 ROWS = 11

@@ -35,6 +35,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
     "whole numbers": (lambda x, v, u: v * (torch.arange(4) * 2 + 1), ["mul"]),
     "dot": (lambda x, v, u: (v * (2.0 * x)).sum() * u, ["dot", "mul"]),
     "dot of matrices": (lambda x, v, u: (v.view(2, 2) * x.view(2, 2)).sum() * u, ["view", "view", "dot", "mul"]),
+    "no dot of a transpose": (
+        lambda x, v, u: (v.view(2, 2).t() * x.view(2, 2)).sum() * u,
+        ["view", "t", "mul", "sum", "mul"],
+    ),
     "other shapes": (lambda x, v, u: (v.sum() * u) * x[:, None] + C, ["sum", "addcmul"]),
 }
 
