@@ -9,7 +9,7 @@ is near singular, the factor, whose solutions are refined, has the last word.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from bilevel.numerics.dense import FACTORED, check_factored
 from bilevel.numerics.inverse import FAR, PROBES, UNITS, ByFactor, InBasis, is_right, rounding
 from bilevel.oracles.exact import Exact
 from bilevel.oracles.inner_problem import InnerProblem
+from bilevel.oracles.precision import widened
 from bilevel.oracles.problem import BilevelProblem
 
 
@@ -34,7 +35,8 @@ class ClosedForm(HypergradEstimator):
     """Solve a quadratic inner problem and its adjoint exactly; the inner solver is not run.
 
     It is what the other estimators converge to. It needs a problem that says it is `quadratic` (ridge regression,
-    `QuadraticProblem`), of at most 5,000 parameters unless it has a `spectrum`. Matrix factors are not counted.
+    `QuadraticProblem`), of at most 5,000 parameters unless it has a `spectrum`. Matrix factors are not counted. These
+    two problems are computed in float64, on a copy of their data where these are in float32.
 
     >>> from bilevel import GradientDescent, QuadraticProblem, hypergradient
     >>> problem = QuadraticProblem.random(size=3, hyperparameters=2, condition=10.0, seed=0)
@@ -53,28 +55,37 @@ class ClosedForm(HypergradEstimator):
 
     def solve(self, run: Run) -> Solution:
         self.check(run.problem, run.solver, run.hparams)
-        problem, inner, solver = run.problem, run.inner(), run.solver
+        problem, solver = run.problem, run.solver
         # One factor costs a fraction of the eigenproblem, which pays from the second solve on.
         once = not problem.recurring and run.carry.state is None
         problem.recurring = True
-        solved = _solved(run, once)
+        solved = _solved(_widened(run), once)
         if isinstance(solved, Verdict):
-            state = solver.cold_state(inner, run.params)
+            state = solver.cold_state(run.inner(), run.params)
             return Solution(run.params, state, _no_pullback, float("nan"), 0, solved)
         params = solved.flat.unravel(solved.x)
-        residual = float(tree.norm(inner.grad(params)))
+        residual = float(tree.norm(solved.run.inner().grad(params)))
         verdict = GOOD
         if residual > solved.limit:
             detail = f"ClosedForm ends at the inner residual {residual:.2e}: is the inner loss quadratic?"
             verdict = Verdict(Status.INNER_NOT_CONVERGED, detail)
-        state = solver.cold_state(inner, params)
+        params = tree.tree_map(Tensor.to, params, run.params)
+        state = solver.cold_state(run.inner(), params)
         return Solution(params, state, solved.pullback, residual, 0, verdict, form="closed form")
 
     def at_once(
         self, problem: BilevelProblem, solver: InnerSolver, hparams: Tree, params: Tree, carry: Carry | None
     ) -> Exact | None:
         problem.recurring |= carry is not None
-        exact = None if params is not None else problem.exact(hparams)
+        wide = problem.in_double
+        if params is not None:
+            return None
+        if wide is problem:
+            exact = problem.exact(hparams)
+        else:
+            wide.recurring |= problem.recurring
+            exact = wide.exact(tree.tree_map(widened, hparams))
+            exact = exact and exact.to(problem.params.dtype)
         problem.recurring |= exact is not None
         return exact
 
@@ -148,7 +159,11 @@ class _Solved:
         inner, flat, params = self.run.inner(), self.flat, self.flat.unravel(self.x)
         # Calls beside those that the work stands for are not counted.
         quiet = self.run.problem.bind(self.run.hparams)
-        right = flat.ravel(cotangent)
+        given = flat.ravel(cotangent)
+        right = given.to(self.x)
+        if self.run.of_outer and right.dtype != given.dtype:
+            # At the params before they are rounded, which the factors of a near-singular H enlarge.
+            right = flat.ravel(self.run.problem.outer_value_and_grads(params, self.run.hparams)[1])
         a = self.inverse(right)
         if self.matrix.dim() == 2:
             a = a + self.inverse(right - self.matrix @ a)
@@ -158,7 +173,8 @@ class _Solved:
         left, size = to_floats([torch.linalg.vector_norm(right - product), torch.linalg.vector_norm(right)])
         pulled = tree.scale(-1.0, cross(flat.unravel(a)))
         verdict = self._doubt(quiet, right, a)
-        return Pullback(pulled, flat.unravel(a), left / size if size > 0 else 0.0, verdict=verdict)
+        pulled, adjoint = (tree.tree_map(lambda leaf: leaf.to(given.dtype), each) for each in (pulled, flat.unravel(a)))
+        return Pullback(pulled, adjoint, left / size if size > 0 else 0.0, verdict=verdict)
 
     def _doubt(self, quiet: InnerProblem, right: Tensor, a: Tensor) -> Verdict:
         """Return what rounding does to the hypergradient; of a cotangent of another loss, to the VJP alone."""
@@ -183,6 +199,15 @@ class _Solved:
         values = matrix if matrix.dim() == 1 else torch.linalg.eigvalsh(matrix / torch.outer(scale, scale))
         smallest, largest = to_floats([values[0], values[-1]])
         return verdict if smallest > torch.finfo(values.dtype).eps * largest else _unsolvable(matrix)
+
+
+def _widened(run: Run) -> Run:
+    """Return the run in float64, where its problem is there, too."""
+    wide = run.problem.in_double
+    if wide is run.problem:
+        return run
+    hparams, params = (tree.tree_map(widened, each) for each in (run.hparams, run.params))
+    return replace(run, problem=wide, hparams=hparams, params=params)
 
 
 def _solved(run: Run, once: bool) -> _Solved | Verdict:

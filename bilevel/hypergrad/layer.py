@@ -55,6 +55,9 @@ def solution(
     Its backward is the estimator's pullback. It is differentiable once, in reverse mode; forward mode and a second
     derivative are refused. Under ``torch.func.vmap`` over hparams the members are solved one after the other.
 
+    A status speaks of the pullback of the cotangent that is given, not of that cotangent: an outer loss in float32 of
+    residuals near rounding gives one of few digits, and a gradient that is wrong without a word.
+
     Args:
         problem: the problem; its outer loss is not used.
         solver: the inner solver.

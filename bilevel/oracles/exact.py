@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bilevel.core.tree import Tree
@@ -43,9 +44,19 @@ class Exact(NamedTuple):
     detail: str = ""
     cache: Tree = None
 
+    def to(self, dtype: torch.dtype) -> Exact:
+        """Return it with tensors of a dtype."""
+        adjoint = None if self.adjoint is None else self.adjoint.to(dtype)
+        return self._replace(params=self.params.to(dtype), adjoint=adjoint, hypergradient=self.hypergradient.to(dtype))
+
 
 class AtOnce:
     """What a problem may give at once; by default, nothing."""
+
+    @property
+    def in_double(self) -> Any:
+        """This problem in float64, of the same numbers, where closed forms are computed there; default: itself."""
+        return self
 
     def exact(self, hparams: Tree) -> Exact | None:
         """Return solution, hypergradient and evidence by a closed form that is quicker than tensors; default: None.

@@ -20,6 +20,7 @@ from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.purity import look
 from bilevel.oracles.structure import QuadraticForm, Structure
 from bilevel.oracles.validation import Reads, check_tensor, check_trees
+from bilevel.problems.host import known_on_host
 
 
 def product(matrix: Tensor, v: Tensor) -> Tensor:
@@ -84,6 +85,9 @@ class QuadraticInner(InnerProblem):
         if params.dim() == 1:
             return torch.addmv(self.linear, self.hessian, params)
         return self.linear + product(self.hessian, params)
+
+
+TENSORS = ("hessian", "linear", "hessian_directions", "linear_directions", "target", "params")
 
 
 class QuadraticProblem(BilevelProblem):
@@ -208,6 +212,17 @@ class QuadraticProblem(BilevelProblem):
         rates = self.hessian_directions[:, 0, 0].double()
         return hparams.double() @ rates, rates.expand_as(hparams)
 
+    @cached_property
+    def in_double(self) -> QuadraticProblem:
+        """This problem in float64, where it computes as this class does."""
+        if self.linear.dtype is torch.float64 or self.batch is not None or not known_on_host(type(self)):
+            return self
+        wide = copy.copy(self)
+        vars(wide).pop("_eigenbasis", None)
+        for name in TENSORS:
+            setattr(wide, name, getattr(self, name).double())
+        return wide
+
     def inner_loss(self, params: Tree, hparams: Tree) -> Tensor:
         """``1/2 x' H(u) x + b(u)' x``."""
         hessian, linear = self.coefficients(hparams)
@@ -246,7 +261,7 @@ class QuadraticProblem(BilevelProblem):
 
     def stacked(self, problems: Sequence[BilevelProblem]) -> BilevelProblem:
         rows: Any = copy.copy(self)
-        for name in ("hessian", "linear", "hessian_directions", "linear_directions", "target", "params"):
+        for name in TENSORS:
             values = [getattr(problem, name) for problem in problems]
             shared = all(value is values[0] for value in values)
             each = values[0].expand(len(values), *values[0].shape) if shared else stacked_trees(name, values)

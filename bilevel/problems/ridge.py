@@ -23,7 +23,8 @@ from bilevel.oracles.inner_problem import InnerProblem
 from bilevel.oracles.kernels import Affine, Kernels
 from bilevel.oracles.problem import BilevelProblem
 from bilevel.oracles.structure import QuadraticForm, Structure
-from bilevel.problems.host import on_host
+from bilevel.problems.design import Design
+from bilevel.problems.host import known_on_host, on_host
 from bilevel.problems.kernels import ModelKernels
 from bilevel.problems.linear_model import LinearModelProblem
 from bilevel.problems.linear_oracles import LinearModelInner, LinearModelPoint
@@ -247,14 +248,25 @@ class RidgeProblem(LinearModelProblem):
 
     @cached_property
     def _eigenbasis(self) -> Eigenbasis:
-        X, y = self.train.X, self.train.y
-        exact = self if X.dtype is torch.float64 else copy.copy(self)
-        if exact is not self:  # the Gram matrix of exact numbers, not its rounding
-            exact.train = copy.copy(self.train)
-            exact.train.X, exact.train.y = X.double(), y.double()
-            for name in ("gram", "moment"):
-                vars(exact).pop(name, None)
-        return diagonalise(exact.gram, -exact.moment, self._shift)
+        wide = self._widened()
+        return diagonalise(wide.gram, -wide.moment, self._shift)
+
+    @cached_property
+    def in_double(self) -> RidgeProblem:
+        """This problem in float64, where it computes as this class does."""
+        ours = self.batch is None and known_on_host(type(self)) and type(self.glm) is Squared
+        return self._widened() if ours else self
+
+    def _widened(self) -> RidgeProblem:
+        """Return the problem in float64: the Gram matrix is that of exact numbers, not its rounding."""
+        if self.train.X.dtype is torch.float64:
+            return self
+        wide = copy.copy(self)
+        for name in ("gram", "moment", "row_space", "identity", "_host", "_eigenbasis"):
+            vars(wide).pop(name, None)
+        wide.train, wide.val, wide.params = self.train.in_double(), self.val.in_double(), self.params.double()
+        wide.design, wide._val_design = Design(wide.train.X), Design(wide.val.X)
+        return wide
 
     def _shift(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
         if self.parametrization == "direct":

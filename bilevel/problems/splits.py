@@ -57,6 +57,12 @@ class Split:
         """Number of rows."""
         return self.X.shape[-1]
 
+    def in_double(self) -> Split:
+        """Return the same numbers in float64."""
+        wide = copy.copy(self)
+        wide.X, wide.y = self.X.double(), self.y.double()
+        return wide
+
 
 def stacked_splits(parts: Sequence[Split]) -> Split:
     """Return one part of the data of several problems, of equal shapes, with X of shape (problems, features, rows)."""

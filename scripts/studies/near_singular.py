@@ -2,8 +2,8 @@
 
 Ridge problems with copied and nearly copied columns, one pair of them or half, fewer rows than features, columns of
 very different units, Hankel spectra and low rank, and quadratics with a small eigenvalue; penalties from none to
-large, both dtypes; from the data, penalty after penalty, by tensors, and all at once. The truth has 60 digits, and
-takes the data as exact numbers.
+large, both dtypes; from the data, penalty after penalty, by tensors, all at once, and by `bilevel.solution`, whose
+truth is that of the outer gradient it is given. The truth has 60 digits, and takes the data as exact numbers.
 With ``--spectral``: 3 to 100,000 steps of gradient descent, heavy ball or Nesterov's method, differentiated.
 
 A hypergradient is right where it is off by at most `LIMIT` of its norm, or of half of its digits in the parts
@@ -32,7 +32,7 @@ from bilevel.problems import RidgeProblem
 
 KINDS = ("copies", "near copies", "wide", "units", "hankel", "low rank", "close fit", "pair", "quadratic")
 LIMIT = 1e-2
-WAYS = ("arrays", "tensors", "sweep")
+WAYS = ("arrays", "tensors", "sweep", "layer")
 
 
 class ByTensors(RidgeProblem):
@@ -49,10 +49,15 @@ class Draw:
     u: torch.Tensor
     kind: str
     scalar: bool
-    truth: Any
-    parts: float
+    terms: Any
+    outer: Any
     solver: Any = field(default_factory=bl.Newton)
     estimator: Any = field(default_factory=bl.ClosedForm)
+
+    def truth(self, outer: Any = None) -> tuple[Any, float]:
+        """Return the hypergradient, of the outer loss or of another gradient of it, and the size of its parts."""
+        terms = np.array(self.terms(outer or self.outer))
+        return (terms.sum(keepdims=True) if self.u.numel() == 1 else terms), _norm(terms)
 
 
 def draw(seed: int, spectral: bool = False) -> Draw:
@@ -94,17 +99,20 @@ def draw(seed: int, spectral: bool = False) -> Draw:
     make = lambda way: ridge.get(way, RidgeProblem)(*tensors[:4], name)  # noqa: E731
     outer = lambda w: X_val.T * (X_val * w - y_val) / X_val.rows  # noqa: E731
     if spectral:
-        solver, terms = _unrolled(rng, H, -moment, penalty[0], outer)
-        how = _norm(terms), solver, bl.Spectral()
-        return Draw(make, tensors[4], kind, scalar, [sum(terms)], *how)
-    w = mpmath.lu_solve(H, moment)
-    a = mpmath.lu_solve(H, outer(w))
-    terms = np.array([-penalty[i] * a[i] * w[i] for i in range(d)])
-    truth = terms.sum(keepdims=True) if scalar else terms
-    return Draw(make, tensors[4], kind, scalar, truth, _norm(abs(terms)))
+        solver, terms = _unrolled(rng, H, -moment, penalty[0])
+        return Draw(make, tensors[4], kind, scalar, terms, outer, solver, bl.Spectral())
+    terms = _implicit(H, moment, lambda w: [penalty[i] * w[i] for i in range(d)])
+    return Draw(make, tensors[4], kind, scalar, terms, outer)
 
 
-def _unrolled(rng: Any, H: Any, b: Any, slope: Any, outer: Any) -> tuple[Any, list[Any]]:
+def _implicit(H: Any, b: Any, turn: Any) -> Any:
+    """Return the gradient of the outer loss -> what the coordinates add to the hypergradient at the w of H w = b."""
+    w = mpmath.lu_solve(H, b)
+    turned = turn(w)
+    return lambda outer: [-each * other for each, other in zip(mpmath.lu_solve(H, outer(w)), turned, strict=True)]
+
+
+def _unrolled(rng: Any, H: Any, b: Any, slope: Any) -> tuple[Any, Any]:
     """Draw a solver, and return it with what the eigenvalues of H add to its unrolled derivative by a shift of H."""
     values, Q = mpmath.eigsy(H)
     linear, steps = Q.T * b, int(10.0 ** rng.uniform(0.5, 5))
@@ -130,8 +138,7 @@ def _unrolled(rng: Any, H: Any, b: Any, slope: Any, outer: Any) -> tuple[Any, li
         power = dual**steps
         z[i] = power[p + 1, 2 * p + 1]
         by_value.append(power[0, 2 * p + 1])
-    weights = Q.T * outer(Q * z)
-    return solver, [slope * weights[i] * each for i, each in enumerate(by_value)]
+    return solver, lambda outer: [slope * w * each for w, each in zip(Q.T * outer(Q * z), by_value, strict=True)]
 
 
 def _quadratic(rng: Any, d: int, dtype: Any, scalar: bool, spectral: bool) -> Draw:
@@ -147,15 +154,11 @@ def _quadratic(rng: Any, d: int, dtype: Any, scalar: bool, spectral: bool) -> Dr
     H, b, slope, target = (_exact(each) for each in (arrays[0], arrays[1], arrays[2][0], arrays[4]))
     H = H + slope * mpmath.mpf(float(u[0]))
     make = lambda way: bl.QuadraticProblem(*tensors)  # noqa: E731
+    outer, u = (lambda w: w - target), torch.from_numpy(u.copy())
     if spectral:
-        solver, terms = _unrolled(rng, H, b, mpmath.mpf(1), lambda w: w - target)
-        how = _norm(terms), solver, bl.Spectral()
-        return Draw(make, torch.from_numpy(u.copy()), "quadratic", scalar, [sum(terms)], *how)
-    w = -mpmath.lu_solve(H, b)
-    a = mpmath.lu_solve(H, w - target)
-    turned = slope * w
-    terms = np.array([-a[i] * turned[i] for i in range(d)])
-    return Draw(make, torch.from_numpy(u.copy()), "quadratic", scalar, terms.sum(keepdims=True), _norm(abs(terms)))
+        solver, terms = _unrolled(rng, H, b, mpmath.mpf(1))
+        return Draw(make, u, "quadratic", scalar, terms, outer, solver, bl.Spectral())
+    return Draw(make, u, "quadratic", scalar, _implicit(H, -b, lambda w: slope * w), outer)
 
 
 def _exact(values: Any) -> Any:
@@ -168,9 +171,11 @@ def _norm(values: Any) -> float:
     return float(mpmath.sqrt(sum(each * each for each in values)))
 
 
-def answers(case: Draw, way: str) -> list[tuple[str, Any]]:
-    """Return statuses and hypergradients of one way to ask."""
+def answers(case: Draw, way: str) -> list[tuple[str, Any, Any]]:
+    """Return statuses and hypergradients of one way to ask, and the outer gradients that were given, if any."""
     problem = case.make(way)
+    if way == "layer":
+        return [_layer(case, problem)]
     if way == "sweep":
         if problem.spectrum() is None:
             return []
@@ -178,25 +183,43 @@ def answers(case: Draw, way: str) -> list[tuple[str, Any]]:
             how = (problem,) if isinstance(case.estimator, bl.ClosedForm) else (problem, case.solver)
             swept = case.estimator.sweep(*how, torch.stack([case.u, case.u]))
         except ValueError:
-            return [("failed", None)]
+            return [("failed", None, None)]
         verdicts = swept.verdicts or [bl.Verdict()]
-        return [(verdicts[0].status.name, swept.hypergradients[0])]
+        return [(verdicts[0].status.name, swept.hypergradients[0], None)]
     found = []
     for _ in range(2):  # from the data, and again
         made = bl.hypergradient(problem, case.solver, case.estimator, case.u, on_failure="return")
-        found.append((made.status.name if made.status.usable else "failed", made.hypergradient))
+        found.append((made.status.name if made.status.usable else "failed", made.hypergradient, None))
     return found
+
+
+def _layer(case: Draw, problem: Any) -> tuple[str, Any, Any]:
+    """Return status and gradient of `solution` under the problem's outer loss in its own dtype, and the cotangent."""
+    u, said = case.u.clone().requires_grad_(), "OK"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            w = bl.solution(problem, case.solver, case.estimator, u, on_failure="warn")
+            w.retain_grad()
+            problem.outer_loss(w, case.u).backward()
+        except bl.HypergradientError:
+            return "failed", None, None
+    if caught or not u.grad.isfinite().all():
+        said = "INACCURATE" if u.grad.isfinite().all() else "failed"
+    cotangent = _exact(w.grad.numpy())
+    return said, u.grad, lambda w: cotangent
 
 
 def judged(case: Draw, way: str) -> list[tuple[str, float]]:
     """Return statuses, and by how much the hypergradients are off: `LIMIT` is the most that is right."""
-    found, size = [], _norm(case.truth)
-    for status, gradient in answers(case, way):
+    found = []
+    for status, gradient, outer in answers(case, way):
         off = float("nan")
         if status != "failed":
+            truth, parts = case.truth(outer)
             g = [mpmath.mpf(float(each)) for each in gradient.reshape(-1)]
-            error = _norm([a - b for a, b in zip(g, case.truth, strict=True)])
-            off = min(error / size, LIMIT * error / (torch.finfo(case.u.dtype).eps ** 0.5 * case.parts))
+            error = _norm([a - b for a, b in zip(g, truth, strict=True)])
+            off = min(error / _norm(truth), LIMIT * error / (torch.finfo(case.u.dtype).eps ** 0.5 * parts))
         found.append((status, off))
     return found
 

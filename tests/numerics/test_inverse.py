@@ -19,14 +19,14 @@ def test_what_is_ok_near_singularity_is_right_to_sixty_digits() -> None:
     near_singular = study("near_singular")
     found = []
     with mpmath.workdps(60):
-        for seed in range(900, 948):
+        for seed in range(936, 984):
             case = near_singular.draw(seed)
             ways = near_singular.WAYS[case.kind == "quadratic" :]
             found += [
                 (status, off <= near_singular.LIMIT) for way in ways for status, off in near_singular.judged(case, way)
             ]
     assert ("OK", False) not in found
-    assert found.count(("OK", True)) > 100
+    assert found.count(("OK", True)) > 200
     assert found.count(("INACCURATE", False)) > 10
 
 
@@ -75,7 +75,7 @@ def test_a_sweep_judges_each_vector_and_warns() -> None:
     assert [verdict.status.name for verdict in swept.verdicts] == ["OK", "INACCURATE"]
 
 
-def test_a_sweep_in_float32_is_that_of_its_data_in_float64() -> None:
+def test_closed_forms_in_float32_are_those_of_their_data_in_float64() -> None:
     X, y, X_val, y_val = (each.float() for each in regression_data())
     parts, grid = (torch.cat([X, X], 1), y, torch.cat([X_val, X_val], 1), y_val), torch.tensor([-2.0, -18.0])
     swept = bl.ClosedForm().sweep(RidgeProblem(*parts), grid)
@@ -83,6 +83,10 @@ def test_a_sweep_in_float32_is_that_of_its_data_in_float64() -> None:
     assert all(verdict.status.ok for verdict in swept.verdicts)
     for name in ("hypergradients", "outer_losses", "params"):
         torch.testing.assert_close(getattr(swept, name), getattr(exact, name).float(), rtol=1e-6, atol=1e-7)
+    for kind in (RidgeProblem, study("near_singular").ByTensors):
+        made = bl.hypergradient(kind(*parts), bl.Newton(), bl.ClosedForm(), grid[1])
+        torch.testing.assert_close(made.hypergradient, swept.hypergradients[1], rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(made.params, swept.params[1], rtol=1e-6, atol=1e-7)
 
 
 def test_another_cotangent_is_judged_by_itself() -> None:
