@@ -128,6 +128,7 @@ class RowSteps(RowDirections):
             place.view(-1).copy_(values)
         if tables and not len(self._table):
             self._table = self._X.new_zeros(len(self._X), 2 * self.size)
+        self._six.zero_()  # a run that failed has left more than what is copied
         for places, given in zip(self._kept(self._table) if tables else (), tables, strict=True):
             for place, values in zip(places, given, strict=True):
                 place.copy_(values if isinstance(values, Tensor) else torch.stack(values))

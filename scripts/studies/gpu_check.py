@@ -33,6 +33,8 @@ from bilevel.compare import describe_environment
 from bilevel.core.device import ON_ACCELERATOR
 from bilevel.engine.affine import Stretch
 from bilevel.engine.lean import steps
+from bilevel.oracles.directions import Rule
+from bilevel.problems.row_steps import RowSteps
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -146,16 +148,41 @@ def check_graphs(device: str) -> dict[str, Any]:
         def chunk(stretch: Stretch = stretch, s: torch.Tensor = s, a: torch.Tensor = a) -> list[torch.Tensor]:
             return [stretch.forward(s, True), *stretch.backward(a)]
 
-        expected, again = chunk(), chunk
-        if device != "cpu":
-            again = captured(chunk)
-        result = again()
-        found[f"{type(method).__name__}, {problem}"] = {
-            "distance": distance(result, [part.cpu() for part in expected]),
-            "asked": 1e-12,
-            "microseconds_of_a_step": {"eager": clock(device, chunk), "graph": clock(device, again)},
-        }
+        found[f"{type(method).__name__}, {problem}"] = beside(device, chunk)
+    for method in (bl.SOBA(freeze=0, batch_size=512), bl.SABA(freeze=0, batch_size=512)):
+        found[f"{type(method).__name__}, logistic"] = beside(device, stochastic(device, method))
     return {"ok": all(row["distance"] <= row["asked"] for row in found.values()), "found": found}
+
+
+def stochastic(device: str, method: bl.StochasticMethod) -> Callable[[], list[torch.Tensor]]:
+    """Return a chunk of the steps of a single loop for a linear model, from the same start at every call."""
+    X = torch.randn(2048, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    data = (X, (X.sum(1) > 0).double())
+    loop = bl.SingleLoop(bl.problems.LogisticProblem(*data, *data, "per_feature"), method, certify=False)
+    made: Any = loop.directions
+    assert isinstance(made, RowSteps)
+    loop._block(loop.state, CHUNK)  # draws and uploads what the steps read
+    moving = [made._z, made._u, made._root, made._table, made._six]
+    start, rule = [each.clone() for each in moving], Rule(loop.state.rate, loop.length, 1.0, 0, None)
+
+    def chunk() -> list[torch.Tensor]:
+        for each, value in zip(moving, start, strict=True):
+            each.copy_(value)
+        made.take(CHUNK, isinstance(method, bl.SABA), rule)
+        return moving
+
+    return chunk
+
+
+def beside(device: str, chunk: Callable[[], list[torch.Tensor]]) -> dict[str, Any]:
+    """Return how far a chunk of steps as a CUDA graph is from the same as it is, and the times of both."""
+    expected = [part.cpu().clone() for part in chunk()]
+    again = chunk if device == "cpu" else captured(chunk)
+    return {
+        "distance": distance(again(), expected),
+        "asked": 1e-12,
+        "microseconds_of_a_step": {"eager": clock(device, chunk), "graph": clock(device, again)},
+    }
 
 
 def captured(work: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:

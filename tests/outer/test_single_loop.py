@@ -316,6 +316,19 @@ def test_a_run_that_diverges_is_named_with_its_step(make: Callable[[], bl.Bileve
     assert loop.history[-1].status == raised.value.verdict.status.name
 
 
+def test_a_run_that_diverges_on_tensors_ends_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for places in (10_000, 0):
+        monkeypatch.setattr(row_steps, "ON_HOST", places)
+        method = bl.SABA(batch_size=16, inner_step=30.0, freeze=0, every=300)
+        loop = bl.SingleLoop(MODELS["ridge"](), method, torch.full((4,), -9.0).double(), on_failure="return")
+        loop.run(600, progress=False)
+        assert loop.history[-1].status == "DIVERGED"
+        assert torch.isfinite(loop.hparams).all()  # type: ignore[arg-type]
+        ends.append(loop.steps_taken)
+    assert ends[0] == ends[1]
+
+
 def test_saba_reaches_the_minimum_and_soba_stays_at_a_distance() -> None:
     problem = bl.problems.LogisticProblem(*rows(640, 5), *rows(640, 6))
     ends = [bl.SingleLoop(problem, method(batch_size=32, every=2000)) for method in (bl.SABA, bl.SOBA)]
