@@ -192,5 +192,5 @@ def row_directions(problem: Any, size: int, seed: int) -> RowDirections | None:
     """Return the directions of a linear model; None for one whose oracles are not those of this package."""
     if not (problem.solved_on_host and problem.predicts_linearly and problem.parametrization in ("log", "direct")):
         return None
-    few = size * problem.params.numel() <= ON_HOST
-    return (RowDirections if problem.train.X.is_cpu and few else RowSteps)(problem, size, seed)
+    few = min(size, max(problem.train.rows, problem.val.rows)) * problem.params.numel() <= ON_HOST
+    return (RowDirections if few and problem.train.X.is_cpu else RowSteps)(problem, size, seed)

@@ -173,6 +173,7 @@ def test_the_mean_over_all_batches_is_the_direction_on_all_rows(name: str) -> No
     problem = MODELS[name]()
     made = problem.directions(16, 5)
     assert made.host
+    assert problem.directions(20_000, 5).host  # there are not as many rows
     generator, d = torch.Generator().manual_seed(1), made.size
     u = 0.3 * torch.rand(problem.initial_hparams().numel(), generator=generator, dtype=torch.float64) + 0.1  # type: ignore[attr-defined]
     z = 0.5 * torch.randn(2 * d, generator=generator, dtype=torch.float64)
