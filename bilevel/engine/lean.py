@@ -278,7 +278,7 @@ class Plan:
     def state(self, s: Tensor, taken: int) -> InnerState:
         """Return the state after so many steps, whose vectors are s, ([rows,] p, m)."""
         first = self.first
-        s = s[..., : self.size] if self.basis is None else s[..., : self.size] @ self.basis.t()
+        s = s[..., : self.size] if self.basis is None else s[..., : self.size] @ self.basis.to(s).t()
         vectors = s.movedim(-2, 0).unbind(0)
         dtype = tree.leaves(first.params)[0].dtype
         params, *memory = [self.raveler.unravel(vector.to(dtype, copy=True)) for vector in vectors]

@@ -325,6 +325,14 @@ def test_single_precision_is_no_worse_than_its_steps() -> None:
     assert errors[0] <= 1.5 * errors[1] + 1e-9
 
 
+def test_wide_rows_in_single_precision_run_to_a_tolerance() -> None:
+    wide = normal(5, 4, 8).float()
+    problem = bl.problems.RidgeProblem(wide, wide[:, 0], wide + 0.1, wide[:, 0])
+    made = bl.hypergradient(problem, bl.GradientDescent(), bl.FullUnroll(), torch.tensor(-12.0), on_failure="return")
+    exact = bl.hypergradient(problem, bl.Newton(), bl.ClosedForm(), torch.tensor(-12.0))
+    torch.testing.assert_close(made.params, exact.params, rtol=1e-3, atol=1e-3)
+
+
 def test_a_tolerance_below_single_precision_is_not_said_to_be_reached() -> None:
     u = hparams(RIDGE).float()
     problem = bl.problems.RidgeProblem(X.float(), Y.float(), X.float(), Y.float(), penalty="per_feature")
