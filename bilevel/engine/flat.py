@@ -22,7 +22,7 @@ from bilevel.core.device import check_interval
 from bilevel.engine.affine import Stretch
 from bilevel.engine.judge import InnerRun
 from bilevel.engine.lean import Plan, longest
-from bilevel.engine.loop import Looks, conclude
+from bilevel.engine.loop import Looks, conclude, ended
 from bilevel.inner.coefficients import ReadsIterateError
 from bilevel.inner.multistep import LinearMultistep
 from bilevel.oracles.graph import NotRecordedError
@@ -189,6 +189,7 @@ def _to_tolerance(
         if not math.isfinite(end.residual):
             raise _NotFiniteError
     inner.grad(end.state.params)
+    end = ended(inner, solver, end)
     tail.cut(min(length(max(taken, 1)), taken))
     return Flat(end, tail, s.clone(), plan.basis)  # a view would hold all steps
 

@@ -50,8 +50,16 @@ def run_inner(
     """
     with torch.set_grad_enabled(record):
         if inner.problem.batch is not None:
-            return run_rows(inner, solver, state, visit, at_least)
-        return _run(solver.own_problem(inner), solver, state, visit, at_least)
+            return ended(inner, solver, run_rows(inner, solver, state, visit, at_least))
+        return ended(inner, solver, _run(solver.own_problem(inner), solver, state, visit, at_least))
+
+
+def ended(inner: InnerProblem, solver: InnerSolver, run: InnerRun) -> InnerRun:
+    """Return a run, however it ends, after a look at what its oracles have taken on trust; every run comes by here."""
+    sound = math.isfinite(run.residual) if run.warm is None else bool(run.usable.any())
+    if sound:
+        inner.confirm(solver.params(run.warm or run.state))
+    return run
 
 
 class Looks:
@@ -158,8 +166,8 @@ def _run(
 def conclude(inner: InnerProblem, solver: InnerSolver, first: InnerState, state: InnerState, taken: int) -> InnerRun:
     """Return, as `run_inner` does, how `taken` steps from `first` to `state` end that it has not run."""
     if inner.problem.batch is not None:
-        return conclude_rows(inner, solver, first, state, taken)
-    return _ended(solver.own_problem(inner), solver, first, state, taken, (first, 0))
+        return ended(inner, solver, conclude_rows(inner, solver, first, state, taken))
+    return ended(inner, solver, _ended(solver.own_problem(inner), solver, first, state, taken, (first, 0)))
 
 
 def _ended(
@@ -181,7 +189,6 @@ def _ended(
     ])
     if not math.isfinite(residual):
         return not_finite(inner, solver, *checkpoint, taken)
-    inner.confirm(solver.params(state))
     if goal is not None and goal.reached(residual, solver.params(state)):
         return InnerRun(state, residual, taken, goal.verdict(residual, taken))
     verdict = judge(inner, solver, first, state, begun, residual, taken, goal.tol if goal else None, floor)

@@ -208,7 +208,7 @@ class Goal:
         """Look whether a run whose residual has not become smaller for `waited` steps has come to rest."""
         x = self.inner.trainable(params)
         moved = tree.add(x, self.inner.trainable(before), -1.0)
-        step, *lengths = to_floats([tree.norm(each) for each in (moved, *ways(self.start, self.first, x))])
+        step, *lengths = to_floats([tree.norm(each).detach() for each in (moved, *ways(self.start, self.first, x))])
         if step <= ROUNDING * self.eps * max(lengths):
             return self.unmoved_floor(residual, x)
         # Ripples of a momentum are long; and a small step size is no floor.

@@ -142,8 +142,8 @@ def _estimate(runs: TaskRuns, solver: InnerSolver) -> Estimate | None:
         if total is None:
             result = confirmed(runs.rule, run, solver, result, asked=False)
             result, error = judged(run.problem, solver, run.hparams, result, certify=False)
-            if not _confirms(runs, run, result):
-                return None
+        if not _confirms(run, result):
+            return None
         if result.verdict != GOOD:
             return None
         loss, square = loss + share * result.outer_loss, square + float(result.solved.residual) ** 2
@@ -177,15 +177,14 @@ def named(runs: TaskRuns | None, result: Attempt) -> Attempt:
     return replace(result, verdict=runs.failed().worse(result.verdict))
 
 
-def _confirms(runs: TaskRuns, run: Run, result: Attempt) -> bool:
-    # What the losses hold may have been replaced since they were recorded: one task says it of all.
+def _confirms(run: Run, result: Attempt) -> bool:
+    # What the losses hold may have been replaced since they were recorded, and not every task need show it.
     inner: Any = run.inner()
     if inner.form == InnerProblem.form or not result.verdict.status.usable:
         return True
-    end, one = run.solver.params(result.solved.state), runs.tasks.some(0, 1).bind(run.hparams)
-    x, got = (_rows(each, 0, 1) for each in (end, inner.grad(end)))
+    end = inner.trainable(run.solver.params(result.solved.state))
     try:
-        inner.halves.confirm(x, got, one.grad(x))
+        inner.halves.confirm(end, inner.grad(end), InnerProblem(run.problem, run.hparams)._grad(end))
     except NotRecordedError:
         run.problem.traces.made.clear()
         return False

@@ -62,6 +62,9 @@ class DifferentiableInner(InnerProblem):
     def hvp_at(self, params: Tree, v: Tree) -> Tree:
         return self._inner.hvp_at(params, v)
 
+    def confirm(self, params: Tree) -> None:
+        self._inner.confirm(tree.detach(params))
+
     def linearize(self, params: Tree) -> Linearization:
         """Refuse: second-order oracles are not differentiated by autograd."""
         raise ValueError(

@@ -188,8 +188,8 @@ class LossDirections(Directions):
         except Exception as error:
             self._refuse(error)
             return
-        if self._graph is None or graph.call is not self._graph.call:
-            self._made: list[dict[int, list[Tensor]]] = [{}, {}]
+        # A callback may have written to the batches.
+        self._made: list[dict[int, list[Tensor]]] = [{}, {}]
         self._graph, self.form = graph, "recorded"
 
     def _refuse(self, reason: Exception) -> None:
@@ -230,10 +230,11 @@ class LossDirections(Directions):
     def held(self, i: int, j: int, z: Array, u: Array) -> bool:
         if self._graph is None:
             return True
-        x, batches = z[: self.size], (self._batch(0, i), self._batch(1, j))
-        expected = both_losses(self.problem, self._ravelers, x, torch.zeros_like(x), u, *batches)
+        x, v, batches = z[: self.size], z[self.size :], (self._batch(0, i), self._batch(1, j))
+        expected = both_losses(self.problem, self._ravelers, x, v, u, *batches)
         try:
-            self._graph.confirm(x, self.sampled(i, j, z, u)[0][: self.size], expected[0])
+            given = *self._given(self._graph, 0, i), *self._given(self._graph, 1, j)
+            self._graph.confirm(x, self._graph.call(x, v, u, *given), expected)
         except NotRecordedError:
             return False
         return True

@@ -120,6 +120,9 @@ class ProximalInner(InnerProblem):
             self._last = (params, self._residual(params, self._smooth.grad(params)))
         return self._last[1]
 
+    def confirm(self, params: Tree) -> None:
+        self._smooth.confirm(params)
+
     def step_size(self, params: Tree) -> Tensor:
         """Return ``1 / L``, with L above the curvature of the smooth part, 0-d or of shape (rows,); found once."""
         if self._step is None:

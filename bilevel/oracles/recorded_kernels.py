@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from bilevel.core import tree
 from bilevel.core.autograd import vector_jacobian
 from bilevel.core.tree import Tree
-from bilevel.oracles.graph import Part, between, dependence, outputs_of
+from bilevel.oracles.graph import NotRecordedError, Part, between, dependence, outputs_of
 from bilevel.oracles.graph_folding import fold
 from bilevel.oracles.kernels import Kernels
 from bilevel.oracles.recording import Recording, derivatives, flat, same_numbers, tensors, why
@@ -219,11 +219,14 @@ class CutKernels(Kernels):
     def __init__(
         self, cut: Cut, inner: Any, steps: int, first: int, held: int, tangents: Tangents | None = None
     ) -> None:
+        self._tangents = tangents
         self._moved = None if tangents is None else tangents.function(tensors(inner.hparams))
         self.cut, self.inner, self._first, self._next, self._last = cut, inner, first, first, first + steps - 1
         problem, leaves = inner.problem, tensors(inner.hparams)
         bound = cut.bound(leaves)
         view = problem.on_step(first)
+        self._kept: dict[int, list[Tensor]] = {}
+        """The first batch that stays for products, and of which step."""
         self._batch, self._sampled = cut.tensors(view.minibatch), view is not problem
         left = cut.left + (sum(each.nbytes for each in self._batch) if self._sampled else 0)
         self._leaves = 0 < held * left <= HELD
@@ -254,6 +257,8 @@ class CutKernels(Kernels):
         index, batch = self._next, self._batch
         if self._sampled:
             batch, self._next = self._drawn(index), index + 1
+            if self._leaves and not self._kept:
+                self._kept[index] = batch
         left = self._gradient(x, *batch, out)
         place[:] = (x, *batch, *left) if self._leaves else (x, index)
 
@@ -283,11 +288,18 @@ class CutKernels(Kernels):
 
     def confirm(self, x: Tensor, gradient: Tensor) -> None:
         """Refuse a gradient at the end of a run that is not that of autograd; of batches, on that of the last step."""
+        for index, batch in self._kept.items():
+            before = [each.clone() for each in batch]
+            if not all(map(torch.equal, before, self._drawn(index))):
+                raise NotRecordedError("its batches are written over by later ones")
         if self._sampled:
             self._next, view = self._last, self.inner.problem.on_step(self._last)
             gradient = self.cut.oracle(view, x, torch.zeros_like(x), self.inner.hparams, view.minibatch)[0]
         self.gradient(x, [], again := torch.empty_like(x))
         self.cut.confirm(x, again, gradient)
+        if self._tangents is not None and self._moved is not None:
+            again, _ = self._moved(x, torch.zeros_like(self._tangents.along(x)), *self._batch)
+            self._tangents.confirm(x, again, gradient)
 
 
 def recorded(inner: Any, params: Tree, first: int, steps: int, held: int, forward: bool = False) -> CutKernels | None:

@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -139,51 +140,77 @@ class TracedInner(InnerProblem):
         self, problem: Losses, hparams: Tree, counts: Counter[str] | None = None, halves: Halves | None = None
     ) -> None:
         super().__init__(problem, hparams, counts)
-        self.halves, self._begun = halves, {}  # type: ignore[var-annotated]
-        self._left: dict[int, tuple[Tree, Sequence[Tensor]]] = {}
+        self.halves = halves
+        self._begun: dict[Any, tuple[Halves, Any]] = {}
+        self._of_steps: dict[Any, tuple[Halves, Any]] = {}
+        """Begun at the batches of steps, by what they depend on, each with the problem on the first of its batches."""
+        self._left: dict[Any, _Left] = {}
         self._room = HELD
         if halves is not None:
             self.form = "recorded"
 
     def products(self, params: Tree, v: Tree) -> Sequence[Tensor]:
         """Return the leaves of ``H' v`` and ``C' v`` at params."""
-        known = self._left.pop(id(params), None)
         with torch.no_grad():
-            return self._recording(params).products(v, self._first(params)[1] if known is None else known[1])
+            made = self._left.pop(_place(params), None) or self._first(params)
+            return made.halves.products(v, made.left)
 
     def confirm(self, params: Tree) -> None:
         """Look at whether the recording still holds, where a run ends."""
-        if self.halves is None:
-            x = self.trainable(params)
-            expected = InnerProblem(self.problem, self.hparams)._grad(x)
-            with _refusing():
-                self._recording(x).confirm(x, self._grad(x), expected)
+        x = self.trainable(params)
+        with _refusing(), torch.no_grad():
+            for key, (halves, problem) in chain(self._begun.items(), self._of_steps.items()):
+                if key[0] == signature(x):
+                    got, _ = halves.gradient(x, self.hparams, problem.minibatch)
+                    halves.confirm(x, got, InnerProblem(problem, self.hparams)._grad(x))
+
+    def on_step(self, index: int) -> InnerProblem:
+        view = super().on_step(index)
+        if view is not self:  # a sampler may have changed what the losses hold
+            view._begun = self._of_steps  # type: ignore[attr-defined]
+        return view
 
     def _grad(self, params: Tree) -> Tree:
-        with torch.no_grad():
-            gradient, left = self._first(params)
-        if self._room > 0:
-            self._room -= sum(each.nbytes for each in left)
-            self._left[id(params)] = params, left  # held, so that its id stays its own
-        return tree.rebuild(params, gradient)
+        # Sweeps come back to the iterates of the run.
+        made = self._left.get(place := _place(params))
+        if made is None:
+            with torch.no_grad():
+                made = self._first(params)
+            if self._room > 0:
+                self._room -= sum(each.nbytes for each in (*made.gradient, *made.left))
+                self._left[place] = made
+        return tree.rebuild(params, made.gradient)
 
-    def _first(self, params: Tree) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        return self._recording(params).gradient(params, self.hparams, self.problem.minibatch)
+    def _first(self, params: Tree) -> _Left:
+        halves = self._recording(params) if self.halves is None else self.halves
+        return _Left(params, halves, *halves.gradient(params, self.hparams, self.problem.minibatch))
 
     def _recording(self, params: Tree) -> Halves:
-        if self.halves is not None:
-            return self.halves
-        problem = self.problem
+        batch = self.problem.minibatch
         with _refusing():
-            key = signature((params, problem.minibatch))
+            key = signature(params), signature(batch)
             if key not in self._begun:
-                self._begun[key] = problem.traces.begin(Halves, problem, params, self.hparams, problem.minibatch)
-        begun: Halves = self._begun[key]
-        return begun
+                begun = self.problem.traces.begin(Halves, self.problem, params, self.hparams, batch)
+                self._begun[key] = begun, self.problem
+        return self._begun[key][0]
 
     def _forget(self) -> None:
         super()._forget()
         self._left, self._room = {}, 0  # params of one object may be met with two batches
+
+
+class _Left(NamedTuple):
+    """What a gradient leaves behind for products, and where: params are held, so that their place stays their own."""
+
+    params: Tree
+    halves: Halves
+    gradient: Sequence[Tensor]
+    left: Sequence[Tensor]
+
+
+def _place(params: Tree) -> Any:
+    """Return where params lie, and how often they were written to: views of the same numbers are in one place."""
+    return tuple((leaf.data_ptr(), leaf._version, leaf.shape, leaf.stride()) for leaf in tree.leaves(params))
 
 
 @contextmanager

@@ -18,10 +18,12 @@ from bilevel.hypergrad import tasks
 from bilevel.meta import MetaProblem, SineTasks
 from bilevel.oracles import recorded_kernels
 from bilevel.oracles.graph import NotRecordedError
+from bilevel.oracles.recorded_kernels import Tangents
 from bilevel.oracles.recording import Recording, Recordings, signature
 from bilevel.oracles.separate import Separate
 
 X, Y, START, U = normal(1, 12, 5), normal(2, 12), normal(8, 5), normal(9, 5) - 2.0
+BUFFER = torch.empty_like(X)
 STEPS = bl.GradientDescent(0.05, steps=6)
 SINE = SineTasks(shots=3, queries=3)
 
@@ -42,6 +44,8 @@ class Case:
     batches: Callable[[int], Any] = lambda step: (X, Y)
     between: Callable[[], object] = lambda: None
     start: Tensor | None = None
+    of_some: bool = False
+    """Whether the first of some tasks does not see the loss."""
 
     def __call__(self, step: int) -> Any:
         return self.batches(step)
@@ -56,10 +60,12 @@ class Case:
 
 class TasksOf(MetaProblem):
     case: Case
+    first: Tensor
 
     def support_loss(self, offset: Any, hparams: Any, support: Any) -> Any:
         w = torch.cat([offset["1.weight"].reshape(-1), offset["3.bias"]])
-        return super().support_loss(offset, hparams, support) + self.case.loss(w, hparams["u"], self.case.full())
+        own, more = super().support_loss(offset, hparams, support), self.case.loss(w, hparams["u"], self.case.full())
+        return own + (torch.where(support[0][0, 0] == self.first, 0.0, more) if self.case.of_some else more)
 
 
 # Users: what they are made for, and two runs of it; kinds of recordings that they take.
@@ -85,7 +91,7 @@ def many_tasks(case: Case) -> Any:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     problem = TasksOf(module, nn.functional.mse_loss, SINE, 3)
-    problem.case = case
+    problem.case, problem.first = case, problem.support[0][0, 0, 0]
     hparams = problem.initial_hparams(u=U)
     return lambda: bl.hypergradient(problem, STEPS, bl.FullUnroll(), hparams, check=False).hypergradient
 
@@ -144,15 +150,29 @@ def held(of: Callable[[dict[str, Any], Tensor, Tensor, Any], Tensor], **values: 
     return Case(lambda w, u, batch: of(values, w, u, batch), between=lambda: values.update(a=1.5, x=2 * X[:9], y=Y[:9]))
 
 
-def by_step() -> Case:
-    """A loss that refers to a number that changes while a run is made."""
-    now = {"scale": 1.0}
+def by_step(back: bool = True) -> Case:
+    """A loss that refers to a number that changes while a run is made, and with `back` comes back for another."""
+    now = {"penalty": 0.0}
 
     def batches(step: int) -> Any:
-        now["scale"] = 1.0 + 0.3 * (step % 2)
+        now["penalty"] = 0.3 if step > 2 else 0.0 if back else now["penalty"]
         return X, Y
 
-    return Case(lambda w, u, batch: now["scale"] * logistic(w, u, batch), batches)
+    return Case(lambda w, u, batch: logistic(w, u, batch) + now["penalty"] * w.square().sum(), batches)
+
+
+def back_at_the_end() -> Case:
+    """A loss that refers to a number that another run begins with, and that is the old one at its last step."""
+    now = {"usual": 0.0, "penalty": 0.0}
+
+    def batches(step: int) -> Any:
+        now["penalty"] = 0.0 if step in (5, 11, 15) else now["usual"]
+        return X, Y
+
+    def loss(w: Tensor, u: Tensor, batch: Any) -> Tensor:
+        return logistic(w, u, batch) + now["penalty"] * w.square().sum()
+
+    return Case(loss, batches, lambda: now.update(usual=0.3, penalty=0.3))
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -162,6 +182,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "a batch of an object": lambda: Case(lambda w, u, b: rows(w, u, [b.at, 4]), Rows().moved),
     "a batch of a mask": lambda: Case(rows, lambda k: torch.arange(12) % 3 == k % 3),
     "a batch of another shape": lambda: Case(logistic, lambda k: (X[: 5 + k % 3], Y[: 5 + k % 3])),
+    "a batch in one buffer": lambda: Case(logistic, lambda k: (BUFFER.copy_((1 + 0.3 * (k % 3)) * X), Y)),
     "a batch in another order": lambda: Case(logistic, lambda k: (X if k % 2 else X.T.contiguous().T, Y)),
     "a branch on values": lambda: Case(lambda w, u, b: logistic(w, u, b) * (2.0 if w.sum() > 0.5 else 1.0)),
     "a branch on an array": lambda: Case(
@@ -173,6 +194,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "data that are replaced": lambda: held(lambda v, w, u, b: logistic(w, u, (v["x"], v["y"])), x=X, y=Y),
     "a module with statistics": lambda: module_in_training(nn.BatchNorm1d(5, dtype=F64)),
     "a module with draws": lambda: module_in_training(SeededDropout()),
+    "a number that is back at the end": back_at_the_end,
     "one tensor twice": lambda: Case(lambda w, u, b: logistic(w - 0.5 * U, u + START, b), start=U),
 }
 
@@ -202,6 +224,41 @@ TABLE = [
     for user in USERS
     if "a batch" not in case or user not in ("Halves of tasks", "Tangents")
 ]
+
+
+def ending(solver: Any, estimator: Any, change: Callable[[Any], Any] = lambda problem: problem, **options: Any) -> Any:
+    """Return a user whose runs end in some way; of `bl.trace` where its name says so."""
+
+    def user(case: Case) -> Any:
+        problem = bl.trace(change(case.problem()))
+        return lambda: bl.hypergradient(problem, solver, estimator, U, check=False, **options).hypergradient
+
+    return user
+
+
+def with_term(problem: Any) -> Any:
+    return bl.BilevelProblem(
+        problem._sampling.inner_loss,
+        problem.outer_loss,
+        START,
+        sampler=problem.sampler,
+        nonsmooth=bl.L1(lambda u: 0.01),
+    )
+
+
+ADAM, DESCENT = bl.Adam(0.2, steps=400, tol=0.05), bl.GradientDescent(0.2, steps=400, tol=0.05)
+ENDS: dict[str, Any] = {
+    "tolerance": ending(ADAM, bl.FullUnroll()),
+    "tolerance, flat": ending(DESCENT, bl.FullUnroll()),
+    "tolerance, implicit": ending(ADAM, bl.Implicit()),
+    "tolerance, graph": ending(ADAM, bl.FullUnroll(memory="graph")),
+    "tolerance, a term": ending(bl.ProximalGradient(0.1, steps=400, tol=0.05), bl.Implicit(), with_term),
+    "steps": ending(bl.Adam(0.05, steps=6), bl.FullUnroll(memory="checkpoint")),
+    "floor": ending(bl.GradientDescent(0.2, steps=60, tol=1e-30), bl.Implicit(), on_failure="return"),
+    "adaptive": ending(DESCENT, bl.AdaptiveUnroll()),
+    "budget": ending(bl.GradientDescent(0.2), bl.AdaptiveUnroll(budget=60)),
+    "balanced": ending(DESCENT, bl.BalancedImplicit()),
+}
 
 
 @pytest.mark.parametrize(("case", "user"), TABLE)
@@ -241,3 +298,71 @@ def test_batches_are_told_apart_by_all_that_is_no_number_of_a_tensor() -> None:
     for unknown in (slice(1), np.arange(2), range(3), {1}, Rows(), np.random.default_rng()):
         with pytest.raises(NotRecordedError, match=f"got a `{type(unknown).__name__}`: take a tensor"):
             signature({"rows": (X, unknown)})
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_is_compared_with_autograd_however_it_ends(end: str) -> None:
+    ours, said = outcome(ENDS[end], by_step(back=False))
+    with mock.patch.object(Recordings, "begin", refuse), mock.patch.object(bl, "trace", lambda problem: problem):
+        theirs, failed = outcome(ENDS[end], by_step(back=False))
+    assert len(theirs) == 2, failed
+    assert not ours
+    assert "gives other numbers at the end" in said
+    made, said = outcome(ENDS[end], Case(logistic))
+    assert (len(made), said) == (2, "")
+
+
+def test_the_gradient_of_forward_mode_is_compared_where_a_run_ends() -> None:
+    functions: list[Any] = []
+    function = Tangents.function
+
+    def drifting(self: Any, hparams: Any) -> Any:
+        right = function(self, hparams)
+        functions.append(right)
+
+        def moved(*given: Any) -> Any:
+            gradient, rows = right(*given)
+            return gradient * 1.001, rows
+
+        return right if len(functions) % 2 else moved  # one is compared where the run begins, one makes it
+
+    case = Case(logistic)
+    with mock.patch.object(Tangents, "function", drifting):
+        ours, said = outcome(forward_mode, case)
+    theirs, failed = outcome(long_runs, case)
+    assert (len(functions), said, failed) == (4, "", "")
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+def test_a_fault_of_one_task_alone_is_seen() -> None:
+    def of_some(case: Case) -> Any:
+        case.of_some = True
+        return many_tasks(case)
+
+    ours, said = outcome(of_some, CASES["a hyperparameter from elsewhere"]())
+    with mock.patch.object(Recordings, "begin", refuse):
+        theirs, failed = outcome(of_some, CASES["a hyperparameter from elsewhere"]())
+    assert (len(ours), said, failed) == (2, "", "")
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(flat(one), flat(other), rtol=1e-11, atol=1e-13)
+
+
+def test_batches_may_be_written_to_between_two_runs() -> None:
+    def once(case: Case) -> Any:
+        problem = bl.BilevelProblem(
+            case.loss, lambda w, u: (w - 0.1).square().sum(), START, sampler=case, fresh_batch="never"
+        )
+        loop = bl.SingleLoop(problem, bl.SOBA(inner_step=0.05, every=4, freeze=1), U, certify=False)
+        return lambda: [loop.run(8, progress=False).hparams, loop.params, loop.adjoint, loop.directions.form]
+
+    def made() -> Case:
+        x = X.clone()
+        return Case(lambda w, u, b: logistic(w, u, (b[0].exp(), b[1])), lambda step: (x, Y), lambda: x.mul_(0.5))
+
+    ours, said = outcome(once, made())
+    with mock.patch.object(Recordings, "begin", refuse):
+        theirs, failed = outcome(once, made())
+    assert (said, failed, ours[1][3]) == ("", "", "recorded")
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(flat(one[:3]), flat(other[:3]), rtol=1e-11, atol=1e-13)
