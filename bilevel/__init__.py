@@ -166,9 +166,9 @@ if not TYPE_CHECKING:
 
             value = version(__name__)
         elif name in _OLD:
-            from warnings import warn
+            from bilevel.core.status import warn
 
-            warn(f"bilevel.{name} is now a part of `Run.solve`: use run.solve().", DeprecationWarning, stacklevel=2)
+            warn(f"bilevel.{name} is now a part of `Run.solve`: use run.solve().", DeprecationWarning)
             return getattr(import_module(f"{__name__}.engine.loop"), name)
         elif name in _HOME:
             value = getattr(import_module(_HOME[name]), name)

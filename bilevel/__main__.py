@@ -7,8 +7,8 @@ from bilevel.cli import main as run
 
 def main() -> int:
     """Run the command line of this process."""
-    # Python hides these from users; but a config that should say something else now is theirs.
-    warnings.filterwarnings("default", category=DeprecationWarning, module=r"bilevel\.config\.")
+    # What a config should say in another way is said once, though it is read several times.
+    warnings.filterwarnings("once", category=DeprecationWarning, module="__main__")
     return run()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from bilevel.base.traits import Traits, declared
 from bilevel.core import rows, tree
 from bilevel.core.autograd import pushforward
 from bilevel.core.options import Relative, check_fields, default_tolerance, is_int, is_positive, require
+from bilevel.core.status import warn
 from bilevel.core.tree import Tree
 from bilevel.numerics.lanczos import Spectrum
 from bilevel.oracles.differentiable import DifferentiableInner
@@ -142,7 +142,7 @@ class InnerSolver(ABC):
         super().__init_subclass__()
         cls.traits = declared(cls, cls.traits)
         if "off_solution" in vars(cls):
-            warnings.warn(f"{cls.__name__}.off_solution is now bias_reason.", DeprecationWarning, stacklevel=2)
+            warn(f"{cls.__name__}.off_solution is now bias_reason.", DeprecationWarning)
             cls.bias_reason = vars(cls)["off_solution"]  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:

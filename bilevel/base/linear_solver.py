@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 from dataclasses import dataclass, fields, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from bilevel.core import tree
 from bilevel.core.options import check_fields, default_tolerance, describe
-from bilevel.core.status import GOOD
+from bilevel.core.status import GOOD, warn
 from bilevel.core.tree import Tree
 
 MODERATE = 20
@@ -107,7 +106,7 @@ class LinearSolver(ABC):
         super().__init_subclass__()
         if vars(cls).get("needs_symmetry"):  # for one release
             now = '`requires = frozenset({"symmetric"})`'
-            warnings.warn(f"{cls.__name__}.needs_symmetry is now {now}.", DeprecationWarning, stacklevel=2)
+            warn(f"{cls.__name__}.needs_symmetry is now {now}.", DeprecationWarning)
             cls.requires = frozenset({"symmetric"})
 
     def __post_init__(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from bilevel.core.interrupt import INTERRUPTED, quiet_interrupt
+from bilevel.core.spelling import suggest
 
 COMPARE = """\
 Run every estimator of a config on every problem and seed, from the same start, and compare them.
@@ -42,8 +44,8 @@ Predict new rows by a model that `bilevel tune` has written: a column of predict
 probabilities, as CSV. Columns may stand in any order; missing cells and words are treated as in training.
 
 example:
-  bilevel tune configs/tune.yaml
-  bilevel predict runs/tune-tune new_rows.csv --output predictions.csv
+  bilevel tune configs/tune.yaml                                       # of several problems, with a model for each
+  bilevel predict runs/tune-tune/diabetes new_rows.csv --output predictions.csv
 
 model.json holds the formula by which model.npz gives the same numbers.
 """
@@ -152,7 +154,7 @@ def _said(error: Exception) -> tuple[str, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bilevel",
         description="Tune hyperparameters by gradient descent on the validation loss, and compare ways to do so.",
         epilog="start with: bilevel compare configs/quickstart.yaml     (`bilevel COMMAND --help` says more)",
@@ -199,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: argparse._SubParsersAction[Any],
     name: str,
     summary: str,
     description: str,
@@ -210,6 +212,17 @@ def _add(
     )
     parser.set_defaults(command=(module, f"run_{name}"))
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what a misspelt command or choice may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with the message."""
+        found = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
+        if found:
+            message += suggest(found[1], re.findall(r"[\w-]+", found[2])).rstrip(".")
+        super().error(message)
 
 
 class _Version(argparse.Action):

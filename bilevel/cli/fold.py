@@ -20,7 +20,7 @@ from tabulate import tabulate
 from bilevel.cli.threads import chosen_threads
 from bilevel.compare import describe_environment, locked
 from bilevel.compare.folder import claimed
-from bilevel.config.document import ConfigError
+from bilevel.config.document import ConfigError, inside
 from bilevel.config.folds import FoldsPlan, TableSetup
 from bilevel.core.environment import versions
 from bilevel.core.files import read_json, read_mark, remove_unfinished, write_mark, write_whole
@@ -60,7 +60,8 @@ def run_folds(plan: FoldsPlan, arguments: Namespace) -> int:
             if name in tuned:
                 print(f"problem {name} was finished before the interruption: {folder / places[name]} holds its model.")
                 continue
-            tuned[name] = _tuned(name, setup, folder / places[name])
+            with inside(f"{arguments.config}: "):
+                tuned[name] = _tuned(name, setup, folder / places[name])
             done[name] = keys[name]
             rows = {each: tuned[each] for each in plan.problems if each in tuned}
             write_whole(folder / "tuned.json", json.dumps(rows, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

@@ -13,6 +13,7 @@ import yaml
 
 from bilevel.core.files import DEEP, MOST_LEVELS, GuardedLoader
 from bilevel.core.options import first_line, suggest
+from bilevel.data.table import SVMLIGHT, TABLES, ending
 
 
 class ConfigError(ValueError):
@@ -146,6 +147,10 @@ def inside(where: str) -> Iterator[None]:
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the mapping in a YAML file, overridden in parts; refuse one that cannot be read or is something else."""
+    if ending(path.name) in (*TABLES, *SVMLIGHT, ".npz"):
+        what = f"{path} holds data, and the command takes a config that names them"
+        example = f"problems: {{NAME: {{data: {{name: {path.name}, target: COLUMN}}}}}}"
+        raise ConfigError(f"{what}: write a .yaml file with the line `{example}`; see docs/data.md.")
     try:
         document = parse_yaml(_text_of(path))
     except FileNotFoundError:

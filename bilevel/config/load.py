@@ -33,7 +33,7 @@ from bilevel.config.imports import importing
 from bilevel.config.schema import ConfigForm, OuterForm, TuningForm, check_form, tunes_by_folds
 from bilevel.config.setups import DataSetup, ProblemSetup, digest_of
 from bilevel.core.environment import package_version
-from bilevel.core.options import suggest
+from bilevel.core.options import is_number, suggest
 from bilevel.engine.checks import read_by_steps
 from bilevel.oracles.autograd_errors import DerivativeError
 from bilevel.outer import OuterOptions, ToleranceSchedule, WarmStart
@@ -211,7 +211,10 @@ def _optimizer(form: OuterForm, owner: type, extra: dict[str, Any]) -> Any:
     if form.optimizer == "auto":
         return "auto"
     if not issubclass(owner, OuterSearch):
-        return partial(owner, **check_options(owner, extra, "outer", frozenset({"params"})))
+        given = check_options(owner, extra, "outer", frozenset({"params"}))
+        if is_number(given.get("lr")) and given["lr"] <= 0:
+            raise ConfigError(f"`outer.lr` must be positive, got {shown(given['lr'])}.")
+        return partial(owner, **given)
     given = extra | ({} if form.tol is None else {"tol": form.tol})
     try:
         return owner(**check_options(owner, given, "outer"))

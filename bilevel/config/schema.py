@@ -27,6 +27,7 @@ PLAIN = {
     "bool_type": "true or false",
     "model_type": "a mapping (`key: value` lines)",
     "too_short": "a list of at least one value",
+    "too_long": "a list of one value",
     "list_type": "a list",
     "string_type": "a string",
 }
@@ -116,8 +117,10 @@ def check_form(document: dict[str, Any], form: type[Form]) -> Form:
 
 def _sentence(error: ValidationError, document: dict[str, Any], whole: type[BaseModel]) -> str:
     """Return the first error of pydantic about a document as one sentence; `whole`: the form of the document."""
-    # An unknown key says more than a missing one: it is usually the missing one, misspelt.
-    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    # An unknown key says more than a missing one: it is usually the missing one, misspelt. No estimators say more yet:
+    # without the key the others may be known.
+    kinds = ("too_short", "extra_forbidden")
+    errors = sorted(error.errors(), key=lambda each: kinds.index(each["type"]) if each["type"] in kinds else len(kinds))
     first = errors[0]
     keys = _path_in(document, first["loc"])
     path, given = ".".join(map(str, keys)), shown(first["input"])
@@ -139,7 +142,8 @@ def _sentence(error: ValidationError, document: dict[str, Any], whole: type[Base
     if path == "name":
         return f"`name` must be a string of letters, digits and . _ -, as it names a folder, got {given}."
     if path in ("problems", "estimators"):
-        return f"`{path}` must hold at least one `name: {{class: Name, ...}}`, got {given}."
+        end = ", or be left out to tune by folds" if path == "estimators" else ""
+        return f"`{path}` must hold at least one `name: {{class: Name, ...}}`{end}, got {given}."
     if first["type"] in PLAIN:
         return f"`{path}` must be {PLAIN[first['type']]}, got {given}."
     reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")

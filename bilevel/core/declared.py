@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
+
+from bilevel.core.status import warn
 
 
 def with_old_names(cls: type[Any], attribute: str, value: Any, renamed: Mapping[str, str]) -> Any:
@@ -18,7 +19,7 @@ def with_old_names(cls: type[Any], attribute: str, value: Any, renamed: Mapping[
         return value
     said = {renamed[name]: vars(cls)[name] for name in old}
     shown = f"{type(value).__name__}({', '.join(f'{name}={each!r}' for name, each in said.items())})"
-    warnings.warn(f"{cls.__name__}.{old[0]} is now `{attribute} = {shown}`.", DeprecationWarning, stacklevel=4)
+    warn(f"{cls.__name__}.{old[0]} is now `{attribute} = {shown}`.", DeprecationWarning)
     for name in old:
         delattr(cls, name)
     return replace(value, **said)
@@ -28,7 +29,7 @@ def deprecated_options(old: Any, new: Any) -> None:
     """Warn that options of a dataclass, at its making, stand for an object of another class, with its own options."""
     given = [f"{each.name}={value!r}" for each in fields(new) if (value := getattr(new, each.name)) != each.default]
     what = f"{type(new).__name__}({', '.join(given)})"
-    warnings.warn(f"{type(old).__name__} with these options is now {what}.", DeprecationWarning, stacklevel=4)
+    warn(f"{type(old).__name__} with these options is now {what}.", DeprecationWarning)
 
 
 def given_after(cls: type[Any], names: Iterable[str], than: str) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from bilevel.core.spelling import suggest as suggest
 
 LARGEST = 1e75
 """Of larger numbers the squares of squared errors, which standard errors need, are not finite in float64."""
@@ -29,16 +30,6 @@ def require_value(name: str, value: Any, allowed: str, ok: bool) -> None:
     """Raise the one sentence about a value that is no option of an object, such as an argument, unless `ok`."""
     if not ok:
         raise ValueError(f"`{name}` must be {allowed}, got {shown_value(value)}{meant(value, allowed)}")
-
-
-def suggest(word: str, allowed: Iterable[Any]) -> str:
-    """Return the end of a sentence: a question where a word is close to an allowed one, else a full stop.
-
-    >>> suggest("stesp", ["steps", "tol"])
-    ': did you mean `steps`?'
-    """
-    close = difflib.get_close_matches(word, [str(each) for each in allowed], n=1, cutoff=0.6)
-    return f": did you mean `{close[0]}`?" if close else "."
 
 
 def meant(value: Any, allowed: str) -> str:

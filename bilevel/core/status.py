@@ -7,6 +7,7 @@ Inside the package failure is a value; it becomes an exception or a warning only
 from __future__ import annotations
 
 import enum
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -106,6 +107,20 @@ class BilevelWarning(UserWarning):
     """A result that exists but should be looked at; its certificate says why."""
 
 
+INSIDE = frozenset({"bilevel", "torch", "abc", "contextlib", "functools", "importlib", "_frozen_importlib"})
+"""Packages whose frames are not the user's: this one, and those that stand between it and its own functions."""
+
+
+def warn(text: str, category: type[Warning] = BilevelWarning) -> None:
+    """Warn of the line that called into the package: that of the first frame outside it."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
+        frame = frame.f_back
+    names = frame.f_globals
+    registry, module = names.setdefault("__warningregistry__", {}), names.get("__name__")
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
 class HypergradientError(RuntimeError):
     """A hypergradient that cannot be used: the verdict, and the `Estimate` as far as it exists."""
 
@@ -141,4 +156,4 @@ def report(verdict: Verdict, on_failure: OnFailure, estimate: Any = None) -> Non
         return
     if on_failure == "raise" and not verdict.status.usable:
         raise HypergradientError(verdict, estimate)
-    warnings.warn(str(verdict), BilevelWarning, stacklevel=3)
+    warn(str(verdict), BilevelWarning)

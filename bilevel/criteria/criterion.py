@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel.core.status import BilevelWarning
+from bilevel.core.status import warn
 from bilevel.criteria.data import LinearData, Rows
 from bilevel.criteria.penalties import Penalties
 from bilevel.numerics.csr import csr
@@ -36,7 +35,7 @@ WEAK = 15.0
 MOVED = 2e-3
 """Share of a value, or of a gradient, that the rounding of X may move; see `scripts/studies/weak_penalties.py`."""
 UNSOLVED = (
-    "models at a log penalty of {:.4g} were not found, so that the criterion counts as infinite there: give a stronger "
+    "models at a log penalty of {:.0f} were not found, so that the criterion counts as infinite there: give a stronger "
     "penalty, or leave out columns that depend on each other."
 )
 
@@ -212,7 +211,7 @@ class Criterion(ABC):
             with np.errstate(all="ignore"):
                 right = all(self._agree(found, each.compute(u, second=False)) for each in others)
         if not right:
-            warn_unsolved(u, 4)
+            warn_unsolved(u)
         return found if right else replace(found, value=np.inf)
 
     @shared
@@ -298,9 +297,9 @@ class Criterion(ABC):
         return given(self.data, w, intercept)
 
 
-def warn_unsolved(u: Array, stacklevel: int = 3) -> None:
+def warn_unsolved(u: Array) -> None:
     """Warn that models at some log penalties were not found."""
-    warnings.warn(UNSOLVED.format(np.min(u)), BilevelWarning, stacklevel=stacklevel)
+    warn(UNSOLVED.format(np.min(u)))
 
 
 def given(data: LinearData, w: Tensor, intercept: Tensor | float) -> Fit:

@@ -26,6 +26,8 @@ LOW = 1e-3
 """The accuracy of directions that are searched in float32."""
 REFINEMENTS = 8
 """Refinements of a solution in full precision at most."""
+FALLS = 0.1
+"""The part that a refinement leaves of a squared residual; where more is left, the next are in full precision."""
 NEAR = 0.2
 """The relative change of all penalties up to which a preconditioner stays as it is."""
 ROUNDED = 1e-6
@@ -166,7 +168,7 @@ def inverse_product(
 ) -> tuple[Tensor, float]:
     """Return ``H^-1 r`` with the Hessians at predictions z, and the largest of what tol is of.
 
-    Conjugate gradients in float32 are refined in full precision.
+    Conjugate gradients in float32 are refined in full precision, and where that gains little, are in it themselves.
 
     Args:
         system: the models.
@@ -181,14 +183,18 @@ def inverse_product(
     first = dots(r, inverse(r))
     x, left = (torch.zeros_like(r), r) if guess is None else (guess, r - product(guess))
     rest = dots(left, inverse(left))
+    multiply, dtype = quick, torch.float32
     for _ in range(REFINEMENTS):
         if bool((rest <= tol**2 * first).all()):
             break
         size = spread(left.flatten(1).norm(dim=1).clamp_min(torch.finfo(r.dtype).tiny), r)
         needed = (tol**2 * first / rest.clamp_min(torch.finfo(r.dtype).tiny)).sqrt().clamp(LOW, 1.0)
-        x = x + conjugate_gradients(quick, inverse, (left / size).float(), needed.float())[0].to(r.dtype) * size
+        step = conjugate_gradients(multiply, inverse, (left / size).to(dtype), needed.to(dtype))[0].to(r.dtype) * size
+        x, before = x + step, rest
         left = r - product(x)
         rest = dots(left, inverse(left))
+        if not bool((rest <= torch.maximum(FALLS * before, tol**2 * first)).all()):
+            multiply, dtype = product, r.dtype  # float32 has no digit left for the weakest penalties
     return inverse.settle(x), float((rest / first.clamp_min(torch.finfo(r.dtype).tiny)).max()) ** 0.5
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
 
 from bilevel.core.options import check_sizes
-from bilevel.core.status import BilevelWarning
+from bilevel.core.status import warn
 from bilevel.data.columns import Encoder, listed
 from bilevel.data.roles import target_names
 from bilevel.data.sources import Array, Raw
@@ -79,7 +78,7 @@ def _doubted(raw: Raw, count: int, doubt: str) -> Raw:
     taken = f"the {count} different integers of the target of {raw.source!r} are taken for class labels"
     if doubt == "warn":
         text = f"{taken}: say task='classification', or task='regression' where they are numbers."
-        warnings.warn(text, BilevelWarning, stacklevel=5)
+        warn(text)
     if doubt != "note":
         return raw
     note = f"{taken}: say `task: regression` in `data` where they are numbers, else `task: classification`"

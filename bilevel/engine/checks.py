@@ -9,7 +9,7 @@ import torch
 
 from bilevel.base import Carry, InnerSolver
 from bilevel.core import tree
-from bilevel.core.options import shown_value
+from bilevel.core.options import shown_value, suggest
 from bilevel.core.tree import Tree
 from bilevel.engine.estimator import HypergradEstimator
 from bilevel.oracles.inner_problem import InnerProblem
@@ -28,12 +28,21 @@ def check_roles(problem: Any, solver: Any, estimator: Any) -> None:
                 raise ValueError(
                     f"{name} is a method of single loops: SingleLoop(problem, {name}(), hparams).run(steps)."
                 )
-            got = shown_value(value) if isinstance(value, type) else type(value).__name__
+            got = shown_value(value) if isinstance(value, type | str) else type(value).__name__
             place, _, remedy = got.partition(": ")
+            end = f": {remedy}." if remedy else "."
+            if isinstance(value, str):
+                words = "whose only string is 'auto'" if kind is HypergradEstimator else "of which none is a string"
+                end = f", {words}{suggest(value, [f'{name}()' for name in _classes(kind)])}"
             raise ValueError(
-                f"expected (problem, solver, estimator, hparams), got {place} in the place of "
-                f"{kind.__name__}{f': {remedy}' if remedy else ''}."
+                f"expected (problem, solver, estimator, hparams), got {place} in the place of {kind.__name__}{end}"
             )
+
+
+def _classes(kind: type) -> list[str]:
+    """Return the names of the classes below one."""
+    below: list[type] = kind.__subclasses__()
+    return [name for each in below for name in (each.__name__, *_classes(each))]
 
 
 class _Still(InnerProblem):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from inspect import signature
 from typing import Any, ClassVar
-from warnings import warn
 
 import torch
 
@@ -17,6 +16,7 @@ from bilevel.base.requirements import check_requirements
 from bilevel.core.cost import Meter
 from bilevel.core.declared import given_after
 from bilevel.core.options import check_fields
+from bilevel.core.status import warn
 from bilevel.core.tree import Tree
 from bilevel.engine.flat import flat_run
 from bilevel.engine.judge import InnerRun
@@ -182,7 +182,7 @@ class HypergradEstimator(ABC):
         if given_after(cls, ("solve",), "taskwise"):
             cls.taskwise = HypergradEstimator.taskwise  # type: ignore[method-assign]
         if own is not None and "meter" in signature(own).parameters:
-            warn(f"{cls.__name__}.solve takes one argument now: `solve(self, run)`.", DeprecationWarning, stacklevel=2)
+            warn(f"{cls.__name__}.solve takes one argument now: `solve(self, run)`.", DeprecationWarning)
             cls.solve = _of_six(own)  # type: ignore[method-assign, assignment]
 
 

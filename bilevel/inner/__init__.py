@@ -1,8 +1,8 @@
 """Inner solvers: one file per method."""
 
-import warnings
 from typing import Any
 
+from bilevel.core.status import warn
 from bilevel.inner.adam import Adam as Adam
 from bilevel.inner.adam import AdamW as AdamW
 from bilevel.inner.chebyshev import Chebyshev as Chebyshev
@@ -30,5 +30,5 @@ from bilevel.inner.torch_optimizer import TorchOptimizer as TorchOptimizer
 def __getattr__(name: str) -> Any:
     if name != "LeafwiseSolver":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("`LeafwiseSolver` is now `ElementwiseSolver`.", DeprecationWarning, stacklevel=2)
+    warn("`LeafwiseSolver` is now `ElementwiseSolver`.", DeprecationWarning)
     return ElementwiseSolver

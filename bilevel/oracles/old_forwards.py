@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
+from bilevel.core.status import warn
 from bilevel.oracles.tracing import trace
 
 
@@ -13,7 +13,7 @@ class OldForwards:
 
     def traced(self, mode: str = "fx") -> Any:
         """Forward to `bilevel.trace`, with a DeprecationWarning."""
-        warnings.warn("BilevelProblem.traced is now bilevel.trace(problem).", DeprecationWarning, stacklevel=2)
+        warn("BilevelProblem.traced is now bilevel.trace(problem).", DeprecationWarning)
         problem: Any = self
         return trace(problem, mode)
 
@@ -22,5 +22,5 @@ class OldForwards:
         """Forward to `bilevel.ModuleProblem`, with a DeprecationWarning."""
         import bilevel  # the class stands above this one; the call goes with the next release
 
-        warnings.warn("BilevelProblem.from_module is now bilevel.ModuleProblem.", DeprecationWarning, stacklevel=2)
+        warn("BilevelProblem.from_module is now bilevel.ModuleProblem.", DeprecationWarning)
         return bilevel.ModuleProblem(*arguments, **options)

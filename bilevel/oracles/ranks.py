@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bilevel.core.status import warn
 from bilevel.oracles.losses import Losses
 
 WAIT = 10.0
@@ -99,10 +99,9 @@ class _StoreAgreement(Agreement):
     def compare(self, values: Sequence[Tensor | None]) -> None:
         said = self._exchange("end", json.dumps({"numbers": _numbers(values)}))
         if self._late:
-            warnings.warn(
+            warn(
                 f"rank {self._late[0]} of the process group did not look at this problem within {WAIT:g} s, so its "
                 "numbers were not compared with those of this rank.",
-                stacklevel=2,
             )
             return
         numbers = [json.loads(said[rank])["numbers"] for rank in range(self._size)]

@@ -15,7 +15,6 @@ Repeated products at one point (`hvp`, `cross`: linear solves) and `jvp` stay wi
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from bilevel.core import tree
+from bilevel.core.status import warn
 from bilevel.core.tree import Tree
 from bilevel.oracles.graph import NotRecordedError, Part, between, dependence
 from bilevel.oracles.inner_problem import InnerProblem, Linearization
@@ -59,7 +59,7 @@ def trace(problem: Problem, mode: str = "fx") -> Problem:
     tensor([3., 3., 3.])
     """
     if mode == "inductor":
-        warnings.warn("trace(problem, 'inductor') is now trace(problem).", DeprecationWarning, stacklevel=2)
+        warn("trace(problem, 'inductor') is now trace(problem).", DeprecationWarning)
     elif mode != "fx":
         raise ValueError(f"`trace` takes the mode 'fx', got {mode!r}.")
     if (kind := problem.traced_inner) is None:

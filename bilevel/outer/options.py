@@ -43,7 +43,7 @@ class OuterOptions:
         check_switches(self.certify, self.warm_start)
         if self.target_error is not None:
             check_relative_error(self.target_error)
-        as_schedule(self.schedule, self.target_error, stacklevel=4)
+        as_schedule(self.schedule, self.target_error)
         self.rules()
 
     def start(self, setup: Any, solver: InnerSolver, estimator: HypergradEstimator | StochasticMethod) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from bilevel.core.options import is_number, require, require_value
+from bilevel.core.status import warn
 
 DECREASES = ("quadratic", "cubic", "exponential")
 DEPRECATED = (
@@ -56,7 +56,7 @@ class ToleranceSchedule:
         return max(self.least, error)
 
 
-def as_schedule(given: Any, target_error: Any, stacklevel: int = 3) -> ToleranceSchedule | None:
+def as_schedule(given: Any, target_error: Any) -> ToleranceSchedule | None:
     """Return a schedule given by name or as an object, with its deprecation warning; it ends at `target_error`."""
     if given is None:
         return None
@@ -67,5 +67,5 @@ def as_schedule(given: Any, target_error: Any, stacklevel: int = 3) -> Tolerance
         require_value("schedule", given, allowed, False)
     elif target_error is not None:
         raise ValueError("give `target_error` or the `least` of the ToleranceSchedule, not both.")
-    warnings.warn(DEPRECATED, DeprecationWarning, stacklevel=stacklevel)
+    warn(DEPRECATED, DeprecationWarning)
     return given

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.core.status import warn
 from bilevel.problems.losses import GLMLoss, Targets
 from bilevel.problems.splits import Split
 
@@ -42,11 +42,10 @@ def with_hooks(problem: Any, loss: GLMLoss | None) -> GLMLoss | None:
     if not names:
         return loss
     given = {name: getattr(problem, name) for name in names}
-    warnings.warn(
+    warn(
         f"{type(problem).__name__} defines {', '.join(given)}: state its loss by a bilevel.problems.GLMLoss, named in "
         "the class as `glm`.",
         DeprecationWarning,
-        stacklevel=4,
     )
     result = _Nothing() if loss is None else copy.copy(loss)
     for name, value in ({"response": lambda y, outputs: None} | _methods(given)).items():

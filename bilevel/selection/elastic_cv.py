@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from bilevel.core.options import require_value
-from bilevel.core.status import BilevelWarning
+from bilevel.core.status import warn
 from bilevel.criteria.criterion import Array, Criterion, Fit
 from bilevel.criteria.penalties import Penalties
 from bilevel.numerics.elastic_net import ROUNDS
@@ -137,7 +136,7 @@ def elastic_cv(
     choice = choose(losses.losses, kappa, "best", *((0.0, None) if score is not None else (exact, rows)))
     if choice.lone_row:
         remarks.append(f"{choice.lone_row} of held-out rows: look at it.")
-        warnings.warn(remarks[-1], BilevelWarning, stacklevel=3)
+        warn(remarks[-1])
     weights = _weights(criterion, held_out, columns, choice, guard, stacking and score is None)
     return Combined(
         fit=_sum(columns, weights),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from bilevel.core.options import require_value
-from bilevel.core.status import BilevelWarning
+from bilevel.core.status import warn
 from bilevel.core.threads import one_blas_thread, short_operations
 from bilevel.criteria.criterion import Array, Criterion
 from bilevel.selection.folds import make_folds
@@ -142,7 +141,7 @@ def penalty_cv(
         named = f"{choice.lone_row} of held-out rows: look at it."
         remarks.append(named)
     if named:
-        warnings.warn(named, BilevelWarning, stacklevel=3)
+        warn(named)
     return Selected(
         fit=criterion.refit(point.u, point.evaluation.warm),
         nodes=nodes_of(criterion, points, losses, choice),
@@ -204,5 +203,5 @@ def _risk(size: int, rows: int) -> str:
         f"{size} penalties were tuned on {rows} rows without an outer loop: they may fit these rows and predict worse "
         "than one penalty would; use guard='auto'."
     )
-    warnings.warn(risk, BilevelWarning, stacklevel=4)
+    warn(risk)
     return risk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from bilevel.core.status import warn
 from bilevel.criteria import Criterion, LinearData, Penalties
 from bilevel.criteria.choose import standardizes
 from bilevel.problems.losses import GLMLoss
@@ -101,11 +101,10 @@ class CombinedModel(TunedLinearModel):
             **options,
         )
         if not combined.converged:
-            warnings.warn(
+            warn(
                 f"A descent or a solver of the elastic net has used up its steps (max_iter={self.max_iter}): raise "
                 "max_iter, or the least penalty of the grid.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         if scorer:
             remarks += self._unscored(combined, f"the {combined.candidates[0].name}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor
 
-from bilevel.core.status import BilevelWarning
+from bilevel.core.status import warn
 from bilevel.criteria import Criterion, Evidence, Fit, LinearData, Penalties, choose_criterion
 from bilevel.criteria.choose import KINDS, standardizes
 from bilevel.problems.losses import GLMLoss
@@ -158,7 +157,7 @@ class TunedLinearModel:
                 remarks.append("rows or folds are too few for an outer loop, so one penalty was tuned.")
                 if folds.given:
                     whence = "groups of rows" if self.cv is None else f"cv={self.cv!r}"
-                    warnings.warn(f"{whence}: {remarks[-1]}", BilevelWarning, stacklevel=4)
+                    warn(f"{whence}: {remarks[-1]}")
         scorer = self._scorer_name(outer) if score is not None else ""
         mean_weight = float(weights.mean())
         candidates = self._candidates()
@@ -177,11 +176,10 @@ class TunedLinearModel:
             progress=bool(self.verbose),
         )
         if not selected.node.converged:
-            warnings.warn(
+            warn(
                 f"The search of penalties has used up its steps (max_iter={self.max_iter}): raise max_iter, or tol, "
                 f"which is {self.tol:g}.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         if scorer:
             remarks += self._unscored(selected)
@@ -196,11 +194,10 @@ class TunedLinearModel:
             ValueError: with losses of single rows, which leave nothing to be scored.
         """
         if not outer:
-            warnings.warn(
+            warn(
                 f"scoring={self.scoring!r} has no say without an outer loop: the {self._loss_name} alone decides; see "
                 "penalty_structure and guard.",
                 UserWarning,
-                stacklevel=5,
             )
             return ""
         if self.honest == "alo":
@@ -223,7 +220,7 @@ class TunedLinearModel:
             f"scoring={self.scoring!r} is not finite on fold {named} of the outer loop, so {kept}: use fewer or "
             "stratified folds, which hold out rows of every class."
         )
-        warnings.warn(found, BilevelWarning, stacklevel=5)
+        warn(found)
         return [found]
 
     def _candidates(self) -> NDArray[np.float64] | None:

@@ -16,6 +16,7 @@ from scipy.special import expit, softmax
 
 from bilevel.core.environment import versions
 from bilevel.core.files import read_json, write_whole
+from bilevel.core.spelling import suggest
 from bilevel.data.columns import Encoder, columns_named, listed
 from bilevel.data.roles import target_names
 from bilevel.data.sources import load_svmlight
@@ -117,7 +118,9 @@ class TableModel:
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         if not path.is_dir() and path.name not in ("model.npz", "model.json"):
-            raise ValueError(f"{path} is no model: name the folder with model.npz and model.json, or one of both.")
+            near = sorted(str(file.parent) for file in path.parent.glob("*/model.json"))
+            what = f"{path} is no model: name the folder with model.npz and model.json, or one of both"
+            raise ValueError(f"{what}{suggest(str(path), near)}")
         record = read_json(folder / "model.json")
         if not isinstance(record, dict) or record.get("loss") not in LINKS:
             inside = sorted(str(file.parent) for file in folder.glob("*/model.json"))

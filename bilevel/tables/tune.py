@@ -122,8 +122,7 @@ def tune_rows(name: str, rows: Rows, options: FoldOptions, loss: GLMLoss | None 
     folds = _folds(rows, options)
     dependent = "ordered in time" if rows.options.ordered else "grouped" if rows.groups is not None else None
     # The rows of a hold-out lie in several of the outer folds, each of which keeps some of them.
-    other = replace(options, folds=options.folds + 1, seed=options.seed + 1)
-    pairs = _folds(rows, other)[1:2] if options.criterion == "holdout" else folds
+    pairs = _folds(rows, options, other=1)[1:2] if options.criterion == "holdout" else folds
     criterion = choose_criterion(options.criterion, data, loss, penalties, folds=pairs, dependent=dependent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BilevelWarning)  # remarks say the same
@@ -170,18 +169,27 @@ def _penalties(options: FoldOptions, rows: Rows, outputs: int | None) -> Penalti
     return Penalties.scalar(features, outputs) if name == "scalar" else Penalties.feature(features, outputs)
 
 
-def _folds(rows: Rows, options: FoldOptions) -> list[Fold]:
-    """Return the folds: blocks of ordered rows, whole groups, or shuffled rows, stratified by class."""
+def _folds(rows: Rows, options: FoldOptions, other: int = 0) -> list[Fold]:
+    """Return the folds: blocks of ordered rows, whole groups, or shuffled rows, stratified by class; or `other` ones.
+
+    Of fewer rows than the default has folds, each is one.
+
+    Raises:
+        ValueError: for less than two rows, more folds than rows, and folds that train on no row of a class.
+    """
     most = len(rows.y) if rows.groups is None else len(np.unique(rows.groups))
+    what = "rows" if rows.groups is None else "groups"
     if most < 2:
-        raise ValueError(f"tuning by folds needs at least 2 {'rows' if rows.groups is None else 'groups'}, got {most}.")
+        raise ValueError(f"tuning by folds needs at least 2 {what}, got {most}.")
+    if options.folds > max(most, FoldOptions.folds):
+        raise ValueError(f"`folds` must be from 2 to {most}, the number of {what}, got {options.folds}.")
     labels = rows.y if rows.classes is not None and rows.groups is None and not rows.options.ordered else None
     folds = make_folds(
-        *(len(rows.y), min(options.folds, most)),
+        *(len(rows.y), min(options.folds + other, most)),
         labels=labels,
         groups=None if rows.options.ordered else rows.groups,
         ordered=rows.options.ordered,
-        seed=options.seed,
+        seed=options.seed + other,
     )
     for number, (train, _) in enumerate(folds, 1):
         if rows.classes is not None and len(lacking := np.setdiff1d(rows.y, rows.y[train])):

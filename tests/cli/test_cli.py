@@ -198,6 +198,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert os.listdir() == ["tiny.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [(["compaer"], "`compare`?\n"), (["tune", "tiny.yaml", "--device", "gpu"], "`cuda`?\n"), (["xyz"], "'curse')\n")],
+)
+def test_a_misspelt_command_or_choice_is_told_what_was_meant(
+    words: list[str], end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.endswith(end)
+
+
 def test_a_missing_config_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "tinny.yaml"]) == 2
     assert capsys.readouterr().err == "bilevel: tinny.yaml: there is no such file: did you mean `tiny.yaml`?\n"
@@ -478,7 +490,8 @@ def test_the_package_runs_as_a_module(capsys: pytest.CaptureFixture[str], monkey
 
 def test_the_command_shows_what_a_config_should_say_now(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> int:
-        warnings.warn_explicit("x is now y", DeprecationWarning, "build.py", 1, module="bilevel.config.build")
+        for _ in range(2):
+            warnings.warn_explicit("x is now y", DeprecationWarning, "bilevel", 1, module="__main__")
         return 0
 
     monkeypatch.setattr("bilevel.cli.main", run)

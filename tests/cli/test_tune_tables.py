@@ -387,6 +387,10 @@ def test_new_rows_that_do_not_fit_are_one_sentence(here: Path, capsys: pytest.Ca
         assert len(err.splitlines()) == 1
     assert main(["predict", "runs/job-tune", "no.csv"]) == 2
     assert "the data file 'no.csv' does not exist" in capsys.readouterr().err
+    assert main(["predict", "runs/job-tun", "t.csv"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "is no model: name the folder with model.npz and model.json, or one of both: did you mean `runs/job-tune`?\n"
+    )
     assert main(["predict", ".", "t.csv"]) == 2
     assert "holds no model.json that bilevel wrote" in capsys.readouterr().err
     assert main(["predict", "runs/job-tune", "t.csv", "--output", "t.csv"]) == 2
@@ -475,7 +479,9 @@ def test_columns_of_a_group_share_a_penalty_and_the_line_of_the_outer_loop_ends(
         ({"data": "iris", "class_weight": {"x": 2}}, {}, "`class_weight` names 'x', but the classes are '0', '1', '2'"),
         ({"data": "iris", "class_weight": 2}, {}, "`problems.t.class_weight` must be 'balanced' or positive numbers"),
         ({"data": "iris", "groups": ["a"]}, {}, "`problems.t.groups` must be lists of columns by the names of groups"),
-        ({"data": "iris", "penalty": "group"}, {}, "`penalty` 'group' needs `groups`, the columns of each"),
+        ({"data": "iris", "penalty": "group"}, {}, "job.yaml: `problems.t`: `penalty` 'group' needs `groups`"),
+        ({"data": "diabetes"}, {"folds": 500}, "`folds` must be from 2 to 442, the number of rows, got 500."),
+        ({"data": "iris"}, {"seeds": [0, 1]}, "job.yaml: `seeds` must be a list of one value, got [0, 1]."),
         ({"data": "t.csv", "groups": {"a": ["x0"]}}, {}, "`penalty` 'per_feature' takes no `groups`: say 'group'"),
         (
             {"data": "t.csv", "penalty": "group", "groups": {"a": ["x0", "size"]}},

@@ -186,8 +186,8 @@ def test_targets_schedules_and_the_word_auto_reach_the_plan(config: Path) -> Non
         plan = load_plan(config, [*auto, "outer={steps: 2, target_error: 1e-3, schedule: cubic}"])
     with pytest.warns(DeprecationWarning, match="choose their own accuracies"):
         outer = plan.outer.start(plan.problems["iris"](0), plan.solver, plan.estimators["best"])
-    # The commands show what is deprecated in a config.
-    assert any("bilevel/config/load.py" in each.filename for each in caught)
+    # Python shows what is deprecated where the line that called is of the main module, as that of a command is.
+    assert {each.filename for each in caught} == {__file__}
     assert plan.estimators == {"best": Auto()}
     assert (plan.outer.target_error, plan.outer.schedule) == (1e-3, "cubic")
     assert outer.schedule == ToleranceSchedule("cubic", least=1e-3)
@@ -243,10 +243,12 @@ SENTENCES = {
     ),
     "estimators.short tail.tail=true": "`estimators.short tail.tail` must be a number or a string, got true.",
     "estimators.short tail={class: TruncatedUnroll}": "`estimators.short tail` lacks `tail`, which Truncated",
-    "estimators={}": "`estimators` must hold at least one `name: {class: Name, ...}`, got {}.",
+    "estimators={}": (
+        "`estimators` must hold at least one `name: {class: Name, ...}`, or be left out to tune by folds, got {}."
+    ),
     "outer.stesp=5": "`outer.stesp` is neither a key of `outer`",
     "outer.lr=fast": "`outer.lr` must be a number, got 'fast'.",
-    "outer.lr=-1": "`outer`: Invalid learning rate: -1.0.",
+    "outer.lr=-1": "`outer.lr` must be positive, got -1.0.",
     "outer.optimizer=Adma": "`outer.optimizer` must be a torch optimizer or an outer search (auto, ",
     "outer.optimizer=hypernewton": "got 'hypernewton': did you mean `HyperNewton`?",
     "outer.tol=-1": "`outer.tol` must be greater than 0, got -1.",
@@ -269,6 +271,8 @@ SENTENCES = {
     "outer.warm_start={adjiont: false}": (
         "`outer.warm_start.adjiont` is not a key of `outer.warm_start` (state, adjoint): did you mean `adjoint`?"
     ),
+    "estimators.implicit={class: Implicit, linear_solver: GC}": "got 'GC': did you mean `CG`?",
+    "device=gpu": "the device must be auto, cpu or cuda, got 'gpu': did you mean `cuda`?",
     "outer.constraints=positve": "got 'positve': did you mean `positive`?",
     "outer.constraints=positive": "`outer`: `hparams` does not satisfy its constraint",
     "outer.scheduler=StepLR": "`outer.scheduler` lacks `step_size`, which StepLR needs: an int.",
@@ -433,6 +437,20 @@ def test_a_broken_file_is_one_sentence(tmp_path: Path, text: str) -> None:
         load_plan(path)
     assert FILES[text] in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_data_in_the_place_of_a_config_are_told_what_names_them(tmp_path: Path) -> None:
+    example = r"`problems: \{NAME: \{data: \{name: prices.csv, target: COLUMN\}\}\}`; see docs/data.md"
+    for load in (load_plan, load_folds):
+        with pytest.raises(
+            ConfigError, match=rf"prices.csv holds data, .*: write a .yaml file with the line {example}"
+        ):
+            load(tmp_path / "prices.csv")
+
+
+def test_folds_beside_an_empty_list_of_estimators_are_no_mistake_yet(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`estimators` must hold at least one .*, or be left out to tune by folds"):
+        load_plan(config, ["estimators={}", "folds=3"])
 
 
 def test_a_missing_file_suggests_its_neighbour(config: Path) -> None:

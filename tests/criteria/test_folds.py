@@ -245,6 +245,22 @@ def test_weak_penalties_of_wide_softmax_are_those_of_factored_hessians(monkeypat
             np.testing.assert_allclose(found.gradient, right.gradient, rtol=1e-5)
 
 
+def test_weak_penalties_of_sparse_separable_classes_are_found_though_float32_has_no_digit_left_for_them() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    counts = (rng.random((60, 520)) < 0.05).astype(float)
+    counts[:, :15] = (rng.random((60, 15)) < 0.5) & (np.arange(15) % 3 == y[:, None])  # words of one class each
+    data = LinearData.of(scipy.sparse.csr_matrix(counts / 5.0), y, loss=Softmax(), standardize=False)
+    criterion = KFold(data, Softmax(), Penalties.scalar(520, 3), list(Splitter(3).split(counts)))
+    u = np.array([data.level - 13.5])
+    found = criterion.evaluate(u)
+    assert np.isfinite(found.value)
+    slope = (criterion.evaluate(u + 0.1).value - criterion.evaluate(u - 0.1).value) / 0.2
+    assert found.gradient[0] == pytest.approx(slope, rel=1e-3)
+    many = criterion.with_penalties(Penalties.feature(520, 3)).evaluate(np.full(520, u[0]), second=False)
+    assert many.gradient.sum() == pytest.approx(slope, rel=1e-3)
+
+
 def test_models_that_are_not_found_have_no_finite_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.newton_cg, "STEPS", 1)
     monkeypatch.setattr(module, "DIRECT", 0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.core.status import OnFailure
+from bilevel.outer import OuterOptions
 
 U = torch.tensor(0.1, dtype=F64)
 ONE = torch.ones(3, dtype=F64)
@@ -314,3 +317,26 @@ def test_a_solution_whose_params_are_far_from_it_is_in_doubt_on_the_way_back() -
         warnings.simplefilter("error")
         backward(10, "return")
         backward(2000)
+
+
+def test_a_warning_names_the_line_that_called_into_the_package_however_many_frames_lie_between() -> None:
+    solver = bl.GradientDescent(0.1, steps=2, tol=1e-9)
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: bl.hypergradient(problem(), solver, bl.Implicit(), U),
+        torch.no_grad()(lambda: bl.hypergradient(problem(), solver, bl.Implicit(), U, certify=True)),
+        lambda: bl.solution(problem(), solver, bl.Implicit(), U),
+        lambda: bl.OuterOptimizer(problem(), solver, bl.Implicit(), U).run(1),
+        lambda: bl.trace(problem(), "inductor"),
+        lambda: OuterOptions(schedule="quadratic"),
+        lambda: type("Old", (bl.InnerSolver,), {"unrolls": False}),
+    )
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert {each.filename for each in caught} == {__file__}
+
+
+def test_all_warnings_of_the_package_are_given_in_one_way() -> None:
+    for file in Path(bl.__file__).parent.rglob("*.py"):
+        assert not re.search(r"warnings\.warn\(|from warnings import", file.read_text()), file

@@ -200,7 +200,10 @@ def test_every_front_door_takes_the_word() -> None:
 
 def test_other_words_and_bad_options_are_refused() -> None:
     case = logistic_case()
-    with pytest.raises(ValueError, match=r"expected \(problem, solver, estimator, hparams\), got str in the place of"):
+    words = (
+        r"got 'implicit' in the place of HypergradEstimator, whose only string is 'auto': did you mean `Implicit\(\)`\?"
+    )
+    with pytest.raises(ValueError, match=rf"expected \(problem, solver, estimator, hparams\), {words}"):
         bl.hypergradient(case.problem, TOL, "implicit", case.hparams)
     for options, message in (
         ({"memory_limit": 0}, "`Auto.memory_limit` must be a positive number of bytes, got 0."),
