@@ -27,7 +27,7 @@ def edits(one: str, two: str) -> int:
     """Return how many letters are put in, left out, replaced or exchanged with the next one between two words.
 
     >>> edits("Adma", "Adam"), edits("Adma", "Adamax")
-    (1, 3)
+    (1, 2)
     """
     before: list[int] = []
     row = list(range(len(two) + 1))
