@@ -15,6 +15,7 @@ from pathlib import Path
 import joblib
 import pytest
 import torch
+import yaml
 
 from bilevel.cli import main
 from bilevel.core import threads
@@ -208,6 +209,16 @@ def test_a_misspelt_command_or_choice_is_told_what_was_meant(
     with pytest.raises(SystemExit):
         main(words)
     assert capsys.readouterr().err.endswith(end)
+
+
+def test_the_example_of_predict_names_a_model_that_the_example_before_writes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    tuned, predicted = re.findall(r"^  bilevel (?:tune|predict) (\S+)", capsys.readouterr().out, re.MULTILINE)
+    config = yaml.safe_load((Path(__file__).parents[2] / tuned).read_text())
+    assert predicted in [f"runs/{config['name']}-tune/{problem}" for problem in config["problems"]]
 
 
 def test_a_missing_config_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
