@@ -30,6 +30,8 @@ Array = Any
 """A NumPy array or a tensor; only operators and methods that both have are used on it."""
 MEASURED, STEPS = 3, 12
 """Batches whose curvature is measured for a step size, of which the largest counts, and products for each."""
+QUICK = 6
+"""Products for the curvature on one batch, along a run: the largest one alone is close then."""
 MARGIN = 1.1
 """By how much the curvature of another batch may be above them."""
 
@@ -60,12 +62,14 @@ class Directions(ABC):
         parts: how many batches the inner and the outer loss have; None where each step has batches of its own.
         shares: of the rows that one batch holds.
         static: whether `block` takes steps, on tensors that stay where they are.
+        varies: whether `curvature` is another one at other params and hyperparameters.
     """
 
     form: str
     size: int
     parts: tuple[int | None, int | None]
     shares: tuple[float, float]
+    varies = False
     static = False
 
     def block(
@@ -110,8 +114,11 @@ class Directions(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def curvature(self, z: Array, u: Array) -> Spectrum:
-        """Return how large the curvature is that explicit steps on a batch meet, and about how small."""
+    def curvature(self, z: Array, u: Array, step: int | None = None) -> Spectrum:
+        """Return how large the curvature is that explicit steps on a batch meet, and about how small.
+
+        Where it is measured, that is on some of the batches, or at a step quickly on the one whose turn it is.
+        """
 
     def begin(self, z: Array, u: Array) -> Self:
         """Return the directions of steps from here, with what they take on trust looked at again."""
@@ -166,6 +173,8 @@ class LossDirections(Directions):
         params: their form.
         hparams: likewise.
     """
+
+    varies = True
 
     def __init__(self, problem: Any, params: Tree, hparams: Tree) -> None:
         sampling = problem._sampling
@@ -242,12 +251,16 @@ class LossDirections(Directions):
     def complete(self, direction: Array, z: Array, u: Array) -> tuple[Array, Array, Array]:
         return direction[: 2 * self.size], direction[2 * self.size :], None
 
-    def curvature(self, z: Array, u: Array) -> Spectrum:
+    def curvature(self, z: Array, u: Array, step: int | None = None) -> Spectrum:
         w, parts = z[: self.size], self.parts[0]
 
         def product(index: int, v: Tensor) -> Tensor:
             return self.sampled(index, 0, torch.cat([w, v]), u)[0][self.size : 2 * self.size]
 
+        if step is not None:
+            index = step % (parts or step + 1)
+            end = lanczos(partial(product, index), w, steps=QUICK, rtol=0.1)
+            return Spectrum(end.smallest, MARGIN * end.largest)
         count = MEASURED if parts is None else min(MEASURED, parts)
         ends = [lanczos(partial(product, index), w, steps=STEPS, rtol=0.02) for index in range(count)]
         return Spectrum(min(end.smallest for end in ends), MARGIN * max(end.largest for end in ends))

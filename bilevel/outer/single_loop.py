@@ -23,6 +23,7 @@ from bilevel.outer.checks import check_callbacks, check_start, check_steps, chec
 from bilevel.outer.constraints import bounds
 from bilevel.outer.records import OuterResult, Record, record_of, shown_record
 from bilevel.outer.single_loop_evidence import evaluated
+from bilevel.outer.single_loop_rates import followed, measured
 from bilevel.outer.single_loop_state import State, load, saved
 from bilevel.outer.stochastic import APART, CAP, LEAST, RENEWED, SAFE, SETTLED, Averages, StochasticMethod, drawn
 from bilevel.outer.stopping import StoppingRules, columns, failure, with_remark
@@ -107,10 +108,12 @@ class SingleLoop:
         z = self.directions.array(torch.cat([flat, torch.zeros_like(flat)]))
         u = self.directions.array(self._of_hparams.ravel(tree.copied(hparams)))
         made = self._preconditioner(u)
-        rate, least = self._rate(z, u) if made is None else (SAFE / made[1], 0.0)
+        rate, least = measured(method, self.directions, z, u) if made is None else (SAFE / made[1], 0.0)
         tiny = leaves[0].new_full((u.shape[0],), torch.finfo(leaves[0].dtype).tiny ** 0.5)
         memories = method.memories(self.directions, z, u)
         self.state = State(0, z, u, self.directions.array(tiny), memories, rate, least, made and made[0], u, 1)
+        self._follows = made is None and self.directions.varies and isinstance(method.inner_step, str)
+        self.state = followed(method, self.directions, self.state) if self._follows else self.state
         settled = math.ceil(SETTLED / (SAFE if made is None else rate))
         self.freeze = settled if method.freeze == "auto" else int(method.freeze)
         usual = 0.3 if made is None else 1.0
@@ -135,15 +138,6 @@ class SingleLoop:
                 "all rows: take MiniBatches with a batch_size that divides the rows, or SOBA."
             )
         return made
-
-    def _rate(self, z: Array, u: Array) -> tuple[float, float]:
-        """Return the rate of z, as given or from the curvature, and the smallest curvature where it was measured."""
-        if not isinstance(self.method.inner_step, str):
-            return float(self.method.inner_step), 0.0
-        ends, name = self.directions.curvature(z, u), type(self.method).__name__
-        if not 0.0 < ends.largest < math.inf:
-            raise ValueError(f"`{name}.inner_step` is 'auto', but the curvature is {ends.largest:g}: give a number.")
-        return SAFE / ends.largest, max(ends.smallest, 0.0)
 
     def _preconditioner(self, u: Array) -> tuple[Array, float] | None:
         asked = self.method.preconditioner == "auto" == self.method.inner_step
@@ -238,7 +232,7 @@ class SingleLoop:
                 reason = failure(self.history, estimate.verdict) or rules.reason(self.history)
                 reason = reason or ("a callback asked to stop" if any(each is True for each in answers) else "")
         taken = f"took {steps} steps"
-        reason = reason or rules.end(taken, *columns(self.history), True)
+        reason = reason or rules.end(taken, *columns(self.history), True, [each.step for each in self.history])
         if estimate is not None and not failure(self.history):
             reason = with_remark(reason, self.problem, estimate.params, self.hparams)
         return OuterResult(self.hparams, tree.copied(self.best[1]), self.best[0], tuple(self.history), reason)
@@ -263,9 +257,6 @@ class SingleLoop:
                     "the losses give other numbers than where these steps began, as what they refer to has changed in "
                     "between: make them functions of their arguments alone."
                 )
-        if state.step % self.method.every == 0 and verdict.status.ok and state.metric is None:
-            rate, least = self._rate(state.z, state.u)
-            self.state = replace(state, rate=rate, least=least)
         estimate, value = evaluated(self, verdict, state.step - last, began)
         self.history.append(record_of(state.step, estimate))
         if estimate.status.usable and value < self.best[0]:
@@ -309,6 +300,10 @@ class SingleLoop:
                     u = u.clip(*bound)
                 if metric is not None and (until := until - 1) <= 0:
                     anchor, metric, rate, until = self._renewed(u, anchor, metric, rate)
+            if self._follows and (until := until - 1) <= 0:
+                now = replace(state, step=first + k + 1, z=z, u=u, anchor=anchor, rate=rate)
+                state = followed(method, directions, now)
+                anchor, rate, until = state.anchor, state.rate, state.until
         return State(first + count, z, u, root, [inner, outer], rate, state.least, metric, anchor, until)
 
     def _factors(self, first: int, count: int) -> list[float]:
@@ -328,11 +323,12 @@ class SingleLoop:
             if not self._is_finite(after):
                 break
             state = after
-        name = type(self.method).__name__
+        name, smaller = type(self.method).__name__, f"take a smaller inner_step than {state.rate:.3g}"
         if float(self.directions.tensor(state.z).norm()) > GROWN:
             what = f"{name} diverges: at step {state.step + 1} its numbers are infinite"
-            return state, Verdict(Status.DIVERGED, f"{what}; take a smaller inner_step than {state.rate:.3g}")
-        return state, Verdict(Status.NOT_FINITE, f"{name} at step {state.step + 1} made its numbers NaN or infinite")
+            return state, Verdict(Status.DIVERGED, f"{what}; {smaller}")
+        what = f"{name} at step {state.step + 1} made its numbers NaN or infinite"
+        return state, Verdict(Status.NOT_FINITE, f"{what}; if no loss is so there, {smaller}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes, in plain containers and tensors: ``torch.load(weights_only=True)`` reads it.

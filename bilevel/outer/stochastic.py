@@ -102,7 +102,8 @@ class StochasticMethod(ABC):
     Args:
         batch_size: rows in a batch of a problem that has rows; None for 64. Other problems take theirs from their
             samplers.
-        inner_step: the rate of w and v; "auto": half of the inverse of the largest curvature that a batch meets.
+        inner_step: the rate of w and v; "auto": half of the inverse of the largest curvature that a batch meets, which
+            is measured again as params and hyperparameters move, unless it is known from the model.
         outer_step: how far hyperparameters move; "auto": 1 with a preconditioner, else 0.3.
         scaling: "adagrad": each by ``outer_step D_u / sqrt(sum of D_u^2)``, a step in their own unit, which needs no
             tuning; "none": by ``outer_step D_u``.

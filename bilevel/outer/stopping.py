@@ -48,10 +48,17 @@ SMALL = 1e-3
 """A hypergradient this much smaller than the largest one counts as converged where no tolerance was asked for."""
 
 
-def not_converged(taken: str, norms: Sequence[float], losses: Sequence[float], tol: float | None = None) -> str:
+def not_converged(
+    taken: str,
+    norms: Sequence[float],
+    losses: Sequence[float],
+    tol: float | None = None,
+    steps: Sequence[int] | None = None,
+) -> str:
     """Return how far a run is that ended by its number of steps, or by its budget: `taken` says that in words.
 
-    The norm of the hypergradient and the outer loss are those at every step; `tol` is the norm that was asked for.
+    The norm of the hypergradient and the outer loss are those at some `steps`, by default at every one; `tol` is the
+    norm that was asked for.
 
     >>> not_converged("took 3 steps", [2.0, 1.5, 1.0], [5.0, 4.0, 3.5])
     'took 3 steps, not converged: |hypergradient| = 1.0e+00, was 2.0e+00, outer loss still falling by 7.5e-01 a step'
@@ -61,8 +68,9 @@ def not_converged(taken: str, norms: Sequence[float], losses: Sequence[float], t
     reached = f"|hypergradient| = {norms[-1]:.1e}, was {norms[0]:.1e}"
     if tol is None and norms[-1] <= SMALL * max(norms):
         return f"{taken}: {reached}"
-    count = min(LAST, len(losses) - 1)
-    fall = (losses[-1 - count] - losses[-1]) / count if count else 0.0
+    at = range(len(losses)) if steps is None else steps
+    count = next((back for back in range(1, len(at)) if at[-1] - at[-1 - back] >= LAST), len(losses) - 1)
+    fall = (losses[-1 - count] - losses[-1]) / (at[-1] - at[-1 - count]) if count else 0.0
     falling = fall > 1e-9 * abs(losses[-1])
     trend = f", outer loss still falling by {fall:.1e} a step" if falling else ", outer loss no longer falling"
     return f"{taken}, not converged: {reached}{trend if count else ''}"
@@ -87,9 +95,16 @@ class StoppingRules:
             if not ok:
                 raise ValueError(f"`{name}` must be {allowed}, got {shown_value(getattr(self, name))}.")
 
-    def end(self, taken: str, norms: Sequence[float], losses: Sequence[float], comparable: bool) -> str:
+    def end(
+        self,
+        taken: str,
+        norms: Sequence[float],
+        losses: Sequence[float],
+        comparable: bool,
+        steps: Sequence[int] | None = None,
+    ) -> str:
         """Return how a run ended that took all its steps; losses of changing problems do not compare."""
-        return not_converged(taken, norms, losses, self.tol) if comparable else taken
+        return not_converged(taken, norms, losses, self.tol, steps) if comparable else taken
 
     def met(self, status: str, error: float | None, norms: Sequence[float], losses: Sequence[float]) -> str:
         """Return which rule ends a run here, or an empty string; the budget is asked for elsewhere.
@@ -114,7 +129,8 @@ class StoppingRules:
         losses = [] if self.patience is None else [record.outer_loss for record in history]
         met = self.met(last.status, last.error, [last.hypergradient_norm], losses)
         if not met and self.budget is not None and sum(each.gradient_equivalents for each in history) >= self.budget:
-            return self.end(f"the budget of {self.budget:g} gradient-equivalents is used", *columns(history), True)
+            taken = f"the budget of {self.budget:g} gradient-equivalents is used"
+            return self.end(taken, *columns(history), True, [each.step for each in history])
         return met
 
 

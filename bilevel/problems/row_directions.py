@@ -183,7 +183,7 @@ class RowDirections(Directions):
     def _penalty(self, u: Array) -> Array:
         return np.exp(u.reshape(self._group)) if self._logarithm else u.reshape(self._group)
 
-    def curvature(self, z: Array, u: Array) -> Spectrum:
+    def curvature(self, z: Array, u: Array, step: int | None = None) -> Spectrum:
         problem, size = self.problem, self.inner.X[0].shape[0]
         scale = problem.scale * self.glm.max_curvature
         together: float = scale * problem.gram_norm

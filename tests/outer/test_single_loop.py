@@ -463,3 +463,42 @@ def test_features_that_are_zero_or_the_same_are_no_obstacle(parametrization: Any
         loop = bl.SingleLoop(problem, method, start, certify=False, constraints=positive)
         assert loop.run(300, progress=False).history[-1].status == "OK"
         assert torch.isfinite(loop.hparams).all()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [bl.SOBA, bl.SABA])
+def test_automatic_rates_follow_penalties_that_grow(method: Any) -> None:
+    # The outer rows have other signs, so that the best model is none and penalties grow.
+    problem = as_written()
+    (X, y), start = rows(90, 1), torch.full((4,), -2.0).double()
+    other = bl.MiniBatches((X, 1.0 - 2.0 * y), 30)
+    sampling = problem._sampling
+    problem = bl.BilevelProblem(
+        sampling.inner_loss, sampling.outer_loss, problem.params, sampler=sampling.sampler, outer_sampler=other
+    )
+    loop = bl.SingleLoop(problem, method(every=400), start, certify=False)
+    before = loop.state.rate
+    assert loop.run(800, progress=False).history[-1].status == "OK"
+    # The Hessian is at least the penalties.
+    assert float(loop.hparams.exp().max()) * before > 2.0  # type: ignore[union-attr]
+    assert float(loop.hparams.exp().max()) * loop.state.rate < 1.0  # type: ignore[union-attr]
+
+
+def test_rates_foresee_that_curvature_grows_along_the_gradient() -> None:
+    X = rows(150, 0)[0]
+    y = torch.full((150,), 20.0).double()
+
+    def loss(w: Tensor, u: Tensor) -> Tensor:
+        z = X @ w[:4] + w[4]
+        return (z.exp() - y * z).mean() + 0.5 * (u.exp() * w * w).sum()
+
+    problem = bl.BilevelProblem(loss, lambda w, u: (X @ w[:4] + w[4] - 3.0).square().mean(), torch.zeros(5).double())
+    loop = bl.SingleLoop(problem, bl.SABA(every=300), torch.full((5,), -3.0).double(), certify=False)
+    assert loop.run(300, progress=False).history[-1].status == "OK"
+
+
+def test_a_run_says_its_fall_by_the_step_from_its_last_records() -> None:
+    result = bl.SingleLoop(logistic(), bl.SABA(every=200), torch.full((4,), -1.0).double()).run(1000, progress=False)
+    losses = [record.outer_loss for record in result.history]
+    fall = (losses[-2] - losses[-1]) / 200
+    assert fall > 0
+    assert f"still falling by {fall:.1e} a step" in result.stopped
