@@ -156,8 +156,8 @@ LOOPS = (
     Break(
         "ending-last-steps",
         "bilevel/outer/stopping.py",
-        "count = min(LAST, len(losses) - 1)",
-        "count = len(losses) - 1",
+        "at[-1] - at[-1 - back] >= LAST",
+        "at[-1] - at[-1 - back] >= 10**9",
         "test_outer.py::test_a_run_that_took_all_its_steps_says_how_far_it_is",
     ),
     Break(
@@ -173,6 +173,20 @@ LOOPS = (
         "if far > RENEWED and",
         "if far > 1e9 and",
         "test_single_loop.py::test_preconditioned_steps_are_the_formulas_and_the_preconditioner_is_never_far",
+    ),
+    Break(
+        "automatic-rate-measured-once",
+        "bilevel/outer/single_loop.py",
+        "if self._follows and (until",
+        "if False and (until",
+        "test_single_loop.py::test_automatic_rates_follow_penalties_that_grow",
+    ),
+    Break(
+        "automatic-rate-not-foreseen",
+        "bilevel/outer/single_loop_rates.py",
+        "if early and step <= EARLY else rate",
+        "if step < 0 else rate",
+        "test_single_loop.py::test_rates_foresee_that_curvature_grows_along_the_gradient",
     ),
     Break(
         "first-squares-of-a-single-loop-zero",

@@ -485,7 +485,7 @@ def test_automatic_rates_follow_penalties_that_grow(method: Any) -> None:
 
 def test_rates_foresee_that_curvature_grows_along_the_gradient() -> None:
     X = rows(150, 0)[0]
-    y = torch.full((150,), 20.0).double()
+    y = torch.full((150,), 60.0).double()
 
     def loss(w: Tensor, u: Tensor) -> Tensor:
         z = X @ w[:4] + w[4]
@@ -494,6 +494,7 @@ def test_rates_foresee_that_curvature_grows_along_the_gradient() -> None:
     problem = bl.BilevelProblem(loss, lambda w, u: (X @ w[:4] + w[4] - 3.0).square().mean(), torch.zeros(5).double())
     loop = bl.SingleLoop(problem, bl.SABA(every=300), torch.full((5,), -3.0).double(), certify=False)
     assert loop.run(300, progress=False).history[-1].status == "OK"
+    torch.testing.assert_close(loop.params[4], torch.tensor(60.0).double().log(), rtol=0.01, atol=0.0)  # type: ignore[index]
 
 
 def test_a_run_says_its_fall_by_the_step_from_its_last_records() -> None:
