@@ -212,8 +212,8 @@ def _optimizer(form: OuterForm, owner: type, extra: dict[str, Any]) -> Any:
         return "auto"
     if not issubclass(owner, OuterSearch):
         given = check_options(owner, extra, "outer", frozenset({"params"}))
-        if is_number(given.get("lr")) and given["lr"] <= 0:
-            raise ConfigError(f"`outer.lr` must be positive, got {shown(given['lr'])}.")
+        if is_number(given.get("lr")) and given["lr"] < 0:
+            raise ConfigError(f"`outer.lr` must not be negative, got {shown(given['lr'])}.")
         return partial(owner, **given)
     given = extra | ({} if form.tol is None else {"tol": form.tol})
     try:

@@ -248,7 +248,7 @@ SENTENCES = {
     ),
     "outer.stesp=5": "`outer.stesp` is neither a key of `outer`",
     "outer.lr=fast": "`outer.lr` must be a number, got 'fast'.",
-    "outer.lr=-1": "`outer.lr` must be positive, got -1.0.",
+    "outer.lr=-1": "`outer.lr` must not be negative, got -1.0.",
     "outer.optimizer=Adma": "`outer.optimizer` must be a torch optimizer or an outer search (auto, ",
     "outer.optimizer=hypernewton": "got 'hypernewton': did you mean `HyperNewton`?",
     "outer.tol=-1": "`outer.tol` must be greater than 0, got -1.",
