@@ -18,7 +18,7 @@ from bilevel.criteria.penalties import Penalties
 from bilevel.criteria.system import System
 from bilevel.numerics.dense_newton import Rows as DenseRows
 from bilevel.numerics.dense_newton import minimise
-from bilevel.numerics.factored import SKETCH, Factored, Sketched, factored
+from bilevel.numerics.factored import SKETCH, Factored, Sketched, factored, serves
 from bilevel.numerics.small import array, eigh, tensor, to_numpy
 from bilevel.problems.losses import GLMLoss
 
@@ -229,7 +229,7 @@ class ApproximateLeaveOneOut(Criterion):
         if not self._large:
             H = kept
             if kept is not None:  # that of other coordinates has its curvatures to give
-                same = kept.X1 is rows.X1
+                same = serves(kept, rows.X1, a, rows.intercept)
                 H = kept.under(a) if same else factored(rows.X1, kept.d, a, rows.intercept)
             model, right = self._minimised(a, start, H)
             return model, model[3], right

@@ -18,6 +18,8 @@ SKETCH = 64
 """Columns of a sketch."""
 SAME = 0.05
 """The relative change of curvatures, but for a factor of all, up to which a sketch keeps a Gram matrix of others."""
+WEAK = 1e-4
+"""Penalties beside the mean curvature below which as many columns as rows fit every row but for what rounding hides."""
 REFINEMENTS = 2
 """Of solutions with a Gram matrix of others."""
 
@@ -270,5 +272,20 @@ def _same(near: tuple[Tensor, Tensor] | None, d: Tensor) -> tuple[Tensor, Tensor
 
 
 def factored(X1: Any, d: Any, a: Any, intercept: bool) -> Factored:
-    """Return the cheaper factor of the two."""
-    return FactoredRows(X1, d, a, intercept) if X1.shape[1] > X1.shape[0] + 1 - 2 * intercept else Factored(X1, d, a)
+    """Return the cheaper factor of the two, but where only that of rows has digits."""
+    wide = X1.shape[1] > X1.shape[0] + 1 or _is_interpolated(X1, d, a, intercept)
+    return FactoredRows(X1, d, a, intercept) if wide else Factored(X1, d, a)
+
+
+def serves(H: Factored, X1: Any, a: Any, intercept: bool) -> bool:
+    """Whether a factor of these rows serves under penalties a as well."""
+    return H.X1 is X1 and (isinstance(H, FactoredRows) or not _is_interpolated(X1, H.d, a, intercept))
+
+
+def _is_interpolated(X1: Any, d: Any, a: Any, intercept: bool) -> bool:
+    """Whether as many columns as rows, under penalties that weak, leave residuals that are a difference of equals."""
+    rows, columns = X1.shape
+    if columns <= rows + 1 - 2 * intercept:
+        return False
+    level = float(d @ row_dots(X1, X1)) / columns
+    return not float(a[: columns - intercept].min()) >= WEAK * level
