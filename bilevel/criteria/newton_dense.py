@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.criteria.newton_cg import STALLED, searched
 from bilevel.criteria.system import System, dots
-from bilevel.numerics.factored import factored
+from bilevel.numerics.factored import factored, fit_every_row
 from bilevel.numerics.small import factor, weighted_gram
 
 STEPS = 100
@@ -32,7 +32,7 @@ def inverses(system: System, z: Tensor, a: Tensor) -> Callable[[Tensor], Tensor]
     assert X1 is not None
     if a.dim() == 2:
         d = system.weights * curvature
-        if X1.shape[1] > X1.shape[0] + 1 - 2 * intercept:
+        if fit_every_row(X1, intercept):
             each = [factored(X1, dk, ak, intercept) for dk, ak in zip(d, a, strict=True)]
             return lambda r: torch.stack([one.solve(rk) for one, rk in zip(each, r, strict=True)])
         L = factor(weighted_gram(X1, d), a)

@@ -282,10 +282,16 @@ def serves(H: Factored, X1: Any, a: Any, intercept: bool) -> bool:
     return H.X1 is X1 and (isinstance(H, FactoredRows) or not _is_interpolated(X1, H.d, a, intercept))
 
 
+def fit_every_row(X1: Any, intercept: bool) -> bool:
+    """Whether there are columns enough to fit all rows but one exactly."""
+    rows, columns = X1.shape
+    return bool(columns > rows + 1 - 2 * intercept)
+
+
 def _is_interpolated(X1: Any, d: Any, a: Any, intercept: bool) -> bool:
     """Whether as many columns as rows, under penalties that weak, leave residuals that are a difference of equals."""
-    rows, columns = X1.shape
-    if columns <= rows + 1 - 2 * intercept:
+    if not fit_every_row(X1, intercept):
         return False
+    columns = X1.shape[1]
     level = float(d @ row_dots(X1, X1)) / columns
     return not float(a[: columns - intercept].min()) >= WEAK * level

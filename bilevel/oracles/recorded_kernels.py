@@ -121,7 +121,7 @@ class Cut(Recording):
         rows = torch.stack([*x, *v] * 2).view(2, 2, -1)  # apart in memory, as those of runs are
         try:
             stacked = stacks(cross, batches[0])(rows[:, 0], rows[:, 1])
-        except Exception:  # operations that have no rule for stacks
+        except RuntimeError:  # operations that have no rule for stacks
             self.stack = 1
             return *both, *alone
         return *both, *((a + b.mean(0)) / 2 for a, b in zip(alone, stacked, strict=True))
