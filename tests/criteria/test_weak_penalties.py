@@ -137,3 +137,14 @@ def test_a_criterion_of_ones_own_computes_what_is_judged_or_evaluates_itself() -
     assert np.isfinite(Evaluated(*parts).evaluate(weak).value)
     with pytest.raises(NotImplementedError, match=r"Own has to define compute\(u, warm, \*, second, full\)"):
         Own(*parts).evaluate(weak)
+
+
+@pytest.mark.parametrize("features", [7, 8])
+def test_a_factor_of_strong_penalties_does_not_serve_weak_ones(features: int) -> None:
+    rng = np.random.default_rng(3)
+    data = LinearData.of(rng.normal(size=(8, features)), rng.normal(size=8))
+    criterion = ApproximateLeaveOneOut(data, Squared(), Penalties.feature(features))
+    warm = criterion.evaluate(np.full(features, -1.0)).warm
+    ours = criterion.compute(np.full(features, -26.0), warm)
+    exact = RidgeLeaveOneOut(data, Penalties.feature(features)).compute(np.full(features, -26.0))
+    assert ours.value == pytest.approx(exact.value, rel=5e-3)
